@@ -1,0 +1,72 @@
+"""Adapters through PEFT: attach to a base model, and save."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel
+
+from accel_llm.options import MethodOptions
+from accel_llm.errors import ConfigError
+
+
+def lora_config(options: MethodOptions) -> LoraConfig:
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=options.lora_r,
+        lora_alpha=options.lora_alpha,
+        lora_dropout=options.lora_dropout,
+        bias=options.lora_bias,
+        target_modules=options.lora_target_modules,
+        modules_to_save=options.modules_to_save or None,
+        init_lora_weights=options.init_lora_weights,
+        use_dora=options.use_dora,
+        use_rslora=options.use_rslora,
+    )
+
+
+def attach(model: PreTrainedModel, options: MethodOptions) -> PeftModel:
+    """Freeze `model` and add a trainable LoRA to it; adapter weights are float32 whatever the base's dtype.
+
+    Raises:
+        ConfigError: targets or modules_to_save that the model does not have.
+    """
+    try:
+        wrapped = get_peft_model(model, lora_config(options))
+    except ValueError as error:
+        names = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
+        raise ConfigError(
+            f"lora_target_modules: {options.lora_target_modules!r} does not fit the model ({str(error).splitlines()[0]}); "
+            f"its linear layers are {', '.join(names)}."
+        ) from None
+    if not any(parameter.requires_grad for parameter in wrapped.parameters()):
+        raise ConfigError(f"lora_target_modules: {options.lora_target_modules!r} leaves nothing trainable.")
+    return wrapped  # type: ignore[return-value]
+
+
+def save(model: PeftModel, folder: Path, state: dict[str, torch.Tensor], base: str) -> None:
+    """Write adapter_config.json and adapter_model.safetensors from gathered trainable weights `state`.
+
+    `base` is recorded as the base model, an absolute path where it is a folder, so the adapter can be used from anywhere.
+    """
+    local = Path(base).expanduser()
+    model.peft_config["default"].base_model_name_or_path = str(local.resolve()) if local.is_dir() else base
+    model.save_pretrained(str(folder), state_dict=state, safe_serialization=True, save_embedding_layers=False)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The adapter's adapter_config.json.
+
+    Raises:
+        ConfigError: the folder is no adapter.
+    """
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        kind = "a full model" if (folder / "config.json").is_file() else "no adapter"
+        raise ConfigError(f"adapter: {folder} is {kind}: it has no adapter_config.json.")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"adapter: {path} is not JSON (line {error.lineno}: {error.msg}).") from None

@@ -1,0 +1,320 @@
+"""Documents in one packed row never see each other: an attention implementation for transformers, and its proof."""
+
+import inspect
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from accel_llm.errors import ConfigError
+
+NAME = "packed"
+REMEDY = "set packing: false"
+
+# torch 2.10 and 2.11 know neither scale, window_size nor enable_gqa and take is_causal; from 2.12 the window says causal
+VARLEN_OPTIONS = frozenset(inspect.signature(varlen_attn).parameters)
+VARLEN_MAX_HEAD_DIM = 256
+
+# Relative distances of logits that rounding explains, by what the matrix products run in (int8: an 8-bit base). Packed
+# against alone, other kernels sum in another order; changing one document changes nothing for the others, but for
+# bitsandbytes' 8-bit products, which treat a column apart when any token of the row is an outlier in it.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1, torch.int8: 1e-1}
+LEAK_TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-4, torch.bfloat16: 2e-3, torch.int8: 5e-2}
+
+# What a layer may be without its computation crossing a document boundary that attention alone is told of
+ISOLATED_LAYERS = {"full_attention", "sliding_attention", "dense", "sparse", "moe"}
+
+
+def model_kwargs(batch: dict) -> dict:
+    """What the model's forward needs of a packed or padded batch, labels left out.
+
+    A packed batch's boundaries travel under the names of transformers' FlashAttentionKwargs, which models hand down
+    to every attention call, checkpointed or not.
+    """
+    if "cu_seqlens" not in batch:
+        return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    boundaries, longest = batch["cu_seqlens"], batch["max_seqlen"]
+    return {
+        "input_ids": batch["input_ids"],
+        "position_ids": batch["position_ids"],
+        "cu_seq_lens_q": boundaries,
+        "cu_seq_lens_k": boundaries,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
+def causal_lm(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside whatever wraps it: PEFT, DDP, a DeepSpeed engine, a compiled module."""
+    return next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+
+
+def supports(model: nn.Module) -> str | None:
+    """Why this model cannot train on packed rows, or None where nothing speaks against it (`probe` then tries)."""
+    inner = causal_lm(model)
+    config = inner.config.get_text_config()
+    source = inspect.getsource(sys.modules[type(inner).__module__])
+    kinds = set(getattr(config, "layer_types", None) or [])
+    if "ALL_ATTENTION_FUNCTIONS" not in source:
+        return f"{type(inner).__name__} computes attention outside transformers' AttentionInterface"
+    if mixing := kinds - ISOLATED_LAYERS:
+        return (
+            f"{type(inner).__name__} has layers of kind {', '.join(sorted(mixing))}, which mix neighbouring documents"
+        )
+    sliding = "sliding_attention" in kinds or getattr(config, "sliding_window", None)
+    if sliding and "create_sliding_window_causal_mask" in source and "sliding_window=" not in source:
+        return f"{type(inner).__name__} tells the attention mask alone about its sliding window"
+    return None
+
+
+def enable(model: nn.Module) -> None:
+    """Switch the model to isolated documents; raises ConfigError for a family that cannot be switched.
+
+    From here on every forward needs the boundaries of `model_kwargs`; generation runs inside `stock(model)`.
+    """
+    if reason := supports(model):
+        raise ConfigError(f"packing: true does not work with this model, {reason}: {REMEDY}")
+    causal_lm(model).set_attn_implementation(NAME)
+
+
+@contextmanager
+def stock(model: nn.Module) -> Iterator[None]:
+    """transformers' own attention for as long as it lasts: for generation, padded batches and comparison."""
+    inner = causal_lm(model)
+    if inner.config._attn_implementation != NAME:
+        yield
+        return
+    inner.set_attn_implementation("sdpa" if inner._supports_sdpa else "eager")
+    try:
+        yield
+    finally:
+        inner.set_attn_implementation(NAME)
+
+
+def packed_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention inside each document of one packed row of T tokens, as transformers calls it.
+
+    query [1, heads, T, head_dim], key and value [1, kv_heads, T, head_dim] -> [1, T, heads, head_dim of value].
+    `sliding_window` counts the token itself, `softcap` is Gemma 2's tanh cap on the scores, `s_aux` [heads] are
+    gpt-oss' sink logits. Raises ConfigError without boundaries and for score terms that it does not know.
+    """
+    _refuse_unknown(module, attention_mask, cu_seq_lens_q, kwargs)
+    assert cu_seq_lens_q is not None and max_length_q is not None
+    if torch.is_autocast_enabled(query.device.type):
+        # rotary embeddings and float32 norms leave queries or keys in float32; the kernels want one dtype
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    window = sliding_window if sliding_window is not None and sliding_window < max_length_q else None
+    plain = softcap is None and s_aux is None
+    if plain and not dropout and _varlen_takes(query, scaling, window):
+        return _varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling, window), None
+    lengths = cu_seq_lens_q.diff().tolist()
+    documents = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+    if plain:
+        outputs = [_sdpa(*document, dropout, scaling, window) for document in documents]
+    else:
+        dropout = dropout if module.training else 0.0
+        outputs = [_eager(*document, dropout, scaling, window, softcap, s_aux) for document in documents]
+    return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None
+
+
+def _refuse_unknown(
+    module: nn.Module, mask: torch.Tensor | None, boundaries: torch.Tensor | None, others: dict
+) -> None:
+    if boundaries is None or mask is not None:
+        found = "an attention mask" if mask is not None else "none"
+        raise ConfigError(
+            f"packing: true needs the document boundaries in every attention call, {type(module).__name__} got {found}: "
+            f"{REMEDY} (generation and padded batches run inside attention.stock(model))"
+        )
+    terms = [name for name in ("position_bias", "indices", "block_indices", "sinks") if others.get(name) is not None]
+    if others.get("is_causal") is False:
+        terms.append("is_causal=False")
+    if terms:
+        raise ConfigError(f"packing: true cannot honour {', '.join(terms)} of {type(module).__name__}: {REMEDY}")
+
+
+def _varlen_takes(query: torch.Tensor, scaling: float | None, window: int | None) -> bool:
+    head_dim = query.shape[-1]
+    return (
+        query.is_cuda
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and head_dim % 8 == 0
+        and head_dim <= VARLEN_MAX_HEAD_DIM
+        and ("scale" in VARLEN_OPTIONS or scaling is None or abs(scaling * head_dim**0.5 - 1) < 1e-6)
+        and ("window_size" in VARLEN_OPTIONS or window is None)
+    )
+
+
+def _varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    boundaries: torch.Tensor,
+    longest: int,
+    scaling: float | None,
+    window: int | None,
+) -> torch.Tensor:
+    """[1, T, heads, head_dim of value] from torch's variable-length flash kernel, one launch for the whole row."""
+    options: dict = {"scale": scaling} if "scale" in VARLEN_OPTIONS else {}
+    if "window_size" in VARLEN_OPTIONS:
+        options["window_size"] = (-1 if window is None else window - 1, 0)
+    else:
+        options["is_causal"] = True
+    if "enable_gqa" in VARLEN_OPTIONS:
+        options["enable_gqa"] = query.shape[1] != key.shape[1]
+    else:
+        key, value = _repeat_heads(query, key), _repeat_heads(query, value)
+    value_dim = value.shape[-1]
+    if value_dim < query.shape[-1]:  # multi-head latent attention: the kernel knows one head_dim
+        value = F.pad(value, (0, query.shape[-1] - value_dim))
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    output: torch.Tensor = varlen_attn(query, key, value, boundaries, boundaries, longest, longest, **options)  # type: ignore
+    return output[None, ..., :value_dim]
+
+
+def _sdpa(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    dropout: float,
+    scaling: float | None,
+    window: int | None,
+) -> torch.Tensor:
+    """One document through torch's fused attention.
+
+    A call a document beat both a padded [documents, heads, longest, head_dim] batch (1.1 to 10 times) and one masked
+    row (2 to 20 times) on CPU, for 40 short documents as for one long one, forward and backward.
+    """
+    length = query.shape[2]
+    on_cpu = query.device.type == "cpu"
+    if not on_cpu:  # with enable_gqa, CUDA's float32 kernels fall back to materialised scores
+        key, value = _repeat_heads(query, key), _repeat_heads(query, value)
+    banded = window is not None and length > window
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=_visible(length, window, query.device) if banded else None,
+        is_causal=not banded,
+        dropout_p=dropout,
+        scale=scaling,
+        enable_gqa=on_cpu and query.shape[1] != key.shape[1],
+    )
+
+
+def _eager(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    dropout: float,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """One document with its scores in sight, for what no fused kernel computes; memory grows with length squared."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = (query @ _repeat_heads(query, key).transpose(2, 3) * scale).float()
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.masked_fill(~_visible(query.shape[2], window, query.device), float("-inf"))
+    if sinks is not None:  # one more score a head that takes its share of the softmax and has no value
+        sink = sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sink], dim=-1)
+    weights = scores.softmax(-1).to(value.dtype)[..., : query.shape[2]]
+    return F.dropout(weights, dropout) @ _repeat_heads(query, value)
+
+
+def _visible(length: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """bool [length, length]: which keys (columns) a query (row) of one document sees."""
+    visible = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    return visible if window is None else visible.triu(1 - window)
+
+
+def _repeat_heads(query: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    groups = query.shape[1] // tensor.shape[1]
+    return tensor.repeat_interleave(groups, dim=1) if groups > 1 else tensor
+
+
+def no_mask(*, attention_mask: torch.Tensor | None = None, **_) -> torch.Tensor | None:
+    """The boundaries say all that a mask would, without its T x T elements; padding is passed on to be refused."""
+    return attention_mask
+
+
+AttentionInterface.register(NAME, packed_attention)
+AttentionMaskInterface.register(NAME, no_mask)
+
+
+@torch.no_grad()
+def probe(model: nn.Module, device: torch.device | str, dtype: torch.dtype) -> None:
+    """Prove on the model as it will train that packed documents are isolated; raises ConfigError where they are not.
+
+    Three documents in one row must give the logits that each gives alone under transformers' own attention, and must
+    keep theirs when the first one is changed. `dtype` is what the matrix products run in, autocast and quantised
+    weights included. Every rank runs the same 5 forwards, so it may stand where a forward is a collective.
+    """
+    inner, training = causal_lm(model), model.training
+    model.eval()
+    documents = _random_documents(inner.config.get_text_config().vocab_size, device)
+    packed = _packed_logits(model, documents)
+    changed = _packed_logits(model, [documents[0].roll(1), *documents[1:]])
+    with stock(model):
+        alone = [model(input_ids=document[None], use_cache=False).logits[0].float() for document in documents]
+    model.train(training)
+    where = f"{type(inner).__name__} with attention {inner.config._attn_implementation!r}"
+    leak, difference = _distance(changed[1:], packed[1:]), _distance(packed, alone)
+    if leak > LEAK_TOLERANCE[dtype]:
+        raise ConfigError(
+            f"packing: true leaks in {where}: changing one document moves the logits of others in its row by "
+            f"{leak:.1e} of their size, allowed is {LEAK_TOLERANCE[dtype]:.0e}: {REMEDY}"
+        )
+    if difference > TOLERANCE[dtype]:
+        raise ConfigError(
+            f"packing: true changes the results of {where}: packed logits are {difference:.1e} of their size away "
+            f"from those of single documents, allowed is {TOLERANCE[dtype]:.0e}: {REMEDY}"
+        )
+
+
+def _random_documents(vocab_size: int, device: torch.device | str) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(vocab_size, (length,), generator=generator).to(device) for length in (7, 12, 5)]
+
+
+def _packed_logits(model: nn.Module, documents: list[torch.Tensor]) -> list[torch.Tensor]:
+    """float32 [n, vocabulary] for each document of n tokens, computed in one packed row."""
+    lengths = [len(document) for document in documents]
+    boundaries = torch.tensor([0, *lengths]).cumsum(0).to(documents[0].device, torch.int32)
+    batch = {
+        "input_ids": torch.cat(documents)[None],
+        "position_ids": torch.cat([torch.arange(n, device=boundaries.device) for n in lengths])[None],
+        "cu_seqlens": boundaries,
+        "max_seqlen": max(lengths),
+    }
+    return list(model(**model_kwargs(batch), use_cache=False).logits[0].float().split(lengths))
+
+
+def _distance(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    """The largest relative distance of a document's logits, less each position's mean (softmax ignores it)."""
+    return max(
+        float((a - b).norm() / (b - b.mean(-1, keepdim=True)).norm()) for a, b in zip(found, expected, strict=True)
+    )

@@ -1,0 +1,317 @@
+"""Builds the Accelerator. Every difference between backends is settled here, each with its reason."""
+
+import json
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import PartialState
+from accelerate.utils import (
+    DeepSpeedPlugin,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+)
+
+from accel_llm.options import ModelOptions, RunOptions, TrainOptions
+from accel_llm import attention, losses
+from accel_llm.errors import ConfigError
+
+MAX_CPU_PROCESSES = 8
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def use_cpu() -> bool:
+    """Whether this process trains on the CPU: the launch YAML says so, or there is no GPU."""
+    return os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true" or not torch.cuda.is_available()
+
+
+def strategy() -> str:
+    """`single`, `ddp`, `fsdp2` or `zero1` .. `zero3`: what the launch YAML asked for, read from the launcher's environment."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        return f"zero{deepspeed_settings()['zero_optimization'].get('stage', 0)}"
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        return "fsdp2"
+    return "ddp" if world_size() > 1 else "single"
+
+
+def precision_of(options: ModelOptions) -> str:
+    """`auto` resolved: bf16 where the device is good at it, fp16 on an older GPU, fp32 on a CPU."""
+    if options.precision != "auto":
+        return options.precision
+    if use_cpu():
+        # A CPU without AMX multiplies float32 three times faster than bfloat16.
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def accumulation_steps(options: RunOptions) -> int:
+    """Micro-batches of one optimizer step on each process."""
+    if options.total_batch_size is None:
+        return options.gradient_accumulation_steps or 1
+    return -(-options.total_batch_size // (options.per_device_train_batch_size * world_size()))
+
+
+def rows_per_step(options: RunOptions) -> int:
+    """Rows of one optimizer step over all processes; slots beyond `total_batch_size` are filled with nothing."""
+    slots = options.per_device_train_batch_size * accumulation_steps(options) * world_size()
+    return options.total_batch_size or slots
+
+
+def quiet() -> None:
+    """Silence what libraries say about themselves; warnings about a run are ours to give."""
+    if use_cpu():
+        # DeepSpeed otherwise says at import that it found no accelerator.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    for name in ("transformers", "accelerate", "datasets", "peft", "bitsandbytes", "httpx", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(deepspeed|accelerate|torch|bitsandbytes|peft|transformers)\b")
+    from datasets.utils.logging import disable_progress_bar
+    from transformers.utils.logging import disable_progress_bar as disable_transformers_bar
+
+    disable_progress_bar()
+    disable_transformers_bar()
+
+
+def deepspeed_settings() -> dict[str, Any]:
+    """The DeepSpeed JSON that the launch YAML names, or the settings written into the YAML itself.
+
+    Raises:
+        ConfigError: the file is missing or broken, or sets what the recipe decides.
+    """
+    name = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if name == "none":
+        return DeepSpeedPlugin().deepspeed_config
+    path = next((p for p in (Path(name), ROOT / name) if p.is_file()), None)
+    if path is None:
+        raise ConfigError(f"deepspeed_config_file: {name} does not exist, neither here nor in {ROOT}.")
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"deepspeed_config_file: {path} is not JSON (line {error.lineno}: {error.msg}).") from None
+    if "stage" not in settings.get("zero_optimization", {}):
+        raise ConfigError(f"deepspeed_config_file: {path} has no zero_optimization.stage; it must be 0, 1, 2 or 3.")
+    return settings
+
+
+def _check_recipe_decides(settings: dict[str, Any]) -> None:
+    """One place says how a run trains: a DeepSpeed file that says it too would silently win over the recipe."""
+    recipe = {
+        "gradient_accumulation_steps": "gradient_accumulation_steps",
+        "gradient_clipping": "max_grad_norm",
+        "train_batch_size": "total_batch_size",
+        "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
+    }
+    problems = [
+        f"{key}: the DeepSpeed file says {settings[key]!r}; set it to \"auto\" there and use {ours} in the recipe."
+        for key, ours in recipe.items()
+        if settings.get(key, "auto") != "auto"
+    ]
+    for key, ours in {"optimizer": "optim", "scheduler": "lr_scheduler_type"}.items():
+        if key in settings:
+            problems.append(f"{key}: the DeepSpeed file sets one; remove it there and use {ours} in the recipe.")
+    for key in ("bf16", "fp16"):
+        if settings.get(key, {}).get("enabled", "auto") not in ("auto", False):
+            problems.append(f"{key}: the DeepSpeed file enables it; set it to \"auto\" there and use precision: {key}.")
+    if problems:
+        raise ConfigError(*problems)
+
+
+def _deepspeed_plugin(options: TrainOptions, accumulation: int, cpu: bool) -> DeepSpeedPlugin:
+    settings = deepspeed_settings()
+    _check_recipe_decides(settings)
+    zero = settings["zero_optimization"]
+    settings = settings | {
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": options.per_device_train_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": options.max_grad_norm,
+        # Accelerate would otherwise replace the optimizer by DeepSpeedCPUAdam under offload, which needs a compiler.
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+    }
+    if cpu:
+        # There is no pinned memory and no stream to overlap with on a CPU.
+        for part in ("offload_optimizer", "offload_param"):
+            if isinstance(zero.get(part), dict):
+                zero[part]["pin_memory"] = False
+        zero["overlap_comm"] = False
+    # DeepSpeed reads whole numbers written 2e8 as floats and refuses them in places.
+    for key, value in zero.items():
+        if isinstance(value, float) and value.is_integer():
+            zero[key] = int(value)
+    return DeepSpeedPlugin(hf_ds_config=settings, gradient_accumulation_steps=accumulation)
+
+
+def _prepare_cpu_deepspeed() -> None:
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed.ops
+
+    # DeepSpeed 0.19.8 compiles a shared-memory collective on first use: a minute, and a C++ compiler that may not be
+    # there. Gloo gives the same sums.
+    getattr(deepspeed.ops, "__compatible_ops__")["deepspeed_shm_comm"] = False
+
+
+def _prepare_cpu_fsdp() -> None:
+    # Accelerate 1.15 knows FSDP only for devices it calls MULTI_GPU and others, and ignores the plugin on a CPU
+    # without a word; torch's fully_shard itself runs over gloo.
+    state = PartialState(backend="gloo")
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    PartialState._shared_state["device"] = torch.device("cpu")
+    state.device = torch.device("cpu")
+
+
+def build_accelerator(options: TrainOptions) -> Accelerator:
+    """The Accelerator of a training script: devices, precision, strategy and trackers.
+
+    Raises:
+        ConfigError: too many CPU processes, a DeepSpeed file that contradicts the recipe, a strategy the host cannot run.
+    """
+    cpu, wanted, accumulation = use_cpu(), strategy(), accumulation_steps(options)
+    if cpu and world_size() > MAX_CPU_PROCESSES:
+        raise ConfigError(
+            f"num_processes: {world_size()} processes on a machine without a GPU, at most {MAX_CPU_PROCESSES} help; "
+            f"add --num_processes {MAX_CPU_PROCESSES} after `accelerate launch`."
+        )
+    arguments: dict[str, Any] = {}
+    if wanted.startswith("zero"):
+        if cpu:
+            _prepare_cpu_deepspeed()
+            # Without a named backend Accelerate 1.15 believes on every rank that it is alone.
+            arguments["kwargs_handlers"] = [InitProcessGroupKwargs(backend="gloo")]
+        arguments["deepspeed_plugin"] = _deepspeed_plugin(options, accumulation, cpu)
+    elif wanted == "fsdp2":
+        if world_size() > 1:
+            if cpu:
+                _prepare_cpu_fsdp()
+            arguments["fsdp_plugin"] = FullyShardedDataParallelPlugin()
+            if arguments["fsdp_plugin"].fsdp_version != 2:
+                raise ConfigError("fsdp_version: only 2 is supported; FSDP1 is deprecated in PyTorch.")
+    elif cpu:
+        arguments["cpu"] = True
+    accelerator = Accelerator(
+        mixed_precision={"fp32": "no"}.get(precision_of(options), precision_of(options)),
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False),
+        step_scheduler_with_optimizer=False,
+        log_with=list(options.report_to) or None,
+        project_config=ProjectConfiguration(project_dir=options.output_dir, logging_dir=options.output_dir),
+        **arguments,
+    )
+    _check_launched(accelerator, wanted)
+    return accelerator
+
+
+def _check_launched(accelerator: Accelerator, wanted: str) -> None:
+    """Accelerate can train N copies that never meet, or plain DDP instead of what the YAML says: better no run."""
+    kinds = {
+        "single": {DistributedType.NO},
+        "ddp": {DistributedType.MULTI_CPU, DistributedType.MULTI_GPU},
+        "fsdp2": {DistributedType.FSDP} if world_size() > 1 else {DistributedType.NO, DistributedType.FSDP},
+    }.get(wanted, {DistributedType.DEEPSPEED})
+    if accelerator.num_processes != world_size() or accelerator.distributed_type not in kinds:
+        raise RuntimeError(
+            f"launched as {wanted} with {world_size()} processes, but Accelerate set up "
+            f"{accelerator.distributed_type} with {accelerator.num_processes}"
+        )
+
+
+def prove(accelerator: Accelerator, model: torch.nn.Module, options: TrainOptions) -> dict[str, Any]:
+    """Check the prepared model before it trains: its loss is the family's own, packed documents are isolated.
+
+    Returns what is really in force, for run.json. A collective.
+
+    Raises:
+        ConfigError: no exact loss could be had, or packed documents see each other.
+    """
+    # What matrix products run in: autocast's dtype, or the one DeepSpeed has cast the weights to.
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision_of(options), torch.float32)
+    loss_path = losses.check(model, accelerator.device, dtype)
+    if options.packing:
+        attention.probe(model, accelerator.device, dtype)
+    facts: dict[str, Any] = {
+        "strategy": strategy(),
+        "distributed_type": str(accelerator.distributed_type.value),
+        "num_processes": accelerator.num_processes,
+        "accumulation": accelerator.gradient_accumulation_steps,
+        "device": str(accelerator.device),
+        "precision": precision_of(options),
+        "engine": type(model).__name__,
+        "loss_path": loss_path,
+        "attention": attention.causal_lm(model).config._attn_implementation,
+    }
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        facts["deepspeed"] = json.loads(json.dumps(accelerator.deepspeed_plugin.deepspeed_config, default=str))
+    return {"accelerate": facts}
+
+
+def clip(accelerator: Accelerator, model: torch.nn.Module, max_grad_norm: float) -> torch.Tensor | float:
+    """Clip the gradient of the whole step to `max_grad_norm` (0: measure only) and return its norm before clipping.
+
+    DeepSpeed has clipped and stepped inside `backward` by now; its own figure is returned.
+    """
+    norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or float("inf"))
+    if norm is None:
+        raise RuntimeError("no gradient norm came back from the engine")
+    return norm
+
+
+def undo_averaging(accelerator: Accelerator) -> int:
+    """What a loss must be multiplied by so that gradients of a step are summed.
+
+    DDP, FSDP2 and DeepSpeed average gradients over processes; `backward` divides by the accumulation steps.
+    """
+    return accelerator.num_processes * accelerator.gradient_accumulation_steps
+
+
+def global_count(accelerator: Accelerator, micro_batches: list[dict[str, Any]]) -> torch.Tensor:
+    """Labelled targets of a whole optimizer step over all processes, at least 1 (one all-reduce)."""
+    counts = [losses.count_targets(batch["labels"]) for batch in micro_batches]
+    return global_sum(accelerator, torch.stack(counts).sum()).clamp(min=1)
+
+
+def global_sum(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
+    """The sum of `values` over all processes (one all-reduce)."""
+    return accelerator.reduce(values.to(accelerator.device), reduction="sum") if accelerator.num_processes > 1 else values
+
+
+def gather_state(accelerator: Accelerator, model: torch.nn.Module, trainable_only: bool) -> dict[str, torch.Tensor]:
+    """Whole parameters by name, on the CPU of the main process (an empty dict on the others).
+
+    One parameter at a time, so no device ever holds more than one whole tensor beyond its own share. A collective: every
+    process must call it.
+    """
+    from torch.distributed.tensor import DTensor
+
+    state = {}
+    for name, parameter in accelerator.unwrap_model(model).named_parameters():
+        if trainable_only and not parameter.requires_grad:
+            continue
+        if isinstance(parameter, DTensor):
+            whole = parameter.detach().full_tensor()
+        elif hasattr(parameter, "ds_id"):
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters([parameter]):
+                whole = parameter.detach().clone() if accelerator.is_main_process else parameter
+        else:
+            whole = parameter.detach()
+        if accelerator.is_main_process:
+            # A copy: a later training step must not change what is being written.
+            state[name] = whole.to("cpu", copy=True).contiguous()
+    return state
+
+
+def engine() -> Literal["none", "deepspeed", "fsdp"]:
+    """What will step the optimizer; not every optimizer can be stepped by each."""
+    return "deepspeed" if strategy().startswith("zero") else "fsdp" if strategy() == "fsdp2" and world_size() > 1 else "none"

@@ -1,0 +1,252 @@
+"""Rows of files -> encoded rows, with the ledger of what became of each; done once, then read from the cache."""
+
+import itertools
+import multiprocessing
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import config as datasets_config
+from transformers import PreTrainedTokenizerBase
+
+from accel_llm.chat import Template
+from accel_llm.data import Rows, build_rows, cached, fingerprint, read_rows
+from accel_llm.errors import ConfigError, DataError
+from accel_llm.formats import conversation_of
+from accel_llm.ledger import TRAINED, Ledger
+from accel_llm.options import DataOptions
+from accel_llm.packing import IGNORED
+
+VERSION = 1  # of the encoding: a change of what a row becomes must not meet an old cache
+CHUNK = 256
+HELD_OUT = "held out"
+NOTHING_TRAINED = "dropped: nothing to train"
+
+SourceRow = tuple[str, int, dict[str, Any]]  # file, row number from 1, row
+EncodedRow = tuple[int, list[int], list[int]]  # row number, input ids, labels
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What `encode` returns: rows to train and to evaluate on (None without any), and the ledger of the training files."""
+
+    train: Rows
+    eval: Rows | None
+    ledger: Ledger
+    fingerprint: str
+
+
+@dataclass
+class Chunk:
+    """Encoded rows of some source rows, and what became of those."""
+
+    rows: list[EncodedRow] = field(default_factory=list)
+    ledger: Ledger = field(default_factory=Ledger)
+    lengths: list[int] = field(default_factory=list)
+
+
+def encode_conversations(rows: list[SourceRow], template: Template, options: DataOptions) -> Chunk:
+    """Chat rows of any known shape, masked by the template.
+
+    Raises:
+        DataError: a row that is no conversation, naming file and row.
+    """
+    chunk = Chunk()
+    for file, number, row in rows:
+        try:
+            conversation = conversation_of(row)
+            encoding = template.encode(conversation.messages, options.train_on, conversation.tools)
+        except DataError as error:
+            raise DataError(f"{file}, row {number}: {error}") from None
+        if conversation.skipped_turns:
+            chunk.ledger.skip_turns("it opens the conversation, before any question")
+        for reason, turns in encoding.lost.items():
+            chunk.ledger.skip_turns(reason, turns)
+        if len(encoding.rows) > 1:
+            chunk.ledger.note("The template rewrites history: turns that it shows differently later train in rows of their own.")
+        for encoded in encoding.rows:
+            _fit(chunk, file, number, encoded.input_ids, encoded.labels, options)
+        if not encoding.rows:
+            chunk.ledger.read(file)
+            chunk.ledger.count(file, NOTHING_TRAINED)
+    return chunk
+
+
+def encode_texts(rows: list[SourceRow], tokenizer: PreTrainedTokenizerBase, column: str, options: DataOptions) -> Chunk:
+    """Documents of plain text, trained whole, each ended by the end-of-text token.
+
+    Raises:
+        DataError: a row without text in `column`, naming file and row.
+    """
+    chunk = Chunk()
+    for file, number, row in rows:
+        if not isinstance(row.get(column), str):
+            keys = ", ".join(row)
+            raise DataError(f"{file}, row {number}: {column} holds no text; its fields are {keys}; set text_column.")
+    for (file, number, _), ids in zip(rows, tokenizer([row[column] for _, _, row in rows])["input_ids"], strict=True):
+        if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
+            ids = [*ids, tokenizer.eos_token_id]
+        # Nothing stands before the first token that could predict it.
+        _fit(chunk, file, number, ids, [IGNORED, *ids[1:]], options)
+    return chunk
+
+
+def _fit(chunk: Chunk, file: str, number: int, ids: list[int], labels: list[int], options: DataOptions) -> None:
+    """Put one encoded row in the chunk as `overlong` says, and count where each of its tokens went."""
+    ledger, length, supervised = chunk.ledger, len(ids), _labelled(labels)
+    chunk.lengths.append(length)
+    ledger.read(file, 1, supervised, length - supervised)
+    if not supervised:
+        ledger.count(file, NOTHING_TRAINED, 1, 0, length)
+        return
+    too_long = f"longer than max_length={options.max_length}"
+    if length > options.max_length and options.overlong == "error":
+        raise DataError(
+            f"{file}, row {number}: {length} tokens are {too_long}; raise it, or set overlong: drop, truncate or split."
+        )
+    spans = _spans(labels, options)
+    if not spans:
+        ledger.count(file, f"dropped: {too_long}", 1, supervised, length - supervised)
+        return
+    pieces = [(ids[start:end], [IGNORED, *labels[start + 1 : end]]) for start, end in spans]
+    chunk.rows += [(number, *piece) for piece in pieces]
+    # The first token of a piece has nothing before it that could predict it: it is context, whatever it was.
+    trained = sum(_labelled(piece_labels) for _, piece_labels in pieces)
+    context = sum(end - start - _labelled(labels[start:end]) for start, end in spans)
+    ledger.count(file, TRAINED, 1, trained, context)
+    if length > options.max_length:
+        ledger.count(file, f"cut: {too_long}", 0, supervised - trained, length - supervised - context)
+
+
+def _labelled(labels: list[int]) -> int:
+    return len(labels) - labels.count(IGNORED)
+
+
+def _spans(labels: list[int], options: DataOptions) -> list[tuple[int, int]]:
+    """The parts [start, end) of a row that are kept: all of one that fits, else what `overlong` says."""
+    size, length = options.max_length, len(labels)
+    if length <= size:
+        return [(0, length)]
+    if options.overlong == "split":
+        pieces = [(start, min(start + size, length)) for start in range(0, length, size)]
+        return [(start, end) for start, end in pieces if _labelled(labels[start + 1 : end])]
+    if options.overlong == "truncate":
+        if IGNORED not in labels[1 : size + 1]:
+            return [(0, size)]
+        # The longest beginning that ends with a whole trained turn, so that no answer loses its end token.
+        ends = [k + 1 for k in range(size) if labels[k] != IGNORED and labels[k + 1] == IGNORED]
+        return [(0, ends[-1])] if ends else []
+    return []
+
+
+def encode(
+    options: DataOptions, seed: int, encoder: Callable[[list[SourceRow]], Chunk], identity: str
+) -> Encoded:
+    """Encode the training and evaluation files with `encoder`, or take them from the cache.
+
+    `identity` names everything beside files and options that shapes the result: tokenizer, template, column.
+
+    Raises:
+        DataError: a file or row that cannot be used, or nothing left to train or evaluate on.
+        ConfigError: more than `max_lost` of the rows or of their supervised tokens would be lost.
+    """
+    if not options.train_files:
+        raise ConfigError("train_files: is missing; name at least one .json, .jsonl or .txt file.")
+    for name in (*options.train_files, *options.eval_files):
+        if not Path(name).is_file():
+            raise ConfigError(f"train_files/eval_files: {name} does not exist or is not a file.")
+    shaping = ("max_length", "overlong", "train_on", "limit_rows", "eval_share")
+    files = [[(name, fingerprint(Path(name))) for name in names] for names in (options.train_files, options.eval_files)]
+    drawn = seed if options.eval_share else None
+    key = fingerprint(VERSION, identity, files, drawn, *(getattr(options, name) for name in shaping))
+    folder = Path(options.cache_dir or Path(datasets_config.HF_CACHE_HOME) / "accel_llm").expanduser() / key
+    parts, facts = cached(folder, partial(_build, options, seed, encoder))
+    ledger = Ledger.from_dict(facts["ledger"])
+    ledger.balance()
+    check_lost(ledger, facts["lengths"], options)
+    if not len(parts["train"]):
+        raise DataError(f"train_files: no row is left to train on ({', '.join(options.train_files)}).")
+    if "eval" in parts and not len(parts["eval"]):
+        raise DataError("eval_files/eval_share: no row is left to evaluate on.")
+    return Encoded(parts["train"], parts.get("eval"), ledger, key)
+
+
+def _build(options: DataOptions, seed: int, encoder: Callable[[list[SourceRow]], Chunk]) -> tuple[dict[str, Rows], dict[str, Any]]:
+    ledger, lengths, held_out = Ledger(), [], []
+
+    def kept(rows: Iterable[SourceRow]) -> Iterator[SourceRow]:
+        for row in rows:
+            if options.eval_share and _draw(seed, row) < options.eval_share:
+                ledger.read(row[0])
+                ledger.count(row[0], HELD_OUT)
+                held_out.append(row)
+            else:
+                yield row
+
+    def trained() -> Iterator[EncodedRow]:
+        for chunk in _chunks(kept(read_rows(options.train_files, options.limit_rows)), encoder, options):
+            ledger.merge(chunk.ledger)
+            lengths.extend(chunk.lengths)
+            yield from chunk.rows
+
+    parts = {"train": build_rows(trained())}
+    evaluated = held_out if options.eval_share else list(read_rows(options.eval_files))
+    if evaluated:
+        parts["eval"] = build_rows(row for chunk in _chunks(iter(evaluated), encoder, options) for row in chunk.rows)
+    shares = (50, 95, 99, 100)
+    found = np.percentile(lengths, shares).astype(int).tolist() if lengths else [0] * len(shares)
+    return parts, {"ledger": ledger.to_dict(), "lengths": dict(zip(map(str, shares), found, strict=True))}
+
+
+def _draw(seed: int, row: SourceRow) -> float:
+    """A number in [0, 1) that depends on seed, file name and row number alone."""
+    return zlib.crc32(f"{seed} {Path(row[0]).name} {row[1]}".encode()) / 2**32
+
+
+def _chunks(rows: Iterator[SourceRow], encoder: Callable[[list[SourceRow]], Chunk], options: DataOptions) -> Iterator[Chunk]:
+    batches = iter(lambda: list(itertools.islice(rows, CHUNK)), [])
+    if (options.preprocessing_num_workers or 1) == 1:
+        yield from map(encoder, batches)
+        return
+    # Not fork: by now this process has threads of torch and of a process group.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.preprocessing_num_workers, mp_context=context) as pool:
+        yield from pool.map(encoder, list(batches))
+
+
+def check_lost(ledger: Ledger, lengths: dict[str, int], options: DataOptions) -> None:
+    """Raises ConfigError when more than `max_lost` of rows or supervised tokens would be lost."""
+    rows, supervised = ledger.lost_share()
+    if max(rows, supervised) <= options.max_lost:
+        return
+    lost: dict[str, int] = {}
+    for bins in ledger.bins.values():
+        for name, amount in bins.items():
+            if name.startswith(("dropped", "cut")):
+                lost[name] = lost.get(name, 0) + amount["rows"]
+    reasons = ", ".join(f"{name} ({count:,} rows)" if count else name for name, count in lost.items())
+    raise ConfigError(
+        f"max_lost: {rows:.1%} of the rows and {supervised:.1%} of the supervised tokens would be lost, allowed is "
+        f"{options.max_lost:.1%}: {reasons}; half of the rows have at most {lengths['50']:,} tokens, 95% {lengths['95']:,}, "
+        f"99% {lengths['99']:,}, the longest {lengths['100']:,}; raise max_length, set overlong: truncate or split, or raise max_lost."
+    )
+
+
+def conversations(options: DataOptions, seed: int, tokenizer: PreTrainedTokenizerBase, template: Template) -> Encoded:
+    """Encode chat files; see `encode`."""
+    encoder = partial(encode_conversations, template=template, options=options)
+    encoded = encode(options, seed, encoder, fingerprint(tokenizer.backend_tokenizer.to_str(), template.source))
+    if template.turn_end is None:
+        encoded.ledger.note("The template closes no turn, so no end token is trained and answers will not stop by it.")
+    return encoded
+
+
+def texts(options: DataOptions, seed: int, tokenizer: PreTrainedTokenizerBase, column: str) -> Encoded:
+    """Encode text files; see `encode`."""
+    encoder = partial(encode_texts, tokenizer=tokenizer, column=column, options=options)
+    return encode(options, seed, encoder, fingerprint(tokenizer.backend_tokenizer.to_str(), column))

@@ -1,0 +1,38 @@
+"""The two mistakes a person can make, and how a script ends when one of them was made."""
+
+import os
+import sys
+import time
+from collections.abc import Callable
+
+
+class ConfigError(Exception):
+    """Settings that cannot work. `problems` holds one sentence each: the field, its value, what is allowed."""
+
+    def __init__(self, *problems: str):
+        super().__init__("\n".join(problems))
+        self.problems = list(problems)
+
+
+class DataError(Exception):
+    """A row or file that cannot be used: the file, the row, the field, what was found and what is allowed."""
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script's `main`; a ConfigError or DataError becomes its own sentences on stderr and exit code 2.
+
+    Anything else is a bug of ours and keeps its traceback.
+    """
+    try:
+        main()
+    except (ConfigError, DataError) as error:
+        rank = int(os.environ.get("RANK", "0"))
+        if rank:
+            # Mistakes are the same on every rank. The launcher ends the others as soon as rank 0 is gone, so the
+            # person reads the sentence once; a mistake that only this rank met is still told.
+            time.sleep(3)
+        prefix = f"error (rank {rank}): " if rank else "error: "
+        print("\n".join(prefix + line for line in str(error).splitlines()), file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        # Not sys.exit: process groups and worker threads must not keep a rank alive that has nothing left to do.
+        os._exit(2)

@@ -1,0 +1,167 @@
+"""Mean loss and exact match on held-out rows; each row counts once, whatever the number of processes."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from accel_llm import attention
+from accel_llm.options import TrainOptions
+from accel_llm.data import Rows
+from accel_llm.distributed import global_sum, strategy
+from accel_llm.metrics import Meter
+from accel_llm.losses import count_targets, next_token_loss
+from accel_llm.packing import collate_packed, collate_padded, pack
+from accel_llm.stream import to_device
+
+SAMPLES = 20
+Row = tuple[np.ndarray, np.ndarray]
+
+
+class Evaluation:
+    """What is measured on held-out rows during a run, and when; nothing where there are none."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: Rows | None,
+        options: TrainOptions,
+        stop_ids: list[int],
+    ):
+        self.accelerator, self.tokenizer, self.options = accelerator, tokenizer, options
+        self.rows, self.stop_ids = rows, stop_ids
+        self.samples: list[dict[str, Any]] = []
+
+    def at_start(self, model: Any, meter: Meter, first_step: int) -> None:
+        if self.options.eval_on_start and first_step == 0:
+            self.run(model, meter, 0)
+
+    def when_due(self, model: Any, meter: Meter, step: int) -> None:
+        every = self.options.eval_steps
+        if step == meter.plan.total_steps or (every and step % every == 0):
+            self.run(model, meter, step)
+
+    def run(self, model: Any, meter: Meter, step: int) -> None:
+        if self.rows is None:
+            return
+        with meter.pause_clock():
+            metrics = mean_loss(self.accelerator, model, self.rows, self.options, int(self.tokenizer.pad_token_id))
+            if asked := questions(self.rows, self.options.eval_generate):
+                size = self.options.per_device_eval_batch_size
+                scores, answers = exact_match(self.accelerator, model, self.tokenizer, asked, size, self.stop_ids)
+                metrics |= scores
+                self.samples = [asdict(answer) for answer in answers[:SAMPLES]]
+        meter.write(step, metrics)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A generated answer beside the one in the data; both end with the end-of-turn token if they ended at all."""
+
+    prompt: str
+    expected: str
+    generated: str
+
+    @property
+    def right(self) -> bool:
+        return self.generated == self.expected
+
+
+def mean_loss(
+    accelerator: Accelerator, model: Any, rows: Rows, options: TrainOptions, pad_token_id: int
+) -> dict[str, float]:
+    """Mean next-token loss over every labelled token of `rows`, and its exponential."""
+    empty: Row = (np.full(2, pad_token_id, np.int32), np.full(2, -100, np.int32))
+    order, offsets = pack(rows.lengths, options.max_length) if options.packing else (np.arange(len(rows)), np.arange(len(rows) + 1))
+    size, world = options.per_device_eval_batch_size, accelerator.num_processes
+    sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+    model.eval()
+    with torch.no_grad():
+        # Every process makes the same number of forward passes: under sharding each one is a collective.
+        for first in range(0, len(offsets) - 1, size * world):
+            mine = range(first + accelerator.process_index * size, first + (accelerator.process_index + 1) * size)
+            chosen = [k for b in mine if b < len(offsets) - 1 for k in order[offsets[b] : offsets[b + 1]]]
+            documents = [rows[int(k)] for k in chosen] or [empty]
+            batch = collate_packed(documents) if options.packing else collate_padded(documents, pad_token_id)
+            batch = to_device(batch, accelerator.device)
+            sums[0] += next_token_loss(model, batch)
+            sums[1] += count_targets(batch["labels"])
+    model.train()
+    total, count = global_sum(accelerator, sums).tolist()
+    loss = total / max(count, 1)
+    return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0)), "eval/supervised_tokens": int(count)}
+
+
+def questions(rows: Rows, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(prompt ids, answer ids) of the last trained turn of the first `count` rows that have a prompt before it."""
+    found = []
+    for ids, labels in (rows[k] for k in range(len(rows))):
+        trained = np.flatnonzero(labels != -100)
+        if len(trained) == 0 or len(found) == count:
+            continue
+        gaps = np.flatnonzero(np.diff(trained) > 1)
+        first, last = int(trained[gaps[-1] + 1] if len(gaps) else trained[0]), int(trained[-1])
+        if first > 0:
+            found.append((ids[:first], ids[first : last + 1]))
+    return found
+
+
+def exact_match(
+    accelerator: Accelerator,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: list[tuple[np.ndarray, np.ndarray]],
+    batch_size: int,
+    stop_ids: list[int],
+) -> tuple[dict[str, float], list[Answer]]:
+    """Answer each question greedily; the share of answers equal to the data's to the last token, end of turn included.
+
+    Also `eval/stop_rate`, the share of answers that ended by themselves. The answers returned are this process's own.
+    """
+    share = asked[accelerator.process_index :: accelerator.num_processes]
+    longest = max(len(answer) for _, answer in asked)
+    settings = GenerationConfig(
+        max_new_tokens=longest + 8, do_sample=False, eos_token_id=stop_ids, pad_token_id=tokenizer.pad_token_id
+    )
+    bare = accelerator.unwrap_model(model)
+    per_process = -(-len(asked) // accelerator.num_processes)
+    answers: list[Answer] = []
+    stopped = 0
+    bare.eval()
+    with torch.no_grad(), attention.stock(bare):
+        for first in range(0, per_process, batch_size):
+            # A process with fewer questions repeats one, so that all make the same number of calls.
+            batch = share[first : first + batch_size] or asked[:1]
+            batch = sorted(batch, key=lambda question: len(question[0]))
+            inputs = _left_padded([prompt for prompt, _ in batch], int(tokenizer.pad_token_id), accelerator.device)
+            output = bare.generate(**inputs, generation_config=settings, synced_gpus=strategy() in ("zero3", "fsdp2"))
+            for (prompt, expected), made in zip(batch, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
+                if first < len(share):
+                    made, ended = _until_stop(made, stop_ids)
+                    stopped += ended
+                    answers.append(Answer(*(tokenizer.decode(ids, skip_special_tokens=False) for ids in (prompt, expected, made))))
+    bare.train()
+    right = sum(answer.right for answer in answers)
+    totals = torch.tensor([right, stopped, len(answers)], dtype=torch.float64, device=accelerator.device)
+    right, stopped, count = global_sum(accelerator, totals).tolist()
+    return {"eval/exact_match": right / count, "eval/stop_rate": stopped / count}, answers
+
+
+def _until_stop(ids: list[int], stop_ids: list[int]) -> tuple[list[int], bool]:
+    end = next((k for k, token in enumerate(ids) if token in stop_ids), None)
+    return (ids, False) if end is None else (ids[: end + 1], True)
+
+
+def _left_padded(prompts: list[np.ndarray], pad: int, device: torch.device) -> dict[str, torch.Tensor]:
+    width = max(len(prompt) for prompt in prompts)
+    input_ids = torch.full((len(prompts), width), pad)
+    mask = torch.zeros((len(prompts), width), dtype=torch.int64)
+    for k, prompt in enumerate(prompts):
+        input_ids[k, width - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
+        mask[k, width - len(prompt) :] = 1
+    return {"input_ids": input_ids.to(device), "attention_mask": mask.to(device)}

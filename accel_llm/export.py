@@ -1,0 +1,67 @@
+"""What a run leaves for others to use: adapter/ or model/, with tokenizer, chat template and generation config."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from accel_llm import adapter
+from accel_llm.attention import causal_lm
+from accel_llm.distributed import gather_state
+
+
+def stop_ids(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, turn_end_id: int | None) -> list[int]:
+    """The tokens that end generation: the end of a turn first, then what the model's own config and tokenizer name."""
+    named = getattr(causal_lm(model).generation_config, "eos_token_id", None)
+    listed = named if isinstance(named, list) else [named]
+    return list(dict.fromkeys(token for token in (turn_end_id, *listed, tokenizer.eos_token_id) if token is not None))
+
+
+def generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop: list[int]) -> GenerationConfig:
+    """The generation config to save: the model's own, ending at `stop`."""
+    settings = GenerationConfig.from_dict(model.generation_config.to_dict() if model.generation_config else {})
+    settings.eos_token_id = stop if len(stop) > 1 else stop[0]
+    settings.pad_token_id = tokenizer.pad_token_id
+    return settings
+
+
+def export(
+    accelerator: Accelerator,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    stop: list[int],
+    base: str,
+    dtype: torch.dtype,
+    output_dir: str,
+) -> Path:
+    """Write `output_dir`/adapter or /model; it appears whole by one rename. A collective.
+
+    Full weights are written in `dtype`, the one the base was stored in; adapters in float32, with the name of `base`.
+    """
+    bare = accelerator.unwrap_model(model)
+    peft = hasattr(bare, "peft_config")
+    folder = Path(output_dir) / ("adapter" if peft else "model")
+    state = gather_state(accelerator, model, trainable_only=peft)
+    if accelerator.is_main_process:
+        partial = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        if peft:
+            adapter.save(bare, partial, state, base)
+        else:
+            _save_whole(causal_lm(bare), partial, state, dtype)
+        generation_config(causal_lm(bare), tokenizer, stop).save_pretrained(str(partial))
+        tokenizer.save_pretrained(str(partial))
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    accelerator.wait_for_everyone()
+    return folder
+
+
+def _save_whole(model: PreTrainedModel, folder: Path, state: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+    state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    model.config.dtype = dtype
+    model.save_pretrained(str(folder), state_dict=state)

@@ -1,0 +1,157 @@
+"""The next-token loss as a sum over labelled tokens, computed inside the model's own forward."""
+
+import functools
+from types import MethodType
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from accel_llm.attention import causal_lm, model_kwargs, stock
+from accel_llm.errors import ConfigError
+from accel_llm.packing import IGNORED
+
+LossPath = Literal["own", "stock"]
+LOGITS_BYTES = 512 * 2**20  # float32 logits held at once: where more would be needed, the projection goes in chunks
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-3, torch.int8: 2e-3}  # relative
+
+
+def next_token_loss(model: nn.Module, batch: dict) -> torch.Tensor:
+    """Sum, float32 [], of the cross-entropies of a batch's labelled tokens; `model` may be wrapped, see `attach`."""
+    return model(**model_kwargs(batch), labels=batch["labels"], use_cache=False).loss
+
+
+def count_targets(labels: torch.Tensor) -> torch.Tensor:
+    """How many of `labels` [B, L] the loss sums over, int64 []: a row's first token has nothing to predict it."""
+    return (labels[:, 1:] != IGNORED).sum()
+
+
+def attach(model: PreTrainedModel, tokens_per_batch: int) -> LossPath:
+    """Give the causal LM a forward that answers `labels` with the SUM of their cross-entropies, and nothing else.
+
+    Without `labels` the forward is the family's own. It is bound to the instance before PEFT wraps it and before it
+    is prepared, so that the loss is computed inside the forward of DDP, DeepSpeed and FSDP2. `tokens_per_batch`, the
+    most tokens of a micro-batch, sets the number of chunks in which the vocabulary is projected.
+
+    Returns the path in force. "own" projects labelled positions only, chunk by chunk; "stock" asks the family's
+    forward for the logits of those positions, where the own path differs from the family's loss. Weights that are
+    sharded or not yet there cannot be tried here: `check` settles it after prepare.
+    """
+
+    # transformers' generate reads from the signature which inputs the model takes
+    @functools.wraps(type(model).forward)
+    def forward(self: PreTrainedModel, *args, labels: torch.Tensor | None = None, **kwargs):
+        if labels is None:
+            return type(self).forward(self, *args, **kwargs)
+        return CausalLMOutputWithPast(loss=PATHS[self.loss_path](self, *args, labels=labels, **kwargs))  # type: ignore
+
+    vocab_size = model.config.get_text_config().vocab_size
+    model.loss_chunks = max(1, -(-tokens_per_batch * vocab_size * 4 // LOGITS_BYTES))  # type: ignore
+    model.loss_path = _paths(model)[0]  # type: ignore
+    model.forward = MethodType(forward, model)
+    if any(parameter.is_meta or hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        return _paths(model)[0]
+    parameter = next(model.parameters())
+    return check(model, parameter.device, model.dtype)
+
+
+def _paths(model: PreTrainedModel) -> list[LossPath]:
+    """The paths worth trying, in order."""
+    balanced = getattr(model.config.get_text_config(), "output_router_logits", False)
+    # the balance loss is the family's to compute; a family without a decoder of its own has no hidden states to take
+    return ["stock"] if balanced or model.base_model is model else ["own", "stock"]
+
+
+@torch.no_grad()
+def check(model: nn.Module, device: torch.device | str, dtype: torch.dtype) -> LossPath:
+    """Compare with the family's own loss on a random padded batch and settle the path; `model` may be wrapped.
+
+    `dtype` is what the matrix products run in. Every rank runs the same 2 or 3 forwards. Raises ConfigError where
+    no path gives the family's loss.
+    """
+    inner, training = causal_lm(model), model.training
+    model.eval()
+    batch = _random_batch(inner.config.get_text_config().vocab_size, device)
+    inner.loss_path = "family"  # type: ignore
+    with stock(model):
+        expected = float(next_token_loss(model, batch))
+        for path in _paths(inner):
+            inner.loss_path = path  # type: ignore
+            found = float(next_token_loss(model, batch))
+            if abs(found / expected - 1) <= TOLERANCE[dtype]:
+                model.train(training)
+                return path
+    raise ConfigError(
+        f"model {type(inner).__name__} cannot be trained here: its own loss on a test batch is {expected:.6g}, "
+        f"the cross-entropies of its logits sum up to {found:.6g}"
+    )
+
+
+def _random_batch(vocab_size: int, device: torch.device | str) -> dict:
+    """Two uneven rows with some tokens unlabelled."""
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(vocab_size, (2, 12), generator=generator)
+    attention_mask = torch.ones_like(input_ids)
+    attention_mask[1, 9:] = 0
+    labels = input_ids.masked_fill(attention_mask == 0, IGNORED)
+    labels[0, :4] = IGNORED
+    batch = {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def _own_loss(model: PreTrainedModel, *args, labels: torch.Tensor, **kwargs) -> torch.Tensor:
+    hidden = model.base_model(*args, **kwargs)[0]
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()  # the one place where labels are shifted
+    labelled = (targets != IGNORED).nonzero().squeeze(1)
+    hidden, targets = hidden.flatten(0, 1).index_select(0, labelled), targets.index_select(0, labelled)
+    chunks: int = model.loss_chunks  # type: ignore
+    if chunks == 1:
+        return _chunk_loss(model, hidden, targets)
+    # Under ZeRO-3 and FSDP2 a use of the head is a collective: every rank makes as many, whatever its labels, so a
+    # chunk may be empty
+    pairs = zip(hidden.tensor_split(chunks), targets.tensor_split(chunks), strict=True)
+    return torch.stack([checkpoint(_chunk_loss, model, *pair, use_reentrant=False) for pair in pairs]).sum()
+
+
+def _chunk_loss(model: PreTrainedModel, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Sum of cross-entropies, float32 [], of hidden [n, width] for targets [n]; 0 with a graph where n is 0."""
+    return F.cross_entropy(_logits(model, hidden).float(), targets, reduction="sum")
+
+
+def _logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+    """hidden [n, width] -> logits [n, vocabulary], with what families apply to them."""
+    config = model.config.get_text_config()
+    logits = model.get_output_embeddings()(hidden)  # type: ignore
+    if scale := getattr(config, "logit_scale", None):  # Cohere
+        logits = logits * scale
+    if scale := getattr(config, "logits_scaling", None):  # Granite; HyperCLOVA multiplies and takes the stock path
+        logits = logits / scale
+    if scale := getattr(config, "lm_head_multiplier", None):  # Falcon-H1
+        logits = logits * scale
+    if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2 and 3
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+def _stock_loss(model: PreTrainedModel, *args, labels: torch.Tensor, **kwargs) -> torch.Tensor:
+    targets = labels[:, 1:]
+    columns = (targets != IGNORED).any(0).nonzero().squeeze(1)
+    if not len(columns):
+        columns = columns.new_zeros(1)  # keep the graph: every rank takes part in the backward
+    output = type(model).forward(model, *args, logits_to_keep=columns, **kwargs)
+    logits, targets = output.logits.flatten(0, 1).float(), targets[:, columns].flatten()
+    loss = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+    if getattr(output, "aux_loss", None) is not None:  # a mean over the tokens, weighed like one more term of each
+        loss = loss + model.router_aux_loss_coef * output.aux_loss * count_targets(labels)
+    return loss
+
+
+def _family_loss(model: PreTrainedModel, *args, labels: torch.Tensor, **kwargs) -> torch.Tensor:
+    return type(model).forward(model, *args, labels=labels, **kwargs).loss * count_targets(labels)
+
+
+PATHS = {"own": _own_loss, "stock": _stock_loss, "family": _family_loss}

@@ -1,0 +1,120 @@
+"""An adapter and its base become one standalone model, compared with the adapter before it counts as written."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from accel_llm.adapter import read_config
+from accel_llm.errors import ConfigError
+from accel_llm.models import check_model_name, load_tokenizer
+from accel_llm.options import MergeOptions
+
+# Largest relative difference of logits, |merged - adapter| / |adapter|, that rounding explains in each dtype.
+BOUNDS = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What was written, and how far its logits are from base + adapter (None where it was not compared)."""
+
+    folder: Path
+    base: str
+    dtype: torch.dtype
+    difference: float | None
+
+
+def adapter_folder(name: str) -> Path:
+    """The adapter itself, whether its folder was named or the output folder of the run that made it."""
+    folder = Path(name).expanduser()
+    inner = folder / "adapter"
+    if not (folder / "adapter_config.json").is_file() and (inner / "adapter_config.json").is_file():
+        return inner
+    return folder
+
+
+def base_of(adapter: Path, named: str | None, field: str = "base") -> str:
+    """The base model: the one named, else the one that adapter_config.json names.
+
+    Raises:
+        ConfigError: it is nowhere to be found.
+    """
+    base = named or read_config(adapter).get("base_model_name_or_path")
+    if not base:
+        raise ConfigError(f"{field}: {adapter} does not name its base model; say where it is.")
+    try:
+        check_model_name(base, field)
+    except ConfigError as error:
+        if named:
+            raise
+        raise ConfigError(f"{error} {adapter} names it as its base; say where it is with --base.") from None
+    return base
+
+
+def merge(options: MergeOptions) -> Merged:
+    """Merge and write; `output_dir` appears whole by one rename, or not at all.
+
+    Raises:
+        ConfigError: no adapter, no base, an adapter that does not fit, a used output_dir, or a merge that differs.
+    """
+    adapter, target = adapter_folder(options.adapter), Path(options.output_dir)
+    read_config(adapter)
+    if target.exists() and any(target.iterdir()) and not options.overwrite_output_dir:
+        raise ConfigError(f"output_dir: {target} is not empty; name another folder, or set overwrite_output_dir.")
+    base = base_of(adapter, options.base)
+    dtype = "auto" if options.dtype == "auto" else getattr(torch, options.dtype)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, trust_remote_code=options.trust_remote_code)
+    try:
+        wrapped = PeftModel.from_pretrained(model, str(adapter))
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise ConfigError(f"adapter: {adapter} does not fit {base} ({str(error).strip().splitlines()[0]}).") from None
+    ids = _probe_ids(model)
+    expected = _logits(wrapped, ids) if options.verify != "none" else None
+    merged: PreTrainedModel = wrapped.merge_and_unload(safe_merge=True)  # type: ignore[operator]
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        written = merged.dtype
+        _write(merged, adapter, base, partial, options)
+        del merged, wrapped, model
+        difference = _compare(partial, ids, expected, written) if expected is not None else None
+        shutil.rmtree(target, ignore_errors=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return Merged(target, base, written, difference)
+
+
+def _write(model: PreTrainedModel, adapter: Path, base: str, folder: Path, options: MergeOptions) -> None:
+    if (adapter / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(str(adapter))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(str(folder))
+    source = str(adapter) if (adapter / "tokenizer_config.json").is_file() else base
+    load_tokenizer(source, trust_remote_code=options.trust_remote_code).save_pretrained(str(folder))
+
+
+def _probe_ids(model: PreTrainedModel) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(model.config.get_text_config().vocab_size, (2, 32), generator=generator)
+
+
+def _logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=ids).logits.float()
+
+
+def _compare(folder: Path, ids: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> float:
+    """Load what was written and compare its logits with those of base + adapter."""
+    difference = _logits(AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype), ids) - expected
+    relative = float(difference.norm() / expected.norm())
+    if not relative <= BOUNDS[dtype]:
+        raise ConfigError(
+            f"verify: the merged model's logits differ from the adapter's by {relative:.1e} (allowed for {dtype}: "
+            f"{BOUNDS[dtype]:.0e}); nothing was written."
+        )
+    return relative

@@ -1,0 +1,216 @@
+"""Tokenizers and causal language models: found, checked, loaded for the strategy in force, never half-read."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from accel_llm import attention
+from accel_llm.options import MethodOptions, ModelOptions, PretrainOptions, TrainOptions
+from accel_llm.distributed import precision_of, strategy
+from accel_llm.errors import ConfigError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
+
+
+def check_model_name(name: str, field: str = "model_name_or_path") -> None:
+    """Refuse what is no model before anything is read.
+
+    Raises:
+        ConfigError: a path that does not exist, a folder without config.json, an adapter folder.
+    """
+    path = Path(name).expanduser()
+    if (path / "adapter_config.json").is_file():
+        # transformers 5 would load base + LoRA from it with nothing trainable, silently.
+        base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+        raise ConfigError(
+            f"{field}: {name} is an adapter (of {base}), not a model; merge it first with "
+            f"launch/merge.py --adapter {name} --output_dir MODEL, or name its base model."
+        )
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
+            raise ConfigError(f"{field}: the folder {name} has no config.json (it holds {found}); a model folder has one.")
+    elif path.exists() or not HUB_ID.match(name) or name.startswith("."):
+        raise ConfigError(f"{field}: {name} does not exist; a model folder or a hub id (owner/name) is allowed.")
+
+
+def tokenizer_of(options: ModelOptions) -> PreTrainedTokenizerBase:
+    """The tokenizer that a run names, or its model's own.
+
+    Raises:
+        ConfigError: neither is named, or there is none.
+    """
+    if options.tokenizer_name:
+        return load_tokenizer(options.tokenizer_name, options.revision, options.trust_remote_code)
+    name = _source(options)
+    check_model_name(name)
+    return load_tokenizer(name, options.revision, options.trust_remote_code)
+
+
+def _source(options: ModelOptions) -> str:
+    """The model folder or hub id that a run starts from, be it weights or a config alone."""
+    name = options.config_name if isinstance(options, PretrainOptions) and options.config_name else options.model_name_or_path
+    if name is None:
+        raise ConfigError("model_name_or_path: is missing; name a model folder or a hub id.")
+    return name
+
+
+def load_tokenizer(name: str, revision: str = "main", trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder or hub id, with no truncation or padding of its own and with a pad token.
+
+    Raises:
+        ConfigError: there is none, or it is not a fast tokenizer (masks need offsets).
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"tokenizer_name: no tokenizer could be loaded from {name} ({_first_line(error)}).") from None
+    if not tokenizer.is_fast:
+        raise ConfigError(f"tokenizer_name: {name} is not a fast tokenizer (no tokenizer.json); exact masks need its offsets.")
+    # Files saved in the middle of somebody's training carry truncation and padding that would cut every row.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    if tokenizer.pad_token_id is None:
+        # Labels go by span and attention by length, so sharing the id with eos masks nothing.
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
+    return tokenizer
+
+
+def load_config(options: ModelOptions, max_length: int | None = None) -> PreTrainedConfig:
+    """The model's config alone, for the checks that must come before any weight is read.
+
+    Raises:
+        ConfigError: no model was named, it is not one, or `max_length` is beyond its positions.
+    """
+    name = _source(options)
+    check_model_name(name)
+    config = _read(AutoConfig.from_pretrained, name, options)
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if max_length is not None and isinstance(limit, int) and 0 < limit < max_length:
+        raise ConfigError(f"max_length: {max_length} is beyond the model's {limit} positions; set max_length to {limit} or less.")
+    return config
+
+
+def load_model(options: TrainOptions) -> PreTrainedModel:
+    """The causal LM in the dtype, quantisation and attention that the method, the device and the strategy call for.
+
+    Full training keeps float32 master weights and computes under autocast; DeepSpeed keeps masters of its own, so there
+    and under a frozen base the weights are loaded in the compute dtype.
+
+    Raises:
+        ConfigError: quantisation the strategy cannot do, or weights that do not fill the model.
+    """
+    compute = DTYPES[precision_of(options)]
+    sharded = strategy() in ("zero3", "fsdp2")
+    masters = options.method == "full" and not strategy().startswith("zero")
+    if options.load_in_8bit and sharded:
+        raise ConfigError(
+            f"load_in_8bit: 8-bit weights cannot be sharded by {strategy()}; use ddp.yaml, zero1.yaml or zero2.yaml, or method qlora."
+        )
+    arguments: dict[str, Any] = {"dtype": torch.float32 if masters else compute}
+    if quantization := quantization_config(options, compute, sharded):
+        arguments["quantization_config"] = quantization
+    if options.attn_implementation != "auto":
+        arguments["attn_implementation"] = options.attn_implementation
+    model, report = _read(
+        AutoModelForCausalLM.from_pretrained, str(options.model_name_or_path), options, output_loading_info=True, **arguments
+    )
+    _check_filled(report, str(options.model_name_or_path))
+    return configure(model, options, options.packing)
+
+
+def quantization_config(method: MethodOptions, compute: torch.dtype, sharded: bool) -> BitsAndBytesConfig | None:
+    if method.method == "qlora":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute,
+            # A sharded parameter must have the dtype of the float parameters that it is flattened with.
+            bnb_4bit_quant_storage=compute if sharded else torch.uint8,
+        )
+    return BitsAndBytesConfig(load_in_8bit=True) if method.load_in_8bit else None
+
+
+def configure(model: PreTrainedModel, options: ModelOptions, packing: bool) -> PreTrainedModel:
+    """The switches that training needs on a freshly loaded or built model: isolation of documents, checkpointing.
+
+    Raises:
+        ConfigError: packing with an attention, or a family, that cannot keep documents apart.
+    """
+    if packing and options.attn_implementation in ("auto", "sdpa"):
+        attention.enable(model)
+    elif packing and not options.attn_implementation.startswith("flash_attention"):
+        raise ConfigError(
+            f"attn_implementation: {options.attn_implementation} does not keep packed documents apart; "
+            "give auto or flash_attention_2, or set packing: false."
+        )
+    if options.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.train()
+
+
+def build_model(config: PreTrainedConfig, options: TrainOptions) -> PreTrainedModel:
+    """A causal LM with fresh weights (float32; seeded by the caller)."""
+    chosen = {} if options.attn_implementation == "auto" else {"attn_implementation": options.attn_implementation}
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **chosen)
+    return configure(model, options, options.packing)
+
+
+def check_token_ids(input_ids: np.ndarray, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ConfigError when the data holds an id that the embedding has no row for."""
+    rows, largest = config.get_text_config().vocab_size, int(input_ids.max())
+    if largest >= rows:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise ConfigError(
+            f"tokenizer_name: the data holds token id {largest} ({token!r}), but the model's vocabulary has {rows} rows; "
+            "use the model's own tokenizer."
+        )
+
+
+def parameter_counts(model: torch.nn.Module) -> dict[str, int]:
+    """Numbers of parameters; a 4-bit tensor counts the weights it stands for, a ZeRO-3 one its whole shape."""
+    counts = {"trainable": 0, "total": 0}
+    for parameter in model.parameters():
+        size = getattr(parameter, "ds_numel", None) or parameter.numel()
+        if type(parameter).__name__ == "Params4bit":
+            state = getattr(parameter, "quant_state", None)
+            size = state.shape.numel() if state is not None else size * 2 * parameter.element_size()
+        counts["total"] += size
+        counts["trainable"] += size if parameter.requires_grad else 0
+    return counts
+
+
+def _read(loader: Any, name: str, options: ModelOptions, **arguments: Any) -> Any:
+    try:
+        return loader(name, revision=options.revision, trust_remote_code=options.trust_remote_code, **arguments)
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        raise ConfigError(f"model_name_or_path: {name} cannot be loaded ({_first_line(error)}).") from None
+
+
+def _check_filled(report: dict[str, Any], name: str) -> None:
+    problems = []
+    if missing := sorted(report["missing_keys"]):
+        problems.append(f"{len(missing)} weights are missing ({', '.join(missing[:3])})")
+    if mismatched := sorted(str(key) for key in report["mismatched_keys"]):
+        problems.append(f"{len(mismatched)} have another shape ({', '.join(mismatched[:3])})")
+    if problems:
+        raise ConfigError(f"model_name_or_path: {name} does not fill the model: {'; '.join(problems)}.")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

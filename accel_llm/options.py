@@ -1,0 +1,350 @@
+"""The option groups: what can be set, its default, its range and one documented line for each field.
+
+A script's config is one flat class that inherits from the groups it uses; a helper is typed to take only its group.
+Fields are checked one by one by pydantic; what holds between fields stands in each group's `problems`, so that
+`config.parse` can report everything that is wrong at once.
+"""
+
+import re
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+# What each option is for, where not every choice uses it: set for another choice, it is an error, not ignored.
+METHODS = {
+    **dict.fromkeys(["lora_r", "lora_alpha", "lora_dropout", "lora_bias", "lora_target_modules"], ("lora", "qlora")),
+    **dict.fromkeys(["modules_to_save", "init_lora_weights", "use_dora", "use_rslora"], ("lora", "qlora")),
+    "loraplus_lr_ratio": ("lora", "qlora"),
+    "load_in_8bit": ("lora",),
+}
+ADAMW = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit")
+OPTIMIZERS = {"adam_beta1": (*ADAMW, "lion"), "adam_beta2": (*ADAMW, "lion"), "adam_epsilon": ADAMW}
+SCHEDULES = {
+    "warmup_steps": ("linear", "cosine", "cosine_with_min_lr", "constant_with_warmup", "warmup_stable_decay"),
+    "min_lr_rate": ("cosine_with_min_lr", "warmup_stable_decay"),
+    "decay_share": ("warmup_stable_decay",),
+}
+
+
+def _listed(value: Any) -> Any:
+    """One value where a list is expected is a list of one; `none` and `false` are the empty list."""
+    if value is None or value is False or value in ("none", ["none"]):
+        return []
+    return [value] if isinstance(value, str) else value
+
+
+def _also(**names: str) -> BeforeValidator:
+    """Takes other names for the same values, those that torch and Transformers use."""
+    return BeforeValidator(lambda value: names.get(value, value) if isinstance(value, str) else value)
+
+
+def _resume(value: Any) -> Any:
+    """Transformers also takes a truth value: true is `auto`, false is `none`."""
+    text = str(value).lower()
+    return {"true": "auto", "false": "none", "none": "none"}.get(text, value)
+
+
+def _target_modules(value: Any) -> Any:
+    """Plain module names are a list, also when one string holds them; anything else in a string is a pattern.
+
+    PEFT matches a string against the whole dotted name of a module, so a bare `q_proj` would match nothing.
+    """
+    value = value[0] if isinstance(value, list) and len(value) == 1 else value
+    if not isinstance(value, str) or value == "all-linear":
+        return value
+    names = [name.strip() for name in value.split(",")]
+    if all(name.isidentifier() for name in names):
+        return names
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"{value!r} is neither a list of module names nor a regular expression ({error})") from None
+    return value
+
+
+Texts = Annotated[list[str], BeforeValidator(_listed, json_schema_input_type=str | list[str])]
+Trackers = Annotated[
+    list[Literal["tensorboard", "wandb", "trackio", "swanlab"]],
+    BeforeValidator(_listed, json_schema_input_type=str | list[str]),
+]
+Precision = Annotated[
+    Literal["auto", "bf16", "fp16", "fp32"],
+    _also(bfloat16="bf16", float16="fp16", half="fp16", float32="fp32", float="fp32"),
+]
+Optimizer = Annotated[
+    Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "lion", "adafactor", "sgd", "muon"],
+    _also(
+        adamw_torch="adamw",
+        adamw_torch_fused="adamw",
+        adamw_bnb_8bit="adamw_8bit",
+        paged_adamw_32bit="paged_adamw",
+        lion_32bit="lion",
+    ),
+]
+
+
+class Options(BaseModel):
+    """What all groups share: nothing unknown, nothing changed later, no NaN, rules that are asked for their problems."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+        allow_inf_nan=False,
+        coerce_numbers_to_str=True,
+        validate_by_name=True,
+        validate_by_alias=True,
+        protected_namespaces=(),
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _plain_values(cls, value: Any, info: ValidationInfo) -> Any:
+        """`none` and `null` in text are nothing where nothing is allowed, and a truth value is not a number."""
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        kinds = get_args(annotation) or (annotation,)
+        if type(None) in kinds and value in ("none", "null"):
+            return None
+        # pydantic reads true as 1; as a word it is no number.
+        numeric = (int in kinds or float in kinds) and bool not in kinds
+        return str(value).lower() if isinstance(value, bool) and numeric else value
+
+    def problems(self) -> list[str]:
+        """One sentence for each rule between fields that does not hold; a group adds its own to those above it."""
+        return []
+
+    def _misplaced(self, uses: dict[str, tuple[str, ...]], choice: str) -> list[str]:
+        """Options set by the person that the value of `choice` leaves without effect."""
+        chosen = getattr(self, choice)
+        set_here = [name for name in uses if name in self.model_fields_set and getattr(self, name) not in (None, False)]
+        return [
+            f"{name}: only {choice} {' or '.join(uses[name])} uses it, {choice} is {chosen}"
+            for name in set_here
+            if chosen not in uses[name]
+        ]
+
+
+class ModelOptions(Options):
+    """Model"""
+
+    model_name_or_path: str | None = Field(None, description="Folder or hub id of the model to start from")
+    tokenizer_name: str | None = Field(None, description="Folder or hub id of the tokenizer, if not the model's own")
+    revision: str = Field("main", description="Branch, tag or commit of a hub model")
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model")
+    precision: Precision = Field("auto", description="Of the computation; auto: bf16 where the device is good at it")
+    attn_implementation: str = Field("auto", description="Attention of Transformers by name; auto: the best available")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass to save memory")
+
+
+class DataOptions(Options):
+    """Data"""
+
+    train_files: Texts = Field(default_factory=list, description="Files of rows to train on")
+    eval_files: Texts = Field(default_factory=list, description="Files of rows to evaluate on")
+    eval_share: float = Field(0.0, ge=0, lt=1, description="Share of the training rows held out to evaluate on")
+    max_length: int = Field(2048, ge=2, description="Tokens in a row at most; packed rows are filled up to it")
+    packing: bool = Field(True, description="Put several documents in one row; they never see each other")
+    overlong: Literal["drop", "truncate", "split", "error"] = Field(
+        "drop", description="What becomes of a row longer than max_length"
+    )
+    max_lost: float = Field(0.01, ge=0, le=1, description="Share of rows or trained tokens that may be lost")
+    train_on: Literal["assistant", "last_assistant", "all"] = Field("assistant", description="Whose turns are trained")
+    chat_template: str | None = Field(None, description="chatml or a .jinja file, in place of the tokenizer's own")
+    limit_rows: int | None = Field(None, ge=1, description="Use only the first rows of the training data")
+    preprocessing_num_workers: int | None = Field(None, ge=1, description="Processes that encode rows; none: chosen")
+    cache_dir: str | None = Field(None, description="Where encoded rows are kept; none: the datasets cache")
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if self.eval_files and self.eval_share:
+            found.append(f"eval_share: {self.eval_share} cannot be combined with eval_files; give one of the two")
+        return found
+
+
+class MethodOptions(Options):
+    """Method"""
+
+    method: Literal["full", "lora", "qlora"] = Field(
+        "lora", description="full: all weights; lora: an adapter; qlora: an adapter on a 4-bit base"
+    )
+    load_in_8bit: bool = Field(False, description="lora on a base in 8 bits")
+    lora_r: int = Field(16, ge=1, description="Rank of the adapter")
+    lora_alpha: float = Field(32, gt=0, description="Scale of the adapter: alpha / r, or alpha / sqrt(r) with rsLoRA")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input")
+    lora_bias: Literal["none", "all", "lora_only"] = Field("none", description="Which biases are trained as well")
+    lora_target_modules: Annotated[
+        list[str] | str, BeforeValidator(_target_modules, json_schema_input_type=str | list[str])
+    ] = Field("all-linear", description="Adapted modules: all-linear, a list of names, or a pattern for the whole name")
+    modules_to_save: Texts = Field(default_factory=list, description="Modules trained and saved whole, by name")
+    init_lora_weights: bool | Literal["gaussian", "orthogonal", "olora", "pissa"] = Field(
+        True, description="First values of the adapter; true: A Kaiming-uniform, B zero; false: both random"
+    )
+    use_dora: bool = Field(False, description="DoRA: learn the magnitude of each weight apart from its direction")
+    use_rslora: bool = Field(False, description="rsLoRA: scale by alpha / sqrt(r)")
+
+    def problems(self) -> list[str]:
+        found = super().problems() + self._misplaced(METHODS, "method")
+        if self.init_lora_weights == "orthogonal" and self.lora_r % 2:
+            found.append(f"lora_r: {self.lora_r} is odd; init_lora_weights orthogonal takes an even rank")
+        if self.init_lora_weights == "pissa" and (self.method == "qlora" or self.load_in_8bit):
+            found.append("init_lora_weights: pissa needs a base that is not quantised; give method lora or olora here")
+        return found
+
+
+class OptimOptions(Options):
+    """Optimizer and schedule"""
+
+    optim: Optimizer = Field("adamw", description="Optimizer by name")
+    learning_rate: float | None = Field(None, gt=0, description="At its peak; none: 2e-4 with an adapter, else 2e-5")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled decay of matrices; norms and biases never decay")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the first moment")
+    adam_beta2: float | None = Field(
+        None, ge=0, lt=1, description="Of the second moment; none: 0.999, or 0.99 for Lion"
+    )
+    adam_epsilon: float = Field(1e-8, gt=0, description="Added to the denominator of AdamW")
+    max_grad_norm: float = Field(1.0, ge=0, description="Gradients are scaled down to this norm; 0: never")
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "cosine_with_min_lr", "constant", "constant_with_warmup", "warmup_stable_decay"
+    ] = Field("cosine", description="Course of the learning rate")
+    min_lr_rate: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Where the rate ends, as a share of its peak; none: 0.1, or 0 for warmup_stable_decay",
+    )
+    decay_share: float = Field(0.1, gt=0, le=1, description="Share of all steps in which warmup_stable_decay decays")
+    warmup_steps: float = Field(0.03, ge=0, description="Steps of warmup; below 1: a share of all steps")
+    neftune_noise_alpha: float | None = Field(None, gt=0, description="NEFTune: noise on the input embeddings")
+    loraplus_lr_ratio: float | None = Field(None, ge=1, description="LoRA+: learning rate of B over that of A")
+
+    @model_validator(mode="after")
+    def _resolve(self) -> "OptimOptions":
+        """Fill in the defaults that depend on another option, so that what is in force can be read and recorded."""
+        full = not isinstance(self, MethodOptions) or self.method == "full"
+        defaults = {
+            "learning_rate": 2e-5 if full else 2e-4,
+            "adam_beta2": 0.99 if self.optim == "lion" else 0.999,
+            "min_lr_rate": 0.0 if self.lr_scheduler_type == "warmup_stable_decay" else 0.1,
+        }
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                # Not an assignment: the object is frozen, and the field must not count as set by the person.
+                object.__setattr__(self, name, value)
+        return self
+
+    def problems(self) -> list[str]:
+        found = super().problems() + self._misplaced(OPTIMIZERS, "optim")
+        found += self._misplaced(SCHEDULES, "lr_scheduler_type")
+        if self.warmup_steps >= 1 and self.warmup_steps != int(self.warmup_steps):
+            found.append(f"warmup_steps: {self.warmup_steps} is neither a whole number of steps nor a share below 1")
+        share = self.warmup_steps + self.decay_share
+        if self.lr_scheduler_type == "warmup_stable_decay" and self.warmup_steps < 1 < share:
+            found.append(
+                f"decay_share: {self.decay_share} and warmup_steps {self.warmup_steps} are more than all steps"
+            )
+        return found
+
+
+class RunOptions(Options):
+    """Run"""
+
+    output_dir: str = Field("output", description="Folder for everything that the run writes")
+    overwrite_output_dir: bool = Field(False, description="Start anew in an output_dir that holds another run")
+    resume_from_checkpoint: Annotated[str, BeforeValidator(_resume)] = Field(
+        "auto", description="auto: continue what output_dir holds; none: start anew; or the checkpoint's folder"
+    )
+    per_device_train_batch_size: int = Field(1, ge=1, description="Rows in a forward pass of one process")
+    per_device_eval_batch_size: int = Field(8, ge=1, description="Rows in a forward pass of one process, evaluating")
+    gradient_accumulation_steps: int | None = Field(None, ge=1, description="Forward passes in a step; none: 1")
+    total_batch_size: int | None = Field(None, ge=1, description="Rows in a step over all processes; sets accumulation")
+    num_train_epochs: float = Field(1.0, gt=0, description="Times the data is gone through")
+    max_steps: int | None = Field(
+        None, ge=1, description="Optimizer steps; where given, it counts and num_train_epochs does not"
+    )
+    logging_steps: int = Field(10, ge=1, description="Steps from one line of metrics to the next")
+    eval_steps: int | None = Field(None, ge=1, description="Steps from one evaluation to the next; none: at the end")
+    save_steps: int | None = Field(None, ge=1, description="Steps from one checkpoint to the next; none: at the end")
+    save_total_limit: int = Field(2, ge=1, description="Checkpoints kept; the newest one always is")
+    seed: int = Field(42, ge=0, lt=2**32, description="Of initialisation, order, dropout and noise")
+    report_to: Trackers = Field(default_factory=list, description="Trackers that get the metrics; none: no tracker")
+    run_name: str | None = Field(None, description="Name of the run in trackers and run.json")
+    dry_run: bool = Field(False, description="Show settings, rows, ledger and steps, then stop")
+    eval_on_start: bool = Field(False, description="Evaluate before the first step as well")
+    eval_generate: int = Field(0, ge=0, description="Evaluation rows answered by generating, for eval/exact_match")
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if self.gradient_accumulation_steps and self.total_batch_size:
+            found.append(
+                f"total_batch_size: {self.total_batch_size} sets the accumulation already; "
+                "give it or gradient_accumulation_steps, not both"
+            )
+        if isinstance(self, DataOptions) and self.train_files and not (self.eval_files or self.eval_share):
+            found += [
+                f"{name}: {getattr(self, name)} has nothing to evaluate; give eval_files or eval_share as well"
+                for name in ("eval_steps", "eval_generate")
+                if name in self.model_fields_set and getattr(self, name)
+            ]
+        return found
+
+
+class TrainOptions(ModelOptions, DataOptions, MethodOptions, OptimOptions, RunOptions):
+    """What every training script takes."""
+
+
+class SftOptions(Options):
+    """Supervised fine-tuning"""
+
+    overfit: bool = Field(False, description="Learn the rows by heart, as a proof that data, template and stop work")
+
+
+class PretrainOptions(ModelOptions):
+    """Pretraining"""
+
+    config_name: str | None = Field(None, description="Folder or hub id of a config: train from random weights")
+    text_column: str = Field("text", description="Column that holds the text")
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if (self.config_name is None) == (self.model_name_or_path is None):
+            given = "neither" if self.config_name is None else "both"
+            found.append(
+                f"config_name: {given} of config_name (random weights) and model_name_or_path (its weights) is given; "
+                "give exactly one"
+            )
+        unused = [name for name in ("train_on", "chat_template") if name in self.model_fields_set]
+        return found + [f"{name}: only conversations have turns; pretraining trains every token" for name in unused]
+
+
+class MergeOptions(Options):
+    """Merge"""
+
+    adapter: str = Field(description="Folder or hub id of the adapter")
+    output_dir: str = Field(description="Folder for the merged model")
+    base: str | None = Field(None, description="Folder or hub id of the base model; none: the one the adapter names")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="Of the weights written")
+    verify: Literal["modules", "logits", "none"] = Field("modules", description="What is compared after merging")
+    overwrite_output_dir: bool = Field(False, description="Replace what output_dir holds")
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model")
+
+
+class ChatOptions(Options):
+    """Chat"""
+
+    model: str = Field(description="Folder or hub id of a model, or of an adapter")
+    base: str | None = Field(None, description="Base model of an adapter; none: the one the adapter names")
+    prompt: str | None = Field(None, description="One question to answer; none: ask at the terminal")
+    system: str | None = Field(None, description="System message")
+    max_new_tokens: int = Field(256, ge=1, description="Tokens of an answer at most")
+    temperature: float = Field(0.0, ge=0, description="Of the sampling; 0: the most likely token")
+    chat_template: str | None = Field(None, description="chatml or a .jinja file, in place of the tokenizer's own")
+    precision: Precision = Field("auto", description="Of the weights; auto: as stored, float32 on CPU")
+    seed: int = Field(42, ge=0, lt=2**32, description="Of the sampling")
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model")
+
+
+class ShowOptions(Options):
+    """Show data"""
+
+    # `json` is a method of every pydantic model, so only the option has that name.
+    json_lines: bool = Field(False, alias="json", description="Print one JSON object a row and nothing else")

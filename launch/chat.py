@@ -1,0 +1,76 @@
+"""Ask a model or an adapter, at the terminal or with one question.
+
+    python launch/chat.py --model output
+    python launch/chat.py --model merged --prompt "What is 3 + 4?"
+"""
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, GenerationConfig, TextStreamer, set_seed
+
+from accel_llm.chat import load_template
+from accel_llm.config import parse
+from accel_llm.distributed import quiet
+from accel_llm.errors import ConfigError, run
+from accel_llm.merge import adapter_folder, base_of
+from accel_llm.models import DTYPES, check_model_name, load_tokenizer
+from accel_llm.options import ChatOptions
+
+
+def load(options: ChatOptions, device: str):
+    """The model (base + adapter where an adapter was named) and the folder its tokenizer comes from."""
+    dtype = DTYPES.get(options.precision) or (torch.float32 if device == "cpu" else "auto")
+    adapter = adapter_folder(options.model)
+    if not (adapter / "adapter_config.json").is_file():
+        name = str(adapter / "model") if (adapter / "model" / "config.json").is_file() else options.model
+        check_model_name(name, "model")
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=options.trust_remote_code)
+        return model.to(device), name
+    base = base_of(adapter, options.base)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, trust_remote_code=options.trust_remote_code)
+    wrapped = PeftModel.from_pretrained(model.to(device), str(adapter))
+    if (adapter / "generation_config.json").is_file():
+        wrapped.generation_config = GenerationConfig.from_pretrained(str(adapter))
+    return wrapped, str(adapter) if (adapter / "tokenizer_config.json").is_file() else base
+
+
+def main() -> None:
+    options = parse(ChatOptions)
+    quiet()
+    set_seed(options.seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, source = load(options, device)
+    tokenizer = load_tokenizer(source, trust_remote_code=options.trust_remote_code)
+    template = load_template(tokenizer, options.chat_template)
+    stop = model.generation_config.eos_token_id
+    stop_ids = {template.turn_end_id, *(stop if isinstance(stop, list) else [stop])} - {None}
+    if not stop_ids:
+        raise ConfigError(f"model: {options.model} names no end token, so no answer would end.")
+    sampling = {"do_sample": True, "temperature": options.temperature} if options.temperature else {"do_sample": False}
+    settings = GenerationConfig(
+        max_new_tokens=options.max_new_tokens, eos_token_id=sorted(stop_ids), pad_token_id=tokenizer.pad_token_id, **sampling
+    )
+    messages = [{"role": "system", "content": options.system}] if options.system else []
+    while True:
+        try:
+            question = options.prompt or input("you> ")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if not question.strip():
+            return
+        messages.append({"role": "user", "content": question})
+        ids = torch.tensor([template.prompt_ids(messages)], device=device)
+        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        with torch.no_grad():
+            output = model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=streamer
+            )
+        answer = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+        messages.append({"role": "assistant", "content": answer})
+        if options.prompt:
+            return
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,105 @@
+"""Pretraining on plain text, from random weights (config_name) or further from given ones (model_name_or_path).
+
+    accelerate launch --config_file accelerate_configs/cpu.yaml launch/pretrain.py --config launch/recipes/demo_base.yaml
+    accelerate launch --config_file accelerate_configs/zero2.yaml launch/pretrain.py \
+        --config_name Qwen/Qwen2.5-1.5B --tokenizer_name Qwen/Qwen2.5-1.5B --train_files text.jsonl --output_dir output
+
+`--help` lists all options.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from accel_llm import adapter, checkpoint, display, distributed, encode, evaluate, losses, models, optim
+from accel_llm import demofiles as demo
+from accel_llm.config import parse, resolved
+from accel_llm.errors import run
+from accel_llm.export import export, stop_ids
+from accel_llm.metrics import Meter
+from accel_llm.options import PretrainOptions, TrainOptions
+from accel_llm.record import recording
+from accel_llm.stream import Stream, to_device
+
+DEFAULTS = {"method": "full", "overlong": "split"}
+
+
+class Options(PretrainOptions, TrainOptions):
+    """Everything that can be set for pretraining."""
+
+
+def main() -> None:
+    options = demo.resolve(parse(Options, sys.argv[1:], DEFAULTS))
+    distributed.quiet()
+    accelerator = distributed.build_accelerator(options)
+    tokenizer = models.tokenizer_of(options)
+    config = models.load_config(options, options.max_length)
+    data = encode.texts(options, options.seed, tokenizer, options.text_column)
+    models.check_token_ids(data.train.input_ids, config, tokenizer)
+    stream = Stream(data.train, options, accelerator.process_index, accelerator.num_processes, tokenizer.pad_token_id)
+    display.before_training(accelerator, options, tokenizer, data, stream.plan)
+    if options.dry_run:
+        return
+
+    start = checkpoint.start(accelerator, options)
+    set_seed(options.seed)
+    model = models.load_model(options) if options.model_name_or_path else models.build_model(config, options)
+    losses.attach(model, options.per_device_train_batch_size * options.max_length)
+    if options.method != "full":
+        model = adapter.attach(model, options)
+    optimizer = optim.build_optimizer(model, options, accelerator.device.type, distributed.engine())
+    scheduler = optim.build_schedule(optimizer, options, stream.plan.total_steps)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    facts = distributed.prove(accelerator, model, options)
+    set_seed(options.seed, device_specific=True)
+    checkpoint.resume(accelerator, model, optimizer, scheduler, start)
+    stop = stop_ids(model, tokenizer, None)
+
+    facts |= {"options": resolved(options), "data": data.fingerprint, "ledger": data.ledger.to_dict()}
+    with recording(Path(options.output_dir), accelerator.is_main_process, **facts) as record:
+        evaluation = evaluate.Evaluation(accelerator, tokenizer, data.eval, options, stop)
+        train(accelerator, model, optimizer, scheduler, stream, evaluation, options, start.step)
+        base, dtype = str(options.model_name_or_path), config.dtype or torch.float32
+        folder = export(accelerator, model, tokenizer, stop, base, dtype, options.output_dir)
+        record.update(samples=evaluation.samples)
+    display.after_training(accelerator, folder)
+
+
+def train(
+    accelerator: Accelerator,
+    model: Any,
+    optimizer: Any,
+    scheduler: Any,
+    stream: Stream,
+    evaluation: evaluate.Evaluation,
+    options: Options,
+    first_step: int,
+) -> None:
+    meter = Meter(accelerator, options, stream.plan, first_step)
+    batches, undo_averaging = stream.batches(first_step), distributed.undo_averaging(accelerator)
+    evaluation.at_start(model, meter, first_step)
+    for step in range(first_step + 1, stream.plan.total_steps + 1):
+        micro_batches = [to_device(next(batches), accelerator.device) for _ in range(stream.accumulation)]
+        targets = distributed.global_count(accelerator, micro_batches)
+        for batch in micro_batches:
+            with accelerator.accumulate(model):
+                loss = losses.next_token_loss(model, batch)
+                accelerator.backward(loss * undo_averaging / targets)
+                if accelerator.sync_gradients:
+                    grad_norm = distributed.clip(accelerator, model, options.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            meter.add(loss, batch)
+        meter.log(step, scheduler.get_last_lr()[0], grad_norm)
+        scheduler.step()
+        evaluation.when_due(model, meter, step)
+        checkpoint.when_due(accelerator, model, optimizer, scheduler, meter, options, step)
+    meter.close()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,108 @@
+"""Supervised fine-tuning on conversations.
+
+    accelerate launch --config_file accelerate_configs/zero2.yaml launch/sft.py
+    accelerate launch --config_file accelerate_configs/fsdp2.yaml launch/sft.py \
+        --model_name_or_path Qwen/Qwen3-0.6B --train_files chats.jsonl --output_dir output
+
+Without a model and data it trains the embedded demo of launch/recipes/demo.yaml. `--help` lists all options.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from accel_llm import adapter, checkpoint, display, distributed, encode, evaluate, losses, models, optim
+from accel_llm import demofiles as demo
+from accel_llm.chat import load_template
+from accel_llm.config import resolved
+from accel_llm.errors import run
+from accel_llm.export import export, stop_ids
+from accel_llm.metrics import Meter
+from accel_llm.options import SftOptions, TrainOptions
+from accel_llm.record import recording
+from accel_llm.stream import Stream, to_device
+
+DEMO = Path(__file__).parent / "recipes" / "demo.yaml"
+
+
+class Options(SftOptions, TrainOptions):
+    """Everything that can be set for supervised fine-tuning."""
+
+
+def main() -> None:
+    options = demo.parse_or_demo(Options, DEMO, sys.argv[1:])
+    distributed.quiet()
+    accelerator = distributed.build_accelerator(options)
+    tokenizer = models.tokenizer_of(options)
+    template = load_template(tokenizer, options.chat_template)
+    config = models.load_config(options, options.max_length)
+    data = encode.conversations(options, options.seed, tokenizer, template)
+    models.check_token_ids(data.train.input_ids, config, tokenizer)
+    stream = Stream(data.train, options, accelerator.process_index, accelerator.num_processes, tokenizer.pad_token_id)
+    display.before_training(accelerator, options, tokenizer, data, stream.plan)
+    if options.dry_run:
+        return
+
+    start = checkpoint.start(accelerator, options)
+    set_seed(options.seed)
+    model = models.load_model(options)
+    losses.attach(model, options.per_device_train_batch_size * options.max_length)
+    if options.method != "full":
+        model = adapter.attach(model, options)
+    optimizer = optim.build_optimizer(model, options, accelerator.device.type, distributed.engine())
+    scheduler = optim.build_schedule(optimizer, options, stream.plan.total_steps)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    facts = distributed.prove(accelerator, model, options)
+    set_seed(options.seed, device_specific=True)
+    checkpoint.resume(accelerator, model, optimizer, scheduler, start)
+    stop = stop_ids(model, tokenizer, template.turn_end_id)
+    display.stop_proof(accelerator, data.train, tokenizer, template.turn_end_id, stop)
+
+    facts |= {"options": resolved(options), "data": data.fingerprint, "ledger": data.ledger.to_dict()}
+    with recording(Path(options.output_dir), accelerator.is_main_process, **facts) as record:
+        evaluation = evaluate.Evaluation(accelerator, tokenizer, data.eval, options, stop)
+        train(accelerator, model, optimizer, scheduler, stream, evaluation, options, start.step)
+        base, dtype = str(options.model_name_or_path), config.dtype or torch.float32
+        folder = export(accelerator, model, tokenizer, stop, base, dtype, options.output_dir)
+        record.update(samples=evaluation.samples)
+    display.after_training(accelerator, folder)
+
+
+def train(
+    accelerator: Accelerator,
+    model: Any,
+    optimizer: Any,
+    scheduler: Any,
+    stream: Stream,
+    evaluation: evaluate.Evaluation,
+    options: Options,
+    first_step: int,
+) -> None:
+    meter = Meter(accelerator, options, stream.plan, first_step)
+    batches, undo_averaging = stream.batches(first_step), distributed.undo_averaging(accelerator)
+    evaluation.at_start(model, meter, first_step)
+    for step in range(first_step + 1, stream.plan.total_steps + 1):
+        micro_batches = [to_device(next(batches), accelerator.device) for _ in range(stream.accumulation)]
+        targets = distributed.global_count(accelerator, micro_batches)
+        for batch in micro_batches:
+            with accelerator.accumulate(model):
+                loss = losses.next_token_loss(model, batch)
+                accelerator.backward(loss * undo_averaging / targets)
+                if accelerator.sync_gradients:
+                    grad_norm = distributed.clip(accelerator, model, options.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            meter.add(loss, batch)
+        meter.log(step, scheduler.get_last_lr()[0], grad_norm)
+        scheduler.step()
+        evaluation.when_due(model, meter, step)
+        checkpoint.when_due(accelerator, model, optimizer, scheduler, meter, options, step)
+    meter.close()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,261 @@
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from test_losses import FAMILIES, random_rows, tiny_model
+from torch import nn
+from transformers import AttentionInterface
+
+from accel_llm import attention, losses
+from accel_llm.errors import ConfigError
+from accel_llm.packing import collate_packed, collate_padded
+
+
+def alone(model, rows) -> list[torch.Tensor]:
+    """Logits of each row by itself under transformers' own attention."""
+    with attention.stock(model):
+        return [model(input_ids=torch.from_numpy(ids)[None], use_cache=False).logits[0] for ids, _ in rows]
+
+
+def in_one_row(model, rows) -> list[torch.Tensor]:
+    logits = model(**attention.model_kwargs(collate_packed(rows)), use_cache=False).logits[0]
+    return list(logits.split([len(ids) for ids, _ in rows]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_documents_are_computed_as_if_alone(family):
+    rows = random_rows(5, 20)
+    model = tiny_model(family)
+    losses.attach(model, 1024)
+    attention.enable(model)
+    with torch.no_grad():
+        for packed, single in zip(in_one_row(model, rows), alone(model, rows), strict=True):
+            torch.testing.assert_close(packed, single, rtol=1e-5, atol=1e-5)
+        packed = losses.next_token_loss(model, collate_packed(rows))
+        with attention.stock(model):
+            singles = [losses.next_token_loss(model, collate_padded([row], 0)) for row in rows]
+    torch.testing.assert_close(packed, sum(singles), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_changing_one_document_moves_no_bit_of_another(family):
+    rows = random_rows(5, 20)
+    model = tiny_model(family)
+    attention.enable(model)
+    changed = [rows[0], (rows[1][0][::-1].copy(), rows[1][1]), *rows[2:]]
+    with torch.no_grad():
+        before, after = in_one_row(model, rows), in_one_row(model, changed)
+    assert [torch.equal(a, b) for a, b in zip(before, after, strict=True)] == [True, False, True, True, True]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_probe_passes_what_is_isolated(family):
+    model = tiny_model(family)
+    attention.enable(model)
+    attention.probe(model.train(), "cpu", torch.float32)
+    assert model.training
+
+
+def leaking(module, query, key, value, mask, cu_seq_lens_q, **others):
+    boundaries = cu_seq_lens_q[[0, -1]]
+    longest = int(boundaries[-1])
+    others["max_length_q"] = longest
+    return attention.packed_attention(module, query, key, value, mask, cu_seq_lens_q=boundaries, **others)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "granite"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_probe_catches_a_backend_that_ignores_boundaries(family, dtype, monkeypatch):
+    model = tiny_model(family).to(dtype)
+    attention.enable(model)
+    attention.probe(model, "cpu", dtype)
+    monkeypatch.setitem(AttentionInterface._global_mapping, attention.NAME, leaking)
+    with pytest.raises(ConfigError, match=r"packing: true leaks in .*ForCausalLM|LMHeadModel.*: set packing: false"):
+        attention.probe(model, "cpu", dtype)
+
+
+class RunningPositions(nn.Module):
+    """A wrapper that loses the restart of positions."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, position_ids=None, **inputs):
+        return self.model(input_ids=input_ids, position_ids=torch.arange(input_ids.shape[1])[None], **inputs)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_probe_catches_positions_that_do_not_restart(family):
+    model = RunningPositions(tiny_model(family))
+    attention.enable(model)
+    with pytest.raises(ConfigError, match="packing: true changes the results"):
+        attention.probe(model, "cpu", torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "reason"),
+    [
+        ("bloom", {}, "BloomForCausalLM computes attention outside"),
+        ("falcon", {}, "FalconForCausalLM computes attention outside"),
+        ("llama4_text", {}, "layers of kind chunked_attention"),
+        ("recurrent_gemma", {}, "layers of kind linear_attention"),
+    ],
+)
+def test_families_that_cannot_be_isolated_are_refused(family, options, reason):
+    with pytest.raises(ConfigError, match=f"{reason}.*set packing: false"):
+        attention.enable(tiny_model(family, **options))
+
+
+def test_a_family_that_drops_the_boundaries_is_refused_by_the_probe():
+    model = tiny_model("stablelm")
+    attention.enable(model)
+    with pytest.raises(ConfigError, match="StableLmAttention got none: set packing: false"):
+        attention.probe(model, "cpu", torch.float32)
+
+
+def test_without_boundaries_nothing_is_computed():
+    model = tiny_model("llama")
+    attention.enable(model)
+    batch = collate_padded(random_rows(3, 9), 0)
+    with pytest.raises(ConfigError, match="LlamaAttention got none"):
+        model(input_ids=batch["input_ids"])
+    with pytest.raises(ConfigError, match="LlamaAttention got an attention mask"):
+        model(**attention.model_kwargs(batch))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21.2
+def test_stock_generates_inside_any_wrapper_and_is_undone():
+    prompt = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.int64)}
+    options = {"max_new_tokens": 6, "do_sample": False}
+    expected = tiny_model("gemma2").generate(**prompt, **options)
+    base = tiny_model("gemma2")
+    attention.enable(base)
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")).eval()
+    with pytest.raises(ZeroDivisionError), attention.stock(model):
+        assert model.generate(**prompt, **options).tolist() == expected.tolist()
+        raise ZeroDivisionError
+    assert base.config._attn_implementation == attention.NAME
+    attention.probe(model, "cpu", torch.float32)
+    assert "attn_implementation" not in base.config.to_json_string()
+
+
+def brute_force(query, key, value, lengths, scaling, window, softcap, sinks) -> torch.Tensor:
+    """float64 attention written token by token: [1, T, heads, head_dim]."""
+    output = torch.zeros_like(query)
+    groups = query.shape[1] // key.shape[1]
+    starts = [sum(lengths[:i]) for i in range(len(lengths)) for _ in range(lengths[i])]
+    for head in range(query.shape[1]):
+        for t, start in enumerate(starts):
+            first = start if window is None else max(start, t - window + 1)
+            scores = key[0, head // groups, first : t + 1] @ query[0, head, t] * scaling
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            if sinks is not None:
+                scores = torch.cat([scores, sinks[head : head + 1]])
+            output[0, head, t] = scores.softmax(0)[: t + 1 - first] @ value[0, head // groups, first : t + 1]
+    return output.transpose(1, 2)
+
+
+@pytest.mark.parametrize("sinks", [None, torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64)], ids=["", "sinks"])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("window", [None, 1, 3, 100])
+@pytest.mark.parametrize("scaling", [0.3, 8**-0.5])
+def test_scores_are_what_the_definition_says(scaling, window, softcap, sinks):
+    generator = torch.Generator().manual_seed(0)
+    lengths = [5, 1, 7]
+    query, key, value = (torch.randn(1, heads, 13, 8, generator=generator, dtype=torch.float64) for heads in (4, 2, 2))
+    found, _ = attention.packed_attention(
+        nn.Module(),
+        query.float(),
+        key.float(),
+        value.float(),
+        None,
+        scaling=scaling,
+        sliding_window=window,
+        softcap=softcap,
+        s_aux=None if sinks is None else sinks.float(),
+        cu_seq_lens_q=torch.tensor([0, 5, 6, 13], dtype=torch.int32),
+        max_length_q=7,
+    )
+    expected = brute_force(query, key, value, lengths, scaling, window, softcap, sinks)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_dropout_is_applied_to_weights_and_keeps_their_mean(softcap):
+    value = torch.ones(1, 1, 40, 8)
+    boundaries = torch.tensor([0, 40])
+    torch.manual_seed(0)
+    found, _ = attention.packed_attention(
+        nn.Module(), value, value, value, None, 0.5, softcap=softcap, cu_seq_lens_q=boundaries, max_length_q=40
+    )
+    assert found.std() > 0.05
+    assert abs(found[0, 20:].mean() - 1) < 0.1
+
+
+@pytest.mark.parametrize("term", [{"position_bias": torch.zeros(1)}, {"indices": torch.zeros(1)}, {"is_causal": False}])
+def test_unknown_score_terms_are_refused(term):
+    query = torch.zeros(1, 1, 4, 8)
+    with pytest.raises(ConfigError, match=f"cannot honour {next(iter(term))}.*set packing: false"):
+        attention.packed_attention(
+            nn.Module(), query, query, query, None, cu_seq_lens_q=torch.tensor([0, 4]), max_length_q=4, **term
+        )
+
+
+def on_cuda(query, key, value, boundaries, dtype, **options) -> list[torch.Tensor]:
+    """Output and the three input gradients of one call, float32 on CPU."""
+    inputs = [tensor.to("cuda", dtype).requires_grad_() for tensor in (query, key, value)]
+    output, _ = attention.packed_attention(
+        nn.Module(),
+        *inputs,
+        None,
+        cu_seq_lens_q=boundaries.cuda(),
+        max_length_q=int(boundaries.diff().max()),
+        **options,
+    )
+    weights = torch.linspace(-1, 1, output.numel(), device="cuda").view_as(output)
+    (output.float() * weights).sum().backward()
+    return [tensor.detach().float().cpu() for tensor in (output, *(tensor.grad for tensor in inputs))]
+
+
+@pytest.mark.parametrize("window", [None, 16])
+@pytest.mark.parametrize("scaling", [64**-0.5, 0.2])
+@pytest.mark.parametrize("kv_heads", [8, 2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_variable_length_kernel_equals_one_document_at_a_time(dtype, kv_heads, scaling, window, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    boundaries = torch.tensor([0, 70, 71, 200, 233], dtype=torch.int32)
+    tensors = [torch.randn(1, heads, 233, 64, generator=generator) for heads in (8, kv_heads, kv_heads)]
+    calls = []
+    kernel = attention.varlen_attn
+    monkeypatch.setattr(attention, "varlen_attn", lambda *args, **options: calls.append(1) or kernel(*args, **options))
+    fused = on_cuda(*tensors, boundaries, dtype, scaling=scaling, sliding_window=window)
+    taken = bool(calls)
+    monkeypatch.setattr(attention, "_varlen_takes", lambda *_: False)
+    single = on_cuda(*tensors, boundaries, dtype, scaling=scaling, sliding_window=window)
+    exact = on_cuda(*tensors, boundaries, torch.float32, scaling=scaling, sliding_window=window)
+    options = attention.VARLEN_OPTIONS
+    assert taken == ((window is None or "window_size" in options) and (scaling == 64**-0.5 or "scale" in options))
+    for found, other, truth in zip(fused, single, exact, strict=True):
+        assert (found - truth).norm() <= 1.5 * (other - truth).norm() + 1e-3 * truth.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_probe_passes_on_cuda(family, dtype):
+    model = tiny_model(family).to("cuda", dtype)
+    attention.enable(model)
+    attention.probe(model, "cuda", dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_autocast_leaves_the_kernel_one_dtype():
+    model = tiny_model("qwen3").cuda()
+    attention.enable(model)
+    with torch.autocast("cuda", torch.bfloat16):
+        attention.probe(model, "cuda", torch.bfloat16)

@@ -1,0 +1,368 @@
+import json
+
+import pytest
+from pydantic import ValidationError
+
+from accel_llm.config import parse, resolved, schema
+from accel_llm.errors import ConfigError
+from accel_llm.options import (
+    ChatOptions,
+    MergeOptions,
+    OptimOptions,
+    PretrainOptions,
+    SftOptions,
+    ShowOptions,
+    TrainOptions,
+)
+
+
+class Sft(TrainOptions, SftOptions):
+    """Script"""
+
+
+class Pretrain(PretrainOptions, TrainOptions):
+    """Script"""
+
+
+class Show(Sft, ShowOptions):
+    """Script"""
+
+
+def sft(line: str = "", **defaults) -> Sft:
+    return parse(Sft, line.split(), defaults)
+
+
+def problems(options_class, line: str, **defaults) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        parse(options_class, line.split(), defaults)
+    return caught.value.problems
+
+
+def recipe(folder, text: str) -> str:
+    path = folder / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return f"--config {path}"
+
+
+def test_defaults_are_valid_and_documented():
+    for options_class in (Sft, Pretrain, Show, MergeOptions, ChatOptions):
+        assert all(field.description for field in options_class.model_fields.values())
+    assert Sft() == sft()
+    assert sft().model_fields_set == set()
+
+
+def test_every_way_to_write_a_flag():
+    options = sft(
+        "--train_files a.json b.json --eval-files=c.json --packing false --gradient_checkpointing "
+        "--use_dora true --learning-rate 2e-4 --warmup_steps=10 --init_lora_weights olora"
+    )
+    assert options.train_files == ["a.json", "b.json"]
+    assert options.eval_files == ["c.json"]
+    assert (options.packing, options.gradient_checkpointing, options.use_dora) == (False, True, True)
+    assert (options.learning_rate, options.warmup_steps) == (2e-4, 10)
+    assert options.init_lora_weights == "olora"
+
+
+def test_a_repeated_flag_is_overruled_and_a_repeated_list_grows():
+    options = sft("--seed 1 --train_files a b --seed 2 --train_files c")
+    assert (options.seed, options.train_files) == (2, ["a", "b", "c"])
+
+
+def test_precedence_is_class_then_script_then_recipe_then_flag(tmp_path):
+    config = recipe(tmp_path, "max_length: 64\nseed: 3\nlora_r: 4\n")
+    options = sft(f"{config} --seed 4", lora_r=8, max_length=128, lora_alpha=9)
+    assert (options.logging_steps, options.lora_alpha, options.max_length, options.lora_r) == (10, 9, 64, 4)
+    assert options.seed == 4
+
+
+def test_a_recipe_is_read_as_a_person_means_it(tmp_path):
+    text = (
+        "learning-rate: 2e-4\ntrain_files: a.json\nreport_to: none\nlimit_rows: null\nmax_steps: 1_000\nrun_name: 7\n"
+    )
+    options = sft(recipe(tmp_path, text))
+    assert (options.learning_rate, options.train_files, options.report_to) == (2e-4, ["a.json"], [])
+    assert (options.limit_rows, options.max_steps, options.run_name) == (None, 1000, "7")
+    assert sft(recipe(tmp_path, "# nothing\n")) == sft()
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("a: [1,\nb: 2", "recipe.yaml, line 2, is not YAML: expected ',' or ']', but got '<stream end>'"),
+        ("- a\n- b", "recipe.yaml holds a list; a recipe is lines of `option: value`"),
+        ("just words", "recipe.yaml holds a str; a recipe is lines of `option: value`"),
+        ("seed: 1\nlora_r: 8\nseed: 2", "seed: given 2 times in"),
+        ("lora:\n  r: 8", "lora: no such option; did you mean lora_r?"),
+        ("seed: !!python/object/apply:os.system [ls]", "line 1, is not YAML: could not determine a constructor"),
+    ],
+)
+def test_a_recipe_that_cannot_be_used_is_one_sentence(tmp_path, text, problem):
+    (found,) = problems(Sft, recipe(tmp_path, text))
+    assert problem in found
+
+
+def test_a_recipe_that_is_not_there_or_not_text(tmp_path):
+    assert problems(Sft, "--config gone.yaml") == ["config: gone.yaml cannot be read: No such file or directory"]
+    assert problems(Sft, f"--config {tmp_path}") == [f"config: {tmp_path} cannot be read: Is a directory"]
+    (tmp_path / "binary.yaml").write_bytes(b"seed: \xff\xfe")
+    (found,) = problems(Sft, f"--config {tmp_path / 'binary.yaml'}")
+    assert "binary.yaml cannot be read: 'utf-8' codec" in found
+    assert problems(Sft, "--config a.yaml b.yaml") == [
+        "config: ['a.yaml', 'b.yaml'] is not allowed; give one YAML file"
+    ]
+
+
+def test_all_problems_are_reported_at_once(tmp_path):
+    line = (
+        "stray --lerning_rate 1 --lora_r 0 --eval_share 1 --precision fp8 --max_steps 3 --num_train_epochs 2 "
+        "--report_to wandb foo --logging_steps --save_steps 1.5 --deepspeed z.json"
+    )
+    found = problems(Sft, f"{line} {recipe(tmp_path, 'pakcing: true')}")
+    assert sorted(found) == [
+        "'stray' follows no option; a recipe is given as --config stray",
+        "deepspeed: 'z.json' has no meaning here; DeepSpeed comes from the launcher: "
+        "accelerate launch --config_file accelerate_configs/zero2.yaml",
+        "eval_share: '1' is not allowed; give a number of at least 0 and below 1",
+        "lerning_rate: no such option; did you mean learning_rate?",
+        "logging_steps: true (or no value) is not allowed; give a whole number of at least 1",
+        "lora_r: '0' is not allowed; give a whole number of at least 1",
+        "pakcing: no such option; did you mean packing?",
+        "precision: 'fp8' is not allowed; give auto, bf16, fp16 or fp32",
+        "report_to: ['wandb', 'foo'] is not allowed; give any of tensorboard, wandb, trackio, swanlab",
+        "save_steps: '1.5' is not allowed; give a whole number of at least 1, or none",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("--seed a", "seed: 'a' is not allowed; give a whole number of at least 0 and below 4294967296"),
+        ("--seed 1 2", "seed: ['1', '2'] is not allowed; give a whole number of at least 0 and below 4294967296"),
+        ("--packing maybe", "packing: 'maybe' is not allowed; give true or false"),
+        ("--learning_rate nan", "learning_rate: 'nan' is not allowed; give a number above 0, or none"),
+        ("--lora_dropout inf", "lora_dropout: 'inf' is not allowed; give a number of at least 0 and below 1"),
+        ("--output_dir", "output_dir: true (or no value) is not allowed; give text"),
+        ("--train_files", "train_files: true (or no value) is not allowed; give one or several texts"),
+        ("--init_lora_weights eva", "init_lora_weights: 'eva' is not allowed; give true or false, or gaussian, "
+         "orthogonal, olora or pissa"),
+        ("--lora_target_modules q_proj(", "lora_target_modules: 'q_proj(' is neither a list of module names nor a "
+         "regular expression (missing ), unterminated subpattern at position 6)"),
+        ("--qqqq 1", "qqqq: no such option; --help lists them all"),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_is_one_sentence(line, problem):
+    assert problems(Sft, line) == [problem]
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("--method full --lora_r 4", "lora_r: only method lora or qlora uses it, method is full"),
+        ("--method full --loraplus_lr_ratio 4", "loraplus_lr_ratio: only method lora or qlora uses it, method is full"),
+        ("--method qlora --load_in_8bit", "load_in_8bit: only method lora uses it, method is qlora"),
+        ("--optim sgd --adam_beta1 0.5",
+         "adam_beta1: only optim adamw or adamw_8bit or paged_adamw or paged_adamw_8bit or lion uses it, optim is sgd"),
+        ("--decay_share 0.2", "decay_share: only lr_scheduler_type warmup_stable_decay uses it, "
+         "lr_scheduler_type is cosine"),
+        ("--init_lora_weights orthogonal --lora_r 3",
+         "lora_r: 3 is odd; init_lora_weights orthogonal takes an even rank"),
+        ("--init_lora_weights pissa --load_in_8bit",
+         "init_lora_weights: pissa needs a base that is not quantised; give method lora or olora here"),
+        ("--warmup_steps 1.5", "warmup_steps: 1.5 is neither a whole number of steps nor a share below 1"),
+        ("--lr_scheduler_type warmup_stable_decay --warmup_steps 0.3 --decay_share 0.8",
+         "decay_share: 0.8 and warmup_steps 0.3 are more than all steps"),
+        ("--total_batch_size 8 --gradient_accumulation_steps 2", "total_batch_size: 8 sets the accumulation already; "
+         "give it or gradient_accumulation_steps, not both"),
+        ("--eval_files a --eval_share 0.1", "eval_share: 0.1 cannot be combined with eval_files; give one of the two"),
+        ("--train_files a --eval_steps 5",
+         "eval_steps: 5 has nothing to evaluate; give eval_files or eval_share as well"),
+    ],
+)  # fmt: skip
+def test_rules_between_options(line, problem):
+    assert problems(Sft, line) == [problem]
+
+
+def test_rules_ask_only_what_the_person_set(tmp_path):
+    assert sft("--method full", lora_r=4).method == "full"
+    assert sft("--method full --use_dora false").method == "full"
+    assert sft("--max_steps 5", num_train_epochs=3).max_steps == 5
+    assert problems(Sft, f"{recipe(tmp_path, 'lora_r: 4')} --method full") == [
+        "lora_r: only method lora or qlora uses it, method is full"
+    ]
+
+
+def test_defaults_that_depend_on_another_option_are_resolved():
+    assert sft().learning_rate == 2e-4
+    assert sft("--method full").learning_rate == 2e-5
+    assert OptimOptions().learning_rate == 2e-5
+    assert (sft().adam_beta2, sft("--optim lion").adam_beta2) == (0.999, 0.99)
+    assert sft("--lr_scheduler_type warmup_stable_decay").min_lr_rate == 0
+    options = sft("--optim lion --adam_beta2 0.95 --learning_rate 1 --method full")
+    assert (options.adam_beta2, options.learning_rate) == (0.95, 1)
+    assert "learning_rate" not in sft().model_fields_set
+
+
+@pytest.mark.parametrize(
+    ("given", "target"),
+    [
+        ("all-linear", "all-linear"),
+        ("q_proj", ["q_proj"]),
+        ("q_proj v_proj", ["q_proj", "v_proj"]),
+        ("q_proj,v_proj", ["q_proj", "v_proj"]),
+        (r".*\.(q|v)_proj", r".*\.(q|v)_proj"),
+    ],
+)
+def test_target_modules_are_names_or_a_pattern(given, target):
+    assert sft(f"--lora_target_modules {given}").lora_target_modules == target
+
+
+ORIGIN = (
+    "--config_name config --tokenizer_name tokenizer --torch_dtype bfloat16 --train_files a.jsonl b.jsonl "
+    "--block_size 2048 --preprocessing_num_workers 10 --per_device_train_batch_size 16 "
+    "--gradient_accumulation_steps 4 --do_train --output_dir out --evaluation_strategy no --learning_rate 1e-4 "
+    "--num_train_epochs 1 --warmup_steps 200 --logging_strategy steps --logging_steps 5 --save_strategy steps "
+    "--save_steps 100 --save_total_limit 1 --seed 12 --bf16 --gradient_checkpointing --report_to wandb "
+    "--resume_from_checkpoint out/checkpoints/step-00000100"
+)
+
+
+def test_the_launch_script_that_the_project_grew_from():
+    options = parse(Pretrain, ORIGIN.split(), {"method": "full"})
+    assert {name: value for name, value in resolved(options).items() if name in options.model_fields_set} == {
+        "config_name": "config",
+        "tokenizer_name": "tokenizer",
+        "precision": "bf16",
+        "train_files": ["a.jsonl", "b.jsonl"],
+        "max_length": 2048,
+        "preprocessing_num_workers": 10,
+        "per_device_train_batch_size": 16,
+        "gradient_accumulation_steps": 4,
+        "output_dir": "out",
+        "learning_rate": 1e-4,
+        "num_train_epochs": 1.0,
+        "warmup_steps": 200.0,
+        "logging_steps": 5,
+        "save_steps": 100,
+        "save_total_limit": 1,
+        "seed": 12,
+        "gradient_checkpointing": True,
+        "report_to": ["wandb"],
+        "resume_from_checkpoint": "out/checkpoints/step-00000100",
+    }
+    assert problems(Pretrain, f"{ORIGIN} --deepspeed ds_config_zero2.json --logging_dir logs") == [
+        "deepspeed: 'ds_config_zero2.json' has no meaning here; DeepSpeed comes from the launcher: "
+        "accelerate launch --config_file accelerate_configs/zero2.yaml",
+        "logging_dir: 'logs' has no meaning here; metrics are written to metrics.jsonl in output_dir; "
+        "report_to names trackers that get them too",
+    ]
+    assert problems(Pretrain, f"{ORIGIN} --model_name_or_path model")[0].startswith("config_name: both of config_name")
+    assert problems(Pretrain, "")[0].startswith("config_name: neither of config_name")
+    assert problems(Pretrain, "--config_name c --train_on all") == [
+        "train_on: only conversations have turns; pretraining trains every token"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "value"),
+    [
+        ("--bf16", "precision", "bf16"),
+        ("--bf16 true", "precision", "bf16"),
+        ("--bf16 False", "precision", "auto"),
+        ("--fp16", "precision", "fp16"),
+        ("--dtype float32", "precision", "fp32"),
+        ("--torch_dtype auto --bf16", "precision", "bf16"),
+        ("--mixed_precision no", "precision", "fp32"),
+        ("--load_in_4bit", "method", "qlora"),
+        ("--finetuning_type full", "method", "full"),
+        ("--model_max_length 99", "max_length", 99),
+        ("--lora_target q_proj,v_proj", "lora_target_modules", ["q_proj", "v_proj"]),
+        ("--data_path a --data_path b", "train_files", ["a", "b"]),
+        ("--warmup_ratio 0.1", "warmup_steps", 0.1),
+        ("--optim adamw_torch_fused", "optim", "adamw"),
+        ("--resume_from_checkpoint", "resume_from_checkpoint", "auto"),
+        ("--resume_from_checkpoint False", "resume_from_checkpoint", "none"),
+        ("--chat_template none", "chat_template", None),
+    ],
+)
+def test_other_trainers_names(line, name, value):
+    assert getattr(sft(line), name) == value
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("--bf16 maybe", "bf16: 'maybe' has no meaning here; it is true or false here; precision takes auto, bf16, "
+         "fp16 or fp32"),
+        ("--eval_strategy epoch", "eval_strategy: 'epoch' has no meaning here; eval_steps says how often to evaluate; "
+         "eval_files or eval_share on what"),
+        ("--fsdp full_shard", "fsdp: 'full_shard' has no meaning here; FSDP comes from the launcher: accelerate launch "
+         "--config_file accelerate_configs/fsdp2.yaml"),
+        ("--bf16 --fp16", "fp16: true (or no value) and another value for precision are both given; "
+         "give precision once"),
+        ("--torch_dtype int8", "precision: 'int8' is not allowed; give auto, bf16, fp16 or fp32"),
+    ],
+)  # fmt: skip
+def test_other_trainers_names_that_are_answered(line, problem):
+    assert problems(Sft, line) == [problem]
+
+
+def test_a_flag_overrules_the_recipe_under_any_name(tmp_path):
+    config = recipe(tmp_path, "precision: fp32\nevaluation_strategy: no\nbf16: false\n")
+    assert sft(f"{config} --bf16").precision == "bf16"
+
+
+def test_a_script_takes_only_its_own_options():
+    options = parse(MergeOptions, ["--adapter", "a", "--output_dir", "b", "--dtype", "float32"])
+    assert (options.adapter, options.dtype, options.verify) == ("a", "float32", "modules")
+    assert problems(MergeOptions, "--verify maybe --seed 3 --bf16") == [
+        "seed: no such option; --help lists them all",
+        "bf16: no such option; --help lists them all",
+        "adapter: it is required; give text",
+        "output_dir: it is required; give text",
+        "verify: 'maybe' is not allowed; give modules, logits or none",
+    ]
+    assert parse(ChatOptions, ["--model", "m", "--prompt=--hello there"]).prompt == "--hello there"
+
+
+def test_show_data_has_a_json_flag():
+    assert parse(Show, ["--json"]).json_lines
+    assert not parse(Show, []).json_lines
+    assert resolved(parse(Show, ["--json"]))["json"] is True
+    assert problems(Show, "--jsn") == ["jsn: no such option; did you mean json?"]
+
+
+def test_help_shows_groups_descriptions_and_the_scripts_defaults(capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse(Sft, ["--help"], {"max_length": 77})
+    assert ended.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Model: --model_name_or_path" in text
+    assert "a whole number of at least 2 (default: 77)" in text
+    assert text.index("Model:") < text.index("Data:") < text.index("Method:") < text.index("Run:")
+    assert all(f"--{name} " in text for name in Sft.model_fields)
+
+
+def test_the_resolved_config_is_json_that_parses_to_itself(tmp_path):
+    options = sft("--method full --train_files a b --bf16 --optim lion")
+    written = json.loads(json.dumps(resolved(options)))
+    assert written["learning_rate"] == 2e-5 and written["precision"] == "bf16"
+    assert Sft.model_validate(written) == options
+
+
+def test_schema_completes_a_recipe():
+    described = schema(Show)
+    assert described["additionalProperties"] is False
+    assert {"json", "lora_r", "train_files"} <= described["properties"].keys()
+    assert described["properties"]["max_length"] == {
+        "default": 2048,
+        "description": "Tokens in a row at most; packed rows are filled up to it",
+        "minimum": 2,
+        "title": "Max Length",
+        "type": "integer",
+    }
+    assert {"type": "string"} in described["properties"]["train_files"]["anyOf"]
+
+
+def test_options_cannot_be_changed_after_parsing():
+    with pytest.raises(ValidationError):
+        sft().seed = 3

@@ -1,0 +1,142 @@
+"""The embedded default: determinism, disjoint splits, the tokenizer's promises and the size of what is shipped."""
+
+import re
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoConfig, AutoTokenizer
+
+from accel_llm import demo
+
+TOKENIZER = demo.build_tokenizer()
+
+
+def user_questions(rows: list[dict]) -> set[str]:
+    return {message["content"] for row in rows for message in row["messages"] if message["role"] == "user"}
+
+
+def test_conversations_depend_on_the_seed_alone():
+    assert demo.conversations("train", 3) == demo.conversations("train", 3)
+    assert demo.conversations("eval", 3) != demo.conversations("eval", 4)
+    assert list(demo.documents(3, 20)) == list(demo.documents(3, 20))
+    assert list(demo.documents(3, 20)) != list(demo.documents(4, 20))
+
+
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_every_family_appears_equally_often_and_no_row_twice(split):
+    rows = demo.conversations(split)
+    families = Counter(row["family"] for row in rows)
+
+    assert len(rows) == demo.CONVERSATIONS[split]
+    assert families == {family.__name__: len(rows) // len(demo.FAMILIES) for family in demo.FAMILIES}
+    assert len({str(row["messages"]) for row in rows}) == len(rows)
+
+
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_rows_are_chats_that_end_with_a_short_answer(split):
+    rows = demo.conversations(split)
+    for row in rows:
+        roles = [message["role"] for message in row["messages"]]
+        turns = roles[1:] if roles[0] == "system" else roles
+        assert turns == ["user", "assistant"] * (len(turns) // 2)
+        assert 1 <= len(TOKENIZER(row["messages"][-1]["content"])["input_ids"]) <= 12
+    assert any(len(row["messages"]) > 3 for row in rows)
+    assert any(row["messages"][0]["role"] == "system" for row in rows)
+
+
+def test_answers_are_right():
+    """The answer of a row is worked out again from its question, not taken from the generator."""
+    checked = Counter()
+    for row in demo.conversations("train"):
+        question, answer = (message["content"] for message in row["messages"][-2:])
+        numbers = [int(number) for number in re.findall(r"\d+", question)]
+        match row["family"]:
+            case "add":
+                right = str(sum(numbers))
+            case "chain":
+                right = str(int(row["messages"][-3]["content"]) + numbers[0])
+            case "step":
+                right = str(numbers[0] + (1 if "after" in question else -1))
+            case "compare":
+                right = str(max(numbers) if "larger" in question else min(numbers))
+            case "parity":
+                right = ("even", "odd")[numbers[0] % 2]
+            case "sort":
+                right = " ".join(map(str, sorted(numbers)))
+            case "capital":
+                right = next(city for country, city in demo.CAPITALS.items() if country in question)
+            case _:
+                continue
+        assert answer == right, question
+        checked[row["family"]] += 1
+    assert len(checked) == 7
+
+
+def test_no_user_question_is_in_both_splits_whatever_the_seeds():
+    for seed in range(2):
+        train, held_out = demo.conversations("train", seed), demo.conversations("eval", seed + 1)
+        assert not user_questions(train) & user_questions(held_out)
+    assert user_questions(demo.conversations("train", 0)) & user_questions(demo.conversations("train", 1))
+
+
+def test_pretraining_documents_contain_nothing_held_out():
+    words, additions, steps, comparisons, lists = set(), set(), set(), set(), set()
+    for page in demo.documents(0, 600):
+        words |= set(re.findall(r"[a-z]+", page.lower()))
+        additions |= set(re.findall(r"(\d+) (?:\+|plus) (\d+)", page))
+        steps |= set(re.findall(r"(?:after|before) (\d+)", page))
+        comparisons |= {(int(a), int(b)) for a, b in re.findall(r"(\d+) and (\d+)", page)}
+        lists |= set(re.findall(r"(?:first|last) of (\w+, \w+, \w+)", page))
+    made_up = {word for q in user_questions(demo.conversations("eval")) for word in re.findall(r"[a-z]+", q.lower())}
+    made_up = {word for word in made_up if demo.held_out(word)} - {word.lower() for word in demo.WORDS}
+
+    assert len(made_up) > 50 and not made_up & words
+    assert len(additions) > 500 and not any(demo.held_out(f"add {a} {b}") for a, b in additions)
+    assert len(steps) > 200 and not any(demo.held_out(f"step {number}") for number in steps)
+    assert len(comparisons) > 200
+    assert not any(demo.held_out(f"compare {min(pair)} {max(pair)}") for pair in comparisons)
+    assert len(lists) > 200 and not any(demo.held_out(f"pick {things}") for things in lists)
+
+
+def test_the_share_of_held_out_items_is_as_stated():
+    share = 100 * sum(demo.held_out(f"step {number}") for number in range(10_000)) / 10_000
+    assert share == pytest.approx(demo.HELD_OUT_PERCENT, abs=1.5)
+
+
+@given(st.text())
+@settings(deadline=None)
+def test_any_text_round_trips(text):
+    assert TOKENIZER.decode(TOKENIZER(text)["input_ids"]) == text
+
+
+def test_special_tokens_are_single_ids_and_padding_is_not_the_end_of_turn():
+    assert TOKENIZER("<|endoftext|><|im_start|><|im_end|>")["input_ids"] == [0, 1, 2]
+    assert (TOKENIZER.pad_token_id, TOKENIZER.bos_token_id, TOKENIZER.eos_token_id) == (0, 0, 2)
+
+
+def test_words_are_one_token_and_operands_are_spelled():
+    pieces = TOKENIZER.convert_ids_to_tokens(TOKENIZER("What is 37 + 5 backwards, bako?")["input_ids"])
+    assert pieces == ["What", "Ġis", "Ġ", *"37", "Ġ", "+", "Ġ", "5", "Ġbackwards", ",", "Ġ", *"bako", "?"]
+
+
+def test_chat_template_is_chatml():
+    chat = [{"role": "user", "content": "Say bako."}, {"role": "assistant", "content": "bako"}]
+    text = "<|im_start|>user\nSay bako.<|im_end|>\n<|im_start|>assistant\nbako<|im_end|>\n"
+    assert TOKENIZER.apply_chat_template(chat, tokenize=False) == text
+    prompt = TOKENIZER.apply_chat_template(chat[:1], tokenize=False, add_generation_prompt=True)
+    assert prompt == "<|im_start|>user\nSay bako.<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_the_shipped_base_is_small_and_is_the_one_this_module_describes():
+    shipped = AutoTokenizer.from_pretrained(demo.BASE)
+    config = AutoConfig.from_pretrained(demo.BASE)
+
+    assert (demo.BASE / "model.safetensors").stat().st_size <= 2_000_000
+    assert shipped.get_vocab() == TOKENIZER.get_vocab()
+    assert shipped.chat_template == TOKENIZER.chat_template
+    assert shipped("Say bako 37.<|im_end|>")["input_ids"] == TOKENIZER("Say bako 37.<|im_end|>")["input_ids"]
+    ignored = ("architectures", "transformers_version", "dtype", "_name_or_path")
+    described = {k: v for k, v in demo.base_config().to_dict().items() if k not in ignored}
+    assert {k: v for k, v in config.to_dict().items() if k not in ignored} == described

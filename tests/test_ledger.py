@@ -1,0 +1,109 @@
+import io
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from accel_llm.ledger import Ledger
+
+
+def filled() -> Ledger:
+    ledger = Ledger()
+    ledger.read("a.jsonl", rows=10, supervised=60, context=40)
+    ledger.count("a.jsonl", "trained", rows=8, supervised=45, context=30)
+    ledger.count("a.jsonl", "cut: truncated", rows=0, supervised=5, context=2)
+    ledger.count("a.jsonl", "dropped: longer than max_length", rows=1, supervised=10, context=8)
+    ledger.count("a.jsonl", "dropped: broken row", rows=1)
+    ledger.read("b.jsonl", rows=2, supervised=40, context=0)
+    ledger.count("b.jsonl", "held out", rows=2, supervised=40)
+    return ledger
+
+
+def test_balance_holds_when_all_is_in_one_bin():
+    filled().balance()
+    Ledger().balance()
+
+
+@pytest.mark.parametrize("quantity", ["rows", "supervised", "context"])
+def test_balance_names_source_and_quantity_of_what_is_missing(quantity):
+    ledger = filled()
+    ledger.read("b.jsonl", **{"rows": 0, quantity: 3})
+    with pytest.raises(RuntimeError, match=rf"b\.jsonl does not balance: \d+ {quantity} read, \d+ in bins$"):
+        ledger.balance()
+
+
+def test_balance_names_what_is_counted_twice_or_never_read():
+    ledger = filled()
+    ledger.count("a.jsonl", "trained", supervised=4)
+    with pytest.raises(RuntimeError, match="10 rows read, 11 in bins; 60 supervised read, 64 in bins"):
+        ledger.balance()
+    ledger = Ledger()
+    ledger.count("c.jsonl", "trained")
+    with pytest.raises(RuntimeError, match=r"c\.jsonl does not balance: 0 rows read, 1 in bins"):
+        ledger.balance()
+
+
+def test_two_sources_do_not_make_up_for_each_other():
+    ledger = Ledger()
+    ledger.read("a", rows=1)
+    ledger.read("b", rows=1)
+    ledger.count("a", "trained", rows=2)
+    with pytest.raises(RuntimeError, match="ledger of a "):
+        ledger.balance()
+
+
+def test_lost_share_counts_cut_and_dropped_only():
+    assert filled().lost_share() == (2 / 12, 15 / 100)
+    assert Ledger().lost_share() == (0.0, 0.0)
+    ledger = Ledger()
+    ledger.read("a", supervised=4)
+    ledger.count("a", "cutlery", supervised=4)
+    assert ledger.lost_share() == (0.0, 0.0)
+
+
+def test_json_round_trip():
+    ledger = filled()
+    ledger.skip_turns("the template rewrites it", 3)
+    ledger.note("The template closes no turn.")
+    written = json.loads(json.dumps(ledger.to_dict()))
+    assert written["bins"]["b.jsonl"] == {"held out": {"rows": 2, "supervised": 40, "context": 0}}
+    assert Ledger.from_dict(written) == ledger
+
+
+def test_table_shows_every_bin_turn_and_note():
+    ledger = filled()
+    ledger.read("large.jsonl", rows=0, context=1234567)
+    ledger.skip_turns("the template trims it", 3)
+    ledger.note("The template closes no turn.")
+    console = Console(width=140, record=True, file=io.StringIO())
+    console.print(ledger.table())
+    lines = [" ".join(line.split()) for line in console.export_text().replace("│", " ").replace("┃", " ").splitlines()]
+    assert "a.jsonl read 10 60 40" in lines
+    assert "cut: truncated 0 5 2" in lines
+    assert "large.jsonl read 0 0 1,234,567" in lines
+    assert "3 turns without a label: the template trims it" in lines
+    assert "The template closes no turn." in lines
+
+
+amounts = st.integers(0, 1000)
+counts = st.tuples(
+    st.sampled_from("ab"), st.sampled_from(["trained", "cut: x", "dropped: y"]), amounts, amounts, amounts
+)
+
+
+@given(st.lists(st.lists(counts)))
+def test_merging_parts_equals_counting_at_once(parts):
+    merged, at_once = Ledger(), Ledger()
+    for part in parts:
+        worker = Ledger()
+        for source, bin, *amount in part:
+            for ledger in (worker, at_once):
+                ledger.read(source, *amount)
+                ledger.count(source, bin, *amount)
+                ledger.skip_turns("empty", amount[0])
+                ledger.note(f"about {source}")
+        merged.merge(Ledger.from_dict(worker.to_dict()))
+    merged.balance()
+    assert merged == at_once

@@ -1,0 +1,375 @@
+import copy
+import math
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, get_scheduler
+
+from accel_llm import optim
+from accel_llm.errors import ConfigError
+from accel_llm.options import MethodOptions, OptimOptions
+
+# peft 0.21.2 reads the old name of a property of transformers 5.23.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+NAMES = ["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "lion", "adafactor", "sgd", "muon"]
+
+
+@pytest.fixture
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 1}
+    return LlamaForCausalLM(LlamaConfig(num_attention_heads=4, attention_bias=True, **sizes))
+
+
+def with_adapter(model: LlamaForCausalLM, **options):
+    return get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], **options))
+
+
+def step_with_gradient(model: nn.Module, optimizer: torch.optim.Optimizer, value: float) -> None:
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.full_like(parameter, value)
+    optimizer.step()
+
+
+# --- parameter groups ---
+
+
+def test_vectors_do_not_decay_and_matrices_do(model):
+    groups = optim.parameter_groups(model, OptimOptions(weight_decay=0.1))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed, kept = ({names[id(parameter)] for parameter in group["params"]} for group in groups)
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+    assert kept == {name for name in names.values() if name.endswith(("norm.weight", ".bias"))}
+    assert decayed | kept == set(names.values())
+    assert [group["lr"] for group in groups] == [2e-5, 2e-5]
+
+
+def test_only_trainable_parameters_are_taken_and_lora_plus_speeds_up_b(model):
+    class Adapter(MethodOptions, OptimOptions):
+        pass
+
+    peft_model = with_adapter(model, use_dora=True)
+    names = {id(parameter): name for name, parameter in peft_model.named_parameters()}
+    (plain, vectors) = optim.parameter_groups(peft_model, Adapter())
+    assert (plain["lr"], len(plain["params"]), len(vectors["params"])) == (2e-4, 4, 2)
+
+    options = Adapter(loraplus_lr_ratio=16, learning_rate=1e-4, weight_decay=0.1)
+    rates = {
+        names[id(parameter)].split(".")[-3]: (group["lr"], group["weight_decay"])
+        for group in optim.parameter_groups(peft_model, options)
+        for parameter in group["params"]
+    }
+    assert rates["lora_A"] == (1e-4, 0.1)
+    assert rates["lora_B"] == (pytest.approx(1.6e-3), 0.1)
+    assert rates["lora_magnitude_vector"] == (1e-4, 0.0)
+
+
+def test_a_parameter_sharded_by_zero3_keeps_its_kind():
+    matrix = nn.Parameter(torch.empty(0))
+    matrix.ds_shape = torch.Size([4, 4])
+    vector = nn.Parameter(torch.empty(0))
+    vector.ds_shape = torch.Size([4])
+    module = nn.ParameterDict({"matrix": matrix, "vector": vector})
+    groups = optim.parameter_groups(module, OptimOptions(weight_decay=0.1))
+    assert [(group["params"][0] is matrix, group["weight_decay"]) for group in groups] == [(True, 0.1), (False, 0.0)]
+
+
+# --- optimizers ---
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_optimizer_descends_and_decays_only_matrices(model, name):
+    options = OptimOptions(optim=name, learning_rate=1e-2, weight_decay=0.5)
+    optimizer = optim.build_optimizer(model, options, "cpu", "none")
+    before = copy.deepcopy(model.state_dict())
+    step_with_gradient(model, optimizer, 0.0)
+    for parameter_name, parameter in model.named_parameters():
+        expected = before[parameter_name] * (1 - 1e-2 * 0.5 if parameter.ndim > 1 else 1)
+        torch.testing.assert_close(parameter.data, expected, rtol=1e-5, atol=1e-7)
+
+    batch = torch.arange(24)[None]
+    losses = []
+    for _ in range(8):
+        optimizer.zero_grad()
+        loss = model(batch, labels=batch).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - (0.01 if name == "sgd" else 0.2)
+
+
+def test_adamw_takes_the_steps_of_its_definition(model):
+    options = OptimOptions(learning_rate=1e-2, weight_decay=0.1, adam_beta1=0.8, adam_beta2=0.9, adam_epsilon=1e-3)
+    optimizer = optim.build_optimizer(model, options, "cpu", "none")
+    weight = model.lm_head.weight.detach().clone()
+    step_with_gradient(model, optimizer, 2.0)
+    step_with_gradient(model, optimizer, -1.0)
+    first, second = 0.0, 0.0
+    for step, gradient in enumerate([2.0, -1.0], start=1):
+        first = 0.8 * first + 0.2 * gradient
+        second = 0.9 * second + 0.1 * gradient**2
+        update = first / (1 - 0.8**step) / (math.sqrt(second / (1 - 0.9**step)) + 1e-3)
+        weight = weight * (1 - 1e-2 * 0.1) - 1e-2 * update
+    torch.testing.assert_close(model.lm_head.weight.data, weight, rtol=1e-5, atol=1e-6)
+    assert optimizer.defaults["fused"] is True
+
+
+def test_lion_steps_by_the_sign_with_its_own_second_decay(model):
+    optimizer = optim.build_optimizer(model, OptimOptions(optim="lion", learning_rate=1e-3), "cpu", "none")
+    before = model.lm_head.weight.detach().clone()
+    step_with_gradient(model, optimizer, -5.0)
+    torch.testing.assert_close(model.lm_head.weight.data, before + 1e-3)
+    assert optimizer.defaults["betas"][:2] == (0.9, 0.99)
+
+
+def test_paged_optimizers_are_the_plain_ones_without_cuda(model):
+    for name, expected in [("paged_adamw", torch.optim.AdamW), ("paged_adamw_8bit", "AdamW8bit")]:
+        optimizer = optim.build_optimizer(model, OptimOptions(optim=name), "cpu", "none")
+        assert type(optimizer) is expected or type(optimizer).__name__ == expected
+    assert optim.optimizer_in_force(OptimOptions(optim="paged_adamw_8bit"), "cpu") == "adamw_8bit"
+    assert optim.optimizer_in_force(OptimOptions(optim="paged_adamw_8bit"), "cuda") == "paged_adamw_8bit"
+
+
+def test_8_bit_state_is_8_bit_but_for_embeddings(model):
+    optimizer = optim.build_optimizer(model, OptimOptions(optim="adamw_8bit"), "cpu", "none")
+    step_with_gradient(model, optimizer, 0.1)
+    assert optimizer.state[model.lm_head.weight]["state1"].dtype == torch.uint8
+    assert optimizer.state[model.model.embed_tokens.weight]["state1"].dtype == torch.float32
+
+
+def test_an_adapter_whose_b_is_zero_moves_under_adafactor(model):
+    peft_model = with_adapter(model)
+    optimizer = optim.build_optimizer(peft_model, OptimOptions(optim="adafactor", learning_rate=1e-3), "cpu", "none")
+    step_with_gradient(peft_model, optimizer, 1.0)
+    matrix = next(parameter for name, parameter in peft_model.named_parameters() if "lora_B" in name)
+    torch.testing.assert_close(matrix.data, torch.full_like(matrix, -1e-3))
+
+
+@pytest.mark.parametrize(
+    ("name", "engine", "problem"),
+    [
+        ("muon", "deepspeed", "optim: muon cannot run here, as DeepSpeed hands it flat pieces of the weights and it "
+         "needs matrices; give adamw, lion, sgd"),
+        ("lion", "fsdp", "optim: lion cannot run here, as FSDP hands it sharded tensors, which it does not take; "
+         "give adamw, sgd, muon"),
+    ],
+)  # fmt: skip
+def test_what_an_engine_cannot_run_is_refused(model, name, engine, problem):
+    with pytest.raises(ConfigError) as caught:
+        optim.build_optimizer(model, OptimOptions(optim=name), "cpu", engine)
+    assert caught.value.problems == [problem]
+    optim.check_optimizer(OptimOptions(optim=name), "cpu", "none")
+    optim.check_optimizer(OptimOptions(optim="paged_adamw"), "cpu", engine)
+
+
+# --- Muon ---
+
+
+def test_muon_takes_hidden_matrices_and_adamw_the_rest(model):
+    optimizer = optim.build_optimizer(model, OptimOptions(optim="muon"), "cpu", "none")
+    (muon, muon_groups), (adamw, adamw_groups) = optimizer.parts
+    assert isinstance(muon, torch.optim.Muon) and isinstance(adamw, torch.optim.AdamW)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    taken = {names[id(p)] for group in optimizer.param_groups[muon_groups] for p in group["params"]}
+    rest = {names[id(p)] for group in optimizer.param_groups[adamw_groups] for p in group["params"]}
+    assert taken == {name for name in names.values() if name.endswith("proj.weight")}
+    assert rest == set(names.values()) - taken
+    assert "lm_head.weight" in rest and "model.embed_tokens.weight" in rest
+
+
+def test_muon_with_adamw_equals_the_two_apart(model):
+    twin = copy.deepcopy(model)
+    together = optim.build_optimizer(model, OptimOptions(optim="muon", learning_rate=1e-2), "cpu", "none")
+    hidden = [p for name, p in twin.named_parameters() if name.endswith("proj.weight")]
+    others = [p for name, p in twin.named_parameters() if not name.endswith("proj.weight")]
+    apart = [
+        torch.optim.Muon(hidden, lr=1e-2, weight_decay=0, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=1e-2, weight_decay=0),
+    ]
+    batch = torch.arange(24)[None]
+    for _ in range(3):
+        for trained, optimizers in [(model, [together]), (twin, apart)]:
+            trained.zero_grad()
+            trained(batch, labels=batch).loss.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+    for one, other in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_muon_resumes_from_its_state(model):
+    def train(trained, optimizer, steps):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            trained(batch, labels=batch).loss.backward()
+            optimizer.step()
+
+    batch = torch.arange(24)[None]
+    options = OptimOptions(optim="muon", learning_rate=1e-2)
+    optimizer = optim.build_optimizer(model, options, "cpu", "none")
+    train(model, optimizer, 2)
+    resumed, state = copy.deepcopy(model), copy.deepcopy(optimizer.state_dict())
+    train(model, optimizer, 2)
+
+    fresh = optim.build_optimizer(resumed, options, "cpu", "none")
+    fresh.load_state_dict(state)
+    train(resumed, fresh, 2)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), resumed.parameters(), strict=True))
+
+
+def test_muon_follows_the_schedule(model):
+    options = OptimOptions(optim="muon", learning_rate=1.0, warmup_steps=3)
+    optimizer = optim.build_optimizer(model, options, "cpu", "none")
+    optim.build_schedule(optimizer, options, 10)
+    optimizer.step()
+    assert [group["lr"] for part, _ in optimizer.parts for group in part.param_groups] == [0.25] * 3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", NAMES)
+def test_every_optimizer_steps_on_cuda(model, name):
+    model.cuda()
+    optimizer = optim.build_optimizer(model, OptimOptions(optim=name, learning_rate=1e-2), "cuda", "none")
+    batch = torch.arange(24, device="cuda")[None]
+    before = model(batch, labels=batch).loss.item()
+    for _ in range(8):
+        optimizer.zero_grad()
+        model(batch, labels=batch).loss.backward()
+        optimizer.step()
+    assert model(batch, labels=batch).loss.item() < before
+
+
+# --- schedules ---
+
+COSINE = [math.cos(math.pi * share) / 2 + 0.5 for share in (0, 0.25, 0.5, 0.75, 1)]
+
+
+@pytest.mark.parametrize(
+    ("options", "shares"),
+    [
+        ({"lr_scheduler_type": "linear", "warmup_steps": 2}, [1 / 3, 2 / 3, 1, 0.75, 0.5, 0.25, 0, 0]),
+        ({"lr_scheduler_type": "cosine", "warmup_steps": 2}, [1 / 3, 2 / 3, *COSINE, 0]),
+        ({"lr_scheduler_type": "cosine_with_min_lr", "warmup_steps": 2, "min_lr_rate": 0.2},
+         [1 / 3, 2 / 3, *(0.2 + 0.8 * wave for wave in COSINE), 0.2]),
+        ({"lr_scheduler_type": "cosine_with_min_lr", "warmup_steps": 0}, [1, 0.9397114317, 0.775, 0.55, 0.325,
+         0.1602885683, 0.1, 0.1]),
+        ({"lr_scheduler_type": "constant"}, [1] * 8),
+        ({"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 3}, [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]),
+        ({"lr_scheduler_type": "warmup_stable_decay", "warmup_steps": 1, "decay_share": 0.5},
+         [0.5, 1, 1, 1, 2 / 3, 1 / 3, 0, 0]),
+        ({"lr_scheduler_type": "warmup_stable_decay", "warmup_steps": 1, "decay_share": 0.5, "min_lr_rate": 0.4},
+         [0.5, 1, 1, 1, 0.8, 0.6, 0.4, 0.4]),
+        ({"lr_scheduler_type": "linear", "warmup_steps": 0.5}, [0.25, 0.5, 0.75, 1, 2 / 3, 1 / 3, 0, 0]),
+        ({"lr_scheduler_type": "linear", "warmup_steps": 20}, [step / 21 for step in range(1, 9)]),
+    ],
+)  # fmt: skip
+def test_learning_rate_at_every_step_of_six(model, options, shares):
+    options = OptimOptions(**options, learning_rate=0.5)
+    assert [optim.lr_at(step, options, 6) for step in range(8)] == pytest.approx(shares)
+
+    optimizer = optim.build_optimizer(model, options, "cpu", "none")
+    scheduler = optim.build_schedule(optimizer, options, 6)
+    rates = []
+    for _ in range(8):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    assert rates == pytest.approx([0.5 * share for share in shares])
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "cosine_with_min_lr", "constant", "constant_with_warmup"])
+def test_after_warmup_the_schedules_are_those_of_transformers(name):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    extra = {"scheduler_specific_kwargs": {"min_lr_rate": 0.1}} if name == "cosine_with_min_lr" else {}
+    reference = get_scheduler(name, optimizer, num_warmup_steps=20, num_training_steps=200, **extra)
+    options = OptimOptions(lr_scheduler_type=name, **({} if name == "constant" else {"warmup_steps": 0.1}))
+    shares = reference.lr_lambdas[0]
+    assert [optim.lr_at(step, options, 200) for step in range(20, 200)] == pytest.approx(
+        [shares(step) for step in range(20, 200)]
+    )
+
+
+def test_warmup_is_steps_or_a_share():
+    def length(total: int, **options) -> int:
+        return optim.warmup_length(OptimOptions(**options), total)
+
+    assert length(1000) == 30
+    assert length(10) == 1
+    assert length(1000, warmup_steps=1) == 1
+    assert length(1000, warmup_steps=200) == 200
+    assert length(1000, warmup_steps=0) == 0
+    assert length(1000, lr_scheduler_type="constant") == 0
+
+
+def test_every_group_keeps_its_ratio_through_the_schedule(model):
+    class Adapter(MethodOptions, OptimOptions):
+        pass
+
+    options = Adapter(loraplus_lr_ratio=4, learning_rate=1.0, lr_scheduler_type="linear", warmup_steps=0)
+    optimizer = optim.build_optimizer(with_adapter(model), options, "cpu", "none")
+    scheduler = optim.build_schedule(optimizer, options, 4)
+    optimizer.step()
+    scheduler.step()
+    assert scheduler.get_last_lr() == [0.75, 3.0]
+
+
+# --- NEFTune ---
+
+
+def noise_of(model, batch: dict, alpha: float = 5.0) -> torch.Tensor:
+    """What NEFTune adds to the embeddings [B, L, width] of a batch."""
+    found = []
+    embeddings = model.get_input_embeddings()
+    handle = embeddings.register_forward_hook(lambda module, args, embedded: found.append(embedded))
+    model(**batch, use_cache=False)
+    handle.remove()
+    clean = nn.functional.embedding(batch["input_ids"], embeddings.weight)
+    return (found[-1] - clean).detach()
+
+
+PACKED = {
+    "input_ids": torch.arange(80)[None],
+    "position_ids": torch.cat([torch.arange(64), torch.arange(16)])[None],
+    "cu_seq_lens_q": torch.tensor([0, 64, 80], dtype=torch.int32),
+}
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_noise_is_bounded_by_each_documents_length(model, adapted):
+    model = with_adapter(model) if adapted else model
+    model.train()
+    optim.neftune(model, alpha=5.0)
+    noise = noise_of(model, PACKED)[0]
+    for document, length in [(noise[:64], 64), (noise[64:], 16)]:
+        bound = 5.0 / math.sqrt(length * 64)
+        assert 0.97 * bound < document.abs().max() <= bound * 1.0001
+        assert document.std() == pytest.approx(bound / math.sqrt(3), rel=0.1)
+        assert abs(document.mean()) < 0.1 * bound
+
+
+def test_noise_of_padded_rows_counts_no_padding(model):
+    model.train()
+    optim.neftune(model, alpha=5.0)
+    mask = torch.ones(2, 32, dtype=torch.long)
+    mask[1, 8:] = 0
+    noise = noise_of(model, {"input_ids": torch.arange(64).view(2, 32), "attention_mask": mask})
+    for row, length in [(noise[0], 32), (noise[1], 8)]:
+        bound = 5.0 / math.sqrt(length * 64)
+        assert 0.97 * bound < row.abs().max() <= bound * 1.0001
+    plain = noise_of(model, {"input_ids": torch.arange(64).view(2, 32)})
+    assert plain[1].abs().max() <= 5.0 / math.sqrt(32 * 64) * 1.0001
+
+
+def test_noise_is_new_at_each_call_seeded_and_absent_in_evaluation(model):
+    optim.neftune(model.train(), alpha=5.0)
+    torch.manual_seed(3)
+    first, second = noise_of(model, PACKED), noise_of(model, PACKED)
+    torch.manual_seed(3)
+    assert torch.equal(noise_of(model, PACKED), first)
+    assert not torch.equal(first, second)
+    assert noise_of(model.eval(), PACKED).abs().max() == 0

@@ -1,0 +1,98 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from accel_llm.packing import IGNORED, collate_packed, collate_padded, pack
+
+CORPORA = st.integers(1, 64).flatmap(
+    lambda capacity: st.tuples(st.lists(st.integers(1, capacity), max_size=200), st.just(capacity))
+)
+
+
+def rows_of(bins) -> list[list[int]]:
+    return [bins.order[a:b].tolist() for a, b in zip(bins.offsets[:-1], bins.offsets[1:], strict=True)]
+
+
+def best_fit_decreasing(lengths: list[int], capacity: int) -> list[int]:
+    """The textbook algorithm, document by document: the space left in each bin."""
+    spaces: list[int] = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [space for space in spaces if space >= length]
+        if fitting:
+            spaces[spaces.index(min(fitting))] -= length
+        else:
+            spaces.append(capacity - length)
+    return sorted(spaces)
+
+
+@given(CORPORA, st.booleans())
+def test_every_document_is_placed_once_as_the_textbook_algorithm_would(corpus, shuffled):
+    lengths, capacity = corpus
+    bins = pack(np.array(lengths, np.int64), capacity, np.random.default_rng(0) if shuffled else None)
+    rows = rows_of(bins)
+    assert sorted(bins.order.tolist()) == list(range(len(lengths)))
+    spaces = [capacity - sum(lengths[document] for document in row) for row in rows]
+    assert all(rows)
+    assert sorted(spaces) == best_fit_decreasing(lengths, capacity)
+
+
+@pytest.mark.parametrize("capacity", [512, 2048, 70_000])
+def test_short_documents_fill_the_rows(capacity):
+    lengths = np.random.default_rng(1).integers(1, capacity // 16, 30_000)
+    bins = pack(lengths, capacity, np.random.default_rng(2))
+    assert len(bins.offsets) - 1 <= -(-lengths.sum() // capacity) + 1
+    assert np.add.reduceat(lengths[bins.order], bins.offsets[:-1]).max() <= capacity
+
+
+def test_rng_shuffles_documents_and_rows_and_nothing_else():
+    lengths = np.random.default_rng(3).integers(1, 100, 1000)
+    plain, first, again, second = (
+        pack(lengths, 128, rng)
+        for rng in (None, np.random.default_rng(4), np.random.default_rng(4), np.random.default_rng(5))
+    )
+    assert np.array_equal(first.order, again.order) and np.array_equal(first.offsets, again.offsets)
+    assert not np.array_equal(first.order, second.order)
+
+    def contents(bins):
+        return sorted(tuple(sorted(lengths[row])) for row in rows_of(bins))
+
+    assert contents(plain) == contents(first) == contents(second)
+    assert {frozenset(row) for row in rows_of(first)} != {frozenset(row) for row in rows_of(second)}
+    assert [tuple(lengths[row]) for row in rows_of(plain)] != [tuple(lengths[row]) for row in rows_of(first)]
+
+
+@pytest.mark.parametrize("lengths", [[3, 9], [0, 3]])
+def test_a_length_that_fits_no_row_is_refused(lengths):
+    with pytest.raises(ValueError, match="capacity=8"):
+        pack(np.array(lengths), 8)
+
+
+def test_nothing_to_pack():
+    bins = pack(np.array([], np.int64), 8, np.random.default_rng(0))
+    assert bins.order.tolist() == [] and bins.offsets.tolist() == [0]
+
+
+ROWS = [
+    (np.array([5, 6, 7]), np.array([5, IGNORED, 7])),
+    (np.array([8]), np.array([8])),
+    (np.array([9, 10]), np.array([IGNORED, 10])),
+]
+
+
+def test_packed_batch():
+    batch = collate_packed(ROWS)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 10]]
+    assert batch["labels"].tolist() == [[IGNORED, IGNORED, 7, IGNORED, IGNORED, 10]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1]]
+    assert batch["cu_seqlens"].tolist() == [0, 3, 4, 6] and batch["cu_seqlens"].dtype == torch.int32
+    assert batch["max_seqlen"] == 3
+    assert ROWS[0][1].tolist() == [5, IGNORED, 7], "the caller's labels are untouched"
+
+
+def test_padded_batch():
+    batch = collate_padded(ROWS, pad_token_id=7)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 7, 7], [9, 10, 7]]
+    assert batch["labels"].tolist() == [[IGNORED, IGNORED, 7], [IGNORED, IGNORED, IGNORED], [IGNORED, 10, IGNORED]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0]]
