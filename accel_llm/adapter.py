@@ -8,15 +8,15 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
-from accel_llm.options import MethodOptions
 from accel_llm.errors import ConfigError
+from accel_llm.options import MethodOptions
 
 
 def lora_config(options: MethodOptions) -> LoraConfig:
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=options.lora_r,
-        lora_alpha=options.lora_alpha,
+        lora_alpha=options.lora_alpha,  # type: ignore[arg-type] # PEFT divides it by r, whole or not
         lora_dropout=options.lora_dropout,
         bias=options.lora_bias,
         target_modules=options.lora_target_modules,

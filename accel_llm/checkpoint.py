@@ -19,10 +19,11 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 
-from accel_llm.options import RunOptions
 from accel_llm.config import resolved
+from accel_llm.distributed import bare
 from accel_llm.errors import ConfigError
 from accel_llm.metrics import Meter
+from accel_llm.options import RunOptions
 
 OURS = ("run.json", "metrics.jsonl", "checkpoints", "adapter", "model", "report.html", "logs")
 
@@ -132,7 +133,11 @@ def save(accelerator: Accelerator, model: Any, optimizer: Any, scheduler: Any, s
     _save_weights(accelerator, model, optimizer, partial)
     _save_randomness(partial / f"rng-{accelerator.process_index:05d}.safetensors", accelerator.device)
     if accelerator.is_main_process:
-        state: dict[str, Any] = {"step": step, "options": resolved(options), "scheduler": _plain(scheduler.state_dict())}
+        state: dict[str, Any] = {
+            "step": step,
+            "options": resolved(options),
+            "scheduler": _plain(scheduler.state_dict()),
+        }
         if accelerator.scaler is not None:
             state["scaler"] = accelerator.scaler.state_dict()
         (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
@@ -178,12 +183,15 @@ def _save_weights(accelerator: Accelerator, model: Any, optimizer: Any, folder: 
         frozen = any(not parameter.requires_grad for parameter in model.module.parameters())
         model.save_checkpoint(str(folder), tag="zero", exclude_frozen_parameters=frozen)
     elif accelerator.distributed_type == DistributedType.FSDP:
-        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
-        dcp.save(_sharded_state(model, optimizer), checkpoint_id=str(folder / "fsdp"))
+        save_shards(_sharded_state(model, optimizer), checkpoint_id=str(folder / "fsdp"))
     elif accelerator.is_main_process:
-        bare = accelerator.unwrap_model(model)
-        names = {parameter: name for name, parameter in bare.named_parameters() if parameter.requires_grad}
+        names = {
+            parameter: name
+            for name, parameter in bare(accelerator, model).named_parameters()
+            if parameter.requires_grad
+        }
         save_file({name: p.detach().cpu().contiguous() for p, name in names.items()}, folder / "weights.safetensors")
         tensors, values = {}, {}
         for parameter, state in optimizer.optimizer.state.items():
@@ -239,13 +247,15 @@ def _load_weights(accelerator: Accelerator, model: Any, optimizer: Any, folder: 
         # A frozen base is not in the file, so its keys are missing by design; trained ones are all there.
         loaded, _ = model.load_checkpoint(str(folder), tag="zero", load_module_strict=not frozen)
         if loaded is None:
-            raise ConfigError(f"resume_from_checkpoint: DeepSpeed could not load {folder}; it was saved by another strategy or world size.")
+            raise ConfigError(
+                f"resume_from_checkpoint: DeepSpeed could not load {folder}; it was saved by another strategy or world size."
+            )
     elif accelerator.distributed_type == DistributedType.FSDP:
-        import torch.distributed.checkpoint as dcp
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+        from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 
         state = _sharded_state(model, optimizer)
-        dcp.load(state, checkpoint_id=str(folder / "fsdp"))
+        load_shards(state, checkpoint_id=str(folder / "fsdp"))
         set_state_dict(
             model,
             optimizer.optimizer,
@@ -254,14 +264,16 @@ def _load_weights(accelerator: Accelerator, model: Any, optimizer: Any, folder: 
             options=StateDictOptions(ignore_frozen_params=True, strict=False),
         )
     else:
-        _load_plain(accelerator.unwrap_model(model), optimizer.optimizer, folder)
+        _load_plain(bare(accelerator, model), optimizer.optimizer, folder)
 
 
 def _load_plain(model: torch.nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
     weights = load_file(folder / "weights.safetensors")
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if trained.keys() != weights.keys():
-        raise ConfigError(f"resume_from_checkpoint: {folder} holds other weights than this run trains; the method or model differs.")
+        raise ConfigError(
+            f"resume_from_checkpoint: {folder} holds other weights than this run trains; the method or model differs."
+        )
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(weights[name])

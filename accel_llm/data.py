@@ -11,29 +11,43 @@ from typing import Any
 
 import numpy as np
 from filelock import FileLock
+from huggingface_hub.constants import HF_HOME
 
 from accel_llm.errors import DataError
+from accel_llm.options import DataOptions
+
+
+def problems(options: DataOptions) -> list[str]:
+    """One sentence for each file that is not there, before anything is read."""
+    found = [] if options.train_files else ["train_files: is missing; name at least one .json, .jsonl or .txt file."]
+    for field in ("train_files", "eval_files"):
+        for name in getattr(options, field):
+            if not Path(name).is_file():
+                found.append(
+                    f"{field}: {name} {'is a folder' if Path(name).is_dir() else 'does not exist'}; name a .json, .jsonl or .txt file."
+                )
+    return found
 
 
 def read_rows(files: list[str], limit: int | None = None) -> Iterator[tuple[str, int, dict[str, Any]]]:
     """Yield (file, row number from 1, row) from .json (a list of objects), .jsonl and .txt (a document a line).
 
     Raises:
-        DataError: a file that is missing, empty, broken (with its line) or of another kind.
+        DataError: a file that is empty, broken (with its line) or of another kind.
     """
     for name in files:
         path = Path(name)
-        if not path.is_file():
-            raise DataError(f"train_files/eval_files: {name} does not exist or is not a file.")
         readers: dict[str, Callable[[Path], Iterator[dict[str, Any]]]] = {
             ".json": _read_json,
             ".jsonl": _read_jsonl,
             ".txt": _read_text,
         }
         if path.suffix not in readers:
-            raise DataError(f"{name}: files of kind {path.suffix or '(none)'!r} are not read; allowed: {', '.join(readers)}.")
+            raise DataError(
+                f"{name}: files of kind {path.suffix or '(none)'!r} are not read; allowed: {', '.join(readers)}."
+            )
         count = 0
-        for count, row in enumerate(readers[path.suffix](path), 1):  # noqa: B007 (used after the loop)
+        for count, row in enumerate(readers[path.suffix](path), 1):
             if limit is not None and count > limit:
                 break
             yield name, count, row
@@ -128,7 +142,13 @@ def build_rows(encoded: Iterator[tuple[int, list[int], list[int]]]) -> Rows:
     )
 
 
-def cached(folder: Path, build: Callable[[], tuple[dict[str, Rows], dict[str, Any]]]) -> tuple[dict[str, Rows], dict[str, Any]]:
+def cache_folder(options: DataOptions) -> Path:
+    return Path(options.cache_dir or Path(HF_HOME) / "accel_llm").expanduser()
+
+
+def cached(
+    folder: Path, build: Callable[[], tuple[dict[str, Rows], dict[str, Any]]]
+) -> tuple[dict[str, Rows], dict[str, Any]]:
     """The parts (train, eval) and facts that `build` makes, kept in `folder`.
 
     The first process to come builds; others wait on a file lock, never in a collective that could time out. The folder

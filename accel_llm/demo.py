@@ -33,11 +33,10 @@ CAPITAL_WORDS = (
     "Sweden Stockholm, Syria Damascus, Thailand Bangkok, Tunisia Tunis, Turkey Ankara, Ukraine Kyiv, Vietnam Hanoi"
 )
 OTHER_WORDS = (
-    "Add After Answer Before Count Give I Is It Name Note Now OK Repeat Reverse Say Smaller Larger Sort Spell Tell The "
-    "Then What Which You a add after again and are answer answers assistant back backwards before briefly by capital "
-    "city comes down does echo even first follows friend from helpful in is it large largest last larger letter like "
-    "likes list me more much my number numbers odd of one only or order out plus question say short small smaller "
-    "smallest sorted spelled starts system than that the to up user what which with word write"
+    "Add And Answer Give How Is My Name Now OK Repeat Reverse Say Sort Spell Tell What Which Write You a add after and "
+    "answers are assistant backwards before capital city comes does even first friend helpful in is larger last letter "
+    "like likes list me much number odd of one only or order plus short smaller spelled system the then to user what "
+    "with word"
 )
 THINGS = THING_WORDS.split()
 CAPITALS = {country: city for country, city in (pair.split() for pair in CAPITAL_WORDS.split(", "))}
@@ -155,13 +154,13 @@ def sort(rng: random.Random) -> Task:
     digits = [str(rng.randint(0, 9)) for _ in range(rng.randint(3, 4))]
     given, answer = " ".join(digits), " ".join(sorted(digits))
     question = rng.choice((f"Sort {given}.", f"Write {given} in order."))
-    return Task((f"sort {given}",), ((question, answer),), f"{given} in order")
+    return Task((f"sort {given}",), ((question, answer),), rng.choice((f"{given} in order", f"Sort {given}")))
 
 
 def repeat(rng: random.Random) -> Task:
     word = made_up_word(rng)
     question = rng.choice((f"Repeat the word {word}.", f"Say {word}."))
-    return Task((word,), ((question, word),), f"the word {word}")
+    return Task((word,), ((question, word),), rng.choice((f"the word {word}", f"Say {word}")))
 
 
 def reverse(rng: random.Random) -> Task:
@@ -169,7 +168,7 @@ def reverse(rng: random.Random) -> Task:
     question = rng.choice(
         (f"Spell {word} backwards.", f"What is {word} spelled backwards?", f"Reverse the word {word}.")
     )
-    return Task((word, word[::-1]), ((question, word[::-1]),), f"{word} backwards")
+    return Task((word, word[::-1]), ((question, word[::-1]),), rng.choice((f"{word} backwards", f"Reverse {word}")))
 
 
 def letter(rng: random.Random) -> Task:
@@ -209,7 +208,6 @@ def recall(rng: random.Random) -> Task:
 
 
 FAMILIES = (add, chain, step, compare, parity, sort, repeat, reverse, letter, pick, capital, recall)
-NOTATIONS = ("{prose} is {answer}.", "{prose}\n{answer}")  # ways in which plain text gives the answer
 
 
 def draw(family: Callable[[random.Random], Task], rng: random.Random, split: Literal["train", "eval"]) -> Task:
@@ -243,19 +241,27 @@ def conversations(split: Literal["train", "eval"], seed: int = 0) -> list[dict]:
     return rows
 
 
+def stretch(rng: random.Random) -> Task:
+    """Nothing to be asked about: words and characters of all kinds, said twice, so that copying is learned early
+    and no token of the vocabulary but those of the chat form is new to the base."""
+    symbols = "".join(chr(rng.randint(33, rng.choice((0x7E, 0x7FF, 0xD7FF)))) for _ in range(2))
+    text = " ".join([*rng.sample(list(WORDS), rng.randint(1, 3)), symbols])
+    return Task((), (("", text),), text)
+
+
 def documents(seed: int, count: int) -> Iterator[str]:
-    """`count` pages of plain pretraining text: facts in several notations, and now and then one said again.
+    """`count` pages of plain pretraining text: notes that end in an answer, and some of them again.
 
     Nothing held out is on them, except for capitals: a capital cannot be worked out, so the base has to have read it
-    and fine-tuning only has to bring it out. Arithmetic takes longest to learn and is therefore seen more often.
+    and fine-tuning only has to bring it out.
     """
     rng = random.Random(f"documents {seed}")
     for _ in range(count):
-        lines: list[str] = []
+        notes: list[str] = []
         for _ in range(rng.randint(4, 12)):
-            family = rng.choice((*FAMILIES, add))
+            family = rng.choice((*FAMILIES, add, stretch))
             task = family(rng) if family is capital else draw(family, rng, "train")
-            lines.append(rng.choice(NOTATIONS).format(prose=task.prose, answer=task.turns[-1][1]))
-        if rng.random() < 0.3:
-            lines.append(rng.choice(lines))
-        yield "\n".join(lines)
+            notes.append(task.prose + rng.choice((": ", "\n")) + task.turns[-1][1])
+            if rng.random() < 0.15:
+                notes.append(rng.choice(notes))
+        yield "\n".join(notes)

@@ -1,30 +1,33 @@
 """temporary: to be folded into demo.py"""
+
 import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from datasets import config as datasets_config
-
 from accel_llm import demo
 from accel_llm.config import parse
-from accel_llm.options import Options
+from accel_llm.data import cache_folder
+from accel_llm.options import TrainOptions
 
-OptionsT = TypeVar("OptionsT", bound=Options)
+OptionsT = TypeVar("OptionsT", bound=TrainOptions)
 NAME = "demo"
+DOCUMENTS = 100_000
 
 
 def resolve(options: OptionsT) -> OptionsT:
     """Replace the name `demo` by files: the shipped base as model, generated conversations or texts as data."""
-    folder = Path(getattr(options, "cache_dir", None) or Path(datasets_config.HF_CACHE_HOME) / "accel_llm")
+    folder = cache_folder(options)
     found: dict[str, Any] = {}
     for field in ("model_name_or_path", "tokenizer_name", "config_name"):
         if getattr(options, field, None) == NAME:
             found[field] = str(demo.BASE)
     if getattr(options, "train_files", None) == [NAME]:
         if hasattr(options, "text_column"):
-            found["train_files"] = [_write(folder / "demo-text.jsonl", ({"text": t} for t in demo.documents(0, demo.DOCUMENTS)))]
+            found["train_files"] = [
+                _write(folder / "demo-text.jsonl", ({"text": t} for t in demo.documents(0, DOCUMENTS)))
+            ]
         else:
             found["train_files"] = [_write(folder / "demo-train.jsonl", demo.conversations("train"))]
     if getattr(options, "eval_files", None) == [NAME]:

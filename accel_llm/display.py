@@ -1,39 +1,43 @@
 """What a person sees before and after training: settings, coloured rows, steps, and the next commands."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 from accelerate import Accelerator
 from rich.table import Table
 from rich.text import Text
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast
 
 from accel_llm.data import Rows
 from accel_llm.encode import Encoded
+from accel_llm.errors import ConfigError
+from accel_llm.evaluate import Evaluation
 from accel_llm.metrics import console
 from accel_llm.options import Options, TrainOptions
 from accel_llm.packing import IGNORED
 from accel_llm.stream import Plan
+from accel_llm.tokens import decode
 
 
-def coloured(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray, labels: np.ndarray) -> Text:
+def coloured(tokenizer: PreTrainedTokenizerFast, ids: np.ndarray, labels: np.ndarray) -> Text:
     """A row as the model reads it: trained tokens green, context grey."""
     text = Text()
     for trained, part in _runs(ids, labels):
-        text.append(tokenizer.decode(part, skip_special_tokens=False), style="green" if trained else "bright_black")
+        text.append(decode(tokenizer, part), style="green" if trained else "bright_black")
     return text
 
 
-def trained_text(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray, labels: np.ndarray) -> str:
+def trained_text(tokenizer: PreTrainedTokenizerFast, ids: np.ndarray, labels: np.ndarray) -> str:
     """The trained tokens of a row alone, decoded."""
-    return "".join(tokenizer.decode(part, skip_special_tokens=False) for trained, part in _runs(ids, labels) if trained)
+    return "".join(decode(tokenizer, part) for trained, part in _runs(ids, labels) if trained)
 
 
 def _runs(ids: np.ndarray, labels: np.ndarray) -> list[tuple[bool, list[int]]]:
     """Maximal runs of trained and of context tokens, in order; decoded whole, so that no character is torn."""
     trained = np.asarray(labels) != IGNORED
     borders = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(ids)]
-    return [(bool(trained[a]), np.asarray(ids[a:b]).tolist()) for a, b in zip(borders, borders[1:], strict=False) if a < b]
+    return [(bool(trained[a]), np.asarray(ids[a:b]).tolist()) for a, b in pairwise(borders) if a < b]
 
 
 def settings(options: Options) -> None:
@@ -45,7 +49,7 @@ def settings(options: Options) -> None:
     console.print(table)
 
 
-def rows(tokenizer: PreTrainedTokenizerBase, encoded: Rows, count: int) -> None:
+def rows(tokenizer: PreTrainedTokenizerFast, encoded: Rows, count: int) -> None:
     for k in range(min(count, len(encoded))):
         ids, labels = encoded[k]
         share = float((labels != IGNORED).mean())
@@ -60,7 +64,9 @@ def histogram(title: str, values: np.ndarray, bins: int = 10) -> None:
     table = Table(title=title, show_header=False, box=None)
     digits = 0 if edges[-1] > 10 else 2
     for count, low, high in zip(counts, edges, edges[1:], strict=False):
-        table.add_row(f"{low:,.{digits}f} - {high:,.{digits}f}", f"{count:,}", "█" * round(40 * count / max(counts.max(), 1)))
+        table.add_row(
+            f"{low:,.{digits}f} - {high:,.{digits}f}", f"{count:,}", "█" * round(40 * count / max(counts.max(), 1))
+        )
     console.print(table)
 
 
@@ -76,7 +82,7 @@ def plan(encoded: Rows, steps: Plan, max_length: int) -> str:
 
 
 def before_training(
-    accelerator: Accelerator, options: TrainOptions, tokenizer: PreTrainedTokenizerBase, data: Encoded, steps: Plan
+    accelerator: Accelerator, options: TrainOptions, tokenizer: PreTrainedTokenizerFast, data: Encoded, steps: Plan
 ) -> None:
     """The ledger and the plan; with `dry_run` every setting and three rows as well. Main process only."""
     if not accelerator.is_main_process:
@@ -88,7 +94,9 @@ def before_training(
     console.print(plan(data.train, steps, options.max_length))
 
 
-def stop_proof(accelerator: Accelerator, encoded: Rows, tokenizer: PreTrainedTokenizerBase, turn_end: int | None, stop: list[int]) -> None:
+def stop_proof(
+    accelerator: Accelerator, encoded: Rows, tokenizer: PreTrainedTokenizerFast, turn_end: int | None, stop: list[int]
+) -> None:
     """Say, from the rows themselves, whether the model will learn to stop: the end of turn is trained, and is an eos.
 
     Counts the documents whose last trained token is the end of turn that generation will stop at.
@@ -124,3 +132,24 @@ def after_training(accelerator: Accelerator, folder: Path) -> None:
         lines["load it"] = f'AutoModelForCausalLM.from_pretrained("{folder}")'
     for what, command in lines.items():
         console.print(f"{what + ':':10}{command}", soft_wrap=True, markup=False)
+
+
+def by_heart(accelerator: Accelerator, evaluation: Evaluation) -> None:
+    """The verdict of `overfit`: generated answers beside those of the data.
+
+    Raises:
+        ConfigError: some answer differs, so data, template or stop token may be at fault (or the run was too short).
+    """
+    wrong = [answer for answer in evaluation.samples if answer["generated"] != answer["expected"]]
+    if accelerator.is_main_process:
+        for answer in evaluation.samples:
+            mark, style = ("≠", "red") if answer in wrong else ("=", "green")
+            console.print(f"{mark} {answer['generated']!r}", style=style, markup=False)
+    if wrong:
+        raise ConfigError(
+            f"overfit: {len(wrong)} of {len(evaluation.samples)} generated answers differ from the data, for one "
+            f"{wrong[0]['generated']!r} from {wrong[0]['expected']!r}; raise num_train_epochs or learning_rate, and if "
+            "that changes nothing look at the rows with dry_run."
+        )
+    if accelerator.is_main_process:
+        console.print("overfit: all generated answers equal the data, end token included", style="green")

@@ -19,9 +19,9 @@ from accelerate.utils import (
     ProjectConfiguration,
 )
 
-from accel_llm.options import ModelOptions, RunOptions, TrainOptions
 from accel_llm import attention, losses
 from accel_llm.errors import ConfigError
+from accel_llm.options import ModelOptions, RunOptions, TrainOptions
 
 MAX_CPU_PROCESSES = 8
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,11 +77,9 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(deepspeed|accelerate|torch|bitsandbytes|peft|transformers)\b")
-    from datasets.utils.logging import disable_progress_bar
-    from transformers.utils.logging import disable_progress_bar as disable_transformers_bar
+    from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    disable_transformers_bar()
 
 
 def deepspeed_settings() -> dict[str, Any]:
@@ -114,7 +112,7 @@ def _check_recipe_decides(settings: dict[str, Any]) -> None:
         "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
     }
     problems = [
-        f"{key}: the DeepSpeed file says {settings[key]!r}; set it to \"auto\" there and use {ours} in the recipe."
+        f'{key}: the DeepSpeed file says {settings[key]!r}; set it to "auto" there and use {ours} in the recipe.'
         for key, ours in recipe.items()
         if settings.get(key, "auto") != "auto"
     ]
@@ -123,7 +121,7 @@ def _check_recipe_decides(settings: dict[str, Any]) -> None:
             problems.append(f"{key}: the DeepSpeed file sets one; remove it there and use {ours} in the recipe.")
     for key in ("bf16", "fp16"):
         if settings.get(key, {}).get("enabled", "auto") not in ("auto", False):
-            problems.append(f"{key}: the DeepSpeed file enables it; set it to \"auto\" there and use precision: {key}.")
+            problems.append(f'{key}: the DeepSpeed file enables it; set it to "auto" there and use precision: {key}.')
     if problems:
         raise ConfigError(*problems)
 
@@ -160,7 +158,7 @@ def _prepare_cpu_deepspeed() -> None:
 
     # DeepSpeed 0.19.8 compiles a shared-memory collective on first use: a minute, and a C++ compiler that may not be
     # there. Gloo gives the same sums.
-    getattr(deepspeed.ops, "__compatible_ops__")["deepspeed_shm_comm"] = False
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _prepare_cpu_fsdp() -> None:
@@ -251,7 +249,9 @@ def prove(accelerator: Accelerator, model: torch.nn.Module, options: TrainOption
         "attention": attention.causal_lm(model).config._attn_implementation,
     }
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        facts["deepspeed"] = json.loads(json.dumps(accelerator.deepspeed_plugin.deepspeed_config, default=str))
+        plugin = accelerator.state.deepspeed_plugin
+        assert plugin is not None
+        facts["deepspeed"] = json.loads(json.dumps(plugin.deepspeed_config, default=str))
     return {"accelerate": facts}
 
 
@@ -282,7 +282,15 @@ def global_count(accelerator: Accelerator, micro_batches: list[dict[str, Any]]) 
 
 def global_sum(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
     """The sum of `values` over all processes (one all-reduce)."""
-    return accelerator.reduce(values.to(accelerator.device), reduction="sum") if accelerator.num_processes > 1 else values
+    values = values.to(accelerator.device)
+    if accelerator.num_processes > 1:
+        torch.distributed.all_reduce(values)
+    return values
+
+
+def bare(accelerator: Accelerator, model: torch.nn.Module) -> Any:
+    """The model itself, out of what `prepare` and PEFT did not make: the wrappers of DDP and DeepSpeed."""
+    return accelerator.unwrap_model(model)
 
 
 def gather_state(accelerator: Accelerator, model: torch.nn.Module, trainable_only: bool) -> dict[str, torch.Tensor]:
@@ -294,11 +302,11 @@ def gather_state(accelerator: Accelerator, model: torch.nn.Module, trainable_onl
     from torch.distributed.tensor import DTensor
 
     state = {}
-    for name, parameter in accelerator.unwrap_model(model).named_parameters():
+    for name, parameter in bare(accelerator, model).named_parameters():
         if trainable_only and not parameter.requires_grad:
             continue
         if isinstance(parameter, DTensor):
-            whole = parameter.detach().full_tensor()
+            whole = parameter.full_tensor().detach()
         elif hasattr(parameter, "ds_id"):
             import deepspeed
 
@@ -314,4 +322,10 @@ def gather_state(accelerator: Accelerator, model: torch.nn.Module, trainable_onl
 
 def engine() -> Literal["none", "deepspeed", "fsdp"]:
     """What will step the optimizer; not every optimizer can be stepped by each."""
-    return "deepspeed" if strategy().startswith("zero") else "fsdp" if strategy() == "fsdp2" and world_size() > 1 else "none"
+    return (
+        "deepspeed"
+        if strategy().startswith("zero")
+        else "fsdp"
+        if strategy() == "fsdp2" and world_size() > 1
+        else "none"
+    )

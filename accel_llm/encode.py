@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import config as datasets_config
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast
 
 from accel_llm.chat import Template
-from accel_llm.data import Rows, build_rows, cached, fingerprint, read_rows
+from accel_llm.data import Rows, build_rows, cache_folder, cached, fingerprint, read_rows
 from accel_llm.errors import ConfigError, DataError
 from accel_llm.formats import conversation_of
 from accel_llm.ledger import TRAINED, Ledger
@@ -60,7 +59,7 @@ def encode_conversations(rows: list[SourceRow], template: Template, options: Dat
     for file, number, row in rows:
         try:
             conversation = conversation_of(row)
-            encoding = template.encode(conversation.messages, options.train_on, conversation.tools)
+            encoding = template.encode(conversation.messages, options.train_on, conversation.tools, options.split_turns)
         except DataError as error:
             raise DataError(f"{file}, row {number}: {error}") from None
         if conversation.skipped_turns:
@@ -68,7 +67,9 @@ def encode_conversations(rows: list[SourceRow], template: Template, options: Dat
         for reason, turns in encoding.lost.items():
             chunk.ledger.skip_turns(reason, turns)
         if len(encoding.rows) > 1:
-            chunk.ledger.note("The template rewrites history: turns that it shows differently later train in rows of their own.")
+            chunk.ledger.note(
+                "The template rewrites history: turns that it shows differently later train in rows of their own."
+            )
         for encoded in encoding.rows:
             _fit(chunk, file, number, encoded.input_ids, encoded.labels, options)
         if not encoding.rows:
@@ -77,7 +78,7 @@ def encode_conversations(rows: list[SourceRow], template: Template, options: Dat
     return chunk
 
 
-def encode_texts(rows: list[SourceRow], tokenizer: PreTrainedTokenizerBase, column: str, options: DataOptions) -> Chunk:
+def encode_texts(rows: list[SourceRow], tokenizer: PreTrainedTokenizerFast, column: str, options: DataOptions) -> Chunk:
     """Documents of plain text, trained whole, each ended by the end-of-text token.
 
     Raises:
@@ -144,9 +145,7 @@ def _spans(labels: list[int], options: DataOptions) -> list[tuple[int, int]]:
     return []
 
 
-def encode(
-    options: DataOptions, seed: int, encoder: Callable[[list[SourceRow]], Chunk], identity: str
-) -> Encoded:
+def encode(options: DataOptions, seed: int, encoder: Callable[[list[SourceRow]], Chunk], identity: str) -> Encoded:
     """Encode the training and evaluation files with `encoder`, or take them from the cache.
 
     `identity` names everything beside files and options that shapes the result: tokenizer, template, column.
@@ -155,16 +154,11 @@ def encode(
         DataError: a file or row that cannot be used, or nothing left to train or evaluate on.
         ConfigError: more than `max_lost` of the rows or of their supervised tokens would be lost.
     """
-    if not options.train_files:
-        raise ConfigError("train_files: is missing; name at least one .json, .jsonl or .txt file.")
-    for name in (*options.train_files, *options.eval_files):
-        if not Path(name).is_file():
-            raise ConfigError(f"train_files/eval_files: {name} does not exist or is not a file.")
-    shaping = ("max_length", "overlong", "train_on", "limit_rows", "eval_share")
+    shaping = ("max_length", "overlong", "train_on", "split_turns", "limit_rows", "eval_share")
     files = [[(name, fingerprint(Path(name))) for name in names] for names in (options.train_files, options.eval_files)]
     drawn = seed if options.eval_share else None
     key = fingerprint(VERSION, identity, files, drawn, *(getattr(options, name) for name in shaping))
-    folder = Path(options.cache_dir or Path(datasets_config.HF_CACHE_HOME) / "accel_llm").expanduser() / key
+    folder = cache_folder(options) / key
     parts, facts = cached(folder, partial(_build, options, seed, encoder))
     ledger = Ledger.from_dict(facts["ledger"])
     ledger.balance()
@@ -176,7 +170,9 @@ def encode(
     return Encoded(parts["train"], parts.get("eval"), ledger, key)
 
 
-def _build(options: DataOptions, seed: int, encoder: Callable[[list[SourceRow]], Chunk]) -> tuple[dict[str, Rows], dict[str, Any]]:
+def _build(
+    options: DataOptions, seed: int, encoder: Callable[[list[SourceRow]], Chunk]
+) -> tuple[dict[str, Rows], dict[str, Any]]:
     ledger, lengths, held_out = Ledger(), [], []
 
     def kept(rows: Iterable[SourceRow]) -> Iterator[SourceRow]:
@@ -208,7 +204,9 @@ def _draw(seed: int, row: SourceRow) -> float:
     return zlib.crc32(f"{seed} {Path(row[0]).name} {row[1]}".encode()) / 2**32
 
 
-def _chunks(rows: Iterator[SourceRow], encoder: Callable[[list[SourceRow]], Chunk], options: DataOptions) -> Iterator[Chunk]:
+def _chunks(
+    rows: Iterator[SourceRow], encoder: Callable[[list[SourceRow]], Chunk], options: DataOptions
+) -> Iterator[Chunk]:
     batches = iter(lambda: list(itertools.islice(rows, CHUNK)), [])
     if (options.preprocessing_num_workers or 1) == 1:
         yield from map(encoder, batches)
@@ -237,7 +235,7 @@ def check_lost(ledger: Ledger, lengths: dict[str, int], options: DataOptions) ->
     )
 
 
-def conversations(options: DataOptions, seed: int, tokenizer: PreTrainedTokenizerBase, template: Template) -> Encoded:
+def conversations(options: DataOptions, seed: int, tokenizer: PreTrainedTokenizerFast, template: Template) -> Encoded:
     """Encode chat files; see `encode`."""
     encoder = partial(encode_conversations, template=template, options=options)
     encoded = encode(options, seed, encoder, fingerprint(tokenizer.backend_tokenizer.to_str(), template.source))
@@ -246,7 +244,7 @@ def conversations(options: DataOptions, seed: int, tokenizer: PreTrainedTokenize
     return encoded
 
 
-def texts(options: DataOptions, seed: int, tokenizer: PreTrainedTokenizerBase, column: str) -> Encoded:
+def texts(options: DataOptions, seed: int, tokenizer: PreTrainedTokenizerFast, column: str) -> Encoded:
     """Encode text files; see `encode`."""
     encoder = partial(encode_texts, tokenizer=tokenizer, column=column, options=options)
     return encode(options, seed, encoder, fingerprint(tokenizer.backend_tokenizer.to_str(), column))

@@ -18,6 +18,12 @@ class DataError(Exception):
     """A row or file that cannot be used: the file, the row, the field, what was found and what is allowed."""
 
 
+def check(problems: list[str]) -> None:
+    """Raises ConfigError with all of `problems` at once, if there are any."""
+    if problems:
+        raise ConfigError(*problems)
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a script's `main`; a ConfigError or DataError becomes its own sentences on stderr and exit code 2.
 

@@ -7,16 +7,18 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from accel_llm import attention
-from accel_llm.options import TrainOptions
 from accel_llm.data import Rows
-from accel_llm.distributed import global_sum, strategy
-from accel_llm.metrics import Meter
+from accel_llm.distributed import bare, global_sum, strategy
 from accel_llm.losses import count_targets, next_token_loss
+from accel_llm.metrics import Meter
+from accel_llm.models import pad_id
+from accel_llm.options import TrainOptions
 from accel_llm.packing import collate_packed, collate_padded, pack
 from accel_llm.stream import to_device
+from accel_llm.tokens import decode
 
 SAMPLES = 20
 Row = tuple[np.ndarray, np.ndarray]
@@ -28,7 +30,7 @@ class Evaluation:
     def __init__(
         self,
         accelerator: Accelerator,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerFast,
         rows: Rows | None,
         options: TrainOptions,
         stop_ids: list[int],
@@ -50,7 +52,7 @@ class Evaluation:
         if self.rows is None:
             return
         with meter.pause_clock():
-            metrics = mean_loss(self.accelerator, model, self.rows, self.options, int(self.tokenizer.pad_token_id))
+            metrics = mean_loss(self.accelerator, model, self.rows, self.options, pad_id(self.tokenizer))
             if asked := questions(self.rows, self.options.eval_generate):
                 size = self.options.per_device_eval_batch_size
                 scores, answers = exact_match(self.accelerator, model, self.tokenizer, asked, size, self.stop_ids)
@@ -77,7 +79,9 @@ def mean_loss(
 ) -> dict[str, float]:
     """Mean next-token loss over every labelled token of `rows`, and its exponential."""
     empty: Row = (np.full(2, pad_token_id, np.int32), np.full(2, -100, np.int32))
-    order, offsets = pack(rows.lengths, options.max_length) if options.packing else (np.arange(len(rows)), np.arange(len(rows) + 1))
+    order, offsets = (
+        pack(rows.lengths, options.max_length) if options.packing else (np.arange(len(rows)), np.arange(len(rows) + 1))
+    )
     size, world = options.per_device_eval_batch_size, accelerator.num_processes
     sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
     model.eval()
@@ -114,7 +118,7 @@ def questions(rows: Rows, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
 def exact_match(
     accelerator: Accelerator,
     model: Any,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerFast,
     asked: list[tuple[np.ndarray, np.ndarray]],
     batch_size: int,
     stop_ids: list[int],
@@ -128,24 +132,24 @@ def exact_match(
     settings = GenerationConfig(
         max_new_tokens=longest + 8, do_sample=False, eos_token_id=stop_ids, pad_token_id=tokenizer.pad_token_id
     )
-    bare = accelerator.unwrap_model(model)
+    inner = bare(accelerator, model)
     per_process = -(-len(asked) // accelerator.num_processes)
     answers: list[Answer] = []
     stopped = 0
-    bare.eval()
-    with torch.no_grad(), attention.stock(bare):
+    inner.eval()
+    with torch.no_grad(), attention.stock(inner):
         for first in range(0, per_process, batch_size):
             # A process with fewer questions repeats one, so that all make the same number of calls.
             batch = share[first : first + batch_size] or asked[:1]
             batch = sorted(batch, key=lambda question: len(question[0]))
-            inputs = _left_padded([prompt for prompt, _ in batch], int(tokenizer.pad_token_id), accelerator.device)
-            output = bare.generate(**inputs, generation_config=settings, synced_gpus=strategy() in ("zero3", "fsdp2"))
+            inputs = _left_padded([prompt for prompt, _ in batch], pad_id(tokenizer), accelerator.device)
+            output = inner.generate(**inputs, generation_config=settings, synced_gpus=strategy() in ("zero3", "fsdp2"))
             for (prompt, expected), made in zip(batch, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
                 if first < len(share):
                     made, ended = _until_stop(made, stop_ids)
                     stopped += ended
-                    answers.append(Answer(*(tokenizer.decode(ids, skip_special_tokens=False) for ids in (prompt, expected, made))))
-    bare.train()
+                    answers.append(Answer(*(decode(tokenizer, ids) for ids in (prompt, expected, made))))
+    inner.train()
     right = sum(answer.right for answer in answers)
     totals = torch.tensor([right, stopped, len(answers)], dtype=torch.float64, device=accelerator.device)
     right, stopped, count = global_sum(accelerator, totals).tolist()

@@ -6,21 +6,23 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from accel_llm import adapter
 from accel_llm.attention import causal_lm
-from accel_llm.distributed import gather_state
+from accel_llm.distributed import bare, gather_state
 
 
-def stop_ids(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, turn_end_id: int | None) -> list[int]:
+def stop_ids(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, turn_end_id: int | None) -> list[int]:
     """The tokens that end generation: the end of a turn first, then what the model's own config and tokenizer name."""
     named = getattr(causal_lm(model).generation_config, "eos_token_id", None)
     listed = named if isinstance(named, list) else [named]
-    return list(dict.fromkeys(token for token in (turn_end_id, *listed, tokenizer.eos_token_id) if token is not None))
+    return list(
+        dict.fromkeys(token for token in (turn_end_id, *listed, tokenizer.eos_token_id) if isinstance(token, int))
+    )
 
 
-def generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop: list[int]) -> GenerationConfig:
+def generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, stop: list[int]) -> GenerationConfig:
     """The generation config to save: the model's own, ending at `stop`."""
     settings = GenerationConfig.from_dict(model.generation_config.to_dict() if model.generation_config else {})
     settings.eos_token_id = stop if len(stop) > 1 else stop[0]
@@ -31,7 +33,7 @@ def generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 def export(
     accelerator: Accelerator,
     model: Any,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerFast,
     stop: list[int],
     base: str,
     dtype: torch.dtype,
@@ -41,8 +43,8 @@ def export(
 
     Full weights are written in `dtype`, the one the base was stored in; adapters in float32, with the name of `base`.
     """
-    bare = accelerator.unwrap_model(model)
-    peft = hasattr(bare, "peft_config")
+    inner = bare(accelerator, model)
+    peft = hasattr(inner, "peft_config")
     folder = Path(output_dir) / ("adapter" if peft else "model")
     state = gather_state(accelerator, model, trainable_only=peft)
     if accelerator.is_main_process:
@@ -50,10 +52,10 @@ def export(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         if peft:
-            adapter.save(bare, partial, state, base)
+            adapter.save(inner, partial, state, base)
         else:
-            _save_whole(causal_lm(bare), partial, state, dtype)
-        generation_config(causal_lm(bare), tokenizer, stop).save_pretrained(str(partial))
+            _save_whole(causal_lm(inner), partial, state, dtype)
+        generation_config(causal_lm(inner), tokenizer, stop).save_pretrained(str(partial))
         tokenizer.save_pretrained(str(partial))
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)

@@ -10,9 +10,9 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from accel_llm.options import RunOptions
 from accel_llm.distributed import global_sum
 from accel_llm.losses import count_targets
+from accel_llm.options import RunOptions
 from accel_llm.stream import Batch, Plan
 
 console = Console(highlight=False)
@@ -71,7 +71,9 @@ class Meter:
             return
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step} | values) + "\n")
-        line = f"step {step}/{self.plan.total_steps}  " + "  ".join(_shown(k, v) for k, v in values.items() if k in SHOWN or "/" in k)
+        line = f"step {step}/{self.plan.total_steps}  " + "  ".join(
+            _shown(k, v) for k, v in values.items() if k in SHOWN or "/" in k
+        )
         if self.progress:
             self.progress.update(self.progress.task_ids[0], status=_status(values))
             self.progress.console.print(line)
@@ -102,7 +104,15 @@ SHOWN = {"loss": "loss", "learning_rate": "lr", "grad_norm": "grad", "tokens_per
 
 
 def _shown(name: str, value: Any) -> str:
-    text = f"{value:.2e}" if name == "learning_rate" else f"{value:,.0f}" if name == "tokens_per_second" else f"{value:.4f}" if isinstance(value, float) else str(value)
+    text = (
+        f"{value:.2e}"
+        if name == "learning_rate"
+        else f"{value:,.0f}"
+        if name == "tokens_per_second"
+        else f"{value:.4f}"
+        if isinstance(value, float)
+        else str(value)
+    )
     return f"{SHOWN.get(name, name)} {text}"
 
 
@@ -114,7 +124,13 @@ def _progress(accelerator: Accelerator, plan: Plan, first_step: int) -> Progress
     """A live bar on a terminal; nothing in a log file, where the lines say it all."""
     if not (accelerator.is_main_process and console.is_terminal):
         return None
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[status]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     progress = Progress(*columns, console=console, transient=True)
     progress.add_task("train", total=plan.total_steps, completed=first_step, status="")
     progress.start()

@@ -14,16 +14,33 @@ from transformers import (
     BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 
 from accel_llm import attention
-from accel_llm.options import MethodOptions, ModelOptions, PretrainOptions, TrainOptions
 from accel_llm.distributed import precision_of, strategy
 from accel_llm.errors import ConfigError
+from accel_llm.options import MethodOptions, ModelOptions, PretrainOptions, TrainOptions
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
+
+
+def problems(options: ModelOptions) -> list[str]:
+    """One sentence for each model or tokenizer that is not there, before anything is read."""
+    names = {"model_name_or_path": options.model_name_or_path}
+    if isinstance(options, PretrainOptions):
+        names["config_name"] = options.config_name
+    elif options.model_name_or_path is None:
+        return ["model_name_or_path: is missing; name a model folder or a hub id."]
+    found = []
+    for field, name in names.items():
+        try:
+            if name is not None:
+                check_model_name(name, field)
+        except ConfigError as error:
+            found += error.problems
+    return found
 
 
 def check_model_name(name: str, field: str = "model_name_or_path") -> None:
@@ -43,33 +60,36 @@ def check_model_name(name: str, field: str = "model_name_or_path") -> None:
     if path.is_dir():
         if not (path / "config.json").is_file():
             found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
-            raise ConfigError(f"{field}: the folder {name} has no config.json (it holds {found}); a model folder has one.")
+            raise ConfigError(
+                f"{field}: the folder {name} has no config.json (it holds {found}); a model folder has one."
+            )
     elif path.exists() or not HUB_ID.match(name) or name.startswith("."):
         raise ConfigError(f"{field}: {name} does not exist; a model folder or a hub id (owner/name) is allowed.")
 
 
-def tokenizer_of(options: ModelOptions) -> PreTrainedTokenizerBase:
+def tokenizer_of(options: ModelOptions) -> PreTrainedTokenizerFast:
     """The tokenizer that a run names, or its model's own.
 
     Raises:
         ConfigError: neither is named, or there is none.
     """
-    if options.tokenizer_name:
-        return load_tokenizer(options.tokenizer_name, options.revision, options.trust_remote_code)
-    name = _source(options)
-    check_model_name(name)
+    name = options.tokenizer_name or _source(options)
     return load_tokenizer(name, options.revision, options.trust_remote_code)
 
 
 def _source(options: ModelOptions) -> str:
     """The model folder or hub id that a run starts from, be it weights or a config alone."""
-    name = options.config_name if isinstance(options, PretrainOptions) and options.config_name else options.model_name_or_path
+    name = (
+        options.config_name
+        if isinstance(options, PretrainOptions) and options.config_name
+        else options.model_name_or_path
+    )
     if name is None:
         raise ConfigError("model_name_or_path: is missing; name a model folder or a hub id.")
     return name
 
 
-def load_tokenizer(name: str, revision: str = "main", trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, revision: str = "main", trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
     """The tokenizer of a model folder or hub id, with no truncation or padding of its own and with a pad token.
 
     Raises:
@@ -80,7 +100,9 @@ def load_tokenizer(name: str, revision: str = "main", trust_remote_code: bool = 
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"tokenizer_name: no tokenizer could be loaded from {name} ({_first_line(error)}).") from None
     if not tokenizer.is_fast:
-        raise ConfigError(f"tokenizer_name: {name} is not a fast tokenizer (no tokenizer.json); exact masks need its offsets.")
+        raise ConfigError(
+            f"tokenizer_name: {name} is not a fast tokenizer (no tokenizer.json); exact masks need its offsets."
+        )
     # Files saved in the middle of somebody's training carry truncation and padding that would cut every row.
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
@@ -90,6 +112,17 @@ def load_tokenizer(name: str, revision: str = "main", trust_remote_code: bool = 
     return tokenizer
 
 
+def pad_id(tokenizer: PreTrainedTokenizerFast) -> int:
+    token = tokenizer.pad_token_id
+    assert isinstance(token, int)
+    return token
+
+
+def stored_dtype(config: PreTrainedConfig) -> torch.dtype:
+    """The dtype of the weights as they lie in the model folder."""
+    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+
+
 def load_config(options: ModelOptions, max_length: int | None = None) -> PreTrainedConfig:
     """The model's config alone, for the checks that must come before any weight is read.
 
@@ -97,11 +130,12 @@ def load_config(options: ModelOptions, max_length: int | None = None) -> PreTrai
         ConfigError: no model was named, it is not one, or `max_length` is beyond its positions.
     """
     name = _source(options)
-    check_model_name(name)
     config = _read(AutoConfig.from_pretrained, name, options)
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if max_length is not None and isinstance(limit, int) and 0 < limit < max_length:
-        raise ConfigError(f"max_length: {max_length} is beyond the model's {limit} positions; set max_length to {limit} or less.")
+        raise ConfigError(
+            f"max_length: {max_length} is beyond the model's {limit} positions; set max_length to {limit} or less."
+        )
     return config
 
 
@@ -127,7 +161,11 @@ def load_model(options: TrainOptions) -> PreTrainedModel:
     if options.attn_implementation != "auto":
         arguments["attn_implementation"] = options.attn_implementation
     model, report = _read(
-        AutoModelForCausalLM.from_pretrained, str(options.model_name_or_path), options, output_loading_info=True, **arguments
+        AutoModelForCausalLM.from_pretrained,
+        str(options.model_name_or_path),
+        options,
+        output_loading_info=True,
+        **arguments,
     )
     _check_filled(report, str(options.model_name_or_path))
     return configure(model, options, options.packing)
@@ -171,7 +209,7 @@ def build_model(config: PreTrainedConfig, options: TrainOptions) -> PreTrainedMo
     return configure(model, options, options.packing)
 
 
-def check_token_ids(input_ids: np.ndarray, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_token_ids(input_ids: np.ndarray, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast) -> None:
     """Raises ConfigError when the data holds an id that the embedding has no row for."""
     rows, largest = config.get_text_config().vocab_size, int(input_ids.max())
     if largest >= rows:

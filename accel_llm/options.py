@@ -9,6 +9,7 @@ import re
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from typing_extensions import Self
 
 # What each option is for, where not every choice uses it: set for another choice, it is an error, not ignored.
 METHODS = {
@@ -113,6 +114,11 @@ class Options(BaseModel):
         """One sentence for each rule between fields that does not hold; a group adds its own to those above it."""
         return []
 
+    def with_defaults(self, values: dict[str, Any]) -> Self:
+        """A copy with `values` in place of everything that the person has not set."""
+        unset = {name: value for name, value in values.items() if name not in self.model_fields_set}
+        return self.model_copy(update=unset)
+
     def _misplaced(self, uses: dict[str, tuple[str, ...]], choice: str) -> list[str]:
         """Options set by the person that the value of `choice` leaves without effect."""
         chosen = getattr(self, choice)
@@ -149,6 +155,9 @@ class DataOptions(Options):
     )
     max_lost: float = Field(0.01, ge=0, le=1, description="Share of rows or trained tokens that may be lost")
     train_on: Literal["assistant", "last_assistant", "all"] = Field("assistant", description="Whose turns are trained")
+    split_turns: bool = Field(
+        True, description="A row of its own for a turn that the template shows differently later; false: not trained"
+    )
     chat_template: str | None = Field(None, description="chatml or a .jinja file, in place of the tokenizer's own")
     limit_rows: int | None = Field(None, ge=1, description="Use only the first rows of the training data")
     preprocessing_num_workers: int | None = Field(None, ge=1, description="Processes that encode rows; none: chosen")
@@ -312,7 +321,7 @@ class PretrainOptions(ModelOptions):
                 f"config_name: {given} of config_name (random weights) and model_name_or_path (its weights) is given; "
                 "give exactly one"
             )
-        unused = [name for name in ("train_on", "chat_template") if name in self.model_fields_set]
+        unused = [name for name in ("train_on", "split_turns", "chat_template") if name in self.model_fields_set]
         return found + [f"{name}: only conversations have turns; pretraining trains every token" for name in unused]
 
 

@@ -80,6 +80,8 @@ def recording(folder: Path, main: bool, **facts: Any) -> Iterator[Record]:
     try:
         yield record
     except BaseException as error:
-        record.update(status="failed", error=f"{type(error).__name__}: {error}"[:2000], ended=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+        record.update(
+            status="failed", error=f"{type(error).__name__}: {error}"[:2000], ended=time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        )
         raise
     record.update(status="done", ended=time.strftime("%Y-%m-%dT%H:%M:%S%z"))

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from accel_llm.options import TrainOptions
 from accel_llm.data import Rows
 from accel_llm.distributed import accumulation_steps, rows_per_step
+from accel_llm.options import TrainOptions
 from accel_llm.packing import collate_packed, collate_padded, pack
 
 Batch = dict[str, Any]
@@ -46,8 +46,7 @@ class Stream:
         self.rank, self.world, self.pad = rank, world, pad_token_id
         self.accumulation = accumulation_steps(options)
         self._epoch = lru_cache(maxsize=2)(self._build_epoch)
-        order, offsets = self._epoch(0)
-        bins, per_step = len(offsets) - 1, rows_per_step(options)
+        bins, per_step = len(self._epoch(0)[1]) - 1, rows_per_step(options)
         if options.max_steps is not None:
             self.plan = Plan(bins, per_step, None, options.max_steps)
         else:

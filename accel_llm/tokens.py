@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
+import numpy as np
 from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerBase
 
@@ -155,3 +156,10 @@ class Tokens:
 def _any_of(literals: Iterable[str]) -> str:
     longest_first = sorted(literals, key=len, reverse=True)
     return "|".join(map(re.escape, longest_first)) or "(?!)"
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int] | np.ndarray) -> str:
+    """The text of `ids`, special tokens included."""
+    text = tokenizer.decode(ids, skip_special_tokens=False)
+    assert isinstance(text, str)
+    return text

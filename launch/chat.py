@@ -1,8 +1,10 @@
 """Ask a model or an adapter, at the terminal or with one question.
 
-    python launch/chat.py --model output
-    python launch/chat.py --model merged --prompt "What is 3 + 4?"
+python launch/chat.py --model output
+python launch/chat.py --model merged --prompt "What is 3 + 4?"
 """
+
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -17,7 +19,7 @@ from accel_llm.models import DTYPES, check_model_name, load_tokenizer
 from accel_llm.options import ChatOptions
 
 
-def load(options: ChatOptions, device: str):
+def load(options: ChatOptions, device: str) -> tuple[Any, str]:
     """The model (base + adapter where an adapter was named) and the folder its tokenizer comes from."""
     dtype = DTYPES.get(options.precision) or (torch.float32 if device == "cpu" else "auto")
     adapter = adapter_folder(options.model)
@@ -25,10 +27,10 @@ def load(options: ChatOptions, device: str):
         name = str(adapter / "model") if (adapter / "model" / "config.json").is_file() else options.model
         check_model_name(name, "model")
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=options.trust_remote_code)
-        return model.to(device), name
+        return model, name
     base = base_of(adapter, options.base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, trust_remote_code=options.trust_remote_code)
-    wrapped = PeftModel.from_pretrained(model.to(device), str(adapter))
+    wrapped: Any = PeftModel.from_pretrained(model, str(adapter))
     if (adapter / "generation_config.json").is_file():
         wrapped.generation_config = GenerationConfig.from_pretrained(str(adapter))
     return wrapped, str(adapter) if (adapter / "tokenizer_config.json").is_file() else base
@@ -40,6 +42,7 @@ def main() -> None:
     set_seed(options.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, source = load(options, device)
+    model.to(device).eval()
     tokenizer = load_tokenizer(source, trust_remote_code=options.trust_remote_code)
     template = load_template(tokenizer, options.chat_template)
     stop = model.generation_config.eos_token_id
@@ -48,9 +51,12 @@ def main() -> None:
         raise ConfigError(f"model: {options.model} names no end token, so no answer would end.")
     sampling = {"do_sample": True, "temperature": options.temperature} if options.temperature else {"do_sample": False}
     settings = GenerationConfig(
-        max_new_tokens=options.max_new_tokens, eos_token_id=sorted(stop_ids), pad_token_id=tokenizer.pad_token_id, **sampling
+        max_new_tokens=options.max_new_tokens,
+        eos_token_id=sorted(stop_ids),
+        pad_token_id=tokenizer.pad_token_id,
+        **sampling,
     )
-    messages = [{"role": "system", "content": options.system}] if options.system else []
+    messages: list[dict[str, Any]] = [{"role": "system", "content": options.system}] if options.system else []
     while True:
         try:
             question = options.prompt or input("you> ")

@@ -1,6 +1,6 @@
 """Merge an adapter into its base model, giving a standalone model folder.
 
-    python launch/merge.py --adapter output --output_dir merged
+python launch/merge.py --adapter output --output_dir merged
 """
 
 from rich.console import Console

@@ -11,14 +11,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from accel_llm import adapter, checkpoint, display, distributed, encode, evaluate, losses, models, optim
+from accel_llm import adapter, checkpoint, data, display, distributed, encode, losses, models, optim, report
 from accel_llm import demofiles as demo
 from accel_llm.config import parse, resolved
-from accel_llm.errors import run
+from accel_llm.errors import check, run
+from accel_llm.evaluate import Evaluation
 from accel_llm.export import export, stop_ids
 from accel_llm.metrics import Meter
 from accel_llm.options import PretrainOptions, TrainOptions
@@ -34,14 +34,17 @@ class Options(PretrainOptions, TrainOptions):
 
 def main() -> None:
     options = demo.resolve(parse(Options, sys.argv[1:], DEFAULTS))
+    check(models.problems(options) + data.problems(options))
     distributed.quiet()
     accelerator = distributed.build_accelerator(options)
     tokenizer = models.tokenizer_of(options)
     config = models.load_config(options, options.max_length)
-    data = encode.texts(options, options.seed, tokenizer, options.text_column)
-    models.check_token_ids(data.train.input_ids, config, tokenizer)
-    stream = Stream(data.train, options, accelerator.process_index, accelerator.num_processes, tokenizer.pad_token_id)
-    display.before_training(accelerator, options, tokenizer, data, stream.plan)
+    encoded = encode.texts(options, options.seed, tokenizer, options.text_column)
+    models.check_token_ids(encoded.train.input_ids, config, tokenizer)
+    stream = Stream(
+        encoded.train, options, accelerator.process_index, accelerator.num_processes, models.pad_id(tokenizer)
+    )
+    display.before_training(accelerator, options, tokenizer, encoded, stream.plan)
     if options.dry_run:
         return
 
@@ -51,6 +54,8 @@ def main() -> None:
     losses.attach(model, options.per_device_train_batch_size * options.max_length)
     if options.method != "full":
         model = adapter.attach(model, options)
+    if options.neftune_noise_alpha:
+        optim.neftune(model, options.neftune_noise_alpha)
     optimizer = optim.build_optimizer(model, options, accelerator.device.type, distributed.engine())
     scheduler = optim.build_schedule(optimizer, options, stream.plan.total_steps)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -59,13 +64,15 @@ def main() -> None:
     checkpoint.resume(accelerator, model, optimizer, scheduler, start)
     stop = stop_ids(model, tokenizer, None)
 
-    facts |= {"options": resolved(options), "data": data.fingerprint, "ledger": data.ledger.to_dict()}
+    facts |= {"options": resolved(options), "data": encoded.fingerprint, "ledger": encoded.ledger.to_dict()}
     with recording(Path(options.output_dir), accelerator.is_main_process, **facts) as record:
-        evaluation = evaluate.Evaluation(accelerator, tokenizer, data.eval, options, stop)
+        evaluation = Evaluation(accelerator, tokenizer, encoded.eval, options, stop)
         train(accelerator, model, optimizer, scheduler, stream, evaluation, options, start.step)
-        base, dtype = str(options.model_name_or_path), config.dtype or torch.float32
+        base, dtype = str(options.model_name_or_path), models.stored_dtype(config)
         folder = export(accelerator, model, tokenizer, stop, base, dtype, options.output_dir)
         record.update(samples=evaluation.samples)
+    if accelerator.is_main_process:
+        report.write(Path(options.output_dir))
     display.after_training(accelerator, folder)
 
 
@@ -75,7 +82,7 @@ def train(
     optimizer: Any,
     scheduler: Any,
     stream: Stream,
-    evaluation: evaluate.Evaluation,
+    evaluation: Evaluation,
     options: Options,
     first_step: int,
 ) -> None:

@@ -8,18 +8,19 @@ Without a model and data it trains the embedded demo of launch/recipes/demo.yaml
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from accel_llm import adapter, checkpoint, display, distributed, encode, evaluate, losses, models, optim
+from accel_llm import adapter, checkpoint, data, display, distributed, encode, losses, models, optim, report
 from accel_llm import demofiles as demo
 from accel_llm.chat import load_template
 from accel_llm.config import resolved
-from accel_llm.errors import run
+from accel_llm.errors import check, run
+from accel_llm.evaluate import Evaluation
 from accel_llm.export import export, stop_ids
 from accel_llm.metrics import Meter
 from accel_llm.options import SftOptions, TrainOptions
@@ -27,6 +28,15 @@ from accel_llm.record import recording
 from accel_llm.stream import Stream, to_device
 
 DEMO = Path(__file__).parent / "recipes" / "demo.yaml"
+# A person's own value wins over each of these.
+BY_HEART = {
+    "limit_rows": 64,
+    "num_train_epochs": 40,
+    "total_batch_size": 8,
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "linear",
+    "eval_generate": 8,
+}
 
 
 class Options(SftOptions, TrainOptions):
@@ -35,15 +45,23 @@ class Options(SftOptions, TrainOptions):
 
 def main() -> None:
     options = demo.parse_or_demo(Options, DEMO, sys.argv[1:])
+    if options.overfit:
+        options = options.with_defaults(BY_HEART)
+    check(models.problems(options) + data.problems(options))
     distributed.quiet()
     accelerator = distributed.build_accelerator(options)
     tokenizer = models.tokenizer_of(options)
     template = load_template(tokenizer, options.chat_template)
+    tokenizer.chat_template = template.source
     config = models.load_config(options, options.max_length)
-    data = encode.conversations(options, options.seed, tokenizer, template)
-    models.check_token_ids(data.train.input_ids, config, tokenizer)
-    stream = Stream(data.train, options, accelerator.process_index, accelerator.num_processes, tokenizer.pad_token_id)
-    display.before_training(accelerator, options, tokenizer, data, stream.plan)
+    encoded = encode.conversations(options, options.seed, tokenizer, template)
+    if options.overfit:
+        encoded = replace(encoded, eval=encoded.train)
+    models.check_token_ids(encoded.train.input_ids, config, tokenizer)
+    stream = Stream(
+        encoded.train, options, accelerator.process_index, accelerator.num_processes, models.pad_id(tokenizer)
+    )
+    display.before_training(accelerator, options, tokenizer, encoded, stream.plan)
     if options.dry_run:
         return
 
@@ -53,6 +71,8 @@ def main() -> None:
     losses.attach(model, options.per_device_train_batch_size * options.max_length)
     if options.method != "full":
         model = adapter.attach(model, options)
+    if options.neftune_noise_alpha:
+        optim.neftune(model, options.neftune_noise_alpha)
     optimizer = optim.build_optimizer(model, options, accelerator.device.type, distributed.engine())
     scheduler = optim.build_schedule(optimizer, options, stream.plan.total_steps)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -60,16 +80,20 @@ def main() -> None:
     set_seed(options.seed, device_specific=True)
     checkpoint.resume(accelerator, model, optimizer, scheduler, start)
     stop = stop_ids(model, tokenizer, template.turn_end_id)
-    display.stop_proof(accelerator, data.train, tokenizer, template.turn_end_id, stop)
+    display.stop_proof(accelerator, encoded.train, tokenizer, template.turn_end_id, stop)
 
-    facts |= {"options": resolved(options), "data": data.fingerprint, "ledger": data.ledger.to_dict()}
+    facts |= {"options": resolved(options), "data": encoded.fingerprint, "ledger": encoded.ledger.to_dict()}
     with recording(Path(options.output_dir), accelerator.is_main_process, **facts) as record:
-        evaluation = evaluate.Evaluation(accelerator, tokenizer, data.eval, options, stop)
+        evaluation = Evaluation(accelerator, tokenizer, encoded.eval, options, stop)
         train(accelerator, model, optimizer, scheduler, stream, evaluation, options, start.step)
-        base, dtype = str(options.model_name_or_path), config.dtype or torch.float32
+        base, dtype = str(options.model_name_or_path), models.stored_dtype(config)
         folder = export(accelerator, model, tokenizer, stop, base, dtype, options.output_dir)
         record.update(samples=evaluation.samples)
+    if accelerator.is_main_process:
+        report.write(Path(options.output_dir))
     display.after_training(accelerator, folder)
+    if options.overfit:
+        display.by_heart(accelerator, evaluation)
 
 
 def train(
@@ -78,7 +102,7 @@ def train(
     optimizer: Any,
     scheduler: Any,
     stream: Stream,
-    evaluation: evaluate.Evaluation,
+    evaluation: Evaluation,
     options: Options,
     first_step: int,
 ) -> None:

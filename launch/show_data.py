@@ -17,7 +17,7 @@ from accel_llm import display, distributed, encode, models
 from accel_llm.chat import load_template
 from accel_llm.errors import run
 from accel_llm.metrics import console
-from accel_llm.options import ShowOptions, SftOptions, TrainOptions
+from accel_llm.options import SftOptions, ShowOptions, TrainOptions
 
 
 class Options(ShowOptions, SftOptions, TrainOptions):
