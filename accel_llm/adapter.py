@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from accel_llm.errors import ConfigError
+from accel_llm.errors import ConfigError, check
 from accel_llm.options import MethodOptions
 
 
@@ -28,22 +29,44 @@ def lora_config(options: MethodOptions) -> LoraConfig:
 
 
 def attach(model: PreTrainedModel, options: MethodOptions) -> PeftModel:
-    """Freeze `model` and add a trainable LoRA to it; adapter weights are float32 whatever the base's dtype.
+    """Freeze `model` and add a trainable LoRA to it; what is trained is float32 whatever the base's dtype.
 
     Raises:
         ConfigError: targets or modules_to_save that the model does not have.
     """
+    _check_names(model, options)
     try:
         wrapped = get_peft_model(model, lora_config(options))
     except ValueError as error:
-        names = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
         raise ConfigError(
             f"lora_target_modules: {options.lora_target_modules!r} does not fit the model ({str(error).splitlines()[0]}); "
-            f"its linear layers are {', '.join(names)}."
+            f"its linear layers are {_linear_layers(model)}."
         ) from None
-    if not any(parameter.requires_grad for parameter in wrapped.parameters()):
-        raise ConfigError(f"lora_target_modules: {options.lora_target_modules!r} leaves nothing trainable.")
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            # PEFT 0.21 does so for the LoRA itself, but not for biases and modules_to_save: at usual learning rates a
+            # step is smaller than what bfloat16 can tell apart.
+            parameter.data = parameter.data.float()
     return wrapped  # type: ignore[return-value]
+
+
+def _check_names(model: PreTrainedModel, options: MethodOptions) -> None:
+    """PEFT passes over a name that no module has as long as another one fits."""
+    modules = [name for name, _ in model.named_modules()]
+    problems = []
+    for field, names in (
+        ("lora_target_modules", options.lora_target_modules),
+        ("modules_to_save", options.modules_to_save),
+    ):
+        for name in names if isinstance(names, list) else []:
+            if not any(module == name or module.endswith(f".{name}") for module in modules):
+                problems.append(f"{field}: the model has no {name!r}; its linear layers are {_linear_layers(model)}.")
+    check(problems)
+
+
+def _linear_layers(model: torch.nn.Module) -> str:
+    layers = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)]
+    return ", ".join(sorted({name.rsplit(".", 1)[-1] for name in layers}))
 
 
 def save(model: PeftModel, folder: Path, state: dict[str, torch.Tensor], base: str) -> None:
@@ -63,6 +86,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         ConfigError: the folder is no adapter.
     """
     path = folder / "adapter_config.json"
+    if not folder.exists():
+        raise ConfigError(f"adapter: {folder} does not exist; name the adapter's folder, or the run's output_dir.")
     if not path.is_file():
         kind = "a full model" if (folder / "config.json").is_file() else "no adapter"
         raise ConfigError(f"adapter: {folder} is {kind}: it has no adapter_config.json.")

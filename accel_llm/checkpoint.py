@@ -21,17 +21,20 @@ from safetensors.torch import load_file, save_file
 
 from accel_llm.config import resolved
 from accel_llm.distributed import bare
-from accel_llm.errors import ConfigError
+from accel_llm.errors import ConfigError, check
 from accel_llm.metrics import Meter
 from accel_llm.options import RunOptions
 
 OURS = ("run.json", "metrics.jsonl", "checkpoints", "adapter", "model", "report.html", "logs")
+# Options that shape the saved state: with another value it has no place to go.
+SHAPING = ("method", "optim", "lora_r", "lora_bias", "lora_target_modules", "modules_to_save", "use_dora")
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run begins: at step 0, or at the step of a verified checkpoint."""
+    """Where a run begins: at step 0, or at the step of a verified checkpoint; and where it writes."""
 
+    output_dir: Path
     step: int = 0
     folder: Path | None = None
 
@@ -39,56 +42,68 @@ class Start:
 def start(accelerator: Accelerator, options: RunOptions) -> Start:
     """Decide from `output_dir` and `resume_from_checkpoint` where to begin; every process comes to the same answer.
 
+    Nothing is written or removed yet: that is left to `resume`, when model, adapter and backend have held.
+
     Raises:
         ConfigError: the folder holds a finished run or something foreign, or the named checkpoint does not hold.
     """
-    folder = Path(options.output_dir)
-    found = _decide(folder, options)
+    folder, named = Path(options.output_dir).expanduser(), options.resume_from_checkpoint
+    _check_usable(folder, options.overwrite_output_dir)
+    checkpoint = None
+    if named not in ("auto", "none"):
+        checkpoint = Path(named).expanduser()
+        if problem := broken(checkpoint):
+            raise ConfigError(f"resume_from_checkpoint: {named} {problem}.")
+    elif named == "auto" and not options.overwrite_output_dir:
+        checkpoint = newest(folder / "checkpoints")
+    step = _check_same(checkpoint, options) if checkpoint else 0
     # Nobody may write before everybody has looked.
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        if found.folder is None and folder.is_dir():
-            for name in OURS:
-                path = folder / name
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        folder.mkdir(parents=True, exist_ok=True)
-    accelerator.wait_for_everyone()
-    return found
+    return Start(folder, step, checkpoint)
 
 
-def _decide(folder: Path, options: RunOptions) -> Start:
-    named = options.resume_from_checkpoint
-    if named not in ("auto", "none"):
-        if problem := broken(Path(named)):
-            raise ConfigError(f"resume_from_checkpoint: {named} {problem}.")
-        return _start_at(Path(named))
-    if not folder.exists() or not any(folder.iterdir()) or options.overwrite_output_dir:
-        return Start()
-    if not (folder / "run.json").is_file():
+def _check_usable(folder: Path, overwrite: bool) -> None:
+    """Refuse an output_dir that holds something else than a run that may be continued."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output_dir: {folder} is a file; name a folder.")
+    if overwrite or not folder.exists() or not any(folder.iterdir()):
+        return
+    try:
+        status = json.loads((folder / "run.json").read_text(encoding="utf-8"))["status"]
+    except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError(
-            f"output_dir: {folder} holds files that are not a run of this project; name another folder, or set overwrite_output_dir."
-        )
-    status = json.loads((folder / "run.json").read_text(encoding="utf-8")).get("status")
+            f"output_dir: {folder} holds files that are not a run of this project; name another folder, or set "
+            "overwrite_output_dir."
+        ) from None
     if status == "done":
         raise ConfigError(
             f"output_dir: {folder} holds a finished run; name another folder, or set overwrite_output_dir to start anew."
         )
-    return Start() if named == "none" else newest(folder / "checkpoints")
 
 
-def _start_at(folder: Path) -> Start:
-    return Start(json.loads((folder / "state.json").read_text(encoding="utf-8"))["step"], folder)
+def _check_same(checkpoint: Path, options: RunOptions) -> int:
+    """The step of a checkpoint that this run can continue."""
+    state, now = json.loads((checkpoint / "state.json").read_text(encoding="utf-8")), resolved(options)
+    check(
+        [
+            f"{name}: {checkpoint} was saved with {state['options'][name]}, this run has {now[name]}; give the same, or "
+            "resume_from_checkpoint: none."
+            for name in SHAPING
+            if name in state["options"] and state["options"][name] != now.get(name)
+        ]
+    )
+    return state["step"]
 
 
-def newest(folder: Path) -> Start:
+def newest(folder: Path) -> Path | None:
     """The newest checkpoint that holds; broken ones are named and passed over."""
     for path in sorted(folder.glob("step-*"), reverse=True):
         problem = broken(path)
         if problem is None:
-            return _start_at(path)
+            return path
         if os.environ.get("RANK", "0") == "0":
             print(f"checkpoint {path} {problem}; taking an older one", flush=True)
-    return Start()
+    return None
 
 
 def broken(folder: Path) -> str | None:
@@ -96,7 +111,11 @@ def broken(folder: Path) -> str | None:
     manifest = folder / "manifest.json"
     if not manifest.is_file():
         return "does not exist" if not folder.exists() else "is not a whole checkpoint (no manifest.json)"
-    for name, (size, digest) in json.loads(manifest.read_text(encoding="utf-8")).items():
+    try:
+        files = json.loads(manifest.read_text(encoding="utf-8")).items()
+    except ValueError:
+        return "has a damaged manifest.json"
+    for name, (size, digest) in files:
         path = folder / name
         if not path.is_file():
             return f"lacks {name}"
@@ -227,18 +246,42 @@ def _save_randomness(path: Path, device: torch.device) -> None:
 
 
 def resume(accelerator: Accelerator, model: Any, optimizer: Any, scheduler: Any, found: Start) -> None:
-    """Bring model, optimizer, schedule and random generators to the state of the checkpoint. A collective."""
-    if found.folder is None:
-        return
-    state = json.loads((found.folder / "state.json").read_text(encoding="utf-8"))
-    _load_weights(accelerator, model, optimizer, found.folder)
+    """Bring model, optimizer, schedule and random generators to the state of the checkpoint, and make `output_dir` ready.
+
+    A collective.
+    """
+    if found.folder is not None:
+        _load(accelerator, model, optimizer, scheduler, found.folder)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        _make_room(found)
+    accelerator.wait_for_everyone()
+
+
+def _make_room(found: Start) -> None:
+    """Remove what this run replaces: all that is ours of another run, or the checkpoints after the one it continues."""
+    checkpoints = found.output_dir / "checkpoints"
+    if found.folder is not None and found.folder.resolve().parent == checkpoints.resolve():
+        # Rotation keeps the newest by name, and these would outlive the ones that are still to come.
+        obsolete = [path for path in checkpoints.glob("step-*") if path.name > found.folder.name]
+    else:
+        obsolete = [found.output_dir / name for name in OURS]
+    for path in [*obsolete, *checkpoints.glob(".step-*.partial")]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    found.output_dir.mkdir(parents=True, exist_ok=True)
+
+
+def _load(accelerator: Accelerator, model: Any, optimizer: Any, scheduler: Any, folder: Path) -> None:
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    _load_weights(accelerator, model, optimizer, folder)
     scheduler.load_state_dict(state["scheduler"])
     for group, rate in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
         group["lr"] = rate
     if accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(state["scaler"])
-    _load_randomness(found.folder / f"rng-{accelerator.process_index:05d}.safetensors", accelerator.device)
-    accelerator.wait_for_everyone()
+    randomness = folder / f"rng-{accelerator.process_index:05d}.safetensors"
+    if randomness.is_file():  # a process that the saving run did not have keeps the generators of its seed
+        _load_randomness(randomness, accelerator.device)
 
 
 def _load_weights(accelerator: Accelerator, model: Any, optimizer: Any, folder: Path) -> None:
@@ -270,7 +313,7 @@ def _load_weights(accelerator: Accelerator, model: Any, optimizer: Any, folder: 
 def _load_plain(model: torch.nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
     weights = load_file(folder / "weights.safetensors")
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if trained.keys() != weights.keys():
+    if {name: p.shape for name, p in trained.items()} != {name: tensor.shape for name, tensor in weights.items()}:
         raise ConfigError(
             f"resume_from_checkpoint: {folder} holds other weights than this run trains; the method or model differs."
         )

@@ -1,8 +1,8 @@
 """Rows from files, and encoded rows in flat arrays that live in a cache."""
 
 import hashlib
+import itertools
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,54 +18,77 @@ from accel_llm.options import DataOptions
 
 
 def problems(options: DataOptions) -> list[str]:
-    """One sentence for each file that is not there, before anything is read."""
+    """One sentence for each file that is not there or of another kind, before anything is read."""
     found = [] if options.train_files else ["train_files: is missing; name at least one .json, .jsonl or .txt file."]
     for field in ("train_files", "eval_files"):
         for name in getattr(options, field):
-            if not Path(name).is_file():
-                found.append(
-                    f"{field}: {name} {'is a folder' if Path(name).is_dir() else 'does not exist'}; name a .json, .jsonl or .txt file."
-                )
+            path = Path(name)
+            if not path.is_file():
+                wrong = "is a folder" if path.is_dir() else "does not exist"
+            elif path.suffix not in READERS:
+                wrong = f"is of kind {path.suffix or '(none)'!r}"
+            else:
+                continue
+            found.append(f"{field}: {name} {wrong}; name a .json, .jsonl or .txt file.")
     return found
 
 
 def read_rows(files: list[str], limit: int | None = None) -> Iterator[tuple[str, int, dict[str, Any]]]:
     """Yield (file, row number from 1, row) from .json (a list of objects), .jsonl and .txt (a document a line).
 
+    `limit` is the number of rows from all files together; files behind the last of them are not opened.
+
     Raises:
         DataError: a file that is empty, broken (with its line) or of another kind.
     """
+    left = limit
     for name in files:
         path = Path(name)
-        readers: dict[str, Callable[[Path], Iterator[dict[str, Any]]]] = {
-            ".json": _read_json,
-            ".jsonl": _read_jsonl,
-            ".txt": _read_text,
-        }
-        if path.suffix not in readers:
+        if path.suffix not in READERS:
             raise DataError(
-                f"{name}: files of kind {path.suffix or '(none)'!r} are not read; allowed: {', '.join(readers)}."
+                f"{name}: files of kind {path.suffix or '(none)'!r} are not read; allowed: {', '.join(READERS)}."
             )
         count = 0
-        for count, row in enumerate(readers[path.suffix](path), 1):
-            if limit is not None and count > limit:
-                break
+        for count, row in enumerate(itertools.islice(READERS[path.suffix](path), left), 1):
             yield name, count, row
         if count == 0:
             raise DataError(f"{name}: the file has no rows.")
+        if left is not None:
+            left -= count
+            if left == 0:
+                return
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(Line number from 1, line) of every line that is not blank."""
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError:
+                raise DataError(f"{path}, line {number}: not UTF-8 text.") from None
+            if text.strip():
+                yield number, text.rstrip("\r\n")
 
 
 def _read_json(path: Path) -> Iterator[dict[str, Any]]:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path}, line {line}: not UTF-8 text.") from None
+    if not text or text.isspace():
+        return
+    try:
+        rows = json.loads(text)
     except json.JSONDecodeError as error:
-        if error.msg == "Extra data":
+        if error.msg == "Extra data" and text.lstrip()[0] == "{":
             # Objects one a line under the name .json are common.
             yield from _read_jsonl(path)
             return
         raise DataError(f"{path}, line {error.lineno}: not JSON ({error.msg}).") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text (byte {error.start}).") from None
+    # One object is a file of one line.
+    rows = [rows] if isinstance(rows, dict) else rows
     if not isinstance(rows, list):
         raise DataError(f"{path}: holds one {type(rows).__name__}; a list of objects, or one object a line, is needed.")
     for number, row in enumerate(rows, 1):
@@ -75,30 +98,26 @@ def _read_json(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8-sig") as lines:
+    for number, line in _lines(path):
         try:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise DataError(f"{path}, line {number}: not JSON ({error.msg}).") from None
-                if not isinstance(row, dict):
-                    raise DataError(f"{path}, line {number}: is a {type(row).__name__}, must be an object.")
-                yield row
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}: not UTF-8 text (byte {error.start}).") from None
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}, line {number}: not JSON ({error.msg}).") from None
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, line {number}: is a {type(row).__name__}, must be an object.")
+        yield row
 
 
 def _read_text(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8-sig") as lines:
-        try:
-            for line in lines:
-                if line.strip():
-                    yield {"text": line.rstrip("\n")}
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}: not UTF-8 text (byte {error.start}).") from None
+    for _, line in _lines(path):
+        yield {"text": line}
+
+
+READERS: dict[str, Callable[[Path], Iterator[dict[str, Any]]]] = {
+    ".json": _read_json,
+    ".jsonl": _read_jsonl,
+    ".txt": _read_text,
+}
 
 
 @dataclass(frozen=True)
@@ -158,7 +177,8 @@ def cached(
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():
             parts, facts = build()
-            partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+            partial = folder.with_name(f"{folder.name}.partial")
+            # What a killed build left; the lock is ours, so nobody is writing there.
             shutil.rmtree(partial, ignore_errors=True)
             for name, rows in parts.items():
                 (partial / name).mkdir(parents=True)

@@ -108,7 +108,8 @@ def stop_proof(
         return
     labels = np.asarray(encoded.labels)
     trained = np.flatnonzero(labels != IGNORED)
-    last = trained[np.searchsorted(trained, np.asarray(encoded.offsets[1:]), side="left") - 1]
+    before = np.searchsorted(trained, np.asarray(encoded.offsets))  # trained tokens before each border
+    last = trained[before[1:][np.diff(before) > 0] - 1]
     ended = int((labels[last] == turn_end).sum())
     token = tokenizer.convert_ids_to_tokens(turn_end)
     assert turn_end in stop

@@ -234,6 +234,8 @@ def prove(accelerator: Accelerator, model: torch.nn.Module, options: TrainOption
     """
     # What matrix products run in: autocast's dtype, or the one DeepSpeed has cast the weights to.
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision_of(options), torch.float32)
+    # Before the first forward: FSDP2 leaves what stands outside the layers whole until a backward pass.
+    parameters = parameter_counts(model)
     loss_path = losses.check(model, accelerator.device, dtype)
     if options.packing:
         attention.probe(model, accelerator.device, dtype)
@@ -246,6 +248,7 @@ def prove(accelerator: Accelerator, model: torch.nn.Module, options: TrainOption
         "precision": precision_of(options),
         "engine": type(model).__name__,
         "loss_path": loss_path,
+        "parameters": parameters,
         "attention": attention.causal_lm(model).config._attn_implementation,
     }
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -286,6 +289,30 @@ def global_sum(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
     if accelerator.num_processes > 1:
         torch.distributed.all_reduce(values)
     return values
+
+
+def parameter_counts(model: torch.nn.Module) -> dict[str, int]:
+    """Numbers of parameters: trainable, in total, and held by this process under the sharding in force.
+
+    A 4-bit tensor counts the weights that it stands for, except in what this process holds.
+    """
+    from torch.distributed.tensor import DTensor
+
+    counts = {"trainable": 0, "total": 0, "this_process": 0}
+    for parameter in model.parameters():
+        size = held = parameter.numel()
+        if hasattr(parameter, "ds_id"):
+            size = parameter.ds_numel
+            # Small tensors stay whole on every process: stage3_param_persistence_threshold.
+            held = size if parameter.ds_persist else parameter.ds_tensor.numel()
+        elif isinstance(parameter, DTensor):
+            held = parameter.to_local().numel()
+        elif type(parameter).__name__ == "Params4bit" and getattr(parameter, "quant_state", None) is not None:
+            size = parameter.quant_state.shape.numel()
+        counts["total"] += size
+        counts["trainable"] += size if parameter.requires_grad else 0
+        counts["this_process"] += held
+    return counts
 
 
 def bare(accelerator: Accelerator, model: torch.nn.Module) -> Any:

@@ -92,13 +92,14 @@ def encode_texts(rows: list[SourceRow], tokenizer: PreTrainedTokenizerFast, colu
     for (file, number, _), ids in zip(rows, tokenizer([row[column] for _, _, row in rows])["input_ids"], strict=True):
         if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
             ids = [*ids, tokenizer.eos_token_id]
-        # Nothing stands before the first token that could predict it.
-        _fit(chunk, file, number, ids, [IGNORED, *ids[1:]], options)
+        _fit(chunk, file, number, ids, ids, options)
     return chunk
 
 
 def _fit(chunk: Chunk, file: str, number: int, ids: list[int], labels: list[int], options: DataOptions) -> None:
     """Put one encoded row in the chunk as `overlong` says, and count where each of its tokens went."""
+    # Nothing stands before a first token that could predict it: it is context, whatever it was.
+    labels = [IGNORED, *labels[1:]]
     ledger, length, supervised = chunk.ledger, len(ids), _labelled(labels)
     chunk.lengths.append(length)
     ledger.read(file, 1, supervised, length - supervised)
@@ -116,7 +117,7 @@ def _fit(chunk: Chunk, file: str, number: int, ids: list[int], labels: list[int]
         return
     pieces = [(ids[start:end], [IGNORED, *labels[start + 1 : end]]) for start, end in spans]
     chunk.rows += [(number, *piece) for piece in pieces]
-    # The first token of a piece has nothing before it that could predict it: it is context, whatever it was.
+    # Likewise the first token of a piece: a label that it had is cut off.
     trained = sum(_labelled(piece_labels) for _, piece_labels in pieces)
     context = sum(end - start - _labelled(labels[start:end]) for start, end in spans)
     ledger.count(file, TRAINED, 1, trained, context)
@@ -148,7 +149,7 @@ def _spans(labels: list[int], options: DataOptions) -> list[tuple[int, int]]:
 def encode(options: DataOptions, seed: int, encoder: Callable[[list[SourceRow]], Chunk], identity: str) -> Encoded:
     """Encode the training and evaluation files with `encoder`, or take them from the cache.
 
-    `identity` names everything beside files and options that shapes the result: tokenizer, template, column.
+    `identity` names everything beside files and options that shapes the result: see `_identity`.
 
     Raises:
         DataError: a file or row that cannot be used, or nothing left to train or evaluate on.
@@ -166,7 +167,8 @@ def encode(options: DataOptions, seed: int, encoder: Callable[[list[SourceRow]],
     if not len(parts["train"]):
         raise DataError(f"train_files: no row is left to train on ({', '.join(options.train_files)}).")
     if "eval" in parts and not len(parts["eval"]):
-        raise DataError("eval_files/eval_share: no row is left to evaluate on.")
+        asked = f"eval_share: {options.eval_share}" if options.eval_share else f"eval_files: {options.eval_files}"
+        raise DataError(f"{asked} leaves no row to evaluate on; give more rows, or none of the two options.")
     return Encoded(parts["train"], parts.get("eval"), ledger, key)
 
 
@@ -191,12 +193,27 @@ def _build(
             yield from chunk.rows
 
     parts = {"train": build_rows(trained())}
-    evaluated = held_out if options.eval_share else list(read_rows(options.eval_files))
-    if evaluated:
-        parts["eval"] = build_rows(row for chunk in _chunks(iter(evaluated), encoder, options) for row in chunk.rows)
+    if options.limit_rows:
+        ledger.note(f"limit_rows: at most the first {options.limit_rows:,} rows were read.")
+    if options.eval_share or options.eval_files:
+        evaluated = iter(held_out) if options.eval_share else read_rows(options.eval_files)
+        chunks = list(_chunks(evaluated, encoder, options))
+        parts["eval"] = build_rows(row for chunk in chunks for row in chunk.rows)
+        _note_lost(ledger, (chunk.ledger for chunk in chunks))
     shares = (50, 95, 99, 100)
     found = np.percentile(lengths, shares).astype(int).tolist() if lengths else [0] * len(shares)
     return parts, {"ledger": ledger.to_dict(), "lengths": dict(zip(map(str, shares), found, strict=True))}
+
+
+def _note_lost(ledger: Ledger, evaluated: Iterable[Ledger]) -> None:
+    """Rows to evaluate on are no part of the ledger of training; those that are lost are told all the same."""
+    total = Ledger()
+    for part in evaluated:
+        total.merge(part)
+    for file, bins in total.bins.items():
+        for name, amount in bins.items():
+            if name != TRAINED:
+                ledger.note(f"Evaluation, {file}: {amount['rows']:,} rows and {amount['supervised']:,} tokens {name}.")
 
 
 def _draw(seed: int, row: SourceRow) -> float:
@@ -213,8 +230,18 @@ def _chunks(
         return
     # Not fork: by now this process has threads of torch and of a process group.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.preprocessing_num_workers, mp_context=context) as pool:
-        yield from pool.map(encoder, list(batches))
+    with ProcessPoolExecutor(options.preprocessing_num_workers, context, _install, (encoder,)) as pool:
+        yield from pool.map(_encode_installed, list(batches))
+
+
+def _install(encoder: Callable[[list[SourceRow]], Chunk]) -> None:
+    """Once a worker and not once a chunk: a tokenizer takes longer to unpickle than a chunk to encode."""
+    global _installed
+    _installed = encoder
+
+
+def _encode_installed(rows: list[SourceRow]) -> Chunk:
+    return _installed(rows)
 
 
 def check_lost(ledger: Ledger, lengths: dict[str, int], options: DataOptions) -> None:
@@ -227,18 +254,25 @@ def check_lost(ledger: Ledger, lengths: dict[str, int], options: DataOptions) ->
         for name, amount in bins.items():
             if name.startswith(("dropped", "cut")):
                 lost[name] = lost.get(name, 0) + amount["rows"]
-    reasons = ", ".join(f"{name} ({count:,} rows)" if count else name for name, count in lost.items())
+    reasons = [f"{name} ({count:,} rows)" if count else name for name, count in lost.items()]
+    reasons += [f"{turns:,} turns without a label because {reason}" for reason, turns in ledger.turns.items()]
+    if lost.keys() == {NOTHING_TRAINED}:
+        remedy = "look at train_on, chat_template and the rows themselves"
+    else:
+        remedy = (
+            f"half of the rows have at most {lengths['50']:,} tokens, 95% {lengths['95']:,}, 99% {lengths['99']:,}, "
+            f"the longest {lengths['100']:,}; raise max_length, set overlong: truncate or split"
+        )
     raise ConfigError(
         f"max_lost: {rows:.1%} of the rows and {supervised:.1%} of the supervised tokens would be lost, allowed is "
-        f"{options.max_lost:.1%}: {reasons}; half of the rows have at most {lengths['50']:,} tokens, 95% {lengths['95']:,}, "
-        f"99% {lengths['99']:,}, the longest {lengths['100']:,}; raise max_length, set overlong: truncate or split, or raise max_lost."
+        f"{options.max_lost:.1%}: {', '.join(reasons)}; {remedy}, or raise max_lost."
     )
 
 
 def conversations(options: DataOptions, seed: int, tokenizer: PreTrainedTokenizerFast, template: Template) -> Encoded:
     """Encode chat files; see `encode`."""
     encoder = partial(encode_conversations, template=template, options=options)
-    encoded = encode(options, seed, encoder, fingerprint(tokenizer.backend_tokenizer.to_str(), template.source))
+    encoded = encode(options, seed, encoder, _identity(tokenizer, template.source))
     if template.turn_end is None:
         encoded.ledger.note("The template closes no turn, so no end token is trained and answers will not stop by it.")
     return encoded
@@ -247,4 +281,9 @@ def conversations(options: DataOptions, seed: int, tokenizer: PreTrainedTokenize
 def texts(options: DataOptions, seed: int, tokenizer: PreTrainedTokenizerFast, column: str) -> Encoded:
     """Encode text files; see `encode`."""
     encoder = partial(encode_texts, tokenizer=tokenizer, column=column, options=options)
-    return encode(options, seed, encoder, fingerprint(tokenizer.backend_tokenizer.to_str(), column))
+    return encode(options, seed, encoder, _identity(tokenizer, column))
+
+
+def _identity(tokenizer: PreTrainedTokenizerFast, rest: str) -> str:
+    """What an encoding depends on beside rows and options; which token is the bos or eos is not in the backend."""
+    return fingerprint(tokenizer.backend_tokenizer.to_str(), sorted(tokenizer.special_tokens_map.items()), rest)

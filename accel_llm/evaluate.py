@@ -105,8 +105,10 @@ def questions(rows: Rows, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """(prompt ids, answer ids) of the last trained turn of the first `count` rows that have a prompt before it."""
     found = []
     for ids, labels in (rows[k] for k in range(len(rows))):
+        if len(found) == count:
+            break
         trained = np.flatnonzero(labels != -100)
-        if len(trained) == 0 or len(found) == count:
+        if len(trained) == 0:
             continue
         gaps = np.flatnonzero(np.diff(trained) > 1)
         first, last = int(trained[gaps[-1] + 1] if len(gaps) else trained[0]), int(trained[-1])
@@ -141,7 +143,6 @@ def exact_match(
         for first in range(0, per_process, batch_size):
             # A process with fewer questions repeats one, so that all make the same number of calls.
             batch = share[first : first + batch_size] or asked[:1]
-            batch = sorted(batch, key=lambda question: len(question[0]))
             inputs = _left_padded([prompt for prompt, _ in batch], pad_id(tokenizer), accelerator.device)
             output = inner.generate(**inputs, generation_config=settings, synced_gpus=strategy() in ("zero3", "fsdp2"))
             for (prompt, expected), made in zip(batch, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):

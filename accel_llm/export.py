@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 from accel_llm import adapter
 from accel_llm.attention import causal_lm
 from accel_llm.distributed import bare, gather_state
+from accel_llm.models import saveable
 
 
 def stop_ids(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, turn_end_id: int | None) -> list[int]:
@@ -24,8 +25,8 @@ def stop_ids(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, turn_en
 
 def generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, stop: list[int]) -> GenerationConfig:
     """The generation config to save: the model's own, ending at `stop`."""
-    settings = GenerationConfig.from_dict(model.generation_config.to_dict() if model.generation_config else {})
-    settings.eos_token_id = stop if len(stop) > 1 else stop[0]
+    settings = saveable(model.generation_config)
+    settings.eos_token_id = stop[0] if len(stop) == 1 else stop or None
     settings.pad_token_id = tokenizer.pad_token_id
     return settings
 
@@ -65,5 +66,7 @@ def export(
 
 def _save_whole(model: PreTrainedModel, folder: Path, state: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
     state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    # What is part of a model without being trained, such as DeepSeek-V3's expert biases.
+    state |= {name: buffer.cpu() for name, buffer in model.named_buffers() if name in model.state_dict()}
     model.config.dtype = dtype
     model.save_pretrained(str(folder), state_dict=state)

@@ -1,16 +1,19 @@
 """An adapter and its base become one standalone model, compared with the adapter before it counts as written."""
 
 import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft import PeftModel
+from peft.utils import load_peft_weights, set_peft_model_state_dict
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from accel_llm.adapter import read_config
 from accel_llm.errors import ConfigError
-from accel_llm.models import check_model_name, load_tokenizer
+from accel_llm.models import check_model_name, load_tokenizer, load_whole, reason_of, saveable
 from accel_llm.options import MergeOptions
 
 # Largest relative difference of logits, |merged - adapter| / |adapter|, that rounding explains in each dtype.
@@ -50,8 +53,33 @@ def base_of(adapter: Path, named: str | None, field: str = "base") -> str:
     except ConfigError as error:
         if named:
             raise
-        raise ConfigError(f"{error} {adapter} names it as its base; say where it is with --base.") from None
+        reason = str(error).rstrip(".")
+        raise ConfigError(f"{reason}; {adapter} names it as its base, say where it is with --base.") from None
     return base
+
+
+def load(adapter: Path, base: str, dtype: torch.dtype | str, trust_remote_code: bool) -> PeftModel:
+    """The base model with the adapter on it, every weight of both in use.
+
+    Raises:
+        ConfigError: one of them cannot be loaded, or they are not made for each other.
+    """
+    task = read_config(adapter).get("task_type")
+    if task not in (None, "CAUSAL_LM"):
+        raise ConfigError(f"adapter: {adapter} was trained for {task}; only adapters of causal LMs are taken.")
+    model = load_whole(base, "base", dtype=dtype, trust_remote_code=trust_remote_code)
+    try:
+        with warnings.catch_warnings():
+            # PEFT 0.21 leaves weights that the adapter's file lacks as they were drawn, and only warns.
+            warnings.filterwarnings("error", "Found missing adapter keys")
+            wrapped = PeftModel.from_pretrained(model, str(adapter))
+        # It says nothing at all about weights that found no place, so they are put there once more.
+        unused = set_peft_model_state_dict(wrapped, load_peft_weights(str(adapter), device="cpu")).unexpected_keys
+        if unused:
+            raise ValueError(f"{len(unused)} of its weights have no place there, such as {min(unused)}")
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, UserWarning) as error:
+        raise ConfigError(f"adapter: {adapter} does not fit {base} ({reason_of(error)}).") from None
+    return wrapped  # type: ignore[return-value]
 
 
 def merge(options: MergeOptions) -> Merged:
@@ -60,26 +88,21 @@ def merge(options: MergeOptions) -> Merged:
     Raises:
         ConfigError: no adapter, no base, an adapter that does not fit, a used output_dir, or a merge that differs.
     """
-    adapter, target = adapter_folder(options.adapter), Path(options.output_dir)
+    adapter, target = adapter_folder(options.adapter), Path(options.output_dir).expanduser().resolve()
     read_config(adapter)
-    if target.exists() and any(target.iterdir()) and not options.overwrite_output_dir:
-        raise ConfigError(f"output_dir: {target} is not empty; name another folder, or set overwrite_output_dir.")
     base = base_of(adapter, options.base)
+    _check_target(target, adapter, base, options.overwrite_output_dir)
     dtype = "auto" if options.dtype == "auto" else getattr(torch, options.dtype)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, trust_remote_code=options.trust_remote_code)
-    try:
-        wrapped = PeftModel.from_pretrained(model, str(adapter))
-    except (ValueError, RuntimeError, KeyError) as error:
-        raise ConfigError(f"adapter: {adapter} does not fit {base} ({str(error).strip().splitlines()[0]}).") from None
-    ids = _probe_ids(model)
+    wrapped = load(adapter, base, dtype, options.trust_remote_code)
+    ids = _probe_ids(wrapped.config.get_text_config().vocab_size)
     expected = _logits(wrapped, ids) if options.verify != "none" else None
-    merged: PreTrainedModel = wrapped.merge_and_unload(safe_merge=True)  # type: ignore[operator]
+    merged = _merged(wrapped, adapter)
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         written = merged.dtype
         _write(merged, adapter, base, partial, options)
-        del merged, wrapped, model
+        del merged, wrapped
         difference = _compare(partial, ids, expected, written) if expected is not None else None
         shutil.rmtree(target, ignore_errors=True)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -89,18 +112,43 @@ def merge(options: MergeOptions) -> Merged:
     return Merged(target, base, written, difference)
 
 
+def _check_target(target: Path, adapter: Path, base: str, overwrite: bool) -> None:
+    """Refuse an output_dir whose replacement would lose anything but an earlier model."""
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise ConfigError(f"output_dir: {target} is a file; name a folder.")
+    for what, used in (("adapter", adapter), ("base", Path(base))):
+        if used.exists() and used.resolve().is_relative_to(target):
+            raise ConfigError(f"output_dir: {target} holds the {what} that is merged; name another folder.")
+    if not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise ConfigError(f"output_dir: {target} is not empty; name another folder, or set overwrite_output_dir.")
+    if not (target / "config.json").is_file():
+        raise ConfigError(f"output_dir: {target} holds files that are no model; name another folder.")
+
+
+def _merged(wrapped: PeftModel, adapter: Path) -> PreTrainedModel:
+    if not hasattr(wrapped.base_model, "merge_and_unload"):
+        raise ConfigError(f"adapter: {adapter} cannot be merged, a {wrapped.peft_type} adapter has no weights to add.")
+    try:
+        return wrapped.merge_and_unload(safe_merge=True)  # type: ignore[operator]
+    except ValueError as error:
+        raise ConfigError(f"adapter: {adapter} cannot be merged ({reason_of(error)}).") from None
+
+
 def _write(model: PreTrainedModel, adapter: Path, base: str, folder: Path, options: MergeOptions) -> None:
     if (adapter / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(str(adapter))
+        model.generation_config = saveable(GenerationConfig.from_pretrained(str(adapter)))
     folder.parent.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(str(folder))
     source = str(adapter) if (adapter / "tokenizer_config.json").is_file() else base
     load_tokenizer(source, trust_remote_code=options.trust_remote_code).save_pretrained(str(folder))
 
 
-def _probe_ids(model: PreTrainedModel) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(model.config.get_text_config().vocab_size, (2, 32), generator=generator)
+def _probe_ids(vocab_size: int) -> torch.Tensor:
+    return torch.randint(vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
 
 
 def _logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Loss and throughput: one line a logging step on the screen, in metrics.jsonl and in the trackers."""
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,11 @@ class Meter:
     def add(self, loss: torch.Tensor, batch: Batch) -> None:
         """Count one micro-batch of this process: its summed loss, labelled targets and real tokens."""
         tokens = batch["attention_mask"].sum() if "attention_mask" in batch else batch["input_ids"].numel()
+        targets = count_targets(batch["labels"])
         self.sums[0] += loss.detach()
-        self.sums[1] += count_targets(batch["labels"])
-        self.sums[2] += tokens
+        self.sums[1] += targets
+        # Without targets it is no row at all but what fills a slot of the last step.
+        self.sums[2] += tokens * (targets > 0)
 
     def log(self, step: int, learning_rate: float, grad_norm: torch.Tensor | float) -> None:
         """Report step `step` (from 1) when it is due: every `logging_steps`, and the first and last one."""
@@ -70,7 +73,7 @@ class Meter:
         if not self.accelerator.is_main_process:
             return
         with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step} | values) + "\n")
+            file.write(_json_line({"step": step} | values))
         line = f"step {step}/{self.plan.total_steps}  " + "  ".join(
             _shown(k, v) for k, v in values.items() if k in SHOWN or "/" in k
         )
@@ -137,12 +140,26 @@ def _progress(accelerator: Accelerator, plan: Plan, first_step: int) -> Progress
     return progress
 
 
+def _json_line(values: dict[str, Any]) -> str:
+    """One line of metrics.jsonl; JSON has no NaN and no infinity, so a sick number is written as null."""
+    sick = {name: None for name, value in values.items() if isinstance(value, float) and not math.isfinite(value)}
+    return json.dumps(values | sick, allow_nan=False) + "\n"
+
+
 def _forget_after(file: Path, step: int) -> int:
     """Drop the lines of steps that a resumed run does again; returns the supervised tokens counted up to `step`."""
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    kept = [line for line in lines if json.loads(line)["step"] <= step]
-    file.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    return max((json.loads(line).get("supervised_tokens", 0) for line in kept), default=0)
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError:  # the last line of a run that was killed while it wrote
+            continue
+        if values["step"] <= step:
+            kept.append(values)
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text("".join(map(_json_line, kept)), encoding="utf-8")
+    partial.replace(file)
+    return max((values.get("supervised_tokens", 0) for values in kept), default=0)
 
 
 def peak_memory_mb(device: torch.device) -> int:

@@ -1,17 +1,20 @@
 """Tokenizers and causal language models: found, checked, loaded for the strategy in force, never half-read."""
 
-import json
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -24,22 +27,42 @@ from accel_llm.options import MethodOptions, ModelOptions, PretrainOptions, Trai
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
+# What loading a model that is not there, not whole or not known ends in.
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, ImportError, SafetensorError, StrictDataclassError)
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
 def problems(options: ModelOptions) -> list[str]:
-    """One sentence for each model or tokenizer that is not there, before anything is read."""
+    """One sentence for each model or tokenizer that is not there or cannot be used so, before anything is read."""
+    found = _cannot(options) if isinstance(options, TrainOptions) else []
     names = {"model_name_or_path": options.model_name_or_path}
     if isinstance(options, PretrainOptions):
         names["config_name"] = options.config_name
     elif options.model_name_or_path is None:
-        return ["model_name_or_path: is missing; name a model folder or a hub id."]
-    found = []
+        return [*found, "model_name_or_path: is missing; name a model folder or a hub id."]
     for field, name in names.items():
         try:
             if name is not None:
                 check_model_name(name, field)
         except ConfigError as error:
             found += error.problems
+    return found
+
+
+def _cannot(options: TrainOptions) -> list[str]:
+    """Options of a model that exclude each other, or what the launch YAML asks for."""
+    found = []
+    if options.load_in_8bit and strategy() in ("zero3", "fsdp2"):
+        found.append(
+            f"load_in_8bit: 8-bit weights cannot be sharded by {strategy()}; use ddp.yaml, zero1.yaml or zero2.yaml, "
+            "or method qlora."
+        )
+    chosen = options.attn_implementation
+    if options.packing and chosen not in ("auto", "sdpa") and not chosen.startswith("flash_attention"):
+        found.append(
+            f"attn_implementation: {chosen} does not keep packed documents apart; give auto or flash_attention_2, or "
+            "set packing: false."
+        )
     return found
 
 
@@ -52,9 +75,8 @@ def check_model_name(name: str, field: str = "model_name_or_path") -> None:
     path = Path(name).expanduser()
     if (path / "adapter_config.json").is_file():
         # transformers 5 would load base + LoRA from it with nothing trainable, silently.
-        base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
         raise ConfigError(
-            f"{field}: {name} is an adapter (of {base}), not a model; merge it first with "
+            f"{field}: {name} is an adapter, not a model; merge it first with "
             f"launch/merge.py --adapter {name} --output_dir MODEL, or name its base model."
         )
     if path.is_dir():
@@ -63,7 +85,9 @@ def check_model_name(name: str, field: str = "model_name_or_path") -> None:
             raise ConfigError(
                 f"{field}: the folder {name} has no config.json (it holds {found}); a model folder has one."
             )
-    elif path.exists() or not HUB_ID.match(name) or name.startswith("."):
+    elif path.exists():
+        raise ConfigError(f"{field}: {name} is a file; a model folder or a hub id (owner/name) is allowed.")
+    elif not HUB_ID.match(name) or name.startswith("."):
         raise ConfigError(f"{field}: {name} does not exist; a model folder or a hub id (owner/name) is allowed.")
 
 
@@ -96,9 +120,11 @@ def load_tokenizer(name: str, revision: str = "main", trust_remote_code: bool = 
         ConfigError: there is none, or it is not a fast tokenizer (masks need offsets).
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"tokenizer_name: no tokenizer could be loaded from {name} ({_first_line(error)}).") from None
+        tokenizer = AutoTokenizer.from_pretrained(
+            _located(name), revision=revision, trust_remote_code=trust_remote_code
+        )
+    except UNREADABLE as error:
+        raise ConfigError(f"tokenizer_name: no tokenizer could be loaded from {name} ({reason_of(error)}).") from None
     if not tokenizer.is_fast:
         raise ConfigError(
             f"tokenizer_name: {name} is not a fast tokenizer (no tokenizer.json); exact masks need its offsets."
@@ -130,7 +156,8 @@ def load_config(options: ModelOptions, max_length: int | None = None) -> PreTrai
         ConfigError: no model was named, it is not one, or `max_length` is beyond its positions.
     """
     name = _source(options)
-    config = _read(AutoConfig.from_pretrained, name, options)
+    arguments = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
+    config = _read(AutoConfig.from_pretrained, name, "model_name_or_path", **arguments)
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if max_length is not None and isinstance(limit, int) and 0 < limit < max_length:
         raise ConfigError(
@@ -146,29 +173,31 @@ def load_model(options: TrainOptions) -> PreTrainedModel:
     and under a frozen base the weights are loaded in the compute dtype.
 
     Raises:
-        ConfigError: quantisation the strategy cannot do, or weights that do not fill the model.
+        ConfigError: it cannot be loaded, its weights do not fill it, or it cannot keep packed documents apart.
     """
     compute = DTYPES[precision_of(options)]
-    sharded = strategy() in ("zero3", "fsdp2")
     masters = options.method == "full" and not strategy().startswith("zero")
-    if options.load_in_8bit and sharded:
-        raise ConfigError(
-            f"load_in_8bit: 8-bit weights cannot be sharded by {strategy()}; use ddp.yaml, zero1.yaml or zero2.yaml, or method qlora."
-        )
     arguments: dict[str, Any] = {"dtype": torch.float32 if masters else compute}
-    if quantization := quantization_config(options, compute, sharded):
+    if quantization := quantization_config(options, compute, strategy() in ("zero3", "fsdp2")):
         arguments["quantization_config"] = quantization
     if options.attn_implementation != "auto":
         arguments["attn_implementation"] = options.attn_implementation
-    model, report = _read(
-        AutoModelForCausalLM.from_pretrained,
-        str(options.model_name_or_path),
-        options,
-        output_loading_info=True,
-        **arguments,
-    )
-    _check_filled(report, str(options.model_name_or_path))
+    arguments |= {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
+    model = load_whole(str(options.model_name_or_path), **arguments)
     return configure(model, options, options.packing)
+
+
+def load_whole(name: str, field: str = "model_name_or_path", **arguments: Any) -> PreTrainedModel:
+    """A causal LM whose every weight comes from its files, whatever `from_pretrained` takes in `arguments`.
+
+    Raises:
+        ConfigError: it cannot be loaded, or its weights do not fill the model; transformers would draw the rest.
+    """
+    # With mismatched shapes transformers raises without saying which; in its report they have names.
+    arguments |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, report = _read(AutoModelForCausalLM.from_pretrained, name, field, **arguments)
+    _check_filled(report, name, field)
+    return model
 
 
 def quantization_config(method: MethodOptions, compute: torch.dtype, sharded: bool) -> BitsAndBytesConfig | None:
@@ -188,15 +217,10 @@ def configure(model: PreTrainedModel, options: ModelOptions, packing: bool) -> P
     """The switches that training needs on a freshly loaded or built model: isolation of documents, checkpointing.
 
     Raises:
-        ConfigError: packing with an attention, or a family, that cannot keep documents apart.
+        ConfigError: packing with a family that cannot keep documents apart.
     """
     if packing and options.attn_implementation in ("auto", "sdpa"):
         attention.enable(model)
-    elif packing and not options.attn_implementation.startswith("flash_attention"):
-        raise ConfigError(
-            f"attn_implementation: {options.attn_implementation} does not keep packed documents apart; "
-            "give auto or flash_attention_2, or set packing: false."
-        )
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
@@ -220,35 +244,42 @@ def check_token_ids(input_ids: np.ndarray, config: PreTrainedConfig, tokenizer: 
         )
 
 
-def parameter_counts(model: torch.nn.Module) -> dict[str, int]:
-    """Numbers of parameters; a 4-bit tensor counts the weights it stands for, a ZeRO-3 one its whole shape."""
-    counts = {"trainable": 0, "total": 0}
-    for parameter in model.parameters():
-        size = getattr(parameter, "ds_numel", None) or parameter.numel()
-        if type(parameter).__name__ == "Params4bit":
-            state = getattr(parameter, "quant_state", None)
-            size = state.shape.numel() if state is not None else size * 2 * parameter.element_size()
-        counts["total"] += size
-        counts["trainable"] += size if parameter.requires_grad else 0
-    return counts
+def saveable(settings: GenerationConfig | None) -> GenerationConfig:
+    """A copy that can be saved: without the sampling values of a model that says it does not sample.
+
+    Many published models hold such values. transformers 5 loads them, and raises when a changed copy is saved.
+    """
+    copy = GenerationConfig.from_dict(settings.to_dict() if settings else {})
+    if not copy.do_sample:
+        for name in SAMPLING:
+            setattr(copy, name, None)
+    return copy
 
 
-def _read(loader: Any, name: str, options: ModelOptions, **arguments: Any) -> Any:
+def _read(loader: Any, name: str, field: str, **arguments: Any) -> Any:
     try:
-        return loader(name, revision=options.revision, trust_remote_code=options.trust_remote_code, **arguments)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        raise ConfigError(f"model_name_or_path: {name} cannot be loaded ({_first_line(error)}).") from None
+        return loader(_located(name), **arguments)
+    except UNREADABLE as error:
+        raise ConfigError(f"{field}: {name} cannot be loaded ({reason_of(error)}).") from None
 
 
-def _check_filled(report: dict[str, Any], name: str) -> None:
+def _located(name: str) -> str:
+    """`~` stands for the home folder in a recipe as well, where no shell replaces it."""
+    return str(Path(name).expanduser()) if name.startswith("~") else name
+
+
+def _check_filled(report: dict[str, Any], name: str, field: str) -> None:
     problems = []
     if missing := sorted(report["missing_keys"]):
         problems.append(f"{len(missing)} weights are missing ({', '.join(missing[:3])})")
-    if mismatched := sorted(str(key) for key in report["mismatched_keys"]):
+    if mismatched := sorted(
+        f"{key} {tuple(found)} for {tuple(wanted)}" for key, found, wanted in report["mismatched_keys"]
+    ):
         problems.append(f"{len(mismatched)} have another shape ({', '.join(mismatched[:3])})")
     if problems:
-        raise ConfigError(f"model_name_or_path: {name} does not fill the model: {'; '.join(problems)}.")
+        raise ConfigError(f"{field}: {name} does not fill the model: {'; '.join(problems)}.")
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+def reason_of(error: Exception) -> str:
+    """A library's message on one line, short enough to stand in a sentence."""
+    return textwrap.shorten(str(error), 300, placeholder=" ...").rstrip(".") or type(error).__name__

@@ -332,7 +332,7 @@ class MergeOptions(Options):
     output_dir: str = Field(description="Folder for the merged model")
     base: str | None = Field(None, description="Folder or hub id of the base model; none: the one the adapter names")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="Of the weights written")
-    verify: Literal["modules", "logits", "none"] = Field("modules", description="What is compared after merging")
+    verify: Literal["logits", "none"] = Field("logits", description="What is compared after merging")
     overwrite_output_dir: bool = Field(False, description="Replace what output_dir holds")
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model")
 

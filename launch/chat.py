@@ -7,30 +7,27 @@ python launch/chat.py --model merged --prompt "What is 3 + 4?"
 from typing import Any
 
 import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, GenerationConfig, TextStreamer, set_seed
+from transformers import GenerationConfig, TextStreamer, set_seed
 
+from accel_llm import merge
 from accel_llm.chat import load_template
 from accel_llm.config import parse
 from accel_llm.distributed import quiet
 from accel_llm.errors import ConfigError, run
-from accel_llm.merge import adapter_folder, base_of
-from accel_llm.models import DTYPES, check_model_name, load_tokenizer
+from accel_llm.models import DTYPES, check_model_name, load_tokenizer, load_whole
 from accel_llm.options import ChatOptions
 
 
 def load(options: ChatOptions, device: str) -> tuple[Any, str]:
     """The model (base + adapter where an adapter was named) and the folder its tokenizer comes from."""
     dtype = DTYPES.get(options.precision) or (torch.float32 if device == "cpu" else "auto")
-    adapter = adapter_folder(options.model)
+    adapter = merge.adapter_folder(options.model)
     if not (adapter / "adapter_config.json").is_file():
         name = str(adapter / "model") if (adapter / "model" / "config.json").is_file() else options.model
         check_model_name(name, "model")
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=options.trust_remote_code)
-        return model, name
-    base = base_of(adapter, options.base)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, trust_remote_code=options.trust_remote_code)
-    wrapped: Any = PeftModel.from_pretrained(model, str(adapter))
+        return load_whole(name, "model", dtype=dtype, trust_remote_code=options.trust_remote_code), name
+    base = merge.base_of(adapter, options.base)
+    wrapped: Any = merge.load(adapter, base, dtype, options.trust_remote_code)
     if (adapter / "generation_config.json").is_file():
         wrapped.generation_config = GenerationConfig.from_pretrained(str(adapter))
     return wrapped, str(adapter) if (adapter / "tokenizer_config.json").is_file() else base

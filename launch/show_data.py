@@ -12,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
+from accel_llm import data, display, distributed, encode, models
 from accel_llm import demofiles as demo
-from accel_llm import display, distributed, encode, models
 from accel_llm.chat import load_template
-from accel_llm.errors import run
+from accel_llm.errors import check, run
 from accel_llm.metrics import console
 from accel_llm.options import SftOptions, ShowOptions, TrainOptions
+from accel_llm.tokens import decode
 
 
 class Options(ShowOptions, SftOptions, TrainOptions):
@@ -26,27 +27,29 @@ class Options(ShowOptions, SftOptions, TrainOptions):
 
 def main() -> None:
     options = demo.parse_or_demo(Options, Path(__file__).parent / "recipes" / "demo.yaml", sys.argv[1:])
+    # A tokenizer is all that is read of a model, so one with that alone will do.
+    check(data.problems(options) + ([] if options.tokenizer_name else models.problems(options)))
     distributed.quiet()
     tokenizer = models.tokenizer_of(options)
     template = load_template(tokenizer, options.chat_template)
-    data = encode.conversations(options, options.seed, tokenizer, template)
+    encoded = encode.conversations(options, options.seed, tokenizer, template)
     if options.json_lines:
-        for k in range(len(data.train)):
-            ids, labels = data.train[k]
+        for k in range(len(encoded.train)):
+            ids, labels = encoded.train[k]
             row = {
-                "row": int(data.train.source[k]),
+                "row": int(encoded.train.source[k]),
                 "input_ids": ids.tolist(),
                 "labels": labels.tolist(),
-                "text": tokenizer.decode(ids, skip_special_tokens=False),
+                "text": decode(tokenizer, ids.tolist()),
                 "trained_text": display.trained_text(tokenizer, ids, labels),
             }
             print(json.dumps(row, ensure_ascii=False))
         return
-    display.rows(tokenizer, data.train, 5)
-    trained = np.add.reduceat((np.asarray(data.train.labels) != -100).astype(np.int64), data.train.offsets[:-1])
-    display.histogram("Tokens a row", data.train.lengths)
-    display.histogram("Share of a row that is trained", trained / data.train.lengths)
-    console.print(data.ledger.table())
+    display.rows(tokenizer, encoded.train, 5)
+    trained = np.add.reduceat((np.asarray(encoded.train.labels) != -100).astype(np.int64), encoded.train.offsets[:-1])
+    display.histogram("Tokens a row", encoded.train.lengths)
+    display.histogram("Share of a row that is trained", trained / encoded.train.lengths)
+    console.print(encoded.ledger.table())
 
 
 if __name__ == "__main__":
