@@ -63,10 +63,12 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Encoding:
-    """A conversation's rows, and for every reason how many of its assistant turns train nothing."""
+    """A conversation's rows, for every reason how many of its assistant turns train nothing, and how many are trained
+    without what the template writes before an answer only while it is the last."""
 
     rows: list[Encoded]
     lost: dict[str, int]
+    shown_as_history: int = 0
 
 
 class Template:
@@ -109,12 +111,14 @@ class Template:
         messages: list[Message],
         train_on: TrainOn = "assistant",
         tools: Tools = None,
-        split_turns: bool = True,
+        split_turns: bool = False,
     ) -> Encoding:
-        """One row for the conversation, and one more for each turn that inference would see in another context.
+        """One row for the conversation; with `split_turns` one more for each turn that the row does not show as written.
 
         `train_on`: every assistant turn, the last one only, or every token of the conversation (`all`). A message with
-        `train` False is context. Without `split_turns` turns that need a row of their own are counted as lost instead.
+        `train` False is context. A template may show an answer differently once others follow it (Qwen3 leaves out
+        the thinking). Without `split_turns` such a turn is trained as it is shown where all of its own text is there
+        and only the template's is missing (Qwen3's empty think block), and is counted as lost where it is not.
         Raises DataError if the template refuses the conversation.
         """
         messages, tools = self._tokens.guard(messages), self._tokens.guard(tools)
@@ -124,11 +128,13 @@ class Template:
         turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         if train_on == "last_assistant":
             turns = turns[-1:]
-        full, texts = self._texts(messages, [turn for turn in turns if messages[turn].get("train", True)], tools)
         inside: list[Span] = []
         alone: list[tuple[str, Span]] = []
         lost: Counter[str] = Counter()
-        for prompt, finished in texts:
+        trained = [turn for turn in turns if messages[turn].get("train", True)]
+        full, texts = self._texts(messages, trained, tools)
+        shown_as_history = 0
+        for turn, (prompt, finished) in zip(trained, texts, strict=True):
             span = self._target(prompt, finished)
             if isinstance(span, str):
                 lost[span] += 1
@@ -136,12 +142,15 @@ class Template:
                 inside.append(span)
             elif split_turns:
                 alone.append((finished, span))
+            elif shown := _shown_as_history(messages[turn], full, finished, span):
+                inside.append(shown)
+                shown_as_history += 1
             else:
                 lost[REWRITTEN] += 1
         known = {} if alone else None
         rows = [self._row(full, inside, known)] if inside else []
         rows += [self._row(text, [span], known) for text, span in alone]
-        return Encoding(rows, dict(lost))
+        return Encoding(rows, dict(lost), shown_as_history)
 
     def split_markers(self, strict: bool) -> list[str]:
         """The template's control tokens if this tokenizer would split one that has to be a single token.
@@ -233,6 +242,17 @@ class Template:
         if not mark:
             raise DataError("the chat template leaves out the assistant's answer")
         return tail
+
+
+def _shown_as_history(message: Message, full: str, finished: str, span: Span) -> Span | None:
+    """Where `full` shows the turn after the same prompt with all of its own text, less what the template put before it."""
+    if message.get("reasoning_content") or message.get("thinking"):
+        return None
+    target = finished[span.start : span.end]
+    at = target.rfind(message["content"].strip())
+    if at < 0 or not full.startswith(finished[: span.start] + target[at:]):
+        return None
+    return Span(span.start, span.start + len(target) - at)
 
 
 def load_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None) -> Template:

@@ -274,7 +274,8 @@ def _make_room(found: Start) -> None:
 def _load(accelerator: Accelerator, model: Any, optimizer: Any, scheduler: Any, folder: Path) -> None:
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     _load_weights(accelerator, model, optimizer, folder)
-    scheduler.load_state_dict(state["scheduler"])
+    # The lambdas are code, not state: the ones built from the options stay.
+    scheduler.load_state_dict(state["scheduler"] | {"lr_lambdas": []})
     for group, rate in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
         group["lr"] = rate
     if accelerator.scaler is not None:

@@ -242,10 +242,13 @@ def conversations(split: Literal["train", "eval"], seed: int = 0) -> list[dict]:
 
 
 def stretch(rng: random.Random) -> Task:
-    """Nothing to be asked about: words and characters of all kinds, said twice, so that copying is learned early
-    and no token of the vocabulary but those of the chat form is new to the base."""
+    """Nothing to be asked about: words and characters of all kinds, said twice, so that copying is learned early.
+
+    It shows the base every token of the vocabulary. The embeddings of tokens that no text holds all drift the same way,
+    and an adapter could then not tell the end of a turn from any other of them.
+    """
     symbols = "".join(chr(rng.randint(33, rng.choice((0x7E, 0x7FF, 0xD7FF)))) for _ in range(2))
-    text = " ".join([*rng.sample(list(WORDS), rng.randint(1, 3)), symbols])
+    text = " ".join([*rng.sample(list(WORDS), rng.randint(1, 3)), rng.choice((symbols, symbols, *SPECIAL_TOKENS[1:]))])
     return Task((), (("", text),), text)
 
 

@@ -13,7 +13,7 @@ from accel_llm.options import TrainOptions
 
 OptionsT = TypeVar("OptionsT", bound=TrainOptions)
 NAME = "demo"
-DOCUMENTS = 100_000
+DOCUMENTS = 60_000
 
 
 def resolve(options: OptionsT) -> OptionsT:

@@ -21,9 +21,10 @@ from accel_llm.ledger import TRAINED, Ledger
 from accel_llm.options import DataOptions
 from accel_llm.packing import IGNORED
 
-VERSION = 1  # of the encoding: a change of what a row becomes must not meet an old cache
+VERSION = 2  # of the encoding: a change of what a row becomes must not meet an old cache
 CHUNK = 256
 HELD_OUT = "held out"
+OPENING = "it opens the conversation, before any question"
 NOTHING_TRAINED = "dropped: nothing to train"
 
 SourceRow = tuple[str, int, dict[str, Any]]  # file, row number from 1, row
@@ -47,6 +48,7 @@ class Chunk:
     rows: list[EncodedRow] = field(default_factory=list)
     ledger: Ledger = field(default_factory=Ledger)
     lengths: list[int] = field(default_factory=list)
+    turns: int = 0
 
 
 def encode_conversations(rows: list[SourceRow], template: Template, options: DataOptions) -> Chunk:
@@ -63,13 +65,19 @@ def encode_conversations(rows: list[SourceRow], template: Template, options: Dat
         except DataError as error:
             raise DataError(f"{file}, row {number}: {error}") from None
         if conversation.skipped_turns:
-            chunk.ledger.skip_turns("it opens the conversation, before any question")
+            chunk.ledger.skip_turns(OPENING)
         for reason, turns in encoding.lost.items():
             chunk.ledger.skip_turns(reason, turns)
         if len(encoding.rows) > 1:
             chunk.ledger.note(
                 "The template rewrites history: turns that it shows differently later train in rows of their own."
             )
+        if encoding.shown_as_history:
+            chunk.ledger.note(
+                "The template writes something before an answer only while it is the last (an empty think block, say): "
+                "earlier turns are trained without it, as history shows them; split_turns trains each as the last."
+            )
+        chunk.turns += sum(message["role"] == "assistant" for message in conversation.messages)
         for encoded in encoding.rows:
             _fit(chunk, file, number, encoded.input_ids, encoded.labels, options)
         if not encoding.rows:
@@ -164,6 +172,7 @@ def encode(options: DataOptions, seed: int, encoder: Callable[[list[SourceRow]],
     ledger = Ledger.from_dict(facts["ledger"])
     ledger.balance()
     check_lost(ledger, facts["lengths"], options)
+    check_turns(ledger, facts["turns"], options)
     if not len(parts["train"]):
         raise DataError(f"train_files: no row is left to train on ({', '.join(options.train_files)}).")
     if "eval" in parts and not len(parts["eval"]):
@@ -175,7 +184,7 @@ def encode(options: DataOptions, seed: int, encoder: Callable[[list[SourceRow]],
 def _build(
     options: DataOptions, seed: int, encoder: Callable[[list[SourceRow]], Chunk]
 ) -> tuple[dict[str, Rows], dict[str, Any]]:
-    ledger, lengths, held_out = Ledger(), [], []
+    ledger, lengths, held_out, turns = Ledger(), [], [], 0
 
     def kept(rows: Iterable[SourceRow]) -> Iterator[SourceRow]:
         for row in rows:
@@ -187,9 +196,11 @@ def _build(
                 yield row
 
     def trained() -> Iterator[EncodedRow]:
+        nonlocal turns
         for chunk in _chunks(kept(read_rows(options.train_files, options.limit_rows)), encoder, options):
             ledger.merge(chunk.ledger)
             lengths.extend(chunk.lengths)
+            turns += chunk.turns
             yield from chunk.rows
 
     parts = {"train": build_rows(trained())}
@@ -202,7 +213,8 @@ def _build(
         _note_lost(ledger, (chunk.ledger for chunk in chunks))
     shares = (50, 95, 99, 100)
     found = np.percentile(lengths, shares).astype(int).tolist() if lengths else [0] * len(shares)
-    return parts, {"ledger": ledger.to_dict(), "lengths": dict(zip(map(str, shares), found, strict=True))}
+    lengths_by_share = dict(zip(map(str, shares), found, strict=True))
+    return parts, {"ledger": ledger.to_dict(), "lengths": lengths_by_share, "turns": turns}
 
 
 def _note_lost(ledger: Ledger, evaluated: Iterable[Ledger]) -> None:
@@ -224,14 +236,18 @@ def _draw(seed: int, row: SourceRow) -> float:
 def _chunks(
     rows: Iterator[SourceRow], encoder: Callable[[list[SourceRow]], Chunk], options: DataOptions
 ) -> Iterator[Chunk]:
-    batches = iter(lambda: list(itertools.islice(rows, CHUNK)), [])
-    if (options.preprocessing_num_workers or 1) == 1:
+    batches: Iterable[list[SourceRow]] = iter(lambda: list(itertools.islice(rows, CHUNK)), [])
+    workers = options.preprocessing_num_workers or 1
+    if workers > 1:
+        batches = list(batches)
+        workers = min(workers, len(batches))
+    if workers <= 1:
         yield from map(encoder, batches)
         return
     # Not fork: by now this process has threads of torch and of a process group.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.preprocessing_num_workers, context, _install, (encoder,)) as pool:
-        yield from pool.map(_encode_installed, list(batches))
+    with ProcessPoolExecutor(workers, context, _install, (encoder,)) as pool:
+        yield from pool.map(_encode_installed, batches)
 
 
 def _install(encoder: Callable[[list[SourceRow]], Chunk]) -> None:
@@ -267,6 +283,18 @@ def check_lost(ledger: Ledger, lengths: dict[str, int], options: DataOptions) ->
         f"max_lost: {rows:.1%} of the rows and {supervised:.1%} of the supervised tokens would be lost, allowed is "
         f"{options.max_lost:.1%}: {', '.join(reasons)}; {remedy}, or raise max_lost."
     )
+
+
+def check_turns(ledger: Ledger, turns: int, options: DataOptions) -> None:
+    """Raises ConfigError when more than `max_lost` of the assistant turns would train nothing for the template's sake."""
+    lost = {reason: count for reason, count in ledger.turns.items() if reason != OPENING}
+    share = sum(lost.values()) / max(turns, 1)
+    if share > options.max_lost:
+        reasons = ", ".join(f"{reason} ({count:,} turns)" for reason, count in lost.items())
+        raise ConfigError(
+            f"max_lost: {share:.1%} of the assistant turns would train nothing, allowed is {options.max_lost:.1%}: "
+            f"{reasons}; set split_turns: true or another chat_template, or raise max_lost."
+        )
 
 
 def conversations(options: DataOptions, seed: int, tokenizer: PreTrainedTokenizerFast, template: Template) -> Encoded:

@@ -68,5 +68,7 @@ def _save_whole(model: PreTrainedModel, folder: Path, state: dict[str, torch.Ten
     state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     # What is part of a model without being trained, such as DeepSeek-V3's expert biases.
     state |= {name: buffer.cpu() for name, buffer in model.named_buffers() if name in model.state_dict()}
-    model.config.dtype = dtype
     model.save_pretrained(str(folder), state_dict=state)
+    # transformers 5.23 writes the dtype that the model trains in, float32, and would load what was just written so.
+    model.config.dtype = dtype
+    model.config.save_pretrained(str(folder))

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from accel_llm.adapter import read_config
+from accel_llm.attention import causal_lm
 from accel_llm.errors import ConfigError
 from accel_llm.models import check_model_name, load_tokenizer, load_whole, reason_of, saveable
 from accel_llm.options import MergeOptions
@@ -132,10 +133,21 @@ def _check_target(target: Path, adapter: Path, base: str, overwrite: bool) -> No
 def _merged(wrapped: PeftModel, adapter: Path) -> PreTrainedModel:
     if not hasattr(wrapped.base_model, "merge_and_unload"):
         raise ConfigError(f"adapter: {adapter} cannot be merged, a {wrapped.peft_type} adapter has no weights to add.")
+    _untie(causal_lm(wrapped))
     try:
         return wrapped.merge_and_unload(safe_merge=True)  # type: ignore[operator]
     except ValueError as error:
         raise ConfigError(f"adapter: {adapter} cannot be merged ({reason_of(error)}).") from None
+
+
+def _untie(model: PreTrainedModel) -> None:
+    """Give an adapted head a matrix of its own: merged into the one it shares, it would change the embedding too."""
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    first, head = (getattr(end, "base_layer", end) for end in ends)
+    if [first, head] != ends and head is not None and head.weight is first.weight:
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+        model.config.get_text_config().tie_word_embeddings = False
+        model.config.tie_word_embeddings = False
 
 
 def _write(model: PreTrainedModel, adapter: Path, base: str, folder: Path, options: MergeOptions) -> None:

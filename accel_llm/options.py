@@ -156,7 +156,7 @@ class DataOptions(Options):
     max_lost: float = Field(0.01, ge=0, le=1, description="Share of rows or trained tokens that may be lost")
     train_on: Literal["assistant", "last_assistant", "all"] = Field("assistant", description="Whose turns are trained")
     split_turns: bool = Field(
-        True, description="A row of its own for a turn that the template shows differently later; false: not trained"
+        False, description="A row of its own for each turn that the template shows differently once others follow"
     )
     chat_template: str | None = Field(None, description="chatml or a .jinja file, in place of the tokenizer's own")
     limit_rows: int | None = Field(None, ge=1, description="Use only the first rows of the training data")

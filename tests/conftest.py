@@ -1,16 +1,25 @@
-"""What several test files share: a tokenizer of one token a character, a tiny model, an Accelerator of one process."""
+"""What several test files share: tokenizers, tiny models in memory and on disk, chat files, scripts in this process."""
 
+import importlib.util
+import json
+import random
 import string
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from accel_llm import demo, distributed
+
+ROOT = Path(__file__).parents[1]
 SPECIAL = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]  # ids 0 to 4
 
 
@@ -62,3 +71,85 @@ def tiny_llama() -> Callable[..., LlamaForCausalLM]:
         return model
 
     return build
+
+
+@pytest.fixture(scope="session")
+def make_model() -> Callable[..., Path]:
+    """Write a two-layer Llama of the given dtype with the demo's tokenizer: the same weights for the same config."""
+
+    def make(folder: Path, dtype: torch.dtype = torch.float32, **config) -> Path:
+        tokenizer = demo.build_tokenizer()
+        shape = {
+            "vocab_size": len(tokenizer),
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 256,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = LlamaForCausalLM(LlamaConfig(**(shape | config)))
+        model.to(dtype).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny(make_model, tmp_path_factory) -> Path:
+    """A float32 model that tests read and leave as it is."""
+    return make_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def chats(tmp_path_factory) -> Path:
+    """24 short conversations of the demo's generator."""
+    path = tmp_path_factory.mktemp("chats") / "chats.jsonl"
+    rows = demo.conversations("train")[:24]
+    path.write_text("".join(json.dumps({"messages": row["messages"]}) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def quiet() -> None:
+    """What libraries warn about themselves is silenced, as in every script."""
+    distributed.quiet()
+
+
+def reset() -> None:
+    """As a fresh process: Accelerate keeps its state in classes."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    PartialState._reset_state()
+    torch.manual_seed(99)
+    np.random.seed(99)
+    random.seed(99)
+
+
+@pytest.fixture
+def script(monkeypatch, tmp_path_factory) -> Callable[..., None]:
+    """`script("sft", "--max_steps", 3)` runs launch/sft.py's main; its errors come out as they are raised."""
+    cache = tmp_path_factory.getbasetemp() / "encoded"
+
+    def call(name: str, *arguments: object) -> None:
+        path = ROOT / "launch" / f"{name}.py"
+        spec = importlib.util.spec_from_file_location(f"launch_{name}", path)
+        assert spec and spec.loader
+        module = importlib.util.module_from_spec(spec)
+        argv = [str(path), *map(str, arguments)]
+        if name in ("sft", "show_data", "pretrain"):
+            argv += ["--cache_dir", str(cache)]
+        monkeypatch.setattr(sys, "argv", argv)
+        reset()
+        try:
+            spec.loader.exec_module(module)
+            module.main()
+        finally:
+            reset()
+
+    return call

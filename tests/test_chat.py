@@ -265,7 +265,7 @@ def check(family: str, source: str, tmp_path: Path) -> None:
     tokenizer = byte_level(CONTROL_TOKENS[family])
     template = template_of(tokenizer, source, tmp_path)
     for name, messages in CONVERSATIONS.items():
-        encoding = template.encode(messages)
+        encoding = template.encode(messages, split_turns=True)
         assert encoding.lost == {}
         assert [shown(tokenizer, row) for row in encoding.rows] == EXPECTED[family, name]
         assert template.render(messages) == tokenizer.apply_chat_template(
@@ -440,16 +440,44 @@ def test_a_trailing_question_is_context() -> None:
 def test_ids_of_rows_that_share_their_context_are_those_of_a_plain_tokenisation(tmp_path: Path) -> None:
     tokenizer = byte_level(CONTROL_TOKENS["qwen3"])
     template = template_of(tokenizer, QWEN3, tmp_path)
-    last, first = template.encode(SYSTEM).rows
+    last, first = template.encode(SYSTEM, split_turns=True).rows
     assert last.input_ids == tokenizer(template.render(SYSTEM), add_special_tokens=False).input_ids
     assert first.input_ids == tokenizer(template.render(SYSTEM[:3]), add_special_tokens=False).input_ids
 
 
-def test_rewritten_turns_are_counted_when_they_may_not_be_split(tmp_path: Path) -> None:
+QWEN3_MULTI_AS_HISTORY = (
+    "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦Hello.<|im_end|>⟧\n<|im_start|>user\nAnd 2+2?<|im_end|>\n"
+    "<|im_start|>assistant\n⟦<think>\n\n</think>\n\nIt is 4.\n\nSure.<|im_end|>⟧\n"
+)
+
+
+def test_a_turn_that_history_shows_whole_is_trained_there_without_split_turns(tmp_path: Path) -> None:
     tokenizer = byte_level(CONTROL_TOKENS["qwen3"])
-    encoding = template_of(tokenizer, QWEN3, tmp_path).encode(MULTI, split_turns=False)
-    assert [shown(tokenizer, row) for row in encoding.rows] == EXPECTED["qwen3", "multi"][:1]
-    assert encoding.lost == {REWRITTEN: 1}
+    encoding = template_of(tokenizer, QWEN3, tmp_path).encode(MULTI)
+    assert [shown(tokenizer, row) for row in encoding.rows] == [QWEN3_MULTI_AS_HISTORY]
+    assert (encoding.lost, encoding.shown_as_history) == ({}, 1)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"content": "<think>\nHm.\n</think>\n\nHello."},
+        {"content": "Hello.", "reasoning_content": "Hm."},
+        {"content": "think>"},  # a text that the template's own words happen to end with
+    ],
+    ids=["in the content", "in a field", "a part of the template's words"],
+)
+def test_a_turn_whose_thought_history_drops_trains_nothing_and_is_counted(answer: dict, tmp_path: Path) -> None:
+    tokenizer = byte_level(CONTROL_TOKENS["qwen3"])
+    template = template_of(tokenizer, QWEN3, tmp_path)
+    messages = [MULTI[0], {"role": "assistant", **answer}, *MULTI[2:]]
+    encoding = template.encode(messages)
+    texts = [trained_texts(tokenizer, row) for row in encoding.rows]
+    if answer["content"] == "think>":
+        assert texts == [["think><|im_end|>", "<think>\n\n</think>\n\nIt is 4.\n\nSure.<|im_end|>"]]
+    else:
+        assert texts == [["<think>\n\n</think>\n\nIt is 4.\n\nSure.<|im_end|>"]]
+        assert encoding.lost == {REWRITTEN: 1}
 
 
 def test_a_thought_that_the_prompt_supplies_is_not_trained(tmp_path: Path) -> None:
@@ -659,11 +687,16 @@ def test_qwen3_with_its_own_template() -> None:
     template = load_template(tokenizer)
     assert (template.turn_end, template.turn_end_id) == ("<|im_end|>", 151645)
     for name, messages in CONVERSATIONS.items():
-        rows = template.encode(messages).rows
+        rows = template.encode(messages, split_turns=True).rows
         assert [shown(tokenizer, row) for row in rows] == EXPECTED["qwen3", name]
+    assert [shown(tokenizer, row) for row in template.encode(MULTI).rows] == [QWEN3_MULTI_AS_HISTORY]
     thoughtful = [SINGLE[0], {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nHello."}]
     (row,) = template.encode(thoughtful).rows
     assert trained_texts(tokenizer, row) == ["<think>\nHm.\n</think>\n\nHello.<|im_end|>"]
+    longer = [*thoughtful, *MULTI[2:]]
+    assert template.encode(longer).lost == {REWRITTEN: 1}
+    (_, alone) = template.encode(longer, split_turns=True).rows
+    assert trained_texts(tokenizer, alone) == ["<think>\nHm.\n</think>\n\nHello.<|im_end|>"]
 
 
 @needs_data

@@ -13,7 +13,7 @@ from accel_llm.data import ARRAYS, Rows, build_rows, cache_folder, cached, finge
 from accel_llm.errors import DataError
 from accel_llm.options import DataOptions
 
-A, B, C = {"text": "α"}, {"text": "b", "n": 1}, {"text": "\u2028c"}
+A, B, C = {"text": "é"}, {"text": "b", "n": 1}, {"text": "\u2028c"}
 LINES = "\n".join(json.dumps(row, ensure_ascii=False) for row in (A, B, C))
 
 

@@ -1,0 +1,201 @@
+"""Every LoRA option arrives in PEFT's config and in the model; what was saved is what comes back."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from accel_llm import adapter, models
+from accel_llm.errors import ConfigError
+from accel_llm.options import TrainOptions
+
+pytestmark = pytest.mark.usefixtures("quiet")
+IDS = torch.randint(600, (2, 20), generator=torch.Generator().manual_seed(3))
+LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def attached(base: Path, **options) -> PeftModel:
+    settings = TrainOptions(model_name_or_path=str(base), packing=False, **options)
+    torch.manual_seed(0)
+    return adapter.attach(models.load_model(settings), settings)
+
+
+def trained(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def adapted(model: torch.nn.Module) -> list[str]:
+    """The modules that carry a LoRA, by their name in the base model."""
+    return [
+        name.removeprefix("base_model.model.")
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+    ]
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits.float()
+
+
+def test_rank_alpha_and_dropout(tiny):
+    model = attached(tiny, lora_r=4, lora_alpha=6, lora_dropout=0.25)
+    layer = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
+    assert (layer.r, layer.scaling) == ({"default": 4}, {"default": 1.5})
+    assert layer.lora_dropout["default"].p == 0.25
+    assert (layer.lora_A["default"].weight.shape, layer.lora_B["default"].weight.shape) == ((4, 32), (64, 4))
+    rescaled = attached(tiny, lora_r=4, lora_alpha=6, use_rslora=True)
+    assert rescaled.get_submodule("base_model.model.model.layers.0.mlp.up_proj").scaling == {"default": 3.0}
+
+
+def test_targets_all_linear_a_list_and_a_pattern(tiny):
+    everywhere = adapted(attached(tiny))
+    assert {name.rsplit(".", 1)[1] for name in everywhere} == LINEAR and len(everywhere) == 14
+    two = ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]
+    assert adapted(attached(tiny, lora_target_modules="q_proj")) == two
+    names = ["layers.1.self_attn.q_proj", "1.mlp.up_proj"]
+    assert adapted(attached(tiny, lora_target_modules=names)) == [two[1], "model.layers.1.mlp.up_proj"]
+    pattern = r".*\.1\..*(q|up)_proj"
+    assert adapted(attached(tiny, lora_target_modules=pattern)) == [two[1], "model.layers.1.mlp.up_proj"]
+
+
+@pytest.mark.parametrize("bias, count", [("none", 0), ("all", 6), ("lora_only", 2)])
+def test_biases_are_trained_as_asked(make_model, tmp_path, bias, count):
+    base = make_model(tmp_path, attention_bias=True)
+    model = attached(base, lora_bias=bias, lora_target_modules=["q_proj"])
+    names = [name for name in trained(model) if name.endswith("bias")]
+    # q, k, v and o in two layers
+    assert len(names) == {0: 0, 6: 8, 2: 2}[count]
+
+
+def test_dora_learns_magnitudes(tiny):
+    model = attached(tiny, use_dora=True, lora_target_modules=["q_proj"])
+    vectors = [p for name, p in trained(model).items() if "lora_magnitude_vector" in name]
+    assert [v.shape for v in vectors] == [(32,)] * 2
+    base = load_file(tiny / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"]
+    assert torch.allclose(vectors[0], base.norm(dim=1))
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal", "olora", "pissa"])
+def test_initialisations(tiny, init):
+    model = attached(tiny, init_lora_weights=init, lora_r=4)
+    assert model.peft_config["default"].init_lora_weights == init
+    layer = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    assert bool((a != 0).any()) and bool((b != 0).any()) == (init not in (True, "gaussian"))
+    change = (logits(model) - logits(AutoModelForCausalLM.from_pretrained(tiny))).abs().max()
+    # Only False, with both factors random, begins elsewhere than the base.
+    assert (change > 1e-2) if init is False else (change < 1e-5)
+    if init == "gaussian":
+        assert abs(float(a.detach().std()) * 4 - 1) < 0.2  # deviation 1 / r
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_all_that_is_trained_is_float32(make_model, tmp_path, dtype):
+    base = make_model(tmp_path, attention_bias=True)
+    more = {"lora_bias": "all", "modules_to_save": ["lm_head"], "use_dora": True}
+    model = attached(base, precision=dtype, **more)
+    kinds = {name.rsplit(".", 1)[1] if "lora" not in name else "lora" for name in trained(model)}
+    assert kinds == {"lora", "bias", "weight"}
+    assert {tensor.dtype for tensor in trained(model).values()} == {torch.float32}
+    frozen = {p.dtype for p in model.parameters() if not p.requires_grad}
+    assert frozen == {models.DTYPES[dtype]}
+    head = model.get_submodule("base_model.model.lm_head.modules_to_save.default")
+    assert torch.equal(
+        head.weight.to(models.DTYPES[dtype]), model.get_submodule("base_model.model.lm_head.original_module").weight
+    )
+
+
+def test_a_float32_head_on_a_bf16_base_trains_under_autocast(make_model, tmp_path):
+    model = attached(make_model(tmp_path), precision="bf16", modules_to_save=["embed_tokens", "lm_head"])
+    with torch.autocast("cpu", torch.bfloat16):
+        model(input_ids=IDS).logits.float().logsumexp(-1).sum().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if "modules_to_save" in name}
+    assert len(gradients) == 2
+    assert all(g is not None and g.dtype == torch.float32 and float(g.norm()) > 0 for g in gradients.values())
+
+
+def test_names_that_the_model_does_not_have_are_told_together(tiny):
+    layers = "down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj"
+    with pytest.raises(ConfigError) as error:
+        attached(tiny, lora_target_modules=["q_proj", "query"], modules_to_save=["lm_head", "head"])
+    assert error.value.problems == [
+        f"lora_target_modules: the model has no 'query'; its linear layers are {layers}.",
+        f"modules_to_save: the model has no 'head'; its linear layers are {layers}.",
+    ]
+    with pytest.raises(ConfigError) as error:
+        attached(tiny, lora_target_modules=r".*\.query")
+    assert str(error.value) == (
+        r"lora_target_modules: '.*\\.query' does not fit the model (Target modules .*\.query not found in the base "
+        f"model. Please check the target modules and try again.); its linear layers are {layers}."
+    )
+    with pytest.raises(ConfigError, match=r"Target module LlamaRMSNorm\(.*is not supported"):
+        attached(tiny, lora_target_modules=["input_layernorm"])
+
+
+def test_the_linear_layers_of_gpt2_are_named_too(tmp_path):
+    GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=50, n_positions=32)).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"its linear layers are c_attn, c_fc, c_proj, lm_head\.$"):
+        attached(tmp_path, lora_target_modules=["q_proj"])
+    assert len(adapted(attached(tmp_path))) == 4
+
+
+OPTIONS = [
+    {},
+    {"use_dora": True},
+    {"init_lora_weights": "pissa", "lora_r": 4},
+    {"init_lora_weights": "olora", "lora_r": 4},
+    {"modules_to_save": ["lm_head", "norm"], "lora_bias": "all", "lora_target_modules": ["q_proj"]},
+    {"use_rslora": True, "lora_target_modules": r".*\.0\..*_proj"},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_what_was_saved_is_what_comes_back(make_model, tmp_path, options, dtype):
+    base = make_model(tmp_path / "base", models.DTYPES[dtype], attention_bias=True)
+    model = attached(base, precision=dtype, **options)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    state = trained(model)
+    adapter.save(model, tmp_path / "adapter", state, str(base))
+    assert sorted(p.name for p in (tmp_path / "adapter").iterdir() if p.name != "README.md") == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert len(saved) == len(state) and {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")
+    # A whole module is float32 while it trains, and takes the base's dtype where the adapter is used.
+    bound = 1e-6 if dtype == "fp32" else 2e-2 if "modules_to_save" in options else 1e-3
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
+        expected = logits(model)
+        assert float((logits(loaded) - expected).norm() / expected.norm()) <= bound
+        plain = AutoModelForCausalLM.from_pretrained(base)
+        assert float((logits(plain) - expected).norm() / expected.norm()) > 0.1
+
+
+def test_the_base_is_recorded_where_it_can_be_found_again(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tiny.parent)
+    model = attached(Path(tiny.name))
+    for name, recorded in ((tiny.name, str(tiny)), ("owner/model", "owner/model")):
+        adapter.save(model, tmp_path / "adapter", trained(model), name)
+        assert adapter.read_config(tmp_path / "adapter")["base_model_name_or_path"] == recorded
+
+
+def test_the_saved_config_says_what_was_asked(tiny, tmp_path):
+    model = attached(
+        tiny, lora_r=6, lora_alpha=10.5, lora_dropout=0.1, use_rslora=True, use_dora=True, modules_to_save=["norm"]
+    )
+    adapter.save(model, tmp_path, trained(model), str(tiny))
+    saved = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
+    asked = {"r": 6, "lora_alpha": 10.5, "lora_dropout": 0.1, "use_rslora": True, "use_dora": True, "bias": "none"}
+    asked |= {"modules_to_save": ["norm"], "task_type": "CAUSAL_LM", "peft_type": "LORA"}
+    assert {name: saved[name] for name in asked} == asked

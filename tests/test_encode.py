@@ -1,0 +1,413 @@
+"""Rows -> encoded rows: what each policy keeps, to the token, and a ledger in which nothing is missing."""
+
+import json
+import string
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import character_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import processors
+
+from accel_llm.chat import load_template
+from accel_llm.data import Rows
+from accel_llm.encode import conversations, encode_conversations, encode_texts, texts
+from accel_llm.errors import ConfigError, DataError
+from accel_llm.options import DataOptions
+
+TOKENIZER = character_tokenizer()
+CHATML = load_template(TOKENIZER, "chatml")
+FIRST = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"  # 20 tokens
+SECOND = "\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n"  # 21 tokens
+TALK = [("user", "a"), ("assistant", "bb"), ("user", "c"), ("assistant", "dddd")]
+
+
+def conversation(turns: list[tuple[str, str]]) -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+def written(folder: Path, rows: list[dict[str, Any]], name: str = "a.jsonl") -> str:
+    path = folder / name
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def shown(ids: list[int] | np.ndarray, labels: list[int] | np.ndarray) -> str:
+    """The row as text, with ⟦ ⟧ around what is trained; fails where a label is not its token."""
+    text, inside = "", False
+    for token, label in zip(np.asarray(ids).tolist(), np.asarray(labels).tolist(), strict=True):
+        assert label in (-100, token)
+        if (label != -100) != inside:
+            text += "⟧" if inside else "⟦"
+            inside = not inside
+        text += TOKENIZER.convert_ids_to_tokens(token)
+    return text + ("⟧" if inside else "")
+
+
+def all_shown(rows: Rows) -> list[str]:
+    return [shown(*rows[k]) for k in range(len(rows))]
+
+
+def encoded(folder: Path, rows: list[dict[str, Any]], seed: int = 0, **changes: Any):
+    values: dict[str, Any] = {"train_files": [written(folder, rows)], "cache_dir": str(folder / "cache"), "max_lost": 1}
+    return conversations(DataOptions(**values | changes), seed, TOKENIZER, CHATML)
+
+
+def bins(ledger, file: str) -> dict[str, tuple[int, int, int]]:
+    return {name: (c["rows"], c["supervised"], c["context"]) for name, c in ledger.bins[file].items()}
+
+
+# The conversation is 50 tokens long, of which 3 + 5 are trained: 20 + 3 and 21 + 5, and the last newline.
+WHOLE = f"{FIRST}⟦bb<|im_end|>⟧{SECOND}⟦dddd<|im_end|>⟧\n"
+POLICIES = [
+    ("drop", 50, [WHOLE], {"trained": (1, 8, 42)}),
+    ("drop", 49, [], {"dropped: longer than max_length=49": (1, 8, 42)}),
+    ("truncate", 50, [WHOLE], {"trained": (1, 8, 42)}),
+    ("truncate", 49, [WHOLE[:-1]], {"trained": (1, 8, 41), "cut: longer than max_length=49": (0, 0, 1)}),
+    (
+        "truncate",
+        48,
+        [f"{FIRST}⟦bb<|im_end|>⟧"],
+        {"trained": (1, 3, 20), "cut: longer than max_length=48": (0, 5, 22)},
+    ),
+    (
+        "truncate",
+        23,
+        [f"{FIRST}⟦bb<|im_end|>⟧"],
+        {"trained": (1, 3, 20), "cut: longer than max_length=23": (0, 5, 22)},
+    ),
+    ("truncate", 22, [], {"dropped: longer than max_length=22": (1, 8, 42)}),
+    ("split", 50, [WHOLE], {"trained": (1, 8, 42)}),
+    (  # the second piece begins with a trained token, which nothing predicts any more
+        "split",
+        46,
+        [f"{FIRST}⟦bb<|im_end|>⟧{SECOND}⟦dd⟧", "d⟦d<|im_end|>⟧\n"],
+        {"trained": (1, 7, 42), "cut: longer than max_length=46": (0, 1, 0)},
+    ),
+    (  # a piece in which nothing is trained is cut
+        "split",
+        15,
+        [
+            "tant\n⟦bb<|im_end|>⟧\n<|im_start|>user\n",
+            "c<|im_end|>\n<|im_start|>assistant\n⟦d⟧",
+            "d⟦dd<|im_end|>⟧\n",
+        ],
+        {"trained": (1, 7, 27), "cut: longer than max_length=15": (0, 1, 15)},
+    ),
+]
+
+
+@pytest.mark.parametrize("policy, max_length, expected, counted", POLICIES)
+def test_each_policy_keeps_exactly_what_it_says(policy, max_length, expected, counted):
+    options = DataOptions(overlong=policy, max_length=max_length)
+    chunk = encode_conversations([("a", 7, conversation(TALK))], CHATML, options)
+    assert [shown(ids, labels) for _, ids, labels in chunk.rows] == expected
+    assert [number for number, _, _ in chunk.rows] == [7] * len(expected)
+    assert bins(chunk.ledger, "a") == counted and chunk.ledger.inputs["a"] == {
+        "rows": 1, "supervised": 8, "context": 42,
+    }  # fmt: skip
+    assert chunk.lengths == [50]
+    chunk.ledger.balance()
+
+
+def test_rows_of_a_file_come_back_in_order(tmp_path):
+    talks = [conversation([("user", "a"), ("assistant", "b" * k)]) for k in (1, 40, 2)]
+    data = encoded(tmp_path, talks, max_length=30)
+    assert all_shown(data.train) == [f"{FIRST}⟦b<|im_end|>⟧\n", f"{FIRST}⟦bb<|im_end|>⟧\n"]
+    assert data.train.source.tolist() == [1, 3] and data.eval is None
+    assert bins(data.ledger, f"{tmp_path}/a.jsonl") == {
+        "trained": (2, 5, 42), "dropped: longer than max_length=30": (1, 41, 21),
+    }  # fmt: skip
+
+
+def test_train_on_all_cannot_train_a_first_token(tmp_path):
+    data = encoded(tmp_path, [conversation(TALK)], train_on="all")
+    first, rest = WHOLE.replace("⟦", "").replace("⟧", "").split("user", 1)
+    assert all_shown(data.train) == [f"{first}⟦user{rest}⟧"]
+    assert bins(data.ledger, f"{tmp_path}/a.jsonl") == {"trained": (1, 49, 1)}
+
+
+def test_error_names_file_and_row(tmp_path):
+    rows = [conversation(TALK[:2]), conversation(TALK)]
+    with pytest.raises(DataError) as error:
+        encoded(tmp_path, rows, overlong="error", max_length=49)
+    assert str(error.value) == (
+        f"{tmp_path}/a.jsonl, row 2: 50 tokens are longer than max_length=49; "
+        "raise it, or set overlong: drop, truncate or split."
+    )
+    assert len(encoded(tmp_path, rows, overlong="error", max_length=50).train) == 2
+    with pytest.raises(DataError, match=r"a\.jsonl, row 2: unknown row shape"):
+        encoded(tmp_path, [conversation(TALK), {"prompt": "x"}])
+
+
+def test_rows_without_anything_to_train_are_counted(tmp_path):
+    greeting = conversation([("assistant", "hi"), ("user", "a"), ("assistant", "bb")])
+    silent = conversation(TALK[:2])
+    silent["messages"][1]["train"] = False
+    data = encoded(tmp_path, [silent, greeting])
+    assert all_shown(data.train) == [f"{FIRST}⟦bb<|im_end|>⟧\n"]
+    assert bins(data.ledger, f"{tmp_path}/a.jsonl") == {"trained": (1, 3, 21), "dropped: nothing to train": (1, 0, 0)}
+    assert data.ledger.turns == {"it opens the conversation, before any question": 1}
+
+
+def test_too_many_rows_lost_stop_the_run_with_all_that_is_needed(tmp_path):
+    rows = [conversation([("user", "a"), ("assistant", "b" * (length - 22))]) for length in (30, 40, 50, 80)]
+    options = {"max_length": 50, "max_lost": 0.2}
+    with pytest.raises(ConfigError) as error:
+        encoded(tmp_path, rows, **options)
+    assert str(error.value) == (
+        "max_lost: 25.0% of the rows and 50.9% of the supervised tokens would be lost, allowed is 20.0%: "
+        "dropped: longer than max_length=50 (1 rows); half of the rows have at most 45 tokens, 95% 75, 99% 79, "
+        "the longest 80; raise max_length, set overlong: truncate or split, or raise max_lost."
+    )
+    for remedy in ({"max_length": 80}, {"overlong": "split"}, {"max_lost": 0.6}):
+        assert len(encoded(tmp_path, rows, **options | remedy).train) >= 3
+
+
+def test_supervised_tokens_alone_can_be_too_many(tmp_path):
+    rows = [conversation(TALK)] * 3
+    assert len(encoded(tmp_path, rows, overlong="truncate", max_length=48, max_lost=5 / 8).train) == 3
+    with pytest.raises(ConfigError, match=r"0\.0% of the rows and 62\.5% of the supervised tokens.*: cut: longer than"):
+        encoded(tmp_path, rows, overlong="truncate", max_length=48, max_lost=0.62)
+
+
+def test_masked_labels_alone_are_told_with_their_reason(tmp_path):
+    silent = conversation(TALK[:2])
+    silent["messages"][1]["train"] = False
+    opening = conversation([("assistant", "hi"), *TALK])
+    with pytest.raises(ConfigError) as error:
+        encoded(tmp_path, [silent, opening], max_lost=0.01)
+    assert str(error.value) == (
+        "max_lost: 50.0% of the rows and 0.0% of the supervised tokens would be lost, allowed is 1.0%: dropped: nothing "
+        "to train (1 rows), 1 turns without a label because it opens the conversation, before any question; "
+        "look at train_on, chat_template and the rows themselves, or raise max_lost."
+    )
+    with pytest.raises(DataError, match=rf"train_files: no row is left to train on \({tmp_path}/a\.jsonl\)"):
+        encoded(tmp_path, [silent])
+
+
+def numbered(count: int) -> list[dict[str, Any]]:
+    return [conversation([("user", str(k)), ("assistant", "b")]) for k in range(count)]
+
+
+def test_limit_rows_takes_the_first_rows_and_says_so(tmp_path):
+    data = encoded(tmp_path, numbered(9), limit_rows=4)
+    assert data.train.source.tolist() == [1, 2, 3, 4]
+    assert data.ledger.notes == ["limit_rows: at most the first 4 rows were read."]
+    assert encoded(tmp_path, numbered(9)).ledger.notes == []
+
+
+def test_eval_share_holds_out_rows_by_seed(tmp_path):
+    parts = {}
+    for seed in (1, 1, 2):
+        data = encoded(tmp_path, numbered(200), seed=seed, eval_share=0.2)
+        held, trained = data.eval.source.tolist(), data.train.source.tolist()
+        assert sorted(held + trained) == list(range(1, 201)) and 20 < len(held) < 60
+        assert bins(data.ledger, f"{tmp_path}/a.jsonl")["held out"] == (len(held), 0, 0)
+        assert bins(data.ledger, f"{tmp_path}/a.jsonl")["trained"][0] == len(trained)
+        assert parts.setdefault(seed, held) == held
+    assert parts[1] != parts[2]
+    elsewhere = encoded(tmp_path, numbered(200), seed=1, eval_share=0.2, cache_dir=str(tmp_path / "other"))
+    assert elsewhere.eval.source.tolist() == parts[1]
+
+
+def test_a_row_held_out_stays_so_when_rows_are_added_or_the_share_grows(tmp_path):
+    few = encoded(tmp_path, numbered(100), eval_share=0.2).eval.source.tolist()
+    more = encoded(tmp_path, numbered(200), eval_share=0.2).eval.source.tolist()
+    wider = encoded(tmp_path, numbered(100), eval_share=0.4).eval.source.tolist()
+    assert [number for number in more if number <= 100] == few
+    assert set(few) < set(wider)
+
+
+def test_eval_files_are_encoded_alike_and_their_losses_are_told(tmp_path):
+    evaluated = written(tmp_path, [conversation(TALK[:2]), conversation(TALK)], "eval.jsonl")
+    data = encoded(tmp_path, [conversation(TALK[:2])] * 2, eval_files=[evaluated], max_length=40)
+    assert len(data.train) == 2 and all_shown(data.eval) == [f"{FIRST}⟦bb<|im_end|>⟧\n"]
+    assert list(data.ledger.inputs) == [f"{tmp_path}/a.jsonl"]
+    assert data.ledger.notes == [f"Evaluation, {evaluated}: 1 rows and 8 tokens dropped: longer than max_length=40."]
+
+
+def test_nothing_to_evaluate_on_is_an_error(tmp_path):
+    evaluated = written(tmp_path, [conversation(TALK)], "eval.jsonl")
+    with pytest.raises(DataError, match=r"eval_files: \['.*eval\.jsonl'\] leaves no row to evaluate on"):
+        encoded(tmp_path, numbered(3), eval_files=[evaluated], max_length=40)
+    with pytest.raises(DataError, match=r"eval_share: 0\.001 leaves no row to evaluate on"):
+        encoded(tmp_path, numbered(3), eval_share=0.001)
+
+
+def test_worker_processes_change_nothing(tmp_path):
+    rows = [conversation([("user", str(k)), ("assistant", "b" * (k % 60 + 1))]) for k in range(600)]
+    options = {"max_length": 50, "overlong": "split", "eval_share": 0.1, "seed": 3}
+    one = encoded(tmp_path, rows, **options)
+    two = encoded(tmp_path, rows, **options, preprocessing_num_workers=2, cache_dir=str(tmp_path / "two"))
+    for part in ("train", "eval"):
+        for name in ("input_ids", "labels", "offsets", "source"):
+            assert np.array_equal(getattr(getattr(one, part), name), getattr(getattr(two, part), name))
+    assert one.ledger == two.ledger and one.fingerprint == two.fingerprint
+
+
+def text_rows(folder: Path, rows: list[str], tokenizer=TOKENIZER, **changes: Any):
+    values: dict[str, Any] = {"train_files": [written(folder, [{"text": row} for row in rows])], "max_lost": 1}
+    return texts(DataOptions(cache_dir=str(folder / "cache"), **values | changes), 0, tokenizer, "text")
+
+
+def with_bos(eos_too: bool = False):
+    tokenizer = character_tokenizer()
+    template = "<s> $A </s>" if eos_too else "<s> $A"
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(  # type: ignore[attr-defined]
+        single=template, special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "tokenizer, expected",
+    [
+        (TOKENIZER, ["a⟦bc</s>⟧", "d⟦</s>⟧"]),
+        (with_bos(), ["<s>⟦abc</s>⟧", "<s>⟦d</s>⟧"]),
+        (with_bos(eos_too=True), ["<s>⟦abc</s>⟧", "<s>⟦d</s>⟧"]),
+    ],
+)
+def test_documents_end_once_and_are_trained_but_for_their_first_token(tmp_path, tokenizer, expected):
+    assert all_shown(text_rows(tmp_path, ["abc", "d"], tokenizer).train) == expected
+
+
+def test_an_end_that_stands_in_the_text_is_not_doubled_and_no_end_is_invented(tmp_path):
+    assert all_shown(text_rows(tmp_path, ["abc</s>"]).train) == ["a⟦bc</s>⟧"]
+    endless = character_tokenizer()
+    endless.eos_token = None
+    assert all_shown(text_rows(tmp_path, ["abc"], endless).train) == ["a⟦bc⟧"]
+
+
+def test_a_long_document_is_split_or_cut(tmp_path):
+    split = text_rows(tmp_path, ["abcdefgh"], overlong="split", max_length=4)
+    assert all_shown(split.train) == ["a⟦bcd⟧", "e⟦fgh⟧"]  # </s> would stand alone
+    assert bins(split.ledger, f"{tmp_path}/a.jsonl") == {
+        "trained": (1, 6, 1), "cut: longer than max_length=4": (0, 2, 0),
+    }  # fmt: skip
+    cut = text_rows(tmp_path, ["abcdefgh"], overlong="truncate", max_length=4)
+    assert all_shown(cut.train) == ["a⟦bcd⟧"]
+    assert bins(cut.ledger, f"{tmp_path}/a.jsonl") == {
+        "trained": (1, 3, 1), "cut: longer than max_length=4": (0, 5, 0),
+    }  # fmt: skip
+
+
+def test_a_row_without_text_names_file_row_and_fields():
+    rows = [("a.jsonl", 3, {"text": "x"}), ("a.jsonl", 4, {"content": "y", "n": 1})]
+    with pytest.raises(DataError) as error:
+        encode_texts(rows, TOKENIZER, "text", DataOptions())
+    assert str(error.value) == "a.jsonl, row 4: text holds no text; its fields are content, n; set text_column."
+    assert len(encode_texts(rows[1:], TOKENIZER, "content", DataOptions()).rows) == 1
+
+
+def variants(folder: Path) -> dict[str, str]:
+    """The fingerprint of an encoding, and of every one that differs from it in one thing."""
+    rows, more = numbered(40), written(folder, numbered(2), "b.jsonl")
+    copy = written(folder, rows, "copy.jsonl")
+    options = {"eval_share": 0.5, "max_length": 64}
+    changes: dict[str, dict[str, Any]] = {
+        "nothing": {},
+        "max_length": {"max_length": 63},
+        "overlong": {"overlong": "split"},
+        "train_on": {"train_on": "all"},
+        "split_turns": {"split_turns": not DataOptions().split_turns},
+        "limit_rows": {"limit_rows": 30},
+        "eval_share": {"eval_share": 0.4},
+        "eval_files": {"eval_share": 0.0, "eval_files": [more]},
+        "more files": {"train_files": [str(folder / "a.jsonl"), more]},
+        "name": {"train_files": [copy]},
+        "seed": {"seed": 1},
+    }
+    found = {name: encoded(folder, rows, **options | change).fingerprint for name, change in changes.items()}
+    found["content"] = encoded(folder, numbered(41), **options).fingerprint
+    values = {"train_files": [written(folder, rows)], "cache_dir": str(folder / "cache"), "max_lost": 1, **options}
+    other = character_tokenizer()
+    jinja = folder / "other.jinja"
+    jinja.write_text(CHATML.source.replace("user", "human") + "{{- '' }}")
+    found["template"] = conversations(
+        DataOptions(**values), 0, TOKENIZER, load_template(TOKENIZER, str(jinja))
+    ).fingerprint
+    other.add_tokens(["ab"])
+    found["vocabulary"] = conversations(DataOptions(**values), 0, other, load_template(other, "chatml")).fingerprint
+    other = character_tokenizer()
+    other.eos_token = "<|im_end|>"
+    found["eos"] = conversations(DataOptions(**values), 0, other, load_template(other, "chatml")).fingerprint
+    return found
+
+
+def test_whatever_shapes_an_encoding_is_in_its_cache_key(tmp_path):
+    found = variants(tmp_path)
+    assert len(set(found.values())) == len(found) == 15
+    assert variants(tmp_path) == found
+
+
+def test_what_shapes_nothing_is_not_in_the_cache_key(tmp_path):
+    plain = encoded(tmp_path, numbered(5))
+    for change in ({"seed": 7}, {"packing": False}, {"max_lost": 0.5}, {"preprocessing_num_workers": 1}):
+        assert encoded(tmp_path, numbered(5), **change).fingerprint == plain.fingerprint
+    assert len([path for path in (tmp_path / "cache").iterdir() if path.is_dir()]) == 1
+
+
+def test_another_end_of_text_is_not_served_from_the_cache(tmp_path):
+    assert all_shown(text_rows(tmp_path, ["abc"]).train) == ["a⟦bc</s>⟧"]
+    other = character_tokenizer()
+    other.eos_token = "<|im_end|>"
+    assert all_shown(text_rows(tmp_path, ["abc"], other).train) == ["a⟦bc<|im_end|>⟧"]
+
+
+CONTENT = st.text(string.ascii_letters + " \n.", max_size=40)
+ANSWER = CONTENT.map(lambda text: "x" + text)
+TALKS = st.lists(st.tuples(CONTENT, ANSWER), min_size=1, max_size=4).map(
+    lambda pairs: [turn for question, answer in pairs for turn in (("user", question), ("assistant", answer))]
+)
+OPTIONS = st.builds(
+    DataOptions,
+    overlong=st.sampled_from(["drop", "truncate", "split"]),
+    train_on=st.sampled_from(["assistant", "last_assistant", "all"]),
+    max_length=st.integers(2, 150),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(TALKS, max_size=4), OPTIONS)
+def test_the_ledger_balances_whatever_comes(talks, options):
+    rows = [("a", number, conversation(talk)) for number, talk in enumerate(talks, 1)]
+    chunk = encode_conversations(rows, CHATML, options)
+    chunk.ledger.balance()
+    whole = encode_conversations(rows, CHATML, options.model_copy(update={"max_length": 10_000}))
+    assert len(whole.rows) == len(rows) and chunk.lengths == [len(ids) for _, ids, _ in whole.rows]
+    uncut = {number: (ids, labels) for number, ids, labels in whole.rows}
+    trained = chunk.ledger.bins.get("a", {}).get("trained", {"supervised": 0, "context": 0})
+    supervised = sum(len(labels) - labels.count(-100) for _, _, labels in chunk.rows)
+    assert trained["supervised"] == supervised
+    assert trained["context"] == sum(len(ids) for _, ids, _ in chunk.rows) - supervised - sum(
+        # labels that a piece's first token loses are counted as cut, though the token stays as context
+        uncut[number][1][start] != -100
+        for number, start in _starts(chunk.rows, uncut)
+    )
+    for number, ids, labels in chunk.rows:
+        assert len(ids) <= options.max_length and labels[0] == -100 and any(label != -100 for label in labels)
+        if options.overlong == "drop":
+            assert (ids, labels) == uncut[number]
+        if options.overlong == "truncate":
+            assert (ids, labels) == tuple(part[: len(ids)] for part in uncut[number])
+            if len(ids) < len(uncut[number][0]) and options.train_on != "all":
+                assert ids[-1] == labels[-1] == CHATML.turn_end_id
+
+
+def _starts(pieces: list, uncut: dict[int, tuple[list[int], list[int]]]) -> list[tuple[int, int]]:
+    """(row number, position in the uncut row) of every piece; equal pieces are met in order."""
+    starts, reached = [], dict.fromkeys(uncut, 0)
+    for number, ids, labels in pieces:
+        start = reached[number]
+        while (
+            uncut[number][0][start : start + len(ids)] != ids
+            or uncut[number][1][start + 1 : start + len(ids)] != labels[1:]
+        ):
+            start += 1
+        reached[number] = start + len(ids)
+        starts.append((number, start))
+    return starts

@@ -1,0 +1,224 @@
+"""Bad input through the scripts themselves: one sentence for each mistake, all of them at once, nothing left behind."""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+
+import pytest
+
+from accel_llm.errors import ConfigError, DataError, check, run
+
+CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}
+
+
+@pytest.fixture
+def told(script, tiny, chats, tmp_path) -> Callable[..., list[str]]:
+    """The sentences that sft.py ends with; a later option overrules an earlier one."""
+    out = tmp_path / "out"
+
+    def run(*more: object, rows: str | None = None, name: str = "rows.jsonl") -> list[str]:
+        files = chats
+        if rows is not None:
+            files = tmp_path / name
+            files.write_text(rows, encoding="utf-8")
+        given = ("--model_name_or_path", tiny, "--train_files", files, "--max_length", 128, "--output_dir", out)
+        with pytest.raises((ConfigError, DataError)) as error:
+            script("sft", *given, "--max_steps", 1, *more)
+        assert not out.exists()
+        sentences = str(error.value).splitlines()
+        assert all(len(sentence) < 600 for sentence in sentences)
+        return sentences
+
+    return run
+
+
+def line(row: object) -> str:
+    return json.dumps(row) + "\n"
+
+
+def test_check_raises_all_problems_or_nothing():
+    check([])
+    with pytest.raises(ConfigError) as error:
+        check(["a: wrong.", "b: wrong."])
+    assert error.value.problems == ["a: wrong.", "b: wrong."] and str(error.value) == "a: wrong.\nb: wrong."
+
+
+def test_options_are_told_together(told):
+    sentences = told(
+        "--lerning_rate", 1, "--lora_dropout", 3, "--max_grad_norm", "much", "--optim", "adam", "--seed", -1
+    )
+    assert sentences == [
+        "lerning_rate: no such option; did you mean learning_rate?",
+        "lora_dropout: '3' is not allowed; give a number of at least 0 and below 1",
+        "max_grad_norm: 'much' is not allowed; give a number of at least 0",
+        "optim: 'adam' is not allowed; give adamw, adamw_8bit, paged_adamw, paged_adamw_8bit, lion, adafactor, sgd or "
+        "muon",
+        "seed: '-1' is not allowed; give a whole number of at least 0 and below 4294967296",
+    ]
+
+
+def test_an_option_of_another_method_is_an_error(told):
+    assert told("--method", "full", "--lora_r", 8) == ["lora_r: only method lora or qlora uses it, method is full"]
+    assert told("--method", "qlora", "--load_in_8bit") == ["load_in_8bit: only method lora uses it, method is qlora"]
+
+
+def test_missing_model_files_and_clashing_options_are_told_together(told, tmp_path):
+    sentences = told(
+        *("--model_name_or_path", tmp_path / "nowhere", "--train_files", tmp_path / "a.jsonl", tmp_path),
+        *("--eval_files", tmp_path / "b.jsonl", "--attn_implementation", "eager"),
+    )
+    assert [sentence.split(":")[0] for sentence in sentences] == [
+        "attn_implementation",
+        "model_name_or_path",
+        "train_files",
+        "train_files",
+        "eval_files",
+    ]
+    assert sentences[1].startswith(f"model_name_or_path: {tmp_path / 'nowhere'} does not exist; ")
+    assert sentences[2] == f"train_files: {tmp_path / 'a.jsonl'} does not exist; name a .json, .jsonl or .txt file."
+    assert sentences[3] == f"train_files: {tmp_path} is a folder; name a .json, .jsonl or .txt file."
+
+
+def test_a_model_without_data_and_data_without_a_model(script, tiny, chats, tmp_path):
+    for given, sentence in (
+        (("--model_name_or_path", tiny), "train_files: is missing; name at least one .json, .jsonl or .txt file."),
+        (("--train_files", chats), "model_name_or_path: is missing; name a model folder or a hub id."),
+    ):
+        with pytest.raises(ConfigError) as error:
+            script("sft", *given, "--output_dir", tmp_path / "out")
+        assert str(error.value) == sentence
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "rows, name, expected",
+    [
+        ("", "rows.jsonl", "{file}: the file has no rows."),
+        ("\n \n", "rows.jsonl", "{file}: the file has no rows."),
+        ("[]", "rows.json", "{file}: the file has no rows."),
+        (line(CHAT) + '{"messages": [\n', "rows.jsonl", "{file}, line 2: not JSON ("),
+        (line(CHAT) + "\n" + "[1]\n", "rows.jsonl", "{file}, line 3: is a list, must be an object."),
+        ('[\n{"a": 1},\n{"b": }\n]', "rows.json", "{file}, line 3: not JSON ("),
+        (line(CHAT), "rows.csv", "train_files: {file} is of kind '.csv'; name a .json, .jsonl or .txt file."),
+        (line(CHAT) + line({"question": "Hi", "reply": "Ho"}), "rows.jsonl", "{file}, row 2: "),
+        (line({"messages": [{"role": "wizard", "content": "Hi"}]}), "rows.jsonl", "{file}, row 1: "),
+    ],
+)
+def test_files_and_rows_are_named_with_file_and_line(told, tmp_path, rows, name, expected):
+    (sentence,) = told(rows=rows, name=name)
+    assert sentence.startswith(expected.format(file=tmp_path / name))
+    if "question" in rows:
+        assert "question" in sentence and "reply" in sentence and "messages" in sentence and "conversations" in sentence
+    if "wizard" in rows:
+        assert "wizard" in sentence and "assistant" in sentence
+
+
+def test_rows_without_anything_to_train(told):
+    (sentence,) = told(rows=line({"messages": [{"role": "user", "content": "Hi"}]}) * 3)
+    assert "train" in sentence
+
+
+def test_rows_that_are_too_long_are_told_with_their_lengths(told):
+    long = {"messages": [{"role": "user", "content": "x" * 500}, CHAT["messages"][1]]}
+    (sentence,) = told(rows=line(CHAT) + line(long))
+    assert sentence.startswith("max_lost: 50.0% of the rows ") and "longer than max_length=128" in sentence
+    assert sentence.endswith("raise max_length, set overlong: truncate or split, or raise max_lost.")
+
+
+def test_a_model_that_is_none(told, tiny, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    assert told("--model_name_or_path", folder, "--max_length", 300) == [
+        "max_length: 300 is beyond the model's 256 positions; set max_length to 256 or less."
+    ]
+    (folder / "adapter_config.json").write_text("{}")
+    assert told("--model_name_or_path", folder)[0].startswith(
+        f"model_name_or_path: {folder} is an adapter, not a model; merge it first with launch/merge.py --adapter {folder}"
+    )
+    (folder / "adapter_config.json").unlink()
+    (folder / "model.safetensors").write_bytes(b"half")
+    assert told("--model_name_or_path", folder)[0].startswith(f"model_name_or_path: {folder} cannot be loaded (")
+    (folder / "config.json").unlink()
+    assert "has no config.json" in told("--model_name_or_path", folder)[0]
+
+
+def test_ids_beyond_the_vocabulary(told, make_model, tmp_path):
+    small = make_model(tmp_path / "small", vocab_size=100)
+    (sentence,) = told("--model_name_or_path", small)
+    assert sentence.startswith("tokenizer_name: the data holds token id ")
+    assert sentence.endswith("but the model's vocabulary has 100 rows; use the model's own tokenizer.")
+
+
+def test_a_tokenizer_without_a_template_is_named_with_the_choices(told, make_model, tmp_path):
+    folder = make_model(tmp_path / "model")
+    (folder / "chat_template.jinja").unlink()
+    (sentence,) = told("--model_name_or_path", folder)
+    assert "chat_template" in sentence and "chatml" in sentence and ".jinja" in sentence
+
+
+def test_adapter_names_and_quantised_sharding(told, monkeypatch):
+    assert told("--lora_target_modules", "nope")[0].startswith("lora_target_modules: the model has no 'nope'; ")
+    assert told("--modules_to_save", "nope")[0].startswith("modules_to_save: the model has no 'nope'; ")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert told("--load_in_8bit")[0].startswith("load_in_8bit: 8-bit weights cannot be sharded by fsdp2; ")
+
+
+def test_more_cpu_processes_than_help(told, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "9")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert told()[0].startswith("num_processes: 9 processes on a machine without a GPU, at most 8 help; ")
+
+
+def test_show_data_needs_a_tokenizer_alone_and_tells_the_same(script, tiny, chats, tmp_path, capsys):
+    tokenizer = tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    for path in tiny.iterdir():
+        if path.name.startswith(("tokenizer", "chat_template")):
+            shutil.copy(path, tokenizer)
+    script("show_data", "--tokenizer_name", tokenizer, "--train_files", chats, "--max_length", 128, "--json")
+    captured = capsys.readouterr()
+    rows = [json.loads(row) for row in captured.out.splitlines()]
+    assert len(rows) == 24 and rows[0].keys() == {"row", "input_ids", "labels", "text", "trained_text"}
+    first = json.loads(chats.read_text(encoding="utf-8").splitlines()[0])["messages"]
+    answers = [turn["content"] + "<|im_end|>" for turn in first if turn["role"] == "assistant"]
+    assert rows[0]["trained_text"] == "".join(answers) and rows[0]["row"] == 1
+    assert rows[0]["text"].startswith(f"<|im_start|>{first[0]['role']}\n{first[0]['content']}<|im_end|>\n")
+    script("show_data", "--model_name_or_path", tiny, "--train_files", chats, "--max_length", 128)
+    shown = capsys.readouterr().out
+    assert first[0]["content"] in shown and "Tokens a row" in shown and "Ledger" in shown
+
+    nowhere = tmp_path / "nowhere.jsonl"
+    with pytest.raises(ConfigError) as error:
+        script("show_data", "--model_name_or_path", tmp_path / "no", "--train_files", nowhere)
+    assert [sentence.split(" ")[0] for sentence in error.value.problems] == ["train_files:", "model_name_or_path:"]
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text("{", encoding="utf-8")
+    with pytest.raises(DataError, match="line 1: not JSON"):
+        script("show_data", "--tokenizer_name", tokenizer, "--train_files", broken)
+
+
+def test_merge_tells_what_is_missing_and_misspelled(script, tmp_path):
+    with pytest.raises(ConfigError) as error:
+        script("merge", "--adaptor", "x", "--output_dir", tmp_path / "m")
+    assert error.value.problems == [
+        "adaptor: no such option; did you mean adapter?",
+        "adapter: it is required; give text",
+    ]
+
+
+def test_a_person_reads_the_sentences_alone_and_the_code_is_2(monkeypatch, capsys):
+    def main() -> None:
+        raise ConfigError("a: wrong.", "b: wrong.")
+
+    # `run` ends the process itself, past all that still waits.
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as ended:
+        run(main)
+    captured = capsys.readouterr()
+    assert (ended.value.code, captured.out, captured.err) == (2, "", "error: a: wrong.\nerror: b: wrong.\n")
+
+
+def test_a_bug_of_ours_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        run(lambda: print(1 / 0))

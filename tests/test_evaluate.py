@@ -1,0 +1,244 @@
+"""Held-out rows: the mean is over every labelled token, an answer counts only if it is right to its end."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import LlamaForCausalLM
+
+from accel_llm import attention, losses
+from accel_llm.data import Rows, build_rows
+from accel_llm.evaluate import Answer, Evaluation, exact_match, mean_loss, questions
+from accel_llm.metrics import Meter
+from accel_llm.options import TrainOptions
+from accel_llm.stream import Plan
+
+EOS = 2
+MAX_LENGTH = 40
+
+
+def random_rows(count: int = 13) -> Rows:
+    """Uneven documents with gaps in what is trained, one with a single label."""
+    rng = np.random.default_rng(1)
+    encoded = []
+    for number in range(1, count + 1):
+        ids = rng.integers(5, 100, int(rng.integers(3, 31))).tolist()
+        labels = [-100, *(token if rng.random() < 0.6 else -100 for token in ids[1:-1]), ids[-1]]
+        encoded.append((number, ids, labels))
+    encoded.append((count + 1, [7, 8, 9, 10], [-100, -100, 9, -100]))
+    return build_rows(iter(encoded))
+
+
+def reference(model: LlamaForCausalLM, rows: Rows) -> tuple[float, int]:
+    """Mean loss and count in float64, each document alone."""
+    model = copy.deepcopy(model).double()
+    total, count = 0.0, 0
+    for ids, labels in (rows[k] for k in range(len(rows))):
+        logits = model(input_ids=torch.from_numpy(ids.astype(np.int64))[None]).logits[0, :-1]
+        targets = torch.from_numpy(labels.astype(np.int64))[1:]
+        total += float(F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum").detach())
+        count += int((targets != -100).sum())
+    return total / count, count
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_mean_loss_equals_a_float64_reference(accelerator, tiny_llama, packing, batch_size):
+    rows, model = random_rows(), tiny_llama()
+    expected, count = reference(model, rows)
+    if packing:
+        attention.enable(model)
+    losses.attach(model, MAX_LENGTH)
+    options = TrainOptions(packing=packing, max_length=MAX_LENGTH, per_device_eval_batch_size=batch_size)
+    found = mean_loss(accelerator, model.train(), rows, options, 0)
+    assert found["eval/loss"] == pytest.approx(expected, rel=1e-6)
+    assert found["eval/perplexity"] == pytest.approx(np.exp(expected), rel=1e-5)
+    assert found["eval/supervised_tokens"] == count and model.training
+    # A mean of the documents' means would be another number.
+    alone = [reference(tiny_llama(), build_rows(iter([(1, *map(np.ndarray.tolist, rows[k]))])))[0] for k in range(14)]
+    assert abs(float(np.mean(alone)) - expected) > 1e-2
+
+
+def test_dropout_is_off_while_evaluating(accelerator, tiny_llama):
+    model = tiny_llama(attention_dropout=0.5)
+    losses.attach(model, MAX_LENGTH)
+    options = TrainOptions(packing=False, max_length=MAX_LENGTH)
+    model.train()
+    first, second = (mean_loss(accelerator, model, random_rows(), options, 0) for _ in range(2))
+    assert first == second
+
+
+def test_a_loss_beyond_float_has_no_infinite_perplexity(accelerator, tiny_llama):
+    model = tiny_llama()
+    losses.attach(model, MAX_LENGTH)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e6)
+    found = mean_loss(accelerator, model, random_rows(), TrainOptions(packing=False, max_length=MAX_LENGTH), 0)
+    assert found["eval/loss"] > 1000 and found["eval/perplexity"] == np.exp(700.0)
+
+
+def test_questions_ask_for_the_last_trained_turn():
+    rows = build_rows(
+        iter(
+            [
+                (1, [1, 11, 12, 13, 14, 15], [-100, -100, 12, -100, 14, 15]),  # two turns: the second
+                (2, [1, 21, 22], [-100, -100, -100]),  # nothing trained
+                (3, [31, 32, 33], [31, 32, 33]),  # no prompt
+                (4, [1, 41, 42, 43, 44], [-100, 41, 42, -100, -100]),  # what follows the turn is not part of it
+                (5, [1, 51, 52], [-100, -100, 52]),
+            ]
+        )
+    )
+    found = [(prompt.tolist(), answer.tolist()) for prompt, answer in questions(rows, 10)]
+    assert found == [([1, 11, 12, 13], [14, 15]), ([1], [41, 42]), ([1, 51], [52])]
+    assert len(questions(rows, 2)) == 2 and questions(rows, 0) == []
+    assert [prompt.tolist() for prompt, _ in questions(rows, 1)] == [[1, 11, 12, 13]]
+
+
+def bigram_model(tiny_llama, following: dict[int, int]) -> LlamaForCausalLM:
+    """Answers token x with `following[x]`, whatever came before: layers that add nothing, one-hot embeddings."""
+    model = tiny_llama(hidden_size=112, vocab_size=105)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        model.model.embed_tokens.weight.copy_(torch.eye(105, 112))
+        model.lm_head.weight.zero_()
+        for token, answer in following.items():
+            model.lm_head.weight[answer, token] = 1.0
+    return model
+
+
+# Four questions of different lengths; the last token of each decides the answer, which runs on to the end of text.
+ASKED = [
+    (np.array([50, 10]), np.array([20, 21, EOS])),
+    (np.array([11]), np.array([22, EOS])),
+    (np.array([50, 51, 52, 53, 12]), np.array([23, 24, 25, EOS])),
+    (np.array([50, 51, 13]), np.array([EOS])),
+]
+FOLLOWING = {10: 20, 20: 21, 21: EOS, 11: 22, 22: EOS, 12: 23, 23: 24, 24: 25, 25: EOS, 13: EOS}
+
+
+@pytest.mark.parametrize(
+    "change, right, stopped",
+    [
+        ({}, 1.0, 1.0),
+        ({11: 23}, 0.75, 1.0),  # another answer, which ends
+        ({25: 20}, 0.75, 1.0),  # runs on into the answer of the first
+        ({22: 22}, 0.75, 0.75),  # never ends
+        ({21: 20, 22: 11, 25: 12}, 0.25, 0.25),
+        (dict.fromkeys([*FOLLOWING, 30], 30), 0.0, 0.0),
+    ],
+)
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_exact_match_and_stop_rate(accelerator, tiny_llama, tokenizer, change, right, stopped, batch_size):
+    model = bigram_model(tiny_llama, FOLLOWING | change).train()
+    scores, answers = exact_match(accelerator, model, tokenizer, ASKED, batch_size, [EOS])
+    assert scores == {"eval/exact_match": right, "eval/stop_rate": stopped}
+    assert [answer.prompt for answer in answers] == [tokenizer.decode(prompt) for prompt, _ in ASKED]
+    assert [answer.expected for answer in answers] == [tokenizer.decode(answer) for _, answer in ASKED]
+    assert sum(answer.right for answer in answers) == 4 * right and model.training
+    for (_, expected), answer in zip(ASKED, answers, strict=True):
+        assert not answer.right or answer.generated == tokenizer.decode(expected)
+        assert answer.generated.endswith("</s>") or len(answer.generated) == 4 + 8  # the longest answer, and 8 more
+
+
+def test_a_right_answer_that_does_not_end_is_not_right(accelerator, tiny_llama, tokenizer):
+    model = bigram_model(tiny_llama, FOLLOWING | {22: 3})  # <|im_start|> in place of the end
+    scores, answers = exact_match(accelerator, model, tokenizer, ASKED[1:2], 1, [EOS])
+    assert scores["eval/exact_match"] == 0.0 and answers[0].generated.startswith(answers[0].expected[0])
+    # Any of the tokens that stop generation ends an answer, but only the data's own is the right end.
+    scores, answers = exact_match(accelerator, model, tokenizer, ASKED[1:2], 1, [EOS, 3])
+    assert scores == {"eval/exact_match": 0.0, "eval/stop_rate": 1.0}
+    assert answers[0].generated.endswith("<|im_start|>") and not answers[0].right
+
+
+def generated(accelerator, model, tokenizer, asked, batch_size: int) -> list[str]:
+    return [answer.generated for answer in exact_match(accelerator, model, tokenizer, asked, batch_size, [EOS])[1]]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_padding_on_the_left_changes_no_answer(accelerator, tiny_llama, tokenizer, packed):
+    model, rng = tiny_llama(3), np.random.default_rng(2)
+    asked = [(rng.integers(5, 100, n), np.array([7, EOS])) for n in (3, 17, 1, 9, 30)]
+    alone = generated(accelerator, model, tokenizer, asked, 1)
+    assert len(set(alone)) == 5
+    if packed:  # the attention of packed rows steps aside while generating, and is back afterwards
+        attention.enable(model)
+    losses.attach(model, MAX_LENGTH)
+    for batch_size in (2, 5, 8):
+        assert generated(accelerator, model, tokenizer, asked, batch_size) == alone
+    assert (model.config._attn_implementation == attention.NAME) == packed
+    # This model would notice a padding token that it attends to.
+    padded = [(np.concatenate([np.zeros(30 - len(prompt), np.int64), prompt]), answer) for prompt, answer in asked]
+    assert generated(accelerator, model, tokenizer, padded, 5)[:4] != alone[:4]
+
+
+def memorised(tiny_llama) -> tuple[LlamaForCausalLM, Rows]:
+    """A model trained on four rows until it knows them by heart; only the first token tells them apart."""
+    encoded = [
+        (k, [10 + k, 50, 51, *answer, EOS], [-100, -100, -100, *answer, EOS])
+        for k, answer in enumerate([[20, 21], [22], [23, 24, 25], [26, 20]], 1)
+    ]
+    rows, model = build_rows(iter(encoded)), tiny_llama()
+    losses.attach(model, MAX_LENGTH)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    from accel_llm.packing import collate_padded
+
+    batch = collate_padded([rows[k] for k in range(4)], 0)
+    for _ in range(60):
+        losses.next_token_loss(model, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, rows
+
+
+def test_a_run_evaluates_when_due_and_writes_what_it_found(accelerator, tiny_llama, tokenizer, tmp_path):
+    model, rows = memorised(tiny_llama)
+    options = TrainOptions(
+        output_dir=str(tmp_path),
+        packing=False,
+        max_length=MAX_LENGTH,
+        eval_steps=2,
+        eval_on_start=True,
+        eval_generate=3,
+    )
+    meter = Meter(accelerator, options, Plan(4, 4, 20, 5), 0)
+    evaluation = Evaluation(accelerator, tokenizer, rows, options, [EOS])
+    evaluation.at_start(model, meter, 3)  # a resumed run has no start
+    assert not Path(tmp_path / "metrics.jsonl").exists()
+    evaluation.at_start(model, meter, 0)
+    for step in range(1, 6):
+        if step == 5:
+            with torch.no_grad():
+                model.lm_head.weight.zero_()
+        evaluation.when_due(model, meter, step)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 2, 4, 5]
+    assert [line["eval/exact_match"] for line in lines] == [1.0, 1.0, 1.0, 0.0]
+    assert all(line["eval/stop_rate"] == 1.0 and line["eval/loss"] < 0.1 for line in lines[:3])
+    assert lines[3]["eval/loss"] == pytest.approx(np.log(105), rel=1e-6)
+    assert lines[3]["eval/supervised_tokens"] == 3 + 2 + 4 + 3
+    assert len(evaluation.samples) == 3 and evaluation.samples[0]["expected"] == tokenizer.decode([20, 21, EOS])
+
+
+def test_without_rows_or_questions_nothing_is_measured(accelerator, tiny_llama, tokenizer, tmp_path):
+    options: dict[str, Any] = {"output_dir": str(tmp_path), "packing": False, "max_length": MAX_LENGTH}
+    meter = Meter(accelerator, TrainOptions(**options), Plan(4, 4, 4, 1), 0)
+    Evaluation(accelerator, tokenizer, None, TrainOptions(**options), [EOS]).when_due(None, meter, 1)
+    assert list(tmp_path.iterdir()) == []
+    model = tiny_llama()
+    losses.attach(model, MAX_LENGTH)
+    Evaluation(accelerator, tokenizer, random_rows(), TrainOptions(**options), [EOS]).when_due(model, meter, 1)
+    line = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert line.keys() == {"step", "eval/loss", "eval/perplexity", "eval/supervised_tokens"}
+
+
+def test_an_answer_is_right_only_as_a_whole():
+    assert Answer("q", "a</s>", "a</s>").right
+    assert not Answer("q", "a</s>", "a").right and not Answer("q", "a</s>", "a </s>").right

@@ -1,0 +1,308 @@
+"""An adapter and its base become one model that answers the same, or nothing is written and one sentence says why."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from accel_llm import adapter, demo, merge, models
+from accel_llm.errors import ConfigError
+from accel_llm.options import MergeOptions, TrainOptions
+
+pytestmark = pytest.mark.usefixtures("quiet")
+IDS = torch.randint(600, (3, 40), generator=torch.Generator().manual_seed(7))
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits.float()
+
+
+def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.fixture
+def make_adapter(tmp_path) -> Callable[..., Path]:
+    """An adapter as a run leaves it, its weights moved far from where they began."""
+
+    def make(base: Path, **options) -> Path:
+        settings = TrainOptions(model_name_or_path=str(base), packing=False, **options)
+        torch.manual_seed(0)
+        model = adapter.attach(models.load_model(settings), settings)
+        state = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                with torch.no_grad():
+                    parameter.add_(torch.randn_like(parameter) * 0.05)
+                state[name] = parameter.detach().clone()
+        folder = tmp_path / "run" / "adapter"
+        adapter.save(model, folder, state, str(base))
+        tokenizer = demo.build_tokenizer()
+        tokenizer.chat_template = "{# of the run #}" + str(tokenizer.chat_template)
+        tokenizer.save_pretrained(folder)
+        GenerationConfig(eos_token_id=[2, 0], pad_token_id=0).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+def merged(folder: Path, target: Path, **options) -> merge.Merged:
+    return merge.merge(MergeOptions(adapter=str(folder), output_dir=str(target), **options))
+
+
+@pytest.mark.parametrize(
+    "dtype, bound, options",
+    [
+        pytest.param(torch.float32, 1e-5, {}, id="float32"),
+        pytest.param(torch.bfloat16, 3e-2, {}, id="bfloat16"),
+        pytest.param(torch.float16, 5e-3, {}, id="float16"),
+        pytest.param(torch.float32, 1e-5, {"use_dora": True}, id="dora"),
+        pytest.param(torch.bfloat16, 3e-2, {"use_dora": True}, id="dora-bfloat16"),
+        pytest.param(torch.float32, 1e-5, {"use_rslora": True, "lora_r": 4}, id="rslora"),
+        pytest.param(torch.float32, 1e-5, {"lora_target_modules": "all-linear", "lora_bias": "all"}, id="bias"),
+        pytest.param(torch.float32, 1e-5, {"init_lora_weights": "pissa"}, id="pissa"),
+        pytest.param(torch.float32, 1e-5, {"init_lora_weights": "olora"}, id="olora"),
+        pytest.param(torch.float32, 1e-5, {"lora_target_modules": ["q_proj", "lm_head"]}, id="head"),
+        pytest.param(torch.float32, 1e-5, {"lora_target_modules": ["q_proj", "embed_tokens"]}, id="embedding"),
+        pytest.param(torch.float32, 1e-5, {"modules_to_save": ["embed_tokens", "lm_head"]}, id="modules_to_save"),
+    ],
+)
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_merged_model_answers_as_base_and_adapter_do(
+    make_model, make_adapter, tmp_path, dtype, bound, options, tied
+):
+    base = make_model(tmp_path / "base", dtype, tie_word_embeddings=tied, attention_bias=True)
+    folder = make_adapter(base, **options)
+    expected = logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder))
+    assert distance(logits(AutoModelForCausalLM.from_pretrained(base)), expected) > 0.3
+
+    result = merged(folder, tmp_path / "merged")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert distance(logits(loaded), expected) <= bound
+    assert result.difference is not None and result.difference <= bound
+    assert result.dtype == dtype and {tensor.dtype for tensor in loaded.state_dict().values()} == {dtype}
+    stored = load_file(tmp_path / "merged" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {dtype}
+    assert not any("lora" in name or "base_layer" in name for name in stored)
+
+
+def test_tokenizer_template_and_generation_config_come_along(tiny, make_adapter, tmp_path):
+    folder = make_adapter(tiny)
+    # The folder of the run that holds adapter/ will do as well, and so will a target below folders yet to be made.
+    target = tmp_path / "some" / "where" / "merged"
+    assert merged(folder.parent, target).folder == target
+    assert sorted(path.name for path in target.iterdir()) == [
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    assert str(tokenizer.chat_template).startswith("{# of the run #}")
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    assert text == "<|im_start|>user\nHi<|im_end|>\n"
+    settings = GenerationConfig.from_pretrained(target)
+    assert (settings.eos_token_id, settings.pad_token_id) == ([2, 0], 0)
+    assert [path.name for path in target.parent.iterdir()] == ["merged"]
+
+
+def test_an_adapter_alone_takes_tokenizer_and_generation_config_of_its_base(make_model, make_adapter, tmp_path):
+    base = make_model(tmp_path / "base")
+    # Values that many published models carry and that transformers 5 refuses to save once anything was changed.
+    (base / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.6, "eos_token_id": 5}')
+    folder = make_adapter(base)
+    for path in folder.iterdir():
+        if not path.name.startswith("adapter"):
+            path.unlink()
+    merged(folder, tmp_path / "merged")
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == demo.CHAT_TEMPLATE
+    assert GenerationConfig.from_pretrained(tmp_path / "merged").eos_token_id == 5
+
+
+def test_a_chosen_dtype_is_written(tiny, make_adapter, tmp_path):
+    assert merged(make_adapter(tiny), tmp_path / "merged", dtype="bfloat16").dtype == torch.bfloat16
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").dtype == torch.bfloat16
+
+
+def test_an_adapter_of_a_4_bit_base_merges_into_the_original_weights(make_model, make_adapter, tmp_path):
+    base = make_model(tmp_path / "base", torch.bfloat16)
+    folder = make_adapter(base, method="qlora")
+    result = merged(folder, tmp_path / "merged")
+    assert result.dtype == torch.bfloat16 and result.base == str(base)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert not hasattr(loaded.config, "quantization_config")
+    expected = logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder))
+    assert distance(logits(loaded), expected) <= 3e-2
+
+
+def refusal(target: Path, folder: Path, **options) -> str:
+    """The sentence of a merge that must leave nothing behind."""
+    with pytest.raises(ConfigError) as error:
+        merged(folder, target, **options)
+    assert not target.exists() and not target.with_name(f".{target.name}.partial").exists()
+    return str(error.value)
+
+
+def test_what_cannot_be_merged_is_refused_in_a_sentence(tiny, make_model, make_adapter, tmp_path):
+    target = tmp_path / "merged"
+    nowhere = tmp_path / "nowhere"
+    advice = "name the adapter's folder, or the run's output_dir."
+    assert refusal(target, nowhere) == f"adapter: {nowhere} does not exist; {advice}"
+    assert refusal(target, tiny) == f"adapter: {tiny} is a full model: it has no adapter_config.json."
+    folder = make_adapter(tiny)
+    assert refusal(target, folder, base=str(nowhere)) == (
+        f"base: {nowhere} does not exist; a model folder or a hub id (owner/name) is allowed."
+    )
+    assert refusal(target, folder, base=str(folder)).startswith(f"base: {folder} is an adapter, not a model")
+    wider = make_model(tmp_path / "wider", hidden_size=64)
+    assert refusal(target, folder, base=str(wider)).startswith(f"adapter: {folder} does not fit {wider} (Error(s) in ")
+    shallow = make_model(tmp_path / "shallow", num_hidden_layers=1)
+    first = "base_model.model.model.layers.1.mlp.down_proj.lora_A.weight"
+    assert refusal(target, folder, base=str(shallow)) == (
+        f"adapter: {folder} does not fit {shallow} (14 of its weights have no place there, such as {first})."
+    )
+    deep = make_model(tmp_path / "deep", num_hidden_layers=3)
+    folder = make_adapter(tiny, lora_target_modules=["q_proj"])
+    assert refusal(target, folder, base=str(deep)).startswith(
+        f"adapter: {folder} does not fit {deep} (Found missing adapter keys while loading the checkpoint: "
+    )
+    hollow = make_model(tmp_path / "hollow")
+    state = load_file(hollow / "model.safetensors")
+    del state["model.norm.weight"]
+    save_file(state, hollow / "model.safetensors", metadata={"format": "pt"})
+    assert refusal(target, folder, base=str(hollow)) == (
+        f"base: {hollow} does not fill the model: 1 weights are missing (model.norm.weight)."
+    )
+
+
+def test_a_base_that_is_gone_is_asked_for(make_model, make_adapter, tmp_path):
+    base = make_model(tmp_path / "base")
+    folder = make_adapter(base)
+    base.rename(tmp_path / "moved")
+    assert refusal(tmp_path / "merged", folder) == (
+        f"base: {base} does not exist; a model folder or a hub id (owner/name) is allowed; {folder} names it as its "
+        "base, say where it is with --base."
+    )
+    assert merged(folder, tmp_path / "merged", base=str(tmp_path / "moved")).base == str(tmp_path / "moved")
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
+    assert refusal(tmp_path / "again", folder) == f"base: {folder} does not name its base model; say where it is."
+
+
+@pytest.mark.parametrize("how", ["empty", "nan", "not json", "task"])
+def test_a_broken_adapter_is_refused(tiny, make_adapter, tmp_path, how):
+    folder = make_adapter(tiny)
+    weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    if how == "empty":
+        weights.write_bytes(b"")
+        expected = f"adapter: {folder} does not fit {tiny} (Error while deserializing header"
+    elif how == "nan":
+        state = load_file(weights)
+        state["base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"][0, 0] = float("nan")
+        save_file(state, weights)
+        expected = f"adapter: {folder} cannot be merged (NaNs detected"
+    elif how == "not json":
+        config.write_text('{\n"r": 8,,\n}')
+        expected = f"adapter: {config} is not JSON (line 2: "
+    else:
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"task_type": "SEQ_CLS"}))
+        expected = f"adapter: {folder} was trained for SEQ_CLS; only adapters of causal LMs are taken."
+    assert refusal(tmp_path / "merged", folder).startswith(expected)
+
+
+def test_a_used_output_dir_is_refused_and_only_a_model_is_replaced(tiny, make_adapter, tmp_path):
+    folder, target = make_adapter(tiny), tmp_path / "merged"
+    target.mkdir()
+    merged(folder, target)  # an empty folder will do
+    before = (target / "model.safetensors").read_bytes()
+    with pytest.raises(ConfigError) as error:
+        merged(folder, target)
+    assert str(error.value) == (f"output_dir: {target} is not empty; name another folder, or set overwrite_output_dir.")
+    (target / "stale.txt").write_text("of the old model")
+    merged(folder, target, overwrite_output_dir=True)
+    assert not (target / "stale.txt").exists() and (target / "model.safetensors").read_bytes() == before
+
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "thesis.txt").write_text("years of work")
+    for name, reason in (
+        (home, "holds files that are no model; name another folder."),
+        (home / "thesis.txt", "is a file; name a folder."),
+        (folder, "holds the adapter that is merged; name another folder."),
+        (folder.parent, "holds the adapter that is merged; name another folder."),
+        (tiny, "holds the base that is merged; name another folder."),
+    ):
+        with pytest.raises(ConfigError) as error:
+            merged(folder, name, overwrite_output_dir=True)
+        assert str(error.value) == f"output_dir: {name} {reason}"
+    assert (home / "thesis.txt").exists() and (folder / "adapter_config.json").exists() and tiny.is_dir()
+
+
+def test_a_merge_that_differs_is_not_written(tiny, make_adapter, tmp_path, monkeypatch):
+    folder, target = make_adapter(tiny), tmp_path / "merged"
+    merged(folder, target)
+    before = (target / "model.safetensors").read_bytes()
+
+    def write_badly(model, adapter, base, partial, options):
+        write(model, adapter, base, partial, options)
+        state = load_file(partial / "model.safetensors")
+        state["model.layers.0.mlp.up_proj.weight"] *= 1.01
+        save_file(state, partial / "model.safetensors", metadata={"format": "pt"})
+
+    write = merge._write
+    monkeypatch.setattr(merge, "_write", write_badly)
+    assert refusal(tmp_path / "new", folder).startswith(
+        "verify: the merged model's logits differ from the adapter's by "
+    )
+    with pytest.raises(ConfigError, match=r"\(allowed for torch\.float32: 1e-04\); nothing was written\.$"):
+        merged(folder, target, overwrite_output_dir=True)
+    assert (target / "model.safetensors").read_bytes() == before
+    # The same damage goes through where nobody looks.
+    assert merged(folder, tmp_path / "blind", verify="none").difference is None
+
+
+def test_nothing_half_written_stays_after_an_interruption(tiny, make_adapter, tmp_path, monkeypatch):
+    def interrupted(*arguments):
+        write(*arguments)
+        raise KeyboardInterrupt
+
+    write = merge._write
+    folder = make_adapter(tiny)
+    monkeypatch.setattr(merge, "_write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        merged(folder, tmp_path / "merged")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+def test_an_adapter_made_by_plain_peft_merges(tiny, tmp_path):
+    """The loss-free forward of training, stripped by export, is no part of what merging needs."""
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights=False, target_modules=["q_proj", "v_proj"])
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), config)
+    model.save_pretrained(tmp_path / "plain")
+    assert merged(tmp_path / "plain", tmp_path / "merged").base == str(tiny)
+    assert distance(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), logits(model)) <= 1e-5
+
+
+def test_script_merges_what_the_run_left_and_chat_answers(script, tiny, chats, tmp_path, capsys):
+    run, target, short = tmp_path / "out", tmp_path / "merged", ("--max_length", 128)
+    script("sft", "--model_name_or_path", tiny, "--train_files", chats, "--output_dir", run, "--max_steps", 2, *short)
+    script("merge", "--adapter", run, "--output_dir", target)
+    capsys.readouterr()
+    answers = []
+    for model in (run, run / "adapter", target):
+        script("chat", "--model", model, "--prompt", "What is 3 + 4?", "--max_new_tokens", 8)
+        answers.append(capsys.readouterr().out)
+    assert answers[0] and len(set(answers)) == 1
+    shutil.rmtree(run / "adapter")
+    for model, sentence in ((run, "has no config.json"), (tmp_path / "no", "does not exist")):
+        with pytest.raises(ConfigError, match=sentence):
+            script("chat", "--model", model, "--prompt", "?")

@@ -1,0 +1,62 @@
+"""run.json: the status at every moment, the reason of a failure, and never half a file."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from accel_llm import record
+
+
+def read(folder: Path) -> dict:
+    return json.loads((folder / "run.json").read_text(encoding="utf-8"))
+
+
+def test_a_run_is_running_and_then_done(tmp_path):
+    folder = tmp_path / "deep" / "out"
+    with record.recording(folder, True, options={"seed": 1}, ledger={"a": "ä"}) as run:
+        during = read(folder)
+        assert during["status"] == "running" and during["options"] == {"seed": 1} and during["ledger"] == {"a": "ä"}
+        assert "ended" not in during and "error" not in during
+        run.update(samples=["x"])
+        assert read(folder)["samples"] == ["x"] and read(folder)["status"] == "running"
+    after = read(folder)
+    assert after["status"] == "done" and after["started"] <= after["ended"] and after["samples"] == ["x"]
+    assert [path.name for path in folder.iterdir()] == ["run.json"]
+
+
+@pytest.mark.parametrize("error", [ValueError("the reason"), KeyboardInterrupt(), SystemExit(3)])
+def test_a_failure_keeps_its_reason_and_goes_on(tmp_path, error):
+    with pytest.raises(type(error)), record.recording(tmp_path, True, options={}):
+        raise error
+    assert read(tmp_path)["status"] == "failed"
+    assert read(tmp_path)["error"] == f"{type(error).__name__}: {error}"
+
+
+def test_only_the_main_process_writes(tmp_path):
+    with record.recording(tmp_path / "out", False, options={}) as run:
+        run.update(samples=[])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    path = tmp_path / "run.json"
+    record.write_atomically(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        record.write_atomically(path, "new \ud800")
+    assert path.read_text(encoding="utf-8") == "old"
+    record.write_atomically(path, "new")
+    assert path.read_text(encoding="utf-8") == "new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_the_environment_is_named_with_and_without_git(monkeypatch, tmp_path):
+    found = record.environment()
+    assert found["packages"]["torch"].startswith("2.") and found["packages"].keys() <= set(record.PACKAGES)
+    head = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(record.__file__).parent, capture_output=True, text=True, check=False
+    )
+    assert (found["git_commit"] or "").removesuffix("-dirty") == head.stdout.strip()
+    # A slim image has none.
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert record.environment()["git_commit"] is None

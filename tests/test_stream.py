@@ -1,0 +1,205 @@
+"""The order of rows: a pure function of seed and epoch, the same rows a step however they are dealt out."""
+
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from accel_llm.data import Rows, build_rows
+from accel_llm.options import TrainOptions
+from accel_llm.stream import Plan, Stream, to_device
+
+PAD = 0
+MAX_LENGTH = 16
+
+
+def documents(count: int = 50, longest: int = 9) -> Rows:
+    """Document k is k + 1 repeated 2 to `longest` times, all of it labelled."""
+    lengths = np.random.default_rng(7).integers(2, longest + 1, count)
+    return build_rows((k + 1, [k + 1] * n, [-100] + [k + 1] * (n - 1)) for k, n in enumerate(lengths.tolist()))
+
+
+ROWS = documents()
+
+
+def met(batch: dict[str, Any]) -> list[int]:
+    """The documents of a batch, each checked to be whole; none in a batch that fills an empty slot."""
+    if "cu_seqlens" in batch:
+        parts = batch["input_ids"][0].split(batch["cu_seqlens"].diff().tolist())
+        labels = batch["labels"][0].split(batch["cu_seqlens"].diff().tolist())
+    else:
+        sizes = batch["attention_mask"].sum(1).tolist()
+        parts = [row[:n] for row, n in zip(batch["input_ids"], sizes, strict=True)]
+        labels = [row[:n] for row, n in zip(batch["labels"], sizes, strict=True)]
+    found = []
+    for ids, row_labels in zip(parts, labels, strict=True):
+        number = int(ids[0])
+        if number == PAD:
+            assert len(parts) == 1 and len(ids) == 2 and (batch["labels"] == -100).all()
+            continue
+        expected_ids, expected_labels = ROWS[number - 1]
+        assert ids.tolist() == expected_ids.tolist() and row_labels.tolist() == expected_labels.tolist()
+        found.append(number)
+    return found
+
+
+class Cutting:
+    """`world` processes with micro-batches of `size` rows; what each of them meets in a step."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, world: int, size: int, **options: Any):
+        monkeypatch.setenv("WORLD_SIZE", str(world))
+        values = {"max_length": MAX_LENGTH, "per_device_train_batch_size": size, **options}
+        self.ranks = [Stream(ROWS, TrainOptions(**values), rank, world, PAD) for rank in range(world)]
+        self.plan, self.accumulation = self.ranks[0].plan, self.ranks[0].accumulation
+
+    def batches(self, step: int) -> list[dict[str, Any]]:
+        return [rank.micro_batch(step, micro) for micro in range(self.accumulation) for rank in self.ranks]
+
+    def step(self, step: int) -> list[int]:
+        return sorted(number for batch in self.batches(step) for number in met(batch))
+
+    def steps(self) -> Iterator[list[int]]:
+        return (self.step(step) for step in range(self.plan.total_steps))
+
+
+CUTTINGS = [(1, 8, 1), (1, 1, 8), (2, 2, 2), (4, 2, 1), (8, 1, 1), (2, 1, 4), (2, 4, 1), (1, 4, 2)]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_step_has_the_same_rows_however_it_is_cut(monkeypatch, packing):
+    runs = [
+        list(Cutting(monkeypatch, world, size, gradient_accumulation_steps=accumulation, packing=packing).steps())
+        for world, size, accumulation in CUTTINGS
+    ]
+    # A total that the processes do not divide is cut to the same steps, too.
+    runs += [
+        list(Cutting(monkeypatch, world, size, total_batch_size=8, packing=packing).steps())
+        for world, size in [(1, 1), (1, 3), (3, 1), (3, 2), (5, 1), (8, 2)]
+    ]
+    assert all(run == runs[0] for run in runs)
+    assert len({tuple(step) for step in runs[0]}) == len(runs[0])
+    other = Cutting(monkeypatch, 1, 8, packing=packing, seed=43)
+    assert list(other.steps()) != runs[0]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("world, size, accumulation", [(1, 1, 1), (3, 2, 2), (4, 1, 3), (2, 5, 1)])
+def test_every_document_comes_once_an_epoch(monkeypatch, packing, world, size, accumulation):
+    cutting = Cutting(
+        monkeypatch, world, size, gradient_accumulation_steps=accumulation, num_train_epochs=3, packing=packing
+    )
+    assert Counter(number for step in cutting.steps() for number in step) == dict.fromkeys(range(1, 51), 3)
+    stream, bins = cutting.ranks[0], cutting.plan.bins
+    for epoch in range(3):
+        order = [k for position in range(epoch * bins, (epoch + 1) * bins) for k in stream.documents(position)]
+        assert sorted(order) == list(range(50))
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_order_is_a_pure_function_of_seed_and_epoch(monkeypatch, packing):
+    def order(epoch: int, **options: Any) -> list[list[int]]:
+        stream = Cutting(monkeypatch, 1, 1, max_steps=10_000, packing=packing, **options).ranks[0]
+        bins = stream.plan.bins
+        return [stream.documents(position) for position in range(epoch * bins, (epoch + 1) * bins)]
+
+    epochs = [order(epoch) for epoch in (0, 1, 2, 1000)]
+    assert [order(epoch) for epoch in (1000, 2, 1, 0)] == epochs[::-1]
+    different = [*epochs, order(0, seed=43), order(1, seed=43)]
+    assert len({str(one) for one in different}) == len(different)
+    assert {len(one) for one in epochs} == {len(epochs[0])}
+    if packing:  # another epoch shares rows out anew, it does not only shuffle full rows
+        assert {frozenset(row) for row in epochs[0]} != {frozenset(row) for row in epochs[1]}
+    else:
+        assert epochs[0] != [[k] for k in range(50)]
+
+
+def test_packed_rows_are_full_and_never_too_long(monkeypatch):
+    cutting = Cutting(monkeypatch, 1, 1)
+    lengths = [
+        batch["input_ids"].shape[1] for step in range(cutting.plan.total_steps) for batch in cutting.batches(step)
+    ]
+    assert max(lengths) <= MAX_LENGTH and sum(lengths) == ROWS.offsets[-1]
+    assert cutting.plan.bins == len(lengths) <= -(-sum(lengths) // MAX_LENGTH) + 1 < 50
+    assert Cutting(monkeypatch, 1, 1, packing=False).plan.bins == 50
+
+
+def test_slots_that_the_processes_do_not_divide_stay_empty(monkeypatch):
+    cutting = Cutting(monkeypatch, 3, 1, total_batch_size=8, packing=False)
+    assert (cutting.accumulation, cutting.plan.rows_per_step) == (3, 8)
+    for step in range(6):
+        batches = cutting.batches(step)
+        assert [len(met(batch)) for batch in batches] == [1] * 8 + [0]
+        filler = batches[-1]
+        assert filler["input_ids"].tolist() == [[PAD, PAD]] and filler["labels"].tolist() == [[-100, -100]]
+    two_a_slot = Cutting(monkeypatch, 3, 2, total_batch_size=8, packing=False)
+    assert [len(met(batch)) for batch in two_a_slot.batches(0)] == [2, 2, 2, 2, 0, 0]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_last_step_is_not_filled_up_with_a_further_epoch(monkeypatch, packing):
+    cutting = Cutting(monkeypatch, 2, 2, gradient_accumulation_steps=2, packing=packing, num_train_epochs=1)
+    bins, plan = cutting.plan.bins, cutting.plan
+    assert bins % 8 and plan == Plan(bins, 8, bins, bins // 8 + 1)
+    steps = list(cutting.steps())
+    assert sorted(number for step in steps for number in step) == list(range(1, 51))
+    used = [batch for batch in cutting.batches(plan.total_steps - 1) if met(batch)]
+    assert len(used) < 4 and cutting.step(plan.total_steps) == [] == cutting.step(plan.total_steps + 9)
+    endless = Cutting(monkeypatch, 2, 2, gradient_accumulation_steps=2, packing=packing, max_steps=plan.total_steps)
+    assert all(met(batch) for batch in endless.batches(plan.total_steps - 1))
+    assert list(endless.steps())[:-1] == steps[:-1]
+
+
+def test_max_steps_cross_epochs(monkeypatch):
+    cutting = Cutting(monkeypatch, 1, 8, packing=False, max_steps=25)
+    assert cutting.plan == Plan(50, 8, None, 25)
+    steps = list(cutting.steps())
+    assert [len(step) for step in steps] == [8] * 25
+    counts = Counter(number for step in steps for number in step)
+    assert counts == dict.fromkeys(range(1, 51), 4)
+    assert [cutting.plan.epoch(step) for step in (0, 1, 6, 7, 25)] == [0.0, 0.16, 0.96, 1.12, 4.0]
+    # Step 6 (from 0) holds the last 2 rows of the first epoch and the first 6 of the second.
+    stream = cutting.ranks[0]
+    assert steps[6] == sorted(stream.documents(position)[0] + 1 for position in range(48, 56))
+
+
+@pytest.mark.parametrize("epochs, rows, steps, reached", [(1.5, 75, 10, 1.5), (0.1, 5, 1, 0.1), (1e-4, 1, 1, 0.02)])
+def test_fractional_epochs(monkeypatch, epochs, rows, steps, reached):
+    cutting = Cutting(monkeypatch, 2, 4, packing=False, num_train_epochs=epochs)
+    assert cutting.plan == Plan(50, 8, rows, steps) and cutting.plan.epoch(steps) == reached
+    seen = Counter(number for step in cutting.steps() for number in step)
+    assert sum(seen.values()) == rows and max(seen.values()) == -(-rows // 50)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_stream_begun_late_is_the_tail_of_one_begun_early(monkeypatch, packing):
+    options = {"gradient_accumulation_steps": 3, "packing": packing, "num_train_epochs": 4}
+    for world in (1, 2):
+        whole = Cutting(monkeypatch, world, 2, **options)
+        steps = whole.plan.total_steps
+        late = Cutting(monkeypatch, world, 2, **options)
+        for rank in range(world):
+            early = list(islice(whole.ranks[rank].batches(), 3 * steps))
+            for first in (1, steps // 2, steps - 1):
+                tail = list(islice(late.ranks[rank].batches(first), 3 * (steps - first)))
+                assert len(tail) == len(early[3 * first :])
+                for one, other in zip(early[3 * first :], tail, strict=True):
+                    assert one.keys() == other.keys()
+                    assert all(torch.equal(torch.as_tensor(one[k]), torch.as_tensor(other[k])) for k in one)
+
+
+def test_processes_never_share_a_row(monkeypatch):
+    cutting = Cutting(monkeypatch, 4, 1, gradient_accumulation_steps=2)
+    for step in range(cutting.plan.total_steps):
+        seen = [number for batch in cutting.batches(step) for number in met(batch)]
+        assert len(seen) == len(set(seen))
+
+
+def test_to_device_moves_tensors_and_keeps_the_rest():
+    batch = {"input_ids": torch.ones(1, 2), "max_seqlen": 2}
+    moved = to_device(batch, torch.device("meta"))
+    assert moved["input_ids"].device.type == "meta" and moved["max_seqlen"] == 2
+    assert batch["input_ids"].device.type == "cpu"
