@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from accel_llm.config import resolved
@@ -321,8 +322,6 @@ def _load_plain(model: torch.nn.Module, optimizer: torch.optim.Optimizer, folder
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(weights[name])
-    from safetensors import safe_open
-
     with safe_open(folder / "optimizer.safetensors", "pt") as file:
         values = json.loads(file.metadata()["values"])
         moments = {key: file.get_tensor(key) for key in file.keys()} | values  # noqa: SIM118 (not a dict)
@@ -338,8 +337,6 @@ def _load_plain(model: torch.nn.Module, optimizer: torch.optim.Optimizer, folder
 
 
 def _load_randomness(path: Path, device: torch.device) -> None:
-    from safetensors import safe_open
-
     with safe_open(path, "pt") as file:
         facts = json.loads(file.metadata()["facts"])
         torch.set_rng_state(file.get_tensor("torch"))

@@ -5,16 +5,26 @@ reads its turns (chat). Whether a task is held out is decided by a hash of its o
 of the train split nor the pretraining documents can ever contain a question of the eval split.
 """
 
+import json
+import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 from zlib import crc32
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast
 
+from accel_llm.config import parse
+from accel_llm.data import cache_folder
+from accel_llm.options import PretrainOptions, TrainOptions
+
+OptionsT = TypeVar("OptionsT", bound=TrainOptions)
+
+NAME = "demo"
 BASE = Path(__file__).parent / "demo_base"
+DOCUMENTS = 60_000
 CONVERSATIONS = {"train": 6000, "eval": 240}
 HELD_OUT_PERCENT = 20
 
@@ -111,8 +121,12 @@ def held_out(item: str) -> bool:
 
 
 def made_up_word(rng: random.Random, longest: int = 6) -> str:
-    length = rng.randint(3, longest)
-    return "".join(rng.choice("aeiou" if i % 2 else "bdfgklmnprstvz") for i in range(length))
+    """A word that can be said aloud and that the tokenizer has to spell."""
+    while True:
+        length = rng.randint(3, longest)
+        word = "".join(rng.choice("aeiou" if i % 2 else "bdfgklmnprstvz") for i in range(length))
+        if word not in WORDS:
+            return word
 
 
 def add(rng: random.Random) -> Task:
@@ -135,19 +149,6 @@ def step(rng: random.Random) -> Task:
     number, (side, move) = rng.randint(1, 998), rng.choice((("after", 1), ("before", -1)))
     question = rng.choice((f"Which number comes {side} {number}?", f"What is the number {side} {number}?"))
     return Task((f"step {number}",), ((question, str(number + move)),), f"the number {side} {number}")
-
-
-def compare(rng: random.Random) -> Task:
-    a, b = rng.sample(range(100), 2)
-    side, answer = rng.choice((("larger", max(a, b)), ("smaller", min(a, b))))
-    question = rng.choice((f"Which is {side}, {a} or {b}?", f"Tell me the {side} of {a} and {b}."))
-    return Task((f"compare {min(a, b)} {max(a, b)}",), ((question, str(answer)),), f"the {side} of {a} and {b}")
-
-
-def parity(rng: random.Random) -> Task:
-    number = rng.randint(0, 999)
-    question = rng.choice((f"Is {number} odd or even?", f"Is the number {number} even or odd?"))
-    return Task((f"parity {number}",), ((question, "odd" if number % 2 else "even"),), f"the number {number}")
 
 
 def sort(rng: random.Random) -> Task:
@@ -207,7 +208,7 @@ def recall(rng: random.Random) -> Task:
     return Task(tuple(name.lower() for name in names), turns, f"{told}.\nwhat {name} likes")
 
 
-FAMILIES = (add, chain, step, compare, parity, sort, repeat, reverse, letter, pick, capital, recall)
+FAMILIES = (add, chain, step, sort, repeat, reverse, letter, pick, capital, recall)
 
 
 def draw(family: Callable[[random.Random], Task], rng: random.Random, split: Literal["train", "eval"]) -> Task:
@@ -268,3 +269,37 @@ def documents(seed: int, count: int) -> Iterator[str]:
             if rng.random() < 0.15:
                 notes.append(rng.choice(notes))
         yield "\n".join(notes)
+
+
+def resolve(options: OptionsT) -> OptionsT:
+    """Replace the name `demo` by files: the shipped base as model, generated conversations or texts as data."""
+    folder = cache_folder(options)
+    found: dict[str, Any] = {}
+    for field in ("model_name_or_path", "tokenizer_name", "config_name"):
+        if getattr(options, field, None) == NAME:
+            found[field] = str(BASE)
+    if getattr(options, "train_files", None) == [NAME]:
+        if isinstance(options, PretrainOptions):
+            found["train_files"] = [_write(folder / "demo-text.jsonl", ({"text": t} for t in documents(0, DOCUMENTS)))]
+        else:
+            found["train_files"] = [_write(folder / "demo-train.jsonl", conversations("train"))]
+    if getattr(options, "eval_files", None) == [NAME]:
+        found["eval_files"] = [_write(folder / "demo-eval.jsonl", conversations("eval"))]
+    return options.model_copy(update=found)
+
+
+def _write(path: Path, rows: Iterable[dict[str, Any]]) -> str:
+    """Every process writes the same bytes, each to a file of its own that then takes the name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    partial.replace(path)
+    return str(path)
+
+
+def parse_or_demo(options_class: type[OptionsT], recipe: Path, argv: list[str]) -> OptionsT:
+    """The options of a script; its demo recipe's where the person named no model, data or recipe."""
+    options = parse(options_class, argv)
+    if "--config" not in argv and options.model_name_or_path is None and not options.train_files:
+        options = parse(options_class, ["--config", str(recipe), *argv])
+    return resolve(options)

@@ -299,6 +299,7 @@ def parameter_counts(model: torch.nn.Module) -> dict[str, int]:
     from torch.distributed.tensor import DTensor
 
     counts = {"trainable": 0, "total": 0, "this_process": 0}
+    parameter: Any
     for parameter in model.parameters():
         size = held = parameter.numel()
         if hasattr(parameter, "ds_id"):

@@ -139,7 +139,8 @@ def exact_match(
     answers: list[Answer] = []
     stopped = 0
     inner.eval()
-    with torch.no_grad(), attention.stock(inner):
+    # `generate` is not a wrapped forward: without autocast float32 adapter parts would meet bf16 activations.
+    with torch.no_grad(), accelerator.autocast(), attention.stock(inner):
         for first in range(0, per_process, batch_size):
             # A process with fewer questions repeats one, so that all make the same number of calls.
             batch = share[first : first + batch_size] or asked[:1]

@@ -282,4 +282,4 @@ def _check_filled(report: dict[str, Any], name: str, field: str) -> None:
 
 def reason_of(error: Exception) -> str:
     """A library's message on one line, short enough to stand in a sentence."""
-    return textwrap.shorten(str(error), 300, placeholder=" ...").rstrip(".") or type(error).__name__
+    return textwrap.shorten(str(error).rstrip(". \n"), 300, placeholder=" ...") or type(error).__name__

@@ -14,8 +14,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from accel_llm import adapter, checkpoint, data, display, distributed, encode, losses, models, optim, report
-from accel_llm import demofiles as demo
+from accel_llm import adapter, checkpoint, data, demo, display, distributed, encode, losses, models, optim, report
 from accel_llm.config import parse, resolved
 from accel_llm.errors import check, run
 from accel_llm.evaluate import Evaluation

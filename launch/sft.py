@@ -15,8 +15,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from accel_llm import adapter, checkpoint, data, display, distributed, encode, losses, models, optim, report
-from accel_llm import demofiles as demo
+from accel_llm import adapter, checkpoint, data, demo, display, distributed, encode, losses, models, optim, report
 from accel_llm.chat import load_template
 from accel_llm.config import resolved
 from accel_llm.errors import check, run

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from accel_llm import data, display, distributed, encode, models
-from accel_llm import demofiles as demo
+from accel_llm import data, demo, display, distributed, encode, models
 from accel_llm.chat import load_template
 from accel_llm.errors import check, run
 from accel_llm.metrics import console

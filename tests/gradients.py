@@ -36,7 +36,12 @@ def rows() -> list[tuple[np.ndarray, np.ndarray]]:
 def model() -> Qwen2ForCausalLM:
     torch.manual_seed(0)
     config = Qwen2Config(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
     )
     return Qwen2ForCausalLM(config)
 
@@ -58,7 +63,12 @@ def main() -> None:
     accelerator = distributed.build_accelerator(TrainOptions(precision="fp32"))
     expected, worst = reference(), {}
     world, rank = accelerator.num_processes, accelerator.process_index
-    cases = [(size, packed, recompute, True) for size in (1, 4, 32) for packed in (True, False) for recompute in (False, True)]
+    cases = [
+        (size, packed, recompute, True)
+        for size in (1, 4, 32)
+        for packed in (True, False)
+        for recompute in (False, True)
+    ]
     for size, packed, recompute, undo in [*cases, (1, True, False, False)]:
         net = model()
         losses.attach(net, 4096)
@@ -77,7 +87,11 @@ def main() -> None:
         for batch in micro_batches:
             with accelerator.accumulate(prepared):
                 accelerator.backward(losses.next_token_loss(prepared, batch) * scale / targets)
-        errors = [float((p.grad - expected[n]).norm() / expected[n].norm()) for n, p in net.named_parameters() if p.grad is not None]
+        errors = [
+            float((p.grad - expected[n]).norm() / expected[n].norm())
+            for n, p in net.named_parameters()
+            if p.grad is not None
+        ]
         assert len(errors) == len(expected)
         name = f"{ROWS // size}x{size} {'packed' if packed else 'padded'}"
         name += ", recomputed" if recompute else ""

@@ -23,14 +23,35 @@ YAMLS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 RECIPES = {"demo": "sft", "demo_base": "pretrain"}
 
 # A module may import those that stand before it.
-ORDER = """
-    errors options config ledger
-    tokens marks formats chat packing attention losses
-    distributed optim
-    data encode stream models metrics evaluate
-    adapter merge export
-    checkpoint record report display demo
-""".split()
+ORDER = [
+    "errors",
+    "options",
+    "config",
+    "ledger",
+    "tokens",
+    "marks",
+    "formats",
+    "chat",
+    "packing",
+    "attention",
+    "losses",
+    "distributed",
+    "optim",
+    "data",
+    "encode",
+    "stream",
+    "models",
+    "metrics",
+    "evaluate",
+    "adapter",
+    "merge",
+    "export",
+    "checkpoint",
+    "record",
+    "report",
+    "display",
+    "demo",
+]
 
 
 def script(name: str) -> ModuleType:
@@ -66,7 +87,9 @@ def test_imports_point_down(path: Path) -> None:
 
 def test_imports_are_found_wherever_they_stand(tmp_path: Path) -> None:
     file = tmp_path / "module.py"
-    file.write_text("def f():\n    from accel_llm import demo\n    import accel_llm.chat\n    from accel_llm.data import Rows\n")
+    file.write_text(
+        "def f():\n    from accel_llm import demo\n    import accel_llm.chat\n    from accel_llm.data import Rows\n"
+    )
     assert imported(file) == {"demo", "chat", "data"}
 
 
@@ -118,7 +141,12 @@ def test_launch_configs_say_only_where(path: Path) -> None:
         assert named == f"accelerate_configs/{path.stem}.json"
         settings = json.loads((ROOT / named).read_text(encoding="utf-8"))
         assert settings["zero_optimization"]["stage"] == int(path.stem[4])
-        deciding = {"gradient_accumulation_steps", "gradient_clipping", "train_batch_size", "train_micro_batch_size_per_gpu"}
+        deciding = {
+            "gradient_accumulation_steps",
+            "gradient_clipping",
+            "train_batch_size",
+            "train_micro_batch_size_per_gpu",
+        }
         assert {settings[key] for key in deciding} == {"auto"}
         assert settings.keys() == deciding | {"zero_optimization"}
 
@@ -150,7 +178,9 @@ def test_documented_commands_parse(path: Path) -> None:
 
 
 def test_the_readme_sets_everything_up_in_two_commands() -> None:
-    lines = [line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if line.startswith("pip install")]
+    lines = [
+        line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if line.startswith("pip install")
+    ]
     assert lines == [
         "pip install -e . && accelerate launch --config_file accelerate_configs/zero2.yaml launch/sft.py",
         'pip install -e ".[test]" && pytest',

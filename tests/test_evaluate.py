@@ -16,6 +16,7 @@ from accel_llm.data import Rows, build_rows
 from accel_llm.evaluate import Answer, Evaluation, exact_match, mean_loss, questions
 from accel_llm.metrics import Meter
 from accel_llm.options import TrainOptions
+from accel_llm.packing import collate_padded
 from accel_llm.stream import Plan
 
 EOS = 2
@@ -188,8 +189,6 @@ def memorised(tiny_llama) -> tuple[LlamaForCausalLM, Rows]:
     rows, model = build_rows(iter(encoded)), tiny_llama()
     losses.attach(model, MAX_LENGTH)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    from accel_llm.packing import collate_padded
-
     batch = collate_padded([rows[k] for k in range(4)], 0)
     for _ in range(60):
         losses.next_token_loss(model, batch).backward()

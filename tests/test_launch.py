@@ -153,7 +153,15 @@ def test_the_demo_learns_exports_merges_and_answers(tmp_path: Path) -> None:
 def test_bad_input_is_one_sentence_from_one_process(tmp_path: Path) -> None:
     output = tmp_path / "never"
     said = launch(
-        *["accelerate", "launch", "--config_file", "accelerate_configs/ddp.yaml", "--num_processes", "2", "launch/sft.py"],
+        *[
+            "accelerate",
+            "launch",
+            "--config_file",
+            "accelerate_configs/ddp.yaml",
+            "--num_processes",
+            "2",
+            "launch/sft.py",
+        ],
         *["--model_name_or_path", str(tmp_path), "--train_files", str(tmp_path / "absent.jsonl")],
         *["--output_dir", str(output)],
         code=1,
