@@ -125,7 +125,7 @@ def made_up_word(rng: random.Random, longest: int = 6) -> str:
     while True:
         length = rng.randint(3, longest)
         word = "".join(rng.choice("aeiou" if i % 2 else "bdfgklmnprstvz") for i in range(length))
-        if word not in WORDS:
+        if not {word, word.capitalize()} & WORDS.keys():
             return word
 
 

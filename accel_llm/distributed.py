@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -182,6 +183,10 @@ def build_accelerator(options: TrainOptions) -> Accelerator:
             f"num_processes: {world_size()} processes on a machine without a GPU, at most {MAX_CPU_PROCESSES} help; "
             f"add --num_processes {MAX_CPU_PROCESSES} after `accelerate launch`."
         )
+    if missing := [name for name in options.report_to if find_spec(name) is None]:
+        raise ConfigError(
+            *(f'report_to: {name} is not installed; pip install -e ".[track]" brings it.' for name in missing)
+        )
     arguments: dict[str, Any] = {}
     if wanted.startswith("zero"):
         if cpu:
@@ -203,7 +208,9 @@ def build_accelerator(options: TrainOptions) -> Accelerator:
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False),
         step_scheduler_with_optimizer=False,
         log_with=list(options.report_to) or None,
-        project_config=ProjectConfiguration(project_dir=options.output_dir, logging_dir=options.output_dir),
+        project_config=ProjectConfiguration(
+            project_dir=options.output_dir, logging_dir=str(Path(options.output_dir) / "logs")
+        ),
         **arguments,
     )
     _check_launched(accelerator, wanted)

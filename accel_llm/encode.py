@@ -40,6 +40,11 @@ class Encoded:
     ledger: Ledger
     fingerprint: str
 
+    @property
+    def token_ids(self) -> list[np.ndarray]:
+        """The ids of all rows, flat: one array to train on, one to evaluate on."""
+        return [part.input_ids for part in (self.train, self.eval) if part is not None]
+
 
 @dataclass
 class Chunk:

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from accel_llm.config import resolved
 from accel_llm.distributed import global_sum
 from accel_llm.losses import count_targets
 from accel_llm.options import RunOptions
@@ -26,6 +27,9 @@ class Meter:
         self.accelerator, self.options, self.plan = accelerator, options, plan
         self.file = Path(options.output_dir) / "metrics.jsonl"
         self.supervised = 0
+        # Trackers take numbers and texts; without any the call does nothing.
+        settings = {k: v if isinstance(v, int | float | str) else str(v) for k, v in resolved(options).items()}
+        accelerator.init_trackers(options.run_name or "accel-llm", config=settings)
         self._reset()
         if accelerator.is_main_process and first_step:
             self.supervised = _forget_after(self.file, first_step)

@@ -233,9 +233,9 @@ def build_model(config: PreTrainedConfig, options: TrainOptions) -> PreTrainedMo
     return configure(model, options, options.packing)
 
 
-def check_token_ids(input_ids: np.ndarray, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast) -> None:
+def check_token_ids(parts: list[np.ndarray], config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast) -> None:
     """Raises ConfigError when the data holds an id that the embedding has no row for."""
-    rows, largest = config.get_text_config().vocab_size, int(input_ids.max())
+    rows, largest = config.get_text_config().vocab_size, max(int(input_ids.max()) for input_ids in parts)
     if largest >= rows:
         token = tokenizer.convert_ids_to_tokens(largest)
         raise ConfigError(

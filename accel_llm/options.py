@@ -50,7 +50,8 @@ def _target_modules(value: Any) -> Any:
 
     PEFT matches a string against the whole dotted name of a module, so a bare `q_proj` would match nothing.
     """
-    value = value[0] if isinstance(value, list) and len(value) == 1 else value
+    if isinstance(value, list) and len(value) == 1 and not re.fullmatch(r"[\w.]+", str(value[0])):
+        value = value[0]  # a flag gives a list; one dotted name stays a list of names
     if not isinstance(value, str) or value == "all-linear":
         return value
     names = [name.strip() for name in value.split(",")]
@@ -160,8 +161,8 @@ class DataOptions(Options):
     )
     chat_template: str | None = Field(None, description="chatml or a .jinja file, in place of the tokenizer's own")
     limit_rows: int | None = Field(None, ge=1, description="Use only the first rows of the training data")
-    preprocessing_num_workers: int | None = Field(None, ge=1, description="Processes that encode rows; none: chosen")
-    cache_dir: str | None = Field(None, description="Where encoded rows are kept; none: the datasets cache")
+    preprocessing_num_workers: int | None = Field(None, ge=1, description="Processes that encode rows; none: one")
+    cache_dir: str | None = Field(None, description="Where encoded rows are kept; none: accel_llm in HF_HOME")
 
     def problems(self) -> list[str]:
         found = super().problems()
@@ -328,7 +329,7 @@ class PretrainOptions(ModelOptions):
 class MergeOptions(Options):
     """Merge"""
 
-    adapter: str = Field(description="Folder or hub id of the adapter")
+    adapter: str = Field(description="Folder of the adapter, or of the run that made it")
     output_dir: str = Field(description="Folder for the merged model")
     base: str | None = Field(None, description="Folder or hub id of the base model; none: the one the adapter names")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="Of the weights written")
@@ -340,7 +341,7 @@ class MergeOptions(Options):
 class ChatOptions(Options):
     """Chat"""
 
-    model: str = Field(description="Folder or hub id of a model, or of an adapter")
+    model: str = Field(description="Folder or hub id of a model, or the folder of an adapter or a run")
     base: str | None = Field(None, description="Base model of an adapter; none: the one the adapter names")
     prompt: str | None = Field(None, description="One question to answer; none: ask at the terminal")
     system: str | None = Field(None, description="System message")

@@ -58,7 +58,8 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:  # the last line of a run that was killed while it wrote
             continue
         if isinstance(line, dict) and _finite(line.get("step")):
-            lines.append(line)
+            # What was not finite is written as null, JSON's only word for it.
+            lines.append({key: math.nan if value is None else value for key, value in line.items()})
     return lines
 
 

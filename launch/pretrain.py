@@ -39,7 +39,7 @@ def main() -> None:
     tokenizer = models.tokenizer_of(options)
     config = models.load_config(options, options.max_length)
     encoded = encode.texts(options, options.seed, tokenizer, options.text_column)
-    models.check_token_ids(encoded.train.input_ids, config, tokenizer)
+    models.check_token_ids(encoded.token_ids, config, tokenizer)
     stream = Stream(
         encoded.train, options, accelerator.process_index, accelerator.num_processes, models.pad_id(tokenizer)
     )
@@ -73,6 +73,7 @@ def main() -> None:
     if accelerator.is_main_process:
         report.write(Path(options.output_dir))
     display.after_training(accelerator, folder)
+    accelerator.end_training()
 
 
 def train(

@@ -56,7 +56,7 @@ def main() -> None:
     encoded = encode.conversations(options, options.seed, tokenizer, template)
     if options.overfit:
         encoded = replace(encoded, eval=encoded.train)
-    models.check_token_ids(encoded.train.input_ids, config, tokenizer)
+    models.check_token_ids(encoded.token_ids, config, tokenizer)
     stream = Stream(
         encoded.train, options, accelerator.process_index, accelerator.num_processes, models.pad_id(tokenizer)
     )
@@ -91,6 +91,7 @@ def main() -> None:
     if accelerator.is_main_process:
         report.write(Path(options.output_dir))
     display.after_training(accelerator, folder)
+    accelerator.end_training()
     if options.overfit:
         display.by_heart(accelerator, evaluation)
 

@@ -313,7 +313,7 @@ def test_a_flag_overrules_the_recipe_under_any_name(tmp_path):
 
 def test_a_script_takes_only_its_own_options():
     options = parse(MergeOptions, ["--adapter", "a", "--output_dir", "b", "--dtype", "float32"])
-    assert (options.adapter, options.dtype, options.verify) == ("a", "float32", "modules")
+    assert (options.adapter, options.dtype, options.verify) == ("a", "float32", "logits")
     assert problems(MergeOptions, "--verify maybe --seed 3 --bf16") == [
         "seed: no such option; --help lists them all",
         "bf16: no such option; --help lists them all",

@@ -165,10 +165,12 @@ def test_an_attention_that_is_not_there_is_a_sentence(tiny, name, why):
 
 def test_token_ids_beyond_the_vocabulary_are_refused(tiny):
     config, tokenizer = models.load_config(options(tiny)), models.tokenizer_of(options(tiny))
-    models.check_token_ids(np.array([0, 605], dtype=np.int32), config, tokenizer)
+    models.check_token_ids([np.array([0, 605], dtype=np.int32)], config, tokenizer)
     config.vocab_size = 300
     with pytest.raises(ConfigError) as error:
-        models.check_token_ids(np.array([5, 300, 299], dtype=np.int32), config, tokenizer)
+        models.check_token_ids(
+            [np.array([0], dtype=np.int32), np.array([5, 300, 299], dtype=np.int32)], config, tokenizer
+        )
     token = tokenizer.convert_ids_to_tokens(300)
     assert str(error.value) == (
         f"tokenizer_name: the data holds token id 300 ({token!r}), but the model's vocabulary has 300 rows; "
