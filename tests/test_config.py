@@ -319,7 +319,7 @@ def test_a_script_takes_only_its_own_options():
         "bf16: no such option; --help lists them all",
         "adapter: it is required; give text",
         "output_dir: it is required; give text",
-        "verify: 'maybe' is not allowed; give modules, logits or none",
+        "verify: 'maybe' is not allowed; give logits or none",
     ]
     assert parse(ChatOptions, ["--model", "m", "--prompt=--hello there"]).prompt == "--hello there"
 
