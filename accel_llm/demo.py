@@ -16,6 +16,7 @@ from zlib import crc32
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast
 
+from accel_llm.chat import CHATML
 from accel_llm.config import parse
 from accel_llm.data import cache_folder
 from accel_llm.options import PretrainOptions, TrainOptions
@@ -53,15 +54,6 @@ CAPITALS = {country: city for country, city in (pair.split() for pair in CAPITAL
 WORDS = dict.fromkeys([*OTHER_WORDS.split(), *THINGS, *CAPITALS, *CAPITALS.values()])  # ordered, each once
 SYSTEM_PROMPTS = ("You are a helpful assistant.", "Answer with one word or number only.", "Give short answers.")
 
-CHAT_TEMPLATE = """\
-{%- for message in messages %}
-{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-{{- '<|im_start|>assistant\\n' }}
-{%- endif %}
-"""
-
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """256 bytes, the words of the demo and three special tokens; any UTF-8 text round-trips.
@@ -85,7 +77,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         model_max_length=1024,
     )
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.chat_template = CHATML
     return tokenizer
 
 
@@ -257,13 +249,13 @@ def documents(seed: int, count: int) -> Iterator[str]:
     """`count` pages of plain pretraining text: notes that end in an answer, and some of them again.
 
     Nothing held out is on them, except for capitals: a capital cannot be worked out, so the base has to have read it
-    and fine-tuning only has to bring it out.
+    and fine-tuning only has to bring it out. Adding and remembering take longest to learn and are seen more often.
     """
     rng = random.Random(f"documents {seed}")
     for _ in range(count):
         notes: list[str] = []
         for _ in range(rng.randint(4, 12)):
-            family = rng.choice((*FAMILIES, add, stretch))
+            family = rng.choice((*FAMILIES, add, recall, recall, stretch))
             task = family(rng) if family is capital else draw(family, rng, "train")
             notes.append(task.prose + rng.choice((": ", "\n")) + task.turns[-1][1])
             if rng.random() < 0.15:
@@ -275,15 +267,16 @@ def resolve(options: OptionsT) -> OptionsT:
     """Replace the name `demo` by files: the shipped base as model, generated conversations or texts as data."""
     folder = cache_folder(options)
     found: dict[str, Any] = {}
-    for field in ("model_name_or_path", "tokenizer_name", "config_name"):
-        if getattr(options, field, None) == NAME:
-            found[field] = str(BASE)
-    if getattr(options, "train_files", None) == [NAME]:
+    if options.model_name_or_path == NAME:
+        found["model_name_or_path"] = str(BASE)
+    if isinstance(options, PretrainOptions) and options.config_name == NAME:
+        found["config_name"] = _write_shape(folder / f"demo-shape-{os.getpid()}")
+    if options.train_files == [NAME]:
         if isinstance(options, PretrainOptions):
             found["train_files"] = [_write(folder / "demo-text.jsonl", ({"text": t} for t in documents(0, DOCUMENTS)))]
         else:
             found["train_files"] = [_write(folder / "demo-train.jsonl", conversations("train"))]
-    if getattr(options, "eval_files", None) == [NAME]:
+    if options.eval_files == [NAME]:
         found["eval_files"] = [_write(folder / "demo-eval.jsonl", conversations("eval"))]
     return options.model_copy(update=found)
 
@@ -295,6 +288,13 @@ def _write(path: Path, rows: Iterable[dict[str, Any]]) -> str:
     partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     partial.replace(path)
     return str(path)
+
+
+def _write_shape(folder: Path) -> str:
+    """The config and tokenizer that the base is built from: nothing of the shipped folder goes into a rebuild."""
+    base_config().save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    return str(folder)
 
 
 def parse_or_demo(options_class: type[OptionsT], recipe: Path, argv: list[str]) -> OptionsT:

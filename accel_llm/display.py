@@ -94,6 +94,11 @@ def before_training(
     console.print(plan(data.train, steps, options.max_length))
 
 
+def advise(accelerator: Accelerator, sentence: str) -> None:
+    if accelerator.is_main_process:
+        console.print(sentence, style="yellow")
+
+
 def stop_proof(
     accelerator: Accelerator, encoded: Rows, tokenizer: PreTrainedTokenizerFast, turn_end: int | None, stop: list[int]
 ) -> None:

@@ -12,7 +12,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import PartialState
 from accelerate.utils import (
-    DeepSpeedPlugin,
     DistributedType,
     FullyShardedDataParallelPlugin,
     GradientAccumulationPlugin,
@@ -20,12 +19,11 @@ from accelerate.utils import (
     ProjectConfiguration,
 )
 
-from accel_llm import attention, losses
+from accel_llm import attention, losses, zero
 from accel_llm.errors import ConfigError
 from accel_llm.options import ModelOptions, RunOptions, TrainOptions
 
 MAX_CPU_PROCESSES = 8
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def world_size() -> int:
@@ -40,7 +38,7 @@ def use_cpu() -> bool:
 def strategy() -> str:
     """`single`, `ddp`, `fsdp2` or `zero1` .. `zero3`: what the launch YAML asked for, read from the launcher's environment."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        return f"zero{deepspeed_settings()['zero_optimization'].get('stage', 0)}"
+        return f"zero{zero.settings_in_force()['zero_optimization'].get('stage', 0)}"
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         return "fsdp2"
     return "ddp" if world_size() > 1 else "single"
@@ -83,85 +81,6 @@ def quiet() -> None:
     disable_progress_bar()
 
 
-def deepspeed_settings() -> dict[str, Any]:
-    """The DeepSpeed JSON that the launch YAML names, or the settings written into the YAML itself.
-
-    Raises:
-        ConfigError: the file is missing or broken, or sets what the recipe decides.
-    """
-    name = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
-    if name == "none":
-        return DeepSpeedPlugin().deepspeed_config
-    path = next((p for p in (Path(name), ROOT / name) if p.is_file()), None)
-    if path is None:
-        raise ConfigError(f"deepspeed_config_file: {name} does not exist, neither here nor in {ROOT}.")
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"deepspeed_config_file: {path} is not JSON (line {error.lineno}: {error.msg}).") from None
-    if "stage" not in settings.get("zero_optimization", {}):
-        raise ConfigError(f"deepspeed_config_file: {path} has no zero_optimization.stage; it must be 0, 1, 2 or 3.")
-    return settings
-
-
-def _check_recipe_decides(settings: dict[str, Any]) -> None:
-    """One place says how a run trains: a DeepSpeed file that says it too would silently win over the recipe."""
-    recipe = {
-        "gradient_accumulation_steps": "gradient_accumulation_steps",
-        "gradient_clipping": "max_grad_norm",
-        "train_batch_size": "total_batch_size",
-        "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
-    }
-    problems = [
-        f'{key}: the DeepSpeed file says {settings[key]!r}; set it to "auto" there and use {ours} in the recipe.'
-        for key, ours in recipe.items()
-        if settings.get(key, "auto") != "auto"
-    ]
-    for key, ours in {"optimizer": "optim", "scheduler": "lr_scheduler_type"}.items():
-        if key in settings:
-            problems.append(f"{key}: the DeepSpeed file sets one; remove it there and use {ours} in the recipe.")
-    for key in ("bf16", "fp16"):
-        if settings.get(key, {}).get("enabled", "auto") not in ("auto", False):
-            problems.append(f'{key}: the DeepSpeed file enables it; set it to "auto" there and use precision: {key}.')
-    if problems:
-        raise ConfigError(*problems)
-
-
-def _deepspeed_plugin(options: TrainOptions, accumulation: int, cpu: bool) -> DeepSpeedPlugin:
-    settings = deepspeed_settings()
-    _check_recipe_decides(settings)
-    zero = settings["zero_optimization"]
-    settings = settings | {
-        "train_batch_size": "auto",
-        "train_micro_batch_size_per_gpu": options.per_device_train_batch_size,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": options.max_grad_norm,
-        # Accelerate would otherwise replace the optimizer by DeepSpeedCPUAdam under offload, which needs a compiler.
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_allow_untested_optimizer": True,
-    }
-    if cpu:
-        # There is no pinned memory and no stream to overlap with on a CPU.
-        for part in ("offload_optimizer", "offload_param"):
-            if isinstance(zero.get(part), dict):
-                zero[part]["pin_memory"] = False
-        zero["overlap_comm"] = False
-    # DeepSpeed reads whole numbers written 2e8 as floats and refuses them in places.
-    for key, value in zero.items():
-        if isinstance(value, float) and value.is_integer():
-            zero[key] = int(value)
-    return DeepSpeedPlugin(hf_ds_config=settings, gradient_accumulation_steps=accumulation)
-
-
-def _prepare_cpu_deepspeed() -> None:
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed.ops
-
-    # DeepSpeed 0.19.8 compiles a shared-memory collective on first use: a minute, and a C++ compiler that may not be
-    # there. Gloo gives the same sums.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
 def _prepare_cpu_fsdp() -> None:
     # Accelerate 1.15 knows FSDP only for devices it calls MULTI_GPU and others, and ignores the plugin on a CPU
     # without a word; torch's fully_shard itself runs over gloo.
@@ -190,10 +109,10 @@ def build_accelerator(options: TrainOptions) -> Accelerator:
     arguments: dict[str, Any] = {}
     if wanted.startswith("zero"):
         if cpu:
-            _prepare_cpu_deepspeed()
+            zero.prepare_cpu()
             # Without a named backend Accelerate 1.15 believes on every rank that it is alone.
             arguments["kwargs_handlers"] = [InitProcessGroupKwargs(backend="gloo")]
-        arguments["deepspeed_plugin"] = _deepspeed_plugin(options, accumulation, cpu)
+        arguments["deepspeed_plugin"] = zero.plugin(options, accumulation, cpu)
     elif wanted == "fsdp2":
         if world_size() > 1:
             if cpu:

@@ -44,6 +44,8 @@ def main() -> None:
         encoded.train, options, accelerator.process_index, accelerator.num_processes, models.pad_id(tokenizer)
     )
     display.before_training(accelerator, options, tokenizer, encoded, stream.plan)
+    if options.method != "full":
+        display.advise(accelerator, "An adapter takes in little new knowledge; method full is advised for pretraining.")
     if options.dry_run:
         return
 

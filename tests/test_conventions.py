@@ -35,6 +35,7 @@ ORDER = [
     "packing",
     "attention",
     "losses",
+    "zero",
     "distributed",
     "optim",
     "data",

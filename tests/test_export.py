@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config, DeepseekV3ForCausalLM, GenerationConfig
 
 from accel_llm import demo, export, models
+from accel_llm.chat import CHATML
 from accel_llm.options import TrainOptions
 
 TOKENIZER_FILES = ["chat_template.jinja", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
@@ -40,7 +41,7 @@ def test_an_adapter_is_complete_and_loads_by_itself(train, tiny):
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}
     loaded = AutoPeftModelForCausalLM.from_pretrained(folder)
     assert sum("lora_B" in name and bool(p.any()) for name, p in loaded.named_parameters()) == 14
-    assert AutoTokenizer.from_pretrained(folder).chat_template == demo.CHAT_TEMPLATE
+    assert AutoTokenizer.from_pretrained(folder).chat_template == CHATML
 
 
 @pytest.mark.parametrize("tied", [False, True])

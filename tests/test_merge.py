@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from accel_llm import adapter, demo, merge, models
+from accel_llm.chat import CHATML
 from accel_llm.errors import ConfigError
 from accel_llm.options import MergeOptions, TrainOptions
 
@@ -124,7 +125,7 @@ def test_an_adapter_alone_takes_tokenizer_and_generation_config_of_its_base(make
         if not path.name.startswith("adapter"):
             path.unlink()
     merged(folder, tmp_path / "merged")
-    assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == demo.CHAT_TEMPLATE
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == CHATML
     assert GenerationConfig.from_pretrained(tmp_path / "merged").eos_token_id == 5
 
 
