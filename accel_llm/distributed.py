@@ -39,7 +39,9 @@ def strategy() -> str:
     """`single`, `ddp`, `fsdp2` or `zero1` .. `zero3`: what the launch YAML asked for, read from the launcher's environment."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         return f"zero{zero.settings_in_force()['zero_optimization'].get('stage', 0)}"
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+    sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    # One process on a CPU has nobody to share with; on a GPU FSDP2 runs with a single rank as well.
+    if sharded and (world_size() > 1 or not use_cpu()):
         return "fsdp2"
     return "ddp" if world_size() > 1 else "single"
 
@@ -114,14 +116,14 @@ def build_accelerator(options: TrainOptions) -> Accelerator:
             arguments["kwargs_handlers"] = [InitProcessGroupKwargs(backend="gloo")]
         arguments["deepspeed_plugin"] = zero.plugin(options, accumulation, cpu)
     elif wanted == "fsdp2":
-        if world_size() > 1:
-            if cpu:
-                _prepare_cpu_fsdp()
-            arguments["fsdp_plugin"] = FullyShardedDataParallelPlugin()
-            if arguments["fsdp_plugin"].fsdp_version != 2:
-                raise ConfigError("fsdp_version: only 2 is supported; FSDP1 is deprecated in PyTorch.")
+        if cpu:
+            _prepare_cpu_fsdp()
+        arguments["fsdp_plugin"] = FullyShardedDataParallelPlugin()
+        if arguments["fsdp_plugin"].fsdp_version != 2:
+            raise ConfigError("fsdp_version: only 2 is supported; FSDP1 is deprecated in PyTorch.")
     elif cpu:
         arguments["cpu"] = True
+        os.environ.pop("ACCELERATE_USE_FSDP", None)
     accelerator = Accelerator(
         mixed_precision={"fp32": "no"}.get(precision_of(options), precision_of(options)),
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False),
@@ -139,9 +141,10 @@ def build_accelerator(options: TrainOptions) -> Accelerator:
 def _check_launched(accelerator: Accelerator, wanted: str) -> None:
     """Accelerate can train N copies that never meet, or plain DDP instead of what the YAML says: better no run."""
     kinds = {
-        "single": {DistributedType.NO},
+        # A launcher's single process is a group of one.
+        "single": {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU},
         "ddp": {DistributedType.MULTI_CPU, DistributedType.MULTI_GPU},
-        "fsdp2": {DistributedType.FSDP} if world_size() > 1 else {DistributedType.NO, DistributedType.FSDP},
+        "fsdp2": {DistributedType.FSDP},
     }.get(wanted, {DistributedType.DEEPSPEED})
     if accelerator.num_processes != world_size() or accelerator.distributed_type not in kinds:
         raise RuntimeError(
@@ -160,6 +163,7 @@ def prove(accelerator: Accelerator, model: torch.nn.Module, options: TrainOption
     """
     # What matrix products run in: autocast's dtype, or the one DeepSpeed has cast the weights to.
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision_of(options), torch.float32)
+    dtype = torch.int8 if options.load_in_8bit else dtype
     # Before the first forward: FSDP2 leaves what stands outside the layers whole until a backward pass.
     parameters = parameter_counts(model)
     loss_path = losses.check(model, accelerator.device, dtype)
@@ -276,10 +280,6 @@ def gather_state(accelerator: Accelerator, model: torch.nn.Module, trainable_onl
 
 def engine() -> Literal["none", "deepspeed", "fsdp"]:
     """What will step the optimizer; not every optimizer can be stepped by each."""
-    return (
-        "deepspeed"
-        if strategy().startswith("zero")
-        else "fsdp"
-        if strategy() == "fsdp2" and world_size() > 1
-        else "none"
-    )
+    if strategy().startswith("zero"):
+        return "deepspeed"
+    return "fsdp" if strategy() == "fsdp2" else "none"

@@ -151,8 +151,10 @@ def _untie(model: PreTrainedModel) -> None:
 
 
 def _write(model: PreTrainedModel, adapter: Path, base: str, folder: Path, options: MergeOptions) -> None:
-    if (adapter / "generation_config.json").is_file():
-        model.generation_config = saveable(GenerationConfig.from_pretrained(str(adapter)))
+    own = (adapter / "generation_config.json").is_file()
+    model.generation_config = saveable(
+        GenerationConfig.from_pretrained(str(adapter)) if own else model.generation_config
+    )
     folder.parent.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(str(folder))
     source = str(adapter) if (adapter / "tokenizer_config.json").is_file() else base

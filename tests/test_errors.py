@@ -161,6 +161,7 @@ def test_adapter_names_and_quantised_sharding(told, monkeypatch):
     assert told("--lora_target_modules", "nope")[0].startswith("lora_target_modules: the model has no 'nope'; ")
     assert told("--modules_to_save", "nope")[0].startswith("modules_to_save: the model has no 'nope'; ")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert told("--load_in_8bit")[0].startswith("load_in_8bit: 8-bit weights cannot be sharded by fsdp2; ")
 
 
