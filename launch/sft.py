@@ -30,10 +30,10 @@ DEMO = Path(__file__).parent / "recipes" / "demo.yaml"
 # A person's own value wins over each of these.
 BY_HEART = {
     "limit_rows": 64,
-    "num_train_epochs": 40,
-    "total_batch_size": 8,
+    "num_train_epochs": 60,
+    "total_batch_size": 1,
     "learning_rate": 1e-3,
-    "lr_scheduler_type": "linear",
+    "lr_scheduler_type": "constant_with_warmup",
     "eval_generate": 8,
 }
 
