@@ -29,7 +29,7 @@ def test_packed_documents_are_computed_as_if_alone(family):
     attention.enable(model)
     with torch.no_grad():
         for packed, single in zip(in_one_row(model, rows), alone(model, rows), strict=True):
-            torch.testing.assert_close(packed, single, rtol=1e-5, atol=1e-5)
+            assert (packed - single).norm() <= 1e-5 * single.norm()
         packed = losses.next_token_loss(model, collate_packed(rows))
         with attention.stock(model):
             singles = [losses.next_token_loss(model, collate_padded([row], 0)) for row in rows]
