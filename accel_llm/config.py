@@ -136,7 +136,7 @@ def _read_flags(argv: Sequence[str], options_class: type[Options]) -> tuple[dict
             name, equals, value = token.lstrip("-").partition("=")
             name = {"h": "help"}.get(name, name).replace("-", "_")
             field = fields.get(RENAMED.get(name, name))
-            grows = field is not None and get_origin(field.annotation) is list
+            grows = field is not None and get_origin(field.annotation) in (list, dict)
             flags[name] = (flags.get(name, []) if grows else []) + ([value] if equals else [])
         elif name is None:
             problems.append(f"{token!r} follows no option; a recipe is given as --config {token}")
@@ -266,6 +266,8 @@ def _kind(annotation: Any, ranges: str = "") -> str:
     args = get_args(annotation)
     if get_origin(annotation) is Literal:
         return " or ".join([", ".join(map(str, args[:-1])), str(args[-1])] if len(args) > 1 else map(str, args))
+    if get_origin(annotation) is dict:
+        return "pairs name=value"
     if get_origin(annotation) is list:
         return "any of " + ", ".join(get_args(args[0])) if get_origin(args[0]) is Literal else "one or several texts"
     if get_origin(annotation) in (Union, types.UnionType):
@@ -296,7 +298,7 @@ def _help(options_class: type[Options], defaults: dict[str, Any]) -> str:
 
 def _plain(value: Any) -> str:
     """A default as one types it."""
-    if value is None or value == []:
+    if value is None or value in ([], {}):
         return "none"
     if isinstance(value, list):
         return " ".join(map(str, value))

@@ -5,11 +5,25 @@ Fields are checked one by one by pydantic; what holds between fields stands in e
 `config.parse` can report everything that is wrong at once.
 """
 
-import re
-from typing import Annotated, Any, Literal, get_args
+from typing import Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
-from typing_extensions import Self
+from pydantic import Field, model_validator
+
+from accel_llm.fields import (
+    Columns,
+    DataFormat,
+    Optimizer,
+    Options,
+    Packing,
+    Precision,
+    Resume,
+    Source,
+    Sources,
+    TargetModules,
+    Texts,
+    Trackers,
+    Variables,
+)
 
 # What each option is for, where not every choice uses it: set for another choice, it is an error, not ignored.
 METHODS = {
@@ -26,109 +40,16 @@ SCHEDULES = {
     "decay_share": ("warmup_stable_decay",),
 }
 
-
-def _listed(value: Any) -> Any:
-    """One value where a list is expected is a list of one; `none` and `false` are the empty list."""
-    if value is None or value is False or value in ("none", ["none"]):
-        return []
-    return [value] if isinstance(value, str) else value
-
-
-def _also(**names: str) -> BeforeValidator:
-    """Takes other names for the same values, those that torch and Transformers use."""
-    return BeforeValidator(lambda value: names.get(value, value) if isinstance(value, str) else value)
-
-
-def _resume(value: Any) -> Any:
-    """Transformers also takes a truth value: true is `auto`, false is `none`."""
-    text = str(value).lower()
-    return {"true": "auto", "false": "none", "none": "none"}.get(text, value)
-
-
-def _target_modules(value: Any) -> Any:
-    """Plain module names are a list, also when one string holds them; anything else in a string is a pattern.
-
-    PEFT matches a string against the whole dotted name of a module, so a bare `q_proj` would match nothing.
-    """
-    if isinstance(value, list) and len(value) == 1 and not re.fullmatch(r"[\w.]+", str(value[0])):
-        value = value[0]  # a flag gives a list; one dotted name stays a list of names
-    if not isinstance(value, str) or value == "all-linear":
-        return value
-    names = [name.strip() for name in value.split(",")]
-    if all(name.isidentifier() for name in names):
-        return names
-    try:
-        re.compile(value)
-    except re.error as error:
-        raise ValueError(f"{value!r} is neither a list of module names nor a regular expression ({error})") from None
-    return value
-
-
-Texts = Annotated[list[str], BeforeValidator(_listed, json_schema_input_type=str | list[str])]
-Trackers = Annotated[
-    list[Literal["tensorboard", "wandb", "trackio", "swanlab"]],
-    BeforeValidator(_listed, json_schema_input_type=str | list[str]),
-]
-Precision = Annotated[
-    Literal["auto", "bf16", "fp16", "fp32"],
-    _also(bfloat16="bf16", float16="fp16", half="fp16", float32="fp32", float="fp32"),
-]
-Optimizer = Annotated[
-    Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "lion", "adafactor", "sgd", "muon"],
-    _also(
-        adamw_torch="adamw",
-        adamw_torch_fused="adamw",
-        adamw_bnb_8bit="adamw_8bit",
-        paged_adamw_32bit="paged_adamw",
-        lion_32bit="lion",
-    ),
-]
-
-
-class Options(BaseModel):
-    """What all groups share: nothing unknown, nothing changed later, no NaN, rules that are asked for their problems."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        validate_default=True,
-        allow_inf_nan=False,
-        coerce_numbers_to_str=True,
-        validate_by_name=True,
-        validate_by_alias=True,
-        protected_namespaces=(),
-    )
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _plain_values(cls, value: Any, info: ValidationInfo) -> Any:
-        """`none` and `null` in text are nothing where nothing is allowed, and a truth value is not a number."""
-        annotation = cls.model_fields[info.field_name or ""].annotation
-        kinds = get_args(annotation) or (annotation,)
-        if type(None) in kinds and value in ("none", "null"):
-            return None
-        # pydantic reads true as 1; as a word it is no number.
-        numeric = (int in kinds or float in kinds) and bool not in kinds
-        return str(value).lower() if isinstance(value, bool) and numeric else value
-
-    def problems(self) -> list[str]:
-        """One sentence for each rule between fields that does not hold; a group adds its own to those above it."""
-        return []
-
-    def with_defaults(self, values: dict[str, Any]) -> Self:
-        """A copy with `values` in place of everything that the person has not set."""
-        unset = {name: value for name, value in values.items() if name not in self.model_fields_set}
-        return self.model_copy(update=unset)
-
-    def _misplaced(self, uses: dict[str, tuple[str, ...]], choice: str) -> list[str]:
-        """Options set by the person that the value of `choice` leaves without effect."""
-        chosen = getattr(self, choice)
-        set_here = [name for name in uses if name in self.model_fields_set and getattr(self, name) not in (None, False)]
-        return [
-            f"{name}: only {choice} {' or '.join(uses[name])} uses it, {choice} is {chosen}"
-            for name in set_here
-            if chosen not in uses[name]
-        ]
+# Only conversations have what these are about.
+OF_TURNS = (
+    "train_on",
+    "train_on_eos",
+    "split_turns",
+    "chat_template",
+    "chat_template_kwargs",
+    "add_tokens",
+    "allow_special_in_text",
+)
 
 
 class ModelOptions(Options):
@@ -146,21 +67,42 @@ class ModelOptions(Options):
 class DataOptions(Options):
     """Data"""
 
-    train_files: Texts = Field(default_factory=list, description="Files of rows to train on")
-    eval_files: Texts = Field(default_factory=list, description="Files of rows to evaluate on")
+    train_files: Sources = Field(
+        default_factory=list, description="Files, folders, globs, hub datasets or - (standard input) to train on"
+    )
+    eval_files: Sources = Field(default_factory=list, description="The same, to evaluate on")
     eval_share: float = Field(0.0, ge=0, lt=1, description="Share of the training rows held out to evaluate on")
+    limit_rows: int | None = Field(None, ge=1, description="Use only the first rows of the training data")
+    data_format: DataFormat | None = Field(None, description="Shape of the rows; none: recognised on sight")
+    columns: Columns = Field(
+        default_factory=dict, description="Other names of columns: instruction=question output=reply"
+    )
+    on_bad_row: Literal["error", "drop"] = Field("error", description="What a row that is not right does")
+    chat_template: str | None = Field(None, description="chatml or a .jinja file, in place of the tokenizer's own")
+    chat_template_kwargs: Variables = Field(
+        default_factory=dict, description="Variables of the chat template: enable_thinking=false; a row's own win"
+    )
+    add_tokens: bool = Field(False, description="Add the template's control tokens to a tokenizer that lacks them")
+    allow_special_in_text: bool = Field(False, description="Control tokens in the text of a message are control tokens")
+    train_on: Literal["assistant", "last_assistant", "all"] = Field("assistant", description="Whose turns are trained")
+    train_on_eos: Literal["turn", "last", "none"] = Field(
+        "turn", description="Which end-of-turn tokens are trained: of every trained turn, of the last one, of none"
+    )
+    split_turns: bool = Field(
+        False, description="A row of its own for each turn that the template shows differently once others follow"
+    )
     max_length: int = Field(2048, ge=2, description="Tokens in a row at most; packed rows are filled up to it")
-    packing: bool = Field(True, description="Put several documents in one row; they never see each other")
     overlong: Literal["drop", "truncate", "split", "error"] = Field(
         "drop", description="What becomes of a row longer than max_length"
     )
     max_lost: float = Field(0.01, ge=0, le=1, description="Share of rows or trained tokens that may be lost")
-    train_on: Literal["assistant", "last_assistant", "all"] = Field("assistant", description="Whose turns are trained")
-    split_turns: bool = Field(
-        False, description="A row of its own for each turn that the template shows differently once others follow"
+    packing: Packing = Field(
+        "per_epoch",
+        description="Several documents in one row, which never see each other; static: the same ones in every epoch",
     )
-    chat_template: str | None = Field(None, description="chatml or a .jinja file, in place of the tokenizer's own")
-    limit_rows: int | None = Field(None, ge=1, description="Use only the first rows of the training data")
+    order: Literal["shuffle", "length", "source"] = Field(
+        "shuffle", description="Of the rows: drawn anew each epoch, the shortest first, or as the sources have them"
+    )
     preprocessing_num_workers: int | None = Field(None, ge=1, description="Processes that encode rows; none: one")
     cache_dir: str | None = Field(None, description="Where encoded rows are kept; none: accel_llm in HF_HOME")
 
@@ -168,6 +110,11 @@ class DataOptions(Options):
         found = super().problems()
         if self.eval_files and self.eval_share:
             found.append(f"eval_share: {self.eval_share} cannot be combined with eval_files; give one of the two")
+        weights = [isinstance(source, Source) and source.weight is not None for source in self.train_files]
+        if any(weights) and not all(weights):
+            found.append("train_files: some sources have a weight and some have none; give it to all or to none")
+        if any(weights) and self.order == "source":
+            found.append("order: source takes the rows as they come, so it cannot be combined with weights")
         return found
 
 
@@ -182,9 +129,9 @@ class MethodOptions(Options):
     lora_alpha: float = Field(32, gt=0, description="Scale of the adapter: alpha / r, or alpha / sqrt(r) with rsLoRA")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input")
     lora_bias: Literal["none", "all", "lora_only"] = Field("none", description="Which biases are trained as well")
-    lora_target_modules: Annotated[
-        list[str] | str, BeforeValidator(_target_modules, json_schema_input_type=str | list[str])
-    ] = Field("all-linear", description="Adapted modules: all-linear, a list of names, or a pattern for the whole name")
+    lora_target_modules: TargetModules = Field(
+        "all-linear", description="Adapted modules: all-linear, a list of names, or a pattern for the whole name"
+    )
     modules_to_save: Texts = Field(default_factory=list, description="Modules trained and saved whole, by name")
     init_lora_weights: bool | Literal["gaussian", "orthogonal", "olora", "pissa"] = Field(
         True, description="First values of the adapter; true: A Kaiming-uniform, B zero; false: both random"
@@ -260,7 +207,7 @@ class RunOptions(Options):
 
     output_dir: str = Field("output", description="Folder for everything that the run writes")
     overwrite_output_dir: bool = Field(False, description="Start anew in an output_dir that holds another run")
-    resume_from_checkpoint: Annotated[str, BeforeValidator(_resume)] = Field(
+    resume_from_checkpoint: Resume = Field(
         "auto", description="auto: continue what output_dir holds; none: start anew; or the checkpoint's folder"
     )
     per_device_train_batch_size: int = Field(1, ge=1, description="Rows in a forward pass of one process")
@@ -322,7 +269,7 @@ class PretrainOptions(ModelOptions):
                 f"config_name: {given} of config_name (random weights) and model_name_or_path (its weights) is given; "
                 "give exactly one"
             )
-        unused = [name for name in ("train_on", "split_turns", "chat_template") if name in self.model_fields_set]
+        unused = [name for name in OF_TURNS if name in self.model_fields_set]
         return found + [f"{name}: only conversations have turns; pretraining trains every token" for name in unused]
 
 

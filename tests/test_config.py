@@ -58,7 +58,7 @@ def test_every_way_to_write_a_flag():
     )
     assert options.train_files == ["a.json", "b.json"]
     assert options.eval_files == ["c.json"]
-    assert (options.packing, options.gradient_checkpointing, options.use_dora) == (False, True, True)
+    assert (options.packing, options.gradient_checkpointing, options.use_dora) == (None, True, True)
     assert (options.learning_rate, options.warmup_steps) == (2e-4, 10)
     assert options.init_lora_weights == "olora"
 
@@ -138,7 +138,7 @@ def test_all_problems_are_reported_at_once(tmp_path):
     [
         ("--seed a", "seed: 'a' is not allowed; give a whole number of at least 0 and below 4294967296"),
         ("--seed 1 2", "seed: ['1', '2'] is not allowed; give a whole number of at least 0 and below 4294967296"),
-        ("--packing maybe", "packing: 'maybe' is not allowed; give true or false"),
+        ("--packing maybe", "packing: 'maybe' is not allowed; give per_epoch or static, or none"),
         ("--learning_rate nan", "learning_rate: 'nan' is not allowed; give a number above 0, or none"),
         ("--lora_dropout inf", "lora_dropout: 'inf' is not allowed; give a number of at least 0 and below 1"),
         ("--output_dir", "output_dir: true (or no value) is not allowed; give text"),

@@ -25,6 +25,7 @@ RECIPES = {"demo": "sft", "demo_base": "pretrain"}
 # A module may import those that stand before it.
 ORDER = [
     "errors",
+    "fields",
     "options",
     "config",
     "ledger",
