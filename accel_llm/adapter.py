@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from accel_llm import vocabulary
 from accel_llm.errors import ConfigError, check
 from accel_llm.options import MethodOptions
 
@@ -28,11 +30,13 @@ def lora_config(options: MethodOptions) -> LoraConfig:
     )
 
 
-def attach(model: PreTrainedModel, options: MethodOptions) -> PeftModel:
+def attach(model: PreTrainedModel, options: MethodOptions, new_tokens: range = range(0)) -> PeftModel:
     """Freeze `model` and add a trainable LoRA to it; what is trained is float32 whatever the base's dtype.
 
+    Of the vocabulary that the base shares with others, the rows of `new_tokens` alone are trained as well.
+
     Raises:
-        ConfigError: targets or modules_to_save that the model does not have.
+        ConfigError: targets or modules_to_save that the model does not have, or that leave no way to train those rows.
     """
     _check_names(model, options)
     try:
@@ -47,6 +51,8 @@ def attach(model: PreTrainedModel, options: MethodOptions) -> PeftModel:
             # PEFT 0.21 does so for the LoRA itself, but not for biases and modules_to_save: at usual learning rates a
             # step is smaller than what bfloat16 can tell apart.
             parameter.data = parameter.data.float()
+    trained: Any = wrapped.peft_config["default"]
+    trained.trainable_token_indices = vocabulary.train_rows(model, new_tokens) or None
     return wrapped  # type: ignore[return-value]
 
 
@@ -77,6 +83,14 @@ def save(model: PeftModel, folder: Path, state: dict[str, torch.Tensor], base: s
     local = Path(base).expanduser()
     model.peft_config["default"].base_model_name_or_path = str(local.resolve()) if local.is_dir() else base
     model.save_pretrained(str(folder), state_dict=state, safe_serialization=True, save_embedding_layers=False)
+    new_rows = {
+        name.removesuffix(vocabulary.ROWS) + vocabulary.PEFT_ROWS: tensor
+        for name, tensor in state.items()
+        if name.endswith(f".{vocabulary.ROWS}")
+    }
+    if new_rows:
+        path = folder / "adapter_model.safetensors"
+        save_file(load_file(path) | new_rows, path, metadata={"format": "pt"})
 
 
 def read_config(folder: Path) -> dict[str, Any]:

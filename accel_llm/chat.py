@@ -4,18 +4,16 @@ For every assistant turn `i` two texts define the truth: the prompt that inferen
 `render(messages[:i], add_generation_prompt=True)`, and the finished turn, `render(messages[: i + 1])`. The target is
 what stands between the end of the first and the end-of-turn token of the second, that token included. Where the
 conversation's own render contains both unchanged, the turn is trained inside it; where the template rewrites history
-(Qwen3 drops earlier thinking) the turn gets a row of its own. One render gives all these texts where the template
-provably never looks ahead (`marks`), else each turn is rendered for itself. No span is ever searched for in a text
-that a person wrote, so an answer may contain the template's markers.
+(Qwen3 drops earlier thinking) the turn gets a row of its own. No span is ever searched for in a text that a person
+wrote, so an answer may contain the template's markers. For conversations of the same shape all this comes out alike, so
+it is worked out once a shape (`turns`) where the template can be followed.
 
 Token borders follow inference too (`tokens`): a prompt ends with the tokens that inference feeds, even where a
 tokenizer would merge its last characters with the answer's first.
 """
 
 import re
-from collections import Counter
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,12 +22,12 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from accel_llm.errors import ConfigError, DataError
-from accel_llm.marks import MARK, marked_template
+from accel_llm.options import DataOptions
 from accel_llm.tokens import CLOSE, OPEN, Span, Tokens
+from accel_llm.turns import Frame, Message, Target, TrainOn, Turns
 
-Message = dict[str, Any]
 Tools = list[Any] | None  # JSON schemas
-TrainOn = Literal["assistant", "last_assistant", "all"]
+TrainOnEos = Literal["turn", "last", "none"]
 
 IGNORED = -100  # the label of a token that is not trained
 
@@ -47,28 +45,29 @@ _MARKER = re.compile(r"<\|[^<>|\s]+\|>|<\uff5c[^<>\uff5c]+\uff5c>|</?s>|<(?:star
 _ROLE_HEADER = re.compile(r"<\|(?:system|user|assistant|tool)\|>")
 _INDENTED_OUTPUT = re.compile(r"^[ \t]+\{\{(?!-)", re.MULTILINE)
 
-NO_PROMPT = "the template cannot render the prompt of this turn"
-NOT_AFTER_PROMPT = "the template does not continue its own prompt with this turn"
-NO_END = "the template closes this turn in an unknown way"
-REWRITTEN = "the template rewrites this turn once another one follows"
+REFUSED = "refused by the chat template"  # why a row is not right
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One row: `labels[k]` is `input_ids[k]` where position k is trained, else -100 (unshifted)."""
+    """One row: `labels[k]` is `input_ids[k]` where position k is trained, else -100 (unshifted); `weights[k]` is how much
+    that label counts, None where each counts 1."""
 
     input_ids: list[int]
     labels: list[int]
+    weights: list[float] | None = None
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """A conversation's rows, for every reason how many of its assistant turns train nothing, and how many are trained
-    without what the template writes before an answer only while it is the last."""
+    """A conversation's rows, and for every reason how many of its assistant turns train nothing; how many are trained
+    without what the template writes before an answer only while it is the last, and how many without their reasoning,
+    which the template does not write."""
 
     rows: list[Encoded]
     lost: dict[str, int]
     shown_as_history: int = 0
+    without_reasoning: int = 0
 
 
 class Template:
@@ -78,33 +77,52 @@ class Template:
     it never learns to stop).
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, source: str):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        source: str,
+        variables: dict[str, Any] | None = None,
+        allow_special_in_text: bool = False,
+    ):
         self.source = source
-        self._variables: dict[str, Any] = dict(tokenizer.special_tokens_map)
-        self._tokens = Tokens(tokenizer)
-        self._tail = self._learn_tail()
-        closing = re.match(rf"\s*({self._tokens.added_pattern})", self._tail)
+        self._variables: dict[str, Any] = {**tokenizer.special_tokens_map, **(variables or {})}
+        self._tokens = Tokens(tokenizer, allow_special_in_text)
+        frame = self._learn_frame()
+        self._tail, control = frame.tail, self._tokens.added_pattern
+        closing = re.match(rf"\s*({control})", frame.tail)
         self.turn_end: str | None = closing[1] if closing else None
         self.turn_end_id: int | None = self._tokens.id_of(closing[1]) if closing else None
-        self._closing_length = closing.end() if closing else 0
-        self._endings = self._learn_endings()
+        self._turns = Turns(source, self._variables, frame, closing.end() if closing else 0, control)
 
-    def render(self, messages: list[Message], add_generation_prompt: bool = False, tools: Tools = None) -> str:
+    def render(
+        self,
+        messages: list[Message],
+        add_generation_prompt: bool = False,
+        tools: Tools = None,
+        variables: dict[str, Any] | None = None,
+    ) -> str:
         """The text of `tokenizer.apply_chat_template(tokenize=False)`; DataError with the template's words if it refuses."""
         # `apply_chat_template` leaves out fields that are None, too.
         chat = [{key: value for key, value in message.items() if value is not None} for message in messages]
-        options = {**self._variables, "tools": tools, "add_generation_prompt": add_generation_prompt}
+        options = {
+            **self._variables,
+            **(variables or {}),
+            "tools": tools,
+            "add_generation_prompt": add_generation_prompt,
+        }
         try:
             return render_jinja_template([chat], chat_template=self.source, **options)[0][0]
         except TemplateSyntaxError:  # of the template itself, whatever the conversation
             raise
         except (TemplateError, TypeError) as error:
-            raise DataError(f"the chat template refuses this conversation: {error}") from error
+            raise DataError(f"the chat template refuses this conversation: {error}", REFUSED) from error
 
-    def prompt_ids(self, messages: list[Message], tools: Tools = None) -> list[int]:
+    def prompt_ids(
+        self, messages: list[Message], tools: Tools = None, variables: dict[str, Any] | None = None
+    ) -> list[int]:
         """The token ids that inference feeds. Special tokens that stand in a message's text stay text."""
-        messages, tools = self._tokens.guard(messages), self._tokens.guard(tools)
-        return self._tokens.encode(self.render(messages, add_generation_prompt=True, tools=tools), [])[0]
+        text = self.render(self._tokens.guard(messages), True, self._tokens.guard(tools), variables)
+        return self._tokens.encode(text, [])[0]
 
     def encode(
         self,
@@ -112,45 +130,29 @@ class Template:
         train_on: TrainOn = "assistant",
         tools: Tools = None,
         split_turns: bool = False,
+        train_on_eos: TrainOnEos = "turn",
+        variables: dict[str, Any] | None = None,
     ) -> Encoding:
         """One row for the conversation; with `split_turns` one more for each turn that the row does not show as written.
 
         `train_on`: every assistant turn, the last one only, or every token of the conversation (`all`). A message with
-        `train` False is context. A template may show an answer differently once others follow it (Qwen3 leaves out
-        the thinking). Without `split_turns` such a turn is trained as it is shown where all of its own text is there
-        and only the template's is missing (Qwen3's empty think block), and is counted as lost where it is not.
-        Raises DataError if the template refuses the conversation.
+        `train` False is context; its `weight` is what each of its labels counts. `train_on_eos`: which end-of-turn
+        tokens are labels. `variables` are set for the template. A template may show an answer differently once others
+        follow it (Qwen3 leaves out the thinking). Without `split_turns` such a turn is trained as it is shown where all
+        of its own text is there and only the template's is missing (Qwen3's empty think block), and is counted as lost
+        where it is not. Raises DataError if the template refuses the conversation.
         """
         messages, tools = self._tokens.guard(messages), self._tokens.guard(tools)
-        if train_on == "all":
-            ids, _ = self._tokens.encode(self.render(messages, tools=tools), [])
-            return Encoding([Encoded(ids, list(ids))], {})
-        turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        if train_on == "last_assistant":
-            turns = turns[-1:]
-        inside: list[Span] = []
-        alone: list[tuple[str, Span]] = []
-        lost: Counter[str] = Counter()
-        trained = [turn for turn in turns if messages[turn].get("train", True)]
-        full, texts = self._texts(messages, trained, tools)
-        shown_as_history = 0
-        for turn, (prompt, finished) in zip(trained, texts, strict=True):
-            span = self._target(prompt, finished)
-            if isinstance(span, str):
-                lost[span] += 1
-            elif full.startswith(finished[: span.end]):
-                inside.append(span)
-            elif split_turns:
-                alone.append((finished, span))
-            elif shown := _shown_as_history(messages[turn], full, finished, span):
-                inside.append(shown)
-                shown_as_history += 1
-            else:
-                lost[REWRITTEN] += 1
-        known = {} if alone else None
-        rows = [self._row(full, inside, known)] if inside else []
-        rows += [self._row(text, [span], known) for text, span in alone]
-        return Encoding(rows, dict(lost), shown_as_history)
+
+        def render(some: list[Message], add_generation_prompt: bool) -> str:
+            return self._attempt(some, add_generation_prompt, tools, variables)
+
+        layout = None if tools else self._turns.recall(messages, render, variables, train_on, split_turns)
+        if layout is None:
+            full = self.render(messages, False, tools, variables)
+            layout = self._turns.lay_out(messages, full, render, train_on, split_turns)
+        rows = [self._row(text, targets, train_on_eos) for text, targets in layout.rows]
+        return Encoding(rows, *layout[1:])
 
     def split_markers(self, strict: bool) -> list[str]:
         """The template's control tokens if this tokenizer would split one that has to be a single token.
@@ -166,109 +168,86 @@ class Template:
             needed |= {marker for marker in split if not _ROLE_HEADER.fullmatch(marker)}
         return split if needed & set(split) else []
 
-    def _target(self, prompt: str, finished: str) -> Span | str:
-        """The characters of `finished` that the model must generate after `prompt`, or why there are none."""
-        if not prompt or not finished:
-            return NO_PROMPT
-        if not finished.startswith(prompt):
-            return NOT_AFTER_PROMPT
-        if not finished.endswith(self._tail):
-            return NO_END
-        end = len(finished) - len(self._tail) + self._closing_length
-        return Span(len(prompt), end) if end > len(prompt) else NOT_AFTER_PROMPT
-
-    def _row(self, text: str, spans: list[Span], known: dict[str, list[int]] | None) -> Encoded:
-        ids, trained = self._tokens.encode(text, spans, known)
+    def _row(self, text: str, targets: list[Target], train_on_eos: TrainOnEos) -> Encoded:
+        ids, trained = self._tokens.encode(text, [Span(target.start, target.end) for target in targets])
         labels = [IGNORED] * len(ids)
-        for start, end in trained:
+        weights = [1.0] * len(ids) if any(target.weight != 1 for target in targets) else None
+        for k, ((start, end), target) in enumerate(zip(trained, targets, strict=True)):
+            untrained_end = train_on_eos == "none" or (train_on_eos == "last" and k < len(targets) - 1)
+            if untrained_end and end > start and ids[end - 1] == self.turn_end_id:
+                end -= 1
             labels[start:end] = ids[start:end]
-        return Encoded(ids, labels)
+            if weights:
+                weights[start:end] = [target.weight] * (end - start)
+        return Encoded(ids, labels, weights)
 
-    def _texts(self, messages: list[Message], turns: list[int], tools: Tools) -> tuple[str, list[tuple[str, str]]]:
-        """The conversation's text; for each turn the prompt before it and the text that ends with it ("" if refused)."""
-        marked = None if tools or self._endings is None else self._render_marked(messages)
-        if marked and self._endings and all(turn > 0 and marked[1][turn - 1] for turn in turns):
-            full, ends = marked
-            before_answer, after_answer = self._endings
-            return full, [(full[: ends[turn - 1]] + before_answer, full[: ends[turn]] + after_answer) for turn in turns]
-        full = self.render(messages, tools=tools)
-        return full, [
-            (
-                self._attempt(messages[:turn], True, tools),
-                full if turn == len(messages) - 1 else self._attempt(messages[: turn + 1], False, tools),
-            )
-            for turn in turns
-        ]
-
-    def _render_marked(
-        self, messages: list[Message], add_generation_prompt: bool = False
-    ) -> tuple[str, list[int]] | None:
-        """The text and where each message ends in it (0: it has no text of its own), from one render; None where only
-        a render for each turn can tell."""
-        template = marked_template(self.source)
-        if template is None or not all(map(_is_plain, messages)):
-            return None
-        try:
-            marked = template.render(
-                messages=messages,
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self._variables,
-            )
-        except (TemplateError, TypeError):
-            return None
-        parts = marked.split(MARK)
-        ends = list(accumulate(map(len, parts[:-1])))
-        return "".join(parts), [0] * (len(messages) - len(ends)) + ends
-
-    def _attempt(self, messages: list[Message], add_generation_prompt: bool, tools: Tools) -> str:
+    def _attempt(
+        self, messages: list[Message], add_generation_prompt: bool, tools: Tools, variables: dict[str, Any] | None
+    ) -> str:
         """`render` of a part that the template may refuse though it took the whole: "" then."""
         try:
-            return self.render(messages, add_generation_prompt, tools) if messages else ""
+            return self.render(messages, add_generation_prompt, tools, variables) if messages else ""
         except DataError:
             return ""
 
-    def _learn_endings(self) -> tuple[str, str] | None:
-        """What a template that never looks ahead writes after the last message, with and without generation prompt."""
-        probe = [{"role": "user", "content": "a"}]
-        prompt, text = self._render_marked(probe, add_generation_prompt=True), self._render_marked(probe)
-        return (prompt[0][prompt[1][-1] :], text[0][text[1][-1] :]) if prompt and text else None
-
-    def _learn_tail(self) -> str:
-        """What the template writes after the content of a last assistant turn: its end token and what follows it."""
-        probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": f"{OPEN}b{CLOSE}"}]
-        _, mark, tail = self.render(probe).rpartition(CLOSE)
+    def _learn_frame(self) -> Frame:
+        question = {"role": "user", "content": "a"}
+        answer = {"role": "assistant", "content": f"{OPEN}b{CLOSE}"}
+        text, prompt = self.render([question, answer]), self.render([question], add_generation_prompt=True)
+        before, mark, _ = text.partition(OPEN)
         if not mark:
             raise DataError("the chat template leaves out the assistant's answer")
-        return tail
+        thoughtful = self._attempt([question, answer | {"reasoning_content": "\ufdd5"}], False, None, None)
+        opening = before.removeprefix(prompt) if before.startswith(prompt) else ""
+        return Frame(opening, text.rpartition(CLOSE)[2], "\ufdd5" in thoughtful)
 
 
-def _shown_as_history(message: Message, full: str, finished: str, span: Span) -> Span | None:
-    """Where `full` shows the turn after the same prompt with all of its own text, less what the template put before it."""
-    if message.get("reasoning_content") or message.get("thinking"):
-        return None
-    target = finished[span.start : span.end]
-    at = target.rfind(message["content"].strip())
-    if at < 0 or not full.startswith(finished[: span.start] + target[at:]):
-        return None
-    return Span(span.start, span.start + len(target) - at)
-
-
-def load_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None) -> Template:
+def load_template(
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: str | None = None,
+    variables: dict[str, Any] | None = None,
+    allow_special_in_text: bool = False,
+) -> Template:
     """The template named by `chat_template`: None (the tokenizer's own), `chatml`, or the path of a Jinja file.
 
+    `variables` are set in every render. With `allow_special_in_text` control tokens in people's text are control tokens.
     Raises ConfigError: no such file, no template in the tokenizer, not valid Jinja, a template that cannot render one
     question and answer with this tokenizer, control tokens that the tokenizer would split into pieces.
     """
+    template = _bound(tokenizer, chat_template, variables, allow_special_in_text)
+    split = template.split_markers(strict=chat_template is not None)
+    if split:
+        raise ConfigError(
+            f"chat_template: {_name(chat_template)} writes {', '.join(split)}, which the tokenizer "
+            f"{tokenizer.name_or_path!r} would split into pieces; add them with add_tokens: true, or use a tokenizer that "
+            "has them or a template made for this one (chat_template: chatml | path/to/file.jinja)"
+        )
+    return template
+
+
+def template_of(tokenizer: PreTrainedTokenizerBase, options: DataOptions) -> Template:
+    """The template that a run names, with its variables; see `load_template`."""
+    return load_template(tokenizer, options.chat_template, options.chat_template_kwargs, options.allow_special_in_text)
+
+
+def missing_tokens(tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None) -> list[str]:
+    """Control tokens that the template writes and the tokenizer would split; raises as `load_template` does."""
+    return _bound(tokenizer, chat_template).split_markers(strict=chat_template is not None)
+
+
+def _bound(
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: str | None,
+    variables: dict[str, Any] | None = None,
+    allow_special_in_text: bool = False,
+) -> Template:
     if not tokenizer.is_fast:
         raise ConfigError(
             f"tokenizer_name: {tokenizer.name_or_path!r} is a slow tokenizer, needs one with a tokenizer.json"
         )
-    source = _read_source(tokenizer, chat_template)
-    name = "the tokenizer's own template" if chat_template is None else repr(chat_template)
+    source, name = _read_source(tokenizer, chat_template), _name(chat_template)
     try:
-        template = Template(tokenizer, source)
+        return Template(tokenizer, source, variables, allow_special_in_text)
     except TemplateSyntaxError as error:
         line = source.splitlines()[error.lineno - 1 : error.lineno]
         raise ConfigError(
@@ -276,14 +255,10 @@ def load_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None 
         ) from None
     except DataError as error:
         raise ConfigError(f"chat_template: {name} cannot be used with this tokenizer: {error}") from None
-    split = template.split_markers(strict=chat_template is not None)
-    if split:
-        raise ConfigError(
-            f"chat_template: {name} writes {', '.join(split)}, which the tokenizer {tokenizer.name_or_path!r} would split "
-            "into pieces, needs a tokenizer that has them as tokens or a template made for this one "
-            "(chat_template: chatml | path/to/file.jinja)"
-        )
-    return template
+
+
+def _name(chat_template: str | None) -> str:
+    return "the tokenizer's own template" if chat_template is None else repr(chat_template)
 
 
 def _read_source(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> str:
@@ -312,13 +287,3 @@ def _without_layout(source: str) -> str:
     if _INDENTED_OUTPUT.search(source) and all(line[0] == "{" and line[-1] == "}" for line in lines):
         return "".join(lines)
     return source
-
-
-def _is_plain(message: Message) -> bool:
-    """Nothing but a text of one of the three roles: what `marked_template` vouches for."""
-    return (
-        message.keys() <= {"role", "content", "train"}
-        and message["role"] in ("system", "user", "assistant")
-        and isinstance(message["content"], str)
-        and MARK not in message["content"]
-    )

@@ -28,7 +28,7 @@ from accel_llm.options import RunOptions
 
 OURS = ("run.json", "metrics.jsonl", "checkpoints", "adapter", "model", "report.html", "logs")
 # Options that shape the saved state: with another value it has no place to go.
-SHAPING = ("method", "optim", "lora_r", "lora_bias", "lora_target_modules", "modules_to_save", "use_dora")
+SHAPING = ("method", "optim", "lora_r", "lora_bias", "lora_target_modules", "modules_to_save", "use_dora", "add_tokens")
 
 
 @dataclass(frozen=True)

@@ -1,123 +1,92 @@
-"""Rows from files, and encoded rows in flat arrays that live in a cache."""
+"""Encoded rows in flat arrays that are written as they come and read from a cache, memory-mapped."""
 
-import hashlib
-import itertools
 import json
+import os
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from array import array
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from filelock import FileLock
 from huggingface_hub.constants import HF_HOME
 
-from accel_llm.errors import DataError
 from accel_llm.options import DataOptions
 
-
-def problems(options: DataOptions) -> list[str]:
-    """One sentence for each file that is not there or of another kind, before anything is read."""
-    found = [] if options.train_files else ["train_files: is missing; name at least one .json, .jsonl or .txt file."]
-    for field in ("train_files", "eval_files"):
-        for name in getattr(options, field):
-            path = Path(name)
-            if not path.is_file():
-                wrong = "is a folder" if path.is_dir() else "does not exist"
-            elif path.suffix not in READERS:
-                wrong = f"is of kind {path.suffix or '(none)'!r}"
-            else:
-                continue
-            found.append(f"{field}: {name} {wrong}; name a .json, .jsonl or .txt file.")
-    return found
+# The arrays of a part (train, eval), each a file of plain numbers: their C type, as `array` and NumPy name it.
+ARRAYS = {"input_ids": "i", "labels": "i", "weights": "f", "lengths": "i", "number": "q", "origin": "i", "digest": "Q"}
 
 
-def read_rows(files: list[str], limit: int | None = None) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    """Yield (file, row number from 1, row) from .json (a list of objects), .jsonl and .txt (a document a line).
+class Origin(NamedTuple):
+    """Where a row was read: its file, and which of the run's sources that belongs to (-1: an evaluation source)."""
 
-    `limit` is the number of rows from all files together; files behind the last of them are not opened.
-
-    Raises:
-        DataError: a file that is empty, broken (with its line) or of another kind.
-    """
-    left = limit
-    for name in files:
-        path = Path(name)
-        if path.suffix not in READERS:
-            raise DataError(
-                f"{name}: files of kind {path.suffix or '(none)'!r} are not read; allowed: {', '.join(READERS)}."
-            )
-        count = 0
-        for count, row in enumerate(itertools.islice(READERS[path.suffix](path), left), 1):
-            yield name, count, row
-        if count == 0:
-            raise DataError(f"{name}: the file has no rows.")
-        if left is not None:
-            left -= count
-            if left == 0:
-                return
+    source: int
+    file: str
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(Line number from 1, line) of every line that is not blank."""
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError:
-                raise DataError(f"{path}, line {number}: not UTF-8 text.") from None
-            if text.strip():
-                yield number, text.rstrip("\r\n")
+@dataclass
+class Part:
+    """Encoded rows, one after the other; row k has `lengths[k]` tokens. `weights` is empty where every label counts 1."""
+
+    input_ids: array = field(default_factory=lambda: array("i"))
+    labels: array = field(default_factory=lambda: array("i"))
+    weights: array = field(default_factory=lambda: array("f"))
+    lengths: array = field(default_factory=lambda: array("i"))
+    number: array = field(default_factory=lambda: array("q"))  # of the row in its file, from 1
+    origin: array = field(default_factory=lambda: array("i"))
+    digest: array = field(default_factory=lambda: array("Q"))  # of the whole row's ids, to find rows that are shared
+
+    def add(
+        self,
+        input_ids: list[int],
+        labels: list[int],
+        weights: list[float] | None,
+        number: int,
+        origin: int,
+        digest: int,
+    ) -> None:
+        if weights is not None and not self.weights:
+            self.weights.extend([1.0] * len(self.labels))
+        if weights is not None or self.weights:
+            self.weights.extend(weights or [1.0] * len(labels))
+        self.input_ids.extend(input_ids)
+        self.labels.extend(labels)
+        self.lengths.append(len(input_ids))
+        self.number.append(number)
+        self.origin.append(origin)
+        self.digest.append(digest)
 
 
-def _read_json(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}, line {line}: not UTF-8 text.") from None
-    if not text or text.isspace():
-        return
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data" and text.lstrip()[0] == "{":
-            # Objects one a line under the name .json are common.
-            yield from _read_jsonl(path)
-            return
-        raise DataError(f"{path}, line {error.lineno}: not JSON ({error.msg}).") from None
-    # One object is a file of one line.
-    rows = [rows] if isinstance(rows, dict) else rows
-    if not isinstance(rows, list):
-        raise DataError(f"{path}: holds one {type(rows).__name__}; a list of objects, or one object a line, is needed.")
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, row {number}: is a {type(row).__name__}, must be an object.")
-        yield row
+class Writer:
+    """Appends parts to the files of one folder, so that no more than a part is ever in memory."""
 
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True)
+        self._files = {name: (folder / f"{name}.bin").open("wb") for name in ARRAYS}
+        self._tokens = self._weighted = 0
 
-def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    for number, line in _lines(path):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {number}: not JSON ({error.msg}).") from None
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, line {number}: is a {type(row).__name__}, must be an object.")
-        yield row
+    def add(self, part: Part) -> None:
+        weights = part.weights
+        if weights and not self._weighted:
+            np.ones(self._tokens, np.float32).tofile(self._files["weights"])
+        if not weights and self._weighted:
+            weights = array("f", [1.0]) * len(part.labels)
+        self._weighted += len(weights)
+        self._tokens += len(part.labels)
+        for name, file in self._files.items():
+            (weights if name == "weights" else getattr(part, name)).tofile(file)
 
+    def __enter__(self) -> "Writer":
+        return self
 
-def _read_text(path: Path) -> Iterator[dict[str, Any]]:
-    for _, line in _lines(path):
-        yield {"text": line}
-
-
-READERS: dict[str, Callable[[Path], Iterator[dict[str, Any]]]] = {
-    ".json": _read_json,
-    ".jsonl": _read_jsonl,
-    ".txt": _read_text,
-}
+    def __exit__(self, *error: object) -> None:
+        """Everything is on the disk after this: a cache that is there is whole."""
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
 
 
 @dataclass(frozen=True)
@@ -127,7 +96,11 @@ class Rows:
     input_ids: np.ndarray  # int32 [tokens]
     labels: np.ndarray  # int32 [tokens], -100 where not trained, unshifted
     offsets: np.ndarray  # int64 [rows + 1]
-    source: np.ndarray  # int64 [rows], the row number in its file (from 1), for messages
+    number: np.ndarray  # int64 [rows], the row's number in its file (from 1), for messages
+    origin: np.ndarray  # int32 [rows], index of `origins`
+    digest: np.ndarray  # uint64 [rows], equal where the ids of the rows are
+    weights: np.ndarray | None  # float32 [tokens], how much each label counts; None where each counts 1
+    origins: tuple[Origin, ...]
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -140,35 +113,41 @@ class Rows:
     def lengths(self) -> np.ndarray:
         return np.diff(self.offsets)
 
+    @property
+    def source(self) -> np.ndarray:
+        """int64 [rows]: which of the run's sources each row came from."""
+        return np.array([origin.source for origin in self.origins], np.int64)[self.origin]
 
-ARRAYS = ("input_ids", "labels", "offsets", "source")
+    def weights_of(self, chosen: list[int]) -> list[np.ndarray] | None:
+        """How much each label of the chosen rows counts, float32 [tokens] for each; None where each counts 1."""
+        if self.weights is None or not chosen:
+            return None
+        return [self.weights[int(self.offsets[k]) : int(self.offsets[k + 1])] for k in chosen]
+
+    def name(self, k: int) -> str:
+        return f"{self.origins[self.origin[k]].file}, row {self.number[k]}"
 
 
-def build_rows(encoded: Iterator[tuple[int, list[int], list[int]]]) -> Rows:
-    """Collect (row number, input ids, labels) into flat arrays."""
-    ids, labels, lengths, source = [], [], [0], []
-    for number, row_ids, row_labels in encoded:
-        ids.append(np.asarray(row_ids, dtype=np.int32))
-        labels.append(np.asarray(row_labels, dtype=np.int32))
-        lengths.append(len(row_ids))
-        source.append(number)
-    empty = [np.zeros(0, np.int32)]
-    return Rows(
-        np.concatenate(ids or empty),
-        np.concatenate(labels or empty),
-        np.cumsum(lengths, dtype=np.int64),
-        np.asarray(source, dtype=np.int64),
-    )
+def load_rows(folder: Path, origins: Iterable[tuple[int, str]]) -> Rows:
+    """The rows that a `Writer` wrote in `folder`."""
+    arrays = {name: _mapped(folder / f"{name}.bin", kind) for name, kind in ARRAYS.items()}
+    offsets = np.concatenate([[0], np.cumsum(arrays.pop("lengths"), dtype=np.int64)])
+    weights = arrays.pop("weights")
+    named = tuple(Origin(source, file) for source, file in origins)
+    return Rows(**arrays, offsets=offsets, weights=weights if len(weights) else None, origins=named)
+
+
+def _mapped(path: Path, kind: str) -> np.ndarray:
+    # NumPy cannot map an empty file.
+    return np.memmap(path, kind, "r") if path.stat().st_size else np.zeros(0, kind)
 
 
 def cache_folder(options: DataOptions) -> Path:
     return Path(options.cache_dir or Path(HF_HOME) / "accel_llm").expanduser()
 
 
-def cached(
-    folder: Path, build: Callable[[], tuple[dict[str, Rows], dict[str, Any]]]
-) -> tuple[dict[str, Rows], dict[str, Any]]:
-    """The parts (train, eval) and facts that `build` makes, kept in `folder`.
+def cached(folder: Path, build: Callable[[Path], dict[str, Any]]) -> tuple[dict[str, Rows], dict[str, Any]]:
+    """The parts (train, eval) that `build` writes into the folder it is given, and the facts that it returns.
 
     The first process to come builds; others wait on a file lock, never in a collective that could time out. The folder
     appears by one rename, so a killed build leaves no broken cache.
@@ -176,34 +155,15 @@ def cached(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():
-            parts, facts = build()
             partial = folder.with_name(f"{folder.name}.partial")
             # What a killed build left; the lock is ours, so nobody is writing there.
             shutil.rmtree(partial, ignore_errors=True)
-            for name, rows in parts.items():
-                (partial / name).mkdir(parents=True)
-                for array in ARRAYS:
-                    np.save(partial / name / f"{array}.npy", getattr(rows, array))
-            (partial / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
-            partial.rename(folder)
+            try:
+                facts = build(partial)
+                (partial / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+                partial.rename(folder)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
     facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
-    parts = {
-        part.name: Rows(*(np.load(part / f"{array}.npy", mmap_mode="r") for array in ARRAYS))
-        for part in sorted(folder.iterdir())
-        if part.is_dir()
-    }
+    parts = {part.name: load_rows(part, facts["origins"]) for part in sorted(folder.iterdir()) if part.is_dir()}
     return parts, facts
-
-
-def fingerprint(*parts: object) -> str:
-    """A short name for data and everything that shapes its encoding; paths stand for the content of their files."""
-    digest = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, Path):
-            with part.open("rb") as file:
-                while block := file.read(1 << 24):
-                    digest.update(block)
-        else:
-            digest.update(repr(part).encode())
-        digest.update(b"\0")
-    return digest.hexdigest()[:24]

@@ -53,7 +53,7 @@ def rows(tokenizer: PreTrainedTokenizerFast, encoded: Rows, count: int) -> None:
     for k in range(min(count, len(encoded))):
         ids, labels = encoded[k]
         share = float((labels != IGNORED).mean())
-        console.rule(f"row {encoded.source[k]}: {len(ids)} tokens, {share:.0%} trained")
+        console.rule(f"{encoded.name(k)}: {len(ids)} tokens, {share:.0%} trained")
         console.print(coloured(tokenizer, ids, labels), soft_wrap=True)
     console.rule()
 

@@ -208,9 +208,10 @@ def undo_averaging(accelerator: Accelerator) -> int:
 
 
 def global_count(accelerator: Accelerator, micro_batches: list[dict[str, Any]]) -> torch.Tensor:
-    """Labelled targets of a whole optimizer step over all processes, at least 1 (one all-reduce)."""
-    counts = [losses.count_targets(batch["labels"]) for batch in micro_batches]
-    return global_sum(accelerator, torch.stack(counts).sum()).clamp(min=1)
+    """What the loss of a whole optimizer step is divided by: its labelled targets over all processes, each times its
+    weight (one all-reduce); 1 where there is none."""
+    total = global_sum(accelerator, torch.stack([losses.total_weight(batch) for batch in micro_batches]).sum())
+    return torch.where(total > 0, total, 1.0).float()
 
 
 def global_sum(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:

@@ -1,39 +1,55 @@
-"""Rows of files -> encoded rows, with the ledger of what became of each; done once, then read from the cache."""
+"""Sources -> encoded rows, with the ledger of what became of each; done once by one process, then read from the cache."""
 
 import itertools
 import multiprocessing
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from collections import Counter, deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tokenizers
+import transformers
 from transformers import PreTrainedTokenizerFast
 
 from accel_llm.chat import Template
-from accel_llm.data import Rows, build_rows, cache_folder, cached, fingerprint, read_rows
+from accel_llm.chunks import NOTHING_TRAINED, Chunk, Encoder, SourceRow, encode_chunk
+from accel_llm.data import Rows, Writer, cache_folder, cached, load_rows
 from accel_llm.errors import ConfigError, DataError
-from accel_llm.formats import conversation_of
+from accel_llm.fields import DataFormat, Source
+from accel_llm.formats import column_problems
 from accel_llm.ledger import TRAINED, Ledger
 from accel_llm.options import DataOptions
-from accel_llm.packing import IGNORED
+from accel_llm.order import mixed
+from accel_llm.sources import fingerprint, identity, read, source_of
 
-VERSION = 2  # of the encoding: a change of what a row becomes must not meet an old cache
-CHUNK = 256
+VERSION = 3  # of the encoding: a change of what a row becomes must not meet an old cache
+CHUNK = 256  # rows encoded, and sent to a worker, at once
 HELD_OUT = "held out"
-OPENING = "it opens the conversation, before any question"
-NOTHING_TRAINED = "dropped: nothing to train"
-
-SourceRow = tuple[str, int, dict[str, Any]]  # file, row number from 1, row
-EncodedRow = tuple[int, list[int], list[int]]  # row number, input ids, labels
+# What shapes an encoding, beside the rows themselves, the tokenizer and the template.
+SHAPING = (
+    "max_length",
+    "overlong",
+    "train_on",
+    "train_on_eos",
+    "split_turns",
+    "limit_rows",
+    "eval_share",
+    "on_bad_row",
+)
+SHAPING += ("data_format", "columns", "allow_special_in_text")
+NO_END = "The template closes no turn, so no end token is trained and answers will not stop by it."
+DATED = "The template writes the date: rows keep that of the day on which they were encoded."
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """What `encode` returns: rows to train and to evaluate on (None without any), and the ledger of the training files."""
+    """What `encode` returns: rows to train and to evaluate on (None without any), the ledger of the training sources."""
 
     train: Rows
     eval: Rows | None
@@ -46,223 +62,214 @@ class Encoded:
         return [part.input_ids for part in (self.train, self.eval) if part is not None]
 
 
-@dataclass
-class Chunk:
-    """Encoded rows of some source rows, and what became of those."""
-
-    rows: list[EncodedRow] = field(default_factory=list)
-    ledger: Ledger = field(default_factory=Ledger)
-    lengths: list[int] = field(default_factory=list)
-    turns: int = 0
-
-
-def encode_conversations(rows: list[SourceRow], template: Template, options: DataOptions) -> Chunk:
-    """Chat rows of any known shape, masked by the template.
-
-    Raises:
-        DataError: a row that is no conversation, naming file and row.
-    """
-    chunk = Chunk()
-    for file, number, row in rows:
-        try:
-            conversation = conversation_of(row)
-            encoding = template.encode(conversation.messages, options.train_on, conversation.tools, options.split_turns)
-        except DataError as error:
-            raise DataError(f"{file}, row {number}: {error}") from None
-        if conversation.skipped_turns:
-            chunk.ledger.skip_turns(OPENING)
-        for reason, turns in encoding.lost.items():
-            chunk.ledger.skip_turns(reason, turns)
-        if len(encoding.rows) > 1:
-            chunk.ledger.note(
-                "The template rewrites history: turns that it shows differently later train in rows of their own."
-            )
-        if encoding.shown_as_history:
-            chunk.ledger.note(
-                "The template writes something before an answer only while it is the last (an empty think block, say): "
-                "earlier turns are trained without it, as history shows them; split_turns trains each as the last."
-            )
-        chunk.turns += sum(message["role"] == "assistant" for message in conversation.messages)
-        for encoded in encoding.rows:
-            _fit(chunk, file, number, encoded.input_ids, encoded.labels, options)
-        if not encoding.rows:
-            chunk.ledger.read(file)
-            chunk.ledger.count(file, NOTHING_TRAINED)
-    return chunk
+def conversations(options: DataOptions, seed: int, tokenizer: PreTrainedTokenizerFast, template: Template) -> Encoded:
+    """Encode chats (and whatever else the sources hold) with `template`; see `encode`."""
+    encoded = encode(options, seed, tokenizer, template)
+    if template.turn_end is None:
+        encoded.ledger.note(NO_END)
+    if "strftime_now" in template.source:
+        encoded.ledger.note(DATED)
+    return encoded
 
 
-def encode_texts(rows: list[SourceRow], tokenizer: PreTrainedTokenizerFast, column: str, options: DataOptions) -> Chunk:
-    """Documents of plain text, trained whole, each ended by the end-of-text token.
+def texts(options: DataOptions, seed: int, tokenizer: PreTrainedTokenizerFast, column: str) -> Encoded:
+    """Encode plain text that stands in `column`; see `encode`."""
+    columns = options.columns if column == "text" else {**options.columns, "text": column}
+    update = {"columns": columns, "data_format": options.data_format or "text"}
+    return encode(options.model_copy(update=update), seed, tokenizer, None)
+
+
+def encode(options: DataOptions, seed: int, tokenizer: PreTrainedTokenizerFast, template: Template | None) -> Encoded:
+    """Encode the training and evaluation sources, or take them from the cache.
 
     Raises:
-        DataError: a row without text in `column`, naming file and row.
+        DataError: a source or row that cannot be used, or nothing left to train or evaluate on.
+        ConfigError: more than `max_lost` of the rows or of their supervised tokens would be lost, or columns that no
+            shape has.
     """
-    chunk = Chunk()
-    for file, number, row in rows:
-        if not isinstance(row.get(column), str):
-            keys = ", ".join(row)
-            raise DataError(f"{file}, row {number}: {column} holds no text; its fields are {keys}; set text_column.")
-    for (file, number, _), ids in zip(rows, tokenizer([row[column] for _, _, row in rows])["input_ids"], strict=True):
-        if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
-            ids = [*ids, tokenizer.eos_token_id]
-        _fit(chunk, file, number, ids, ids, options)
-    return chunk
-
-
-def _fit(chunk: Chunk, file: str, number: int, ids: list[int], labels: list[int], options: DataOptions) -> None:
-    """Put one encoded row in the chunk as `overlong` says, and count where each of its tokens went."""
-    # Nothing stands before a first token that could predict it: it is context, whatever it was.
-    labels = [IGNORED, *labels[1:]]
-    ledger, length, supervised = chunk.ledger, len(ids), _labelled(labels)
-    chunk.lengths.append(length)
-    ledger.read(file, 1, supervised, length - supervised)
-    if not supervised:
-        ledger.count(file, NOTHING_TRAINED, 1, 0, length)
-        return
-    too_long = f"longer than max_length={options.max_length}"
-    if length > options.max_length and options.overlong == "error":
-        raise DataError(
-            f"{file}, row {number}: {length} tokens are {too_long}; raise it, or set overlong: drop, truncate or split."
-        )
-    spans = _spans(labels, options)
-    if not spans:
-        ledger.count(file, f"dropped: {too_long}", 1, supervised, length - supervised)
-        return
-    pieces = [(ids[start:end], [IGNORED, *labels[start + 1 : end]]) for start, end in spans]
-    chunk.rows += [(number, *piece) for piece in pieces]
-    # Likewise the first token of a piece: a label that it had is cut off.
-    trained = sum(_labelled(piece_labels) for _, piece_labels in pieces)
-    context = sum(end - start - _labelled(labels[start:end]) for start, end in spans)
-    ledger.count(file, TRAINED, 1, trained, context)
-    if length > options.max_length:
-        ledger.count(file, f"cut: {too_long}", 0, supervised - trained, length - supervised - context)
-
-
-def _labelled(labels: list[int]) -> int:
-    return len(labels) - labels.count(IGNORED)
-
-
-def _spans(labels: list[int], options: DataOptions) -> list[tuple[int, int]]:
-    """The parts [start, end) of a row that are kept: all of one that fits, else what `overlong` says."""
-    size, length = options.max_length, len(labels)
-    if length <= size:
-        return [(0, length)]
-    if options.overlong == "split":
-        pieces = [(start, min(start + size, length)) for start in range(0, length, size)]
-        return [(start, end) for start, end in pieces if _labelled(labels[start + 1 : end])]
-    if options.overlong == "truncate":
-        if IGNORED not in labels[1 : size + 1]:
-            return [(0, size)]
-        # The longest beginning that ends with a whole trained turn, so that no answer loses its end token.
-        ends = [k + 1 for k in range(size) if labels[k] != IGNORED and labels[k + 1] == IGNORED]
-        return [(0, ends[-1])] if ends else []
-    return []
-
-
-def encode(options: DataOptions, seed: int, encoder: Callable[[list[SourceRow]], Chunk], identity: str) -> Encoded:
-    """Encode the training and evaluation files with `encoder`, or take them from the cache.
-
-    `identity` names everything beside files and options that shapes the result: see `_identity`.
-
-    Raises:
-        DataError: a file or row that cannot be used, or nothing left to train or evaluate on.
-        ConfigError: more than `max_lost` of the rows or of their supervised tokens would be lost.
-    """
-    shaping = ("max_length", "overlong", "train_on", "split_turns", "limit_rows", "eval_share")
-    files = [[(name, fingerprint(Path(name))) for name in names] for names in (options.train_files, options.eval_files)]
-    drawn = seed if options.eval_share else None
-    key = fingerprint(VERSION, identity, files, drawn, *(getattr(options, name) for name in shaping))
-    folder = cache_folder(options) / key
-    parts, facts = cached(folder, partial(_build, options, seed, encoder))
+    train, evaluated = ([source_of(place) for place in places] for places in (options.train_files, options.eval_files))
+    formats: list[tuple[DataFormat | None, dict[str, str]]] = [
+        (source.data_format or options.data_format, {**options.columns, **source.columns})
+        for source in (*train, *evaluated)
+    ]
+    if wrong := [problem for data_format, columns in formats for problem in column_problems(columns, data_format)]:
+        raise ConfigError(*dict.fromkeys(wrong))
+    encoder = Encoder(options, tokenizer, template, [source.label for source in (*train, *evaluated)], formats)
+    key = _key(options, seed, tokenizer, template, train, evaluated)
+    parts, facts = cached(cache_folder(options) / key, partial(_build, encoder, seed, train, evaluated))
     ledger = Ledger.from_dict(facts["ledger"])
     ledger.balance()
     check_lost(ledger, facts["lengths"], options)
     check_turns(ledger, facts["turns"], options)
     if not len(parts["train"]):
-        raise DataError(f"train_files: no row is left to train on ({', '.join(options.train_files)}).")
+        raise DataError(f"train_files: no row is left to train on ({', '.join(source.label for source in train)}).")
     if "eval" in parts and not len(parts["eval"]):
-        asked = f"eval_share: {options.eval_share}" if options.eval_share else f"eval_files: {options.eval_files}"
+        named = ", ".join(source.label for source in evaluated)
+        asked = f"eval_share: {options.eval_share}" if options.eval_share else f"eval_files: {named}"
         raise DataError(f"{asked} leaves no row to evaluate on; give more rows, or none of the two options.")
+    _note_shares(ledger, parts["train"], train, seed)
     return Encoded(parts["train"], parts.get("eval"), ledger, key)
 
 
-def _build(
-    options: DataOptions, seed: int, encoder: Callable[[list[SourceRow]], Chunk]
-) -> tuple[dict[str, Rows], dict[str, Any]]:
-    ledger, lengths, held_out, turns = Ledger(), [], [], 0
+def _note_shares(ledger: Ledger, rows: Rows, sources: list[Source], seed: int) -> None:
+    """What the weights come to, row by row and token by token."""
+    weights, counts = [source.weight for source in sources], np.bincount(rows.source, minlength=len(sources))
+    if None in weights:
+        return
+    for source, count in zip(sources, counts, strict=True):
+        if not count:
+            raise DataError(
+                f"train_files: {source.label} has a weight of {source.weight}, but no row to train on is left."
+            )
+    drawn = mixed(rows.source, weights, seed)
+    of_source, lengths = rows.source[drawn], rows.lengths[drawn]
+    told = [
+        f"{source.label} {(of_source == k).mean():.1%} of the rows ({(of_source == k).sum():,} drawn from {counts[k]:,}) "
+        f"and {lengths[of_source == k].sum() / lengths.sum():.1%} of the tokens"
+        for k, source in enumerate(sources)
+    ]
+    ledger.note(f"Mixed by weight: an epoch is {'; '.join(told)}.")
 
-    def kept(rows: Iterable[SourceRow]) -> Iterator[SourceRow]:
-        for row in rows:
-            if options.eval_share and _draw(seed, row) < options.eval_share:
-                ledger.read(row[0])
-                ledger.count(row[0], HELD_OUT)
-                held_out.append(row)
-            else:
-                yield row
 
-    def trained() -> Iterator[EncodedRow]:
-        nonlocal turns
-        for chunk in _chunks(kept(read_rows(options.train_files, options.limit_rows)), encoder, options):
-            ledger.merge(chunk.ledger)
-            lengths.extend(chunk.lengths)
-            turns += chunk.turns
-            yield from chunk.rows
+def _key(
+    options: DataOptions,
+    seed: int,
+    tokenizer: PreTrainedTokenizerFast,
+    template: Template | None,
+    train: list[Source],
+    evaluated: list[Source],
+) -> str:
+    """A name for all that shapes the encoding. Weights do not: they say how often a row is drawn."""
+    places = [
+        [(source.model_copy(update={"weight": None}), identity(source)) for source in sources]
+        for sources in (train, evaluated)
+    ]
+    # Which token is the bos or eos is not in the backend.
+    writing = (tokenizer.backend_tokenizer.to_str(), sorted(tokenizer.special_tokens_map.items()))
+    chat = template and (template.source, sorted(options.chat_template_kwargs.items()))
+    versions = VERSION, transformers.__version__, tokenizers.__version__
+    drawn = seed if options.eval_share else None
+    return fingerprint(versions, writing, chat, places, drawn, [getattr(options, name) for name in SHAPING])
 
-    parts = {"train": build_rows(trained())}
+
+class _Origins(dict[tuple[int, str], int]):
+    """(source, file) -> number, given when first asked for."""
+
+    def __missing__(self, origin: tuple[int, str]) -> int:
+        self[origin] = len(self)
+        return self[origin]
+
+
+def _build(encoder: Encoder, seed: int, train: list[Source], evaluated: list[Source], folder: Path) -> dict[str, Any]:
+    """Encode everything into `folder`; at no time more than some chunks of rows are in memory."""
+    options, origins = encoder.options, _Origins()
+    ledgers = {"train": Ledger()} | ({"eval": Ledger()} if evaluated or options.eval_share else {})
+    lengths: Counter[int] = Counter()
+    turns = 0
+    with ExitStack() as stack:
+        writers = {name: stack.enter_context(Writer(folder / name)) for name in ledgers}
+        tasks = _tasks(encoder, seed, train, evaluated, origins, ledgers["train"])
+        for name, chunk in _encoded(tasks, encoder):
+            writers[name].add(chunk.part)
+            ledgers[name].merge(chunk.ledger)
+            if name == "train":
+                lengths.update(chunk.lengths)
+                turns += chunk.turns
+    ledger = ledgers["train"]
     if options.limit_rows:
         ledger.note(f"limit_rows: at most the first {options.limit_rows:,} rows were read.")
-    if options.eval_share or options.eval_files:
-        evaluated = iter(held_out) if options.eval_share else read_rows(options.eval_files)
-        chunks = list(_chunks(evaluated, encoder, options))
-        parts["eval"] = build_rows(row for chunk in chunks for row in chunk.rows)
-        _note_lost(ledger, (chunk.ledger for chunk in chunks))
+    if "eval" in ledgers:
+        _note_lost(ledger, ledgers["eval"])
+        _note_shared(ledger, *(load_rows(folder / name, origins) for name in ledgers))
     shares = (50, 95, 99, 100)
-    found = np.percentile(lengths, shares).astype(int).tolist() if lengths else [0] * len(shares)
-    lengths_by_share = dict(zip(map(str, shares), found, strict=True))
-    return parts, {"ledger": ledger.to_dict(), "lengths": lengths_by_share, "turns": turns}
+    every = np.repeat(list(lengths.keys()) or [0], list(lengths.values()) or [1])
+    by_share = dict(zip(map(str, shares), np.percentile(every, shares).astype(int).tolist(), strict=True))
+    return {"ledger": ledger.to_dict(), "lengths": by_share, "turns": turns, "origins": list(origins)}
 
 
-def _note_lost(ledger: Ledger, evaluated: Iterable[Ledger]) -> None:
+def _tasks(
+    encoder: Encoder, seed: int, train: list[Source], evaluated: list[Source], origins: _Origins, ledger: Ledger
+) -> Iterator[tuple[str, list[SourceRow]]]:
+    """Rows to encode, some at a time, with the name of the part that they belong to."""
+    options = encoder.options
+    waiting: dict[str, list[SourceRow]] = {"train": [], "eval": []}
+
+    def numbered(sources: list[Source], first: int) -> Iterator[SourceRow]:
+        for number, source in enumerate(sources, first):
+            for row in read(source):
+                # An evaluation source is no source of the run: it has no weight and no share.
+                yield SourceRow(number, origins[number if not first else -1, row.file], row)
+
+    rows = itertools.islice(numbered(train, 0), options.limit_rows)
+    for row in itertools.chain(rows, numbered(evaluated, len(train)) if evaluated else ()):
+        name = "train" if row.source < len(train) else "eval"
+        if name == "train" and options.eval_share and _draw(seed, row) < options.eval_share:
+            name = "eval"
+            ledger.read(encoder.labels[row.source])
+            ledger.count(encoder.labels[row.source], HELD_OUT)
+        waiting[name].append(row)
+        if len(waiting[name]) == CHUNK:
+            yield name, waiting[name]
+            waiting[name] = []
+    yield from ((name, some) for name, some in waiting.items() if some)
+
+
+def _note_lost(ledger: Ledger, evaluated: Ledger) -> None:
     """Rows to evaluate on are no part of the ledger of training; those that are lost are told all the same."""
-    total = Ledger()
-    for part in evaluated:
-        total.merge(part)
-    for file, bins in total.bins.items():
+    for label, bins in evaluated.bins.items():
         for name, amount in bins.items():
             if name != TRAINED:
-                ledger.note(f"Evaluation, {file}: {amount['rows']:,} rows and {amount['supervised']:,} tokens {name}.")
+                ledger.note(f"Evaluation, {label}: {amount['rows']:,} rows and {amount['supervised']:,} tokens {name}.")
+
+
+def _note_shared(ledger: Ledger, train: Rows, evaluated: Rows) -> None:
+    """Rows that are trained on flatter an evaluation: they are counted and named."""
+    shared = np.flatnonzero(np.isin(evaluated.digest, train.digest))
+    if len(shared):
+        named = []
+        for k in shared[:3].tolist():
+            twin = int(np.flatnonzero(train.digest == evaluated.digest[k])[0])
+            named.append(f"{evaluated.name(k)} = {train.name(twin)}")
+        ledger.note(
+            f"{len(shared):,} of {len(evaluated):,} rows to evaluate on are trained on as well: {'; '.join(named)}"
+            + ("; ..." if len(shared) > 3 else ".")
+        )
 
 
 def _draw(seed: int, row: SourceRow) -> float:
     """A number in [0, 1) that depends on seed, file name and row number alone."""
-    return zlib.crc32(f"{seed} {Path(row[0]).name} {row[1]}".encode()) / 2**32
+    return zlib.crc32(f"{seed} {Path(row.row.file).name} {row.row.number}".encode()) / 2**32
 
 
-def _chunks(
-    rows: Iterator[SourceRow], encoder: Callable[[list[SourceRow]], Chunk], options: DataOptions
-) -> Iterator[Chunk]:
-    batches: Iterable[list[SourceRow]] = iter(lambda: list(itertools.islice(rows, CHUNK)), [])
-    workers = options.preprocessing_num_workers or 1
-    if workers > 1:
-        batches = list(batches)
-        workers = min(workers, len(batches))
-    if workers <= 1:
-        yield from map(encoder, batches)
+def _encoded(tasks: Iterator[tuple[str, list[SourceRow]]], encoder: Encoder) -> Iterator[tuple[str, Chunk]]:
+    """The chunks of `tasks` in their order, made here or by `preprocessing_num_workers` processes."""
+    workers = encoder.options.preprocessing_num_workers or 1
+    first = list(itertools.islice(tasks, workers))
+    tasks = itertools.chain(first, tasks)
+    if len(first) <= 1:
+        yield from ((name, encode_chunk(rows, encoder)) for name, rows in tasks)
         return
     # Not fork: by now this process has threads of torch and of a process group.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, _install, (encoder,)) as pool:
-        yield from pool.map(_encode_installed, batches)
+        # A few tasks ahead and no more: a million rows must not wait in memory.
+        running: deque[tuple[str, Future[Chunk]]] = deque()
+        for name, rows in tasks:
+            running.append((name, pool.submit(_encode_installed, rows)))
+            if len(running) > 2 * workers:
+                name, chunk = running.popleft()
+                yield name, chunk.result()
+        yield from ((name, chunk.result()) for name, chunk in running)
 
 
-def _install(encoder: Callable[[list[SourceRow]], Chunk]) -> None:
+def _install(encoder: Encoder) -> None:
     """Once a worker and not once a chunk: a tokenizer takes longer to unpickle than a chunk to encode."""
     global _installed
     _installed = encoder
 
 
 def _encode_installed(rows: list[SourceRow]) -> Chunk:
-    return _installed(rows)
+    return encode_chunk(rows, _installed)
 
 
 def check_lost(ledger: Ledger, lengths: dict[str, int], options: DataOptions) -> None:
@@ -292,7 +299,7 @@ def check_lost(ledger: Ledger, lengths: dict[str, int], options: DataOptions) ->
 
 def check_turns(ledger: Ledger, turns: int, options: DataOptions) -> None:
     """Raises ConfigError when more than `max_lost` of the assistant turns would train nothing for the template's sake."""
-    lost = {reason: count for reason, count in ledger.turns.items() if reason != OPENING}
+    lost = ledger.turns
     share = sum(lost.values()) / max(turns, 1)
     if share > options.max_lost:
         reasons = ", ".join(f"{reason} ({count:,} turns)" for reason, count in lost.items())
@@ -300,23 +307,3 @@ def check_turns(ledger: Ledger, turns: int, options: DataOptions) -> None:
             f"max_lost: {share:.1%} of the assistant turns would train nothing, allowed is {options.max_lost:.1%}: "
             f"{reasons}; set split_turns: true or another chat_template, or raise max_lost."
         )
-
-
-def conversations(options: DataOptions, seed: int, tokenizer: PreTrainedTokenizerFast, template: Template) -> Encoded:
-    """Encode chat files; see `encode`."""
-    encoder = partial(encode_conversations, template=template, options=options)
-    encoded = encode(options, seed, encoder, _identity(tokenizer, template.source))
-    if template.turn_end is None:
-        encoded.ledger.note("The template closes no turn, so no end token is trained and answers will not stop by it.")
-    return encoded
-
-
-def texts(options: DataOptions, seed: int, tokenizer: PreTrainedTokenizerFast, column: str) -> Encoded:
-    """Encode text files; see `encode`."""
-    encoder = partial(encode_texts, tokenizer=tokenizer, column=column, options=options)
-    return encode(options, seed, encoder, _identity(tokenizer, column))
-
-
-def _identity(tokenizer: PreTrainedTokenizerFast, rest: str) -> str:
-    """What an encoding depends on beside rows and options; which token is the bos or eos is not in the backend."""
-    return fingerprint(tokenizer.backend_tokenizer.to_str(), sorted(tokenizer.special_tokens_map.items()), rest)

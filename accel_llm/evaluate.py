@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from accel_llm import attention
 from accel_llm.data import Rows
 from accel_llm.distributed import bare, global_sum, strategy
-from accel_llm.losses import count_targets, next_token_loss
+from accel_llm.losses import count_targets, next_token_loss, total_weight
 from accel_llm.metrics import Meter
 from accel_llm.models import pad_id
 from accel_llm.options import TrainOptions
@@ -77,13 +77,13 @@ class Answer:
 def mean_loss(
     accelerator: Accelerator, model: Any, rows: Rows, options: TrainOptions, pad_token_id: int
 ) -> dict[str, float]:
-    """Mean next-token loss over every labelled token of `rows`, and its exponential."""
+    """Mean next-token loss over every labelled token of `rows`, weighted as they are, and its exponential."""
     empty: Row = (np.full(2, pad_token_id, np.int32), np.full(2, -100, np.int32))
     order, offsets = (
         pack(rows.lengths, options.max_length) if options.packing else (np.arange(len(rows)), np.arange(len(rows) + 1))
     )
     size, world = options.per_device_eval_batch_size, accelerator.num_processes
-    sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+    sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
     model.eval()
     with torch.no_grad():
         # Every process makes the same number of forward passes: under sharding each one is a collective.
@@ -91,13 +91,18 @@ def mean_loss(
             mine = range(first + accelerator.process_index * size, first + (accelerator.process_index + 1) * size)
             chosen = [k for b in mine if b < len(offsets) - 1 for k in order[offsets[b] : offsets[b + 1]]]
             documents = [rows[int(k)] for k in chosen] or [empty]
-            batch = collate_packed(documents) if options.packing else collate_padded(documents, pad_token_id)
+            weights = rows.weights_of(chosen)
+            if options.packing:
+                batch = collate_packed(documents, weights)
+            else:
+                batch = collate_padded(documents, pad_token_id, weights)
             batch = to_device(batch, accelerator.device)
             sums[0] += next_token_loss(model, batch)
-            sums[1] += count_targets(batch["labels"])
+            sums[1] += total_weight(batch)
+            sums[2] += count_targets(batch["labels"])
     model.train()
-    total, count = global_sum(accelerator, sums).tolist()
-    loss = total / max(count, 1)
+    total, weight, count = global_sum(accelerator, sums).tolist()
+    loss = total / (weight or 1)
     return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0)), "eval/supervised_tokens": int(count)}
 
 

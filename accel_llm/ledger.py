@@ -5,9 +5,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 TRAINED, CUT, DROPPED = "trained", "cut", "dropped"
+EXAMPLES = 3  # rows shown for each reason to drop one
 QUANTITIES = ("rows", "supervised", "context")
 
 
@@ -22,12 +24,14 @@ class Ledger:
     `read` records what a source holds once it is encoded, `count` where that ended; the two must agree in `balance`.
     Bins are `trained`, `cut: <reason>` and `dropped: <reason>`, of which the last two are lost, or any other name for
     what is kept elsewhere (`held out`). A shortened row counts as trained, its missing tokens as `cut` with no row.
+    `examples` are the first rows that were dropped for each reason, a sentence each.
     """
 
     inputs: dict[str, Counter[str]] = field(default_factory=dict)
     bins: dict[str, dict[str, Counter[str]]] = field(default_factory=dict)
     turns: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
+    examples: dict[str, list[str]] = field(default_factory=dict)
 
     def read(self, source: str, rows: int = 1, supervised: int = 0, context: int = 0) -> None:
         """Rows that a source holds, and the tokens they encode to before anything is cut."""
@@ -47,6 +51,12 @@ class Ledger:
         """Something a reader of the numbers should know, kept once."""
         if sentence not in self.notes:
             self.notes.append(sentence)
+
+    def example(self, reason: str, sentence: str) -> None:
+        """A row that was dropped; the first three of a reason are kept to be shown."""
+        kept = self.examples.setdefault(reason, [])
+        if len(kept) < EXAMPLES:
+            kept.append(sentence)
 
     def balance(self) -> None:
         """Raises RuntimeError if some row or token of a source is in no bin, or in two."""
@@ -76,6 +86,9 @@ class Ledger:
         self.turns.update(other.turns)
         for sentence in other.notes:
             self.note(sentence)
+        for reason, sentences in other.examples.items():
+            for sentence in sentences:
+                self.example(reason, sentence)
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON; `from_dict` reads it back."""
@@ -84,6 +97,7 @@ class Ledger:
             "bins": {source: {bin: dict(c) for bin, c in bins.items()} for source, bins in self.bins.items()},
             "turns_without_label": dict(self.turns),
             "notes": list(self.notes),
+            "examples": {reason: list(sentences) for reason, sentences in self.examples.items()},
         }
 
     @classmethod
@@ -93,6 +107,7 @@ class Ledger:
             bins={s: {bin: Counter(c) for bin, c in bins.items()} for s, bins in written["bins"].items()},
             turns=Counter(written["turns_without_label"]),
             notes=list(written["notes"]),
+            examples={reason: list(sentences) for reason, sentences in written.get("examples", {}).items()},
         )
 
     def table(self) -> Table:
@@ -107,7 +122,8 @@ class Ledger:
             for bin, amount in sorted(self.bins.get(source, {}).items(), key=lambda item: (_lost(item[0]), item[0])):
                 table.add_row("", bin, *_cells(amount), style="red" if _lost(bin) else None)
         turns = [f"{turns:,} turns without a label: {reason}" for reason, turns in self.turns.items()]
-        table.caption = "\n".join(turns + self.notes) or None
+        dropped = [f"dropped, {reason}: {one}" for reason, some in self.examples.items() for one in some]
+        table.caption = "\n".join(map(escape, turns + self.notes + dropped)) or None
         return table
 
 

@@ -21,13 +21,22 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-3, tor
 
 
 def next_token_loss(model: nn.Module, batch: dict) -> torch.Tensor:
-    """Sum, float32 [], of the cross-entropies of a batch's labelled tokens; `model` may be wrapped, see `attach`."""
-    return model(**model_kwargs(batch), labels=batch["labels"], use_cache=False).loss
+    """Sum, float32 [], of the cross-entropies of a batch's labelled tokens, each times its weight where the batch has
+    `weights`; `model` may be wrapped, see `attach`."""
+    weights = {"weights": batch["weights"]} if "weights" in batch else {}
+    return model(**model_kwargs(batch), labels=batch["labels"], use_cache=False, **weights).loss
 
 
 def count_targets(labels: torch.Tensor) -> torch.Tensor:
     """How many of `labels` [B, L] the loss sums over, int64 []: a row's first token has nothing to predict it."""
     return (labels[:, 1:] != IGNORED).sum()
+
+
+def total_weight(batch: dict) -> torch.Tensor:
+    """What the loss of a batch is to be divided by, float64 []: its targets, each times its weight if it has one."""
+    if "weights" not in batch:
+        return count_targets(batch["labels"]).double()
+    return batch["weights"][:, 1:].double()[batch["labels"][:, 1:] != IGNORED].sum()
 
 
 def attach(model: PreTrainedModel, tokens_per_batch: int) -> LossPath:
@@ -44,10 +53,17 @@ def attach(model: PreTrainedModel, tokens_per_batch: int) -> LossPath:
 
     # transformers' generate reads from the signature which inputs the model takes
     @functools.wraps(type(model).forward)
-    def forward(self: PreTrainedModel, *args, labels: torch.Tensor | None = None, **kwargs):
+    def forward(
+        self: PreTrainedModel,
+        *args,
+        labels: torch.Tensor | None = None,
+        weights: torch.Tensor | None = None,
+        **kwargs,
+    ):
         if labels is None:
             return type(self).forward(self, *args, **kwargs)
-        return CausalLMOutputWithPast(loss=PATHS[self.loss_path](self, *args, labels=labels, **kwargs))  # type: ignore
+        path = PATHS[self.loss_path]  # type: ignore
+        return CausalLMOutputWithPast(loss=path(self, *args, labels=labels, weights=weights, **kwargs))  # type: ignore
 
     vocab_size = model.config.get_text_config().vocab_size
     model.loss_chunks = max(1, -(-tokens_per_batch * vocab_size * 4 // LOGITS_BYTES))  # type: ignore
@@ -103,23 +119,35 @@ def _random_batch(vocab_size: int, device: torch.device | str) -> dict:
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def _own_loss(model: PreTrainedModel, *args, labels: torch.Tensor, **kwargs) -> torch.Tensor:
+def _own_loss(
+    model: PreTrainedModel, *args, labels: torch.Tensor, weights: torch.Tensor | None, **kwargs
+) -> torch.Tensor:
     hidden = model.base_model(*args, **kwargs)[0]
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()  # the one place where labels are shifted
     labelled = (targets != IGNORED).nonzero().squeeze(1)
-    hidden, targets = hidden.flatten(0, 1).index_select(0, labelled), targets.index_select(0, labelled)
+    given = [hidden.flatten(0, 1).index_select(0, labelled), targets.index_select(0, labelled)]
+    if weights is not None:
+        given.append(F.pad(weights[:, 1:], (0, 1)).flatten().index_select(0, labelled))
     chunks: int = model.loss_chunks  # type: ignore
     if chunks == 1:
-        return _chunk_loss(model, hidden, targets)
+        return _chunk_loss(model, *given)
     # Under ZeRO-3 and FSDP2 a use of the head is a collective: every rank makes as many, whatever its labels, so a
     # chunk may be empty
-    pairs = zip(hidden.tensor_split(chunks), targets.tensor_split(chunks), strict=True)
-    return torch.stack([checkpoint(_chunk_loss, model, *pair, use_reentrant=False) for pair in pairs]).sum()
+    parts = zip(*(tensor.tensor_split(chunks) for tensor in given), strict=True)
+    return torch.stack([checkpoint(_chunk_loss, model, *part, use_reentrant=False) for part in parts]).sum()
 
 
-def _chunk_loss(model: PreTrainedModel, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def _chunk_loss(
+    model: PreTrainedModel, hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None = None
+) -> torch.Tensor:
     """Sum of cross-entropies, float32 [], of hidden [n, width] for targets [n]; 0 with a graph where n is 0."""
-    return F.cross_entropy(_logits(model, hidden).float(), targets, reduction="sum")
+    return _summed(_logits(model, hidden).float(), targets, weights)
+
+
+def _summed(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    if weights is None:
+        return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+    return (F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none") * weights).sum()
 
 
 def _logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
@@ -137,20 +165,26 @@ def _logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def _stock_loss(model: PreTrainedModel, *args, labels: torch.Tensor, **kwargs) -> torch.Tensor:
+def _stock_loss(
+    model: PreTrainedModel, *args, labels: torch.Tensor, weights: torch.Tensor | None, **kwargs
+) -> torch.Tensor:
     targets = labels[:, 1:]
     columns = (targets != IGNORED).any(0).nonzero().squeeze(1)
     if not len(columns):
         columns = columns.new_zeros(1)  # keep the graph: every rank takes part in the backward
     output = type(model).forward(model, *args, logits_to_keep=columns, **kwargs)
     logits, targets = output.logits.flatten(0, 1).float(), targets[:, columns].flatten()
-    loss = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+    loss = _summed(logits, targets, None if weights is None else weights[:, 1:][:, columns].flatten())
     if getattr(output, "aux_loss", None) is not None:  # a mean over the tokens, weighed like one more term of each
-        loss = loss + model.router_aux_loss_coef * output.aux_loss * count_targets(labels)
+        given = {"labels": labels} if weights is None else {"labels": labels, "weights": weights}
+        loss = loss + model.router_aux_loss_coef * output.aux_loss * total_weight(given).float()
     return loss
 
 
-def _family_loss(model: PreTrainedModel, *args, labels: torch.Tensor, **kwargs) -> torch.Tensor:
+def _family_loss(
+    model: PreTrainedModel, *args, labels: torch.Tensor, weights: torch.Tensor | None, **kwargs
+) -> torch.Tensor:
+    assert weights is None, "families know no weights"
     return type(model).forward(model, *args, labels=labels, **kwargs).loss * count_targets(labels)
 
 

@@ -11,6 +11,7 @@ from peft.utils import load_peft_weights, set_peft_model_state_dict
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
+from accel_llm import vocabulary
 from accel_llm.adapter import read_config
 from accel_llm.attention import causal_lm
 from accel_llm.errors import ConfigError
@@ -60,22 +61,26 @@ def base_of(adapter: Path, named: str | None, field: str = "base") -> str:
 
 
 def load(adapter: Path, base: str, dtype: torch.dtype | str, trust_remote_code: bool) -> PeftModel:
-    """The base model with the adapter on it, every weight of both in use.
+    """The base model with the adapter on it, every weight of both in use, and a row for each token the adapter added.
 
     Raises:
         ConfigError: one of them cannot be loaded, or they are not made for each other.
     """
-    task = read_config(adapter).get("task_type")
+    settings = read_config(adapter)
+    task = settings.get("task_type")
     if task not in (None, "CAUSAL_LM"):
         raise ConfigError(f"adapter: {adapter} was trained for {task}; only adapters of causal LMs are taken.")
     model = load_whole(base, "base", dtype=dtype, trust_remote_code=trust_remote_code)
     try:
+        weights = load_peft_weights(str(adapter), device="cpu")
+        rows = model.config.get_text_config().vocab_size
+        vocabulary.extend(model, range(rows, vocabulary.rows_of_adapter(model, settings, weights)))
         with warnings.catch_warnings():
             # PEFT 0.21 leaves weights that the adapter's file lacks as they were drawn, and only warns.
             warnings.filterwarnings("error", "Found missing adapter keys")
             wrapped = PeftModel.from_pretrained(model, str(adapter))
         # It says nothing at all about weights that found no place, so they are put there once more.
-        unused = set_peft_model_state_dict(wrapped, load_peft_weights(str(adapter), device="cpu")).unexpected_keys
+        unused = set_peft_model_state_dict(wrapped, weights).unexpected_keys
         if unused:
             raise ValueError(f"{len(unused)} of its weights have no place there, such as {min(unused)}")
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, UserWarning) as error:

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from accel_llm.config import resolved
 from accel_llm.distributed import global_sum
-from accel_llm.losses import count_targets
+from accel_llm.losses import count_targets, total_weight
 from accel_llm.options import RunOptions
 from accel_llm.stream import Batch, Plan
 
@@ -36,7 +36,9 @@ class Meter:
         self.progress = _progress(accelerator, plan, first_step)
 
     def _reset(self) -> None:
-        self.sums = torch.zeros(3, dtype=torch.float64, device=self.accelerator.device)  # loss, targets, tokens
+        self.sums = torch.zeros(
+            4, dtype=torch.float64, device=self.accelerator.device
+        )  # loss, its weight, targets, tokens
         self.since = time.perf_counter()
 
     def add(self, loss: torch.Tensor, batch: Batch) -> None:
@@ -44,9 +46,10 @@ class Meter:
         tokens = batch["attention_mask"].sum() if "attention_mask" in batch else batch["input_ids"].numel()
         targets = count_targets(batch["labels"])
         self.sums[0] += loss.detach()
-        self.sums[1] += targets
+        self.sums[1] += total_weight(batch)
+        self.sums[2] += targets
         # Without targets it is no row at all but what fills a slot of the last step.
-        self.sums[2] += tokens * (targets > 0)
+        self.sums[3] += tokens * (targets > 0)
 
     def log(self, step: int, learning_rate: float, grad_norm: torch.Tensor | float) -> None:
         """Report step `step` (from 1) when it is due: every `logging_steps`, and the first and last one."""
@@ -54,13 +57,13 @@ class Meter:
             self.progress.update(self.progress.task_ids[0], completed=step)
         if step % self.options.logging_steps and step not in (1, self.plan.total_steps):
             return
-        loss, targets, tokens = global_sum(self.accelerator, self.sums).tolist()
+        loss, weight, targets, tokens = global_sum(self.accelerator, self.sums).tolist()
         seconds = time.perf_counter() - self.since
         self.supervised += int(targets)
         self.write(
             step,
             {
-                "loss": loss / max(targets, 1),
+                "loss": loss / (weight or 1),
                 "learning_rate": learning_rate,
                 "grad_norm": float(grad_norm),
                 "tokens_per_second": round(tokens / seconds, 1),

@@ -184,7 +184,7 @@ def load_model(options: TrainOptions) -> PreTrainedModel:
         arguments["attn_implementation"] = options.attn_implementation
     arguments |= {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
     model = load_whole(str(options.model_name_or_path), **arguments)
-    return configure(model, options, options.packing)
+    return configure(model, options, bool(options.packing))
 
 
 def load_whole(name: str, field: str = "model_name_or_path", **arguments: Any) -> PreTrainedModel:
@@ -230,12 +230,18 @@ def build_model(config: PreTrainedConfig, options: TrainOptions) -> PreTrainedMo
     """A causal LM with fresh weights (float32; seeded by the caller)."""
     chosen = {} if options.attn_implementation == "auto" else {"attn_implementation": options.attn_implementation}
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **chosen)
-    return configure(model, options, options.packing)
+    return configure(model, options, bool(options.packing))
 
 
-def check_token_ids(parts: list[np.ndarray], config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Raises ConfigError when the data holds an id that the embedding has no row for."""
-    rows, largest = config.get_text_config().vocab_size, max(int(input_ids.max()) for input_ids in parts)
+def check_token_ids(
+    parts: list[np.ndarray],
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    new_tokens: range = range(0),
+) -> None:
+    """Raises ConfigError when the data holds an id that the embedding has no row for, nor will get one."""
+    rows = max(config.get_text_config().vocab_size, new_tokens.stop if new_tokens else 0)
+    largest = max(int(input_ids.max()) for input_ids in parts)
     if largest >= rows:
         token = tokenizer.convert_ids_to_tokens(largest)
         raise ConfigError(

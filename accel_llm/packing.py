@@ -37,6 +37,19 @@ def pack(lengths: np.ndarray, capacity: int, rng: np.random.Generator | None = N
     return Bins(order[np.arange(len(order)) + shift], shuffled)
 
 
+def pack_in_order(lengths: np.ndarray, capacity: int) -> Bins:
+    """Assign documents to rows of at most `capacity` tokens in the order in which they come: a row takes the next ones
+    until one does not fit. Raises ValueError for a length outside 1..capacity."""
+    lengths = np.asarray(lengths, np.int64)
+    if len(lengths) and not 1 <= lengths.min() <= lengths.max() <= capacity:
+        raise ValueError(f"lengths run from {lengths.min()} to {lengths.max()}, allowed are 1 to capacity={capacity}")
+    ends = np.concatenate([[0], np.cumsum(lengths)])
+    offsets = [0]
+    while offsets[-1] < len(lengths):
+        offsets.append(int(np.searchsorted(ends, ends[offsets[-1]] + capacity, "right")) - 1)
+    return Bins(np.arange(len(lengths)), np.array(offsets, np.int64))
+
+
 def _by_length(lengths: np.ndarray, capacity: int, rng: np.random.Generator | None) -> np.ndarray:
     # numpy's stable sort is a radix sort, linear in the documents, for 16-bit keys only
     keys = lengths.astype(np.uint16 if capacity < 2**16 else np.int64)
@@ -95,19 +108,21 @@ def _place(groups: list[tuple[int, tuple]], by_length: np.ndarray, starts: np.nd
     return order, np.repeat(np.array(sizes, np.int64), np.array([bins for bins, _ in groups], np.int64))
 
 
-def collate_packed(rows: list[tuple[np.ndarray, np.ndarray]]) -> dict:
+def collate_packed(rows: list[tuple[np.ndarray, np.ndarray]], weights: list[np.ndarray] | None = None) -> dict:
     """Concatenate documents (ids [n], labels [n]) to one padding-free row of T tokens.
 
     `input_ids`, `labels` and `position_ids` (0 at each document's start) are int64 [1, T]; `cu_seqlens` int32
     [documents + 1] holds the boundaries from 0 to T, `max_seqlen` the longest document. The first token of a
-    document is never a label: nothing before it in the row may predict it.
+    document is never a label: nothing before it in the row may predict it. With `weights` of each document [n] the
+    batch has `weights` too, float32 [1, T].
     """
     lengths = np.array([len(ids) for ids, _ in rows])
     ends = np.cumsum(lengths)
     starts = ends - lengths
     labels = np.concatenate([row_labels for _, row_labels in rows])
     labels[starts] = IGNORED
-    return {
+    weighted = {} if weights is None else {"weights": torch.from_numpy(np.concatenate(weights))[None]}
+    return weighted | {
         "input_ids": _row(np.concatenate([ids for ids, _ in rows])),
         "labels": _row(labels),
         "position_ids": _row(np.arange(ends[-1]) - np.repeat(starts, lengths)),
@@ -120,8 +135,11 @@ def _row(values: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(values.astype(np.int64, copy=False))[None]
 
 
-def collate_padded(rows: list[tuple[np.ndarray, np.ndarray]], pad_token_id: int) -> dict:
-    """Stack documents (ids [n], labels [n]) to `input_ids`, `labels`, `attention_mask`, int64 [B, longest].
+def collate_padded(
+    rows: list[tuple[np.ndarray, np.ndarray]], pad_token_id: int, weights: list[np.ndarray] | None = None
+) -> dict:
+    """Stack documents (ids [n], labels [n]) to `input_ids`, `labels`, `attention_mask`, int64 [B, longest]; with
+    `weights` of each document [n] also `weights`, float32 [B, longest].
 
     Padding stands on the right, is never a label and never attended to, whatever token it is. A first token is never a
     label here either: behind the virtual tokens of prompt tuning it would be one more target than was counted.
@@ -135,4 +153,9 @@ def collate_padded(rows: list[tuple[np.ndarray, np.ndarray]], pad_token_id: int)
         labels[i, : len(ids)] = torch.from_numpy(np.asarray(row_labels, np.int64))
         attention_mask[i, : len(ids)] = 1
     labels[:, 0] = IGNORED
-    return {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
+    batch = {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
+    if weights is not None:
+        batch["weights"] = torch.ones(shape)
+        for i, row_weights in enumerate(weights):
+            batch["weights"][i, : len(row_weights)] = torch.from_numpy(np.asarray(row_weights, np.float32))
+    return batch

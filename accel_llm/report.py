@@ -216,6 +216,7 @@ def _ledger(written: dict[str, Any]) -> str:
     lost_rows, lost_tokens = ledger.lost_share()
     remarks = [f"{lost_rows:.2%} of the rows and {lost_tokens:.2%} of the supervised tokens were cut or dropped."]
     remarks += [f"{count:,} turns without a label: {reason}" for reason, count in ledger.turns.items()] + ledger.notes
+    remarks += [f"dropped, {reason}: {one}" for reason, some in ledger.examples.items() for one in some]
     told = "".join(f"<p>{_text(remark)}</p>" for remark in remarks)
     head = "".join(f"<th>{name}</th>" for name in ("Source", "Bin", "Rows", "Supervised tokens", "Context tokens"))
     table = f'<div class="scroll"><table class="ledger"><tr>{head}</tr>{"".join(rows)}</table></div>{told}'

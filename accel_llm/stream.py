@@ -6,7 +6,7 @@ function of (seed, epoch): a resumed run needs nothing but a step number, whatev
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,9 @@ import torch
 from accel_llm.data import Rows
 from accel_llm.distributed import accumulation_steps, rows_per_step
 from accel_llm.options import TrainOptions
-from accel_llm.packing import collate_packed, collate_padded, pack
+from accel_llm.order import arranged, mixed
+from accel_llm.packing import collate_packed, collate_padded
+from accel_llm.sources import source_of
 
 Batch = dict[str, Any]
 
@@ -45,21 +47,15 @@ class Stream:
         self.rows, self.options = rows, options
         self.rank, self.world, self.pad = rank, world, pad_token_id
         self.accumulation = accumulation_steps(options)
-        self._epoch = lru_cache(maxsize=2)(self._build_epoch)
-        bins, per_step = len(self._epoch(0)[1]) - 1, rows_per_step(options)
+        weights = [source_of(place).weight for place in options.train_files]
+        self.mixed, self._lengths = mixed(rows.source, weights, options.seed), rows.lengths
+        self._epoch = lru_cache(maxsize=2)(partial(arranged, self.mixed, self._lengths, options))
+        bins, per_step = len(self._epoch(0).offsets) - 1, rows_per_step(options)
         if options.max_steps is not None:
             self.plan = Plan(bins, per_step, None, options.max_steps)
         else:
             total = max(1, round(options.num_train_epochs * bins))
             self.plan = Plan(bins, per_step, total, -(-total // per_step))
-
-    def _build_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows in order and where each bin begins in it: (int64 [rows], int64 [bins + 1])."""
-        rng = np.random.Generator(np.random.Philox(key=[self.options.seed, epoch]))
-        if self.options.packing:
-            packed = pack(self.rows.lengths, self.options.max_length, rng)
-            return packed.order, packed.offsets
-        return rng.permutation(len(self.rows)), np.arange(len(self.rows) + 1)
 
     def documents(self, position: int) -> list[int]:
         """The rows of bin `position` of the endless sequence; none beyond the end of the last epoch."""
@@ -75,7 +71,8 @@ class Stream:
         slots = range(first, min(first + size, self.plan.rows_per_step))
         chosen = [k for slot in slots for k in self.documents(step * self.plan.rows_per_step + slot)]
         rows = [self.rows[k] for k in chosen] or [(np.full(2, self.pad, np.int32), np.full(2, -100, np.int32))]
-        return collate_packed(rows) if self.options.packing else collate_padded(rows, self.pad)
+        weights = self.rows.weights_of(chosen)
+        return collate_packed(rows, weights) if self.options.packing else collate_padded(rows, self.pad, weights)
 
     def batches(self, first_step: int = 0) -> Iterator[Batch]:
         """Micro-batches from the start of `first_step` on."""

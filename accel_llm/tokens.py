@@ -11,11 +11,13 @@ from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerBase
 
 from accel_llm.errors import DataError
+from accel_llm.words import Words
 
 # Unicode noncharacters: never part of a text that is meant to be read, and untouched by `trim`.
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
 _GUARDED = re.compile(f"{OPEN}([^{OPEN}{CLOSE}]+){CLOSE}")
-_TAG = re.compile(r"</?\w+>")
+# Special tokens of some tokenizers, yet people write them in their data on purpose.
+_TAG = re.compile(r"</?(?:think|thinking|reasoning|answer|tool_calls?|tool_response|tools)>")
 
 
 class Span(NamedTuple):
@@ -26,9 +28,12 @@ class Span(NamedTuple):
 
 
 class Tokens:
-    """A fast tokenizer without all that its files may switch on: nothing is added, padded or cut."""
+    """A fast tokenizer without all that its files may switch on: nothing is added, padded or cut.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+    With `allow_special_in_text` control tokens in what people wrote are control tokens, not text.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, allow_special_in_text: bool = False):
         # A copy: files saved during a training run carry padding and truncation (and any padded call switches them on
         # again), and the post-processor would report offsets without the space that belongs to a token.
         backend: Any = tokenizer.backend_tokenizer
@@ -41,12 +46,19 @@ class Tokens:
         self._swallows_spaces = tuple(token.content for token in added if token.rstrip)
         self.added_pattern = _any_of(self._literals)
         named = set(tokenizer.special_tokens_map.values())
-        # `<think>` and its like are special tokens of some tokenizers, yet people write them in their data on purpose.
-        self._control = re.compile(
-            _any_of(t.content for t in added if t.special and (t.content in named or not _TAG.fullmatch(t.content)))
-        )
+        self._control_tokens = [
+            token.content
+            for token in added
+            if token.special
+            and not allow_special_in_text
+            and (token.content in named or not _TAG.fullmatch(token.content))
+        ]
+        self._control = re.compile(_any_of(self._control_tokens))
         self._added = re.compile(f"({self.added_pattern})")
-        self._splits_plainly = not any(token.lstrip or token.rstrip or token.single_word for token in added)
+        self._added_ids = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
+        self._words = Words(self._backend)
+        splits_plainly = not any(token.lstrip or token.rstrip or token.single_word for token in added)
+        self._words_alone = self._words.supported and splits_plainly
         self._newline_ids = self._ids("\n")
         # SentencePiece-like tokenizers put a space before a text; others can be fed piece by piece.
         self._cuts_freely = self._ids("\na") == self._newline_ids + self._ids("a")
@@ -58,8 +70,18 @@ class Tokens:
         return len(self._ids(token)) == 1
 
     def guard(self, value: Any) -> Any:
-        """Marks control tokens inside what people wrote, all through nested messages or tools, as text."""
+        """Marks control tokens inside what people wrote, all through nested messages or tools, as text.
+
+        Raises DataError where people wrote the marks themselves.
+        """
         if isinstance(value, str):
+            if OPEN in value or CLOSE in value:
+                raise DataError(
+                    f"content: holds {OPEN!a} or {CLOSE!a}, Unicode noncharacters that no text may hold",
+                    "noncharacters",
+                )
+            if not any(map(value.__contains__, self._control_tokens)):
+                return value
             return self._control.sub(rf"{OPEN}\g<0>{CLOSE}", value)
         if isinstance(value, dict):
             return {key: self.guard(item) for key, item in value.items()}
@@ -67,14 +89,9 @@ class Tokens:
             return [self.guard(item) for item in value]
         return value
 
-    def encode(
-        self, text: str, spans: list[Span], known: dict[str, list[int]] | None = None
-    ) -> tuple[list[int], list[Span]]:
-        """Ids of `text` (marks of `guard` removed) and, for each span of characters in order, its span of tokens.
-
-        `known` remembers the ids of what stands between added tokens, for texts that share most of their content.
-        """
-        guarded = _GUARDED.search(text) is not None
+    def encode(self, text: str, spans: list[Span]) -> tuple[list[int], list[Span]]:
+        """Ids of `text` (marks of `guard` removed) and, for each span of characters in order, its span of tokens."""
+        guarded = OPEN in text and _GUARDED.search(text) is not None
         if not guarded and not (
             self._cuts_freely and all(text.endswith(self._literals, 0, span.end) for span in spans)
         ):
@@ -86,8 +103,8 @@ class Tokens:
         pieces = [text[start:end] for start, end in zip(cuts, [*cuts[1:], len(text)], strict=True)]
         if guarded:
             parts = [self._guarded_ids(piece, continued=index > 0) for index, piece in enumerate(pieces)]
-        elif known is not None and self._splits_plainly:
-            parts = [self._remembered_ids(piece, known) for piece in pieces]
+        elif self._words_alone:
+            parts = list(map(self._piece_ids, pieces))
         else:
             parts = [part.ids for part in self._backend.encode_batch_fast(pieces, add_special_tokens=False)]
         borders = list(accumulate(map(len, parts)))
@@ -95,12 +112,14 @@ class Tokens:
             Span(*pair) for pair in zip(borders[0::2], borders[1::2], strict=False)
         ]
 
-    def _remembered_ids(self, piece: str, known: dict[str, list[int]]) -> list[int]:
+    def _piece_ids(self, piece: str) -> list[int]:
         ids: list[int] = []
-        for part in self._added.split(piece):
-            if part not in known:
-                known[part] = self._ids(part)
-            ids += known[part]
+        for index, part in enumerate(self._added.split(piece)):
+            if index % 2:
+                ids.append(self._added_ids[part])
+            elif part:
+                found = self._words.encode(part)
+                ids += self._ids(part) if found is None else found
         return ids
 
     def _encode_whole(self, text: str, spans: list[Span], continued: bool = False) -> tuple[list[int], list[Span]]:

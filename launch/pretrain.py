@@ -14,7 +14,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from accel_llm import adapter, checkpoint, data, demo, display, distributed, encode, losses, models, optim, report
+from accel_llm import adapter, checkpoint, demo, display, distributed, encode, losses, models, optim, report, sources
 from accel_llm.config import parse, resolved
 from accel_llm.errors import check, run
 from accel_llm.evaluate import Evaluation
@@ -33,7 +33,7 @@ class Options(PretrainOptions, TrainOptions):
 
 def main() -> None:
     options = demo.resolve(parse(Options, sys.argv[1:], DEFAULTS))
-    check(models.problems(options) + data.problems(options))
+    check(models.problems(options) + sources.problems(options))
     distributed.quiet()
     accelerator = distributed.build_accelerator(options)
     tokenizer = models.tokenizer_of(options)

@@ -15,8 +15,21 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from accel_llm import adapter, checkpoint, data, demo, display, distributed, encode, losses, models, optim, report
-from accel_llm.chat import load_template
+from accel_llm import (
+    adapter,
+    checkpoint,
+    demo,
+    display,
+    distributed,
+    encode,
+    losses,
+    models,
+    optim,
+    report,
+    sources,
+    vocabulary,
+)
+from accel_llm.chat import template_of
 from accel_llm.config import resolved
 from accel_llm.errors import check, run
 from accel_llm.evaluate import Evaluation
@@ -46,17 +59,18 @@ def main() -> None:
     options = demo.parse_or_demo(Options, DEMO, sys.argv[1:])
     if options.overfit:
         options = options.with_defaults(BY_HEART)
-    check(models.problems(options) + data.problems(options))
+    check(models.problems(options) + sources.problems(options))
     distributed.quiet()
     accelerator = distributed.build_accelerator(options)
     tokenizer = models.tokenizer_of(options)
-    template = load_template(tokenizer, options.chat_template)
+    new_tokens = vocabulary.add_missing(tokenizer, options)
+    template = template_of(tokenizer, options)
     tokenizer.chat_template = template.source
     config = models.load_config(options, options.max_length)
     encoded = encode.conversations(options, options.seed, tokenizer, template)
     if options.overfit:
         encoded = replace(encoded, eval=encoded.train)
-    models.check_token_ids(encoded.token_ids, config, tokenizer)
+    models.check_token_ids(encoded.token_ids, config, tokenizer, new_tokens)
     stream = Stream(
         encoded.train, options, accelerator.process_index, accelerator.num_processes, models.pad_id(tokenizer)
     )
@@ -67,9 +81,10 @@ def main() -> None:
     start = checkpoint.start(accelerator, options)
     set_seed(options.seed)
     model = models.load_model(options)
+    vocabulary.extend(model, new_tokens)
     losses.attach(model, options.per_device_train_batch_size * options.max_length)
     if options.method != "full":
-        model = adapter.attach(model, options)
+        model = adapter.attach(model, options, new_tokens)
     if options.neftune_noise_alpha:
         optim.neftune(model, options.neftune_noise_alpha)
     optimizer = optim.build_optimizer(model, options, accelerator.device.type, distributed.engine())

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from accel_llm import data, demo, display, distributed, encode, models
-from accel_llm.chat import load_template
+from accel_llm import demo, display, distributed, encode, models, sources, vocabulary
+from accel_llm.chat import template_of
 from accel_llm.errors import check, run
 from accel_llm.metrics import console
 from accel_llm.options import SftOptions, ShowOptions, TrainOptions
@@ -27,22 +27,25 @@ class Options(ShowOptions, SftOptions, TrainOptions):
 def main() -> None:
     options = demo.parse_or_demo(Options, Path(__file__).parent / "recipes" / "demo.yaml", sys.argv[1:])
     # A tokenizer is all that is read of a model, so one with that alone will do.
-    check(data.problems(options) + ([] if options.tokenizer_name else models.problems(options)))
+    check(sources.problems(options) + ([] if options.tokenizer_name else models.problems(options)))
     distributed.quiet()
     tokenizer = models.tokenizer_of(options)
-    template = load_template(tokenizer, options.chat_template)
+    vocabulary.add_missing(tokenizer, options)
+    template = template_of(tokenizer, options)
     encoded = encode.conversations(options, options.seed, tokenizer, template)
     if options.json_lines:
         for k in range(len(encoded.train)):
             ids, labels = encoded.train[k]
+            weights = encoded.train.weights_of([k])
             row = {
-                "row": int(encoded.train.source[k]),
+                "file": encoded.train.origins[encoded.train.origin[k]].file,
+                "row": int(encoded.train.number[k]),
                 "input_ids": ids.tolist(),
                 "labels": labels.tolist(),
                 "text": decode(tokenizer, ids.tolist()),
                 "trained_text": display.trained_text(tokenizer, ids, labels),
             }
-            print(json.dumps(row, ensure_ascii=False))
+            print(json.dumps(row | ({"weights": weights[0].tolist()} if weights else {}), ensure_ascii=False))
         return
     display.rows(tokenizer, encoded.train, 5)
     trained = np.add.reduceat((np.asarray(encoded.train.labels) != -100).astype(np.int64), encoded.train.offsets[:-1])

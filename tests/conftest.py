@@ -5,7 +5,7 @@ import json
 import random
 import string
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from accel_llm import demo, distributed
+from accel_llm.data import ARRAYS, Origin, Part, Rows
 
 ROOT = Path(__file__).parents[1]
 SPECIAL = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]  # ids 0 to 4
@@ -31,6 +32,17 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
     backend.decoder = decoders.Fuse()
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+def rows_of(encoded: Iterable[tuple[int, list[int], list[int]]], weights: list[list[float]] | None = None) -> Rows:
+    """Rows in memory from (row number, ids, labels)."""
+    part = Part()
+    for k, (number, ids, labels) in enumerate(encoded):
+        part.add(ids, labels, weights[k] if weights else None, number, 0, number)
+    arrays = {name: np.array(getattr(part, name), kind) for name, kind in ARRAYS.items()}
+    offsets = np.concatenate([[0], np.cumsum(arrays.pop("lengths"), dtype=np.int64)])
+    found = arrays.pop("weights")
+    return Rows(**arrays, offsets=offsets, weights=found if weights else None, origins=(Origin(0, "rows"),))
 
 
 @pytest.fixture

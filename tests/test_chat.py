@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from accel_llm.chat import NO_PROMPT, NOT_AFTER_PROMPT, REWRITTEN, Encoded, Template, load_template
+from accel_llm.chat import Encoded, Template, load_template
 from accel_llm.errors import ConfigError, DataError
-from accel_llm.marks import marked_template
+from accel_llm.turns import NO_PROMPT, NOT_AFTER_PROMPT, REWRITTEN
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs the shared data folder")
@@ -100,8 +100,6 @@ FILES = {
     "zephyr": "zephyr",
     "gemma": "gemma-it",
 }
-# Asks how many messages there are, so nothing is provable about it, but writes nothing.
-LOOKS_AHEAD = "{{- '' if messages | length > 0 }}"
 CONTROL_TOKENS = {
     "qwen2.5": ["<|im_start|>", "<|im_end|>"],
     "qwen3": ["<|im_start|>", "<|im_end|>"],
@@ -321,70 +319,6 @@ def test_a_mutated_template_is_noticed(family: str, mutation: str, tmp_path: Pat
         check(family, source, tmp_path)
 
 
-# ---- one render for all turns
-
-
-@pytest.mark.parametrize("family", sorted(set(SOURCES) - {"qwen3"}))
-def test_one_marked_render_gives_what_a_render_for_each_turn_gives(family: str, tmp_path: Path) -> None:
-    tokenizer = byte_level(CONTROL_TOKENS[family])
-    assert marked_template(SOURCES[family]) is not None
-    assert marked_template(SOURCES[family] + LOOKS_AHEAD) is None
-    one_render = template_of(tokenizer, SOURCES[family], tmp_path)
-    render_each = template_of(tokenizer, SOURCES[family] + LOOKS_AHEAD, tmp_path)
-    for messages in [
-        *CONVERSATIONS.values(),
-        [*SYSTEM, *MULTI[:1]],
-        [*SYSTEM[:2], {"role": "assistant", "content": "\ufdd2"}],
-    ]:
-        assert one_render.encode(messages) == render_each.encode(messages)
-
-
-LOOP = "{% for message in messages %}{{ message.content }}{% endfor %}"
-AHEAD = {
-    "the last one": LOOP.replace("{{ message", "{{ '!' if loop.last }}{{ message"),
-    "the number of messages": "{{ messages | length }}" + LOOP,
-    "the last message": "{{ messages[-1].content }}" + LOOP,
-    "the second message": "{{ messages[1].content }}" + LOOP,
-    "the rest": "{{ messages[1:] }}" + LOOP,
-    "the next message": LOOP.replace("{{ message", "{{ loop.nextitem.role }}{{ message"),
-    "another name of the list": "{% set all = messages %}" + LOOP.replace("{{ message", "{{ all[-1].role }}{{ message"),
-    "a namespace": "{% set ns = namespace(all=messages) %}"
-    + LOOP.replace("{{ message", "{{ ns.all | length }}{{ message"),
-    "two loops": "{% for m in messages %}{{ m.role }}{% endfor %}" + LOOP,
-    "an early end": LOOP.replace("{{ message", "{% if loop.index > 2 %}{% break %}{% endif %}{{ message"),
-    "the prompt inside the loop": LOOP.replace("{{ message", "{{ add_generation_prompt }}{{ message"),
-    "a filtered loop": LOOP.replace("in messages", "in messages if message.role"),
-    "a memory read at the end": "{% set ns = namespace(n=0) %}"
-    + LOOP.replace("{{ message", "{% set ns.n = ns.n + 1 %}{{ message")
-    + "{{ ns.n }}",
-    "a message at the end": LOOP + "{{ messages[0].content }}",
-    "a branch that is not for tools": LOOP.replace(
-        "{{ message", "{% if message.content == 'tool' %}{{ loop.last }}{% endif %}{{ message"
-    ),
-}
-
-
-@pytest.mark.parametrize("what", AHEAD)
-def test_a_template_that_may_look_ahead_is_not_rendered_once(what: str) -> None:
-    assert marked_template(LOOP) is not None
-    assert marked_template(AHEAD[what]) is None
-
-
-def test_branches_for_tool_results_do_not_matter_without_tools(tmp_path: Path) -> None:
-    source = QWEN25.replace(
-        "{%- endif %}\n{%- endfor %}",
-        "{%- endif %}{%- if message.role == 'tool' and loop.last %}!{%- endif %}\n{%- endfor %}",
-    )
-    assert marked_template(source) is None  # a condition on more than the role proves nothing
-    source = source.replace("message.role == 'tool' and loop.last %}", "message.role == 'tool' %}{{- loop.last }}")
-    assert marked_template(source) is not None
-    tokenizer = byte_level(CONTROL_TOKENS["qwen2.5"])
-    template = template_of(tokenizer, source, tmp_path)
-    (row,) = template.encode(MULTI).rows
-    assert [shown(tokenizer, row)] == EXPECTED["qwen2.5", "multi"]
-    assert "True!" in template.render([*MULTI, {"role": "tool", "content": "4"}])
-
-
 def test_a_tool_call_and_the_answer_after_its_result_are_trained(tmp_path: Path) -> None:
     source = (
         "{%- if tools %}{{- '<|im_start|>system\\n' + (tools | tojson) + '<|im_end|>\\n' }}{%- endif %}"
@@ -565,6 +499,71 @@ def test_markers_and_control_tokens_in_contents_stay_text() -> None:
         assert row.input_ids.count(template.turn_end_id) == 2
         assert row.labels.count(template.turn_end_id) == 1
         assert template.prompt_ids(messages[:1]) == row.input_ids[: len(template.prompt_ids(messages[:1]))]
+
+
+def test_special_tokens_in_text_are_special_only_if_asked_for() -> None:
+    tokenizer = byte_level(CONTROL_TOKENS["qwen2.5"])
+    messages = [{"role": "user", "content": "say <|im_end|>"}, {"role": "assistant", "content": "<|im_end|>"}]
+    for allowed, expected in ((False, 2), (True, 4)):
+        template = load_template(tokenizer, "chatml", allow_special_in_text=allowed)
+        (row,) = template.encode(messages).rows
+        assert row.input_ids.count(template.turn_end_id) == expected
+        assert row.labels.count(template.turn_end_id) == expected / 2
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_the_marks_of_this_program_are_no_text(allowed: bool) -> None:
+    template = load_template(byte_level(CONTROL_TOKENS["qwen2.5"]), "chatml", allow_special_in_text=allowed)
+    for text in ("\ufdd0", "a\ufdd1b"):
+        with pytest.raises(DataError, match=r"content: holds '\\ufdd0' or '\\ufdd1', Unicode noncharacters"):
+            template.encode([SINGLE[0], {"role": "assistant", "content": text}])
+
+
+def test_which_end_tokens_are_trained() -> None:
+    tokenizer = byte_level(CONTROL_TOKENS["qwen2.5"])
+    template = load_template(tokenizer, "chatml")
+    expected = {
+        "turn": ["Hello.<|im_end|>", "It is 4.\n\nSure.<|im_end|>"],
+        "last": ["Hello.", "It is 4.\n\nSure.<|im_end|>"],
+        "none": ["Hello.", "It is 4.\n\nSure."],
+    }
+    for choice, texts in expected.items():
+        (row,) = template.encode(MULTI, train_on_eos=choice).rows  # type: ignore[arg-type]
+        assert trained_texts(tokenizer, row) == texts
+        assert row.input_ids == template.encode(MULTI).rows[0].input_ids
+
+
+def test_the_weight_of_a_message_is_that_of_its_labels() -> None:
+    tokenizer = byte_level(CONTROL_TOKENS["qwen2.5"])
+    messages = [*MULTI[:1], {**MULTI[1], "weight": 0.5}, *MULTI[2:]]
+    (row,) = load_template(tokenizer, "chatml").encode(messages).rows
+    (plain,) = load_template(tokenizer, "chatml").encode(MULTI).rows
+    assert (row.input_ids, row.labels) == (plain.input_ids, plain.labels) and plain.weights is None
+    assert row.weights is not None
+    first = len(tokenizer("Hello.<|im_end|>").input_ids)
+    trained = [weight for weight, label in zip(row.weights, row.labels, strict=True) if label != -100]
+    assert trained == [0.5] * first + [1.0] * (len(trained) - first)
+    messages[1] = {**MULTI[1], "weight": 0}
+    (row,) = load_template(tokenizer, "chatml").encode(messages).rows
+    assert trained_texts(tokenizer, row) == ["It is 4.\n\nSure.<|im_end|>"]
+
+
+def test_variables_of_the_template_for_all_and_for_one_conversation(tmp_path: Path) -> None:
+    tokenizer = byte_level(CONTROL_TOKENS["qwen3"])
+    path = tmp_path / "qwen3.jinja"
+    path.write_text(QWEN3, encoding="utf-8")
+    always = load_template(tokenizer, str(path), {"enable_thinking": False})
+    never = load_template(tokenizer, str(path))
+    for template, variables, trained in (
+        (never, None, "<think>\n\n</think>\n\nHello.<|im_end|>"),
+        (never, {"enable_thinking": False}, "Hello.<|im_end|>"),
+        (always, None, "Hello.<|im_end|>"),
+        (always, {"enable_thinking": True}, "<think>\n\n</think>\n\nHello.<|im_end|>"),
+    ):
+        for _ in range(2):
+            (row,) = template.encode(SINGLE, variables=variables).rows
+            assert trained_texts(tokenizer, row) == [trained]
+    assert never.prompt_ids(SINGLE[:1], variables={"enable_thinking": False}) == always.prompt_ids(SINGLE[:1])
 
 
 def test_unicode_is_not_cut() -> None:

@@ -12,11 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 
-from accel_llm.chat import load_template
+from accel_llm.chat import Template, load_template
+from accel_llm.chunks import Chunk, Encoder, SourceRow, encode_chunk
 from accel_llm.data import Rows
-from accel_llm.encode import conversations, encode_conversations, encode_texts, texts
+from accel_llm.encode import conversations, texts
 from accel_llm.errors import ConfigError, DataError
 from accel_llm.options import DataOptions
+from accel_llm.sources import Row
 
 TOKENIZER = character_tokenizer()
 CHATML = load_template(TOKENIZER, "chatml")
@@ -45,6 +47,19 @@ def shown(ids: list[int] | np.ndarray, labels: list[int] | np.ndarray) -> str:
             inside = not inside
         text += TOKENIZER.convert_ids_to_tokens(token)
     return text + ("⟧" if inside else "")
+
+
+def chunk_of(rows: list[dict[str, Any]], options: DataOptions, template: Template | None = CHATML) -> Chunk:
+    """Rows 1, 2, ... of file and source `a`."""
+    encoder = Encoder(options, TOKENIZER, template, ["a"], [(options.data_format, options.columns)])
+    return encode_chunk([SourceRow(0, 0, Row("a", number, row)) for number, row in enumerate(rows, 1)], encoder)
+
+
+def pieces_of(chunk: Chunk) -> list[tuple[int, list[int], list[int]]]:
+    """(row number, ids, labels) of what is kept."""
+    ends = np.cumsum([0, *chunk.part.lengths]).tolist()
+    ids, labels = chunk.part.input_ids.tolist(), chunk.part.labels.tolist()
+    return [(number, ids[a:b], labels[a:b]) for number, a, b in zip(chunk.part.number, ends, ends[1:], strict=False)]
 
 
 def all_shown(rows: Rows) -> list[str]:
@@ -103,13 +118,13 @@ POLICIES = [
 @pytest.mark.parametrize("policy, max_length, expected, counted", POLICIES)
 def test_each_policy_keeps_exactly_what_it_says(policy, max_length, expected, counted):
     options = DataOptions(overlong=policy, max_length=max_length)
-    chunk = encode_conversations([("a", 7, conversation(TALK))], CHATML, options)
-    assert [shown(ids, labels) for _, ids, labels in chunk.rows] == expected
-    assert [number for number, _, _ in chunk.rows] == [7] * len(expected)
+    chunk = chunk_of([conversation(TALK)], options)
+    assert [shown(ids, labels) for _, ids, labels in pieces_of(chunk)] == expected
+    assert chunk.part.number.tolist() == [1] * len(expected)
     assert bins(chunk.ledger, "a") == counted and chunk.ledger.inputs["a"] == {
         "rows": 1, "supervised": 8, "context": 42,
     }  # fmt: skip
-    assert chunk.lengths == [50]
+    assert chunk.lengths == {50: 1}
     chunk.ledger.balance()
 
 
@@ -117,7 +132,7 @@ def test_rows_of_a_file_come_back_in_order(tmp_path):
     talks = [conversation([("user", "a"), ("assistant", "b" * k)]) for k in (1, 40, 2)]
     data = encoded(tmp_path, talks, max_length=30)
     assert all_shown(data.train) == [f"{FIRST}⟦b<|im_end|>⟧\n", f"{FIRST}⟦bb<|im_end|>⟧\n"]
-    assert data.train.source.tolist() == [1, 3] and data.eval is None
+    assert data.train.number.tolist() == [1, 3] and data.eval is None
     assert bins(data.ledger, f"{tmp_path}/a.jsonl") == {
         "trained": (2, 5, 42), "dropped: longer than max_length=30": (1, 41, 21),
     }  # fmt: skip
@@ -139,18 +154,127 @@ def test_error_names_file_and_row(tmp_path):
         "raise it, or set overlong: drop, truncate or split."
     )
     assert len(encoded(tmp_path, rows, overlong="error", max_length=50).train) == 2
-    with pytest.raises(DataError, match=r"a\.jsonl, row 2: unknown row shape"):
-        encoded(tmp_path, [conversation(TALK), {"prompt": "x"}])
+
+
+def silent_row() -> dict[str, Any]:
+    row = conversation(TALK[:2])
+    row["messages"][1]["train"] = False
+    return row
 
 
 def test_rows_without_anything_to_train_are_counted(tmp_path):
-    greeting = conversation([("assistant", "hi"), ("user", "a"), ("assistant", "bb")])
-    silent = conversation(TALK[:2])
-    silent["messages"][1]["train"] = False
-    data = encoded(tmp_path, [silent, greeting])
+    data = encoded(tmp_path, [silent_row(), conversation(TALK[:2])])
     assert all_shown(data.train) == [f"{FIRST}⟦bb<|im_end|>⟧\n"]
     assert bins(data.ledger, f"{tmp_path}/a.jsonl") == {"trained": (1, 3, 21), "dropped: nothing to train": (1, 0, 0)}
-    assert data.ledger.turns == {"it opens the conversation, before any question": 1}
+
+
+BAD: list[tuple[str, dict[str, Any]]] = [
+    ("unknown role", conversation([("user", "a"), ("wizard", "b")])),
+    ("empty answer", conversation([("user", "a"), ("assistant", " ")])),
+    ("two user turns in a row", conversation([("user", "a"), ("user", "b"), ("assistant", "c")])),
+    ("assistant first", conversation([("assistant", "a"), ("user", "b"), ("assistant", "c")])),
+    ("missing value", {"instruction": "a", "output": None}),
+    ("not text", {"instruction": "a", "output": 3.3}),
+    ("unknown shape", {"a": 1}),
+    ("images", {**conversation(TALK[:2]), "images": ["a.png"]}),
+    ("noncharacters", conversation([("user", "\ufdd0"), ("assistant", "b")])),
+]
+
+
+@pytest.mark.parametrize("reason, row", BAD, ids=[reason for reason, _ in BAD])
+def test_a_row_that_is_not_right_stops_the_run_or_is_dropped_and_counted(tmp_path, reason, row):
+    rows = [conversation(TALK[:2]), row, conversation(TALK[:2])]
+    with pytest.raises(DataError, match=r"a\.jsonl, row 2: .*; on_bad_row: drop leaves such rows out\.$") as error:
+        encoded(tmp_path, rows)
+    data = encoded(tmp_path, rows, on_bad_row="drop")
+    assert data.train.number.tolist() == [1, 3]
+    assert bins(data.ledger, f"{tmp_path}/a.jsonl") == {"trained": (2, 6, 42), f"dropped: {reason}": (1, 0, 0)}
+    sentence = str(error.value).removesuffix("; on_bad_row: drop leaves such rows out.")
+    assert data.ledger.examples == {reason: [sentence]}
+
+
+def test_of_dropped_rows_the_first_three_are_shown_and_max_lost_holds(tmp_path):
+    rows = [row for _, row in BAD[:2]] * 5 + [conversation(TALK[:2])]
+    data = encoded(tmp_path, rows, on_bad_row="drop")
+    shown_rows = {
+        reason: [sentence.split(":")[0] for sentence in some] for reason, some in data.ledger.examples.items()
+    }
+    name = f"{tmp_path}/a.jsonl, row"
+    assert shown_rows == {
+        "unknown role": [f"{name} {k}" for k in (1, 3, 5)], "empty answer": [f"{name} {k}" for k in (2, 4, 6)],
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match=r"max_lost: 90\.9% of the rows.*dropped: unknown role \(5 rows\)"):
+        encoded(tmp_path, rows, on_bad_row="drop", max_lost=0.9)
+
+
+def test_a_template_that_refuses_a_row_makes_it_one_that_is_not_right(tmp_path):
+    jinja = tmp_path / "strict.jinja"
+    jinja.write_text("{%- if messages | length > 2 %}{{ raise_exception('too long') }}{%- endif %}" + CHATML.source)
+    template, rows = load_template(TOKENIZER, str(jinja)), [conversation(TALK[:2]), conversation(TALK)]
+    options = {"train_files": [written(tmp_path, rows)], "cache_dir": str(tmp_path / "cache"), "max_lost": 1}
+    with pytest.raises(DataError, match=r"row 2: the chat template refuses this conversation: too long; on_bad_row"):
+        conversations(DataOptions(**options), 0, TOKENIZER, template)
+    data = conversations(DataOptions(**options, on_bad_row="drop"), 0, TOKENIZER, template)
+    assert bins(data.ledger, f"{tmp_path}/a.jsonl")["dropped: refused by the chat template"] == (1, 0, 0)
+
+
+def test_documents_and_tokens_stand_beside_conversations(tmp_path):
+    rows = [{"text": "abc"}, conversation(TALK[:2]), {"input_ids": [5, 6, 7], "labels": [-100, -100, 7]}, {"text": "d"}]
+    data = encoded(tmp_path, rows)
+    assert all_shown(data.train)[:2] == ["a⟦bc</s>⟧", f"{FIRST}⟦bb<|im_end|>⟧\n"] and len(data.train) == 4
+    assert data.train[2][0].tolist() == [5, 6, 7] and data.train[2][1].tolist() == [-100, -100, 7]
+    assert data.train.number.tolist() == [1, 2, 3, 4]
+
+
+def test_weights_of_messages_reach_the_rows(tmp_path):
+    row = conversation(TALK)
+    row["messages"][1]["weight"] = 0.5
+    data = encoded(tmp_path, [conversation(TALK[:2]), row])
+    weights = data.train.weights_of([0, 1])
+    assert weights is not None and set(weights[0].tolist()) == {1.0}
+    labels = data.train[1][1]
+    assert weights[1][labels != -100].tolist() == [0.5] * 3 + [1.0] * 5
+
+
+def test_a_source_has_its_own_shape_columns_and_limit(tmp_path):
+    plain = written(tmp_path, [conversation(TALK[:2])] * 3, "plain.jsonl")
+    named = written(tmp_path, [{"q": "a", "r": "bb"}] * 3, "named.jsonl")
+    sources = [
+        {"path": plain, "limit_rows": 2},
+        {"path": named, "data_format": "query_response", "columns": {"query": "q", "response": "r"}},
+    ]
+    data = encoded(tmp_path, [], train_files=sources)
+    assert all_shown(data.train) == [f"{FIRST}⟦bb<|im_end|>⟧\n"] * 5
+    assert data.train.source.tolist() == [0, 0, 1, 1, 1] and data.train.number.tolist() == [1, 2, 1, 2, 3]
+    assert list(data.ledger.inputs) == [plain, named]
+    with pytest.raises(ConfigError, match=r"columns: qq=q, but 'qq' is no field"):
+        encoded(tmp_path, [], train_files=[plain], columns={"qq": "q"})
+
+
+def test_sources_are_mixed_by_weight_and_the_shares_are_told(tmp_path):
+    few = written(tmp_path, [conversation(TALK[:2])] * 2, "few.jsonl")
+    many = written(tmp_path, [conversation(TALK[:2])] * 9, "many.jsonl")
+    sources = [{"path": few, "weight": 1}, {"path": many, "weight": 3}]
+    data = encoded(tmp_path, [], train_files=sources)
+    assert len(data.train) == 11
+    assert data.ledger.notes == [
+        f"Mixed by weight: an epoch is {few} 25.0% of the rows (3 drawn from 2) and 25.0% of the tokens; "
+        f"{many} 75.0% of the rows (9 drawn from 9) and 75.0% of the tokens."
+    ]
+    again = encoded(tmp_path, [], train_files=[few, many])
+    assert again.fingerprint != data.fingerprint or again.ledger.notes == []
+    bad = written(tmp_path, [{"a": 1}], "bad.jsonl")
+    with pytest.raises(DataError, match=r"bad\.jsonl has a weight of 1\.0, but no row to train on is left"):
+        encoded(tmp_path, [], train_files=[sources[0], {"path": bad, "weight": 1}], on_bad_row="drop")
+
+
+def test_rows_that_train_and_evaluation_share_are_counted_and_named(tmp_path):
+    evaluated = written(tmp_path, [conversation(TALK[:2]), *numbered(3)], "eval.jsonl")
+    data = encoded(tmp_path, [*numbered(2), conversation(TALK)], eval_files=[evaluated])
+    assert data.ledger.notes == [
+        f"2 of 4 rows to evaluate on are trained on as well: {evaluated}, row 2 = {tmp_path}/a.jsonl, row 1; "
+        f"{evaluated}, row 3 = {tmp_path}/a.jsonl, row 2."
+    ]
 
 
 def test_too_many_rows_lost_stop_the_run_with_all_that_is_needed(tmp_path):
@@ -175,18 +299,14 @@ def test_supervised_tokens_alone_can_be_too_many(tmp_path):
 
 
 def test_masked_labels_alone_are_told_with_their_reason(tmp_path):
-    silent = conversation(TALK[:2])
-    silent["messages"][1]["train"] = False
-    opening = conversation([("assistant", "hi"), *TALK])
     with pytest.raises(ConfigError) as error:
-        encoded(tmp_path, [silent, opening], max_lost=0.01)
+        encoded(tmp_path, [silent_row(), conversation(TALK)], max_lost=0.01)
     assert str(error.value) == (
         "max_lost: 50.0% of the rows and 0.0% of the supervised tokens would be lost, allowed is 1.0%: dropped: nothing "
-        "to train (1 rows), 1 turns without a label because it opens the conversation, before any question; "
-        "look at train_on, chat_template and the rows themselves, or raise max_lost."
+        "to train (1 rows); look at train_on, chat_template and the rows themselves, or raise max_lost."
     )
     with pytest.raises(DataError, match=rf"train_files: no row is left to train on \({tmp_path}/a\.jsonl\)"):
-        encoded(tmp_path, [silent])
+        encoded(tmp_path, [silent_row()])
 
 
 def numbered(count: int) -> list[dict[str, Any]]:
@@ -195,7 +315,7 @@ def numbered(count: int) -> list[dict[str, Any]]:
 
 def test_limit_rows_takes_the_first_rows_and_says_so(tmp_path):
     data = encoded(tmp_path, numbered(9), limit_rows=4)
-    assert data.train.source.tolist() == [1, 2, 3, 4]
+    assert data.train.number.tolist() == [1, 2, 3, 4]
     assert data.ledger.notes == ["limit_rows: at most the first 4 rows were read."]
     assert encoded(tmp_path, numbered(9)).ledger.notes == []
 
@@ -204,20 +324,20 @@ def test_eval_share_holds_out_rows_by_seed(tmp_path):
     parts = {}
     for seed in (1, 1, 2):
         data = encoded(tmp_path, numbered(200), seed=seed, eval_share=0.2)
-        held, trained = data.eval.source.tolist(), data.train.source.tolist()
+        held, trained = data.eval.number.tolist(), data.train.number.tolist()
         assert sorted(held + trained) == list(range(1, 201)) and 20 < len(held) < 60
         assert bins(data.ledger, f"{tmp_path}/a.jsonl")["held out"] == (len(held), 0, 0)
         assert bins(data.ledger, f"{tmp_path}/a.jsonl")["trained"][0] == len(trained)
         assert parts.setdefault(seed, held) == held
     assert parts[1] != parts[2]
     elsewhere = encoded(tmp_path, numbered(200), seed=1, eval_share=0.2, cache_dir=str(tmp_path / "other"))
-    assert elsewhere.eval.source.tolist() == parts[1]
+    assert elsewhere.eval.number.tolist() == parts[1]
 
 
 def test_a_row_held_out_stays_so_when_rows_are_added_or_the_share_grows(tmp_path):
-    few = encoded(tmp_path, numbered(100), eval_share=0.2).eval.source.tolist()
-    more = encoded(tmp_path, numbered(200), eval_share=0.2).eval.source.tolist()
-    wider = encoded(tmp_path, numbered(100), eval_share=0.4).eval.source.tolist()
+    few = encoded(tmp_path, numbered(100), eval_share=0.2).eval.number.tolist()
+    more = encoded(tmp_path, numbered(200), eval_share=0.2).eval.number.tolist()
+    wider = encoded(tmp_path, numbered(100), eval_share=0.4).eval.number.tolist()
     assert [number for number in more if number <= 100] == few
     assert set(few) < set(wider)
 
@@ -227,12 +347,14 @@ def test_eval_files_are_encoded_alike_and_their_losses_are_told(tmp_path):
     data = encoded(tmp_path, [conversation(TALK[:2])] * 2, eval_files=[evaluated], max_length=40)
     assert len(data.train) == 2 and all_shown(data.eval) == [f"{FIRST}⟦bb<|im_end|>⟧\n"]
     assert list(data.ledger.inputs) == [f"{tmp_path}/a.jsonl"]
-    assert data.ledger.notes == [f"Evaluation, {evaluated}: 1 rows and 8 tokens dropped: longer than max_length=40."]
+    assert data.ledger.notes[:1] == [
+        f"Evaluation, {evaluated}: 1 rows and 8 tokens dropped: longer than max_length=40."
+    ]
 
 
 def test_nothing_to_evaluate_on_is_an_error(tmp_path):
     evaluated = written(tmp_path, [conversation(TALK)], "eval.jsonl")
-    with pytest.raises(DataError, match=r"eval_files: \['.*eval\.jsonl'\] leaves no row to evaluate on"):
+    with pytest.raises(DataError, match=r"eval_files: .*eval\.jsonl leaves no row to evaluate on"):
         encoded(tmp_path, numbered(3), eval_files=[evaluated], max_length=40)
     with pytest.raises(DataError, match=r"eval_share: 0\.001 leaves no row to evaluate on"):
         encoded(tmp_path, numbered(3), eval_share=0.001)
@@ -244,7 +366,7 @@ def test_worker_processes_change_nothing(tmp_path):
     one = encoded(tmp_path, rows, **options)
     two = encoded(tmp_path, rows, **options, preprocessing_num_workers=2, cache_dir=str(tmp_path / "two"))
     for part in ("train", "eval"):
-        for name in ("input_ids", "labels", "offsets", "source"):
+        for name in ("input_ids", "labels", "offsets", "number", "digest"):
             assert np.array_equal(getattr(getattr(one, part), name), getattr(getattr(two, part), name))
     assert one.ledger == two.ledger and one.fingerprint == two.fingerprint
 
@@ -295,12 +417,14 @@ def test_a_long_document_is_split_or_cut(tmp_path):
     }  # fmt: skip
 
 
-def test_a_row_without_text_names_file_row_and_fields():
-    rows = [("a.jsonl", 3, {"text": "x"}), ("a.jsonl", 4, {"content": "y", "n": 1})]
-    with pytest.raises(DataError) as error:
-        encode_texts(rows, TOKENIZER, "text", DataOptions())
-    assert str(error.value) == "a.jsonl, row 4: text holds no text; its fields are content, n; set text_column."
-    assert len(encode_texts(rows[1:], TOKENIZER, "content", DataOptions()).rows) == 1
+def test_a_row_without_text_names_file_and_row(tmp_path):
+    text_rows(tmp_path, ["x"])
+    file = written(tmp_path, [{"text": "x"}, {"content": "y", "n": 1}])
+    with pytest.raises(DataError, match=r"a\.jsonl, row 2: .*text.*content, n"):
+        texts(DataOptions(train_files=[file], cache_dir=str(tmp_path)), 0, TOKENIZER, "text")
+    file = written(tmp_path, [{"content": "y", "n": 1}])
+    data = texts(DataOptions(train_files=[file], cache_dir=str(tmp_path)), 0, TOKENIZER, "content")
+    assert all_shown(data.train) == ["y⟦</s>⟧"]
 
 
 def variants(folder: Path) -> dict[str, str]:
@@ -320,6 +444,13 @@ def variants(folder: Path) -> dict[str, str]:
         "more files": {"train_files": [str(folder / "a.jsonl"), more]},
         "name": {"train_files": [copy]},
         "seed": {"seed": 1},
+        "train_on_eos": {"train_on_eos": "last"},
+        "on_bad_row": {"on_bad_row": "drop"},
+        "data_format": {"data_format": "messages"},
+        "columns": {"columns": {"content": "content"}},
+        "a source's limit": {"train_files": [{"path": str(folder / "a.jsonl"), "limit_rows": 30}]},
+        "allow_special_in_text": {"allow_special_in_text": True},
+        "chat_template_kwargs": {"chat_template_kwargs": {"x": 1}},
     }
     found = {name: encoded(folder, rows, **options | change).fingerprint for name, change in changes.items()}
     found["content"] = encoded(folder, numbered(41), **options).fingerprint
@@ -340,13 +471,13 @@ def variants(folder: Path) -> dict[str, str]:
 
 def test_whatever_shapes_an_encoding_is_in_its_cache_key(tmp_path):
     found = variants(tmp_path)
-    assert len(set(found.values())) == len(found) == 15
+    assert len(set(found.values())) == len(found) == 22
     assert variants(tmp_path) == found
 
 
 def test_what_shapes_nothing_is_not_in_the_cache_key(tmp_path):
     plain = encoded(tmp_path, numbered(5))
-    for change in ({"seed": 7}, {"packing": False}, {"max_lost": 0.5}, {"preprocessing_num_workers": 1}):
+    for change in ({"seed": 7}, {"packing": False}, {"max_lost": 0.5}, {"order": "length"}):
         assert encoded(tmp_path, numbered(5), **change).fingerprint == plain.fingerprint
     assert len([path for path in (tmp_path / "cache").iterdir() if path.is_dir()]) == 1
 
@@ -374,21 +505,21 @@ OPTIONS = st.builds(
 @settings(max_examples=150, deadline=None)
 @given(st.lists(TALKS, max_size=4), OPTIONS)
 def test_the_ledger_balances_whatever_comes(talks, options):
-    rows = [("a", number, conversation(talk)) for number, talk in enumerate(talks, 1)]
-    chunk = encode_conversations(rows, CHATML, options)
+    rows = [conversation(talk) for talk in talks]
+    chunk = chunk_of(rows, options)
     chunk.ledger.balance()
-    whole = encode_conversations(rows, CHATML, options.model_copy(update={"max_length": 10_000}))
-    assert len(whole.rows) == len(rows) and chunk.lengths == [len(ids) for _, ids, _ in whole.rows]
-    uncut = {number: (ids, labels) for number, ids, labels in whole.rows}
+    whole = pieces_of(chunk_of(rows, options.model_copy(update={"max_length": 10_000})))
+    assert len(whole) == len(rows) and sorted(chunk.lengths.elements()) == sorted(len(ids) for _, ids, _ in whole)
+    uncut, pieces = {number: (ids, labels) for number, ids, labels in whole}, pieces_of(chunk)
     trained = chunk.ledger.bins.get("a", {}).get("trained", {"supervised": 0, "context": 0})
-    supervised = sum(len(labels) - labels.count(-100) for _, _, labels in chunk.rows)
+    supervised = sum(len(labels) - labels.count(-100) for _, _, labels in pieces)
     assert trained["supervised"] == supervised
-    assert trained["context"] == sum(len(ids) for _, ids, _ in chunk.rows) - supervised - sum(
+    assert trained["context"] == sum(len(ids) for _, ids, _ in pieces) - supervised - sum(
         # labels that a piece's first token loses are counted as cut, though the token stays as context
         uncut[number][1][start] != -100
-        for number, start in _starts(chunk.rows, uncut)
+        for number, start in _starts(pieces, uncut)
     )
-    for number, ids, labels in chunk.rows:
+    for number, ids, labels in pieces:
         assert len(ids) <= options.max_length and labels[0] == -100 and any(label != -100 for label in labels)
         if options.overlong == "drop":
             assert (ids, labels) == uncut[number]

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from accel_llm.errors import ConfigError, DataError, check, run
+from accel_llm.sources import ALLOWED
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}
 
@@ -77,13 +78,13 @@ def test_missing_model_files_and_clashing_options_are_told_together(told, tmp_pa
         "eval_files",
     ]
     assert sentences[1].startswith(f"model_name_or_path: {tmp_path / 'nowhere'} does not exist; ")
-    assert sentences[2] == f"train_files: {tmp_path / 'a.jsonl'} does not exist; name a .json, .jsonl or .txt file."
-    assert sentences[3] == f"train_files: {tmp_path} is a folder; name a .json, .jsonl or .txt file."
+    assert sentences[2] == f"train_files: {tmp_path / 'a.jsonl'} does not exist; name {ALLOWED}."
+    assert sentences[3].startswith(f"train_files: {tmp_path} ")
 
 
 def test_a_model_without_data_and_data_without_a_model(script, tiny, chats, tmp_path):
     for given, sentence in (
-        (("--model_name_or_path", tiny), "train_files: is missing; name at least one .json, .jsonl or .txt file."),
+        (("--model_name_or_path", tiny), f"train_files: is missing; name at least one source: {ALLOWED}."),
         (("--train_files", chats), "model_name_or_path: is missing; name a model folder or a hub id."),
     ):
         with pytest.raises(ConfigError) as error:
@@ -101,7 +102,7 @@ def test_a_model_without_data_and_data_without_a_model(script, tiny, chats, tmp_
         (line(CHAT) + '{"messages": [\n', "rows.jsonl", "{file}, line 2: not JSON ("),
         (line(CHAT) + "\n" + "[1]\n", "rows.jsonl", "{file}, line 3: is a list, must be an object."),
         ('[\n{"a": 1},\n{"b": }\n]', "rows.json", "{file}, line 3: not JSON ("),
-        (line(CHAT), "rows.csv", "train_files: {file} is of kind '.csv'; name a .json, .jsonl or .txt file."),
+        (line(CHAT), "rows.xml", "train_files: {file} "),
         (line(CHAT) + line({"question": "Hi", "reply": "Ho"}), "rows.jsonl", "{file}, row 2: "),
         (line({"messages": [{"role": "wizard", "content": "Hi"}]}), "rows.jsonl", "{file}, row 1: "),
     ],
@@ -180,10 +181,10 @@ def test_show_data_needs_a_tokenizer_alone_and_tells_the_same(script, tiny, chat
     script("show_data", "--tokenizer_name", tokenizer, "--train_files", chats, "--max_length", 128, "--json")
     captured = capsys.readouterr()
     rows = [json.loads(row) for row in captured.out.splitlines()]
-    assert len(rows) == 24 and rows[0].keys() == {"row", "input_ids", "labels", "text", "trained_text"}
+    assert len(rows) == 24 and rows[0].keys() == {"file", "row", "input_ids", "labels", "text", "trained_text"}
     first = json.loads(chats.read_text(encoding="utf-8").splitlines()[0])["messages"]
     answers = [turn["content"] + "<|im_end|>" for turn in first if turn["role"] == "assistant"]
-    assert rows[0]["trained_text"] == "".join(answers) and rows[0]["row"] == 1
+    assert rows[0]["trained_text"] == "".join(answers) and (rows[0]["file"], rows[0]["row"]) == (str(chats), 1)
     assert rows[0]["text"].startswith(f"<|im_start|>{first[0]['role']}\n{first[0]['content']}<|im_end|>\n")
     script("show_data", "--model_name_or_path", tiny, "--train_files", chats, "--max_length", 128)
     shown = capsys.readouterr().out

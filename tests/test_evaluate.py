@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import rows_of
 from transformers import LlamaForCausalLM
 
 from accel_llm import attention, losses
-from accel_llm.data import Rows, build_rows
+from accel_llm.data import Rows
 from accel_llm.evaluate import Answer, Evaluation, exact_match, mean_loss, questions
 from accel_llm.metrics import Meter
 from accel_llm.options import TrainOptions
@@ -32,7 +33,7 @@ def random_rows(count: int = 13) -> Rows:
         labels = [-100, *(token if rng.random() < 0.6 else -100 for token in ids[1:-1]), ids[-1]]
         encoded.append((number, ids, labels))
     encoded.append((count + 1, [7, 8, 9, 10], [-100, -100, 9, -100]))
-    return build_rows(iter(encoded))
+    return rows_of(encoded)
 
 
 def reference(model: LlamaForCausalLM, rows: Rows) -> tuple[float, int]:
@@ -61,7 +62,7 @@ def test_mean_loss_equals_a_float64_reference(accelerator, tiny_llama, packing, 
     assert found["eval/perplexity"] == pytest.approx(np.exp(expected), rel=1e-5)
     assert found["eval/supervised_tokens"] == count and model.training
     # A mean of the documents' means would be another number.
-    alone = [reference(tiny_llama(), build_rows(iter([(1, *map(np.ndarray.tolist, rows[k]))])))[0] for k in range(14)]
+    alone = [reference(tiny_llama(), rows_of(iter([(1, *map(np.ndarray.tolist, rows[k]))])))[0] for k in range(14)]
     assert abs(float(np.mean(alone)) - expected) > 1e-2
 
 
@@ -84,7 +85,7 @@ def test_a_loss_beyond_float_has_no_infinite_perplexity(accelerator, tiny_llama)
 
 
 def test_questions_ask_for_the_last_trained_turn():
-    rows = build_rows(
+    rows = rows_of(
         iter(
             [
                 (1, [1, 11, 12, 13, 14, 15], [-100, -100, 12, -100, 14, 15]),  # two turns: the second
@@ -186,7 +187,7 @@ def memorised(tiny_llama) -> tuple[LlamaForCausalLM, Rows]:
         (k, [10 + k, 50, 51, *answer, EOS], [-100, -100, -100, *answer, EOS])
         for k, answer in enumerate([[20, 21], [22], [23, 24, 25], [26, 20]], 1)
     ]
-    rows, model = build_rows(iter(encoded)), tiny_llama()
+    rows, model = rows_of(encoded), tiny_llama()
     losses.attach(model, MAX_LENGTH)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     batch = collate_padded([rows[k] for k in range(4)], 0)

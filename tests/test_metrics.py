@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import rows_of
 from rich.console import Console
 
 from accel_llm import display, metrics
-from accel_llm.data import build_rows
 from accel_llm.metrics import Meter
 from accel_llm.options import RunOptions
 from accel_llm.packing import collate_packed, collate_padded
@@ -69,12 +69,12 @@ def test_tokens_are_real_ones(accelerator, tmp_path):
     meter = meter_of(accelerator, tmp_path)
     loss = torch.tensor(1.0)
     meter.add(loss, collate_packed([ROW, SHORT]))
-    assert meter.sums.tolist() == [1.0, 4.0, 10.0]
+    assert meter.sums.tolist() == [1.0, 4.0, 4.0, 10.0]
     meter.add(loss, collate_padded([ROW, SHORT], 0))  # 2 of 12 are padding
-    assert meter.sums.tolist() == [2.0, 8.0, 20.0]
+    assert meter.sums.tolist() == [2.0, 8.0, 8.0, 20.0]
     for filler in (collate_packed([FILLER]), collate_padded([FILLER], 0)):
         meter.add(torch.tensor(0.0), filler)
-    assert meter.sums.tolist() == [2.0, 8.0, 20.0]
+    assert meter.sums.tolist() == [2.0, 8.0, 8.0, 20.0]
 
 
 def test_small_losses_are_not_lost_in_a_long_window(accelerator, tmp_path):
@@ -186,7 +186,7 @@ END = 4  # <|im_end|>
 def proof(accelerator, tokenizer, monkeypatch, documents: list[list[int]], turn_end: int | None = END) -> str:
     screen = io.StringIO()
     monkeypatch.setattr(display, "console", Console(file=screen, width=400))
-    rows = build_rows((1, [9] * len(labels), labels) for labels in documents)
+    rows = rows_of((1, [9] * len(labels), labels) for labels in documents)
     display.stop_proof(accelerator, rows, tokenizer, turn_end, [END, 2])
     return screen.getvalue().strip()
 

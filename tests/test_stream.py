@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import rows_of
 
-from accel_llm.data import Rows, build_rows
+from accel_llm.data import Rows
 from accel_llm.options import TrainOptions
 from accel_llm.stream import Plan, Stream, to_device
 
@@ -20,7 +21,7 @@ MAX_LENGTH = 16
 def documents(count: int = 50, longest: int = 9) -> Rows:
     """Document k is k + 1 repeated 2 to `longest` times, all of it labelled."""
     lengths = np.random.default_rng(7).integers(2, longest + 1, count)
-    return build_rows((k + 1, [k + 1] * n, [-100] + [k + 1] * (n - 1)) for k, n in enumerate(lengths.tolist()))
+    return rows_of((k + 1, [k + 1] * n, [-100] + [k + 1] * (n - 1)) for k, n in enumerate(lengths.tolist()))
 
 
 ROWS = documents()

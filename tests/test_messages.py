@@ -1,0 +1,501 @@
+import json
+from typing import Any
+
+import pytest
+
+from accel_llm import messages as reasons
+from accel_llm.errors import DataError
+from accel_llm.messages import check_order, read_messages, tools_of
+
+USER = {"role": "user", "content": "q"}
+ASSISTANT = {"role": "assistant", "content": "a"}
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"x": 1}}}
+ROLES = (
+    "system, developer, user, human, assistant, gpt, bot, model, function_call, tool_call, tool, observation, function, "
+    "tool_response, function_response"
+)
+
+
+def assistant(**fields: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": "a", **fields}
+
+
+@pytest.mark.parametrize(
+    ("role", "read"),
+    [
+        ("system", "system"),
+        ("developer", "system"),
+        ("user", "user"),
+        ("human", "user"),
+        ("assistant", "assistant"),
+        ("gpt", "assistant"),
+        ("bot", "assistant"),
+        ("model", "assistant"),
+        ("tool", "tool"),
+        ("observation", "tool"),
+        ("function", "tool"),
+        ("tool_response", "tool"),
+        ("function_response", "tool"),
+    ],
+)
+def test_every_role_under_both_names_of_the_fields(role: str, read: str) -> None:
+    assert read_messages([{"role": role, "content": "x"}], "messages") == [{"role": read, "content": "x"}]
+    assert read_messages([{"from": role, "value": "x"}], "messages") == [{"role": read, "content": "x"}]
+    filled = {"role": None, "content": None, "from": role, "value": "x", "tool_calls": None, "name": None}
+    assert read_messages([filled], "messages") == [{"role": read, "content": "x"}]
+
+
+GOOD: dict[str, tuple[list[Any], list[Any]]] = {
+    "an empty question": ([{"role": "user", "content": ""}], [{"role": "user", "content": ""}]),
+    "an empty system prompt is none": ([{"role": "system", "content": ""}, USER], [USER]),
+    "whitespace stays": ([assistant(content=" a\n")], [assistant(content=" a\n")]),
+    "thinking in the text stays": ([assistant(content="<think>t</think>a")], [assistant(content="<think>t</think>a")]),
+    "an unknown field is left out": ([{**USER, "timestamp": 7}], [USER]),
+    "human and assistant": ([{"human": "q", "assistant": "a"}], [USER, ASSISTANT]),
+    "reasoning_content": ([assistant(reasoning_content="t")], [assistant(reasoning_content="t", thinking="t")]),
+    "thinking": ([assistant(thinking="t")], [assistant(reasoning_content="t", thinking="t")]),
+    "reasoning": ([assistant(reasoning="t")], [assistant(reasoning_content="t", thinking="t")]),
+    "the same reasoning twice": (
+        [assistant(reasoning="t", thinking="t")],
+        [assistant(reasoning_content="t", thinking="t")],
+    ),
+    "an empty reasoning is none": ([assistant(reasoning_content="", thinking=None)], [ASSISTANT]),
+    "typed parts": (
+        [
+            {"role": "user", "content": [{"type": "text", "text": "q", "image": None}, {"type": "text", "value": "2"}]},
+            assistant(content=[{"type": "reasoning", "value": "t"}, {"type": "text", "text": "a"}]),
+        ],
+        [{"role": "user", "content": "q2"}, assistant(reasoning_content="t", thinking="t")],
+    ),
+    "parts of thinking and calls": (
+        [
+            assistant(
+                content=[
+                    {"type": "thinking", "thinking": "t"},
+                    {"type": "tool_call", "value": '{"name": "add", "arguments": {"x": 1}}'},
+                ]
+            )
+        ],
+        [assistant(content="", reasoning_content="t", thinking="t", tool_calls=[CALL])],
+    ),
+    "calls without text": ([assistant(content=None, tool_calls=[CALL])], [assistant(content="", tool_calls=[CALL])]),
+    "calls without content": (
+        [{"role": "assistant", "tool_calls": [CALL]}],
+        [assistant(content="", tool_calls=[CALL])],
+    ),
+    "calls with text": ([assistant(tool_calls=[CALL])], [assistant(tool_calls=[CALL])]),
+    "calls as JSON text": ([assistant(tool_calls=json.dumps([CALL]))], [assistant(tool_calls=[CALL])]),
+    "no calls": ([assistant(tool_calls=[])], [ASSISTANT]),
+    "calls without the wrapping": (
+        [assistant(tool_calls=[{"name": "add", "arguments": {"x": 1}}])],
+        [assistant(tool_calls=[CALL])],
+    ),
+    "a call's id and its result": (
+        [
+            assistant(tool_calls=[{"id": "c1", "index": 0, **CALL}]),
+            {"role": "tool", "content": "2", "tool_call_id": "c1", "name": "add"},
+        ],
+        [
+            assistant(tool_calls=[{"id": "c1", **CALL}]),
+            {"role": "tool", "content": "2", "tool_call_id": "c1", "name": "add"},
+        ],
+    ),
+    "arguments as JSON text": (
+        [assistant(tool_calls=[{"function": {"name": "add", "arguments": '{"x": 1}'}}])],
+        [assistant(tool_calls=[CALL])],
+    ),
+    "arguments that are no JSON object stay text": (
+        [assistant(tool_calls=[{"name": "f", "arguments": "[1]"}, {"name": "f", "arguments": "{x"}])],
+        [
+            assistant(
+                tool_calls=[
+                    {"type": "function", "function": {"name": "f", "arguments": "[1]"}},
+                    {"type": "function", "function": {"name": "f", "arguments": "{x"}},
+                ]
+            )
+        ],
+    ),
+    "no arguments": (
+        [assistant(tool_calls=[{"name": "f"}, {"name": "f", "arguments": None}, {"name": "f", "arguments": ""}])],
+        [assistant(tool_calls=[{"type": "function", "function": {"name": "f", "arguments": {}}}] * 3)],
+    ),
+    "the older function_call": (
+        [assistant(content=None, function_call={"name": "add", "arguments": '{"x": 1}'})],
+        [assistant(content="", tool_calls=[CALL])],
+    ),
+    "calls as turns": (
+        [{"from": "function_call", "value": '{"name": "add", "arguments": {"x": 1}}'}],
+        [assistant(content="", tool_calls=[CALL])],
+    ),
+    "a list of calls in one turn": (
+        [{"from": "function_call", "value": json.dumps([{"name": "add", "arguments": {"x": 1}}] * 2)}],
+        [assistant(content="", tool_calls=[CALL, CALL])],
+    ),
+    "calls that follow an answer or a call belong to it": (
+        [
+            assistant(content="let me see"),
+            {"role": "tool_call", "content": '{"name": "add", "arguments": {"x": 1}}'},
+            {"role": "tool_call", "content": '{"name": "add", "arguments": {"x": 1}}'},
+        ],
+        [assistant(content="let me see", tool_calls=[CALL, CALL])],
+    ),
+    "a call does not join what is weighed otherwise": (
+        [assistant(train=False), {"role": "tool_call", "content": '{"name": "add", "arguments": {"x": 1}}'}],
+        [assistant(train=False), assistant(content="", tool_calls=[CALL])],
+    ),
+    "train false": (
+        [{**USER, "train": False}, assistant(train=False)],
+        [{**USER, "train": False}, assistant(train=False)],
+    ),
+    "train true": ([assistant(train=True)], [ASSISTANT]),
+    "train 0": ([assistant(train=0)], [assistant(train=False)]),
+    "weight": ([assistant(weight=0.5)], [assistant(weight=0.5)]),
+    "a whole weight": ([assistant(weight=2)], [assistant(weight=2.0)]),
+    "weight 1": ([assistant(weight=1)], [ASSISTANT]),
+    "weight 0": ([assistant(weight=0)], [assistant(train=False)]),
+    "loss_weight": ([assistant(loss_weight=0.5, weight=None)], [assistant(weight=0.5)]),
+    "weight of what is not trained": ([assistant(weight=0.5, train=False)], [assistant(train=False)]),
+    "weight of what is trained": ([assistant(weight=0.5, train=True)], [assistant(weight=0.5)]),
+}
+
+
+@pytest.mark.parametrize("case", GOOD)
+def test_good_messages(case: str) -> None:
+    turns, messages = GOOD[case]
+    before = json.dumps(turns)
+    assert read_messages(turns, "messages") == messages
+    assert json.dumps(turns) == before
+
+
+def test_messages_may_be_json_text() -> None:
+    assert read_messages(json.dumps([USER, ASSISTANT]), "messages") == [USER, ASSISTANT]
+
+
+BAD: dict[str, tuple[Any, str, str]] = {
+    "no list": (7, "messages: found 7, needs a list of messages that is not empty", reasons.NOT_MESSAGES),
+    "null": (None, "messages: found null, needs a list of messages that is not empty", reasons.NOT_MESSAGES),
+    "an empty list": ([], "messages: found [], needs a list of messages that is not empty", reasons.NOT_MESSAGES),
+    "text": (
+        "hi",
+        'messages: found "hi", which is not JSON (Expecting value: line 1 column 1 (char 0))',
+        reasons.NOT_JSON,
+    ),
+    "a turn that is text": (
+        ["hi"],
+        'messages[0]: found "hi", needs an object with role and content',
+        reasons.NOT_MESSAGES,
+    ),
+    "unknown role": (
+        [USER, {"from": "narrator", "value": "x"}],
+        f'messages[1].from: unknown role "narrator", known are {ROLES}',
+        reasons.UNKNOWN_ROLE,
+    ),
+    "a role that is no text": (
+        [{"role": ["user"], "content": "x"}],
+        f'messages[0].role: unknown role ["user"], known are {ROLES}',
+        reasons.UNKNOWN_ROLE,
+    ),
+    "no role": (
+        [{"content": "x"}],
+        f"messages[0].role: missing (its keys: content), known are {ROLES}",
+        reasons.UNKNOWN_ROLE,
+    ),
+    "no content": (
+        [{"role": "user"}],
+        "messages[0].content: missing, needs text (its keys: role)",
+        reasons.MISSING_VALUE,
+    ),
+    "null content": (
+        [{"from": "human", "value": None}],
+        "messages[0].value: found null, needs text (its keys: from, value)",
+        reasons.MISSING_VALUE,
+    ),
+    "a null call": (
+        [{"from": "function_call", "value": None}],
+        "messages[0].value: found null, needs text (its keys: from, value)",
+        reasons.MISSING_VALUE,
+    ),
+    "a number": (
+        [USER, {"role": "assistant", "content": 3.3}],
+        "messages[1].content: found 3.3, needs text (its keys: role, content)",
+        reasons.NOT_TEXT,
+    ),
+    "an object": (
+        [{"role": "tool", "content": {"age": 31}}],
+        'messages[0].content: found {"age": 31}, needs text (its keys: role, content)',
+        reasons.NOT_TEXT,
+    ),
+    "half a pair": (
+        [{"human": "q", "assistant": None}],
+        "messages[0].assistant: found null, needs text (its keys: human, assistant)",
+        reasons.MISSING_VALUE,
+    ),
+    "an empty answer in a pair": (
+        [{"human": "q", "assistant": " "}],
+        "messages[0].assistant: the answer is empty, needs text (its keys: human, assistant)",
+        reasons.EMPTY_ANSWER,
+    ),
+    "an empty answer": (
+        [USER, {"from": "gpt", "value": " \n"}],
+        "messages[1].value: the assistant's answer is empty, needs text to train on",
+        reasons.EMPTY_ANSWER,
+    ),
+    "an answer of reasoning alone": (
+        [assistant(content="", reasoning_content="t")],
+        "messages[0].content: the assistant's answer is empty, needs text to train on",
+        reasons.EMPTY_ANSWER,
+    ),
+    "an answer of no parts": (
+        [assistant(content=[])],
+        "messages[0].content: the assistant's answer is empty, needs text to train on",
+        reasons.EMPTY_ANSWER,
+    ),
+    "reasoning that is no text": (
+        [assistant(thinking=0)],
+        "messages[0].thinking: found 0, needs text (its keys: role, content, thinking)",
+        reasons.NOT_TEXT,
+    ),
+    "two reasonings": (
+        [assistant(thinking="t", reasoning_content="s")],
+        "messages[0].reasoning_content: found several reasonings (its keys: role, content, thinking, "
+        "reasoning_content), allowed: one",
+        reasons.TWO_REASONINGS,
+    ),
+    "a part that is text": (
+        [{"role": "user", "content": ["q"]}],
+        'messages[0].content[0]: found "q", needs an object with type and text',
+        reasons.NOT_TEXT,
+    ),
+    "a part without text": (
+        [{"role": "user", "content": [{"type": "text"}]}],
+        "messages[0].content[0].text: missing, needs text (its keys: type)",
+        reasons.MISSING_VALUE,
+    ),
+    "an unknown part": (
+        [{"role": "user", "content": [{"type": "refusal", "refusal": "x"}]}],
+        'messages[0].content[0].type: found "refusal", allowed: text, reasoning, tool_call',
+        reasons.NOT_TEXT,
+    ),
+    "an image": (
+        [{"role": "user", "content": [{"type": "text", "text": "q"}, {"type": "image_url", "image_url": {}}]}],
+        'messages[0].content[1].type: found "image_url", but this program trains on text alone',
+        reasons.IMAGES,
+    ),
+    "no calls, and no text either": (
+        [assistant(content=None, tool_calls=[])],
+        "messages[0].content: found null, needs text (its keys: role, content, tool_calls)",
+        reasons.MISSING_VALUE,
+    ),
+    "no calls as JSON text, and no text either": (
+        [{"role": "user", "content": None, "tool_calls": "[]"}],
+        "messages[0].content: found null, needs text (its keys: role, content, tool_calls)",
+        reasons.MISSING_VALUE,
+    ),
+    "a turn of no calls": (
+        [{"from": "function_call", "value": "[]"}],
+        "messages[0].value: the assistant's answer is empty, needs text to train on",
+        reasons.EMPTY_ANSWER,
+    ),
+    "arguments that are a number": (
+        [assistant(tool_calls=[{"name": "f", "arguments": 0}])],
+        'messages[0].tool_calls: found the tool call {"name": "f", "arguments": 0}, needs an object with name and '
+        "arguments (an object)",
+        reasons.BROKEN_TOOLS,
+    ),
+    "a call that is not JSON": (
+        [{"from": "function_call", "value": "add(1)"}],
+        'messages[0].value: found "add(1)", which is not JSON (Expecting value: line 1 column 1 (char 0))',
+        reasons.NOT_JSON,
+    ),
+    "a call without a name": (
+        [{"from": "function_call", "value": "{}"}],
+        "messages[0].value: found the tool call {}, needs an object with name and arguments (an object)",
+        reasons.BROKEN_TOOLS,
+    ),
+    "a call that is a number": (
+        [assistant(tool_calls=7)],
+        "messages[0].tool_calls: found the tool call 7, needs an object with name and arguments (an object)",
+        reasons.BROKEN_TOOLS,
+    ),
+    "arguments that are a list": (
+        [assistant(tool_calls=[{"name": "f", "arguments": [1]}])],
+        'messages[0].tool_calls: found the tool call {"name": "f", "arguments": [1]}, needs an object with name and '
+        "arguments (an object)",
+        reasons.BROKEN_TOOLS,
+    ),
+    "a user who calls": (
+        [{**USER, "tool_calls": [CALL]}],
+        "messages[0].tool_calls: found in a user turn, only an assistant turn can call tools",
+        reasons.BROKEN_TOOLS,
+    ),
+    "an id that is no text": (
+        [{"role": "tool", "content": "1", "tool_call_id": 0}],
+        "messages[0].tool_call_id: found 0, needs text (its keys: role, content, tool_call_id)",
+        reasons.NOT_TEXT,
+    ),
+    "train that is no truth value": (
+        [assistant(train="false")],
+        'messages[0].train: found "false", allowed: true and false (context only)',
+        reasons.BAD_WEIGHT,
+    ),
+    "a negative weight": (
+        [assistant(weight=-1)],
+        "messages[0].weight: found -1, needs a number from 0 (context only) upwards",
+        reasons.BAD_WEIGHT,
+    ),
+    "no number as weight": (
+        [assistant(weight=float("nan"))],
+        "messages[0].weight: found NaN, needs a number from 0 (context only) upwards",
+        reasons.BAD_WEIGHT,
+    ),
+    "an infinite weight": (
+        [assistant(loss_weight=float("inf"))],
+        "messages[0].loss_weight: found Infinity, needs a number from 0 (context only) upwards",
+        reasons.BAD_WEIGHT,
+    ),
+    "a weight beyond all floats": (
+        [assistant(weight=10**400)],
+        f"messages[0].weight: found 1{'0' * 76}..., needs a number from 0 (context only) upwards",
+        reasons.BAD_WEIGHT,
+    ),
+    "a truth value as weight": (
+        [assistant(weight=True)],
+        "messages[0].weight: found true, needs a number from 0 (context only) upwards",
+        reasons.BAD_WEIGHT,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_messages_are_told_in_one_sentence(case: str) -> None:
+    turns, sentence, reason = BAD[case]
+    with pytest.raises(DataError) as caught:
+        read_messages(turns, "messages")
+    assert (str(caught.value), caught.value.reason) == (sentence, reason)
+
+
+@pytest.mark.parametrize(
+    "kind", ["image", "image_url", "input_image", "video", "video_url", "audio", "audio_url", "input_audio"]
+)
+def test_no_kind_of_media_is_taken_for_text(kind: str) -> None:
+    with pytest.raises(DataError) as caught:
+        read_messages([{"role": "user", "content": [{"type": kind, "text": "x"}]}], "messages")
+    assert caught.value.reason == "images"
+
+
+SYSTEM = {"role": "system", "content": "s"}
+TOOL = {"role": "tool", "content": "1"}
+CALLS = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [USER, ASSISTANT],
+        [SYSTEM, USER, ASSISTANT, USER],
+        [SYSTEM, SYSTEM, USER, SYSTEM, ASSISTANT],
+        [USER, CALLS, TOOL, TOOL, ASSISTANT, USER, CALLS],
+        [USER, ASSISTANT, TOOL, USER, ASSISTANT],
+        [USER, {**ASSISTANT, "train": False}],
+    ],
+)
+def test_orders_that_are_right(messages: list[Any]) -> None:
+    check_order(messages)
+
+
+@pytest.mark.parametrize(
+    ("messages", "sentence", "reason"),
+    [
+        ([USER, USER, ASSISTANT], "order: two user turns in a row, turns must alternate", reasons.TWO_USER_TURNS),
+        ([USER, SYSTEM, USER], "order: two user turns in a row, turns must alternate", reasons.TWO_USER_TURNS),
+        (
+            [USER, ASSISTANT, ASSISTANT],
+            "order: two assistant turns in a row, turns must alternate",
+            reasons.TWO_ASSISTANT_TURNS,
+        ),
+        (
+            [USER, CALLS, ASSISTANT],
+            "order: two assistant turns in a row, turns must alternate",
+            reasons.TWO_ASSISTANT_TURNS,
+        ),
+        (
+            [SYSTEM, ASSISTANT, USER],
+            "order: an assistant turn opens the conversation, a user turn must be first",
+            reasons.ASSISTANT_FIRST,
+        ),
+        (
+            [USER, TOOL, ASSISTANT],
+            "order: a tool turn after a user turn, it must follow an assistant turn",
+            reasons.TOOL_OUT_OF_PLACE,
+        ),
+        (
+            [SYSTEM, TOOL],
+            "order: a tool turn opens the conversation, it must follow an assistant turn",
+            reasons.TOOL_OUT_OF_PLACE,
+        ),
+        ([SYSTEM, USER], "order: no assistant turn to train on", reasons.NO_ANSWER),
+        ([], "order: no assistant turn to train on", reasons.NO_ANSWER),
+    ],
+)
+def test_orders_that_are_wrong(messages: list[Any], sentence: str, reason: str) -> None:
+    with pytest.raises(DataError) as caught:
+        check_order(messages)
+    assert (str(caught.value), caught.value.reason) == (sentence, reason)
+
+
+TOOL_SCHEMA = {"name": "add", "parameters": {}}
+WRAPPED = {"type": "function", "function": TOOL_SCHEMA}
+
+
+@pytest.mark.parametrize(
+    "tools",
+    [[TOOL_SCHEMA], [WRAPPED], json.dumps([TOOL_SCHEMA]), [json.dumps(WRAPPED)]],
+)
+def test_tools_in_every_spelling(tools: Any) -> None:
+    assert tools_of(tools) == [WRAPPED]
+
+
+@pytest.mark.parametrize("tools", [None, "", [], "[]", "null"])
+def test_no_tools(tools: Any) -> None:
+    assert tools_of(tools) is None
+
+
+@pytest.mark.parametrize(
+    ("tools", "sentence", "reason"),
+    [
+        ({"name": "add"}, 'tools: found {"name": "add"}, needs a list of JSON schemas', reasons.BROKEN_TOOLS),
+        ("7", "tools: found 7, needs a list of JSON schemas", reasons.BROKEN_TOOLS),
+        ([TOOL_SCHEMA, None], "tools[1]: found null, needs a JSON schema", reasons.BROKEN_TOOLS),
+        (
+            "add(x)",
+            'tools: found "add(x)", which is not JSON (Expecting value: line 1 column 1 (char 0))',
+            reasons.NOT_JSON,
+        ),
+        (
+            ["add(x)"],
+            'tools[0]: found "add(x)", which is not JSON (Expecting value: line 1 column 1 (char 0))',
+            reasons.NOT_JSON,
+        ),
+    ],
+)
+def test_broken_tools(tools: Any, sentence: str, reason: str) -> None:
+    with pytest.raises(DataError) as caught:
+        tools_of(tools)
+    assert (str(caught.value), caught.value.reason) == (sentence, reason)
+
+
+def test_long_values_and_many_keys_are_shortened_in_messages() -> None:
+    with pytest.raises(DataError) as caught:
+        read_messages(
+            [{"role": "user", "content": ["x" * 10_000], **{f"key {n}\n": n for n in range(100)}}], "messages"
+        )
+    assert len(str(caught.value)) < 200
+    with pytest.raises(DataError) as caught:
+        read_messages([{"role": "user", **{f"key {n}\n": n for n in range(100)}}], "messages")
+    assert len(str(caught.value)) < 300 and "\n" not in str(caught.value)
+
+
+def test_json_nested_beyond_all_bounds_is_a_bad_row() -> None:
+    with pytest.raises(DataError) as caught:
+        read_messages("[" * 200_000, "messages")
+    assert caught.value.reason == reasons.NOT_JSON
