@@ -87,6 +87,7 @@ class Template:
         self.source = source
         self._variables: dict[str, Any] = {**tokenizer.special_tokens_map, **(variables or {})}
         self._tokens = Tokens(tokenizer, allow_special_in_text)
+        self.tokenizer_digest = self._tokens.digest
         frame = self._learn_frame()
         self._tail, control = frame.tail, self._tokens.added_pattern
         closing = re.match(rf"\s*({control})", frame.tail)

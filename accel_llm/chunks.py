@@ -139,15 +139,22 @@ def _fit(chunk: Chunk, row: SourceRow, encoded: Encoded, encoder: Encoder) -> No
     """Put one encoded row in the chunk as `overlong` says, and count where each of its tokens went."""
     options, label = encoder.options, encoder.labels[row.source]
     # Nothing stands before a first token that could predict it: it is context, whatever it was.
-    ids, labels, weights = encoded.input_ids, [IGNORED, *encoded.labels[1:]], encoded.weights
+    ids, labels, weights = encoded.input_ids, encoded.labels, encoded.weights
+    labels = labels if labels[:1] == [IGNORED] else [IGNORED, *labels[1:]]
     ledger, length, supervised = chunk.ledger, len(ids), _labelled(labels)
     chunk.lengths[length] += 1
     ledger.read(label, 1, supervised, length - supervised)
     if not supervised:
         ledger.count(label, NOTHING_TRAINED, 1, 0, length)
         return
+    packed = array("i", ids)
+    digest = int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little")
+    if length <= options.max_length:
+        chunk.part.add(packed, array("i", labels), weights, row.row.number, row.origin, digest)
+        ledger.count(label, TRAINED, 1, supervised, length - supervised)
+        return
     too_long = f"longer than max_length={options.max_length}"
-    if length > options.max_length and options.overlong == "error":
+    if options.overlong == "error":
         raise DataError(
             f"{row.row.file}, row {row.row.number}: {length} tokens are {too_long}; raise it, or set overlong: drop, "
             "truncate or split."
@@ -156,18 +163,16 @@ def _fit(chunk: Chunk, row: SourceRow, encoded: Encoded, encoder: Encoder) -> No
     if not spans:
         ledger.count(label, f"dropped: {too_long}", 1, supervised, length - supervised)
         return
-    digest = int.from_bytes(hashlib.blake2b(array("i", ids).tobytes(), digest_size=8).digest(), "little")
     trained = context = 0
     for start, end in spans:
         # Likewise the first token of a piece: a label that it had is cut off.
-        kept = labels if (start, end) == (0, length) else [IGNORED, *labels[start + 1 : end]]
+        kept = [IGNORED, *labels[start + 1 : end]]
         piece_weights = weights if weights is None else weights[start:end]
-        chunk.part.add(ids[start:end], kept, piece_weights, row.row.number, row.origin, digest)
+        chunk.part.add(packed[start:end], array("i", kept), piece_weights, row.row.number, row.origin, digest)
         trained += _labelled(kept)
         context += end - start - _labelled(labels[start:end])
     ledger.count(label, TRAINED, 1, trained, context)
-    if length > options.max_length:
-        ledger.count(label, f"cut: {too_long}", 0, supervised - trained, length - supervised - context)
+    ledger.count(label, f"cut: {too_long}", 0, supervised - trained, length - supervised - context)
 
 
 def _labelled(labels: list[int]) -> int:
@@ -175,10 +180,8 @@ def _labelled(labels: list[int]) -> int:
 
 
 def _spans(labels: list[int], options: DataOptions) -> list[tuple[int, int]]:
-    """The parts [start, end) of a row that are kept: all of one that fits, else what `overlong` says."""
+    """The parts [start, end) of a row that is too long that are kept."""
     size, length = options.max_length, len(labels)
-    if length <= size:
-        return [(0, length)]
     if options.overlong == "split":
         pieces = [(start, min(start + size, length)) for start in range(0, length, size)]
         return [(start, end) for start, end in pieces if _labelled(labels[start + 1 : end])]

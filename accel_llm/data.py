@@ -40,8 +40,8 @@ class Part:
 
     def add(
         self,
-        input_ids: list[int],
-        labels: list[int],
+        input_ids: array,
+        labels: array,
         weights: list[float] | None,
         number: int,
         origin: int,

@@ -145,7 +145,9 @@ def _key(
         for sources in (train, evaluated)
     ]
     # Which token is the bos or eos is not in the backend.
-    writing = (tokenizer.backend_tokenizer.to_str(), sorted(tokenizer.special_tokens_map.items()))
+    backend: Any = tokenizer.backend_tokenizer
+    written = template.tokenizer_digest if template else backend.to_str()
+    writing = (written, sorted(tokenizer.special_tokens_map.items()))
     chat = template and (template.source, sorted(options.chat_template_kwargs.items()))
     versions = VERSION, transformers.__version__, tokenizers.__version__
     drawn = seed if options.eval_share else None

@@ -35,13 +35,11 @@ class Ledger:
 
     def read(self, source: str, rows: int = 1, supervised: int = 0, context: int = 0) -> None:
         """Rows that a source holds, and the tokens they encode to before anything is cut."""
-        amount = self.inputs.setdefault(source, Counter())
-        amount.update(rows=rows, supervised=supervised, context=context)
+        _add(self.inputs.setdefault(source, Counter()), rows, supervised, context)
 
     def count(self, source: str, bin: str, rows: int = 1, supervised: int = 0, context: int = 0) -> None:
         """Rows and tokens that ended in `bin`."""
-        amount = self.bins.setdefault(source, {}).setdefault(bin, Counter())
-        amount.update(rows=rows, supervised=supervised, context=context)
+        _add(self.bins.setdefault(source, {}).setdefault(bin, Counter()), rows, supervised, context)
 
     def skip_turns(self, reason: str, turns: int = 1) -> None:
         """Turns of kept rows that were to be trained and carry no label; their tokens count as context."""
@@ -125,6 +123,12 @@ class Ledger:
         dropped = [f"dropped, {reason}: {one}" for reason, some in self.examples.items() for one in some]
         table.caption = "\n".join(map(escape, turns + self.notes + dropped)) or None
         return table
+
+
+def _add(amount: Counter[str], rows: int, supervised: int, context: int) -> None:
+    amount["rows"] += rows
+    amount["supervised"] += supervised
+    amount["context"] += context
 
 
 def _sum(amounts: Iterable[Counter[str]]) -> Counter[str]:

@@ -1,5 +1,6 @@
 """The tokenizer as inference uses it, with exact borders between what is context and what is trained."""
 
+import hashlib
 import re
 from bisect import bisect_left
 from collections.abc import Iterable
@@ -15,6 +16,7 @@ from accel_llm.words import Words
 
 # Unicode noncharacters: never part of a text that is meant to be read, and untouched by `trim`.
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
+SHORT, MOST_SHORT = 16, 4096  # characters of texts whose ids are remembered, and how many of them
 _GUARDED = re.compile(f"{OPEN}([^{OPEN}{CLOSE}]+){CLOSE}")
 # Special tokens of some tokenizers, yet people write them in their data on purpose.
 _TAG = re.compile(r"</?(?:think|thinking|reasoning|answer|tool_calls?|tool_response|tools)>")
@@ -37,7 +39,9 @@ class Tokens:
         # A copy: files saved during a training run carry padding and truncation (and any padded call switches them on
         # again), and the post-processor would report offsets without the space that belongs to a token.
         backend: Any = tokenizer.backend_tokenizer
-        self._backend = Tokenizer.from_str(backend.to_str())
+        written: str = backend.to_str()
+        self.digest = hashlib.sha256(written.encode()).hexdigest()
+        self._backend = Tokenizer.from_str(written)
         self._backend.no_padding()
         self._backend.no_truncation()
         self._backend.post_processor = processors.Sequence([])
@@ -46,17 +50,20 @@ class Tokens:
         self._swallows_spaces = tuple(token.content for token in added if token.rstrip)
         self.added_pattern = _any_of(self._literals)
         named = set(tokenizer.special_tokens_map.values())
-        self._control_tokens = [
+        control_tokens = [
             token.content
             for token in added
             if token.special
             and not allow_special_in_text
             and (token.content in named or not _TAG.fullmatch(token.content))
         ]
-        self._control = re.compile(_any_of(self._control_tokens))
+        starts = "".join(sorted({re.escape(token[0]) for token in control_tokens}))
+        self._may_matter = re.compile(f"[{starts}{OPEN}{CLOSE}]").search
+        self._control = re.compile(_any_of(control_tokens))
         self._added = re.compile(f"({self.added_pattern})")
         self._added_ids = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
         self._words = Words(self._backend)
+        self._short: dict[str, list[int]] = {}
         splits_plainly = not any(token.lstrip or token.rstrip or token.single_word for token in added)
         self._words_alone = self._words.supported and splits_plainly
         self._newline_ids = self._ids("\n")
@@ -75,13 +82,13 @@ class Tokens:
         Raises DataError where people wrote the marks themselves.
         """
         if isinstance(value, str):
+            if not self._may_matter(value):
+                return value
             if OPEN in value or CLOSE in value:
                 raise DataError(
                     f"content: holds {OPEN!a} or {CLOSE!a}, Unicode noncharacters that no text may hold",
                     "noncharacters",
                 )
-            if not any(map(value.__contains__, self._control_tokens)):
-                return value
             return self._control.sub(rf"{OPEN}\g<0>{CLOSE}", value)
         if isinstance(value, dict):
             return {key: self.guard(item) for key, item in value.items()}
@@ -118,8 +125,15 @@ class Tokens:
             if index % 2:
                 ids.append(self._added_ids[part])
             elif part:
-                found = self._words.encode(part)
-                ids += self._ids(part) if found is None else found
+                ids += self._short.get(part) or self._part_ids(part)
+        return ids
+
+    def _part_ids(self, part: str) -> list[int]:
+        """Ids of a text without added tokens. Role names and line ends come again and again."""
+        ids = self._words.encode(part)
+        ids = self._ids(part) if ids is None else ids
+        if len(part) <= SHORT and len(self._short) < MOST_SHORT:
+            self._short[part] = ids
         return ids
 
     def _encode_whole(self, text: str, spans: list[Span], continued: bool = False) -> tuple[list[int], list[Span]]:

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 from jinja2 import TemplateError
 
 from accel_llm.tokens import Span
-from accel_llm.traces import Asked, Trace, Untraceable, fill, parts, replay, traceable
+from accel_llm.traces import Asked, Trace, Untraceable, fill, formatted, replay, traceable
 
 Message = dict[str, Any]
 TrainOn = Literal["assistant", "last_assistant", "all"]
@@ -53,10 +53,10 @@ class Frame(NamedTuple):
 
 class Pattern(NamedTuple):
     """The layout of every conversation of one shape that answers `asked` alike. A row is cut into pieces, context and
-    target in turn, each of them constant parts and numbers of texts; `weights` are those of the targets."""
+    target in turn, each of them written as `traces.formatted`; `weights` are those of the targets."""
 
     asked: list[Asked]
-    rows: list[tuple[list[list[str | int]], list[float]]]
+    rows: list[tuple[list[tuple[str, tuple[int, ...]]], list[float]]]
     lost: dict[str, int]
     shown_as_history: int
     without_reasoning: int
@@ -75,6 +75,7 @@ class Turns:
         self._closing = closing
         self._control_at_end = re.compile(rf"({control})\s*$")
         self._patterns: dict[Any, list[Pattern]] = {}
+        self._renders: dict[Any, list[tuple[list[Asked], str]]] = {}
 
     def recall(
         self,
@@ -88,8 +89,7 @@ class Turns:
         texts = _texts(messages)
         if texts is None or traceable(self._source) is None:
             return None
-        shape = tuple((m["role"], m.get("train"), m.get("weight"), "reasoning_content" in m) for m in messages)
-        key = shape, train_on, split_turns, repr(variables) if variables else None
+        key = _shape(messages), train_on, split_turns, repr(variables) if variables else None
         known = self._patterns.get(key)
         if known is None:
             if len(self._patterns) >= MOST_SHAPES:
@@ -178,17 +178,10 @@ class Turns:
         train_on: TrainOn,
         split_turns: bool,
     ) -> Pattern | None:
-        template, trace = traceable(self._source), Trace(texts)
-        assert template is not None
-        given = {**self._variables, **(variables or {}), "tools": None, "documents": None}
+        trace = Trace(texts)
 
         def traced(some: list[Message], add_generation_prompt: bool) -> str:
-            try:
-                return (
-                    template.render(messages=some, add_generation_prompt=add_generation_prompt, **given) if some else ""
-                )
-            except TemplateError:
-                return ""
+            return self._traced(some, add_generation_prompt, variables, trace, len(texts))
 
         stand_ins = _stand_ins(messages, trace)
         try:
@@ -203,6 +196,39 @@ class Turns:
             return None
         rows = [(_cut(text, targets), [target.weight for target in targets]) for text, targets in layout.rows]
         return Pattern(trace.asked, rows, *layout[1:])
+
+    def _traced(
+        self,
+        messages: list[Message],
+        add_generation_prompt: bool,
+        variables: dict[str, Any] | None,
+        trace: Trace,
+        given: int,
+    ) -> str:
+        """The text of stand-ins, "" if the template refuses them. Conversations begin alike, so a beginning that was
+        rendered before is remembered, as long as nothing was made of the `given` texts."""
+        template = traceable(self._source)
+        if not messages or template is None:
+            return ""
+        key = _shape(messages), add_generation_prompt, repr(variables) if variables else None
+        known = self._renders.get(key, [])
+        for asked, text in known:
+            if trace.agrees(asked):
+                return text
+        trace.touched.clear()
+        values = {**self._variables, **(variables or {}), "tools": None, "documents": None}
+        try:
+            text = template.render(messages=messages, add_generation_prompt=add_generation_prompt, **values)
+        except TemplateError:
+            text = ""
+        if len(trace.texts) == given and len(known) < MOST_PATTERNS and len(self._renders) < MOST_SHAPES:
+            self._renders.setdefault(key, []).append((list(trace.touched), text))
+        return text
+
+
+def _shape(messages: list[Message]) -> tuple[tuple[Any, ...], ...]:
+    """What a template can tell apart without looking at a text."""
+    return tuple([(m["role"], m.get("train"), m.get("weight"), "reasoning_content" in m) for m in messages])
 
 
 def _has_reasoning(message: Message) -> bool:
@@ -238,9 +264,9 @@ def _stand_ins(messages: list[Message], trace: Trace) -> list[Message]:
     return changed
 
 
-def _cut(text: str, targets: list[Target]) -> list[list[str | int]]:
+def _cut(text: str, targets: list[Target]) -> list[tuple[str, tuple[int, ...]]]:
     borders = [0, *(border for target in targets for border in (target.start, target.end)), len(text)]
-    return [parts(text[start:end]) for start, end in pairwise(borders)]
+    return [formatted(text[start:end]) for start, end in pairwise(borders)]
 
 
 def _filled(pattern: Pattern, texts: list[str]) -> Layout | None:
@@ -250,7 +276,7 @@ def _filled(pattern: Pattern, texts: list[str]) -> Layout | None:
         return None
     rows = []
     for pieces, weights in pattern.rows:
-        written = ["".join([part if isinstance(part, str) else every[part] for part in piece]) for piece in pieces]
+        written = [form % tuple([every[number] for number in numbers]) for form, numbers in pieces]
         ends = list(accumulate(map(len, written)))
         targets = [Target(*target) for target in zip(ends[0::2], ends[1::2], weights, strict=False)]
         rows.append(("".join(written), targets))

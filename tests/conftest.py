@@ -5,6 +5,7 @@ import json
 import random
 import string
 import sys
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def rows_of(encoded: Iterable[tuple[int, list[int], list[int]]], weights: list[l
     """Rows in memory from (row number, ids, labels)."""
     part = Part()
     for k, (number, ids, labels) in enumerate(encoded):
-        part.add(ids, labels, weights[k] if weights else None, number, 0, number)
+        part.add(array("i", ids), array("i", labels), weights[k] if weights else None, number, 0, number)
     arrays = {name: np.array(getattr(part, name), kind) for name, kind in ARRAYS.items()}
     offsets = np.concatenate([[0], np.cumsum(arrays.pop("lengths"), dtype=np.int64)])
     found = arrays.pop("weights")

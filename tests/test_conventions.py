@@ -10,8 +10,12 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import memory
 import pytest
+import torch
 import yaml
+from peft import LoraConfig, get_peft_model
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from accel_llm.config import parse
 from accel_llm.options import ChatOptions, MergeOptions
@@ -20,7 +24,17 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = sorted((ROOT / "accel_llm").glob("*.py"))
 SCRIPTS = sorted((ROOT / "launch").glob("*.py"))
 YAMLS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
-RECIPES = {"demo": "sft", "demo_base": "pretrain"}
+RECIPES = sorted((ROOT / "launch" / "recipes").glob("*"))
+FAMILIES = {
+    "qwen2.5": "Qwen/Qwen2.5-",
+    "qwen3": "Qwen/Qwen3-",
+    "llama3": "meta-llama/Llama-3.",
+    "gemma": "google/gemma-",
+    "mistral": "mistralai/Mistral-",
+    "phi": "microsoft/[Pp]hi-",
+}
+SIZES = (8, 12, 24, 80)  # GB of one GPU
+FOR_A_GPU = [(family, size) for family in FAMILIES for size in SIZES]
 
 # A module may import those that stand before it.
 ORDER = [
@@ -134,11 +148,74 @@ def test_scripts_stand_alone_and_shadow_nothing() -> None:
         assert not roots & (names | {"launch"}), path
 
 
-def test_every_recipe_is_read_by_its_script() -> None:
-    assert RECIPES.keys() == {path.stem for path in (ROOT / "launch" / "recipes").glob("*")}
-    for recipe, name in RECIPES.items():
-        options = parse(script(name).Options, ["--config", str(ROOT / "launch" / "recipes" / f"{recipe}.yaml")])
-        assert options.model_fields_set
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_read_by_its_script_and_short(path: Path) -> None:
+    name = "pretrain" if path.stem == "demo_base" else "sft"
+    assert parse(script(name).Options, ["--config", str(path)]).model_fields_set
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert 10 <= len(lines) <= 20
+    assert max(map(len, lines)) <= 120
+    assert lines[0].startswith("# ")
+
+
+def test_every_family_has_a_recipe_for_every_size() -> None:
+    wanted = {f"{family}_{size}gb.yaml" for family, size in FOR_A_GPU}
+    assert {path.name for path in RECIPES} == wanted | {"demo.yaml", "demo_base.yaml"}
+
+
+@pytest.mark.parametrize(("family", "size"), FOR_A_GPU)
+def test_recipes_for_a_gpu_are_estimated_to_fit_it(family: str, size: int) -> None:
+    path = ROOT / "launch" / "recipes" / f"{family}_{size}gb.yaml"
+    options = parse(script("sft").Options, ["--config", str(path), "--train_files", "chats.jsonl"])
+    assert re.match(FAMILIES[family], options.model_name_or_path)
+    assert options.output_dir == f"output/{path.stem}"
+    assert memory.estimate(options) < 0.92 * size
+    first, second = path.read_text(encoding="utf-8").splitlines()[:2]
+    assert first.startswith(f"# {options.model_name_or_path.split('/')[1]}, ") and first.endswith(f" {size} GB.")
+    assert second == f"# Estimated, not measured: {memory.sentence(options)}"
+    # What the estimate takes for granted.
+    assert options.gradient_checkpointing and options.packing and not options.load_in_8bit
+    assert options.lora_target_modules == "all-linear" and not options.modules_to_save
+    assert options.per_device_eval_batch_size == options.per_device_train_batch_size
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21.2
+@pytest.mark.parametrize("name", memory.SHAPES)
+def test_shapes_are_those_of_the_published_models(name: str) -> None:
+    """The number of parameters in the model's card, and that of the architecture built from the shape."""
+    shape = memory.SHAPES[name]
+    sizes = {
+        "vocab_size": shape.vocab,
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.intermediate,
+        "num_hidden_layers": 1,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "tie_word_embeddings": shape.tied,
+        "pad_token_id": 0,
+    }
+    if shape.head_dim * shape.heads != shape.hidden:
+        sizes["head_dim"] = shape.head_dim
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[shape.kind](**sizes))
+    linear = [m.weight.shape for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
+    assert sorted((columns, rows) for rows, columns in linear) == sorted(shape.linear)
+    vectors = sum(p.numel() for p in model.parameters() if p.ndim == 1)
+    assert sum(p.numel() for p in model.parameters()) - vectors == (
+        shape.linear_parameters // shape.layers + shape.embedding_parameters
+    )
+    assert (shape.linear_parameters + shape.embedding_parameters) / 1e9 == pytest.approx(shape.billions, rel=2e-3)
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear"))
+    assert adapted.get_nb_trainable_parameters()[0] * shape.layers == shape.adapter_parameters(16)
+
+
+def test_the_estimate_of_a_model_that_is_too_large_does_not_fit() -> None:
+    recipe = ["--config", str(ROOT / "launch" / "recipes" / "qwen3_12gb.yaml")]
+    options = parse(script("sft").Options, [*recipe, "--model_name_or_path", "Qwen/Qwen3-14B"])
+    assert memory.estimate(options) > 12
+    # QLoRA's paper: double quantisation leaves 0.127 of the 0.5 bits a weight that the scales take.
+    bits = memory.NF4 * 8
+    assert bits == pytest.approx(4 + 0.127, abs=1e-3)
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ ENCODED: list[Row] = [(1, [5, 6, 7], [-100, 6, 7]), (4, [8], [-100]), (9, [2, 3]
 def part(encoded: list[Row], weights: list[float] | None = None) -> Part:
     made = Part()
     for number, ids, labels in encoded:
-        made.add(ids, labels, weights and weights[: len(ids)], number, number % 2, 100 + number)
+        made.add(array("i", ids), array("i", labels), weights and weights[: len(ids)], number, number % 2, 100 + number)
     return made
 
 
@@ -63,8 +64,8 @@ def test_weights_are_one_wherever_they_are_not_given(tmp_path, order):
 
 def test_a_part_of_both_kinds(tmp_path):
     made = part(ENCODED[:1])
-    made.add([4, 4], [-100, 4], [2.0, 3.0], 2, 0, 0)
-    made.add([5], [-100], None, 3, 0, 0)
+    made.add(array("i", [4, 4]), array("i", [-100, 4]), [2.0, 3.0], 2, 0, 0)
+    made.add(array("i", [5]), array("i", [-100]), None, 3, 0, 0)
     assert made.weights.tolist() == [1.0, 1.0, 1.0, 2.0, 3.0, 1.0]
 
 
