@@ -39,12 +39,13 @@ def total_weight(batch: dict) -> torch.Tensor:
     return batch["weights"][:, 1:].double()[batch["labels"][:, 1:] != IGNORED].sum()
 
 
-def attach(model: PreTrainedModel, tokens_per_batch: int) -> LossPath:
+def attach(model: PreTrainedModel, tokens_per_batch: int, tokens_per_eval_batch: int | None = None) -> LossPath:
     """Give the causal LM a forward that answers `labels` with the SUM of their cross-entropies, and nothing else.
 
     Without `labels` the forward is the family's own. It is bound to the instance before PEFT wraps it and before it
     is prepared, so that the loss is computed inside the forward of DDP, DeepSpeed and FSDP2. `tokens_per_batch`, the
-    most tokens of a micro-batch, sets the number of chunks in which the vocabulary is projected.
+    most tokens of a micro-batch, sets the number of chunks in which the vocabulary is projected; evaluation may have
+    larger batches.
 
     Returns the path in force. "own" projects labelled positions only, chunk by chunk; "stock" asks the family's
     forward for the logits of those positions, where the own path differs from the family's loss. Weights that are
@@ -65,8 +66,9 @@ def attach(model: PreTrainedModel, tokens_per_batch: int) -> LossPath:
         path = PATHS[self.loss_path]  # type: ignore
         return CausalLMOutputWithPast(loss=path(self, *args, labels=labels, weights=weights, **kwargs))  # type: ignore
 
-    vocab_size = model.config.get_text_config().vocab_size
-    model.loss_chunks = max(1, -(-tokens_per_batch * vocab_size * 4 // LOGITS_BYTES))  # type: ignore
+    bytes_per_token = model.config.get_text_config().vocab_size * 4
+    model.loss_chunks = max(1, -(-tokens_per_batch * bytes_per_token // LOGITS_BYTES))  # type: ignore
+    model.eval_loss_chunks = -(-(tokens_per_eval_batch or 0) * bytes_per_token // LOGITS_BYTES)  # type: ignore
     model.loss_path = _paths(model)[0]  # type: ignore
     model.forward = MethodType(forward, model)
     if any(parameter.is_meta or hasattr(parameter, "ds_id") for parameter in model.parameters()):
@@ -128,7 +130,7 @@ def _own_loss(
     given = [hidden.flatten(0, 1).index_select(0, labelled), targets.index_select(0, labelled)]
     if weights is not None:
         given.append(F.pad(weights[:, 1:], (0, 1)).flatten().index_select(0, labelled))
-    chunks: int = model.loss_chunks  # type: ignore
+    chunks: int = (not model.training and model.eval_loss_chunks) or model.loss_chunks  # type: ignore
     if chunks == 1:
         return _chunk_loss(model, *given)
     # Under ZeRO-3 and FSDP2 a use of the head is a collective: every rank makes as many, whatever its labels, so a

@@ -52,7 +52,8 @@ def main() -> None:
     start = checkpoint.start(accelerator, options)
     set_seed(options.seed)
     model = models.load_model(options) if options.model_name_or_path else models.build_model(config, options)
-    losses.attach(model, options.per_device_train_batch_size * options.max_length)
+    batch_sizes = options.per_device_train_batch_size, options.per_device_eval_batch_size
+    losses.attach(model, *(size * options.max_length for size in batch_sizes))
     if options.method != "full":
         model = adapter.attach(model, options)
     if options.neftune_noise_alpha:

@@ -82,7 +82,8 @@ def main() -> None:
     set_seed(options.seed)
     model = models.load_model(options)
     vocabulary.extend(model, new_tokens)
-    losses.attach(model, options.per_device_train_batch_size * options.max_length)
+    batch_sizes = options.per_device_train_batch_size, options.per_device_eval_batch_size
+    losses.attach(model, *(size * options.max_length for size in batch_sizes))
     if options.method != "full":
         model = adapter.attach(model, options, new_tokens)
     if options.neftune_noise_alpha:

@@ -160,12 +160,17 @@ def test_chunks_follow_from_capacity_and_the_head_is_used_as_often_whatever_the_
     monkeypatch.setattr(losses, "LOGITS_BYTES", 97 * 4 * 100)
     model = tiny_model("llama")
     losses.attach(model, 450)
-    assert model.loss_chunks == 5
+    assert (model.loss_chunks, model.eval_loss_chunks) == (5, 0)
+    losses.attach(model, 450, 900)
+    assert (model.loss_chunks, model.eval_loss_chunks) == (5, 9)
     calls = []
-    model.lm_head.register_forward_hook(lambda *_: calls.append(1))
+    model.train().lm_head.register_forward_hook(lambda *_: calls.append(1))
     for rows in (random_rows(4, 12), [(np.array([3, 4]), np.array([IGNORED, 4]))]):
         losses.next_token_loss(model, collate_padded(rows, 0)).backward()
     assert len(calls) == 2 * 5 * 2, "5 chunks, forward and backward"
+    with torch.no_grad():
+        losses.next_token_loss(model.eval(), collate_padded(random_rows(4, 12), 0))
+    assert len(calls) == 20 + 9
 
 
 def test_generation_is_the_familys():
@@ -265,3 +270,36 @@ def test_gradients_of_a_step_do_not_depend_on_how_it_is_cut(cut, chunks, reentra
         micro_batches = [collate_padded(rows[i : i + size], 0) for i in range(0, 32, size)]
     for name, gradient in gradient_case(model, micro_batches).items():
         assert (gradient - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
+
+
+def weighted_rows() -> tuple[list[tuple[np.ndarray, np.ndarray]], list[np.ndarray]]:
+    rows = random_rows(6, 12, seed=4)
+    rng = np.random.default_rng(5)
+    return rows, [rng.choice(np.array([0.25, 0.5, 1.0, 3.0], np.float32), len(ids)) for ids, _ in rows]
+
+
+@pytest.mark.parametrize(
+    ("family", "packed", "chunks"),
+    [("llama", True, 1), ("llama", True, 3), ("llama", False, 1), ("hyperclovax", False, 1)],
+)
+@torch.no_grad()
+def test_each_label_counts_its_weight(family, packed, chunks):
+    rows, weights = weighted_rows()
+    model = tiny_model(family)
+    expected, total = 0.0, 0.0
+    for (ids, labels), each in zip(rows, weights, strict=True):
+        logits = type(model).forward(model, torch.from_numpy(ids)[None]).logits[0, :-1].double()
+        targets, each = torch.from_numpy(labels[1:]), torch.from_numpy(each[1:]).double()
+        terms = F.cross_entropy(logits, targets, reduction="none", ignore_index=IGNORED)
+        expected, total = expected + float((terms * each).sum()), total + float(each[targets != IGNORED].sum())
+    assert losses.attach(model, 1024) == ("own" if family == "llama" else "stock")
+    model.loss_chunks = chunks
+    if packed:
+        attention.enable(model)
+    batch = collate_packed(rows, weights) if packed else collate_padded(rows, 0, weights)
+    assert float(losses.next_token_loss(model, batch)) == pytest.approx(expected, rel=1e-5)
+    assert float(losses.total_weight(batch)) == pytest.approx(total, rel=1e-12)
+    plain = {name: value for name, value in batch.items() if name != "weights"}
+    assert float(losses.total_weight(plain)) == int(losses.count_targets(batch["labels"])) != pytest.approx(total)
+    ones = {**batch, "weights": torch.ones_like(batch["weights"])}
+    assert float(losses.next_token_loss(model, ones)) == pytest.approx(float(losses.next_token_loss(model, plain)))
