@@ -17,6 +17,7 @@ from accel_llm.ledger import TRAINED, Ledger
 from accel_llm.options import DataOptions
 from accel_llm.packing import IGNORED
 from accel_llm.sources import Row
+from accel_llm.tokens import check_text
 
 NOTHING_TRAINED = "dropped: nothing to train"
 SPLIT = "The template rewrites history: turns that it shows differently later train in rows of their own."
@@ -83,6 +84,7 @@ def _encode(row: SourceRow, encoder: Encoder, chunk: Chunk) -> list[Encoded] | D
     if isinstance(found, Tokenized):
         return [Encoded(found.input_ids, found.labels)]
     if isinstance(found, Document):
+        check_text(found.text)
         return found
     if template is None:
         raise DataError("found a conversation, but pretraining takes plain text; train it with launch/sft.py", "a chat")

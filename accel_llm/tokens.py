@@ -17,6 +17,7 @@ from accel_llm.words import Words
 # Unicode noncharacters: never part of a text that is meant to be read, and untouched by `trim`.
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
 SHORT, MOST_SHORT = 16, 4096  # characters of texts whose ids are remembered, and how many of them
+_HALF = re.compile("[\ud800-\udfff]")
 _GUARDED = re.compile(f"{OPEN}([^{OPEN}{CLOSE}]+){CLOSE}")
 # Special tokens of some tokenizers, yet people write them in their data on purpose.
 _TAG = re.compile(r"</?(?:think|thinking|reasoning|answer|tool_calls?|tool_response|tools)>")
@@ -58,7 +59,7 @@ class Tokens:
             and (token.content in named or not _TAG.fullmatch(token.content))
         ]
         starts = "".join(sorted({re.escape(token[0]) for token in control_tokens}))
-        self._may_matter = re.compile(f"[{starts}{OPEN}{CLOSE}]").search
+        self._may_matter = re.compile(f"[{starts}{OPEN}{CLOSE}\ud800-\udfff]").search
         self._control = re.compile(_any_of(control_tokens))
         self._added = re.compile(f"({self.added_pattern})")
         self._added_ids = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
@@ -84,6 +85,7 @@ class Tokens:
         if isinstance(value, str):
             if not self._may_matter(value):
                 return value
+            check_text(value)
             if OPEN in value or CLOSE in value:
                 raise DataError(
                     f"content: holds {OPEN!a} or {CLOSE!a}, Unicode noncharacters that no text may hold",
@@ -184,6 +186,12 @@ class Tokens:
 
     def _ids(self, text: str) -> list[int]:
         return self._backend.encode(text, add_special_tokens=False).ids
+
+
+def check_text(text: str) -> None:
+    """Raises DataError for what JSON can say and no encoding can write."""
+    if half := _HALF.search(text):
+        raise DataError(f"found {half[0]!a} in the text, half of a surrogate pair, which is no character", "not text")
 
 
 def _any_of(literals: Iterable[str]) -> str:

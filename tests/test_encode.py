@@ -177,11 +177,13 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("not text", {"instruction": "a", "output": 3.3}),
     ("unknown shape", {"a": 1}),
     ("images", {**conversation(TALK[:2]), "images": ["a.png"]}),
+    ("not text", conversation([("user", "a"), ("assistant", "b\ud800")])),
+    ("not text", {"text": "b\udfff"}),
     ("noncharacters", conversation([("user", "\ufdd0"), ("assistant", "b")])),
 ]
 
 
-@pytest.mark.parametrize("reason, row", BAD, ids=[reason for reason, _ in BAD])
+@pytest.mark.parametrize("reason, row", BAD, ids=[f"{k} {reason}" for k, (reason, _) in enumerate(BAD)])
 def test_a_row_that_is_not_right_stops_the_run_or_is_dropped_and_counted(tmp_path, reason, row):
     rows = [conversation(TALK[:2]), row, conversation(TALK[:2])]
     with pytest.raises(DataError, match=r"a\.jsonl, row 2: .*; on_bad_row: drop leaves such rows out\.$") as error:
