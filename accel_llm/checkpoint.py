@@ -267,7 +267,8 @@ def _make_room(found: Start) -> None:
         obsolete = [path for path in checkpoints.glob("step-*") if path.name > found.folder.name]
     else:
         obsolete = [found.output_dir / name for name in OURS]
-    for path in [*obsolete, *checkpoints.glob(".step-*.partial")]:
+    # What a killed process was writing: a checkpoint, an export, run.json.
+    for path in [*obsolete, *checkpoints.glob(".*.partial"), *found.output_dir.glob(".*.partial")]:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     found.output_dir.mkdir(parents=True, exist_ok=True)
 

@@ -1,7 +1,10 @@
 """What a person sees before and after training: settings, coloured rows, steps, and the next commands."""
 
+import json
+import shutil
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
@@ -124,6 +127,19 @@ def stop_proof(
         style="green" if ended == len(encoded) else "yellow",
         markup=False,
     )
+
+
+def census(accelerator: Accelerator, facts: dict[str, Any], options: TrainOptions) -> None:
+    """What was in force in the one step of `check_only`; the folder that it was written to is removed."""
+    if not accelerator.is_main_process:
+        return
+    table = Table(title="In force, checked in one step", show_header=False, box=None)
+    for name, value in facts.items():
+        parts = value.items() if isinstance(value, dict) and name != "deepspeed" else [("", value)]
+        for part, shown in parts:
+            table.add_row(f"{name} {part}".rstrip(), json.dumps(shown))
+    console.print(table)
+    shutil.rmtree(options.output_dir)
 
 
 def after_training(accelerator: Accelerator, folder: Path) -> None:

@@ -1,6 +1,5 @@
 """Builds the Accelerator. Every difference between backends is settled here, each with its reason."""
 
-import json
 import logging
 import os
 import warnings
@@ -18,8 +17,9 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     ProjectConfiguration,
 )
+from torch.distributed.fsdp.wrap import always_wrap_policy
 
-from accel_llm import attention, losses, zero
+from accel_llm import losses, zero
 from accel_llm.errors import ConfigError
 from accel_llm.options import ModelOptions, RunOptions, TrainOptions
 
@@ -153,39 +153,19 @@ def _check_launched(accelerator: Accelerator, wanted: str) -> None:
         )
 
 
-def prove(accelerator: Accelerator, model: torch.nn.Module, options: TrainOptions) -> dict[str, Any]:
-    """Check the prepared model before it trains: its loss is the family's own, packed documents are isolated.
-
-    Returns what is really in force, for run.json. A collective.
-
-    Raises:
-        ConfigError: no exact loss could be had, or packed documents see each other.
-    """
-    # What matrix products run in: autocast's dtype, or the one DeepSpeed has cast the weights to.
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision_of(options), torch.float32)
-    dtype = torch.int8 if options.load_in_8bit else dtype
-    # Before the first forward: FSDP2 leaves what stands outside the layers whole until a backward pass.
-    parameters = parameter_counts(model)
-    loss_path = losses.check(model, accelerator.device, dtype)
-    if options.packing:
-        attention.probe(model, accelerator.device, dtype)
-    facts: dict[str, Any] = {
-        "strategy": strategy(),
-        "distributed_type": str(accelerator.distributed_type.value),
-        "num_processes": accelerator.num_processes,
-        "accumulation": accelerator.gradient_accumulation_steps,
-        "device": str(accelerator.device),
-        "precision": precision_of(options),
-        "engine": type(model).__name__,
-        "loss_path": loss_path,
-        "parameters": parameters,
-        "attention": attention.causal_lm(model).config._attn_implementation,
-    }
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        plugin = accelerator.state.deepspeed_plugin
-        assert plugin is not None
-        facts["deepspeed"] = json.loads(json.dumps(plugin.deepspeed_config, default=str))
-    return {"accelerate": facts}
+def prepare(accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+    """Accelerate's `prepare` of a model whose weights are where they belong, and of the optimizer over them."""
+    groups = [list(group["params"]) for group in optimizer.param_groups]
+    if strategy() == "fsdp2":
+        # What Accelerate would wrap is wrapped, and under other class names than those it would look for.
+        plugin: Any = accelerator.state.fsdp_plugin
+        plugin.auto_wrap_policy = always_wrap_policy
+    model, prepared = accelerator.prepare(model, optimizer)
+    if strategy() == "fsdp2":
+        # Accelerate 1.15 finds each parameter again by its address, and all empty shards of a rank have the same one.
+        for group, parameters in zip(prepared.param_groups, groups, strict=True):
+            group["params"] = parameters
+    return model, prepared
 
 
 def clip(accelerator: Accelerator, model: torch.nn.Module, max_grad_norm: float) -> torch.Tensor | float:
@@ -220,31 +200,6 @@ def global_sum(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
     if accelerator.num_processes > 1:
         torch.distributed.all_reduce(values)
     return values
-
-
-def parameter_counts(model: torch.nn.Module) -> dict[str, int]:
-    """Numbers of parameters: trainable, in total, and held by this process under the sharding in force.
-
-    A 4-bit tensor counts the weights that it stands for, except in what this process holds.
-    """
-    from torch.distributed.tensor import DTensor
-
-    counts = {"trainable": 0, "total": 0, "this_process": 0}
-    parameter: Any
-    for parameter in model.parameters():
-        size = held = parameter.numel()
-        if hasattr(parameter, "ds_id"):
-            size = parameter.ds_numel
-            # Small tensors stay whole on every process: stage3_param_persistence_threshold.
-            held = size if parameter.ds_persist else parameter.ds_tensor.numel()
-        elif isinstance(parameter, DTensor):
-            held = parameter.to_local().numel()
-        elif type(parameter).__name__ == "Params4bit" and getattr(parameter, "quant_state", None) is not None:
-            size = parameter.quant_state.shape.numel()
-        counts["total"] += size
-        counts["trainable"] += size if parameter.requires_grad else 0
-        counts["this_process"] += held
-    return counts
 
 
 def bare(accelerator: Accelerator, model: torch.nn.Module) -> Any:

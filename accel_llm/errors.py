@@ -1,9 +1,13 @@
-"""The two mistakes a person can make, and how a script ends when one of them was made."""
+"""The two mistakes a person can make, and how a script ends by them or by a bug: one cause, told by one rank."""
 
+import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 
 
 class ConfigError(Exception):
@@ -34,24 +38,53 @@ def check(problems: list[str]) -> None:
 def run(main: Callable[[], None]) -> None:
     """Run a script's `main`; a ConfigError or DataError becomes its own sentences on stderr and exit code 2.
 
-    Anything else is a bug of ours and keeps its traceback.
+    Anything else is a bug of ours, or a machine that failed: it keeps its traceback, and under a launcher the last line
+    names the rank, as in `error (rank 1): RuntimeError: ...`.
     """
+    launched, rank = "RANK" in os.environ, int(os.environ.get("RANK", "0"))
     try:
         main()
     except (ConfigError, DataError) as error:
-        rank = int(os.environ.get("RANK", "0"))
-        if rank:
-            # Mistakes are the same on every rank. The launcher ends the others as soon as rank 0 is gone, so the
-            # person reads the sentence once; a mistake that only this rank met is still told.
-            time.sleep(3)
+        stand_back(error)
         prefix = f"error (rank {rank}): " if rank else "error: "
-        print("\n".join(prefix + line for line in str(error).splitlines()), file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        # Not sys.exit: process groups and worker threads must not keep a rank alive that has nothing left to do.
-        os._exit(2)
-    if "RANK" in os.environ:
+        _end(2, "\n".join(prefix + line for line in str(error).splitlines()))
+    except Exception as error:
+        if not launched:
+            raise
+        stand_back(error)
+        last = "".join(traceback.format_exception_only(error))
+        _leave_for_launcher(last.strip())
+        _end(1, "".join(traceback.format_exception(error)).removesuffix(last) + f"error (rank {rank}): {last}".strip())
+    if launched:
         # torch 2.13 now and then aborts a rank that has done its work ("terminate called without an active exception"):
         # threads of its process groups outlive the objects that the interpreter's end takes away from under them.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+        _end(0)
+
+
+@cache  # once an error, though two places ask: the one that notes it in run.json and the one that tells it
+def stand_back(error: BaseException) -> None:
+    """Give the launcher time to end this process, if `error` only follows from what happened on another rank.
+
+    When one rank is gone, a collective fails on all the others, with an error that differs by library, device and
+    collective. But the launcher ends them within a second, so the error of a process that is still there after some
+    seconds is its own. What all ranks met is told by rank 0 alone: each of the others waits longer than those before it.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not isinstance(error, Exception):
+        return
+    rank, mistake = int(os.environ.get("RANK", "0")), isinstance(error, (ConfigError, DataError))
+    # No other rank's end leads to a mistake in the settings or the data.
+    time.sleep((0 if mistake else 3) + (3 + min(rank, 10) if rank else 0))
+
+
+def _leave_for_launcher(message: str) -> None:
+    """Put `message` where torchrun looks for it, so that its last lines name rank and cause instead of a web page."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        Path(file).write_text(json.dumps({"message": message, "timestamp": int(time.time())}), encoding="utf-8")
+
+
+def _end(code: int, last_words: str = "") -> None:
+    """Not sys.exit: process groups and worker threads must not keep a rank alive that has nothing left to do."""
+    sys.stdout.flush()
+    print(last_words, end="\n" if last_words else "", file=sys.stderr, flush=True)
+    os._exit(code)

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.generic import ModelOutput
 
 from accel_llm.attention import causal_lm, model_kwargs, stock
 from accel_llm.errors import ConfigError
@@ -39,13 +40,22 @@ def total_weight(batch: dict) -> torch.Tensor:
     return batch["weights"][:, 1:].double()[batch["labels"][:, 1:] != IGNORED].sum()
 
 
-def attach(model: PreTrainedModel, tokens_per_batch: int, tokens_per_eval_batch: int | None = None) -> LossPath:
+def attach(
+    model: PreTrainedModel,
+    tokens_per_batch: int,
+    tokens_per_eval_batch: int | None = None,
+    label_smoothing: float = 0.0,
+    z_loss_coef: float = 0.0,
+) -> LossPath:
     """Give the causal LM a forward that answers `labels` with the SUM of their cross-entropies, and nothing else.
 
     Without `labels` the forward is the family's own. It is bound to the instance before PEFT wraps it and before it
     is prepared, so that the loss is computed inside the forward of DDP, DeepSpeed and FSDP2. `tokens_per_batch`, the
     most tokens of a micro-batch, sets the number of chunks in which the vocabulary is projected; evaluation may have
     larger batches.
+
+    Three terms join the cross-entropies in training mode, and in that mode only: label smoothing and z-loss, see
+    `_regularised`, and, where the config asks for `output_router_logits`, the experts' balance loss, see `_stock_loss`.
 
     Returns the path in force. "own" projects labelled positions only, chunk by chunk; "stock" asks the family's
     forward for the logits of those positions, where the own path differs from the family's loss. Weights that are
@@ -69,9 +79,10 @@ def attach(model: PreTrainedModel, tokens_per_batch: int, tokens_per_eval_batch:
     bytes_per_token = model.config.get_text_config().vocab_size * 4
     model.loss_chunks = max(1, -(-tokens_per_batch * bytes_per_token // LOGITS_BYTES))  # type: ignore
     model.eval_loss_chunks = -(-(tokens_per_eval_batch or 0) * bytes_per_token // LOGITS_BYTES)  # type: ignore
+    model.label_smoothing, model.z_loss_coef = label_smoothing, z_loss_coef  # type: ignore
     model.loss_path = _paths(model)[0]  # type: ignore
     model.forward = MethodType(forward, model)
-    if any(parameter.is_meta or hasattr(parameter, "ds_id") for parameter in model.parameters()):
+    if getattr(model, "unread", False):
         return _paths(model)[0]
     parameter = next(model.parameters())
     return check(model, parameter.device, model.dtype)
@@ -87,6 +98,8 @@ def _paths(model: PreTrainedModel) -> list[LossPath]:
 @torch.no_grad()
 def check(model: nn.Module, device: torch.device | str, dtype: torch.dtype) -> LossPath:
     """Compare with the family's own loss on a random padded batch and settle the path; `model` may be wrapped.
+
+    Compared are plain cross-entropies: a balance loss is taken off the family's.
 
     `dtype` is what the matrix products run in. Every rank runs the same 2 or 3 forwards. Raises ConfigError where
     no path gives the family's loss.
@@ -142,14 +155,39 @@ def _own_loss(
 def _chunk_loss(
     model: PreTrainedModel, hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Sum of cross-entropies, float32 [], of hidden [n, width] for targets [n]; 0 with a graph where n is 0."""
-    return _summed(_logits(model, hidden).float(), targets, weights)
+    """Sum of terms, float32 [], of hidden [n, width] for targets [n]; 0 with a graph where n is 0."""
+    return _summed(model, _logits(model, hidden).float(), targets, weights)
 
 
-def _summed(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
-    if weights is None:
+def _summed(
+    model: PreTrainedModel, logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None
+) -> torch.Tensor:
+    smoothing, z_coef = (model.label_smoothing, model.z_loss_coef) if model.training else (0.0, 0.0)
+    if smoothing or z_coef:
+        terms = _regularised(logits, targets, smoothing, z_coef)  # type: ignore
+    elif weights is None:
         return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
-    return (F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none") * weights).sum()
+    else:
+        terms = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")
+    return (terms if weights is None else terms * weights).sum()
+
+
+def _regularised(logits: torch.Tensor, targets: torch.Tensor, smoothing: float, z_coef: float) -> torch.Tensor:
+    """(1 - smoothing) * -log p(target) + smoothing * mean of -log p over the vocabulary + z_coef * (log Z)^2.
+
+    logits [n, vocabulary] -> [n], 0 where nothing is labelled. Z is the sum of exp(logits), which its square keeps near
+    1 (PaLM, arXiv 2204.02311, section 5).
+    """
+    # Indexed, not gathered, and log Z = logit - log p: the backward of gather or logsumexp would keep the logits as well
+    chosen = torch.arange(len(targets), device=targets.device), targets.clamp(min=0)
+    log_probs = logits.log_softmax(1)
+    log_p = log_probs[chosen]
+    terms = -log_p
+    if smoothing:
+        terms = (1 - smoothing) * terms - smoothing * log_probs.mean(1)
+    if z_coef:
+        terms = terms + z_coef * (logits[chosen] - log_p).square()
+    return terms.masked_fill(targets == IGNORED, 0)
 
 
 def _logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
@@ -170,24 +208,43 @@ def _logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
 def _stock_loss(
     model: PreTrainedModel, *args, labels: torch.Tensor, weights: torch.Tensor | None, **kwargs
 ) -> torch.Tensor:
+    """As `_own_loss`, from the family's logits; in training with the experts' balance loss, if the config wants one.
+
+    The family computes it from the routing of this micro-batch's real tokens. It is weighed with the micro-batch's
+    `total_weight`, like one more term of each target. Divided by the weight of the whole step, the micro-batches of all
+    ranks have shares that add up to 1: the step's balance loss is the mean of theirs in proportion to their targets,
+    times the config's coefficient, however the step is cut; one micro-batch gives the family's loss. Balance is asked of
+    each micro-batch, so finer cuts ask for more of it.
+    """
     targets = labels[:, 1:]
     columns = (targets != IGNORED).any(0).nonzero().squeeze(1)
     if not len(columns):
         columns = columns.new_zeros(1)  # keep the graph: every rank takes part in the backward
     output = type(model).forward(model, *args, logits_to_keep=columns, **kwargs)
     logits, targets = output.logits.flatten(0, 1).float(), targets[:, columns].flatten()
-    loss = _summed(logits, targets, None if weights is None else weights[:, 1:][:, columns].flatten())
-    if getattr(output, "aux_loss", None) is not None:  # a mean over the tokens, weighed like one more term of each
-        given = {"labels": labels} if weights is None else {"labels": labels, "weights": weights}
-        loss = loss + model.router_aux_loss_coef * output.aux_loss * total_weight(given).float()
-    return loss
+    loss = _summed(model, logits, targets, None if weights is None else weights[:, 1:][:, columns].flatten())
+    if not model.training:
+        return loss
+    given = {"labels": labels} if weights is None else {"labels": labels, "weights": weights}
+    return loss + _balance(model, output) * total_weight(given).float()
+
+
+def _balance(model: PreTrainedModel, output: ModelOutput) -> torch.Tensor | float:
+    """What the family adds to its mean loss for the balance of its experts; 0 where it computes none."""
+    if getattr(output, "aux_loss", None) is None:
+        return 0.0
+    holders = (model, model.config.get_text_config())
+    names = ("router_aux_loss_coef", "aux_loss_coef")  # the second is JetMoE's
+    found = [getattr(holder, name) for holder in holders for name in names if hasattr(holder, name)]
+    return found[0] * output.aux_loss  # type: ignore
 
 
 def _family_loss(
     model: PreTrainedModel, *args, labels: torch.Tensor, weights: torch.Tensor | None, **kwargs
 ) -> torch.Tensor:
     assert weights is None, "families know no weights"
-    return type(model).forward(model, *args, labels=labels, **kwargs).loss * count_targets(labels)
+    output = type(model).forward(model, *args, labels=labels, **kwargs)
+    return (output.loss - _balance(model, output)) * count_targets(labels)
 
 
 PATHS = {"own": _own_loss, "stock": _stock_loss, "family": _family_loss}

@@ -19,8 +19,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from accel_llm import attention
+from accel_llm import attention, losses, shards
 from accel_llm.distributed import precision_of, strategy
 from accel_llm.errors import ConfigError
 from accel_llm.options import MethodOptions, ModelOptions, PretrainOptions, TrainOptions
@@ -57,6 +58,14 @@ def _cannot(options: TrainOptions) -> list[str]:
             f"load_in_8bit: 8-bit weights cannot be sharded by {strategy()}; use ddp.yaml, zero1.yaml or zero2.yaml, "
             "or method qlora."
         )
+    if options.master_weights == "stochastic_rounding":
+        if strategy().startswith("zero"):
+            found.append("master_weights: DeepSpeed keeps float32 copies in any case; use ddp.yaml or fsdp2.yaml.")
+        if precision_of(options) != "bf16":
+            found.append(
+                f"master_weights: stochastic_rounding is for weights in bf16, precision is {precision_of(options)} here; "
+                "set precision: bf16, or master_weights: float32."
+            )
     chosen = options.attn_implementation
     if options.packing and chosen not in ("auto", "sdpa") and not chosen.startswith("flash_attention"):
         found.append(
@@ -167,24 +176,32 @@ def load_config(options: ModelOptions, max_length: int | None = None) -> PreTrai
 
 
 def load_model(options: TrainOptions) -> PreTrainedModel:
-    """The causal LM in the dtype, quantisation and attention that the method, the device and the strategy call for.
+    """The causal LM as memory maps of its files: `shards.place` reads, casts, quantises and shards them layer by layer.
 
-    Full training keeps float32 master weights and computes under autocast; DeepSpeed keeps masters of its own, so there
-    and under a frozen base the weights are loaded in the compute dtype.
+    An 8-bit base is read here, quantised while it is read.
 
     Raises:
         ConfigError: it cannot be loaded, its weights do not fill it, or it cannot keep packed documents apart.
     """
     compute = DTYPES[precision_of(options)]
-    masters = options.method == "full" and not strategy().startswith("zero")
-    arguments: dict[str, Any] = {"dtype": torch.float32 if masters else compute}
-    if quantization := quantization_config(options, compute, strategy() in ("zero3", "fsdp2")):
+    # Only weights that are loaded in the dtype that they are stored in can be maps.
+    arguments: dict[str, Any] = {"dtype": compute if options.load_in_8bit else "auto"}
+    quantization = quantization_config(options, compute, strategy() in ("zero3", "fsdp2"))
+    if options.load_in_8bit:
         arguments["quantization_config"] = quantization
     if options.attn_implementation != "auto":
         arguments["attn_implementation"] = options.attn_implementation
     arguments |= {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
+    # Under its spell transformers would share out an empty model first, and read the whole checkpoint on rank 0.
+    unset_hf_deepspeed_config()
     model = load_whole(str(options.model_name_or_path), **arguments)
-    return configure(model, options, bool(options.packing))
+    model.unread = True  # type: ignore[assignment]
+    if quantization and not options.load_in_8bit:
+        shards.quantize_later(model, quantization)
+        if options.use_dora or isinstance(options.init_lora_weights, str):
+            # Their first values are made from the quantised weights.
+            shards.settle(model, list(model.modules()), compute, torch.device("cpu"))
+    return configure(model, options)
 
 
 def load_whole(name: str, field: str = "model_name_or_path", **arguments: Any) -> PreTrainedModel:
@@ -213,16 +230,18 @@ def quantization_config(method: MethodOptions, compute: torch.dtype, sharded: bo
     return BitsAndBytesConfig(load_in_8bit=True) if method.load_in_8bit else None
 
 
-def configure(model: PreTrainedModel, options: ModelOptions, packing: bool) -> PreTrainedModel:
-    """The switches that training needs on a freshly loaded or built model: isolation of documents, checkpointing.
+def configure(model: PreTrainedModel, options: TrainOptions) -> PreTrainedModel:
+    """What training needs of a freshly loaded or built model: isolation of documents, checkpointing, the loss.
 
     Raises:
-        ConfigError: packing with a family that cannot keep documents apart.
+        ConfigError: packing with a family that cannot keep documents apart, or no exact loss could be had.
     """
-    if packing and options.attn_implementation in ("auto", "sdpa"):
+    if options.packing and options.attn_implementation in ("auto", "sdpa"):
         attention.enable(model)
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    tokens = [n * options.max_length for n in (options.per_device_train_batch_size, options.per_device_eval_batch_size)]
+    losses.attach(model, *tokens, label_smoothing=options.label_smoothing_factor, z_loss_coef=options.z_loss_coef)
     return model.train()
 
 
@@ -230,7 +249,7 @@ def build_model(config: PreTrainedConfig, options: TrainOptions) -> PreTrainedMo
     """A causal LM with fresh weights (float32; seeded by the caller)."""
     chosen = {} if options.attn_implementation == "auto" else {"attn_implementation": options.attn_implementation}
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **chosen)
-    return configure(model, options, bool(options.packing))
+    return configure(model, options)
 
 
 def check_token_ids(

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -60,16 +60,21 @@ def check_optimizer(options: OptimOptions, device_type: str, engine: Engine) -> 
         raise ConfigError(f"optim: {name} cannot run here, as {reason}; give {', '.join(possible)}")
 
 
-def build_optimizer(model: nn.Module, options: OptimOptions, device_type: str, engine: Engine) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: nn.Module, options: OptimOptions, device_type: str, engine: Engine, seed: int = 0
+) -> torch.optim.Optimizer:
     """The optimizer that `options.optim` names, over the trainable parameters of a model that is not yet prepared.
 
-    `device_type` and `engine` are those of the training to come. Raises ConfigError as `check_optimizer` does.
+    `device_type` and `engine` are those of the training to come; `seed` is for stochastic rounding. Raises ConfigError as
+    `check_optimizer` does.
     """
     check_optimizer(options, device_type, engine)
     name = optimizer_in_force(options, device_type)
     groups = parameter_groups(model, options)
     assert options.adam_beta2 is not None, "OptimOptions resolves it"
     betas = (options.adam_beta1, options.adam_beta2)
+    if options.master_weights == "stochastic_rounding":
+        return RoundedAdamW(groups, betas, options.adam_epsilon, seed)
     if name == "adamw":
         fused = device_type in ("cpu", "cuda", "xpu", "mps")
         return torch.optim.AdamW(groups, betas=betas, eps=options.adam_epsilon, fused=fused)
@@ -93,6 +98,60 @@ def build_optimizer(model: nn.Module, options: OptimOptions, device_type: str, e
     _keep_embeddings_in_32_bits(model)
     kind = PagedAdamW8bit if name == "paged_adamw_8bit" else AdamW8bit
     return kind(groups, betas=betas, eps=options.adam_epsilon)
+
+
+class RoundedAdamW(torch.optim.Optimizer):
+    """AdamW for bfloat16 weights without float32 copies: each step is computed in float32 and rounded up or down at random,
+    with the odds that keep its mean (Gupta et al. 2015, arXiv 1502.02551). Moments are float32.
+
+    The draws follow from seed, step and place alone, so copies of a weight on several ranks stay equal, and so does a
+    resumed run.
+    """
+
+    def __init__(self, groups: list[dict], betas: tuple[float, float], eps: float, seed: int):
+        super().__init__(groups, {"betas": betas, "eps": eps})
+        self.seed = seed
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        place = 0
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                place += 1
+                if parameter.grad is not None:
+                    self._step_one(group, parameter, place)
+
+    def _step_one(self, group: dict, parameter: nn.Parameter, place: int) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = 0
+            state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(parameter, dtype=torch.float32) for _ in range(2))
+        state["step"] += 1
+        number, (beta1, beta2) = state["step"], group["betas"]
+        weight, gradient, mean, square = map(_local, (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]))
+        gradient = gradient.float()
+        mean.lerp_(gradient, 1 - beta1)
+        square.lerp_(gradient.square(), 1 - beta2)
+        updated = weight.float().mul_(1 - group["lr"] * group["weight_decay"])
+        size = group["lr"] / (1 - beta1**number)
+        updated.addcdiv_(mean, (square / (1 - beta2**number)).sqrt_().add_(group["eps"]), value=-size)
+        generator = torch.Generator(weight.device)
+        # Shards of one weight are different numbers, copies of it are the same.
+        shard = torch.distributed.get_rank() if weight is not parameter else 0
+        generator.manual_seed(hash((self.seed, number, place, shard)) & (2**63 - 1))
+        weight.copy_(rounded_at_random(updated, generator))
+
+
+def _local(tensor: Any) -> torch.Tensor:
+    """This rank's part of a sharded tensor; a whole one as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def rounded_at_random(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """float32 `values` as bfloat16, each one of its two neighbours there, the nearer the likelier; the mean is `values`."""
+    # bfloat16 is the upper half of a float32: what the lower half adds to a random number carries over, or does not.
+    noise = torch.randint(2**16, values.shape, dtype=torch.int32, device=values.device, generator=generator)
+    return (values.view(torch.int32) + noise).bitwise_and_(-(2**16)).view(torch.float32).to(torch.bfloat16)
 
 
 class MuonWithAdamW(torch.optim.Optimizer):

@@ -5,6 +5,9 @@ Fields are checked one by one by pydantic; what holds between fields stands in e
 `config.parse` can report everything that is wrong at once.
 """
 
+import os
+import tempfile
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -149,7 +152,7 @@ class MethodOptions(Options):
 
 
 class OptimOptions(Options):
-    """Optimizer and schedule"""
+    """Loss, optimizer and schedule"""
 
     optim: Optimizer = Field("adamw", description="Optimizer by name")
     learning_rate: float | None = Field(None, gt=0, description="At its peak; none: 2e-4 with an adapter, else 2e-5")
@@ -159,6 +162,10 @@ class OptimOptions(Options):
         None, ge=0, lt=1, description="Of the second moment; none: 0.999, or 0.99 for Lion"
     )
     adam_epsilon: float = Field(1e-8, gt=0, description="Added to the denominator of AdamW")
+    master_weights: Literal["float32", "stochastic_rounding"] = Field(
+        "float32",
+        description="With method full in bf16: float32 copies, or bf16 weights alone that are rounded up or down at random",
+    )
     max_grad_norm: float = Field(1.0, ge=0, description="Gradients are scaled down to this norm; 0: never")
     lr_scheduler_type: Literal[
         "linear", "cosine", "cosine_with_min_lr", "constant", "constant_with_warmup", "warmup_stable_decay"
@@ -173,6 +180,12 @@ class OptimOptions(Options):
     warmup_steps: float = Field(0.03, ge=0, description="Steps of warmup; below 1: a share of all steps")
     neftune_noise_alpha: float | None = Field(None, gt=0, description="NEFTune: noise on the input embeddings")
     loraplus_lr_ratio: float | None = Field(None, ge=1, description="LoRA+: learning rate of B over that of A")
+    label_smoothing_factor: float = Field(
+        0.0, ge=0, lt=1, description="Share of each target that is spread over the vocabulary; in training only"
+    )
+    z_loss_coef: float = Field(
+        0.0, ge=0, description="Of (log Z)^2, added to each target's loss to keep logits small; in training only"
+    )
 
     @model_validator(mode="after")
     def _resolve(self) -> "OptimOptions":
@@ -191,6 +204,11 @@ class OptimOptions(Options):
 
     def problems(self) -> list[str]:
         found = super().problems() + self._misplaced(OPTIMIZERS, "optim")
+        if self.master_weights == "stochastic_rounding":
+            if isinstance(self, MethodOptions) and self.method != "full":
+                found.append(f"master_weights: an adapter is float32 always, method is {self.method}; leave it out")
+            if self.optim != "adamw":
+                found.append(f"master_weights: only optim adamw rounds at random, optim is {self.optim}")
         found += self._misplaced(SCHEDULES, "lr_scheduler_type")
         if self.warmup_steps >= 1 and self.warmup_steps != int(self.warmup_steps):
             found.append(f"warmup_steps: {self.warmup_steps} is neither a whole number of steps nor a share below 1")
@@ -226,8 +244,21 @@ class RunOptions(Options):
     report_to: Trackers = Field(default_factory=list, description="Trackers that get the metrics; none: no tracker")
     run_name: str | None = Field(None, description="Name of the run in trackers and run.json")
     dry_run: bool = Field(False, description="Show settings, rows, ledger and steps, then stop")
+    check_only: bool = Field(False, description="Take one step, show what is in force, then stop; nothing is kept")
     eval_on_start: bool = Field(False, description="Evaluate before the first step as well")
     eval_generate: int = Field(0, ge=0, description="Evaluation rows answered by generating, for eval/exact_match")
+
+    @model_validator(mode="after")
+    def _rehearse(self) -> "RunOptions":
+        """With `check_only`: one step in a folder that will not stay, with nobody told of it."""
+        if self.check_only:
+            # The ranks of a launch have one parent.
+            number = os.getppid() if "RANK" in os.environ else os.getpid()
+            folder = str(Path(tempfile.gettempdir()) / f"accel-llm-check-{number}")
+            values = {"output_dir": folder, "overwrite_output_dir": True, "resume_from_checkpoint": "none"}
+            for name, value in (values | {"max_steps": 1, "eval_on_start": False, "report_to": []}).items():
+                object.__setattr__(self, name, value)
+        return self
 
     def problems(self) -> list[str]:
         found = super().problems()

@@ -14,7 +14,21 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from accel_llm import adapter, checkpoint, demo, display, distributed, encode, losses, models, optim, report, sources
+from accel_llm import (
+    adapter,
+    census,
+    checkpoint,
+    demo,
+    display,
+    distributed,
+    encode,
+    losses,
+    models,
+    optim,
+    report,
+    shards,
+    sources,
+)
 from accel_llm.config import parse, resolved
 from accel_llm.errors import check, run
 from accel_llm.evaluate import Evaluation
@@ -52,16 +66,16 @@ def main() -> None:
     start = checkpoint.start(accelerator, options)
     set_seed(options.seed)
     model = models.load_model(options) if options.model_name_or_path else models.build_model(config, options)
-    batch_sizes = options.per_device_train_batch_size, options.per_device_eval_batch_size
-    losses.attach(model, *(size * options.max_length for size in batch_sizes))
     if options.method != "full":
         model = adapter.attach(model, options)
     if options.neftune_noise_alpha:
         optim.neftune(model, options.neftune_noise_alpha)
-    optimizer = optim.build_optimizer(model, options, accelerator.device.type, distributed.engine())
+    shards.place(accelerator, model, options)
+    device = accelerator.device.type
+    optimizer = optim.build_optimizer(model, options, device, distributed.engine(), options.seed)
     scheduler = optim.build_schedule(optimizer, options, stream.plan.total_steps)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    facts = distributed.prove(accelerator, model, options)
+    model, optimizer = distributed.prepare(accelerator, model, optimizer)
+    facts = census.take(accelerator, model, optimizer, options)
     set_seed(options.seed, device_specific=True)
     checkpoint.resume(accelerator, model, optimizer, scheduler, start)
     stop = stop_ids(model, tokenizer, None)
@@ -70,6 +84,8 @@ def main() -> None:
     with recording(Path(options.output_dir), accelerator.is_main_process, **facts) as record:
         evaluation = Evaluation(accelerator, tokenizer, encoded.eval, options, stop)
         train(accelerator, model, optimizer, scheduler, stream, evaluation, options, start.step)
+        if options.check_only:
+            return display.census(accelerator, facts["accelerate"], options)
         base, dtype = str(options.model_name_or_path), models.stored_dtype(config)
         folder = export(accelerator, model, tokenizer, stop, base, dtype, options.output_dir)
         record.update(samples=evaluation.samples)
@@ -104,6 +120,8 @@ def train(
                 optimizer.step()
                 optimizer.zero_grad()
             meter.add(loss, batch)
+        if options.check_only:
+            break
         meter.log(step, scheduler.get_last_lr()[0], grad_norm)
         scheduler.step()
         evaluation.when_due(model, meter, step)

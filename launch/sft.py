@@ -17,6 +17,7 @@ from accelerate.utils import set_seed
 
 from accel_llm import (
     adapter,
+    census,
     checkpoint,
     demo,
     display,
@@ -26,6 +27,7 @@ from accel_llm import (
     models,
     optim,
     report,
+    shards,
     sources,
     vocabulary,
 )
@@ -41,14 +43,8 @@ from accel_llm.stream import Stream, to_device
 
 DEMO = Path(__file__).parent / "recipes" / "demo.yaml"
 # A person's own value wins over each of these.
-BY_HEART = {
-    "limit_rows": 64,
-    "num_train_epochs": 60,
-    "total_batch_size": 1,
-    "learning_rate": 1e-3,
-    "lr_scheduler_type": "constant_with_warmup",
-    "eval_generate": 8,
-}
+BY_HEART = {"limit_rows": 64, "num_train_epochs": 60, "total_batch_size": 1, "learning_rate": 1e-3}
+BY_HEART |= {"lr_scheduler_type": "constant_with_warmup", "eval_generate": 8}
 
 
 class Options(SftOptions, TrainOptions):
@@ -82,16 +78,16 @@ def main() -> None:
     set_seed(options.seed)
     model = models.load_model(options)
     vocabulary.extend(model, new_tokens)
-    batch_sizes = options.per_device_train_batch_size, options.per_device_eval_batch_size
-    losses.attach(model, *(size * options.max_length for size in batch_sizes))
     if options.method != "full":
         model = adapter.attach(model, options, new_tokens)
     if options.neftune_noise_alpha:
         optim.neftune(model, options.neftune_noise_alpha)
-    optimizer = optim.build_optimizer(model, options, accelerator.device.type, distributed.engine())
+    shards.place(accelerator, model, options)
+    device = accelerator.device.type
+    optimizer = optim.build_optimizer(model, options, device, distributed.engine(), options.seed)
     scheduler = optim.build_schedule(optimizer, options, stream.plan.total_steps)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    facts = distributed.prove(accelerator, model, options)
+    model, optimizer = distributed.prepare(accelerator, model, optimizer)
+    facts = census.take(accelerator, model, optimizer, options)
     set_seed(options.seed, device_specific=True)
     checkpoint.resume(accelerator, model, optimizer, scheduler, start)
     stop = stop_ids(model, tokenizer, template.turn_end_id)
@@ -101,6 +97,8 @@ def main() -> None:
     with recording(Path(options.output_dir), accelerator.is_main_process, **facts) as record:
         evaluation = Evaluation(accelerator, tokenizer, encoded.eval, options, stop)
         train(accelerator, model, optimizer, scheduler, stream, evaluation, options, start.step)
+        if options.check_only:
+            return display.census(accelerator, facts["accelerate"], options)
         base, dtype = str(options.model_name_or_path), models.stored_dtype(config)
         folder = export(accelerator, model, tokenizer, stop, base, dtype, options.output_dir)
         record.update(samples=evaluation.samples)
@@ -137,6 +135,8 @@ def train(
                 optimizer.step()
                 optimizer.zero_grad()
             meter.add(loss, batch)
+        if options.check_only:
+            break
         meter.log(step, scheduler.get_last_lr()[0], grad_norm)
         scheduler.step()
         evaluation.when_due(model, meter, step)

@@ -18,7 +18,8 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from accel_llm import demo, distributed
+from accel_llm import demo, distributed, shards
+from accel_llm import models as models_of_project
 from accel_llm.data import ARRAYS, Origin, Part, Rows
 
 ROOT = Path(__file__).parents[1]
@@ -33,6 +34,13 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
     backend.decoder = decoders.Fuse()
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+def settled(model: Any, options: Any) -> Any:
+    """The weights of a loaded model read, cast and quantised as `shards.place` does in one process."""
+    compute = models_of_project.DTYPES[distributed.precision_of(options)]
+    shards.settle(model, list(model.modules()), compute, torch.device("cpu"))
+    return model
 
 
 def rows_of(encoded: Iterable[tuple[int, list[int], list[int]]], weights: list[list[float]] | None = None) -> Rows:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import settled
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
@@ -22,7 +23,7 @@ LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 def attached(base: Path, **options) -> PeftModel:
     settings = TrainOptions(model_name_or_path=str(base), packing=False, **options)
     torch.manual_seed(0)
-    return adapter.attach(models.load_model(settings), settings)
+    return settled(adapter.attach(models.load_model(settings), settings), settings)
 
 
 def trained(model: torch.nn.Module) -> dict[str, torch.Tensor]:

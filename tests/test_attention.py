@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -44,7 +46,36 @@ def test_changing_one_document_moves_no_bit_of_another(family):
     changed = [rows[0], (rows[1][0][::-1].copy(), rows[1][1]), *rows[2:]]
     with torch.no_grad():
         before, after = in_one_row(model, rows), in_one_row(model, changed)
-    assert [torch.equal(a, b) for a, b in zip(before, after, strict=True)] == [True, False, True, True, True]
+    # An expert multiplies the tokens of all documents that chose it at once, and with more than one thread the number of
+    # rows decides how a product is summed: seen up to 6e-7. That nothing crosses over is in the gradients, exactly.
+    rounding = 2e-6 if any("expert" in name for name in FAMILIES[family]) else 0.0
+    same = [bool((a - b).norm() <= rounding * b.norm()) for a, b in zip(before, after, strict=True)]
+    assert same == [True, False, True, True, True]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_documents_are_what_the_familys_eager_attention_gives(family):
+    rows = random_rows(5, 20, seed=1)
+    model = tiny_model(family, attn_implementation="eager")
+    assert model.config._attn_implementation == "eager"
+    with torch.no_grad():
+        singles = [model(input_ids=torch.from_numpy(ids)[None], use_cache=False).logits[0] for ids, _ in rows]
+        attention.enable(model)
+        for packed, single in zip(in_one_row(model, rows), singles, strict=True):
+            assert (packed - single).norm() <= 1e-5 * single.norm()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_gradient_crosses_a_boundary(family):
+    rows = random_rows(4, 12)
+    model = tiny_model(family)
+    attention.enable(model)
+    embedded = []
+    model.get_input_embeddings().register_forward_hook(lambda module, args, output: embedded.append(output))
+    logits = in_one_row(model, rows)
+    (gradient,) = torch.autograd.grad(logits[1].square().sum(), embedded)
+    parts = gradient[0].split([len(ids) for ids, _ in rows])
+    assert [bool(part.any()) for part in parts] == [False, True, False, False]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -70,6 +101,57 @@ def test_probe_catches_a_backend_that_ignores_boundaries(family, dtype, monkeypa
     attention.probe(model, "cpu", dtype)
     monkeypatch.setitem(AttentionInterface._global_mapping, attention.NAME, leaking)
     with pytest.raises(ConfigError, match=r"packing: true leaks in .*ForCausalLM|LMHeadModel.*: set packing: false"):
+        attention.probe(model, "cpu", dtype)
+
+
+def changed(**changes: Callable):
+    """A backend that differs from the right one in what `changes` does to some of its arguments."""
+
+    def attend(module, query, key, value, mask, **others):
+        given = {"query": query, "key": key, "value": value, **others}
+        given |= {name: change(given[name]) for name, change in changes.items()}
+        query, key, value = (given.pop(name) for name in ("query", "key", "value"))
+        return attention.packed_attention(module, query, key, value, mask, **given)
+
+    return attend
+
+
+def seeing_the_future(module, query, key, value, mask, cu_seq_lens_q, **others):
+    backwards = (cu_seq_lens_q[-1] - cu_seq_lens_q).flip(0)
+    query, key, value = (tensor.flip(2) for tensor in (query, key, value))
+    output, _ = attention.packed_attention(module, query, key, value, mask, cu_seq_lens_q=backwards, **others)
+    return output.flip(1), None
+
+
+def shift_inner(boundaries: torch.Tensor) -> torch.Tensor:
+    return torch.cat([boundaries[:1], boundaries[1:-1] + 1, boundaries[-1:]])
+
+
+BROKEN = {
+    "boundaries one token late": ("llama", changed(cu_seq_lens_q=shift_inner)),
+    "last document joined to the one before": ("llama", changed(cu_seq_lens_q=lambda b: b[[0, 1, 3]], max_length_q=lambda n: n + 5)),
+    "future tokens seen": ("llama", seeing_the_future),
+    "window one token too wide": ("mistral", changed(sliding_window=lambda n: n + 1)),
+    "window one token too narrow": ("starcoder2", changed(sliding_window=lambda n: n - 1)),
+    "window left out": ("qwen2", changed(sliding_window=lambda n: None)),
+    "window left out where layers alternate": ("gemma3_text", changed(sliding_window=lambda n: None)),
+    "soft-cap left out": ("gemma2", changed(softcap=lambda cap: None)),
+    "soft-cap half as high": ("gemma2", changed(softcap=lambda cap: cap / 2)),
+    "sinks left out": ("gpt_oss", changed(s_aux=lambda sinks: None)),
+    "scale left out": ("granite", changed(scaling=lambda scale: None)),
+    "another head's keys": ("llama", changed(key=lambda key: key.roll(1, 1))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_probe_catches_a_backend_that_computes_something_else(fault, dtype, monkeypatch):
+    family, backend = BROKEN[fault]
+    model = tiny_model(family).to(dtype)
+    attention.enable(model)
+    attention.probe(model, "cpu", dtype)
+    monkeypatch.setitem(AttentionInterface._global_mapping, attention.NAME, backend)
+    with pytest.raises(ConfigError, match=r"packing: true (leaks in|changes the results of) .*: set packing: false"):
         attention.probe(model, "cpu", dtype)
 
 
@@ -99,6 +181,7 @@ def test_probe_catches_positions_that_do_not_restart(family):
         ("falcon", {}, "FalconForCausalLM computes attention outside"),
         ("llama4_text", {}, "layers of kind chunked_attention"),
         ("recurrent_gemma", {}, "layers of kind linear_attention"),
+        ("phimoe", {"sliding_window": 4}, "tells the attention mask alone about its sliding window"),
     ],
 )
 def test_families_that_cannot_be_isolated_are_refused(family, options, reason):

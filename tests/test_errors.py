@@ -3,8 +3,11 @@
 import json
 import os
 import shutil
+import subprocess
 import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -224,3 +227,65 @@ def test_a_person_reads_the_sentences_alone_and_the_code_is_2(monkeypatch, capsy
 def test_a_bug_of_ours_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         run(lambda: print(1 / 0))
+
+
+# One rank of two: it does what it is told after it has said that it is ready.
+RANK = """
+import os, sys
+from accel_llm.errors import ConfigError, run
+def main():
+    print("ready", flush=True)
+    what = sys.stdin.readline().strip()
+    if what == "bug": 1 / 0
+    if what == "mistake": raise ConfigError("a: wrong.", "b: wrong.")
+run(main)
+"""
+
+
+def ranks(what: list[str], folder: Path) -> tuple[list[str], list[int], float]:
+    """Start a process for each of `what` (bug, mistake or nothing) and end all when one has failed, as a launcher does.
+
+    Returns what each said on stderr, the exit codes, and the seconds until the first ended.
+    """
+    started = []
+    for rank in range(len(what)):
+        environment = {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(len(what)),
+            "TORCHELASTIC_ERROR_FILE": str(folder / str(rank)),
+        }
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        started.append(subprocess.Popen([sys.executable, "-c", RANK], env=os.environ | environment, text=True, **pipes))
+    assert [process.stdout.readline() for process in started] == ["ready\n"] * len(what)
+    since = time.monotonic()
+    for process, word in zip(started, what, strict=True):
+        process.stdin.write(f"{word}\n" if word else "")
+        process.stdin.flush()
+    while not any(process.poll() is not None for process in started):
+        time.sleep(0.05)
+    seconds = time.monotonic() - since
+    for process in started:
+        process.terminate()
+    said = [process.communicate()[1] for process in started]
+    return said, [process.returncode for process in started], seconds
+
+
+def test_a_bug_that_all_ranks_meet_is_told_by_the_first_alone(tmp_path):
+    (first, second), codes, seconds = ranks(["bug", "bug"], tmp_path)
+    assert second == "" and codes == [1, -15] and 2.5 < seconds < 30
+    assert first.startswith("Traceback (most recent call last):\n") and first.count("ZeroDivisionError") == 1
+    assert first.endswith("\nerror (rank 0): ZeroDivisionError: division by zero\n")
+    # What torchrun repeats in its last lines.
+    assert json.loads((tmp_path / "0").read_text())["message"] == "ZeroDivisionError: division by zero"
+    assert [path.name for path in tmp_path.iterdir()] == ["0"]
+
+
+def test_a_mistake_that_all_ranks_meet_is_told_at_once_and_by_the_first_alone(tmp_path):
+    (first, second), codes, seconds = ranks(["mistake", "mistake"], tmp_path)
+    assert (first, second) == ("error: a: wrong.\nerror: b: wrong.\n", "") and codes == [2, -15] and seconds < 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mistake_of_one_rank_names_it(tmp_path):
+    (first, second), codes, _ = ranks(["", "mistake"], tmp_path)
+    assert (first, second) == ("", "error (rank 1): a: wrong.\nerror (rank 1): b: wrong.\n") and codes == [-15, 2]

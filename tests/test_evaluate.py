@@ -2,6 +2,10 @@
 
 import copy
 import json
+import multiprocessing
+import os
+import socket
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import rows_of
+from accelerate import Accelerator
+from conftest import character_tokenizer, rows_of
 from transformers import LlamaForCausalLM
 
 from accel_llm import attention, losses
@@ -242,3 +247,83 @@ def test_without_rows_or_questions_nothing_is_measured(accelerator, tiny_llama, 
 def test_an_answer_is_right_only_as_a_whole():
     assert Answer("q", "a</s>", "a</s>").right
     assert not Answer("q", "a</s>", "a").right and not Answer("q", "a</s>", "a </s>").right
+
+
+def uneven_rows(count: int, weighted: bool) -> Rows:
+    """`count` uneven rows, which neither batches of two nor three processes divide."""
+    rows = random_rows(count - 1)
+    documents = [(k + 1, rows[k][0].tolist(), rows[k][1].tolist()) for k in range(count)]
+    drawn = np.random.default_rng(3)
+    weights = [drawn.choice([0.0, 0.5, 2.0], len(ids)).tolist() for _, ids, _ in documents]
+    return rows_of(documents, weights if weighted else None)
+
+
+# How many rows, packed, weighted. One row leaves two of three processes without any.
+CASES = [(7, True, False), (7, False, False), (7, True, True), (7, False, True), (2, False, True), (1, True, False)]
+
+
+def evaluate_as_rank(rank: int, world: int, port: int, folder: Path) -> None:
+    """In a process of its own: one rank's figures for every case and its answers, to `folder`."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    accelerator, tokenizer = Accelerator(cpu=True), character_tokenizer()
+    assert accelerator.num_processes == world
+    model: Any = LlamaForCausalLM.from_pretrained(folder / "random")
+    attention.enable(model)
+    losses.attach(model, MAX_LENGTH)
+    model = accelerator.prepare(model)
+    scores: list[dict[str, float]] = []
+    answers = []
+    for count, packing, weighted in CASES:
+        attention.causal_lm(model).set_attn_implementation(attention.NAME if packing else "sdpa")
+        options = TrainOptions(packing=packing, max_length=MAX_LENGTH, per_device_eval_batch_size=2)
+        scores.append(mean_loss(accelerator, model, uneven_rows(count, weighted), options, 0))
+    model = accelerator.prepare(LlamaForCausalLM.from_pretrained(folder / "bigram"))
+    for count in (7, 2):
+        found, own = exact_match(accelerator, model, tokenizer, (ASKED * 2)[:count], 2, [EOS])
+        scores.append(found)
+        answers.append([asdict(answer) for answer in own])
+    (folder / f"{world}-{rank}.json").write_text(json.dumps([scores, answers]), encoding="utf-8")
+
+
+def over_processes(world: int, folder: Path) -> tuple[list[dict[str, float]], list[list[dict[str, str]]]]:
+    """The figures that all of `world` real processes agree on, and all their answers to each set of questions."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    # One import for all: what is forked is a process that has computed nothing yet.
+    context.set_forkserver_preload(["torch", "transformers.models.llama.modeling_llama", "accel_llm.evaluate"])
+    ranks = [context.Process(target=evaluate_as_rank, args=(rank, world, port, folder)) for rank in range(world)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(60)
+        assert rank.exitcode == 0
+    found = [json.loads((folder / f"{world}-{rank}.json").read_text(encoding="utf-8")) for rank in range(world)]
+    assert all(scores == found[0][0] for scores, _ in found)
+    return found[0][0], [[answer for _, answers in found for answer in answers[k]] for k in range(2)]
+
+
+def test_each_row_counts_once_whatever_the_number_of_processes(tiny_llama, tmp_path):
+    tiny_llama(3).save_pretrained(tmp_path / "random")
+    # The second and third answer never end.
+    bigram_model(tiny_llama, FOLLOWING | {11: 23, 25: 25}).save_pretrained(tmp_path / "bigram")
+    alone, answered = over_processes(1, tmp_path)
+    loss, count = reference(tiny_llama(3), uneven_rows(7, False))
+    for scores in alone[:2]:
+        assert scores["eval/loss"] == pytest.approx(loss, rel=1e-6) and scores["eval/supervised_tokens"] == count
+    assert abs(alone[2]["eval/loss"] - loss) > 1e-3  # weights are no decoration
+    assert alone[-2:] == [
+        {"eval/exact_match": 3 / 7, "eval/stop_rate": 3 / 7},
+        {"eval/exact_match": 0.5, "eval/stop_rate": 0.5},
+    ]
+    for world in (2, 3):
+        found, theirs = over_processes(world, tmp_path)
+        for several, one in zip(found, alone, strict=True):
+            assert several == pytest.approx(one, rel=1e-9)
+            assert several.get("eval/supervised_tokens") == one.get("eval/supervised_tokens")
+        for several, one in zip(theirs, answered, strict=True):
+            assert sorted(map(str, several)) == sorted(map(str, one))
+    assert [len(answers) for answers in answered] == [7, 2]

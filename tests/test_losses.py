@@ -8,11 +8,13 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from pydantic import ValidationError
 from torch.utils.checkpoint import checkpoint
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from accel_llm import attention, losses
 from accel_llm.errors import ConfigError
+from accel_llm.options import TrainOptions
 from accel_llm.packing import IGNORED, collate_packed, collate_padded, pack
 
 SIZES = {
@@ -30,6 +32,13 @@ SIZES = {
 HEADS = {"head_dim": 8}
 WINDOW = {"sliding_window": 4}
 GPT = {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 64, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+DEEPSEEK = {
+    "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 4, "v_head_dim": 8,
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1, "num_key_value_heads": 4,
+}  # fmt: skip
 FAMILIES: dict[str, dict] = {
     "llama": {},
     "qwen2": {**WINDOW, "use_sliding_window": True, "max_window_layers": 0},
@@ -38,7 +47,7 @@ FAMILIES: dict[str, dict] = {
     "gemma": HEADS,
     "gemma2": {**HEADS, **WINDOW, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0},
     "gemma3_text": {**HEADS, **WINDOW, "final_logit_softcapping": 3.0},
-    "phi3": {},
+    "phi3": WINDOW,
     "cohere": {"logit_scale": 0.3},
     "cohere2": {**WINDOW, "logit_scale": 0.3},
     "granite": {"logits_scaling": 4.0, "embedding_multiplier": 3.0, "attention_multiplier": 0.2},
@@ -49,20 +58,47 @@ FAMILIES: dict[str, dict] = {
     "glm4": HEADS,
     "starcoder2": WINDOW,
     "mixtral": {"num_local_experts": 4},
-    "gpt_oss": {**HEADS, **WINDOW, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "gpt_oss": {**HEADS, **WINDOW, **LOCAL_EXPERTS},
+    "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 24},
+    "qwen3_moe": {**EXPERTS, **HEADS},
+    "phi": {},
+    "smollm3": {"no_rope_layer_interval": 2},
+    "granitemoe": {**LOCAL_EXPERTS, "logits_scaling": 4.0, "embedding_multiplier": 3.0},
+    "deepseek_v3": DEEPSEEK,
+    "olmo3": WINDOW,
+    "olmoe": EXPERTS,
+    "phimoe": LOCAL_EXPERTS,
+    "exaone4": WINDOW,
+    "ernie4_5": HEADS,
+    "glm4_moe": {**EXPERTS, **HEADS, "n_routed_experts": 4, "first_k_dense_replace": 1},
 }
-UNPACKABLE: dict[str, dict] = {"stablelm": {}, "falcon": {"num_kv_heads": 2}, "bloom": {"n_head": 4, "n_layer": 2}}
+UNPACKABLE: dict[str, dict] = {
+    "stablelm": {},
+    "falcon": {"num_kv_heads": 2},
+    "bloom": {"n_head": 4, "n_layer": 2},
+    "falcon_h1": {
+        "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_state": 8, "mamba_d_head": 8, "mamba_chunk_size": 16,
+        "lm_head_multiplier": 0.5,
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_ff_dim": 48},
+}  # fmt: skip
 STOCK: dict[str, dict] = {
-    "hyperclovax": {"logits_scaling": 2.0},
-    "recurrent_gemma": {"logits_soft_cap": 3.0},
-    "modernbert-decoder": {},
-    "llama4_text": {**HEADS, "num_local_experts": 4, "intermediate_size_mlp": 48},
+    "hyperclovax": {"logits_scaling": 2.0},  # multiplies where Granite divides, under the same name
+    "recurrent_gemma": {"logits_soft_cap": 3.0},  # a name of its own for the soft-cap
+    "modernbert-decoder": {},  # a layer between the hidden states and the projection to the vocabulary
+    "llama4_text": {
+        **HEADS,
+        "num_local_experts": 4,
+        "intermediate_size_mlp": 48,
+    },  # no decoder under the prefix it names
 }
+# Families that compute a balance loss of their experts; JetMoE is here for its own name of the coefficient
+BALANCED = ["mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "olmoe", "phimoe", "gpt_oss", "jetmoe"]
 
 
 def tiny_model(family: str, **options) -> PreTrainedModel:
     """A float32 model whose random weights are so large that each part of it shows in the logits."""
-    sizes = {**FAMILIES, **UNPACKABLE, **STOCK}[family]
+    sizes = {**FAMILIES, **UNPACKABLE, **STOCK, "jetmoe": {}}[family]
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**{**SIZES, **sizes, **options}))
     with torch.no_grad():
@@ -87,34 +123,137 @@ def family_loss(model: PreTrainedModel, batch: dict) -> torch.Tensor:
     return type(model).forward(model, **inputs, use_cache=False).loss * losses.count_targets(batch["labels"])
 
 
+def gradients(model: PreTrainedModel, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def assert_close_in_norm(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
+    """Each gradient, by its norm or by a tenth of the largest one: a bias of keys has none but what larger terms leave
+    (OPT's is 0 but for rounding), which with several threads differs from call to call."""
+    assert found.keys() == expected.keys()
+    least = 0.1 * max(gradient.norm() for gradient in expected.values())
+    for name, gradient in found.items():
+        assert (gradient - expected[name]).norm() <= tolerance * max(expected[name].norm(), least), name
+
+
+def assert_the_familys(model: PreTrainedModel, batch: dict) -> None:
+    """Loss and every gradient are those of the family's own forward, to 1e-6 in float32."""
+    stock = family_loss(model, batch)
+    loss = losses.next_token_loss(model, batch)
+    torch.testing.assert_close(loss, stock, rtol=1e-6, atol=0)
+    assert_close_in_norm(gradients(model, loss), gradients(model, stock), 1e-6)
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    return model.get_input_embeddings().weight is model.get_output_embeddings().weight
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("family", [*FAMILIES, *UNPACKABLE])
 def test_own_loss_is_the_familys(family, tied):
     model = tiny_model(family, tie_word_embeddings=tied)
+    assert is_tied(model) == tied
     assert losses.attach(model, 1024) == "own"
-    batch = collate_padded(random_rows(4, 12), 0)
-    expected = family_loss(model, batch)
-    model.loss_chunks = 1
-    torch.testing.assert_close(losses.next_token_loss(model, batch), expected, rtol=1e-6, atol=0)
-    model.loss_chunks = 3
-    torch.testing.assert_close(losses.next_token_loss(model, batch), expected, rtol=1e-6, atol=0)
+    for chunks in (1, 3):
+        model.loss_chunks = chunks
+        assert_the_familys(model, collate_padded(random_rows(4, 12), 0))
 
 
+@pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("family", STOCK)
-def test_a_family_that_treats_its_logits_in_a_way_of_its_own_takes_the_stock_path(family):
-    model = tiny_model(family)
+def test_a_family_that_treats_its_logits_in_a_way_of_its_own_takes_the_stock_path(family, tied):
+    model = tiny_model(family, tie_word_embeddings=tied)
+    assert is_tied(model) == tied
+    assert losses.attach(model, 1024) == "stock"
+    assert_the_familys(model, collate_padded(random_rows(4, 12), 0))
+
+
+# --- the balance loss of experts ---
+
+
+def balanced_model(family: str, **options) -> PreTrainedModel:
+    """In training mode, where the balance loss counts; without dropout."""
+    coefficient = {"jetmoe": "aux_loss_coef"}.get(family, "router_aux_loss_coef")
+    return tiny_model(family, output_router_logits=True, **{coefficient: 0.1}, **options).train()
+
+
+@pytest.mark.parametrize("family", BALANCED)
+def test_balance_loss_is_part_of_the_loss_where_the_config_asks_for_it(family):
+    model = balanced_model(family)
     assert losses.attach(model, 1024) == "stock"
     batch = collate_padded(random_rows(4, 12), 0)
-    torch.testing.assert_close(losses.next_token_loss(model, batch), family_loss(model, batch), rtol=1e-6, atol=0)
+    assert_the_familys(model, batch)
+    plain = losses.next_token_loss(model.eval(), batch)
+    torch.testing.assert_close(plain, family_loss(tiny_model(family), batch), rtol=1e-6, atol=0)
+    assert losses.next_token_loss(model.train(), batch) > 1.01 * plain
 
 
-def test_balance_loss_of_experts_is_part_of_the_loss_where_the_config_asks_for_it():
-    balanced = tiny_model("mixtral", output_router_logits=True, router_aux_loss_coef=0.1)
-    assert losses.attach(balanced, 1024) == "stock"
+def switch_loss(router_logits: list[torch.Tensor], top_k: int) -> float:
+    """experts * sum over experts of (share of the choices) * (mean probability), over all tokens [n, experts] of all
+    layers; top_k times what Switch Transformer (arXiv 2101.03961, equation 4) has for one choice a token."""
+    logits = torch.cat(router_logits).double()
+    tokens, experts = logits.shape
+    choices = torch.zeros(experts, dtype=torch.float64)
+    for row in logits:
+        for expert in row.argsort(descending=True)[:top_k]:
+            choices[expert] += 1 / tokens
+    return float(experts * (choices * logits.softmax(1).mean(0)).sum())
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@torch.no_grad()
+def test_balance_is_that_of_real_tokens_weighed_with_the_weight_of_the_targets(family, packed):
+    rows, weights = weighted_rows()
+    model = balanced_model(family)
+    losses.attach(model, 1024)
+    router_logits: list[torch.Tensor] = []
+    for ids, _ in rows:
+        router_logits += model(torch.from_numpy(ids)[None]).router_logits
+    expected = 0.1 * switch_loss(router_logits, 2)
+    if packed:
+        attention.enable(model)
+    batch = collate_packed(rows, weights) if packed else collate_padded(rows, 0, weights)
+    found = losses.next_token_loss(model, batch) - losses.next_token_loss(model.eval(), batch)
+    assert float(found / losses.total_weight(batch)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_steps_balance_loss_is_the_mean_of_its_micro_batches_in_proportion_to_their_targets():
+    model = balanced_model("qwen3_moe")
+    losses.attach(model, 1024)
+    rows = random_rows(12, 20)
+    micro_batches = [collate_padded(part, 0) for part in (rows[:1], rows[1:4], rows[4:])]
+    counts = [losses.count_targets(batch["labels"]) for batch in micro_batches]
+    means = [family_loss(model, batch) / count for batch, count in zip(micro_batches, counts, strict=True)]
+    expected = sum(mean * count for mean, count in zip(means, counts, strict=True)) / sum(counts)
+    found = sum(losses.next_token_loss(model, batch) for batch in micro_batches) / sum(counts)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    assert len({int(count) for count in counts}) == 3
+    twice = sum(losses.next_token_loss(model, batch) for batch in [micro_batches[2]] * 2) / (2 * counts[2])
+    torch.testing.assert_close(twice, means[2], rtol=1e-6, atol=0)
+
+
+def test_the_router_learns_balance_through_recomputed_layers_too():
     batch = collate_padded(random_rows(4, 12), 0)
-    loss = losses.next_token_loss(balanced, batch)
-    torch.testing.assert_close(loss, family_loss(balanced, batch), rtol=1e-6, atol=0)
-    assert loss > 1.01 * family_loss(tiny_model("mixtral"), batch)
+    found = []
+    for recompute in (False, True):
+        model = balanced_model("mixtral")
+        losses.attach(model, 1024)
+        if recompute:
+            recomputed = functools.partial(checkpoint, use_reentrant=False)
+            model._set_gradient_checkpointing(gradient_checkpointing_func=recomputed)
+        found.append(gradients(model, losses.next_token_loss(model, batch)))
+    assert_close_in_norm(found[1], found[0], 1e-6)
+    plain = tiny_model("mixtral").train()
+    losses.attach(plain, 1024)
+    without = gradients(plain, losses.next_token_loss(plain, batch))
+    moved = [name for name in without if not torch.allclose(without[name], found[1][name], rtol=1e-3)]
+    assert any("gate" in name for name in moved)
+
+
+# --- settling the path ---
 
 
 class TwiceTheLoss(LlamaForCausalLM):
@@ -134,6 +273,7 @@ def test_a_loss_that_logits_do_not_give_is_refused():
 def test_check_settles_the_path_of_a_model_that_could_not_be_tried_when_attached():
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(tiny_model("hyperclovax").config)
+    empty.unread = True
     assert losses.attach(empty, 1024) == "own"
     model = tiny_model("hyperclovax")
     losses.attach(model, 1024)
@@ -141,11 +281,12 @@ def test_check_settles_the_path_of_a_model_that_could_not_be_tried_when_attached
     assert losses.check(model, "cpu", torch.float32) == "stock" == model.loss_path
 
 
-@pytest.mark.parametrize("family", ["llama", "hyperclovax"])
+@pytest.mark.parametrize("extra", [{}, {"label_smoothing": 0.2, "z_loss_coef": 0.1}], ids=["plain", "regularised"])
+@pytest.mark.parametrize("family", ["llama", "hyperclovax", "jetmoe"])
 @pytest.mark.parametrize("chunks", [1, 4])
-def test_no_label_gives_zero_and_zero_gradients(family, chunks):
-    model = tiny_model(family)
-    losses.attach(model, 1024)
+def test_no_label_gives_zero_and_zero_gradients(family, chunks, extra):
+    model = balanced_model(family) if family in BALANCED else tiny_model(family).train()
+    losses.attach(model, 1024, **extra)
     model.loss_chunks = chunks
     loss = losses.next_token_loss(
         model, collate_padded([(ids, np.full_like(ids, IGNORED)) for ids, _ in random_rows(2, 9)], 0)
@@ -303,3 +444,112 @@ def test_each_label_counts_its_weight(family, packed, chunks):
     assert float(losses.total_weight(plain)) == int(losses.count_targets(batch["labels"])) != pytest.approx(total)
     ones = {**batch, "weights": torch.ones_like(batch["weights"])}
     assert float(losses.next_token_loss(model, ones)) == pytest.approx(float(losses.next_token_loss(model, plain)))
+
+
+# --- label smoothing and z-loss ---
+
+
+def defined_loss(
+    model: PreTrainedModel, rows: list, weights: list[np.ndarray], smoothing: float, z_coef: float
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """Sum and gradients in float64, written out token by token, each row alone through the stock model."""
+    model = copy.deepcopy(model).double()
+    total = torch.zeros((), dtype=torch.float64)
+    for (ids, labels), row_weights in zip(rows, weights, strict=True):
+        logits = type(model).forward(model, torch.from_numpy(ids)[None]).logits[0]
+        for t in range(1, len(ids)):
+            if labels[t] == IGNORED:
+                continue
+            z = logits[t - 1].exp().sum()
+            minus_log_p = z.log() - logits[t - 1]
+            term = (1 - smoothing) * minus_log_p[labels[t]] + smoothing * minus_log_p.mean() + z_coef * z.log() ** 2
+            total = total + float(row_weights[t]) * term
+    return float(total.detach()), gradients(model, total)
+
+
+@pytest.mark.parametrize(("smoothing", "z_coef"), [(0.1, 0.0), (0.0, 0.01), (0.3, 0.5)])
+@pytest.mark.parametrize(
+    ("family", "packed", "chunks", "weighted"),
+    [
+        ("llama", True, 1, True),
+        ("llama", True, 3, True),
+        ("llama", False, 3, False),
+        ("gemma2", True, 1, True),  # soft-cap
+        ("cohere2", False, 1, True),  # logit scale
+        ("granite", True, 2, False),  # the other logit scale
+        ("hyperclovax", False, 1, True),  # stock path
+        ("hyperclovax", True, 1, False),
+    ],
+)
+def test_smoothing_and_z_loss_are_what_the_definition_says(family, packed, chunks, weighted, smoothing, z_coef):
+    rows, weights = weighted_rows()
+    weights = weights if weighted else [np.ones(len(ids), np.float32) for ids, _ in rows]
+    model = tiny_model(family).train()
+    expected, expected_gradients = defined_loss(model, rows, weights, smoothing, z_coef)
+    path = losses.attach(model, 1024, label_smoothing=smoothing, z_loss_coef=z_coef)
+    assert path == ("stock" if family in STOCK else "own")
+    model.loss_chunks = chunks
+    if packed:
+        attention.enable(model)
+    given = weights if weighted else None
+    batch = collate_packed(rows, given) if packed else collate_padded(rows, 0, given)
+    loss = losses.next_token_loss(model, batch)
+    assert float(loss.detach()) == pytest.approx(expected, rel=2e-6)
+    assert_close_in_norm({n: g.double() for n, g in gradients(model, loss).items()}, expected_gradients, 1e-5)
+
+
+@pytest.mark.parametrize("extra", [{"label_smoothing": 0.1}, {"z_loss_coef": 1e-3}])
+def test_smoothing_and_z_loss_act_in_training_only(extra):
+    batch = collate_padded(random_rows(4, 12), 0)
+    plain, model = tiny_model("llama"), tiny_model("llama")
+    losses.attach(plain, 1024)
+    assert losses.attach(model.train(), 1024, **extra) == "own"
+    assert losses.next_token_loss(model.eval(), batch) == losses.next_token_loss(plain, batch)
+    ratio = losses.next_token_loss(model.train(), batch) / losses.next_token_loss(plain.train(), batch)
+    assert abs(ratio - 1) > 1e-3
+    assert losses.check(model, "cpu", torch.float32) == "own" and model.training
+
+
+def test_a_model_that_says_nothing_has_the_same_loss_smoothed():
+    model = tiny_model("llama", tie_word_embeddings=False).train()
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    batch = collate_padded(random_rows(4, 12), 0)
+    count, log_z = float(losses.count_targets(batch["labels"])), float(np.log(97))
+    losses.attach(model, 1024, label_smoothing=0.4)
+    assert float(losses.next_token_loss(model, batch).detach()) == pytest.approx(count * log_z, rel=1e-6)
+    losses.attach(model, 1024, label_smoothing=0.4, z_loss_coef=0.5)
+    found = float(losses.next_token_loss(model, batch).detach())
+    assert found == pytest.approx(count * (log_z + 0.5 * log_z**2), rel=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "hyperclovax"])
+def test_smoothing_and_z_loss_keep_no_second_copy_of_the_logits(family):
+    batch = collate_padded(random_rows(4, 12), 0)
+    kept = []
+    for extra in ({}, {"label_smoothing": 0.1, "z_loss_coef": 1e-3}):
+        model = tiny_model(family).train()
+        losses.attach(model, 1024, **extra)
+        sizes: set[int] = set()
+
+        def keep(tensor: torch.Tensor, sizes: set[int] = sizes) -> torch.Tensor:
+            if tensor.shape[-1:] == (97,) and len(tensor) != 32 and tensor.is_floating_point():  # not the head's weight
+                sizes.add(tensor.untyped_storage().data_ptr())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = losses.next_token_loss(model, batch)
+        kept.append(len(sizes))
+        loss.backward()
+    assert kept == [1, 1]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"label_smoothing_factor": 1.0}, {"label_smoothing_factor": -0.1}, {"z_loss_coef": -1e-4}, {"z_loss_coef": "x"}],
+)
+def test_impossible_terms_are_refused(given):
+    with pytest.raises(ValidationError, match=next(iter(given))):
+        TrainOptions(**given)
+    assert TrainOptions(label_smoothing_factor=0.999, z_loss_coef=7).z_loss_coef == 7.0
+    assert (TrainOptions().label_smoothing_factor, TrainOptions().z_loss_coef) == (0.0, 0.0)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import settled
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -36,7 +37,7 @@ def make_adapter(tmp_path) -> Callable[..., Path]:
     def make(base: Path, **options) -> Path:
         settings = TrainOptions(model_name_or_path=str(base), packing=False, **options)
         torch.manual_seed(0)
-        model = adapter.attach(models.load_model(settings), settings)
+        model = settled(adapter.attach(models.load_model(settings), settings), settings)
         state = {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:

@@ -8,11 +8,12 @@ import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
+from conftest import settled
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, ByT5Tokenizer, GenerationConfig
 
-from accel_llm import adapter, attention, losses, models
+from accel_llm import adapter, attention, losses, models, shards
 from accel_llm.errors import ConfigError
 from accel_llm.options import PretrainOptions, TrainOptions
 from accel_llm.packing import collate_packed
@@ -267,18 +268,21 @@ def test_weights_are_masters_when_trained_and_in_the_compute_dtype_when_frozen(
     make_model, tmp_path, stored, method, precision, expected
 ):
     chosen = options(make_model(tmp_path, stored), method=method, precision=precision)
-    assert {p.dtype for p in models.load_model(chosen).parameters()} == {expected}
+    model = models.load_model(chosen).requires_grad_(method == "full")
+    assert {p.dtype for p in settled(model, chosen).parameters()} == {expected}
     assert models.stored_dtype(models.load_config(chosen)) == stored
 
 
 def test_under_deepspeed_the_masters_are_its_own(make_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "strategy", lambda: "zero2")
-    model = models.load_model(options(make_model(tmp_path), method="full", precision="bf16"))
+    monkeypatch.setattr(shards, "strategy", lambda: "zero2")
+    chosen = options(make_model(tmp_path), method="full", precision="bf16")
+    model = settled(models.load_model(chosen), chosen)
     assert model.dtype == torch.bfloat16
 
 
 def test_the_4_bit_base_is_nf4_doubly_quantised(tiny, make_model, tmp_path):
-    model = models.load_model(options(tiny, method="qlora", precision="bf16"))
+    chosen = options(tiny, method="qlora", precision="bf16")
+    model = settled(models.load_model(chosen), chosen)
     settings = model.config.quantization_config
     assert (settings.bnb_4bit_quant_type, settings.bnb_4bit_use_double_quant) == ("nf4", True)
     assert (settings.bnb_4bit_compute_dtype, settings.bnb_4bit_quant_storage) == (torch.bfloat16, torch.uint8)

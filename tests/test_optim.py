@@ -1,15 +1,24 @@
 import copy
+import functools
 import math
+import os
+import socket
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from accelerate.utils import set_seed
 from peft import LoraConfig, get_peft_model
+from test_losses import random_rows, tiny_model
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM, get_scheduler
 
-from accel_llm import optim
+from accel_llm import attention, distributed, losses, optim
 from accel_llm.errors import ConfigError
-from accel_llm.options import MethodOptions, OptimOptions
+from accel_llm.options import MethodOptions, OptimOptions, TrainOptions
+from accel_llm.packing import collate_packed, collate_padded
 
 # peft 0.21.2 reads the old name of a property of transformers 5.23.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -373,3 +382,152 @@ def test_noise_is_new_at_each_call_seeded_and_absent_in_evaluation(model):
     assert torch.equal(noise_of(model, PACKED), first)
     assert not torch.equal(first, second)
     assert noise_of(model.eval(), PACKED).abs().max() == 0
+
+
+# --- noise as a whole: NEFTune, dropout of adapters and of attention ---
+
+
+def noisy_model(
+    family: str = "llama", attention_dropout: float = 0.2, lora_dropout: float = 0.2, alpha: float | None = 5.0
+) -> nn.Module:
+    """Training with every kind of noise, over a loss and packed rows as the scripts have them."""
+    base = tiny_model(family, num_hidden_layers=1, attention_dropout=attention_dropout)
+    losses.attach(base, 1024)
+    adapter = LoraConfig(target_modules="all-linear", lora_dropout=lora_dropout, init_lora_weights=False)
+    model = get_peft_model(base, adapter)
+    if alpha:
+        optim.neftune(model, alpha)
+    return model.train()
+
+
+COPIES = 150
+DOCUMENTS = [np.arange(3, 9), np.arange(9, 20)]  # of 6 and 11 tokens
+
+
+def drawn_logits(model: nn.Module, packed: bool, seed: int) -> list[torch.Tensor]:
+    """[COPIES, n, vocabulary] for each document of n tokens, the copies in one batch and each with its own noise."""
+    rows = [(ids, ids) for ids in DOCUMENTS for _ in range(COPIES)]
+    if packed:
+        attention.enable(model)
+    batch = attention.model_kwargs(collate_packed(rows) if packed else collate_padded(rows, 0))
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        logits = model(**batch, use_cache=False).logits
+    if not packed:
+        return [part[:, : len(ids)] for part, ids in zip(logits.split(COPIES), DOCUMENTS, strict=True)]
+    parts = logits[0].split([COPIES * len(ids) for ids in DOCUMENTS])
+    return [part.view(COPIES, len(ids), -1) for part, ids in zip(parts, DOCUMENTS, strict=True)]
+
+
+def distances(first: torch.Tensor, second: torch.Tensor) -> tuple[float, float]:
+    """How far two samples [copies, ...] are apart: the mean over coordinates of the squared difference of their means in
+    standard errors (1 where both have one distribution), and of the logarithm of the ratio of their variances (0)."""
+    a, b = first.double(), second.double()
+    squares = (a.mean(0) - b.mean(0)).square() / ((a.var(0) + b.var(0)) / COPIES)
+    return float(squares.mean()), float((a.var(0) / b.var(0)).log().mean())
+
+
+QUIET = {"attention_dropout": 0.0, "lora_dropout": 0.0, "alpha": None}
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "amount", "other"),
+    [
+        ("llama", "attention_dropout", 0.2, 0.3),  # fused attention
+        ("gemma2", "attention_dropout", 0.2, 0.3),  # soft-cap
+        ("gpt_oss", "attention_dropout", 0.2, 0.3),  # sinks
+        ("llama", "lora_dropout", 0.2, 0.3),
+        ("llama", "alpha", 5.0, 10.0),
+    ],
+)
+def test_noise_has_one_distribution_packed_and_padded(family, kind, amount, other):
+    padded = drawn_logits(noisy_model(family, **{**QUIET, kind: amount}), packed=False, seed=1)
+    packed = drawn_logits(noisy_model(family, **{**QUIET, kind: amount}), packed=True, seed=2)
+    for found, expected in zip(packed, padded, strict=True):
+        squares, ratio = distances(found, expected)
+        assert 0.4 < squares < 1.8 and abs(ratio) < 0.12
+        assert all(not torch.equal(found[0], copy) for copy in found[1:]), "documents of a row share no noise"
+    louder = drawn_logits(noisy_model(family, **{**QUIET, kind: other}), packed=True, seed=2)
+    assert all(distances(a, b)[1] > 0.25 for a, b in zip(louder, padded, strict=True))
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_recomputed_layers_draw_their_noise_again(packed):
+    rows = random_rows(4, 12)
+    batch = collate_packed(rows) if packed else collate_padded(rows, 0)
+
+    def gradient(recompute: functools.partial | None) -> dict[str, torch.Tensor]:
+        model = noisy_model()
+        causal = attention.causal_lm(model)
+        causal.loss_chunks = 3
+        if packed:
+            attention.enable(model)
+        if recompute:
+            causal._set_gradient_checkpointing(gradient_checkpointing_func=recompute)
+        torch.manual_seed(1)
+        losses.next_token_loss(model, batch).backward()
+        return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+    stored = gradient(None)
+    recomputed = gradient(functools.partial(checkpoint, use_reentrant=False))
+    assert all(torch.equal(recomputed[name], stored[name]) for name in stored)
+    other = gradient(functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False))
+    assert not all(torch.equal(other[name], stored[name]) for name in stored)
+
+
+NOISES = 4
+STREAM = {name: PACKED[name] % 97 if name == "input_ids" else PACKED[name] for name in PACKED}
+STREAM |= {"max_length_q": 64, "max_length_k": 64, "cu_seq_lens_k": PACKED["cu_seq_lens_q"]}
+
+
+def draw_noise(model: nn.Module) -> torch.Tensor:
+    """What NOISES forwards add to the embeddings, and after it which inputs of an adapter they drop: [NOISES, -1]."""
+    dropped = []
+    layer = next(module for name, module in model.named_modules() if name.endswith("q_proj.lora_dropout.default"))
+    handle = layer.register_forward_hook(lambda module, args, output: dropped.append((output == 0).float()))
+    added = [noise_of(model, STREAM) for _ in range(NOISES)]
+    handle.remove()
+    return torch.cat([torch.stack(added).flatten(1), torch.stack(dropped).flatten(1)], 1)
+
+
+def rank_of_two(rank: int, port: int, folder: Path) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    accelerator = distributed.build_accelerator(TrainOptions())
+    assert accelerator.num_processes == 2
+    model = noisy_model()
+    attention.enable(model)
+    model = accelerator.prepare(model)
+    set_seed(42, device_specific=True)
+    apart = draw_noise(accelerator.unwrap_model(model))
+    set_seed(42)
+    torch.save((apart, draw_noise(accelerator.unwrap_model(model))), folder / f"{rank}.pt")
+    accelerator.end_training()
+
+
+def test_ranks_draw_noise_of_their_own_from_one_distribution(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # Not forked: OpenMP's threads do not live on in a fork, and what waits for them waits for ever.
+    torch.multiprocessing.spawn(rank_of_two, (port, tmp_path), nprocs=2)
+    (first, first_alike), (second, second_alike) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert torch.equal(first_alike, second_alike), "it is the seed by rank that sets them apart"
+
+    model = noisy_model()
+    attention.enable(model)
+    set_seed(42)
+    alone = draw_noise(model)
+    assert torch.equal(first, alone), "a single process is rank 0"
+    drawn = torch.cat([first, second])
+    assert all(not torch.equal(drawn[i], drawn[j]) for i in range(2 * NOISES) for j in range(i))
+    for part in (slice(0, 80 * 32), slice(80 * 32, None)):  # NEFTune's, dropout's
+        correlation = torch.corrcoef(drawn[:, part])
+        assert (correlation - torch.eye(2 * NOISES)).abs().max() < 5 / 50, (
+            "of 2,560 draws each, 50 is their square root"
+        )
+        for moment in (1, 2, 4):
+            values = [noise[:, part].double() ** moment for noise in (alone, second)]
+            error = math.sqrt(sum(float(value.var()) / value.numel() for value in values))
+            assert abs(float(values[0].mean() - values[1].mean())) < 4 * error

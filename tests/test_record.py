@@ -1,7 +1,10 @@
 """run.json: the status at every moment, the reason of a failure, and never half a file."""
 
 import json
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -38,6 +41,54 @@ def test_only_the_main_process_writes(tmp_path):
     with record.recording(tmp_path / "out", False, options={}) as run:
         run.update(samples=[])
     assert not (tmp_path / "out").exists()
+
+
+def test_any_process_notes_its_failure_and_the_first_to_do_so_is_kept(monkeypatch, tmp_path):
+    main = record.Record(tmp_path, True)
+    main.update(status="running", options={"seed": 1})
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(ValueError), record.recording(tmp_path, False):
+        raise ValueError("first")
+    failed = read(tmp_path)
+    assert failed["status"] == "failed" and failed["error"] == "ValueError: first" and failed["failed_rank"] == 1
+    assert failed["options"] == {"seed": 1}
+    main.fail("RuntimeError: Connection closed by peer", failed_rank=0)
+    assert read(tmp_path) == failed
+    main.update(status="done")
+    main.fail("too late")
+    assert read(tmp_path)["status"] == "done"
+
+
+# The main thread waits where no Python handler can run, as in a collective: for a lock that it holds itself.
+STUCK = """
+import ctypes, sys
+from pathlib import Path
+from accel_llm.record import recording
+with recording(Path(sys.argv[1]), sys.argv[2] == "main", options={}):
+    lock = ctypes.create_string_buffer(64)
+    print("running", flush=True)
+    while True:
+        ctypes.CDLL(None).pthread_mutex_lock(lock)
+"""
+
+
+@pytest.mark.parametrize("which", ["main", "other"])
+def test_sigterm_is_noted_by_a_process_that_is_stuck(tmp_path, which):
+    record.Record(tmp_path, True).update(status="running")
+    with subprocess.Popen([sys.executable, "-c", STUCK, tmp_path, which], stdout=subprocess.PIPE, text=True) as stuck:
+        assert stuck.stdout and stuck.stdout.readline() == "running\n"
+        since = time.monotonic()
+        stuck.send_signal(signal.SIGTERM)
+        assert stuck.wait(10) == 128 + signal.SIGTERM and time.monotonic() - since < 5
+    assert read(tmp_path)["status"] == "failed" and read(tmp_path)["error"].startswith("SIGTERM: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_a_signal_is_handled_as_before_when_the_run_is_over(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    with record.recording(tmp_path, True, options={}):
+        assert signal.getsignal(signal.SIGTERM) != before
+    assert signal.getsignal(signal.SIGTERM) == before and signal.set_wakeup_fd(-1) == -1
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import settled
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
@@ -83,7 +84,8 @@ def load(base: Path, new: range = NEW, **options) -> tuple[torch.nn.Module, torc
     model = models.load_model(settings)
     vocabulary.extend(model, new)
     assert losses.attach(model, IDS.numel()) == "own"
-    return (model if settings.method == "full" else adapter.attach(model, settings, new)), model  # type: ignore
+    trained = model if settings.method == "full" else adapter.attach(model, settings, new)
+    return settled(trained, settings), model  # type: ignore
 
 
 def backward(model: torch.nn.Module) -> None:

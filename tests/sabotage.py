@@ -1,0 +1,72 @@
+"""What must not go unnoticed by the matrix: mistakes made on purpose in the ranks of a run, each before its script starts."""
+
+from typing import Any
+
+
+def averaging_left_in() -> None:
+    from accel_llm import distributed
+
+    distributed.undo_averaging = lambda accelerator: 1
+
+
+def equal_data() -> None:
+    from accel_llm.stream import Stream
+
+    honest = Stream.__init__
+    Stream.__init__ = lambda self, rows, options, rank, world, pad_token_id: honest(
+        self, rows, options, 0, world, pad_token_id
+    )
+
+
+def leaking_document() -> None:
+    import torch
+
+    from accel_llm import attention, losses
+
+    honest = attention.model_kwargs
+
+    def one_document(batch: dict) -> dict:
+        tokens = batch["input_ids"].numel()
+        whole = {"cu_seqlens": torch.tensor([0, tokens], dtype=torch.int32), "max_seqlen": tokens}
+        return honest(batch | whole if "cu_seqlens" in batch else batch)
+
+    attention.model_kwargs = losses.model_kwargs = one_document
+
+
+def whole_layer() -> None:
+    """FSDP2 passes over one decoder layer."""
+    import torch.distributed.fsdp as fsdp
+
+    honest, left_out = fsdp.fully_shard, set()
+
+    def fully_shard(module: Any, **settings: Any) -> Any:
+        if type(module).__name__ == "Qwen3DecoderLayer" and not left_out:
+            left_out.update(module.parameters())
+            return module
+        return honest(module, **settings | {"ignored_params": left_out | set(settings.get("ignored_params") or [])})
+
+    fsdp.fully_shard = fully_shard
+
+
+def whole_tensors() -> None:
+    """ZeRO-3 keeps what is small for it: here the projections of queries, keys and values."""
+    from accel_llm import zero
+
+    honest = zero.settings_in_force
+
+    def settings_in_force() -> dict[str, Any]:
+        settings = honest()
+        settings["zero_optimization"]["stage3_param_persistence_threshold"] = 5000
+        return settings
+
+    zero.settings_in_force = settings_in_force
+
+
+# What is done to the ranks, in which cell, and what the verdict on it has to be (a pattern).
+CONTROLS = {
+    averaging_left_in: ("ddp-full-packed-acc4-plain-2p-sft", "gradient", "different"),
+    equal_data: ("ddp-full-packed-acc4-plain-2p-sft", "gradient", "different"),
+    leaking_document: ("cpu-full-packed-acc1-plain-1p-sft", "curve", "refused error: packing: true leaks"),
+    whole_layer: ("fsdp2-full-packed-acc1-plain-2p-sft", "gradient", "failed .*not sharded"),
+    whole_tensors: ("zero3-full-packed-acc1-plain-2p-sft", "gradient", "failed .*not sharded"),
+}
