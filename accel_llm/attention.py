@@ -4,6 +4,7 @@ import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -276,10 +277,11 @@ def probe(model: nn.Module, device: torch.device | str, dtype: torch.dtype) -> N
     inner, training = causal_lm(model), model.training
     model.eval()
     documents = _random_documents(inner.config.get_text_config().vocab_size, device)
-    packed = _packed_logits(model, documents)
-    changed = _packed_logits(model, [documents[0].roll(1), *documents[1:]])
-    with stock(model):
-        alone = [model(input_ids=document[None], use_cache=False).logits[0].float() for document in documents]
+    with _narrow_windows(model):
+        packed = _packed_logits(model, documents)
+        changed = _packed_logits(model, [documents[0].roll(1), *documents[1:]])
+        with stock(model):
+            alone = [model(input_ids=document[None], use_cache=False).logits[0].float() for document in documents]
     model.train(training)
     where = f"{type(inner).__name__} with attention {inner.config._attn_implementation!r}"
     leak, difference = _distance(changed[1:], packed[1:]), _distance(packed, alone)
@@ -293,6 +295,21 @@ def probe(model: nn.Module, device: torch.device | str, dtype: torch.dtype) -> N
             f"packing: true changes the results of {where}: packed logits are {difference:.1e} of their size away "
             f"from those of single documents, allowed is {TOLERANCE[dtype]:.0e}: {REMEDY}"
         )
+
+
+@contextmanager
+def _narrow_windows(model: nn.Module) -> Iterator[None]:
+    """Sliding windows of 4 tokens: one as wide as the documents of the probe would not show in them."""
+    holders: list[Any] = [causal_lm(model).config.get_text_config(), *model.modules()]
+    windows = [(holder, getattr(holder, "sliding_window", None)) for holder in holders]
+    windows = [(holder, window) for holder, window in windows if isinstance(window, int) and window > 0]
+    for holder, _ in windows:
+        holder.sliding_window = 4
+    try:
+        yield
+    finally:
+        for holder, window in windows:
+            holder.sliding_window = window
 
 
 def _random_documents(vocab_size: int, device: torch.device | str) -> list[torch.Tensor]:

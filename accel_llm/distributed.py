@@ -20,7 +20,7 @@ from accelerate.utils import (
 from torch.distributed.fsdp.wrap import always_wrap_policy
 
 from accel_llm import losses, zero
-from accel_llm.errors import ConfigError
+from accel_llm.errors import ConfigError, check
 from accel_llm.options import ModelOptions, RunOptions, TrainOptions
 
 MAX_CPU_PROCESSES = 8
@@ -92,6 +92,28 @@ def _prepare_cpu_fsdp() -> None:
     state.device = torch.device("cpu")
 
 
+def _check_recipe_decides(options: TrainOptions) -> None:
+    """What the launch YAML says of the recipe's part must be what the recipe says, or it would not be what is done."""
+    said, problems = os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), []
+    if said not in ("no", precision_of(options)):
+        problems.append(
+            f"mixed_precision: the launch YAML says {said}, the recipe's precision is {precision_of(options)}; remove it "
+            f"there, or set precision: {said} in the recipe."
+        )
+    if strategy() == "fsdp2":
+        if os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "false").lower() == "true":
+            problems.append(
+                "fsdp_activation_checkpointing: the launch YAML sets it; remove it there and use gradient_checkpointing in "
+                "the recipe."
+            )
+        policy = os.environ.get("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")
+        if policy != "TRANSFORMER_BASED_WRAP":
+            problems.append(f"fsdp_auto_wrap_policy: {policy} is not supported, only TRANSFORMER_BASED_WRAP is.")
+    # Each layer is read when its turn comes. Told of this, transformers would leave the weights of all ranks but one empty.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    check(problems)
+
+
 def build_accelerator(options: TrainOptions) -> Accelerator:
     """The Accelerator of a training script: devices, precision, strategy and trackers.
 
@@ -108,6 +130,7 @@ def build_accelerator(options: TrainOptions) -> Accelerator:
         raise ConfigError(
             *(f'report_to: {name} is not installed; pip install -e ".[track]" brings it.' for name in missing)
         )
+    _check_recipe_decides(options)
     arguments: dict[str, Any] = {}
     if wanted.startswith("zero"):
         if cpu:

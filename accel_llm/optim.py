@@ -121,6 +121,14 @@ class RoundedAdamW(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     self._step_one(group, parameter, place)
 
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        # torch 2.13 casts moments to the dtype of their weight.
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for number, state in state_dict["state"].items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                self.state[parameters[number]][name] = state[name].to(parameters[number].device, copy=True)
+
     def _step_one(self, group: dict, parameter: nn.Parameter, place: int) -> None:
         state = self.state[parameter]
         if not state:

@@ -21,7 +21,10 @@ def settings_in_force() -> dict[str, Any]:
     """
     name = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if name == "none":
-        return DeepSpeedPlugin().deepspeed_config
+        settings = DeepSpeedPlugin().deepspeed_config
+        # Where the YAML is silent the launcher says 1.
+        silent = settings.get("gradient_accumulation_steps") == 1
+        return settings | ({"gradient_accumulation_steps": "auto"} if silent else {})
     path = next((p for p in (Path(name), ROOT / name) if p.is_file()), None)
     if path is None:
         raise ConfigError(f"deepspeed_config_file: {name} does not exist, neither here nor in {ROOT}.")
@@ -43,16 +46,20 @@ def _check_recipe_decides(settings: dict[str, Any]) -> None:
         "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
     }
     problems = [
-        f'{key}: the DeepSpeed file says {settings[key]!r}; set it to "auto" there and use {ours} in the recipe.'
+        f'{key}: the DeepSpeed configuration says {settings[key]!r}; set it to "auto" there and use {ours} in the recipe.'
         for key, ours in recipe.items()
         if settings.get(key, "auto") != "auto"
     ]
     for key, ours in {"optimizer": "optim", "scheduler": "lr_scheduler_type"}.items():
         if key in settings:
-            problems.append(f"{key}: the DeepSpeed file sets one; remove it there and use {ours} in the recipe.")
+            problems.append(
+                f"{key}: the DeepSpeed configuration sets one; remove it there and use {ours} in the recipe."
+            )
     for key in ("bf16", "fp16"):
         if settings.get(key, {}).get("enabled", "auto") not in ("auto", False):
-            problems.append(f'{key}: the DeepSpeed file enables it; set it to "auto" there and use precision: {key}.')
+            problems.append(
+                f'{key}: the DeepSpeed configuration enables it; set it to "auto" there and use precision: {key}.'
+            )
     if problems:
         raise ConfigError(*problems)
 

@@ -531,3 +531,77 @@ def test_ranks_draw_noise_of_their_own_from_one_distribution(tmp_path, monkeypat
             values = [noise[:, part].double() ** moment for noise in (alone, second)]
             error = math.sqrt(sum(float(value.var()) / value.numel() for value in values))
             assert abs(float(values[0].mean() - values[1].mean())) < 4 * error
+
+
+# Stochastic rounding
+
+
+def test_values_are_rounded_to_a_neighbour_with_odds_that_keep_the_mean():
+    generator = torch.Generator().manual_seed(0)
+    for value in (1.0 + 2**-9, -3.3, 1e-20, 0.1):
+        exact = torch.full((200_000,), value)
+        found = optim.rounded_at_random(exact, generator)
+        nearest = exact[:1].to(torch.bfloat16).float()
+        gap = float(nearest.abs()) * 2**-7
+        assert found.dtype == torch.bfloat16 and len(found.unique()) == 2
+        assert float((found.float() - exact).abs().max()) <= gap
+        assert abs(float(found.double().mean()) - float(exact[0].double())) < 0.01 * gap
+    kept = torch.tensor([0.0, 1.0, -2.5, float("inf")])
+    assert torch.equal(optim.rounded_at_random(kept, generator).float(), kept)
+
+
+def rounded(weight: torch.Tensor, steps: int, seed: int = 0, master_weights: str = "stochastic_rounding"):
+    model = nn.Linear(*weight.shape[::-1], bias=False).to(weight.dtype)
+    model.weight.data.copy_(weight)
+    options = OptimOptions(learning_rate=1e-4, master_weights=master_weights)
+    optimizer = optim.build_optimizer(model, options, "cpu", "none", seed)
+    for _ in range(steps):
+        model.weight.grad = torch.ones_like(model.weight)
+        optimizer.step()
+    return model.weight.detach(), optimizer
+
+
+def test_steps_too_small_for_bfloat16_arrive_in_the_mean():
+    start = torch.ones(64, 64, dtype=torch.bfloat16)
+    # Below 1 neighbours are 2^-8 apart: a step of 1e-4 is lost by rounding to the nearest.
+    lost, _ = rounded(start, 20, master_weights="float32")
+    assert torch.equal(lost, start)
+    kept, optimizer = rounded(start, 20)
+    assert float(kept.float().mean()) == pytest.approx(1 - 20e-4, abs=1e-4)
+    assert {t.dtype for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t)} == {
+        torch.float32
+    }
+    again, _ = rounded(start, 20)
+    other, _ = rounded(start, 20, seed=1)
+    assert torch.equal(kept, again) and not torch.equal(kept, other)
+
+
+def test_on_float32_weights_rounding_changes_nothing_but_the_last_bits_of_adamw():
+    torch.manual_seed(0)
+    start = torch.randn(16, 16)
+    reference = nn.Parameter(start.clone())
+    adamw = torch.optim.AdamW([reference], lr=1e-2, weight_decay=0.1)
+    ours = nn.Parameter(start.clone())
+    optimizer = optim.RoundedAdamW([{"params": [ours], "weight_decay": 0.1, "lr": 1e-2}], (0.9, 0.999), 1e-8, 0)
+    for _ in range(5):
+        gradient = torch.randn(16, 16)
+        reference.grad, ours.grad = gradient.clone(), gradient.clone()
+        adamw.step()
+        optimizer.step()
+    # Each of the 5 steps may round by 2^-8 of the weight, once up and once down.
+    torch.testing.assert_close(ours.data, reference.data, rtol=5 * 2**-7, atol=1e-3)
+
+
+def test_a_resumed_run_rounds_alike():
+    start = torch.ones(8, 8, dtype=torch.bfloat16)
+    whole, _ = rounded(start, 6)
+    half, optimizer = rounded(start, 3)
+    model = nn.Linear(8, 8, bias=False).to(torch.bfloat16)
+    model.weight.data.copy_(half)
+    options = OptimOptions(learning_rate=1e-4, master_weights="stochastic_rounding")
+    fresh = optim.build_optimizer(model, options, "cpu", "none", 0)
+    fresh.load_state_dict(optimizer.state_dict())
+    for _ in range(3):
+        model.weight.grad = torch.ones_like(model.weight)
+        fresh.step()
+    assert torch.equal(model.weight, whole)

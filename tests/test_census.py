@@ -1,0 +1,101 @@
+"""The census says what is in force, and refuses what is not what was asked for; real strategies are in the matrix."""
+
+import pytest
+import torch
+
+from accel_llm import census, models, optim, shards
+from accel_llm.errors import ConfigError
+from accel_llm.options import TrainOptions
+
+
+def prepared(accelerator, base, **given):
+    options = TrainOptions(model_name_or_path=str(base), packing=False, precision="fp32", **given)
+    model = models.load_model(options)
+    shards.place(accelerator, model, options)
+    optimizer = optim.build_optimizer(model, options, "cpu", "none")
+    return *accelerator.prepare(model, optimizer), options
+
+
+def step(accelerator, model, optimizer) -> None:
+    accelerator.backward(model(input_ids=torch.arange(12)[None]).logits.logsumexp(-1).sum())
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def test_facts_before_and_after_the_first_step(accelerator, tiny):
+    model, optimizer, options = prepared(accelerator, tiny, method="full")
+    facts = census.take(accelerator, model, optimizer, options)["accelerate"]
+    count = sum(parameter.numel() for parameter in model.parameters())
+    counts = {"trainable": count, "total": count, "this_process": count, "each_process": [count]}
+    assert facts["parameters"] == counts and facts["engine"] == "LlamaForCausalLM"
+    assert facts["dtypes"] == {"trained": {"float32": 21}, "frozen": {}} and "first_step" not in facts
+    step(accelerator, model, optimizer)
+    assert facts["first_step"] == {"gradients": 21, "all_zero": 0, "without": []}
+    assert facts["dtypes"]["stepped"] == facts["dtypes"]["optimizer_state"] == ["float32"]
+    step(accelerator, model, optimizer)
+    assert facts["first_step"]["gradients"] == 21
+
+
+def test_the_hash_is_that_of_the_weights_in_their_order(accelerator, tiny):
+    model, *_ = prepared(accelerator, tiny, method="full")
+    first, again = (census._equal_hash(accelerator, model) for _ in range(2))
+    assert first == again and len(first) == 16
+    layers = model.model.layers
+    with torch.no_grad():
+        a, b = layers[0].mlp.up_proj.weight, layers[0].mlp.gate_proj.weight
+        kept = a.clone()
+        a.copy_(b)
+        b.copy_(kept)
+    assert census._equal_hash(accelerator, model) != first
+    with torch.no_grad():
+        b.copy_(a)
+        a.copy_(kept)
+        a[0, 0] += 1e-6
+    assert census._equal_hash(accelerator, model) != first
+
+
+def test_what_gets_no_gradient_is_named_before_anything_moves(accelerator, tiny):
+    model, optimizer, options = prepared(accelerator, tiny, method="full")
+    census.take(accelerator, model, optimizer, options)
+    before = model.lm_head.weight.clone()
+    model.model.norm.weight.register_hook(lambda gradient: gradient * 0)
+    layer = model.model.layers[1].self_attn.q_proj
+    detached = layer.forward
+    layer.forward = lambda x: torch.nn.functional.linear(x, layer.weight.detach())
+    with pytest.raises(ConfigError, match=r"1 of 21 trained .* no gradient .*layers\.1\.self_attn\.q_proj"):
+        step(accelerator, model, optimizer)
+    assert torch.equal(model.lm_head.weight, before)
+    layer.forward = detached
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_what_is_trained_must_be_what_was_asked_for(accelerator, tiny, method):
+    model, optimizer, options = prepared(accelerator, tiny, method="full")
+    if method == "full":
+        model.model.norm.weight.requires_grad = False
+    else:
+        options = options.model_copy(update={"method": "lora"})
+    state, number = ("frozen", 1) if method == "full" else ("trained", 21)
+    with pytest.raises(RuntimeError, match=f"method {method}: {number} parameters are {state}"):
+        census.take(accelerator, model, optimizer, options)
+
+
+@pytest.mark.parametrize("wanted", ["ddp", "fsdp2", "zero2"])
+def test_another_engine_than_the_launch_asks_for_is_an_error(accelerator, tiny, monkeypatch, wanted):
+    model, optimizer, options = prepared(accelerator, tiny, method="full")
+    monkeypatch.setattr(census, "strategy", lambda: wanted)
+    with pytest.raises(RuntimeError, match=f"asks for {wanted}, but the model was prepared as LlamaForCausalLM"):
+        census.take(accelerator, model, optimizer, options)
+
+
+def test_check_only_takes_one_step_shows_what_is_in_force_and_keeps_nothing(script, tiny, chats, tmp_path, capsys):
+    folder = tmp_path / "never"
+    script(
+        *["sft", "--model_name_or_path", tiny, "--train_files", chats, "--max_length", 128, "--output_dir", folder],
+        *["--check_only", "--num_train_epochs", 3],
+    )
+    said = capsys.readouterr().out
+    assert "first_step gradients" in said and '"float32"' in said
+    assert not folder.exists()
+    shown = {line.split()[0] for line in said.split("checked in one step")[1].splitlines() if line.strip()}
+    assert {"strategy", "engine", "parameters", "dtypes", "attention", "loss_path"} <= shown

@@ -1,0 +1,123 @@
+"""Weights as maps of their files until their layer's turn, then in memory, cast and quantised; real sharding is in the matrix."""
+
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import settled
+from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from accel_llm import adapter, demo, models, shards
+from accel_llm.options import TrainOptions
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/smaps")
+
+
+def options(base: Path, **given) -> TrainOptions:
+    return TrainOptions(model_name_or_path=str(base), packing=False, **given)
+
+
+def mapped_kb(folder: Path) -> int:
+    """Resident pages of the files in `folder`, KiB."""
+    total, within = 0, False
+    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
+        if re.match(r"^[0-9a-f]+-[0-9a-f]+ ", line):
+            within = str(folder) in line
+        elif within and line.startswith("Rss:"):
+            total += int(line.split()[1])
+    return total
+
+
+def in_a_map(parameter: torch.Tensor) -> bool:
+    return any(low <= parameter.data_ptr() < high for low, high in shards._maps_of_checkpoints())
+
+
+@pytest.fixture
+def large(make_model, tmp_path) -> Path:
+    return make_model(tmp_path / "large", torch.bfloat16, hidden_size=256, intermediate_size=1024, num_hidden_layers=6)
+
+
+@linux
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_nothing_is_read_until_it_is_settled_and_nothing_of_the_file_stays(large, method, quiet):
+    size = sum(file.stat().st_size for file in large.glob("*.safetensors")) // 1024
+    chosen = options(large, method=method)
+    model = models.load_model(chosen)
+    if method != "full":
+        model = adapter.attach(model, chosen)
+    frozen = [p for p in model.parameters() if method == "full" or not p.requires_grad]
+    assert all(in_a_map(parameter) for parameter in frozen)
+    settled(model, chosen)
+    assert mapped_kb(large) < size / 5 and size > 10_000
+    assert not any(in_a_map(parameter) for parameter in model.parameters())
+
+
+def test_what_is_settled_does_not_change_with_the_file(make_model, tmp_path):
+    base = make_model(tmp_path / "base")
+    before = load_file(base / "model.safetensors")
+    chosen = options(base, method="full")
+    model = settled(models.load_model(chosen), chosen)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    assert torch.equal(load_file(base / "model.safetensors")["lm_head.weight"], before["lm_head.weight"])
+    shutil.rmtree(base)
+    for name, parameter in model.named_parameters():
+        assert name == "lm_head.weight" or torch.equal(parameter, before[name])
+
+
+def test_tied_weights_stay_one(make_model, tmp_path):
+    chosen = options(make_model(tmp_path, tie_word_embeddings=True), method="full")
+    model = settled(models.load_model(chosen), chosen)
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+
+
+def eager(base: Path) -> torch.nn.Module:
+    """transformers' own quantisation while loading."""
+    config = models.quantization_config(options(base, method="qlora"), torch.float32, sharded=False)
+    return models.load_whole(str(base), dtype=torch.float32, quantization_config=config)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_quantised_later_is_quantised_as_transformers_does(family, make_model, tmp_path, quiet):
+    if family == "llama":
+        base = make_model(tmp_path, torch.bfloat16, attention_bias=True)
+    else:  # its layers hold their weights transposed
+        torch.manual_seed(0)
+        base, tokenizer = tmp_path, demo.build_tokenizer()
+        GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=64, n_layer=2, n_head=2)).save_pretrained(base)
+        tokenizer.save_pretrained(base)
+    chosen = options(base, method="qlora")
+    ours, theirs = settled(models.load_model(chosen), chosen), eager(base)
+    assert ours.is_loaded_in_4bit and ours.config.quantization_config.load_in_4bit
+    expected = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        assert type(parameter) is type(expected[name]) and torch.equal(parameter, expected[name]), name
+    ids = torch.arange(12)[None]
+    assert torch.equal(ours.eval()(input_ids=ids).logits, theirs.eval()(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("chosen", [{"use_dora": True}, {"init_lora_weights": "olora"}])
+def test_an_adapter_made_from_quantised_weights_finds_them(chosen, tiny, quiet):
+    settings = options(tiny, method="qlora", **chosen)
+    model = settled(adapter.attach(models.load_model(settings), settings), settings)
+    assert torch.isfinite(model(input_ids=torch.arange(12)[None]).logits).all()
+
+
+def test_a_family_s_float32_modules_stay_so_in_bf16(tiny):
+    chosen = options(tiny, precision="bf16")
+    model = models.load_model(chosen).requires_grad_(False)
+    model._keep_in_fp32_modules_strict = {"norm"}
+    settled(model, chosen)
+    kept = {name for name, parameter in model.named_parameters() if parameter.dtype == torch.float32}
+    assert kept == {"model.norm.weight"}
+
+
+def test_units_cover_every_weight_once_and_parts_come_before_the_whole(tiny):
+    model = models.load_model(options(tiny))
+    units = shards._units(model)
+    assert [type(unit).__name__ for unit in units] == ["LlamaDecoderLayer"] * 2 + ["Embedding", "LlamaForCausalLM"]
+    assert len({id(p) for unit in units for p in unit.parameters()}) == len(list(model.parameters()))
