@@ -55,8 +55,8 @@ def _cannot(options: TrainOptions) -> list[str]:
     found = []
     if options.load_in_8bit and strategy() in ("zero3", "fsdp2"):
         found.append(
-            f"load_in_8bit: 8-bit weights cannot be sharded by {strategy()}; use ddp.yaml, zero1.yaml or zero2.yaml, "
-            "or method qlora."
+            f"load_in_8bit: {strategy()} cannot shard 8-bit weights, of which bitsandbytes keeps whole copies; use "
+            "ddp.yaml, zero1.yaml or zero2.yaml, or method qlora."
         )
     if options.master_weights == "stochastic_rounding":
         if strategy().startswith("zero"):

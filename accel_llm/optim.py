@@ -124,10 +124,11 @@ class RoundedAdamW(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)
         # torch 2.13 casts moments to the dtype of their weight.
+        saved = [key for group in state_dict["param_groups"] for key in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        for number, state in state_dict["state"].items():
-            for name in ("exp_avg", "exp_avg_sq"):
-                self.state[parameters[number]][name] = state[name].to(parameters[number].device, copy=True)
+        for key, parameter in zip(saved, parameters, strict=True):
+            for name in ("exp_avg", "exp_avg_sq") if key in state_dict["state"] else ():
+                self.state[parameter][name] = state_dict["state"][key][name].to(parameter.device, copy=True)
 
     def _step_one(self, group: dict, parameter: nn.Parameter, place: int) -> None:
         state = self.state[parameter]

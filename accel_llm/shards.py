@@ -185,8 +185,10 @@ def _share_by_fsdp2(accelerator: Accelerator, model: nn.Module) -> Callable[[nn.
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     plugin: Any = accelerator.state.fsdp_plugin
-    # Accelerate's policy rounds what is returned to bf16, which here is the loss, and sums gradients in it.
-    policy = replace(plugin.mixed_precision_policy or MixedPrecisionPolicy(), output_dtype=None)
+    # Accelerate's policy rounds to bf16 what is returned, here the loss, and what is given, the tokens' weights, and it sums
+    # gradients in bf16.
+    policy = plugin.mixed_precision_policy or MixedPrecisionPolicy()
+    policy = replace(policy, output_dtype=None, cast_forward_inputs=False)
     if policy.param_dtype is not None:
         policy = replace(policy, reduce_dtype=torch.float32)
 

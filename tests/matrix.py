@@ -21,7 +21,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -315,24 +315,27 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         row = [strategy]
         for method in METHODS:
             found = [result for name, result in results.items() if name.startswith(f"{strategy}-{method}-")]
-            named = sorted({result["status"] for result in found} - {"same"})
-            worst = [max((r[n] for r in found if n in r), default=None) for n in ("loss", "weights", "gradient")]
-            shown = ", ".join(named) or " / ".join(f"{value:.0e}" for value in worst if value is not None)
-            row.append(f"{shown} ({len(found)})" if found else "")
+            same = [result for result in found if result["status"] == "same"]
+            worst = [max((r[n] for r in same if n in r), default=None) for n in ("loss", "weights", "gradient")]
+            shown = " / ".join(f"{value:.0e}" for value in worst if value is not None)
+            others = Counter(result["status"] for result in found if result["status"] != "same")
+            parts = ([(shown, len(same))] if same else []) + list(others.items())
+            row.append(", ".join(f"{what} ({count})" for what, count in parts))
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)
 
 
-def write(shown: str, results: dict[str, dict[str, Any]]) -> None:
-    """The table into README.md between its marks, what each cell gave into tests/golden/matrix.json."""
-    GOLDEN.mkdir(exist_ok=True)
+def write(results: dict[str, dict[str, Any]]) -> None:
+    """What each cell gave into tests/golden/matrix.json, beside those of earlier runs, and the table of all of them into
+    README.md between its marks."""
+    file, readme = GOLDEN / "matrix.json", ROOT / "README.md"
+    results = (json.loads(file.read_text(encoding="utf-8"))["cells"] if file.is_file() else {}) | results
     lines = ",\n".join(f'"{name}": {json.dumps(result)}' for name, result in sorted(results.items()))
     head = json.dumps({"versions": trajectories.versions()})[1:-1]
-    (GOLDEN / "matrix.json").write_text(f'{{{head}, "cells": {{\n{lines}\n}}}}\n', encoding="utf-8")
-    readme = ROOT / "README.md"
+    file.write_text(f'{{{head}, "cells": {{\n{lines}\n}}}}\n', encoding="utf-8")
     text, marks = readme.read_text(encoding="utf-8"), ("<!-- matrix -->\n", "<!-- /matrix -->")
     before, rest = text.split(marks[0])
-    readme.write_text(f"{before}{marks[0]}{shown}\n{marks[1]}{rest.split(marks[1])[1]}", encoding="utf-8")
+    readme.write_text(f"{before}{marks[0]}{table(results)}\n{marks[1]}{rest.split(marks[1])[1]}", encoding="utf-8")
 
 
 def arguments() -> argparse.Namespace:
@@ -368,8 +371,8 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     warm()
     compute(partial(prepare, work), work / "prepare.log")
-    plain = {method: Cell("cpu", method, "packed", 1, "plain", 1, "sft") for method in GOLDEN_METHODS}
-    tiny = {method: words_of(cell, "curve", work, work) for method, cell in plain.items()}
+    plain = [Cell("cpu", method, "packed", 1, "plain", 1, "sft") for method in GOLDEN_METHODS]
+    tiny = {cell.method: words_of(cell, "curve", work, work) for cell in plain}
     if args.record:
         trajectories.record(work, tiny)
     everything = not (args.only or args.pairwise or args.controls or args.trajectories or args.record)
@@ -381,10 +384,10 @@ def main() -> None:
             # One run a cell: what a float64 gradient proves of a step needs no reference run.
             kinds = {cell: kinds[cell][-1:] for cell in pairwise([cell for cell in cells if cell.must])}
         results = run_cells(kinds, work, args.launch, keep=args.work is not None)
-        wrong, shown = failures(list(kinds), results), table(results)
-        print(f"{shown}\n{len(results)} cells, {time.monotonic() - since:.0f} s", flush=True)
-        if args.write and everything:
-            write(shown, results)
+        wrong = failures(list(kinds), results)
+        print(f"{table(results)}\n{len(results)} cells, {time.monotonic() - since:.0f} s", flush=True)
+        if args.write:
+            write(results)
     if everything or args.controls:
         wrong += run_controls(work)
     if everything or args.trajectories:

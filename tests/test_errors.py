@@ -166,7 +166,7 @@ def test_adapter_names_and_quantised_sharding(told, monkeypatch):
     assert told("--modules_to_save", "nope")[0].startswith("modules_to_save: the model has no 'nope'; ")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert told("--load_in_8bit")[0].startswith("load_in_8bit: 8-bit weights cannot be sharded by fsdp2; ")
+    assert told("--load_in_8bit")[0].startswith("load_in_8bit: fsdp2 cannot shard 8-bit weights")
 
 
 def test_more_cpu_processes_than_help(told, monkeypatch):

@@ -90,7 +90,8 @@ def test_options_that_exclude_each_other_are_told_together_before_anything_is_re
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert models.problems(options("missing/", load_in_8bit=True, attn_implementation="eager")) == [
-        "load_in_8bit: 8-bit weights cannot be sharded by fsdp2; use ddp.yaml, zero1.yaml or zero2.yaml, or method qlora.",
+        "load_in_8bit: fsdp2 cannot shard 8-bit weights, of which bitsandbytes keeps whole copies; use ddp.yaml, zero1.yaml or "
+        "zero2.yaml, or method qlora.",
         "attn_implementation: eager does not keep packed documents apart; give auto or flash_attention_2, or set "
         "packing: false.",
         "model_name_or_path: missing/ does not exist; a model folder or a hub id (owner/name) is allowed.",
