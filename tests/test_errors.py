@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from accel_llm import zero
 from accel_llm.errors import ConfigError, DataError, check, run
 from accel_llm.sources import ALLOWED
 
@@ -173,6 +174,41 @@ def test_more_cpu_processes_than_help(told, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "9")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     assert told()[0].startswith("num_processes: 9 processes on a machine without a GPU, at most 8 help; ")
+
+
+def test_a_launch_yaml_that_contradicts_the_recipe(told, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert told("--precision", "fp32") == [
+        "mixed_precision: the launch YAML says bf16, the recipe's precision is fp32; remove it there, or set precision: "
+        "bf16 in the recipe."
+    ]
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "true")
+    monkeypatch.setenv("FSDP_AUTO_WRAP_POLICY", "SIZE_BASED_WRAP")
+    fields = [sentence.split(":")[0] for sentence in told()]
+    assert fields == ["fsdp_activation_checkpointing", "fsdp_auto_wrap_policy"]
+
+
+def test_a_deepspeed_configuration_that_contradicts_the_recipe(told, monkeypatch, tmp_path):
+    settings = {"zero_optimization": {"stage": 2}, "gradient_accumulation_steps": 4, "gradient_clipping": 0.5}
+    settings |= {"train_micro_batch_size_per_gpu": 3, "bf16": {"enabled": True}, "optimizer": {"type": "Adam"}}
+    (tmp_path / "zero.json").write_text(json.dumps(settings))
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(tmp_path / "zero.json"))
+    found = {sentence.split(":")[0]: sentence for sentence in told()}
+    named = {"gradient_accumulation_steps", "gradient_clipping", "train_micro_batch_size_per_gpu", "optimizer", "bf16"}
+    assert found.keys() == named
+    assert found["gradient_clipping"].endswith('says 0.5; set it to "auto" there and use max_grad_norm in the recipe.')
+
+
+def test_what_the_launcher_says_where_an_inline_deepspeed_configuration_is_silent_is_no_contradiction(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    assert zero.settings_in_force()["gradient_accumulation_steps"] == "auto"
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    assert zero.settings_in_force()["gradient_accumulation_steps"] == 4
 
 
 def test_show_data_needs_a_tokenizer_alone_and_tells_the_same(script, tiny, chats, tmp_path, capsys):

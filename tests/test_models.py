@@ -8,7 +8,8 @@ import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
-from conftest import settled
+from accelerate import Accelerator
+from conftest import reset, settled
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, ByT5Tokenizer, GenerationConfig
@@ -274,11 +275,22 @@ def test_weights_are_masters_when_trained_and_in_the_compute_dtype_when_frozen(
     assert models.stored_dtype(models.load_config(chosen)) == stored
 
 
-def test_under_deepspeed_the_masters_are_its_own(make_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "strategy", lambda: "zero2")
-    chosen = options(make_model(tmp_path), method="full", precision="bf16")
-    model = settled(models.load_model(chosen), chosen)
-    assert model.dtype == torch.bfloat16
+@pytest.mark.parametrize(
+    "strategy, master_weights, expected",
+    [
+        ("single", "float32", torch.float32),
+        ("zero2", "float32", torch.bfloat16),  # DeepSpeed keeps masters of its own
+        ("single", "stochastic_rounding", torch.bfloat16),
+    ],
+)
+def test_who_keeps_the_masters_of_full_training_in_bf16(tiny, monkeypatch, strategy, master_weights, expected):
+    monkeypatch.setattr(shards, "strategy", lambda: strategy)
+    chosen = options(tiny, method="full", precision="bf16", master_weights=master_weights)
+    reset()
+    model = models.load_model(chosen)
+    shards.place(Accelerator(cpu=True, mixed_precision="bf16"), model, chosen)
+    reset()
+    assert {parameter.dtype for parameter in model.parameters()} == {expected}
 
 
 def test_the_4_bit_base_is_nf4_doubly_quantised(tiny, make_model, tmp_path):
