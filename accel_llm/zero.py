@@ -21,6 +21,8 @@ def settings_in_force() -> dict[str, Any]:
     """
     name = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if name == "none":
+        # What these fields say is in the settings now; Accelerate 1.15 would refuse them beside settings that it is given.
+        os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
         settings = DeepSpeedPlugin().deepspeed_config
         # Where the YAML is silent the launcher says 1.
         silent = settings.get("gradient_accumulation_steps") == 1

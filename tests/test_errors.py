@@ -13,6 +13,7 @@ import pytest
 
 from accel_llm import zero
 from accel_llm.errors import ConfigError, DataError, check, run
+from accel_llm.options import TrainOptions
 from accel_llm.sources import ALLOWED
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}
@@ -206,7 +207,9 @@ def test_a_deepspeed_configuration_that_contradicts_the_recipe(told, monkeypatch
 def test_what_the_launcher_says_where_an_inline_deepspeed_configuration_is_silent_is_no_contradiction(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    monkeypatch.setenv("ACCELERATE_CONFIG_DS_FIELDS", "deepspeed_config_file,zero_stage,gradient_accumulation_steps")
     assert zero.settings_in_force()["gradient_accumulation_steps"] == "auto"
+    assert zero.plugin(TrainOptions(), 2, cpu=True).gradient_accumulation_steps == 2
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     assert zero.settings_in_force()["gradient_accumulation_steps"] == 4
 
