@@ -1,349 +1,338 @@
-"""Checkpoints: whole or absent, found, verified, resumed, rotated; and what an output folder may be used for.
+"""Checkpoints: whole or absent, written while training waits or goes on, rotated, and continued to the last bit.
 
-A checkpoint is written to a temporary folder; its manifest (size and SHA-256 of every file) is written last, and one
-rename makes it appear. Without a manifest that holds, a folder is not a checkpoint.
+A checkpoint is the folder `checkpoints/step-XXXXXXXX`:
+
+    state.json                 step, position in the data, schedule, options and fingerprints: the same on all processes
+    rank-00000.json            one process's generators, its sums since the last line of metrics, single optimizer values
+    rank-00000.safetensors     what this process holds of the trained weights and of the optimizer's state (`pieces`)
+    manifest.json              size and SHA-256 of every file; written last, then one rename makes the folder appear
 """
 
-import hashlib
+import contextlib
 import json
-import os
-import random
+import math
 import shutil
-from dataclasses import dataclass
+import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from accelerate.utils import DistributedType, set_seed
 
+from accel_llm import interrupts, manifest, owners, pieces
 from accel_llm.config import resolved
-from accel_llm.distributed import bare
-from accel_llm.errors import ConfigError, check
+from accel_llm.disk import failure, sha256, sync
+from accel_llm.distributed import asked_to, meet
+from accel_llm.errors import DISK, ConfigError
+from accel_llm.evaluate import Evaluation
+from accel_llm.health import Health
 from accel_llm.metrics import Meter
-from accel_llm.options import RunOptions
+from accel_llm.options import TrainOptions
+from accel_llm.randomness import randomness, set_randomness
+from accel_llm.resume import of_rank
+from accel_llm.stream import Start
 
 OURS = ("run.json", "metrics.jsonl", "checkpoints", "adapter", "model", "report.html", "logs")
-# Options that shape the saved state: with another value it has no place to go.
-SHAPING = ("method", "optim", "lora_r", "lora_bias", "lora_target_modules", "modules_to_save", "use_dora", "add_tokens")
+LOWER_IS_BETTER = {"eval/loss"}
 
 
-@dataclass(frozen=True)
-class Start:
-    """Where a run begins: at step 0, or at the step of a verified checkpoint; and where it writes."""
+class Checkpoints:
+    """All that a run saves and takes up again, and when. Every process makes the same calls."""
 
-    output_dir: Path
-    step: int = 0
-    folder: Path | None = None
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: Any,
+        optimizer: Any,
+        scheduler: Any,
+        options: TrainOptions,
+        start: Start,
+    ):
+        self.accelerator, self.model, self.optimizer, self.scheduler = accelerator, model, optimizer, scheduler
+        self.options, self.start = options, start
+        self.folder = Path(options.output_dir) / "checkpoints"
+        self.best, self.saved = start.best, start.step
+        self.writer: threading.Thread | None = None
+        self.failed: BaseException | None = None
+        self.buffers: dict[str, torch.Tensor] = {}
 
+    def resume(self) -> None:
+        """Bring model, optimizer, schedule and generators to the state of the checkpoint, and make `output_dir` ready."""
+        if self.start.folder is not None:
+            self._load(self.start.folder)
+        meet()
+        if self.accelerator.is_main_process:
+            _make_room(self.start)
+        meet()
 
-def start(accelerator: Accelerator, options: RunOptions) -> Start:
-    """Decide from `output_dir` and `resume_from_checkpoint` where to begin; every process comes to the same answer.
+    def when_due(self, meter: Meter, evaluation: Evaluation, health: Health, step: int) -> None:
+        """Save every `save_steps`, at the end, when this is the best so far, and when somebody asks for it by a signal.
 
-    Nothing is written or removed yet: that is left to `resume`, when model, adapter and backend have held.
+        Raises:
+            Preempted: the run was asked to stop, and is saved.
+            ConfigError: a checkpoint could not be written, or would hold a NaN.
+        """
+        self._check_writer()
+        stop, wish = asked_to(self.accelerator)
+        better, last = self._is_better(evaluation, step), step == meter.plan.total_steps
+        every = self.options.save_steps
+        if stop or wish or better or last or (every and step % every == 0):
+            interrupts.wishes.save = False
+            with meter.pause_clock():
+                self._save(
+                    meter, evaluation, health, step, in_background=self.options.save_async and not (stop or last)
+                )
+        if stop:
+            meter.close()
+            interrupts.saved()
+            raise interrupts.Preempted(interrupts.wishes.stop or signal.SIGTERM, step)
 
-    Raises:
-        ConfigError: the folder holds a finished run or something foreign, or the named checkpoint does not hold.
-    """
-    folder, named = Path(options.output_dir).expanduser(), options.resume_from_checkpoint
-    _check_usable(folder, options.overwrite_output_dir)
-    checkpoint = None
-    if named not in ("auto", "none"):
-        checkpoint = Path(named).expanduser()
-        if problem := broken(checkpoint):
-            raise ConfigError(f"resume_from_checkpoint: {named} {problem}.")
-    elif named == "auto" and not options.overwrite_output_dir:
-        checkpoint = newest(folder / "checkpoints")
-    step = _check_same(checkpoint, options) if checkpoint else 0
-    # Nobody may write before everybody has looked.
-    accelerator.wait_for_everyone()
-    return Start(folder, step, checkpoint)
+    def _is_better(self, evaluation: Evaluation, step: int) -> bool:
+        name = self.options.metric_for_best_model
+        if name is None or evaluation.step != step:
+            return False
+        value = evaluation.metrics[name]
+        sign = 1 if name in LOWER_IS_BETTER else -1
+        if not math.isfinite(value) or (self.best is not None and sign * value >= sign * self.best[1]):
+            return False
+        self.best = (step, value)
+        return True
 
+    def finish(self) -> int:
+        """Training is over: take the weights of the best checkpoint, if that was asked for. The step that they are of.
 
-def _check_usable(folder: Path, overwrite: bool) -> None:
-    """Refuse an output_dir that holds something else than a run that may be continued."""
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"output_dir: {folder} is a file; name a folder.")
-    if overwrite or not folder.exists() or not any(folder.iterdir()):
-        return
-    try:
-        status = json.loads((folder / "run.json").read_text(encoding="utf-8"))["status"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ConfigError(
-            f"output_dir: {folder} holds files that are not a run of this project; name another folder, or set "
-            "overwrite_output_dir."
-        ) from None
-    if status == "done":
-        raise ConfigError(
-            f"output_dir: {folder} holds a finished run; name another folder, or set overwrite_output_dir to start anew."
-        )
+        Raises:
+            ConfigError: its files are no longer what was written.
+        """
+        interrupts.nothing_more_to_lose()
+        if self.best is None or self.best[0] == self.saved:
+            return self.saved
+        folder = self._folder(self.best[0])
+        if problem := manifest.broken(folder):
+            raise ConfigError(f"metric_for_best_model: the best checkpoint, {folder}, {problem}.")
+        reader = _reader(folder)
+        for owner in owners.of_process(self.accelerator, self.model, self.optimizer):
+            owners.fill_weights(owner, reader)
+        self._refresh()
+        return self.best[0]
 
+    def _folder(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
 
-def _check_same(checkpoint: Path, options: RunOptions) -> int:
-    """The step of a checkpoint that this run can continue."""
-    state, now = json.loads((checkpoint / "state.json").read_text(encoding="utf-8")), resolved(options)
-    check(
-        [
-            f"{name}: {checkpoint} was saved with {state['options'][name]}, this run has {now[name]}; give the same, or "
-            "resume_from_checkpoint: none."
-            for name in SHAPING
-            if name in state["options"] and state["options"][name] != now.get(name)
-        ]
-    )
-    return state["step"]
+    # --- saving ------------------------------------------------------------------------------------------------------
 
+    def _save(self, meter: Meter, evaluation: Evaluation, health: Health, step: int, in_background: bool) -> None:
+        self._finish_writer()
+        if step == self.saved:
+            return
+        folder, main = self._folder(step), self.accelerator.is_main_process
+        partial = folder.with_name(f".{folder.name}.partial")
+        with self._told(step):
+            if main:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+            meet()
+            tensors, values = self._mine(step)
+            values |= {"meter": meter.state(), "randomness": randomness(self.accelerator.device)}
+            shared = self._shared(meter, evaluation, health, step) if main else None
+            if in_background:
+                tensors = self._snapshot(tensors)
+        arguments = (step, partial, folder, tensors, values, shared)
+        if in_background:
+            self.writer = threading.Thread(target=self._write_in_background, args=arguments)
+            self.writer.start()
+        else:
+            with self._told(step):
+                self._write(*arguments)
+            meet()
+        self.saved = step
 
-def newest(folder: Path) -> Path | None:
-    """The newest checkpoint that holds; broken ones are named and passed over."""
-    for path in sorted(folder.glob("step-*"), reverse=True):
-        problem = broken(path)
-        if problem is None:
-            return path
-        if os.environ.get("RANK", "0") == "0":
-            print(f"checkpoint {path} {problem}; taking an older one", flush=True)
-    return None
+    def _mine(self, step: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """What this process has to write: tensors, and what is not one."""
+        if self.accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP) or (
+            self.accelerator.is_main_process
+        ):
+            found = owners.of_process(self.accelerator, self.model, self.optimizer)
+            tensors, numbers = owners.tensors(found, self.optimizer)
+        else:  # a copy of what the main process has
+            tensors, numbers = {}, {}
+        if sick := pieces.not_finite(tensors):
+            raise ConfigError(
+                f"checkpoints: after step {step} {len(sick)} tensors hold a NaN or an infinity ({', '.join(sick[:3])}), so it "
+                "is not saved; the checkpoints before it are whole. Lower learning_rate, or look at the data."
+            )
+        return tensors, {"numbers": numbers}
 
-
-def broken(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None when every file in its manifest is there with its size and hash."""
-    manifest = folder / "manifest.json"
-    if not manifest.is_file():
-        return "does not exist" if not folder.exists() else "is not a whole checkpoint (no manifest.json)"
-    try:
-        files = json.loads(manifest.read_text(encoding="utf-8")).items()
-    except ValueError:
-        return "has a damaged manifest.json"
-    for name, (size, digest) in files:
-        path = folder / name
-        if not path.is_file():
-            return f"lacks {name}"
-        if path.stat().st_size != size or sha256(path) != digest:
-            return f"has a damaged {name}"
-    return None
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def when_due(
-    accelerator: Accelerator, model: Any, optimizer: Any, scheduler: Any, meter: Meter, options: RunOptions, step: int
-) -> None:
-    """Save every `save_steps`, and at the end of the run."""
-    if step == meter.plan.total_steps or (options.save_steps and step % options.save_steps == 0):
-        with meter.pause_clock():
-            save(accelerator, model, optimizer, scheduler, step, options)
-
-
-def save(accelerator: Accelerator, model: Any, optimizer: Any, scheduler: Any, step: int, options: RunOptions) -> Path:
-    """Write `checkpoints/step-XXXXXXXX` and remove those beyond `save_total_limit`. A collective."""
-    folder = Path(options.output_dir) / "checkpoints" / f"step-{step:08d}"
-    partial = folder.with_name(f".{folder.name}.partial")
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    _save_weights(accelerator, model, optimizer, partial)
-    _save_randomness(partial / f"rng-{accelerator.process_index:05d}.safetensors", accelerator.device)
-    if accelerator.is_main_process:
-        state: dict[str, Any] = {
+    def _shared(self, meter: Meter, evaluation: Evaluation, health: Health, step: int) -> dict[str, Any]:
+        schedule = {key: value for key, value in self.scheduler.state_dict().items() if key != "lr_lambdas"}
+        return {
             "step": step,
-            "options": resolved(options),
-            "scheduler": _plain(scheduler.state_dict()),
+            "rows": meter.plan.rows_at(step),
+            "processes": self.accelerator.num_processes,
+            "options": resolved(self.options),
+            "identity": self.start.identity,
+            "scheduler": schedule,
+            "scale": _state_of(self._scale()),
+            "best": self.best,
+            "evaluate": evaluation.cut_short,
+            "skipped": health.skipped,
         }
-        if accelerator.scaler is not None:
-            state["scaler"] = accelerator.scaler.state_dict()
-        (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        _seal(partial)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-        _sync(folder.parent)
-        for old in sorted(folder.parent.glob("step-*"))[: -options.save_total_limit]:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
-    return folder
+
+    def _snapshot(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Copies that training does not change, in memory that is kept from one checkpoint to the next."""
+        for name, tensor in tensors.items():
+            if name not in self.buffers:
+                pinned = tensor.device.type == "cuda"
+                self.buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+            self.buffers[name].copy_(tensor, non_blocking=True)
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        return {name: self.buffers[name] for name in tensors}
+
+    def _write(
+        self,
+        step: int,
+        partial: Path,
+        folder: Path,
+        tensors: dict[str, torch.Tensor],
+        values: dict[str, Any],
+        shared: dict[str, Any] | None,
+    ) -> None:
+        """Write this process's files; the main one waits for all, makes the folder appear and removes old ones."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        files = {}
+        for name, content in {f"rank-{rank:05d}.json": values, "state.json": shared}.items():
+            if content is not None:
+                files[name] = _write_json(partial / name, content)
+        if tensors:
+            name = f"rank-{rank:05d}.safetensors"
+            files[name] = pieces.write(partial / name, tensors)
+        manifest.part_of(partial, rank, files)
+        if rank:
+            return
+        while (found := manifest.parts(partial, world)) is None:
+            time.sleep(0.02)
+        manifest.seal(partial, folder, found)
+        best = self.best[0] if self.best else None
+        old = sorted(path for path in self.folder.glob("step-*") if path.name <= folder.name)
+        for path in old[: -self.options.save_total_limit]:
+            if best is None or path != self._folder(best):
+                manifest.remove(path)
+
+    def _write_in_background(self, *arguments: Any) -> None:
+        try:
+            self._write(*arguments)
+        except BaseException as error:
+            self.failed = error
+
+    def _check_writer(self) -> None:
+        """Raises what went wrong in the background."""
+        if self.failed is not None:
+            with self._told(self.saved):
+                raise self.failed
+
+    def _finish_writer(self) -> None:
+        """Wait until what is written in the background is whole, on all processes."""
+        if self.writer is not None:
+            self.writer.join()
+            self._check_writer()
+            self.writer = None
+            meet()
+
+    @contextlib.contextmanager
+    def _told(self, step: int) -> Any:
+        """A disk that fails is told in a sentence; nothing half-written stays where there is any way to remove it."""
+        try:
+            yield
+        except Exception as error:
+            folder = self._folder(step)
+            shutil.rmtree(folder.with_name(f".{folder.name}.partial"), ignore_errors=True)
+            if told := failure(error):
+                raise ConfigError(f"checkpoints: step {step} could not be written: {DISK.format(told)}") from error
+            raise
+
+    # --- loading -----------------------------------------------------------------------------------------------------
+
+    def _load(self, folder: Path) -> None:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        reader = _reader(folder)
+        found = owners.of_process(self.accelerator, self.model, self.optimizer)
+        _check_same_names(folder, found, reader)
+        owners.load(found, self.optimizer, reader)
+        self._refresh()
+        # The lambdas are code, not state: the ones built from the options stay.
+        self.scheduler.load_state_dict(state["scheduler"] | {"lr_lambdas": []})
+        for group, rate in zip(self.scheduler.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+        if self.accelerator.scaler is not None:
+            self._scale().load_state_dict(state["scale"])
+        elif self._scale() is not None:
+            vars(self._scale()).update(state["scale"])
+        if self.start.same_processes:
+            set_randomness(of_rank(folder, self.accelerator.process_index)["randomness"], self.accelerator.device)
+        else:
+            set_seed(hash((self.options.seed, self.start.step)) % 2**31, device_specific=True)
+
+    def _scale(self) -> Any:
+        """What scales the loss in fp16: Accelerate's, or DeepSpeed's; None where nothing does."""
+        return self.accelerator.scaler or getattr(getattr(self.optimizer, "optimizer", None), "loss_scaler", None)
+
+    def _refresh(self) -> None:
+        """Give the weights that DeepSpeed computes with the values of its float32 ones."""
+        engine: Any = getattr(self.optimizer, "optimizer", None)
+        if hasattr(engine, "single_partition_of_fp32_groups"):
+            engine.update_lp_params()
+        elif hasattr(engine, "fp32_partitioned_groups_flat"):
+            engine._partition_all_parameters()
+            for k in range(len(engine.fp32_partitioned_groups_flat)):
+                engine._reassign_or_swap_out_partitioned_parameters(k)
+            # Small ones are kept whole on every process.
+            if engine.persistent_parameters:
+                engine.persistent_parameters[0].all_gather(engine.persistent_parameters)
 
 
-def _plain(state: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in state.items() if key != "lr_lambdas"}
+def _state_of(scale: Any) -> dict[str, Any]:
+    """What a loss scaler has learnt: torch's tells it, DeepSpeed's has plain attributes."""
+    return scale.state_dict() if hasattr(scale, "state_dict") else dict(vars(scale)) if scale is not None else {}
 
 
-def _seal(folder: Path) -> None:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    for path in files:
-        _sync(path)
-    manifest = {str(path.relative_to(folder)): (path.stat().st_size, sha256(path)) for path in files}
-    with (folder / "manifest.json").open("w", encoding="utf-8") as file:
-        json.dump(manifest, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    _sync(folder)
+def _write_json(path: Path, content: dict[str, Any]) -> tuple[int, str]:
+    path.write_text(json.dumps(content), encoding="utf-8")
+    sync(path)
+    return path.stat().st_size, sha256(path)
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _reader(folder: Path) -> pieces.Reader:
+    numbers: dict[str, Any] = {}
+    for path in sorted(folder.glob("rank-*.json")):
+        numbers |= json.loads(path.read_text(encoding="utf-8"))["numbers"]
+    return pieces.Reader(folder, sorted(folder.glob("rank-*.safetensors")), numbers)
 
 
-def _save_weights(accelerator: Accelerator, model: Any, optimizer: Any, folder: Path) -> None:
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        # ZeRO's own files are the only ones that hold its partitioned optimizer; frozen weights stay out of them.
-        frozen = any(not parameter.requires_grad for parameter in model.module.parameters())
-        model.save_checkpoint(str(folder), tag="zero", exclude_frozen_parameters=frozen)
-    elif accelerator.distributed_type == DistributedType.FSDP:
-        from torch.distributed.checkpoint.state_dict_saver import save as save_shards
-
-        save_shards(_sharded_state(model, optimizer), checkpoint_id=str(folder / "fsdp"))
-    elif accelerator.is_main_process:
-        names = {
-            parameter: name
-            for name, parameter in bare(accelerator, model).named_parameters()
-            if parameter.requires_grad
-        }
-        save_file({name: p.detach().cpu().contiguous() for p, name in names.items()}, folder / "weights.safetensors")
-        tensors, values = {}, {}
-        for parameter, state in optimizer.optimizer.state.items():
-            for key, value in state.items():
-                if isinstance(value, torch.Tensor):
-                    tensors[f"{names[parameter]}|{key}"] = value.detach().cpu().contiguous().clone()
-                else:
-                    values[f"{names[parameter]}|{key}"] = value
-        save_file(tensors, folder / "optimizer.safetensors", metadata={"values": json.dumps(values)})
-
-
-def _sharded_state(model: Any, optimizer: Any) -> dict[str, Any]:
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
-
-    options = StateDictOptions(ignore_frozen_params=True)
-    weights, moments = get_state_dict(model, optimizer.optimizer, options=options)
-    return {"weights": weights, "optimizer": moments}
-
-
-def _save_randomness(path: Path, device: torch.device) -> None:
-    """Every generator that training draws from, as plain tensors: nothing to unpickle."""
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
-    version, internal, gauss = random.getstate()
-    state = {
-        "torch": torch.get_rng_state(),
-        "numpy": torch.from_numpy(np.asarray(keys, dtype=np.int64)),
-        "python": torch.tensor(internal, dtype=torch.int64),
-    }
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    facts = {"numpy": [kind, int(position), int(has_gauss), float(cached)], "python": [version, gauss]}
-    save_file(state, path, metadata={"facts": json.dumps(facts)})
-
-
-def resume(accelerator: Accelerator, model: Any, optimizer: Any, scheduler: Any, found: Start) -> None:
-    """Bring model, optimizer, schedule and random generators to the state of the checkpoint, and make `output_dir` ready.
-
-    A collective.
-    """
-    if found.folder is not None:
-        _load(accelerator, model, optimizer, scheduler, found.folder)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        _make_room(found)
-    accelerator.wait_for_everyone()
+def _check_same_names(folder: Path, found: list[pieces.Owner], reader: pieces.Reader) -> None:
+    """What is trained here is what was saved: each process sees the names of what it holds."""
+    unknown = {piece.name for owner in found for piece in owner.pieces} - reader.names().keys()
+    if unknown:
+        raise ConfigError(
+            f"resume_from_checkpoint: {folder} holds other weights than this run trains ({min(unknown)} is not there); the "
+            "method or model differs."
+        )
 
 
 def _make_room(found: Start) -> None:
     """Remove what this run replaces: all that is ours of another run, or the checkpoints after the one it continues."""
     checkpoints = found.output_dir / "checkpoints"
+    obsolete = [found.output_dir / name for name in OURS]
     if found.folder is not None and found.folder.resolve().parent == checkpoints.resolve():
         # Rotation keeps the newest by name, and these would outlive the ones that are still to come.
-        obsolete = [path for path in checkpoints.glob("step-*") if path.name > found.folder.name]
-    else:
-        obsolete = [found.output_dir / name for name in OURS]
+        obsolete = []
+        for path in checkpoints.glob("step-*"):
+            if path.name > found.folder.name:
+                manifest.remove(path)
     # What a killed process was writing: a checkpoint, an export, run.json.
     for path in [*obsolete, *checkpoints.glob(".*.partial"), *found.output_dir.glob(".*.partial")]:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     found.output_dir.mkdir(parents=True, exist_ok=True)
-
-
-def _load(accelerator: Accelerator, model: Any, optimizer: Any, scheduler: Any, folder: Path) -> None:
-    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    _load_weights(accelerator, model, optimizer, folder)
-    # The lambdas are code, not state: the ones built from the options stay.
-    scheduler.load_state_dict(state["scheduler"] | {"lr_lambdas": []})
-    for group, rate in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
-        group["lr"] = rate
-    if accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(state["scaler"])
-    randomness = folder / f"rng-{accelerator.process_index:05d}.safetensors"
-    if randomness.is_file():  # a process that the saving run did not have keeps the generators of its seed
-        _load_randomness(randomness, accelerator.device)
-
-
-def _load_weights(accelerator: Accelerator, model: Any, optimizer: Any, folder: Path) -> None:
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        frozen = any(not parameter.requires_grad for parameter in model.module.parameters())
-        # A frozen base is not in the file, so its keys are missing by design; trained ones are all there.
-        loaded, _ = model.load_checkpoint(str(folder), tag="zero", load_module_strict=not frozen)
-        if loaded is None:
-            raise ConfigError(
-                f"resume_from_checkpoint: DeepSpeed could not load {folder}; it was saved by another strategy or world size."
-            )
-    elif accelerator.distributed_type == DistributedType.FSDP:
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
-        from torch.distributed.checkpoint.state_dict_loader import load as load_shards
-
-        state = _sharded_state(model, optimizer)
-        load_shards(state, checkpoint_id=str(folder / "fsdp"))
-        set_state_dict(
-            model,
-            optimizer.optimizer,
-            model_state_dict=state["weights"],
-            optim_state_dict=state["optimizer"],
-            options=StateDictOptions(ignore_frozen_params=True, strict=False),
-        )
-    else:
-        _load_plain(bare(accelerator, model), optimizer.optimizer, folder)
-
-
-def _load_plain(model: torch.nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    weights = load_file(folder / "weights.safetensors")
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if {name: p.shape for name, p in trained.items()} != {name: tensor.shape for name, tensor in weights.items()}:
-        raise ConfigError(
-            f"resume_from_checkpoint: {folder} holds other weights than this run trains; the method or model differs."
-        )
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(weights[name])
-    with safe_open(folder / "optimizer.safetensors", "pt") as file:
-        values = json.loads(file.metadata()["values"])
-        moments = {key: file.get_tensor(key) for key in file.keys()} | values  # noqa: SIM118 (not a dict)
-    names = {parameter: name for name, parameter in trained.items()}
-    saved = optimizer.state_dict()
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    index = {names[parameter]: i for i, parameter in enumerate(parameters)}
-    state: dict[int, dict[str, Any]] = {}
-    for key, value in moments.items():
-        name, field = key.rsplit("|", 1)
-        state.setdefault(index[name], {})[field] = value
-    optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
-
-
-def _load_randomness(path: Path, device: torch.device) -> None:
-    with safe_open(path, "pt") as file:
-        facts = json.loads(file.metadata()["facts"])
-        torch.set_rng_state(file.get_tensor("torch"))
-        kind, position, has_gauss, cached = facts["numpy"]
-        np.random.set_state((kind, file.get_tensor("numpy").numpy().astype(np.uint32), position, has_gauss, cached))
-        version, gauss = facts["python"]
-        random.setstate((version, tuple(file.get_tensor("python").tolist()), gauss))
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(file.get_tensor("cuda"), device)

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerFast
 
+from accel_llm import report
 from accel_llm.data import Rows
 from accel_llm.encode import Encoded
 from accel_llm.errors import ConfigError
@@ -143,9 +144,10 @@ def census(accelerator: Accelerator, facts: dict[str, Any], options: TrainOption
 
 
 def after_training(accelerator: Accelerator, folder: Path) -> None:
-    """What to type now, ready to copy. `folder` is the export, adapter/ or model/ in the output folder."""
+    """The report, and what to type now, ready to copy. `folder` is the export, adapter/ or model/ in the output folder."""
     if not accelerator.is_main_process:
         return
+    report.write(folder.parent)
     lines = {"ask it": f"python launch/chat.py --model {folder.parent}"}
     if folder.name == "adapter":
         lines["merge it"] = f"python launch/merge.py --adapter {folder.parent} --output_dir {folder.parent}-merged"

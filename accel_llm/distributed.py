@@ -1,8 +1,10 @@
 """Builds the Accelerator. Every difference between backends is settled here, each with its reason."""
 
 import logging
+import math
 import os
 import warnings
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +21,7 @@ from accelerate.utils import (
 )
 from torch.distributed.fsdp.wrap import always_wrap_policy
 
-from accel_llm import losses, zero
+from accel_llm import interrupts, losses, zero
 from accel_llm.errors import ConfigError, check
 from accel_llm.options import ModelOptions, RunOptions, TrainOptions
 
@@ -115,11 +117,12 @@ def _check_recipe_decides(options: TrainOptions) -> None:
 
 
 def build_accelerator(options: TrainOptions) -> Accelerator:
-    """The Accelerator of a training script: devices, precision, strategy and trackers.
+    """The Accelerator of a training script: devices, precision, strategy and trackers; from here on signals are heeded.
 
     Raises:
         ConfigError: too many CPU processes, a DeepSpeed file that contradicts the recipe, a strategy the host cannot run.
     """
+    interrupts.listen(None if options.dry_run else Path(options.output_dir))
     cpu, wanted, accumulation = use_cpu(), strategy(), accumulation_steps(options)
     if cpu and world_size() > MAX_CPU_PROCESSES:
         raise ConfigError(
@@ -191,15 +194,24 @@ def prepare(accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.o
     return model, prepared
 
 
-def clip(accelerator: Accelerator, model: torch.nn.Module, max_grad_norm: float) -> torch.Tensor | float:
+def clip(accelerator: Accelerator, model: torch.nn.Module, max_grad_norm: float) -> float:
     """Clip the gradient of the whole step to `max_grad_norm` (0: measure only) and return its norm before clipping.
 
-    DeepSpeed has clipped and stepped inside `backward` by now; its own figure is returned.
+    The norm is that of all processes together, so all of them see it when one has a NaN. DeepSpeed has clipped and stepped
+    inside `backward` by now; its own figure is returned.
     """
     norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or float("inf"))
     if norm is None:
         raise RuntimeError("no gradient norm came back from the engine")
-    return norm
+    return float(norm)
+
+
+def healthy(accelerator: Accelerator, grad_norm: float) -> bool:
+    """Whether to step the optimizer: not with a gradient that is not finite, unless it is asked to find that out itself.
+
+    fp16's loss scaler is: it skips the step and learns from it. DeepSpeed has skipped or stepped already.
+    """
+    return math.isfinite(grad_norm) or accelerator.scaler is not None
 
 
 def undo_averaging(accelerator: Accelerator) -> int:
@@ -210,11 +222,36 @@ def undo_averaging(accelerator: Accelerator) -> int:
     return accelerator.num_processes * accelerator.gradient_accumulation_steps
 
 
-def global_count(accelerator: Accelerator, micro_batches: list[dict[str, Any]]) -> torch.Tensor:
+def global_count(accelerator: Accelerator, micro_batches: list[dict[str, Any]]) -> float:
     """What the loss of a whole optimizer step is divided by: its labelled targets over all processes, each times its
-    weight (one all-reduce); 1 where there is none."""
-    total = global_sum(accelerator, torch.stack([losses.total_weight(batch) for batch in micro_batches]).sum())
-    return torch.where(total > 0, total, 1.0).float()
+    weight (one all-reduce); 0 where nothing is to be learnt."""
+    return on_host(accelerator, [float(sum(losses.total_weight(batch) for batch in micro_batches))])[0]
+
+
+def asked_to(accelerator: Accelerator) -> tuple[bool, bool]:
+    """Whether any process was asked to stop, and to save: all get the same answer (one all-reduce)."""
+    stop, save = on_host(accelerator, [float(interrupts.wishes.stop > 0), float(interrupts.wishes.save)])
+    return stop > 0, save > 0
+
+
+def on_host(accelerator: Accelerator, values: list[float]) -> list[float]:
+    """The sums of `values` over all processes, added up by the CPUs: no device has to finish its work first."""
+    if accelerator.num_processes == 1:
+        return values
+    summed = torch.tensor(values, dtype=torch.float64)
+    torch.distributed.all_reduce(summed, group=_host_group())
+    return summed.tolist()
+
+
+def meet() -> None:
+    """Wait until all processes are here."""
+    if world_size() > 1 and torch.distributed.is_initialized():
+        torch.distributed.barrier(group=_host_group())
+
+
+@cache
+def _host_group() -> Any:
+    return torch.distributed.new_group(backend="gloo")
 
 
 def global_sum(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The two mistakes a person can make, and how a script ends by them or by a bug: one cause, told by one rank."""
+"""The two mistakes a person can make, and how a script ends by them, by a signal or by a bug: one cause, told by one rank."""
 
 import json
 import os
@@ -8,6 +8,11 @@ import traceback
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+
+from accel_llm import interrupts
+from accel_llm.disk import failure
+
+DISK = "{}; make room and give the same command again, it goes on from the last whole checkpoint."
 
 
 class ConfigError(Exception):
@@ -36,7 +41,8 @@ def check(problems: list[str]) -> None:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script's `main`; a ConfigError or DataError becomes its own sentences on stderr and exit code 2.
+    """Run a script's `main`; a ConfigError, a DataError or a full disk becomes a sentence on stderr and exit code 2, a signal
+    exit code 128 + its number.
 
     Anything else is a bug of ours, or a machine that failed: it keeps its traceback, and under a launcher the last line
     names the rank, as in `error (rank 1): RuntimeError: ...`.
@@ -48,10 +54,18 @@ def run(main: Callable[[], None]) -> None:
         stand_back(error)
         prefix = f"error (rank {rank}): " if rank else "error: "
         _end(2, "\n".join(prefix + line for line in str(error).splitlines()))
+    except interrupts.Preempted as end:
+        words = f"preempted by {end}; the same command goes on from there"
+        _end(128 + end.number, words if not rank else "")
     except Exception as error:
+        if launched and interrupts.wishes.stop:
+            # A launcher ends with this signal what is left of a job of which one process failed, and that one has told why.
+            _end(128 + interrupts.wishes.stop)
+        stand_back(error)
+        if told := failure(error):
+            _end(2, f"error{f' (rank {rank})' if rank else ''}: {DISK.format(told)}")
         if not launched:
             raise
-        stand_back(error)
         last = "".join(traceback.format_exception_only(error))
         _leave_for_launcher(last.strip())
         _end(1, "".join(traceback.format_exception(error)).removesuffix(last) + f"error (rank {rank}): {last}".strip())
@@ -71,8 +85,8 @@ def stand_back(error: BaseException) -> None:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not isinstance(error, Exception):
         return
-    rank, mistake = int(os.environ.get("RANK", "0")), isinstance(error, (ConfigError, DataError))
-    # No other rank's end leads to a mistake in the settings or the data.
+    rank, mistake = int(os.environ.get("RANK", "0")), isinstance(error, (ConfigError, DataError)) or failure(error)
+    # No other rank's end leads to a mistake in the settings or the data, nor to a full disk.
     time.sleep((0 if mistake else 3) + (3 + min(rank, 10) if rank else 0))
 
 

@@ -1,6 +1,7 @@
 """Mean loss and exact match on held-out rows; each row counts once, whatever the number of processes."""
 
 import math
+import signal
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,13 +12,14 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from accel_llm import attention
 from accel_llm.data import Rows
-from accel_llm.distributed import bare, global_sum, strategy
+from accel_llm.distributed import asked_to, bare, global_sum, strategy
+from accel_llm.interrupts import Preempted, wishes
 from accel_llm.losses import count_targets, next_token_loss, total_weight
 from accel_llm.metrics import Meter
 from accel_llm.models import pad_id
 from accel_llm.options import TrainOptions
 from accel_llm.packing import collate_packed, collate_padded, pack
-from accel_llm.stream import to_device
+from accel_llm.stream import Start, to_device
 from accel_llm.tokens import decode
 
 SAMPLES = 20
@@ -39,9 +41,16 @@ class Evaluation:
         self.rows, self.stop_ids = rows, stop_ids
         self.samples: list[dict[str, Any]] = []
 
-    def at_start(self, model: Any, meter: Meter, first_step: int) -> None:
-        if self.options.eval_on_start and first_step == 0:
-            self.run(model, meter, 0)
+        self.metrics: dict[str, float] = {}  # of the last evaluation
+        self.step: int | None = None  # that it was of
+        self.cut_short = False  # it was left when the run was asked to stop
+
+    def at_start(self, model: Any, meter: Meter, start: Start) -> None:
+        """What is asked for before the first step, or was cut short when the run was stopped."""
+        if start.evaluate or (self.options.eval_on_start and start.step == 0):
+            self.run(model, meter, start.step)
+        if self.cut_short:
+            raise Preempted(wishes.stop or signal.SIGTERM, start.step)
 
     def when_due(self, model: Any, meter: Meter, step: int) -> None:
         every = self.options.eval_steps
@@ -51,14 +60,28 @@ class Evaluation:
     def run(self, model: Any, meter: Meter, step: int) -> None:
         if self.rows is None:
             return
-        with meter.pause_clock():
-            metrics = mean_loss(self.accelerator, model, self.rows, self.options, pad_id(self.tokenizer))
-            if asked := questions(self.rows, self.options.eval_generate):
-                size = self.options.per_device_eval_batch_size
-                scores, answers = exact_match(self.accelerator, model, self.tokenizer, asked, size, self.stop_ids)
-                metrics |= scores
-                self.samples = [asdict(answer) for answer in answers[:SAMPLES]]
+        try:
+            with meter.pause_clock():
+                metrics = mean_loss(self.accelerator, model, self.rows, self.options, pad_id(self.tokenizer))
+                if asked := questions(self.rows, self.options.eval_generate):
+                    size = self.options.per_device_eval_batch_size
+                    scores, answers = exact_match(self.accelerator, model, self.tokenizer, asked, size, self.stop_ids)
+                    metrics |= scores
+                    self.samples = [asdict(answer) for answer in answers[:SAMPLES]]
+        except CutShort:
+            self.cut_short = True
+            return
+        self.metrics, self.step = metrics, step
         meter.write(step, metrics)
+
+
+class CutShort(Exception):
+    """The run was asked to stop in the middle of an evaluation."""
+
+
+def _go_on(accelerator: Accelerator) -> None:
+    if asked_to(accelerator)[0]:
+        raise CutShort
 
 
 @dataclass(frozen=True)
@@ -88,6 +111,7 @@ def mean_loss(
     with torch.no_grad():
         # Every process makes the same number of forward passes: under sharding each one is a collective.
         for first in range(0, len(offsets) - 1, size * world):
+            _go_on(accelerator)
             mine = range(first + accelerator.process_index * size, first + (accelerator.process_index + 1) * size)
             chosen = [k for b in mine if b < len(offsets) - 1 for k in order[offsets[b] : offsets[b + 1]]]
             documents = [rows[int(k)] for k in chosen] or [empty]
@@ -147,6 +171,7 @@ def exact_match(
     # `generate` is not a wrapped forward: without autocast float32 adapter parts would meet bf16 activations.
     with torch.no_grad(), accelerator.autocast(), attention.stock(inner):
         for first in range(0, per_process, batch_size):
+            _go_on(accelerator)
             # A process with fewer questions repeats one, so that all make the same number of calls.
             batch = share[first : first + batch_size] or asked[:1]
             inputs = _left_padded([prompt for prompt, _ in batch], pad_id(tokenizer), accelerator.device)

@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from accel_llm.config import resolved
 from accel_llm.distributed import global_sum
 from accel_llm.losses import count_targets, total_weight
 from accel_llm.options import RunOptions
-from accel_llm.stream import Batch, Plan
+from accel_llm.stream import Batch, Plan, Start
 
 console = Console(highlight=False)
 
@@ -23,36 +25,46 @@ console = Console(highlight=False)
 class Meter:
     """Sums loss and tokens on the device and reads them once a logging step, the loop's one synchronisation point."""
 
-    def __init__(self, accelerator: Accelerator, options: RunOptions, plan: Plan, first_step: int):
+    def __init__(self, accelerator: Accelerator, options: RunOptions, plan: Plan, start: Start):
         self.accelerator, self.options, self.plan = accelerator, options, plan
         self.file = Path(options.output_dir) / "metrics.jsonl"
         self.supervised = 0
+        self.losses: list[torch.Tensor] = []  # of the micro-batches of this step
         # Trackers take numbers and texts; without any the call does nothing.
         settings = {k: v if isinstance(v, int | float | str) else str(v) for k, v in resolved(options).items()}
         accelerator.init_trackers(options.run_name or "accel-llm", config=settings)
-        self._reset()
-        if accelerator.is_main_process and first_step:
-            self.supervised = _forget_after(self.file, first_step)
-        self.progress = _progress(accelerator, plan, first_step)
+        self._reset(start.meter)
+        if accelerator.is_main_process and start.step:
+            self.supervised = _forget_after(self.file, start.step)
+        self.progress = _progress(accelerator, plan, start.step)
 
-    def _reset(self) -> None:
-        self.sums = torch.zeros(
-            4, dtype=torch.float64, device=self.accelerator.device
-        )  # loss, its weight, targets, tokens
-        self.since = time.perf_counter()
+    def _reset(self, state: Sequence[float] = (0.0,) * 5) -> None:
+        # loss, its weight, targets, tokens
+        self.sums = torch.tensor(state[:4], dtype=torch.float64, device=self.accelerator.device)
+        self.since = time.perf_counter() - state[4]
+
+    def state(self) -> list[float]:
+        """What this process has summed up since the last line of metrics, and the seconds since then."""
+        return [*self.sums.tolist(), time.perf_counter() - self.since]
 
     def add(self, loss: torch.Tensor, batch: Batch) -> None:
-        """Count one micro-batch of this process: its summed loss, labelled targets and real tokens."""
+        """Count one micro-batch of this process: its summed loss, labelled targets and real tokens.
+
+        A loss that is not finite is in no mean; whether such a step counts at all is for `health` to say.
+        """
+        self.losses.append(loss.detach())
+        finite = loss.detach().isfinite()
         tokens = batch["attention_mask"].sum() if "attention_mask" in batch else batch["input_ids"].numel()
         targets = count_targets(batch["labels"])
-        self.sums[0] += loss.detach()
-        self.sums[1] += total_weight(batch)
+        self.sums[0] += torch.where(finite, loss.detach(), 0.0)
+        self.sums[1] += total_weight(batch) * finite
         self.sums[2] += targets
         # Without targets it is no row at all but what fills a slot of the last step.
         self.sums[3] += tokens * (targets > 0)
 
-    def log(self, step: int, learning_rate: float, grad_norm: torch.Tensor | float) -> None:
+    def log(self, step: int, learning_rate: float, grad_norm: float) -> None:
         """Report step `step` (from 1) when it is due: every `logging_steps`, and the first and last one."""
+        self.losses.clear()
         if self.progress:
             self.progress.update(self.progress.task_ids[0], completed=step)
         if step % self.options.logging_steps and step not in (1, self.plan.total_steps):
@@ -65,7 +77,7 @@ class Meter:
             {
                 "loss": loss / (weight or 1),
                 "learning_rate": learning_rate,
-                "grad_norm": float(grad_norm),
+                "grad_norm": grad_norm,
                 "tokens_per_second": round(tokens / seconds, 1),
                 "supervised_tokens": self.supervised,
                 "epoch": self.plan.epoch(step),
@@ -81,6 +93,9 @@ class Meter:
             return
         with self.file.open("a", encoding="utf-8") as file:
             file.write(_json_line({"step": step} | values))
+            file.flush()
+            # A resumed run goes on after these lines, whatever becomes of the machine.
+            os.fsync(file.fileno())
         line = f"step {step}/{self.plan.total_steps}  " + "  ".join(
             _shown(k, v) for k, v in values.items() if k in SHOWN or "/" in k
         )

@@ -258,7 +258,7 @@ def build_schedule(optimizer: torch.optim.Optimizer, options: OptimOptions, tota
     return LambdaLR(optimizer, lambda step: lr_at(step, options, total_steps))
 
 
-def neftune(model: nn.Module, alpha: float) -> None:
+def neftune(model: nn.Module, alpha: float | None) -> None:
     """Adds noise to the input embeddings while training: uniform in +-alpha / sqrt(L d) (NEFTune, arXiv 2310.05914).
 
     L is the length of the token's own document, so alpha means the same packed and padded; d is the width. It is
@@ -266,6 +266,8 @@ def neftune(model: nn.Module, alpha: float) -> None:
     `model` is the outermost one that is prepared, PEFT's included. The noise comes from the device's global
     generator: ranks must be seeded apart for it to differ.
     """
+    if not alpha:
+        return
     lengths: list[torch.Tensor] = []
 
     def remember_lengths(module: nn.Module, args: tuple, kwargs: dict) -> None:

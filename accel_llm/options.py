@@ -32,7 +32,7 @@ from accel_llm.fields import (
 METHODS = {
     **dict.fromkeys(["lora_r", "lora_alpha", "lora_dropout", "lora_bias", "lora_target_modules"], ("lora", "qlora")),
     **dict.fromkeys(["modules_to_save", "init_lora_weights", "use_dora", "use_rslora"], ("lora", "qlora")),
-    "loraplus_lr_ratio": ("lora", "qlora"),
+    **dict.fromkeys(["loraplus_lr_ratio", "adapter_name_or_path"], ("lora", "qlora")),
     "load_in_8bit": ("lora",),
 }
 ADAMW = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit")
@@ -128,6 +128,9 @@ class MethodOptions(Options):
         "lora", description="full: all weights; lora: an adapter; qlora: an adapter on a 4-bit base"
     )
     load_in_8bit: bool = Field(False, description="lora on a base in 8 bits")
+    adapter_name_or_path: str | None = Field(
+        None, description="Adapter to go on training from, with a fresh optimizer; its own settings hold"
+    )
     lora_r: int = Field(16, ge=1, description="Rank of the adapter")
     lora_alpha: float = Field(32, gt=0, description="Scale of the adapter: alpha / r, or alpha / sqrt(r) with rsLoRA")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input")
@@ -239,7 +242,17 @@ class RunOptions(Options):
     logging_steps: int = Field(10, ge=1, description="Steps from one line of metrics to the next")
     eval_steps: int | None = Field(None, ge=1, description="Steps from one evaluation to the next; none: at the end")
     save_steps: int | None = Field(None, ge=1, description="Steps from one checkpoint to the next; none: at the end")
-    save_total_limit: int = Field(2, ge=1, description="Checkpoints kept; the newest one always is")
+    save_total_limit: int = Field(2, ge=1, description="Checkpoints kept, the newest ones; the best one besides")
+    save_async: bool = Field(False, description="Write checkpoints while training goes on")
+    metric_for_best_model: Literal["eval/loss", "eval/exact_match"] | None = Field(
+        None, description="Keep the checkpoint that is best by this and export it; none: export the last"
+    )
+    allow_changed: Texts = Field(
+        default_factory=list, description="Options that may differ from those of the checkpoint that is continued"
+    )
+    max_skipped_steps: int = Field(
+        3, ge=0, description="Steps whose loss or gradient is not finite that are skipped before the run stops"
+    )
     seed: int = Field(42, ge=0, lt=2**32, description="Of initialisation, order, dropout and noise")
     report_to: Trackers = Field(default_factory=list, description="Trackers that get the metrics; none: no tracker")
     run_name: str | None = Field(None, description="Name of the run in trackers and run.json")
@@ -270,9 +283,16 @@ class RunOptions(Options):
         if isinstance(self, DataOptions) and self.train_files and not (self.eval_files or self.eval_share):
             found += [
                 f"{name}: {getattr(self, name)} has nothing to evaluate; give eval_files or eval_share as well"
-                for name in ("eval_steps", "eval_generate")
+                for name in ("eval_steps", "eval_generate", "metric_for_best_model")
                 if name in self.model_fields_set and getattr(self, name)
             ]
+        if self.metric_for_best_model == "eval/exact_match" and not self.eval_generate:
+            found.append("metric_for_best_model: eval/exact_match needs answers; set eval_generate as well")
+        found += [
+            f"allow_changed: {name!r} is no option of this script"
+            for name in self.allow_changed
+            if name not in type(self).model_fields
+        ]
         return found
 
 

@@ -6,14 +6,16 @@ import platform
 import signal
 import socket
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from accel_llm import interrupts
+from accel_llm.disk import write_atomically
+from accel_llm.distributed import meet
 from accel_llm.errors import stand_back
 
 PACKAGES = (
@@ -27,17 +29,6 @@ PACKAGES = (
     "safetensors",
     "tokenizers",
 )
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """A reader sees the old file or the new one, never a part of it."""
-    # A name of its own for each process: two may come to the same end of the same run.
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def environment() -> dict[str, Any]:
@@ -81,10 +72,11 @@ class Record:
             self._write(self.facts)
 
     def fail(self, reason: str, **facts: Any) -> None:
-        """Status `failed`, unless another process has already said why the run ended."""
-        found = json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else {}
-        if found.get("status") == "running":
-            self._write(found | {"status": "failed", "error": reason[:2000], **facts, "ended": _now()})
+        """Status `failed`, unless another process has already said why the run ended, or the disk takes no more."""
+        with suppress(OSError):
+            found = json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else {}
+            if found.get("status") == "running":
+                self._write(found | {"status": "failed", "error": reason[:2000], **facts, "ended": _now()})
 
     def _write(self, facts: dict[str, Any]) -> None:
         write_atomically(self.path, json.dumps(facts, indent=2, ensure_ascii=False, default=str) + "\n")
@@ -96,51 +88,30 @@ def _now() -> str:
 
 @contextmanager
 def recording(folder: Path, main: bool, **facts: Any) -> Iterator[Record]:
-    """Write run.json with `facts` and status `running`; on leaving, status `done`, or `failed` with the error.
+    """Write run.json with `facts` and status `running`; on leaving, status `done`, `preempted`, or `failed` with the error.
 
-    Under a launcher `failed_rank` says which process failed; it notes that itself, for the main one waits for it.
+    Under a launcher `failed_rank` says which process failed; it notes that itself, for the main one waits for it. `pid` is
+    the process to send signals to.
     """
     record = Record(folder, main)
-    record.update(status="running", started=_now(), **facts, **environment())
+    here = {"host": socket.gethostname(), "pid": os.getpid()}
+    record.update(status="running", started=_now(), **facts, **environment(), **here)
     rank = {"failed_rank": int(os.environ["RANK"])} if "RANK" in os.environ else {}
-    with _noting_sigterm(record):
-        try:
+
+    def tell(number: int) -> None:
+        # Until the checkpoint is there: a launcher that ends what is left of a failed job sends the same signal.
+        record.fail(f"{signal.Signals(number).name}: ended by the launcher, or from outside, before all was saved")
+
+    try:
+        with interrupts.remembered(tell):
             yield record
-        except BaseException as error:
-            stand_back(error)
-            record.fail(f"{type(error).__name__}: {error}", **rank)
-            raise
+    except interrupts.Preempted as end:
+        record.update(status="preempted", step=end.step, ended=_now())
+        # Whoever leaves first ends the job.
+        meet()
+        raise
+    except BaseException as error:
+        stand_back(error)
+        record.fail(f"{type(error).__name__}: {error}", **rank)
+        raise
     record.update(status="done", ended=_now())
-
-
-@contextmanager
-def _noting_sigterm(record: Record) -> Iterator[None]:
-    """Note in `record` when SIGTERM ends this process: the launcher sends it to all that are left when one is gone.
-
-    A thread does so, woken by the C handler: Python's own must wait until the main thread comes out of a collective, which
-    without its peer may be never.
-    """
-    reader, writer = socket.socketpair()
-    writer.setblocking(False)
-
-    def watch() -> None:
-        with reader:
-            while number := reader.recv(1):
-                if number[0] == signal.SIGTERM:
-                    _end_by_sigterm(record)
-
-    handler, wakeup = signal.signal(signal.SIGTERM, lambda *_: None), signal.set_wakeup_fd(writer.fileno())
-    threading.Thread(target=watch, daemon=True).start()
-    try:
-        yield
-    finally:
-        signal.set_wakeup_fd(wakeup)
-        signal.signal(signal.SIGTERM, handler)
-        writer.close()
-
-
-def _end_by_sigterm(record: Record) -> None:
-    try:
-        record.fail("SIGTERM: ended by the launcher, whose last lines say which process failed, or from outside")
-    finally:
-        os._exit(128 + signal.SIGTERM)

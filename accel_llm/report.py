@@ -7,8 +7,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from accel_llm.disk import write_atomically
 from accel_llm.ledger import CUT, DROPPED, QUANTITIES, Ledger
-from accel_llm.record import write_atomically
 
 Pair = tuple[float, float]  # a point (step, value), the value possibly NaN or infinite; or the ends of a range
 

@@ -17,7 +17,6 @@ from accelerate.utils import set_seed
 from accel_llm import (
     adapter,
     census,
-    checkpoint,
     demo,
     display,
     distributed,
@@ -25,14 +24,16 @@ from accel_llm import (
     losses,
     models,
     optim,
-    report,
+    resume,
     shards,
     sources,
 )
+from accel_llm.checkpoint import Checkpoints
 from accel_llm.config import parse, resolved
 from accel_llm.errors import check, run
 from accel_llm.evaluate import Evaluation
 from accel_llm.export import export, stop_ids
+from accel_llm.health import Health
 from accel_llm.metrics import Meter
 from accel_llm.options import PretrainOptions, TrainOptions
 from accel_llm.record import recording
@@ -54,43 +55,39 @@ def main() -> None:
     config = models.load_config(options, options.max_length)
     encoded = encode.texts(options, options.seed, tokenizer, options.text_column)
     models.check_token_ids(encoded.token_ids, config, tokenizer)
-    stream = Stream(
-        encoded.train, options, accelerator.process_index, accelerator.num_processes, models.pad_id(tokenizer)
-    )
+    start = resume.start(accelerator, options, encoded.train)
+    stream = Stream(encoded.train, options, start, models.pad_id(tokenizer))
     display.before_training(accelerator, options, tokenizer, encoded, stream.plan)
     if options.method != "full":
         display.advise(accelerator, "An adapter takes in little new knowledge; method full is advised for pretraining.")
     if options.dry_run:
         return
 
-    start = checkpoint.start(accelerator, options)
     set_seed(options.seed)
     model = models.load_model(options) if options.model_name_or_path else models.build_model(config, options)
     if options.method != "full":
         model = adapter.attach(model, options)
-    if options.neftune_noise_alpha:
-        optim.neftune(model, options.neftune_noise_alpha)
+    optim.neftune(model, options.neftune_noise_alpha)
     shards.place(accelerator, model, options)
-    device = accelerator.device.type
-    optimizer = optim.build_optimizer(model, options, device, distributed.engine(), options.seed)
+    optimizer = optim.build_optimizer(model, options, accelerator.device.type, distributed.engine(), options.seed)
     scheduler = optim.build_schedule(optimizer, options, stream.plan.total_steps)
     model, optimizer = distributed.prepare(accelerator, model, optimizer)
     facts = census.take(accelerator, model, optimizer, options)
     set_seed(options.seed, device_specific=True)
-    checkpoint.resume(accelerator, model, optimizer, scheduler, start)
+    checkpoints = Checkpoints(accelerator, model, optimizer, scheduler, options, start)
+    checkpoints.resume()
     stop = stop_ids(model, tokenizer, None)
 
     facts |= {"options": resolved(options), "data": encoded.fingerprint, "ledger": encoded.ledger.to_dict()}
     with recording(Path(options.output_dir), accelerator.is_main_process, **facts) as record:
         evaluation = Evaluation(accelerator, tokenizer, encoded.eval, options, stop)
-        train(accelerator, model, optimizer, scheduler, stream, evaluation, options, start.step)
+        train(accelerator, model, optimizer, scheduler, stream, evaluation, checkpoints, options)
         if options.check_only:
             return display.census(accelerator, facts["accelerate"], options)
+        exported = checkpoints.finish()
         base, dtype = str(options.model_name_or_path), models.stored_dtype(config)
         folder = export(accelerator, model, tokenizer, stop, base, dtype, options.output_dir)
-        record.update(samples=evaluation.samples)
-    if accelerator.is_main_process:
-        report.write(Path(options.output_dir))
+        record.update(samples=evaluation.samples, exported_step=exported)
     display.after_training(accelerator, folder)
     accelerator.end_training()
 
@@ -102,30 +99,34 @@ def train(
     scheduler: Any,
     stream: Stream,
     evaluation: Evaluation,
+    checkpoints: Checkpoints,
     options: Options,
-    first_step: int,
 ) -> None:
-    meter = Meter(accelerator, options, stream.plan, first_step)
-    batches, undo_averaging = stream.batches(first_step), distributed.undo_averaging(accelerator)
-    evaluation.at_start(model, meter, first_step)
-    for step in range(first_step + 1, stream.plan.total_steps + 1):
-        micro_batches = [to_device(next(batches), accelerator.device) for _ in range(stream.accumulation)]
-        targets = distributed.global_count(accelerator, micro_batches)
-        for batch in micro_batches:
+    start, undo_averaging = stream.start, distributed.undo_averaging(accelerator)
+    meter, health = Meter(accelerator, options, stream.plan, start), Health(accelerator, stream, options)
+    batches = stream.batches(start.step)
+    evaluation.at_start(model, meter, start)
+    for step in range(start.step + 1, stream.plan.total_steps + 1):
+        micro_batches = [next(batches) for _ in range(stream.accumulation)]
+        targets, grad_norm = distributed.global_count(accelerator, micro_batches), 0.0
+        for batch in micro_batches if targets else ():  # without a target there is nothing to learn, and no step
+            batch = to_device(batch, accelerator.device)
             with accelerator.accumulate(model):
                 loss = losses.next_token_loss(model, batch)
                 accelerator.backward(loss * undo_averaging / targets)
                 if accelerator.sync_gradients:
                     grad_norm = distributed.clip(accelerator, model, options.max_grad_norm)
-                optimizer.step()
+                if distributed.healthy(accelerator, grad_norm):
+                    optimizer.step()
                 optimizer.zero_grad()
             meter.add(loss, batch)
+        health.check(meter, step, grad_norm)
         if options.check_only:
             break
         meter.log(step, scheduler.get_last_lr()[0], grad_norm)
         scheduler.step()
         evaluation.when_due(model, meter, step)
-        checkpoint.when_due(accelerator, model, optimizer, scheduler, meter, options, step)
+        checkpoints.when_due(meter, evaluation, health, step)
     meter.close()
 
 

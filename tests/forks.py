@@ -50,6 +50,7 @@ class Run(NamedTuple):
     words: list[str]
     output: Path
     sabotage: Callable[[], None] | None = None
+    resumed: bool = False  # it goes on with what is in `output`
 
     @property
     def log(self) -> Path:
@@ -229,7 +230,8 @@ def execute(runs: list[Run], work: Path, launch: bool = False) -> Iterator[Ended
 
 def start(run: Run, work: Path, launch: bool) -> dict[int, int | None]:
     """Process ids, with no exit codes yet."""
-    shutil.rmtree(run.output, ignore_errors=True)
+    if not run.resumed:
+        shutil.rmtree(run.output, ignore_errors=True)
     run.output.parent.mkdir(parents=True, exist_ok=True)
     run.log.unlink(missing_ok=True)
     config, port = config_of(run.strategy, work), free_port()

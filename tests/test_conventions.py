@@ -38,7 +38,11 @@ FOR_A_GPU = [(family, size) for family in FAMILIES for size in SIZES]
 
 # A module may import those that stand before it.
 ORDER = [
+    "disk",
+    "interrupts",
     "errors",
+    "manifest",
+    "fingerprint",
     "fields",
     "options",
     "config",
@@ -72,6 +76,11 @@ ORDER = [
     "adapter",
     "merge",
     "export",
+    "health",
+    "pieces",
+    "owners",
+    "randomness",
+    "resume",
     "checkpoint",
     "record",
     "report",
