@@ -23,6 +23,8 @@ def of_process(accelerator: Accelerator, model: Any, optimizer: Any) -> list[Own
     Raises:
         ConfigError: DeepSpeed runs without ZeRO.
     """
+    if accelerator.distributed_type == DistributedType.FSDP:
+        _reshard(model)
     named = bare(accelerator, model).named_parameters()
     names = {parameter: name for name, parameter in named if parameter.requires_grad}
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -35,6 +37,15 @@ def of_process(accelerator: Accelerator, model: Any, optimizer: Any) -> list[Own
             "zero_optimization.stage: 0 keeps no checkpoints here; give stage 1, 2 or 3, or use ddp.yaml."
         )
     return [_of_parameter(parameter, name) for parameter, name in names.items()]
+
+
+def _reshard(model: torch.nn.Module) -> None:
+    """After a forward pass without a backward one FSDP2 has whole parameters in the place of some shards."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _of_parameter(parameter: Any, name: str) -> Owner:
