@@ -75,7 +75,7 @@ class Meter:
         self.write(
             step,
             {
-                "loss": loss / (weight or 1),
+                "loss": loss / weight if weight else float("nan") if targets else 0.0,
                 "learning_rate": learning_rate,
                 "grad_norm": grad_norm,
                 "tokens_per_second": round(tokens / seconds, 1),

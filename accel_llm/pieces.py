@@ -188,6 +188,9 @@ def _entries(path: Path) -> Iterator[tuple[str, Entry]]:
         length = int.from_bytes(file.read(8), "little")
         try:
             header = json.loads(file.read(min(length, MOST_HEADER)))
+            ends = [about["data_offsets"][1] for about in header.values()]
+            if 8 + length + max(ends, default=0) != path.stat().st_size:
+                raise ValueError
             for name, about in header.items():
                 position = 8 + length + about["data_offsets"][0]
                 size = math.prod(about["shape"])

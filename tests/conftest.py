@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from accel_llm import demo, distributed, shards
+from accel_llm import demo, distributed, interrupts, shards
 from accel_llm import models as models_of_project
 from accel_llm.data import ARRAYS, Origin, Part, Rows
 
@@ -147,6 +147,7 @@ def reset() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     PartialState._reset_state()
+    interrupts.wishes.stop, interrupts.wishes.save = 0, False
     torch.manual_seed(99)
     np.random.seed(99)
     random.seed(99)

@@ -156,9 +156,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in line.items() if name not in MEASURED} for line in lines]
 
 
-def judge(
-    cell: Cell, work: Path, stops: tuple[int, ...], control: Callable[[], None] | None = None
-) -> dict[str, Any]:
+def judge(cell: Cell, work: Path, stops: tuple[int, ...], control: Callable[[], None] | None = None) -> dict[str, Any]:
     whole, parts = runs_of(cell, work, stops, control)
     seconds, since = 0.0, [whole, *parts]
     for run in since:

@@ -23,7 +23,7 @@ from accel_llm.evaluate import Answer, Evaluation, exact_match, mean_loss, quest
 from accel_llm.metrics import Meter
 from accel_llm.options import TrainOptions
 from accel_llm.packing import collate_padded
-from accel_llm.stream import Plan
+from accel_llm.stream import Plan, Start
 
 EOS = 2
 MAX_LENGTH = 40
@@ -213,11 +213,11 @@ def test_a_run_evaluates_when_due_and_writes_what_it_found(accelerator, tiny_lla
         eval_on_start=True,
         eval_generate=3,
     )
-    meter = Meter(accelerator, options, Plan(4, 4, 20, 5), 0)
+    meter = Meter(accelerator, options, Plan(4, 4, 20, 5), Start(tmp_path))
     evaluation = Evaluation(accelerator, tokenizer, rows, options, [EOS])
-    evaluation.at_start(model, meter, 3)  # a resumed run has no start
+    evaluation.at_start(model, meter, Start(tmp_path, step=3))  # a resumed run has no start
     assert not Path(tmp_path / "metrics.jsonl").exists()
-    evaluation.at_start(model, meter, 0)
+    evaluation.at_start(model, meter, Start(tmp_path))
     for step in range(1, 6):
         if step == 5:
             with torch.no_grad():
@@ -234,7 +234,7 @@ def test_a_run_evaluates_when_due_and_writes_what_it_found(accelerator, tiny_lla
 
 def test_without_rows_or_questions_nothing_is_measured(accelerator, tiny_llama, tokenizer, tmp_path):
     options: dict[str, Any] = {"output_dir": str(tmp_path), "packing": False, "max_length": MAX_LENGTH}
-    meter = Meter(accelerator, TrainOptions(**options), Plan(4, 4, 4, 1), 0)
+    meter = Meter(accelerator, TrainOptions(**options), Plan(4, 4, 4, 1), Start(tmp_path))
     Evaluation(accelerator, tokenizer, None, TrainOptions(**options), [EOS]).when_due(None, meter, 1)
     assert list(tmp_path.iterdir()) == []
     model = tiny_llama()

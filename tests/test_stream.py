@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from conftest import rows_of
 
 from accel_llm.data import Rows
 from accel_llm.options import TrainOptions
-from accel_llm.stream import Plan, Stream, to_device
+from accel_llm.stream import Plan, Start, Stream, to_device
 
 PAD = 0
 MAX_LENGTH = 16
@@ -54,7 +55,9 @@ class Cutting:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, world: int, size: int, **options: Any):
         monkeypatch.setenv("WORLD_SIZE", str(world))
         values = {"max_length": MAX_LENGTH, "per_device_train_batch_size": size, **options}
-        self.ranks = [Stream(ROWS, TrainOptions(**values), rank, world, PAD) for rank in range(world)]
+        begin = {"step": values.pop("first_step", 0), "rows": values.pop("first_row", 0)}
+        starts = [Start(Path(), rank=rank, world=world, **begin) for rank in range(world)]
+        self.ranks = [Stream(ROWS, TrainOptions(**values), start, PAD) for start in starts]
         self.plan, self.accumulation = self.ranks[0].plan, self.ranks[0].accumulation
 
     def batches(self, step: int) -> list[dict[str, Any]]:
@@ -190,6 +193,20 @@ def test_a_stream_begun_late_is_the_tail_of_one_begun_early(monkeypatch, packing
                 for one, other in zip(early[3 * first :], tail, strict=True):
                     assert one.keys() == other.keys()
                     assert all(torch.equal(torch.as_tensor(one[k]), torch.as_tensor(other[k])) for k in one)
+
+
+@pytest.mark.parametrize("size, world", [(2, 1), (3, 2), (1, 5), (7, 1)])
+def test_with_another_number_of_rows_in_a_step_none_is_lost_or_repeated(monkeypatch, size, world):
+    """Three steps of 8 rows are done; what follows has steps of size x world rows and ends where the data does."""
+    before = Cutting(monkeypatch, 1, 8, packing=False, num_train_epochs=2)
+    done = [number for step in range(3) for number in before.step(step)]
+    after = Cutting(monkeypatch, world, size, packing=False, num_train_epochs=2, first_step=3, first_row=24)
+    assert after.plan.rows_per_step == size * world and after.plan.total_steps == 3 + -(-76 // (size * world))
+    assert after.plan.rows_at(3) == 24 and after.plan.epoch(after.plan.total_steps) == 2.0
+    left = [number for step in range(3, after.plan.total_steps) for number in after.step(step)]
+    assert Counter(done + left) == dict.fromkeys(range(1, 51), 2)
+    begin = 24 + size * world
+    assert after.step(4) == sorted(before.ranks[0].documents(k)[0] + 1 for k in range(begin, begin + size * world))
 
 
 def test_processes_never_share_a_row(monkeypatch):

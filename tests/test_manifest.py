@@ -1,0 +1,113 @@
+"""A folder is whole or is told from one that is; it appears and goes by one rename."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from accel_llm import manifest
+from accel_llm.disk import sha256
+from accel_llm.resume import newest
+
+FILES = {"state.json": b'{"step": 3}', "rank-00000.safetensors": bytes(range(256)) * 4, "rank-00001.json": b"{}"}
+
+
+def write(folder: Path) -> Path:
+    """As two processes write it."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    partial.mkdir(parents=True)
+    for name, content in FILES.items():
+        (partial / name).write_bytes(content)
+    facts = {name: ((partial / name).stat().st_size, sha256(partial / name)) for name in FILES}
+    manifest.part_of(partial, 1, {"rank-00001.json": facts.pop("rank-00001.json")})
+    assert manifest.parts(partial, 2) is None
+    manifest.part_of(partial, 0, facts)
+    found = manifest.parts(partial, 2)
+    assert found is not None and not folder.exists()
+    manifest.seal(partial, folder, found)
+    return folder
+
+
+@pytest.fixture
+def sealed(tmp_path: Path) -> Path:
+    for step in (3, 6):
+        write(tmp_path / "checkpoints" / f"step-{step:08d}")
+    return tmp_path / "checkpoints"
+
+
+def test_a_sealed_folder_holds_its_files_and_the_manifest_alone(sealed: Path) -> None:
+    folder = sealed / "step-00000006"
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*FILES, "manifest.json"])
+    assert sorted(path.name for path in sealed.iterdir()) == ["step-00000003", "step-00000006"]
+    assert manifest.broken(folder) is None and newest(sealed, manifest.broken) == folder
+
+
+def spoil(path: Path, how: str) -> None:
+    data = path.read_bytes()
+    if how == "missing":
+        path.unlink()
+    elif how == "truncated":
+        path.write_bytes(data[:-1])
+    elif how == "flipped":
+        path.write_bytes(data[:1] + bytes([data[1] ^ 1]) + data[2:])
+    else:
+        path.unlink()
+        path.mkdir()
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("how", ["missing", "truncated", "flipped", "a folder"])
+def test_a_damaged_file_is_named_and_an_older_checkpoint_taken(sealed: Path, capsys, name: str, how: str) -> None:
+    folder = sealed / "step-00000006"
+    spoil(folder / name, how)
+    problem = f"lacks {name}" if how in ("missing", "a folder") else f"has a damaged {name}"
+    assert manifest.broken(folder) == problem
+    assert newest(sealed, manifest.broken) == sealed / "step-00000003"
+    assert capsys.readouterr().out == f"checkpoint {folder} {problem}; taking an older one\n"
+
+
+def test_processes_share_the_reading_and_all_know_the_result(sealed: Path) -> None:
+    folder = sealed / "step-00000006"
+    spoil(folder / "rank-00001.json", "flipped")
+    found: list[list[float]] = []
+    for rank in range(2):
+        manifest.broken(folder, rank, 2, lambda values: found.append(values) or values)
+    summed = [sum(column) for column in zip(*found, strict=True)]
+    assert sorted(map(sum, found))[0] == 0.0  # one of them has seen nothing
+    for rank in range(2):
+        assert manifest.broken(folder, rank, 2, lambda _: summed) == "has a damaged rank-00001.json"
+
+
+def test_without_a_whole_manifest_a_folder_is_no_checkpoint(sealed: Path) -> None:
+    (sealed / "step-00000006" / "manifest.json").unlink()
+    assert manifest.broken(sealed / "step-00000006") == "is not a whole checkpoint (no manifest.json)"
+    path = sealed / "step-00000003" / "manifest.json"
+    for content in (
+        '{"state.json": [1',
+        "[]",
+        '{"state.json": 1}',
+        '{"../secret": [1, "a"]}',
+        '{"/etc/passwd": [1, "a"]}',
+    ):
+        path.write_text(content, encoding="utf-8")
+        assert manifest.broken(path.parent) == "has a damaged manifest.json"
+    assert newest(sealed, manifest.broken) is None
+    assert manifest.broken(sealed / "step-00000009") == "does not exist"
+
+
+def test_a_removed_folder_loses_its_name_first(sealed: Path, monkeypatch) -> None:
+    folder = sealed / "step-00000003"
+    rmtree = shutil.rmtree
+
+    def interrupted(path: Path, **settings: bool) -> None:
+        if path.exists():
+            assert not folder.exists() and manifest.broken(path) is None
+            raise KeyboardInterrupt
+        rmtree(path, **settings)
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        manifest.remove(folder)
+    assert newest(sealed, manifest.broken) == sealed / "step-00000006"
+    assert json.loads((sealed / "step-00000006" / "state.json").read_text()) == {"step": 3}

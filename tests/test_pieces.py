@@ -1,0 +1,81 @@
+"""Ranges of elements in files: any other range can be read from them, and what is not there is said."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from accel_llm import pieces
+from accel_llm.disk import sha256
+from accel_llm.errors import ConfigError
+from accel_llm.pieces import Piece, Reader
+
+WEIGHTS = torch.arange(24, dtype=torch.float32) / 7
+
+
+def test_a_written_file_is_a_safetensors_file_with_the_hash_that_was_told(tmp_path: Path) -> None:
+    kinds = [dtype for dtype in pieces.DTYPES if dtype.is_floating_point]
+    kept = {f"a.{k}|weight|0": WEIGHTS.to(dtype) for k, dtype in enumerate(kinds)}
+    kept |= {"b|mask|whole": torch.tensor([[True, False, True]]), "b|state1|5": torch.arange(9, dtype=torch.uint8)[2:7]}
+    kept |= {"c|weight|0": WEIGHTS.view(4, 6).T, "d|weight|0": torch.zeros(0)}
+    size, digest = pieces.write(tmp_path / "a.safetensors", kept)
+    assert (size, digest) == ((tmp_path / "a.safetensors").stat().st_size, sha256(tmp_path / "a.safetensors"))
+    found = load_file(tmp_path / "a.safetensors")
+    assert found.keys() == kept.keys()
+    assert all(torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in kept.items())
+
+
+def reader_of(folder: Path, cuts: list[int]) -> Reader:
+    """`WEIGHTS` as written by several processes, cut at `cuts`."""
+    bounds = [0, *cuts, len(WEIGHTS)]
+    for rank, (start, stop) in enumerate(pairwise(bounds)):
+        save_file({f"w|weight|{start}": WEIGHTS[start:stop].clone()}, folder / f"rank-{rank:05d}.safetensors")
+    return Reader(folder, sorted(folder.glob("*.safetensors")), {"w|step": 3, "w|exp": ["F32", True, 0.5]})
+
+
+@pytest.mark.parametrize("cuts", [[], [12], [5, 6, 20]])
+def test_any_range_is_read_from_any_cut(tmp_path: Path, cuts: list[int]) -> None:
+    reader = reader_of(tmp_path, cuts)
+    assert reader.names() == {"w": 24}
+    for start in range(24):
+        for size in range(1, 25 - start):
+            flat = torch.full((30,), -1.0)
+            reader.fill(Piece("w", start, 3, size), "weight", flat)
+            assert torch.equal(flat[3 : 3 + size], WEIGHTS[start : start + size])
+            assert (flat[:3] == -1).all() and (flat[3 + size :] == -1).all()
+
+
+def test_what_is_missing_or_of_another_dtype_is_said(tmp_path: Path) -> None:
+    reader = reader_of(tmp_path, [12])
+    with pytest.raises(ConfigError, match=r"holds 4 of 6 elements of w \(weight\)\.$"):
+        reader.fill(Piece("w", 20, 0, 6), "weight", torch.zeros(6))
+    with pytest.raises(ConfigError, match=r"holds 0 of 2 elements of v \(exp_avg\)"):
+        reader.fill(Piece("v", 0, 0, 2), "exp_avg", torch.zeros(2))
+    with pytest.raises(ConfigError, match=r"has w \(weight\) in torch.float32, not torch.bfloat16"):
+        reader.fill(Piece("w", 0, 0, 2), "weight", torch.zeros(2, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x80\x04cos\nsystem\n(S'true'\ntR.",
+        (2**62).to_bytes(8, "little") + b"{}",
+        (2).to_bytes(8, "little") + b"[]",
+        (14).to_bytes(8, "little") + b'{"a|b|0":{"c"}',
+        (7).to_bytes(8, "little") + b'{"a":1}',
+    ],
+)
+def test_what_is_no_safetensors_file_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "rank-00000.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match="is not a safetensors file"):
+        Reader(tmp_path, [path], {})
+
+
+def test_what_is_not_finite_is_named() -> None:
+    kept = {"a": torch.ones(3), "b": torch.tensor([1.0, float("nan")]), "c": torch.tensor([-float("inf")])}
+    kept |= {"d": torch.arange(3), "e": torch.zeros(0), "f": torch.tensor([3.4e38, 3.4e38]), "g": kept["b"].bfloat16()}
+    assert pieces.not_finite(kept) == ["b", "c", "g"]
