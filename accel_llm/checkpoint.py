@@ -2,7 +2,7 @@
 
 A checkpoint is the folder `checkpoints/step-XXXXXXXX`:
 
-    state.json                 step, position in the data, schedule, options and fingerprints: the same on all processes
+    state.json                 step, position in the data, options and fingerprints: the same on all processes
     rank-00000.json            one process's generators, its sums since the last line of metrics, single optimizer values
     rank-00000.safetensors     what this process holds of the trained weights and of the optimizer's state (`pieces`)
     manifest.json              size and SHA-256 of every file; written last, then one rename makes the folder appear
@@ -164,17 +164,15 @@ class Checkpoints:
                 f"checkpoints: after step {step} {len(sick)} tensors hold a NaN or an infinity ({', '.join(sick[:3])}), so it "
                 "is not saved; the checkpoints before it are whole. Lower learning_rate, or look at the data."
             )
-        return tensors, {"numbers": numbers}
+        return tensors, {"numbers": numbers, "tensors": list(tensors)}
 
     def _shared(self, meter: Meter, evaluation: Evaluation, health: Health, step: int) -> dict[str, Any]:
-        schedule = {key: value for key, value in self.scheduler.state_dict().items() if key != "lr_lambdas"}
         return {
             "step": step,
             "rows": meter.plan.rows_at(step),
             "processes": self.accelerator.num_processes,
             "options": resolved(self.options),
             "identity": self.start.identity,
-            "scheduler": schedule,
             "scale": _state_of(self._scale()),
             "best": self.best,
             "evaluate": evaluation.cut_short,
@@ -263,10 +261,7 @@ class Checkpoints:
         _check_same_names(folder, found, reader)
         owners.load(found, self.optimizer, reader)
         self._refresh()
-        # The lambdas are code, not state: the ones built from the options stay.
-        self.scheduler.load_state_dict(state["scheduler"] | {"lr_lambdas": []})
-        for group, rate in zip(self.scheduler.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
-            group["lr"] = rate
+        self._set_schedule(state["step"])
         if self.accelerator.scaler is not None:
             self._scale().load_state_dict(state["scale"])
         elif self._scale() is not None:
@@ -275,6 +270,16 @@ class Checkpoints:
             set_randomness(of_rank(folder, self.accelerator.process_index)["randomness"], self.accelerator.device)
         else:
             set_seed(hash((self.options.seed, self.start.step)) % 2**31, device_specific=True)
+
+    def _set_schedule(self, step: int) -> None:
+        """The schedule is a pure function of the options and of the step."""
+        self.scheduler.last_epoch = step
+        rates = [
+            rate * rule(step) for rate, rule in zip(self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True)
+        ]
+        for group, rate in zip(self.scheduler.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        self.scheduler._last_lr = rates
 
     def _scale(self) -> Any:
         """What scales the loss in fp16: Accelerate's, or DeepSpeed's; None where nothing does."""
@@ -307,9 +312,12 @@ def _write_json(path: Path, content: dict[str, Any]) -> tuple[int, str]:
 
 def _reader(folder: Path) -> pieces.Reader:
     numbers: dict[str, Any] = {}
+    expected: list[str] = []
     for path in sorted(folder.glob("rank-*.json")):
-        numbers |= json.loads(path.read_text(encoding="utf-8"))["numbers"]
-    return pieces.Reader(folder, sorted(folder.glob("rank-*.safetensors")), numbers)
+        values = json.loads(path.read_text(encoding="utf-8"))
+        numbers |= values["numbers"]
+        expected += values["tensors"]
+    return pieces.Reader(folder, sorted(folder.glob("rank-*.safetensors")), numbers, expected)
 
 
 def _check_same_names(folder: Path, found: list[pieces.Owner], reader: pieces.Reader) -> None:

@@ -97,7 +97,7 @@ class Entry(NamedTuple):
 class Reader:
     """The pieces in the safetensors files of a checkpoint, read where they are needed and nowhere kept."""
 
-    def __init__(self, folder: Path, paths: list[Path], numbers: dict[str, Any]):
+    def __init__(self, folder: Path, paths: list[Path], numbers: dict[str, Any], expected: list[str]):
         self.folder = folder
         self.numbers: dict[str, dict[str, Any]] = {}
         for key, value in numbers.items():
@@ -105,13 +105,17 @@ class Reader:
             self.numbers.setdefault(name, {})[field] = value
         self.entries: dict[tuple[str, str], list[Entry]] = {}
         self.whole: dict[str, Entry] = {}
+        missing = set(expected)
         for path in paths:
             for key, entry in _entries(path):
+                missing.discard(key)
                 name, field, start = key.rsplit("|", 2)
                 if start == WHOLE:
                     self.whole[f"{name}|{field}"] = entry
                 else:
                     self.entries.setdefault((name, field), []).append(entry._replace(start=int(start)))
+        if missing:
+            raise ConfigError(f"resume_from_checkpoint: {folder} lacks {len(missing)} tensors ({min(missing)}).")
 
     def names(self) -> dict[str, int]:
         """Every parameter that is saved, with its number of elements."""

@@ -32,7 +32,7 @@ def reader_of(folder: Path, cuts: list[int]) -> Reader:
     bounds = [0, *cuts, len(WEIGHTS)]
     for rank, (start, stop) in enumerate(pairwise(bounds)):
         save_file({f"w|weight|{start}": WEIGHTS[start:stop].clone()}, folder / f"rank-{rank:05d}.safetensors")
-    return Reader(folder, sorted(folder.glob("*.safetensors")), {"w|step": 3, "w|exp": ["F32", True, 0.5]})
+    return Reader(folder, sorted(folder.glob("*.safetensors")), {"w|step": 3}, ["w|weight|0"])
 
 
 @pytest.mark.parametrize("cuts", [[], [12], [5, 6, 20]])
@@ -72,7 +72,7 @@ def test_what_is_no_safetensors_file_is_refused(tmp_path: Path, content: bytes) 
     path = tmp_path / "rank-00000.safetensors"
     path.write_bytes(content)
     with pytest.raises(ConfigError, match="is not a safetensors file"):
-        Reader(tmp_path, [path], {})
+        Reader(tmp_path, [path], {}, [])
 
 
 def test_what_is_not_finite_is_named() -> None:
