@@ -193,7 +193,7 @@ def _config(strategy: str, work: Path) -> Path:
 
 def halves(output: Path) -> list[str]:
     """What a reader of the output folder would take for a result though it is not whole; hidden names are no results."""
-    from accel_llm.checkpoint import broken
+    from accel_llm.manifest import broken
 
     found = [str(path) for path in output.glob("checkpoints/[!.]*") if broken(path)]
     for export, weights in (("adapter", "adapter_model.safetensors"), ("model", "model.safetensors")):

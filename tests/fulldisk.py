@@ -1,0 +1,160 @@
+"""A disk that is full at any call of a whole run, by fulldisk.c: the run ends by one sentence, and nothing is lost."""
+
+import ctypes
+import itertools
+import json
+import mmap
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import forks
+from failures import halves
+from supervise import Course, compared, gone_on, noted, supervise, traced, undisturbed
+
+SOURCE = Path(__file__).with_suffix(".c")
+LIMIT = 60.0  # seconds to the end of all processes
+STEPS = 4
+NEVER = 2**40
+SENTENCE = (
+    "No space left on device; make room and give the same command again, it goes on from the last whole checkpoint."
+)
+
+
+class Point(NamedTuple):
+    """The disk is full for `ranks` from their call number `call` on, or at that one `alone`."""
+
+    course: Course
+    ranks: tuple[int, ...]
+    alone: bool
+    call: int
+
+    @property
+    def name(self) -> str:
+        ranks = "+".join(map(str, self.ranks))
+        return f"{self.course.name}-rank{ranks}-{'at' if self.alone else 'from'}{self.call}"
+
+
+class Refused(NamedTuple):
+    """What became of a run: `what` is the call that was refused first and its file, empty where none was."""
+
+    point: Point
+    what: str
+    code: int
+    seconds: float
+    told: list[str]
+    wrong: list[str]
+
+
+class Book(ctypes.Structure):
+    """As in fulldisk.c."""
+
+    _fields_ = (("calls", ctypes.c_long), ("refused", ctypes.c_long), ("first", ctypes.c_char * 240))
+
+
+def preloaded() -> bool:
+    return hasattr(ctypes.CDLL(None), "disk_full_at")
+
+
+def compiled(folder: Path) -> Path | None:
+    """The library, or None where there is no compiler."""
+    if (compiler := shutil.which("cc")) is None:
+        return None
+    library = folder / "fulldisk.so"
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", str(library), str(SOURCE)], check=True)
+    return library
+
+
+def begin_anew(library: Path) -> None:
+    """This program once more from its start, with `library` loaded before everything else."""
+    os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"LD_PRELOAD": str(library)})
+
+
+def courses() -> list[Course]:
+    return [
+        Course("cpu", "full", STEPS),
+        Course("cpu", "lora", STEPS),
+        Course("ddp", "lora", STEPS),
+        Course("zero2", "full", STEPS),
+        Course("ddp", "full", STEPS, save_async=True),
+    ]
+
+
+def fill(ranks: tuple[int, ...], folder: Path, call: int, alone: bool, books: list[int]) -> None:
+    """In a rank: from now on its calls below `folder` are counted, and refused where that is asked for."""
+    rank = int(os.environ.get("RANK", "0"))
+    arm = ctypes.CDLL(None).disk_full_at
+    arm.argtypes = (ctypes.c_char_p, ctypes.c_long, ctypes.c_int, ctypes.c_void_p)
+    arm(bytes(folder), call if rank in ranks else NEVER, alone, books[rank])
+
+
+def refuse(point: Point, work: Path) -> tuple[Refused, list[int]]:
+    """Do the run of a point, and the same words once more; also how many calls each rank made."""
+    course = point.course
+    output = work / "disk" / point.name
+    shared = mmap.mmap(-1, course.processes * ctypes.sizeof(Book))
+    books = (Book * course.processes).from_buffer(shared)
+    places = [ctypes.addressof(book) for book in books]
+    sabotage = partial(fill, point.ranks, output.resolve(), point.call, point.alone, places)
+    trace, whole_sabotage = traced(output, sabotage)
+    run = course.run(work, output, whole_sabotage)
+    since = time.monotonic()
+    pids = forks.start(run, work, launch=False)
+    supervise(pids)
+    seconds = time.monotonic() - since
+    calls = [book.calls for book in books]
+    what = next((book.first.decode() for book in books if book.refused), "")
+    codes = [code or 0 for code in pids.values()]
+    log = run.log.read_text(encoding="utf-8", errors="replace")
+    told = [line for line in log.splitlines() if line.startswith("error")]
+    wrong = judged(output, trace, what, codes, log, told, seconds)
+    wrong += gone_on(course, work, output) if any(codes) else compared(course, work, output)
+    shutil.rmtree(output, ignore_errors=True)
+    return Refused(point, what, forks.first_cause(codes), seconds, told, wrong), calls
+
+
+def judged(
+    output: Path, trace: Path, what: str, codes: list[int], log: str, told: list[str], seconds: float
+) -> list[str]:
+    """What a run on a full disk did that it should not have."""
+    wrong = [f"{name} is not whole" for name in halves(output)]
+    sealed = noted(trace, "sealed")
+    kept = {path.name for path in (output / "checkpoints").glob("step-*")}
+    if sealed and f"step-{sealed[-1]:08d}" not in kept:
+        wrong.append(f"the checkpoint of step {sealed[-1]} is gone")
+    if not what:
+        return wrong + (["was not refused anything, and failed"] if any(codes) else [])
+    if not any(codes):  # then all has to be there
+        status = json.loads((output / "run.json").read_text(encoding="utf-8"))["status"]
+        return wrong + ([f"exit code 0, status {status}"] if status != "done" else [])
+    if len(told) != 1 or not told[0].endswith(SENTENCE):
+        wrong.append(f"told {told}")
+    if "Traceback" in log:
+        wrong.append(f"a traceback: {log[-300:]!r}")
+    if forks.first_cause(codes) != 2:
+        wrong.append(f"exit codes {codes}")
+    return wrong + ([f"took {seconds:.0f} s"] if seconds > LIMIT else [])
+
+
+def points(course: Course, work: Path) -> Iterator[Point]:
+    """Every call of every rank alone and of all together."""
+    undisturbed(course, work)
+    _, calls = refuse(Point(course, (), False, NEVER), work)
+    each = [(rank,) for rank in range(course.processes)]
+    for ranks in [*each, *([tuple(range(course.processes))] if course.processes > 1 else [])]:
+        for alone, call in itertools.product((False, True), range(1, max(calls[rank] for rank in ranks) + 1)):
+            yield Point(course, ranks, alone, call)
+
+
+def some(work: Path, draw: random.Random, count: int) -> Iterator[Point]:
+    """A few points, each of another course and of other ranks."""
+    every = [[*points(course, work)] for course in courses()]
+    for k in range(count):
+        yield draw.choice(every[k % len(every)])

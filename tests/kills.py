@@ -1,0 +1,162 @@
+"""SIGKILL at random moments of a run that the same words continue each time, until it comes to its end."""
+
+import itertools
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import forks
+from supervise import INTERVAL, NOTICED, Course, compared, look, noted, send, supervise, traced, undisturbed, until
+
+STEPS = 40
+PAUSE = 0.02  # seconds between two files of a checkpoint, where a kill shall fall between them
+LIMIT = 60.0  # seconds from a kill to the end of all processes
+PARTS = 60  # of one run, at most
+
+
+class Kill(NamedTuple):
+    """`place` is what the kill found half-done; `reached` the last step that was done, `resumed` the one gone on from."""
+
+    course: str
+    moment: str
+    ranks: str
+    place: str
+    reached: int
+    resumed: int | None
+    seconds: float  # until the last process had ended
+
+    @property
+    def lost(self) -> int:
+        return self.reached - (self.resumed or 0)
+
+
+class Chain(NamedTuple):
+    """One run, killed and continued until its end; `wrong` is what should not have been."""
+
+    course: str
+    kills: list[Kill]
+    wrong: list[str]
+
+
+def courses() -> list[Course]:
+    """All strategies and methods, and some of them writing in the background."""
+    strategies, methods = ("cpu", "ddp", "zero2", "zero3", "fsdp2"), ("full", "lora")
+    plain = [Course(strategy, method, STEPS) for method in methods for strategy in strategies]
+    background = [Course(strategy, methods[k % 2], STEPS, True) for k, strategy in enumerate(strategies)]
+    return [course for k in range(5) for course in (plain[k], background[k], plain[5 + k])]
+
+
+def pausing() -> None:
+    """In a rank: a pause after each file of a checkpoint, around its manifest and its renames, and within its removal."""
+    from accel_llm import checkpoint, manifest, pieces
+
+    def slow(module: Any, name: str) -> None:
+        original = getattr(module, name)
+
+        def paused(*arguments: Any, **named: Any) -> Any:
+            time.sleep(PAUSE)
+            found = original(*arguments, **named)
+            time.sleep(PAUSE)
+            return found
+
+        setattr(module, name, paused)
+
+    slow(pieces, "write")
+    slow(checkpoint, "_write_json")
+    slow(manifest, "write_atomically")  # each process's part, and the manifest: then comes the rename
+    slow(manifest.shutil, "rmtree")  # what is removed has lost its name by then
+
+
+def place_of(output: Path) -> str:
+    """What was being done to the checkpoints when all processes ended; empty where nothing was."""
+    for folder in (output / "checkpoints").glob(".step-*.partial"):
+        newer = [path for path in folder.parent.glob("step-*") if path.name > folder.name[1:].removesuffix(".partial")]
+        if newer:
+            return "removing"
+        if (folder / "manifest.json").exists():
+            return "before the rename"
+        return "before the manifest" if any(folder.iterdir()) else "empty folder"
+    return ""
+
+
+def strike(course: Course, pids: dict[int, int | None], draw: random.Random) -> tuple[str, float]:
+    """Kill all processes at once, or in a third of the cases one alone: the others then as a launcher would."""
+    since, alone = time.monotonic(), course.processes > 1 and draw.random() < 1 / 3
+    if not alone:
+        send(pids, signal.SIGKILL)
+        supervise(pids)
+        return "all", time.monotonic() - since
+    rank = draw.randrange(course.processes)
+    os.kill([*pids][rank], signal.SIGKILL)
+    time.sleep(NOTICED)
+    supervise(pids)
+    return str(rank), time.monotonic() - since
+
+
+def moment_comes(
+    moment: str, run: forks.Run, pids: dict[int, int | None], trace: Path, span: float, draw: random.Random
+) -> bool:
+    """Wait until a drawn moment; False where the run ended before."""
+    if moment == "start":
+        wait = draw.uniform(0, 1)
+    else:
+        if not until(lambda: noted(trace, "from"), pids):
+            return False
+        wait = draw.uniform(0, span)
+    if moment == "save":
+        steps = draw.randrange(2 * INTERVAL)
+        folder = run.output / "checkpoints"
+        if not until(lambda: len(noted(trace, "step")) >= steps and any(folder.glob(".step-*.partial")), pids):
+            return False
+        wait = draw.uniform(0, 14 * PAUSE)
+    since = time.monotonic()
+    return not until(lambda: time.monotonic() - since > wait, pids) or not look(pids)
+
+
+def chain(course: Course, work: Path, output: Path, most: int, moments: list[str], draw: random.Random) -> Chain:
+    """Kill a run `most` times or as often as it lasts, at `moments` in turn, and compare what it comes to."""
+    whole = undisturbed(course, work)
+    span = float(whole.with_suffix(".seconds").read_text(encoding="utf-8")) / 4
+    kills: list[Kill] = []
+    for part in range(PARTS):
+        moment = moments[len(kills) % len(moments)] if len(kills) < most else ""
+        trace, sabotage = traced(output, *([pausing] if moment == "save" else []))
+        run = course.run(work, output, sabotage, goes_on=part > 0)
+        pids = forks.start(run, work, launch=False)
+        struck = bool(moment) and moment_comes(moment, run, pids, trace, span, draw)
+        ranks, seconds = strike(course, pids, draw) if struck else ("", supervise(pids))
+        if origin := noted(trace, "from"):
+            kills = [kill._replace(resumed=origin[0]) if kill.resumed is None else kill for kill in kills]
+        if not struck:
+            code = forks.first_cause([code or 0 for code in pids.values()])
+            ended = [f"does not go on: exit code {code}: {forks.Ended(run, code, seconds).cause}"] if code else []
+            return Chain(course.name, kills, ended or [*compared(course, work, output), *too_much(course, kills)])
+        before = kills[-1].reached if kills else 0
+        reached = max([*noted(trace, "step"), *origin]) if origin else before
+        kills.append(Kill(course.name, moment, ranks, place_of(output), reached, None, seconds))
+    return Chain(course.name, kills, [f"not at its end after {PARTS} parts"])
+
+
+def too_much(course: Course, kills: list[Kill]) -> list[str]:
+    """Kills that cost more than one interval, or than two where the checkpoint of the first one was still being written."""
+    allowed = INTERVAL * (2 if course.save_async else 1)
+    return [f"{kill} cost {kill.lost} steps" for kill in kills if kill.lost > allowed] + [
+        f"{kill} took {kill.seconds:.0f} s" for kill in kills if kill.seconds > LIMIT
+    ]
+
+
+def all_chains(kills: int, work: Path, draw: random.Random) -> Iterator[Chain]:
+    """Chains over all courses until there were `kills` kills, half of them meant for a save."""
+    done = 0
+    for k, course in enumerate(itertools.cycle(courses())):
+        moments = ["save", draw.choice(("training", "training", "start"))] * 4
+        draw.shuffle(moments)
+        found = chain(course, work, work / "kills" / f"{k:03d}-{course.name}", kills - done, moments, draw)
+        yield found
+        done += len(found.kills)
+        if done >= kills:
+            return
