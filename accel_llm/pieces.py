@@ -121,10 +121,10 @@ class Reader:
         """Every parameter that is saved, with its number of elements."""
         return {name: sum(e.size for e in found) for (name, field), found in self.entries.items() if field == WEIGHT}
 
-    def fields(self, owner: Owner) -> set[str]:
-        """What the optimizer had for each element of any of the owner's parameters."""
+    def fields(self, owner: Owner) -> list[str]:
+        """What the optimizer had for each element of any of the owner's parameters, in the order in which it was saved."""
         names = {piece.name for piece in owner.pieces}
-        return {field for name, field in self.entries if name in names and field != WEIGHT}
+        return list(dict.fromkeys(field for name, field in self.entries if name in names and field != WEIGHT))
 
     def dtype(self, owner: Owner, field: str) -> torch.dtype:
         return next(self.entries[piece.name, field][0].dtype for piece in owner.pieces if self.has(piece.name, field))
