@@ -7,6 +7,7 @@ import mmap
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -47,7 +48,7 @@ class Refused(NamedTuple):
 
     point: Point
     what: str
-    code: int
+    codes: list[int]
     seconds: float
     told: list[str]
     wrong: list[str]
@@ -117,7 +118,7 @@ def refuse(point: Point, work: Path) -> tuple[Refused, list[int]]:
     wrong = judged(output, trace, what, codes, log, told, seconds)
     wrong += gone_on(course, work, output) if any(codes) else compared(course, work, output)
     shutil.rmtree(output, ignore_errors=True)
-    return Refused(point, what, forks.first_cause(codes), seconds, told, wrong), calls
+    return Refused(point, what, codes, seconds, told, wrong), calls
 
 
 def judged(
@@ -138,7 +139,7 @@ def judged(
         wrong.append(f"told {told}")
     if "Traceback" in log:
         wrong.append(f"a traceback: {log[-300:]!r}")
-    if forks.first_cause(codes) != 2:
+    if 2 not in codes or not {*codes} <= {2, 128 + signal.SIGTERM}:
         wrong.append(f"exit codes {codes}")
     return wrong + ([f"took {seconds:.0f} s"] if seconds > LIMIT else [])
 

@@ -1,0 +1,213 @@
+"""Signals in every phase of a run: it ends with what it has done saved, and the same words go on to a bit-equal end."""
+
+import importlib
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import forks
+from failures import alive, halves
+from supervise import Course, compared, gone_on, look, send, supervise, undisturbed, until
+
+LIMIT = 30.0  # seconds from the signal to the end of all processes
+STEPS = 6
+# Where the signal comes: module, function, the call of it. A step has two micro-batches on each rank.
+PHASES = {
+    "mapping": ("accel_llm.encode", "encode_chunk", 1),
+    "loading": ("accel_llm.models", "load_model", 1),
+    "first step": ("accelerate", "Accelerator.backward", 1),
+    "accumulation": ("accelerate", "Accelerator.backward", 5),
+    "evaluation": ("accel_llm.evaluate", "next_token_loss", 2),
+    "save": ("accel_llm.manifest", "part_of", 1),
+    "export": ("accel_llm.export", "gather_state", 1),
+}
+BEFORE_TRAINING = ("mapping", "loading")
+
+
+class Signalled(NamedTuple):
+    """A run that got a signal: `step` is the one that run.json says it stopped after."""
+
+    course: str
+    phase: str
+    what: str
+    ranks: str
+    codes: list[int]
+    seconds: float
+    step: int | None
+    wrong: list[str]
+
+
+def courses() -> list[Course]:
+    return [
+        Course("cpu", "lora", STEPS, accumulation=2, evaluates=True),
+        Course("ddp", "full", STEPS, accumulation=2, evaluates=True),
+        Course("zero2", "full", STEPS, accumulation=2, evaluates=True),
+        Course("ddp", "lora", STEPS, save_async=True, accumulation=2, evaluates=True),
+        Course("fsdp2", "full", STEPS, accumulation=2, evaluates=True),
+        Course("zero3", "full", STEPS, accumulation=2, evaluates=True),
+    ]
+
+
+def signalling(phase: str, ranks: tuple[int, ...], mark: Path, raising: Callable[[], None]) -> None:
+    """In a rank: do `raising` within the phase, if it is one of `ranks`."""
+    if int(os.environ.get("RANK", "0")) not in ranks:
+        return
+    module, name, call = PHASES[phase]
+    owner: Any = importlib.import_module(module)
+    *path, last = name.split(".")
+    for part in path:
+        owner = getattr(owner, part)
+    original, calls = getattr(owner, last), iter(range(1, sys.maxsize))
+
+    def struck(*arguments: Any, **named: Any) -> Any:
+        if next(calls) == call:
+            mark.touch()
+            raising()
+        return original(*arguments, **named)
+
+    setattr(owner, last, struck)
+
+
+def once(number: int) -> None:
+    """Python hands a signal to its thread a little later: the phase shall not be over by then."""
+    os.kill(os.getpid(), number)
+    time.sleep(0.1)
+
+
+def twice(number: int) -> None:
+    """The second one 2.5 s after the first, which is no longer what a launcher sends on, in the middle of something long."""
+    os.kill(os.getpid(), number)
+    time.sleep(2.5)
+    os.kill(os.getpid(), number)
+    time.sleep(60)
+
+
+def words_of(run: forks.Run, cache: Path) -> forks.Run:
+    """Rows that are encoded anew."""
+    words = list(run.words)
+    words[words.index("--cache_dir") + 1] = str(cache)
+    return run._replace(words=words)
+
+
+def signalled(course: Course, phase: str, number: int, ranks: tuple[int, ...], work: Path, again: bool = False) -> Signalled:
+    """A run that gets signal `number` in `phase` at `ranks`; `again`: twice."""
+    name = f"{course.name}-{phase.replace(' ', '-')}-{number}-{'+'.join(map(str, ranks))}{'-twice' if again else ''}"
+    output = work / "signals" / name
+    mark, cache = output.with_suffix(".mark"), output.with_suffix(".cache")
+    output.parent.mkdir(exist_ok=True)
+    sabotage = partial(signalling, phase, ranks, mark, partial(twice if again else once, number))
+    run = course.run(work, output, sabotage)
+    run = words_of(run, cache) if phase == "mapping" else run
+    undisturbed(course, work)
+    pids = forks.start(run, work, launch=False)
+    supervise(pids)
+    seconds = time.time() - mark.stat().st_mtime if mark.exists() else 0.0
+    codes = [code or 0 for code in pids.values()]
+    facts = json.loads((output / "run.json").read_text(encoding="utf-8")) if (output / "run.json").exists() else {}
+    wrong = [] if mark.exists() else ["the phase was never reached"]
+    wrong += [f"{name} is not whole" for name in halves(output)]
+    wrong += [f"took {seconds:.0f} s"] if seconds > (LIMIT if not again else 5) else []
+    judge = _went_on if number == signal.SIGUSR1 else _ended_at_once if again else _saved
+    wrong += judge(run, phase, number, codes, facts)
+    wrong += compared(course, work, output) if number == signal.SIGUSR1 else gone_on(course, work, output)
+    shutil.rmtree(cache, ignore_errors=True)
+    shutil.rmtree(output, ignore_errors=True)
+    what = f"{signal.Signals(number).name}{' twice' if again else ''}"
+    return Signalled(course.name, phase, what, "+".join(map(str, ranks)), codes, seconds, facts.get("step"), wrong)
+
+
+def _saved(run: forks.Run, phase: str, number: int, codes: list[int], facts: dict[str, Any]) -> list[str]:
+    """All ended with 128 + a signal (SIGTERM is the launcher's), `preempted`, with a checkpoint of the step that it says."""
+    wrong = []
+    allowed = {128 + number, 128 + signal.SIGTERM}
+    if not {*codes} <= allowed or 128 + number not in codes:
+        wrong.append(f"exit codes {codes}: {forks.Ended(run, 1, 0).cause}")
+    if facts.get("status") != "preempted":
+        wrong.append(f"status {facts.get('status')}")
+    if phase not in (*BEFORE_TRAINING, "export"):
+        folder = run.output / "checkpoints" / f"step-{facts.get('step') or 0:08d}"
+        wrong += [] if folder.is_dir() else [f"no {folder.name}"]
+    return wrong
+
+
+def _ended_at_once(run: forks.Run, phase: str, number: int, codes: list[int], facts: dict[str, Any]) -> list[str]:
+    allowed = {128 + number, 128 + signal.SIGTERM}
+    return [] if {*codes} <= allowed and 128 + number in codes else [f"exit codes {codes}"]
+
+
+def _went_on(run: forks.Run, phase: str, number: int, codes: list[int], facts: dict[str, Any]) -> list[str]:
+    """A checkpoint more than save_steps makes: it is in the third step that the signal comes."""
+    wrong = [f"exit codes {codes}: {forks.Ended(run, 1, 0).cause}"] if any(codes) else []
+    wrong += [] if facts.get("status") == "done" else [f"status {facts.get('status')}"]
+    saved = "step-00000003"
+    return wrong + ([] if (run.output / "checkpoints" / saved).is_dir() else [f"no {saved}"])
+
+
+def launched(course: Course, when: str, number: int, work: Path) -> Signalled:
+    """A real launch whose launcher gets the signal: while it trains, or while a checkpoint is being written."""
+    output = work / "signals" / f"launched-{course.name}-{when}-{number}"
+    undisturbed(course, work)
+    output.parent.mkdir(exist_ok=True)
+    os.environ["SOAKED"] = str(output)  # by which the processes are found that outlive the launcher
+    run = course.run(work, output)
+    pids = forks.start(run, work, launch=True)
+    try:
+        metrics, checkpoints = output / "metrics.jsonl", output / "checkpoints"
+        happened = {"training": metrics.exists, "save": lambda: any(checkpoints.glob(".step-*.partial"))}[when]
+        wrong = [] if until(happened, pids) else ["the phase was never reached"]
+        since = time.monotonic()
+        send(pids, number)
+        while not look(pids) and time.monotonic() - since < 2 * LIMIT:
+            time.sleep(0.01)
+        seconds = time.monotonic() - since
+    finally:
+        left = alive(str(output))
+        forks.stop(pids)
+        del os.environ["SOAKED"]
+    facts = json.loads((output / "run.json").read_text(encoding="utf-8"))
+    wrong += [f"took {seconds:.0f} s"] if seconds > LIMIT else []
+    wrong += [f"processes live on: {left}"] if left else []
+    wrong += [] if facts["status"] == "preempted" else [f"status {facts['status']}: {facts.get('error')}"]
+    wrong += [f"{name} is not whole" for name in halves(output)] + gone_on(course, work, output)
+    codes = [code or 0 for code in pids.values()]
+    shutil.rmtree(output, ignore_errors=True)
+    return Signalled(course.name, when, signal.Signals(number).name, "launcher", codes, seconds, facts.get("step"), wrong)
+
+
+def every(work: Path) -> Iterator[Signalled]:
+    for course in courses():
+        single = [(rank,) for rank in range(course.processes)]
+        together = [tuple(range(course.processes))] if course.processes > 1 else []
+        for phase in PHASES:
+            for ranks in [*single, *together]:
+                for number in (signal.SIGTERM, signal.SIGINT):
+                    # Rank 0 encodes, the others wait for it: only there the phase has an inside.
+                    if phase != "mapping" or ranks == (0,):
+                        yield signalled(course, phase, number, ranks, work)
+        for ranks in single:
+            yield signalled(course, "accumulation", signal.SIGUSR1, ranks, work)
+            yield signalled(course, "accumulation", signal.SIGTERM, ranks, work, again=True)
+    yield from launches(work)
+
+
+def launches(work: Path) -> Iterator[Signalled]:
+    for strategy in ("cpu", "ddp", "zero2"):
+        course = Course(strategy, "full", 60)
+        for when, number in (("training", signal.SIGTERM), ("save", signal.SIGTERM), ("training", signal.SIGINT)):
+            yield launched(course, when, number, work)
+
+
+def some(work: Path) -> Iterator[Signalled]:
+    """A few, and one real launch."""
+    yield signalled(courses()[0], "mapping", signal.SIGTERM, (0,), work)
+    yield signalled(courses()[1], "accumulation", signal.SIGTERM, (1,), work)
+    yield signalled(courses()[1], "save", signal.SIGINT, (0, 1), work)
+    yield signalled(courses()[1], "accumulation", signal.SIGUSR1, (1,), work)
+    yield next(launches(work))
