@@ -11,6 +11,7 @@ A checkpoint is the folder `checkpoints/step-XXXXXXXX`:
 import contextlib
 import json
 import math
+import os
 import shutil
 import signal
 import threading
@@ -24,8 +25,8 @@ from accelerate.utils import DistributedType, set_seed
 
 from accel_llm import interrupts, manifest, owners, pieces
 from accel_llm.config import resolved
-from accel_llm.disk import failure, sha256, sync
-from accel_llm.distributed import asked_to, meet
+from accel_llm.disk import failure, failure_number, sha256, sync
+from accel_llm.distributed import another_group, asked_to, largest, meet
 from accel_llm.errors import DISK, ConfigError
 from accel_llm.evaluate import Evaluation
 from accel_llm.health import Health
@@ -56,6 +57,7 @@ class Checkpoints:
         self.folder = Path(options.output_dir) / "checkpoints"
         self.best, self.saved = start.best, start.step
         self.writer: threading.Thread | None = None
+        self.group = another_group() if options.save_async else None
         self.failed: BaseException | None = None
         self.buffers: dict[str, torch.Tensor] = {}
 
@@ -199,16 +201,21 @@ class Checkpoints:
         values: dict[str, Any],
         shared: dict[str, Any] | None,
     ) -> None:
-        """Write this process's files; the main one waits for all, makes the folder appear and removes old ones."""
+        """Write this process's files; when all have, the main one makes the folder appear and removes old ones.
+
+        Raises:
+            OSError: the disk failed this process or another one; all of them raise it.
+        """
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        files = {}
-        for name, content in {f"rank-{rank:05d}.json": values, "state.json": shared}.items():
-            if content is not None:
-                files[name] = _write_json(partial / name, content)
-        if tensors:
-            name = f"rank-{rank:05d}.safetensors"
-            files[name] = pieces.write(partial / name, tensors)
-        manifest.part_of(partial, rank, files)
+        number, error = 0, None
+        try:
+            _write_files(partial, rank, tensors, values, shared)
+        except Exception as failed:
+            if not (number := failure_number(failed)):
+                raise
+            error = failed
+        if number := largest(number, self.group):
+            raise error or OSError(number, os.strerror(number))
         if rank:
             return
         while (found := manifest.parts(partial, world)) is None:
@@ -246,8 +253,10 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            folder = self._folder(step)
-            shutil.rmtree(folder.with_name(f".{folder.name}.partial"), ignore_errors=True)
+            # Not by the others: who still writes there would fail by that, and tell it instead of the cause.
+            if self.accelerator.is_main_process:
+                folder = self._folder(step)
+                shutil.rmtree(folder.with_name(f".{folder.name}.partial"), ignore_errors=True)
             if told := failure(error):
                 raise ConfigError(f"checkpoints: step {step} could not be written: {DISK.format(told)}") from error
             raise
@@ -302,6 +311,20 @@ class Checkpoints:
 def _state_of(scale: Any) -> dict[str, Any]:
     """What a loss scaler has learnt: torch's tells it, DeepSpeed's has plain attributes."""
     return scale.state_dict() if hasattr(scale, "state_dict") else dict(vars(scale)) if scale is not None else {}
+
+
+def _write_files(
+    partial: Path, rank: int, tensors: dict[str, torch.Tensor], values: dict[str, Any], shared: dict[str, Any] | None
+) -> None:
+    """What one process has to write, and the list of it."""
+    files = {}
+    for name, content in {f"rank-{rank:05d}.json": values, "state.json": shared}.items():
+        if content is not None:
+            files[name] = _write_json(partial / name, content)
+    if tensors:
+        name = f"rank-{rank:05d}.safetensors"
+        files[name] = pieces.write(partial / name, tensors)
+    manifest.part_of(partial, rank, files)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> tuple[int, str]:

@@ -46,12 +46,18 @@ def sha256(path: Path) -> str:
 
 def failure(error: BaseException) -> str | None:
     """What the disk says, such as "No space left on device", where `error` or what led to it is its failure."""
+    number = failure_number(error)
+    return os.strerror(number) if number else None
+
+
+def failure_number(error: BaseException) -> int:
+    """The errno of the disk's failure; 0 where `error` is none."""
     link: BaseException | None = error
     while link is not None:
         number = link.errno if isinstance(link, OSError) else None
         if number is None and (told := re.search(r"\(os error (\d+)\)", str(link))):
             number = int(told[1])
         if number in FAILURES:
-            return os.strerror(number)
+            return number
         link = link.__cause__ or link.__context__
-    return None
+    return 0

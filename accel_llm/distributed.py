@@ -249,9 +249,23 @@ def meet() -> None:
         torch.distributed.barrier(group=_host_group())
 
 
+def largest(number: int, group: Any) -> int:
+    """The largest of all processes' numbers, among the CPUs of `group` (None: of the one that all use in turn)."""
+    if world_size() == 1:
+        return number
+    found = torch.tensor(number)
+    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=group or _host_group())
+    return int(found)
+
+
+def another_group() -> Any:
+    """For a thread whose collectives must not meet those of the main one; None where a process is alone."""
+    return torch.distributed.new_group(backend="gloo") if world_size() > 1 else None
+
+
 @cache
 def _host_group() -> Any:
-    return torch.distributed.new_group(backend="gloo")
+    return another_group()
 
 
 def global_sum(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
