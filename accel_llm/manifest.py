@@ -61,7 +61,7 @@ def broken(
         files = json.loads((folder / NAME).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return "does not exist" if not folder.exists() else f"is not a whole checkpoint (no {NAME})"
-    except ValueError:
+    except (ValueError, IsADirectoryError):
         return f"has a damaged {NAME}"
     if not _is_manifest(files):
         return f"has a damaged {NAME}"

@@ -55,8 +55,8 @@ def start(accelerator: Accelerator, options: TrainOptions, rows: Rows) -> Start:
     Nothing is written or removed yet: that is left to `Checkpoints.resume`, when model, adapter and backend have held.
 
     Raises:
-        ConfigError: the folder holds a finished run or something foreign, or the named checkpoint does not hold or is of
-            another run.
+        ConfigError: the folder holds a finished run, something foreign or checkpoints of which none holds, or the named
+            checkpoint does not hold or is of another run.
     """
     folder, named = Path(options.output_dir).expanduser(), options.resume_from_checkpoint
     rank, world = accelerator.process_index, accelerator.num_processes
@@ -70,6 +70,11 @@ def start(accelerator: Accelerator, options: TrainOptions, rows: Rows) -> Start:
         _check_apart(folder, checkpoint, options.overwrite_output_dir)
     elif named == "auto" and not options.overwrite_output_dir:
         checkpoint = newest(folder / "checkpoints", whole)
+        if checkpoint is None and any((folder / "checkpoints").glob("step-*")):
+            raise ConfigError(
+                f"resume_from_checkpoint: auto: none of the checkpoints in {folder / 'checkpoints'} is whole; repair one, or "
+                "set resume_from_checkpoint: none to start anew."
+            )
     # Nobody may write before everybody has looked.
     accelerator.wait_for_everyone()
     fresh = Start(folder, identity(options, rows), rank, world)
@@ -109,12 +114,13 @@ def _check_apart(folder: Path, checkpoint: Path, overwrite: bool) -> None:
 
 def newest(folder: Path, problem_of: Callable[[Path], str | None]) -> Path | None:
     """The newest checkpoint that holds; broken ones are named and passed over."""
-    for path in sorted(folder.glob("step-*"), reverse=True):
+    found = sorted(folder.glob("step-*"))
+    for path in reversed(found):
         problem = problem_of(path)
         if problem is None:
             return path
         if os.environ.get("RANK", "0") == "0":
-            print(f"checkpoint {path} {problem}; taking an older one", flush=True)
+            print(f"checkpoint {path} {problem}{'; taking an older one' if path != found[0] else ''}", flush=True)
     return None
 
 
