@@ -147,7 +147,10 @@ def after_training(accelerator: Accelerator, folder: Path) -> None:
     """The report, and what to type now, ready to copy. `folder` is the export, adapter/ or model/ in the output folder."""
     if not accelerator.is_main_process:
         return
-    report.write(folder.parent)
+    try:
+        report.write(folder.parent)
+    except OSError as error:  # the run is done, and giving the same command again would be refused
+        console.print(f"report.html could not be written: {error.strerror}; everything else is there.", markup=False)
     lines = {"ask it": f"python launch/chat.py --model {folder.parent}"}
     if folder.name == "adapter":
         lines["merge it"] = f"python launch/merge.py --adapter {folder.parent} --output_dir {folder.parent}-merged"
