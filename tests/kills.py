@@ -114,7 +114,7 @@ def moment_comes(
             return False
         wait = draw.uniform(0, 14 * PAUSE)
     since = time.monotonic()
-    return not until(lambda: time.monotonic() - since > wait, pids) or not look(pids)
+    return until(lambda: time.monotonic() - since > wait, pids) and not look(pids)
 
 
 def chain(course: Course, work: Path, output: Path, most: int, moments: list[str], draw: random.Random) -> Chain:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import forks
 from failures import alive, halves
-from supervise import Course, compared, gone_on, look, send, supervise, undisturbed, until
+from supervise import Course, compared, gone_on, look, noted, send, supervise, traced, undisturbed, until
 
 LIMIT = 30.0  # seconds from the signal to the end of all processes
 STEPS = 6
@@ -103,7 +103,8 @@ def signalled(course: Course, phase: str, number: int, ranks: tuple[int, ...], w
     mark, cache = output.with_suffix(".mark"), output.with_suffix(".cache")
     output.parent.mkdir(exist_ok=True)
     sabotage = partial(signalling, phase, ranks, mark, partial(twice if again else once, number))
-    run = course.run(work, output, sabotage)
+    trace, traced_sabotage = traced(output, sabotage)
+    run = course.run(work, output, traced_sabotage)
     run = words_of(run, cache) if phase == "mapping" else run
     undisturbed(course, work)
     pids = forks.start(run, work, launch=False)
@@ -114,40 +115,37 @@ def signalled(course: Course, phase: str, number: int, ranks: tuple[int, ...], w
     wrong = [] if mark.exists() else ["the phase was never reached"]
     wrong += [f"{name} is not whole" for name in halves(output)]
     wrong += [f"took {seconds:.0f} s"] if seconds > (LIMIT if not again else 5) else []
-    judge = _went_on if number == signal.SIGUSR1 else _ended_at_once if again else _saved
-    wrong += judge(run, phase, number, codes, facts)
-    wrong += compared(course, work, output) if number == signal.SIGUSR1 else gone_on(course, work, output)
+    if number == signal.SIGUSR1:
+        wrong += _went_on(run, codes, facts, noted(trace, "sealed")) + compared(course, work, output)
+    elif again:
+        wrong += _ended(run, number, codes) + gone_on(course, work, output)
+    else:
+        wrong += _ended(run, number, codes) + _saved(run, phase, facts) + gone_on(course, work, output)
     shutil.rmtree(cache, ignore_errors=True)
     shutil.rmtree(output, ignore_errors=True)
     what = f"{signal.Signals(number).name}{' twice' if again else ''}"
     return Signalled(course.name, phase, what, "+".join(map(str, ranks)), codes, seconds, facts.get("step"), wrong)
 
 
-def _saved(run: forks.Run, phase: str, number: int, codes: list[int], facts: dict[str, Any]) -> list[str]:
-    """All ended with 128 + a signal (SIGTERM is the launcher's), `preempted`, with a checkpoint of the step that it says."""
-    wrong = []
-    allowed = {128 + number, 128 + signal.SIGTERM}
-    if not {*codes} <= allowed or 128 + number not in codes:
-        wrong.append(f"exit codes {codes}: {forks.Ended(run, 1, 0).cause}")
-    if facts.get("status") != "preempted":
-        wrong.append(f"status {facts.get('status')}")
-    if phase not in (*BEFORE_TRAINING, "export"):
-        folder = run.output / "checkpoints" / f"step-{facts.get('step') or 0:08d}"
-        wrong += [] if folder.is_dir() else [f"no {folder.name}"]
-    return wrong
+def _ended(run: forks.Run, number: int, codes: list[int]) -> list[str]:
+    """All with 128 + a signal; SIGTERM is what the launcher sends to the others."""
+    if 128 + number in codes and {*codes} <= {128 + number, 128 + signal.SIGTERM}:
+        return []
+    return [f"exit codes {codes}: {forks.Ended(run, 1, 0).cause}"]
 
 
-def _ended_at_once(run: forks.Run, phase: str, number: int, codes: list[int], facts: dict[str, Any]) -> list[str]:
-    allowed = {128 + number, 128 + signal.SIGTERM}
-    return [] if {*codes} <= allowed and 128 + number in codes else [f"exit codes {codes}"]
+def _saved(run: forks.Run, phase: str, facts: dict[str, Any]) -> list[str]:
+    """Status `preempted`, and the checkpoint of the step that run.json names; before training nothing is lost without."""
+    wrong = [] if facts.get("status") == "preempted" else [f"status {facts.get('status')}: {facts.get('error')}"]
+    folder = run.output / "checkpoints" / f"step-{facts.get('step') or 0:08d}"
+    return wrong + ([] if phase in (*BEFORE_TRAINING, "export") or folder.is_dir() else [f"no {folder.name}"])
 
 
-def _went_on(run: forks.Run, phase: str, number: int, codes: list[int], facts: dict[str, Any]) -> list[str]:
-    """A checkpoint more than save_steps makes: it is in the third step that the signal comes."""
+def _went_on(run: forks.Run, codes: list[int], facts: dict[str, Any], sealed: list[int]) -> list[str]:
+    """One checkpoint more than save_steps makes, of the third step: in it the signal came."""
     wrong = [f"exit codes {codes}: {forks.Ended(run, 1, 0).cause}"] if any(codes) else []
     wrong += [] if facts.get("status") == "done" else [f"status {facts.get('status')}"]
-    saved = "step-00000003"
-    return wrong + ([] if (run.output / "checkpoints" / saved).is_dir() else [f"no {saved}"])
+    return wrong + ([] if sealed == [2, 3, 4, 6] else [f"checkpoints of steps {sealed}"])
 
 
 def launched(course: Course, when: str, number: int, work: Path) -> Signalled:
@@ -164,16 +162,18 @@ def launched(course: Course, when: str, number: int, work: Path) -> Signalled:
         wrong = [] if until(happened, pids) else ["the phase was never reached"]
         since = time.monotonic()
         send(pids, number)
-        while not look(pids) and time.monotonic() - since < 2 * LIMIT:
-            time.sleep(0.01)
+        # With one process the launcher is gone at once, and the script saves on its own.
+        while (not look(pids) or alive(str(output))) and time.monotonic() - since < 2 * LIMIT:
+            time.sleep(0.05)
         seconds = time.monotonic() - since
     finally:
-        left = alive(str(output))
+        for left in (living := alive(str(output))):
+            os.kill(left, signal.SIGKILL)
         forks.stop(pids)
         del os.environ["SOAKED"]
     facts = json.loads((output / "run.json").read_text(encoding="utf-8"))
     wrong += [f"took {seconds:.0f} s"] if seconds > LIMIT else []
-    wrong += [f"processes live on: {left}"] if left else []
+    wrong += [f"processes live on: {living}"] if living else []
     wrong += [] if facts["status"] == "preempted" else [f"status {facts['status']}: {facts.get('error')}"]
     wrong += [f"{name} is not whole" for name in halves(output)] + gone_on(course, work, output)
     codes = [code or 0 for code in pids.values()]
