@@ -1,7 +1,7 @@
 /* A disk that is full from a chosen call on: loaded before libc, it counts the calls that write below one folder.
 
-   The counters lie in memory that the caller shares between processes: {calls, refused} and the name of the first call
-   that was refused. Nothing is counted before `disk_full_at`. */
+   The counters lie in memory that the caller shares between processes: {calls, refused}, the first call that was refused,
+   and all of them by their numbers. Nothing is counted before `disk_full_at`. */
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -17,9 +17,11 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
+#define LISTED 1024
+
 struct book {
     long calls, refused;
-    char first[240];
+    char first[240], list[LISTED][120];
 };
 
 static struct book *book;
@@ -38,6 +40,7 @@ static int refused(const char *call, const char *path) {
     size_t length = strlen(folder);
     if (strncmp(path, folder, length) || (path[length] && path[length] != '/')) return 0;
     long number = __atomic_add_fetch(&book->calls, 1, __ATOMIC_SEQ_CST);
+    if (number <= LISTED) snprintf(book->list[number - 1], sizeof book->list[0], "%s %s", call, path + length);
     if (only_once ? number != first_call : number < first_call) return 0;
     if (__atomic_add_fetch(&book->refused, 1, __ATOMIC_SEQ_CST) == 1)
         snprintf(book->first, sizeof book->first, "%s %s", call, path + length);

@@ -57,7 +57,12 @@ class Refused(NamedTuple):
 class Book(ctypes.Structure):
     """As in fulldisk.c."""
 
-    _fields_ = (("calls", ctypes.c_long), ("refused", ctypes.c_long), ("first", ctypes.c_char * 240))
+    _fields_ = (
+        ("calls", ctypes.c_long),
+        ("refused", ctypes.c_long),
+        ("first", ctypes.c_char * 240),
+        ("list", (ctypes.c_char * 120) * 1024),
+    )
 
 
 def preloaded() -> bool:
@@ -73,9 +78,9 @@ def compiled(folder: Path) -> Path | None:
     return library
 
 
-def begin_anew(library: Path) -> None:
-    """This program once more from its start, with `library` loaded before everything else."""
-    os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"LD_PRELOAD": str(library)})
+def begin_anew(library: Path, more: list[str]) -> None:
+    """This program once more from its start, with `more` words and `library` loaded before everything else."""
+    os.execve(sys.executable, [sys.executable, *sys.argv, *more], os.environ | {"LD_PRELOAD": str(library)})
 
 
 def courses() -> list[Course]:
@@ -96,8 +101,8 @@ def fill(ranks: tuple[int, ...], folder: Path, call: int, alone: bool, books: li
     arm(bytes(folder), call if rank in ranks else NEVER, alone, books[rank])
 
 
-def refuse(point: Point, work: Path) -> tuple[Refused, list[int]]:
-    """Do the run of a point, and the same words once more; also how many calls each rank made."""
+def refuse(point: Point, work: Path) -> tuple[Refused, list[list[str]]]:
+    """Do the run of a point, and the same words once more; also the calls that each rank made in the first one."""
     course = point.course
     output = work / "disk" / point.name
     shared = mmap.mmap(-1, course.processes * ctypes.sizeof(Book))
@@ -110,7 +115,7 @@ def refuse(point: Point, work: Path) -> tuple[Refused, list[int]]:
     pids = forks.start(run, work, launch=False)
     supervise(pids)
     seconds = time.monotonic() - since
-    calls = [book.calls for book in books]
+    calls = [[line.value.decode() for line in book.list[: book.calls]] for book in books]
     what = next((book.first.decode() for book in books if book.refused), "")
     codes = [code or 0 for code in pids.values()]
     log = run.log.read_text(encoding="utf-8", errors="replace")
@@ -139,23 +144,40 @@ def judged(
         wrong.append(f"told {told}")
     if "Traceback" in log:
         wrong.append(f"a traceback: {log[-300:]!r}")
-    if 2 not in codes or not {*codes} <= {2, 128 + signal.SIGTERM}:
+    if 2 not in codes or not {*codes} <= {0, 2, 128 + signal.SIGTERM}:
         wrong.append(f"exit codes {codes}")
     return wrong + ([f"took {seconds:.0f} s"] if seconds > LIMIT else [])
 
 
-def points(course: Course, work: Path) -> Iterator[Point]:
-    """Every call of every rank alone and of all together."""
+def points(course: Course, work: Path, thin: bool) -> Iterator[Point]:
+    """Every call of every rank alone and of all together; `thin`: see there."""
     undisturbed(course, work)
     _, calls = refuse(Point(course, (), False, NEVER), work)
     each = [(rank,) for rank in range(course.processes)]
     for ranks in [*each, *([tuple(range(course.processes))] if course.processes > 1 else [])]:
-        for alone, call in itertools.product((False, True), range(1, max(calls[rank] for rank in ranks) + 1)):
+        most = max((calls[rank] for rank in ranks), key=len)
+        for call, alone in itertools.product(thinned(most) if thin else range(1, len(most) + 1), (False, True)):
             yield Point(course, ranks, alone, call)
 
 
+def thinned(calls: list[str]) -> list[int]:
+    """Of equal calls in a row, such as the many writes of one file, the first, the middle one and the last."""
+    found, last = set(), 0
+    for _, equal in itertools.groupby(calls):
+        first, last = last + 1, last + len([*equal])
+        found |= {first, (first + last) // 2, last}
+    return sorted(found)
+
+
+def every(work: Path, thin: bool) -> Iterator[Point]:
+    for course in courses():
+        yield from points(course, work, thin)
+
+
 def some(work: Path, draw: random.Random, count: int) -> Iterator[Point]:
-    """A few points, each of another course and of other ranks."""
-    every = [[*points(course, work)] for course in courses()]
-    for k in range(count):
-        yield draw.choice(every[k % len(every)])
+    """A few points: in one process and in two, of which one or both meet the full disk."""
+    found = [[*points(course, work, True)] for course in (courses()[0], courses()[3])]
+    alone, together = found
+    two = [[point for point in together if point.ranks == ranks] for ranks in ((0,), (1,), (0, 1))]
+    kinds = [alone, *two]
+    yield from (draw.choice(kinds[k % len(kinds)]) for k in range(count))

@@ -149,13 +149,18 @@ def too_much(course: Course, kills: list[Kill]) -> list[str]:
     ]
 
 
-def all_chains(kills: int, work: Path, draw: random.Random) -> Iterator[Chain]:
-    """Chains over all courses until there were `kills` kills, half of them meant for a save."""
-    done = 0
-    for k, course in enumerate(itertools.cycle(courses())):
+def few() -> list[Course]:
+    """For the suite: short, and one of them writing in the background."""
+    return [Course("ddp", "lora", 20, True), Course("zero2", "full", 20)]
+
+
+def all_chains(kills: int, work: Path, draw: random.Random, courses: list[Course]) -> Iterator[Chain]:
+    """Chains over `courses` again and again until there were `kills` kills, half of them meant for a save."""
+    done, each = 0, -(-kills // len(courses))
+    for k, course in enumerate(itertools.cycle(courses)):
         moments = ["save", draw.choice(("training", "training", "start"))] * 4
         draw.shuffle(moments)
-        found = chain(course, work, work / "kills" / f"{k:03d}-{course.name}", kills - done, moments, draw)
+        found = chain(course, work, work / "kills" / f"{k:03d}-{course.name}", min(each, kills - done), moments, draw)
         yield found
         done += len(found.kills)
         if done >= kills:

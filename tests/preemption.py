@@ -96,7 +96,9 @@ def words_of(run: forks.Run, cache: Path) -> forks.Run:
     return run._replace(words=words)
 
 
-def signalled(course: Course, phase: str, number: int, ranks: tuple[int, ...], work: Path, again: bool = False) -> Signalled:
+def signalled(
+    course: Course, phase: str, number: int, ranks: tuple[int, ...], work: Path, again: bool = False
+) -> Signalled:
     """A run that gets signal `number` in `phase` at `ranks`; `again`: twice."""
     name = f"{course.name}-{phase.replace(' ', '-')}-{number}-{'+'.join(map(str, ranks))}{'-twice' if again else ''}"
     output = work / "signals" / name
@@ -178,7 +180,9 @@ def launched(course: Course, when: str, number: int, work: Path) -> Signalled:
     wrong += [f"{name} is not whole" for name in halves(output)] + gone_on(course, work, output)
     codes = [code or 0 for code in pids.values()]
     shutil.rmtree(output, ignore_errors=True)
-    return Signalled(course.name, when, signal.Signals(number).name, "launcher", codes, seconds, facts.get("step"), wrong)
+    return Signalled(
+        course.name, when, signal.Signals(number).name, "launcher", codes, seconds, facts.get("step"), wrong
+    )
 
 
 def every(work: Path) -> Iterator[Signalled]:

@@ -37,7 +37,9 @@ class Course(NamedTuple):
         extra = ("-async" if self.save_async else "") + ("-eval" if self.evaluates else "")
         return f"{self.strategy}-{self.method}-{self.steps}-acc{self.accumulation}{extra}"
 
-    def run(self, work: Path, output: Path, sabotage: Callable[[], None] | None = None, goes_on: bool = False) -> forks.Run:
+    def run(
+        self, work: Path, output: Path, sabotage: Callable[[], None] | None = None, goes_on: bool = False
+    ) -> forks.Run:
         cell = resumes.Cell(self.strategy, self.method, self.processes, self.accumulation, 0)
         words = resumes.words_of(cell, work, output, last=False)
         changed = {"--max_steps": self.steps, "--save_steps": INTERVAL, "--packing": "false"}
@@ -45,7 +47,14 @@ class Course(NamedTuple):
             words[words.index(name) + 1] = str(value)
         words += ["--save_async"] if self.save_async else []
         if self.evaluates:
-            words += ["--eval_files", str(work / "sft.jsonl"), "--eval_steps", "3", "--per_device_eval_batch_size", "32"]
+            words += [
+                "--eval_files",
+                str(work / "sft.jsonl"),
+                "--eval_steps",
+                "3",
+                "--per_device_eval_batch_size",
+                "32",
+            ]
         return forks.Run(output.name, "sft", self.strategy, self.processes, words, output, sabotage, goes_on)
 
 
