@@ -112,7 +112,7 @@ def moment_comes(
         folder = run.output / "checkpoints"
         if not until(lambda: len(noted(trace, "step")) >= steps and any(folder.glob(".step-*.partial")), pids):
             return False
-        wait = draw.uniform(0, 14 * PAUSE)
+        wait = draw.uniform(0, 12 * PAUSE)
     since = time.monotonic()
     return until(lambda: time.monotonic() - since > wait, pids) and not look(pids)
 
@@ -151,15 +151,14 @@ def too_much(course: Course, kills: list[Kill]) -> list[str]:
 
 def few() -> list[Course]:
     """For the suite: short, and one of them writing in the background."""
-    return [Course("ddp", "lora", 20, True), Course("zero2", "full", 20)]
+    return [Course("ddp", "lora", 14, True), Course("zero2", "full", 14)]
 
 
 def all_chains(kills: int, work: Path, draw: random.Random, courses: list[Course]) -> Iterator[Chain]:
     """Chains over `courses` again and again until there were `kills` kills, half of them meant for a save."""
     done, each = 0, -(-kills // len(courses))
     for k, course in enumerate(itertools.cycle(courses)):
-        moments = ["save", draw.choice(("training", "training", "start"))] * 4
-        draw.shuffle(moments)
+        moments = [moment for _ in range(4) for moment in ("save", draw.choice(("training", "training", "start")))]
         found = chain(course, work, work / "kills" / f"{k:03d}-{course.name}", min(each, kills - done), moments, draw)
         yield found
         done += len(found.kills)

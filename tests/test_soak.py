@@ -27,7 +27,7 @@ def test_killed_runs_go_on_and_end_as_if_nothing_had_been(printed: str) -> None:
     )
     assert found, printed
     kills, runs, in_saves, after_a_step = map(int, found.groups())
-    assert (kills, runs) == (8, 2) and in_saves >= 3 and after_a_step >= 6
+    assert (kills, runs) == (8, 2) and in_saves >= 2 and after_a_step >= 6
 
 
 def test_damaged_checkpoints_are_refused_by_name(printed: str) -> None:
