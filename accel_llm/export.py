@@ -12,6 +12,7 @@ from accel_llm import adapter
 from accel_llm.attention import causal_lm
 from accel_llm.distributed import bare, gather_state
 from accel_llm.models import saveable
+from accel_llm.stream import Start
 
 
 def stop_ids(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, turn_end_id: int | None) -> list[int]:
@@ -38,22 +39,23 @@ def export(
     stop: list[int],
     base: str,
     dtype: torch.dtype,
-    output_dir: str,
+    start: Start,
 ) -> Path:
-    """Write `output_dir`/adapter or /model; it appears whole by one rename. A collective.
+    """Write adapter/ or model/ in the run's folder; it appears whole by one rename. A collective.
 
-    Full weights are written in `dtype`, the one the base was stored in; adapters in float32, with the name of `base`.
+    Full weights are written in `dtype`, the one the base was stored in; adapters in float32, with the name of `base` and
+    its fingerprint.
     """
     inner = bare(accelerator, model)
     peft = hasattr(inner, "peft_config")
-    folder = Path(output_dir) / ("adapter" if peft else "model")
+    folder = start.output_dir / ("adapter" if peft else "model")
     state = gather_state(accelerator, model, trainable_only=peft)
     if accelerator.is_main_process:
         partial = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         if peft:
-            adapter.save(inner, partial, state, base)
+            adapter.save(inner, partial, state, base, start.identity["base"])
         else:
             _save_whole(causal_lm(inner), partial, state, dtype)
         generation_config(causal_lm(inner), tokenizer, stop).save_pretrained(str(partial))

@@ -48,6 +48,7 @@ class Options(PretrainOptions, TrainOptions):
 
 def main() -> None:
     options = demo.resolve(parse(Options, sys.argv[1:], DEFAULTS))
+    options = adapter.taken_over(options)
     check(models.problems(options) + sources.problems(options))
     distributed.quiet()
     accelerator = distributed.build_accelerator(options)
@@ -86,7 +87,7 @@ def main() -> None:
             return display.census(accelerator, facts["accelerate"], options)
         exported = checkpoints.finish()
         base, dtype = str(options.model_name_or_path), models.stored_dtype(config)
-        folder = export(accelerator, model, tokenizer, stop, base, dtype, options.output_dir)
+        folder = export(accelerator, model, tokenizer, stop, base, dtype, stream.start)
         record.update(samples=evaluation.samples, exported_step=exported)
     display.after_training(accelerator, folder)
     accelerator.end_training()

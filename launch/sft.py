@@ -56,6 +56,7 @@ def main() -> None:
     options = demo.parse_or_demo(Options, DEMO, sys.argv[1:])
     if options.overfit:
         options = options.with_defaults(BY_HEART)
+    options = adapter.taken_over(options)
     check(models.problems(options) + sources.problems(options))
     distributed.quiet()
     accelerator = distributed.build_accelerator(options)
@@ -99,7 +100,7 @@ def main() -> None:
             return display.census(accelerator, facts["accelerate"], options)
         exported = checkpoints.finish()
         base, dtype = str(options.model_name_or_path), models.stored_dtype(config)
-        folder = export(accelerator, model, tokenizer, stop, base, dtype, options.output_dir)
+        folder = export(accelerator, model, tokenizer, stop, base, dtype, stream.start)
         record.update(samples=evaluation.samples, exported_step=exported)
     display.after_training(accelerator, folder)
     accelerator.end_training()

@@ -1,6 +1,8 @@
 """Every LoRA option arrives in PEFT's config and in the model; what was saved is what comes back."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from conftest import settled
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from accel_llm import adapter, models
@@ -200,3 +202,58 @@ def test_the_saved_config_says_what_was_asked(tiny, tmp_path):
     asked = {"r": 6, "lora_alpha": 10.5, "lora_dropout": 0.1, "use_rslora": True, "use_dora": True, "bias": "none"}
     asked |= {"modules_to_save": ["norm"], "task_type": "CAUSAL_LM", "peft_type": "LORA"}
     assert {name: saved[name] for name in asked} == asked
+
+
+@pytest.mark.parametrize(
+    "words", [("--lora_r", 4, "--lora_alpha", 16, "--use_rslora"), ("--add_tokens", "--chat_template", "chatml"), ()]
+)
+def test_training_goes_on_from_an_adapter_with_a_fresh_optimizer(script, tiny, chats, tmp_path, capsys, words):
+    common = ("--model_name_or_path", tiny, "--train_files", chats, "--max_length", 128, "--learning_rate", 1e-2)
+    script("sft", *common, "--max_steps", 3, "--output_dir", tmp_path / "first", "--modules_to_save", "lm_head", *words)
+    first = tmp_path / "first" / "adapter"
+    extra = [word for word in words if word in ("--add_tokens", "--chat_template", "chatml")]
+    capsys.readouterr()
+    # A rate at which nothing moves shows what the run began with.
+    still = ("--max_steps", 1, "--learning_rate", 1e-30, "--adapter_name_or_path", first, *extra)
+    script("sft", *common, *still, "--output_dir", tmp_path / "second")
+    assert f"going on from the adapter {first}; optimizer, schedule and data begin anew" in capsys.readouterr().out
+    before, after = (
+        load_file(folder / "adapter_model.safetensors") for folder in (first, tmp_path / "second" / "adapter")
+    )
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    settings = [json.loads((p / "adapter_config.json").read_text()) for p in (first, tmp_path / "second" / "adapter")]
+    assert all(settings[0][key] == settings[1][key] for key in ("r", "lora_alpha", "use_rslora", "modules_to_save"))
+    options = json.loads((tmp_path / "second" / "run.json").read_text())["options"]
+    assert options["lora_r"] == settings[0]["r"] and options["modules_to_save"] == ["lm_head"]
+
+
+def test_an_adapter_that_cannot_go_on_is_refused(script, tiny, chats, tmp_path, make_model):
+    common = ("--train_files", chats, "--max_length", 128, "--max_steps", 1)
+    script("sft", "--model_name_or_path", tiny, *common, "--lora_r", 4, "--output_dir", tmp_path / "first")
+    first = tmp_path / "first" / "adapter"
+    words = ("--model_name_or_path", tiny, *common, "--output_dir", tmp_path / "never", "--adapter_name_or_path")
+    for more, message in (
+        ((tmp_path / "nowhere",), "nowhere does not exist"),
+        ((tiny,), "is a full model: it has no adapter_config.json"),
+        ((first, "--lora_r", 8), f"lora_r: 8 is given, the adapter {first} has 4; leave it out."),
+        ((first, "--method", "full"), "adapter_name_or_path"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            script("sft", *words, *more)
+    wider = make_model(tmp_path / "wider", hidden_size=64)
+    with pytest.raises(ConfigError, match=r"was trained on another base model \(fingerprint \w{16}\) than .*wider"):
+        script("sft", *words, first, "--model_name_or_path", wider)
+    path, unknown = first / "adapter_model.safetensors", tmp_path / "first" / "unknown"
+    kept = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    shutil.copytree(first, unknown)
+    save_file(kept, unknown / path.name)
+    for base in (wider, make_model(tmp_path / "shallower", num_hidden_layers=1)):
+        with pytest.raises(ConfigError, match=r"does not fit|the model has no"):
+            script("sft", *words, unknown, "--model_name_or_path", base)
+    save_file({name: tensor for name, tensor in list(kept.items())[1:]}, path)
+    with pytest.raises(ConfigError, match=r"does not fit the model: 1 of its weights are missing \(base_model"):
+        script("sft", *words, first)
+    (first / "adapter_model.safetensors").rename(first / "adapter_model.bin")
+    with pytest.raises(ConfigError, match=r"has no adapter_model.safetensors; only safetensors are read"):
+        script("sft", *words, first)
+    assert not (tmp_path / "never").exists()
