@@ -4,6 +4,7 @@
     python tests/matrix.py --only 'zero3-*-2p-*' --launch
     python tests/matrix.py --controls           # what must not go unnoticed: each of these has to fail
     python tests/matrix.py --trajectories       # 50 steps of each recipe against tests/golden/trajectories.json
+    python tests/matrix.py --resumes --write    # stopped and resumed runs: tests/resumes.py, tests/elastic.py
 
 A cell is two runs. *Curve*: 20 steps whose losses and final weights must equal those of one process on the CPU.
 *Gradient*: one step of plain gradient descent on 32 uneven rows; the weights' change over the learning rate is the
@@ -27,7 +28,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import elastic
 import numpy as np
+import resumes
 import trajectories
 from forks import ROOT, Ended, Run, compute, execute, metric, warm
 from sabotage import CONTROLS
@@ -328,14 +331,25 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 def write(results: dict[str, dict[str, Any]]) -> None:
     """What each cell gave into tests/golden/matrix.json, beside those of earlier runs, and the table of all of them into
     README.md between its marks."""
-    file, readme = GOLDEN / "matrix.json", ROOT / "README.md"
+    results = keep("matrix", results)
+    show("matrix", table(results))
+
+
+def keep(name: str, results: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What each cell gave into tests/golden, beside those of earlier runs: all of them."""
+    file = GOLDEN / f"{name}.json"
     results = (json.loads(file.read_text(encoding="utf-8"))["cells"] if file.is_file() else {}) | results
     lines = ",\n".join(f'"{name}": {json.dumps(result)}' for name, result in sorted(results.items()))
     head = json.dumps({"versions": trajectories.versions()})[1:-1]
     file.write_text(f'{{{head}, "cells": {{\n{lines}\n}}}}\n', encoding="utf-8")
-    text, marks = readme.read_text(encoding="utf-8"), ("<!-- matrix -->\n", "<!-- /matrix -->")
-    before, rest = text.split(marks[0])
-    readme.write_text(f"{before}{marks[0]}{table(results)}\n{marks[1]}{rest.split(marks[1])[1]}", encoding="utf-8")
+    return results
+
+
+def show(name: str, text: str) -> None:
+    """A table into README.md, between the marks of its name."""
+    readme, marks = ROOT / "README.md", (f"<!-- {name} -->\n", f"<!-- /{name} -->")
+    before, rest = readme.read_text(encoding="utf-8").split(marks[0])
+    readme.write_text(f"{before}{marks[0]}{text}\n{marks[1]}{rest.split(marks[1])[1]}", encoding="utf-8")
 
 
 def arguments() -> argparse.Namespace:
@@ -345,6 +359,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--controls", action="store_true", help="what must not go unnoticed")
     parser.add_argument("--trajectories", action="store_true", help="compare with the recorded ones")
     parser.add_argument("--record", action="store_true", help="record the trajectories")
+    parser.add_argument("--resumes", action="store_true", help="stopped and resumed runs, whole or --pairwise")
     parser.add_argument("--launch", action="store_true", help="by accelerate launch instead of forks")
     parser.add_argument("--write", action="store_true", help="write README.md's table and tests/golden/matrix.json")
     parser.add_argument("--work", type=Path, help="folder to work in and to keep everything in")
@@ -365,6 +380,34 @@ def run_controls(work: Path) -> list[str]:
     return unnoticed
 
 
+def run_resumes(work: Path, args: argparse.Namespace) -> list[str]:
+    """The cells, and controls, that are not as they should be."""
+    resumes.prepare(work)
+    cells, pairs = resumes.all_cells(), elastic.CELLS
+    if args.pairwise:
+        cells, pairs = pairwise(cells), [cell for k, cell in enumerate(pairs) if k % 4 == 1]
+    found, moved = {}, {}
+    for cell in cells:
+        if fnmatch.fnmatch(cell.name, args.only or "*"):
+            found[cell.name] = resumes.judge(cell, work, resumes.STOPS[1:3] if args.pairwise else resumes.STOPS)
+            print(cell.name, json.dumps(found[cell.name]), flush=True)
+    for pair in pairs:
+        if fnmatch.fnmatch(pair.name, args.only or "*"):
+            moved[pair.name] = elastic.judge(pair, work)
+            print(pair.name, json.dumps(moved[pair.name]), flush=True)
+    wrong = [f"{name}: {result}" for name, result in found.items() if result["status"] != "bit-equal"]
+    wrong += [f"{name}: {result}" for name, result in moved.items() if result["status"] != "same"]
+    for control in resumes.CONTROLS if not args.only else ():
+        seen = resumes.judge(resumes.Cell("cpu", "lora", 1, 1, 0), work, (3,), control)
+        print(f"control {control.__name__}: {seen['status']} {seen.get('note', '')}", flush=True)
+        wrong += [f"control {control.__name__}: {seen}"] if seen["status"] != "different" else []
+    print(resumes.table(found), flush=True)
+    if args.write:
+        kept = keep("resumes", found | moved)
+        show("resumes", resumes.table({name: result for name, result in kept.items() if "-to-" not in name}))
+    return wrong
+
+
 def main() -> None:
     args, since = arguments(), time.monotonic()
     work = args.work or Path(tempfile.mkdtemp(prefix="matrix-"))
@@ -375,9 +418,11 @@ def main() -> None:
     tiny = {cell.method: words_of(cell, "curve", work, work) for cell in plain}
     if args.record:
         trajectories.record(work, tiny)
-    everything = not (args.only or args.pairwise or args.controls or args.trajectories or args.record)
+    everything = not (args.only or args.pairwise or args.controls or args.trajectories or args.record or args.resumes)
     wrong = []
-    if everything or args.only or args.pairwise:
+    if args.resumes:
+        wrong = run_resumes(work, args)
+    elif everything or args.only or args.pairwise:
         cells = [cell for cell in all_cells() if fnmatch.fnmatch(cell.name, args.only or "*")]
         kinds = {cell: ["curve", "gradient"] if cell.method in EXPOSED else ["curve"] for cell in cells}
         if args.pairwise:

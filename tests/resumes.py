@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -47,7 +48,7 @@ def all_cells() -> list[Cell]:
 def words_of(cell: Cell, work: Path, output: Path, last: bool) -> list[str]:
     each = BATCH // (cell.processes * cell.accumulation)
     cache = output / ".cache" if cell.workers and last else work / "cache"
-    words = ["--model_name_or_path", work / "model", "--train_files", work / "sft.jsonl", "--limit_rows", ROWS]
+    words = ["--model_name_or_path", work / "dropout", "--train_files", work / "sft.jsonl", "--limit_rows", ROWS]
     words += ["--cache_dir", cache, "--precision", "fp32", "--max_length", 64, "--max_steps", STEPS]
     words += ["--total_batch_size", BATCH, "--per_device_train_batch_size", each or 1, "--learning_rate", 1e-2]
     words += ["--packing", str(cell.accumulation == 4).lower(), "--logging_steps", 3, "--save_steps", 1]
@@ -106,7 +107,8 @@ def both(*parts: Callable[[], None]) -> None:
 
 def prepare(work: Path) -> None:
     """The matrix's model has no dropout of its own; where all weights are trained it needs one."""
-    config = work / "model" / "config.json"
+    shutil.copytree(work / "model", work / "dropout", dirs_exist_ok=True)
+    config = work / "dropout" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"attention_dropout": 0.1}))
 
 
