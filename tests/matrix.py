@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 import elastic
 import numpy as np
 import resumes
+import sick
 import trajectories
 from forks import ROOT, Ended, Run, compute, execute, metric, warm
 from sabotage import CONTROLS
@@ -383,28 +384,29 @@ def run_controls(work: Path) -> list[str]:
 def run_resumes(work: Path, args: argparse.Namespace) -> list[str]:
     """The cells, and controls, that are not as they should be."""
     resumes.prepare(work)
-    cells, pairs = resumes.all_cells(), elastic.CELLS
+    cells, pairs, ill, stops = resumes.all_cells(), elastic.CELLS, sick.CELLS, resumes.STOPS
     if args.pairwise:
-        cells, pairs = pairwise(cells), [cell for k, cell in enumerate(pairs) if k % 4 == 1]
-    found, moved = {}, {}
-    for cell in cells:
-        if fnmatch.fnmatch(cell.name, args.only or "*"):
-            found[cell.name] = resumes.judge(cell, work, resumes.STOPS[1:3] if args.pairwise else resumes.STOPS)
+        cells, pairs, ill, stops = pairwise(cells), pairs[1::8], ill[::2], stops[1:2]
+    kinds: list[tuple[list[Any], Callable[[Any], dict[str, Any]], str]] = [
+        (cells, lambda cell: resumes.judge(cell, work, stops), "bit-equal"),
+        (pairs, lambda cell: elastic.judge(cell, work), "same"),
+        (ill, lambda cell: sick.judge(cell, work), "skipped alike"),
+    ]
+    found, wrong = {}, []
+    for chosen, judged, wanted in kinds:
+        for cell in [cell for cell in chosen if fnmatch.fnmatch(cell.name, args.only or "*")]:
+            found[cell.name] = judged(cell)
             print(cell.name, json.dumps(found[cell.name]), flush=True)
-    for pair in pairs:
-        if fnmatch.fnmatch(pair.name, args.only or "*"):
-            moved[pair.name] = elastic.judge(pair, work)
-            print(pair.name, json.dumps(moved[pair.name]), flush=True)
-    wrong = [f"{name}: {result}" for name, result in found.items() if result["status"] != "bit-equal"]
-    wrong += [f"{name}: {result}" for name, result in moved.items() if result["status"] != "same"]
+            wrong += [f"{cell.name}: {found[cell.name]}"] if found[cell.name]["status"] != wanted else []
     for control in resumes.CONTROLS if not args.only else ():
         seen = resumes.judge(resumes.Cell("cpu", "lora", 1, 1, 0), work, (3,), control)
         print(f"control {control.__name__}: {seen['status']} {seen.get('note', '')}", flush=True)
         wrong += [f"control {control.__name__}: {seen}"] if seen["status"] != "different" else []
-    print(resumes.table(found), flush=True)
     if args.write:
-        kept = keep("resumes", found | moved)
-        show("resumes", resumes.table({name: result for name, result in kept.items() if "-to-" not in name}))
+        kept = keep("resumes", found)
+        shown = resumes.table({name: kept[name] for name in kept if "-workers" in name})
+        print(shown)
+        show("resumes", shown)
     return wrong
 
 

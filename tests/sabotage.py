@@ -1,5 +1,6 @@
 """What must not go unnoticed by the matrix: mistakes made on purpose in the ranks of a run, each before its script starts."""
 
+from dataclasses import replace
 from typing import Any
 
 
@@ -13,9 +14,7 @@ def equal_data() -> None:
     from accel_llm.stream import Stream
 
     honest = Stream.__init__
-    Stream.__init__ = lambda self, rows, options, rank, world, pad_token_id: honest(
-        self, rows, options, 0, world, pad_token_id
-    )
+    Stream.__init__ = lambda self, rows, options, start, pad: honest(self, rows, options, replace(start, rank=0), pad)
 
 
 def leaking_document() -> None:

@@ -34,6 +34,14 @@ def test_sabotage_is_noticed(pairwise: tuple[Path, str]) -> None:
     assert len(re.findall("^control ", pairwise[1], re.MULTILINE)) == 5
 
 
+def test_stopped_and_resumed_runs_are_bit_equal_on_every_strategy(tmp_path: Path) -> None:
+    """And state moves between numbers of processes and strategies; sick steps are left out by all processes alike."""
+    output = matrix("--resumes", "--pairwise", "--work", str(tmp_path))
+    statuses = re.findall(r'^\S+ {"status": "([^"]+)"', output, re.MULTILINE)
+    assert {status: statuses.count(status) for status in statuses} == {"bit-equal": 17, "same": 8, "skipped alike": 5}
+    assert len(re.findall(r"^control \w+: different ", output, re.MULTILINE)) == 4
+
+
 def test_a_fork_trains_as_accelerate_launch_does_to_the_last_bit(pairwise: tuple[Path, str], tmp_path: Path) -> None:
     cell = re.findall(r"\S+-qlora-\S+-2p-\S+", pairwise[1])[0]
     matrix("--only", cell, "--work", str(tmp_path), "--launch")
