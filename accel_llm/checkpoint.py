@@ -33,10 +33,9 @@ from accel_llm.health import Health
 from accel_llm.metrics import Meter
 from accel_llm.options import TrainOptions
 from accel_llm.randomness import randomness, set_randomness
-from accel_llm.resume import of_rank
+from accel_llm.resume import make_room, of_rank
 from accel_llm.stream import Start
 
-OURS = ("run.json", "metrics.jsonl", "checkpoints", "adapter", "model", "report.html", "logs")
 LOWER_IS_BETTER = {"eval/loss"}
 
 
@@ -67,7 +66,7 @@ class Checkpoints:
             self._load(self.start.folder)
         meet()
         if self.accelerator.is_main_process:
-            _make_room(self.start)
+            make_room(self.start)
         meet()
 
     def when_due(self, meter: Meter, evaluation: Evaluation, health: Health, step: int) -> None:
@@ -351,19 +350,3 @@ def _check_same_names(folder: Path, found: list[pieces.Owner], reader: pieces.Re
             f"resume_from_checkpoint: {folder} holds other weights than this run trains ({min(unknown)} is not there); the "
             "method or model differs."
         )
-
-
-def _make_room(found: Start) -> None:
-    """Remove what this run replaces: all that is ours of another run, or the checkpoints after the one it continues."""
-    checkpoints = found.output_dir / "checkpoints"
-    obsolete = [found.output_dir / name for name in OURS]
-    if found.folder is not None and found.folder.resolve().parent == checkpoints.resolve():
-        # Rotation keeps the newest by name, and these would outlive the ones that are still to come.
-        obsolete = []
-        for path in checkpoints.glob("step-*"):
-            if path.name > found.folder.name:
-                manifest.remove(path)
-    # What a killed process was writing: a checkpoint, an export, run.json.
-    for path in [*obsolete, *checkpoints.glob(".*.partial"), *found.output_dir.glob(".*.partial")]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    found.output_dir.mkdir(parents=True, exist_ok=True)

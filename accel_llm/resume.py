@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -21,6 +22,8 @@ from accel_llm.options import DataOptions, RunOptions, TrainOptions
 from accel_llm.sources import source_of
 from accel_llm.stream import Start
 
+# What a run leaves in its folder. run.json is removed last: without it the rest would be taken for somebody else's.
+OURS = ("metrics.jsonl", "checkpoints", "adapter", "model", "report.html", "logs", "run.json")
 # Options that shape the saved state: with another value it has no place to go.
 SHAPING = ("method", "optim", "lora_r", "lora_bias", "lora_target_modules", "modules_to_save", "use_dora", "add_tokens")
 SHAPING += ("master_weights",)
@@ -122,6 +125,22 @@ def newest(folder: Path, problem_of: Callable[[Path], str | None]) -> Path | Non
         if os.environ.get("RANK", "0") == "0":
             print(f"checkpoint {path} {problem}{'; taking an older one' if path != found[0] else ''}", flush=True)
     return None
+
+
+def make_room(found: Start) -> None:
+    """Remove what this run replaces: all that is ours of another run, or the checkpoints after the one it continues."""
+    checkpoints = found.output_dir / "checkpoints"
+    obsolete = [found.output_dir / name for name in OURS]
+    if found.folder is not None and found.folder.resolve().parent == checkpoints.resolve():
+        # Rotation keeps the newest by name, and these would outlive the ones that are still to come.
+        obsolete = []
+        for path in checkpoints.glob("step-*"):
+            if path.name > found.folder.name:
+                manifest.remove(path)
+    # What a killed process was writing: a checkpoint, an export, run.json.
+    for path in [*checkpoints.glob(".*.partial"), *found.output_dir.glob(".*.partial"), *obsolete]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    found.output_dir.mkdir(parents=True, exist_ok=True)
 
 
 def _continued(fresh: Start, checkpoint: Path, options: TrainOptions) -> Start:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from accel_llm import pieces
 from accel_llm.disk import sha256
 from accel_llm.errors import ConfigError
-from accel_llm.pieces import Piece, Reader
+from accel_llm.pieces import Owner, Piece, Reader
 
 WEIGHTS = torch.arange(24, dtype=torch.float32) / 7
 
@@ -45,6 +45,14 @@ def test_any_range_is_read_from_any_cut(tmp_path: Path, cuts: list[int]) -> None
             reader.fill(Piece("w", start, 3, size), "weight", flat)
             assert torch.equal(flat[3 : 3 + size], WEIGHTS[start : start + size])
             assert (flat[:3] == -1).all() and (flat[3 + size :] == -1).all()
+
+
+def test_fields_come_in_the_order_in_which_they_were_written(tmp_path: Path) -> None:
+    """A resumed run writes the same bytes as one that was never stopped."""
+    names = ["momentum", "exp_avg_sq_row", "exp_avg_sq_col", "exp_avg", "a", "z", "weight"]
+    pieces.write(tmp_path / "a.safetensors", {f"w|{name}|0": WEIGHTS for name in names})
+    reader = Reader(tmp_path, [tmp_path / "a.safetensors"], {}, [])
+    assert reader.fields(Owner("w", WEIGHTS, WEIGHTS, [Piece("w", 0, 0, 24)])) == names[:-1]
 
 
 def test_what_is_missing_or_of_another_dtype_is_said(tmp_path: Path) -> None:

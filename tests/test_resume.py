@@ -12,6 +12,7 @@ from test_checkpoint import Stopped, at, at_step, equal, interrupt, metrics, sta
 from accel_llm import fingerprint, resume
 from accel_llm.errors import ConfigError
 from accel_llm.options import TrainOptions
+from accel_llm.stream import Start
 
 __all__ = ["at_step", "interrupt", "train"]  # fixtures
 STOP = 3
@@ -83,6 +84,40 @@ def test_an_interrupted_run_without_a_checkpoint_starts_anew(train, interrupt, t
     assert not (tmp_path / "run" / "checkpoints").exists()
     run, whole = train(tmp_path / "run"), train(tmp_path / "whole")
     assert metrics(run) == metrics(whole) and equal(weights(run), weights(whole))
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew_unless_that_is_said(train, interrupt, tmp_path):
+    interrupt(4)
+    with pytest.raises(Stopped):
+        train(tmp_path / "run", "--save_steps", 2)
+    for step in (2, 4):
+        (at(tmp_path / "run", step) / "state.json").unlink()
+    with pytest.raises(ConfigError) as error:
+        train(tmp_path / "run", "--save_steps", 2)
+    assert str(error.value) == (
+        f"resume_from_checkpoint: auto: none of the checkpoints in {tmp_path / 'run' / 'checkpoints'} is whole; repair one, "
+        "or set resume_from_checkpoint: none to start anew."
+    )
+    assert steps(tmp_path / "run") == [2, 4] and len(metrics(tmp_path / "run")) == 4
+    train(tmp_path / "run", "--resume_from_checkpoint", "none", "--max_steps", 1)
+    assert steps(tmp_path / "run") == [1]
+
+
+def test_a_process_killed_while_it_makes_room_leaves_a_run_that_can_be_started_again(tmp_path, monkeypatch):
+    for name in resume.OURS:
+        (tmp_path / name).write_text("{}", encoding="utf-8")
+    unlink, removed = Path.unlink, []
+
+    def dying(path: Path, missing_ok: bool = False) -> None:
+        if len(removed) == len(resume.OURS) - 1:
+            raise Stopped("the power went")
+        removed.append(path.name)
+        unlink(path, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", dying)
+    with pytest.raises(Stopped):
+        resume.make_room(Start(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 
 def test_resume_from_a_named_checkpoint_from_none_and_from_nothing(train, interrupt, tmp_path):
