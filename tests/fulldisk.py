@@ -156,7 +156,9 @@ def points(course: Course, work: Path, thin: bool) -> Iterator[Point]:
     each = [(rank,) for rank in range(course.processes)]
     for ranks in [*each, *([tuple(range(course.processes))] if course.processes > 1 else [])]:
         most = max((calls[rank] for rank in ranks), key=len)
-        for call, alone in itertools.product(thinned(most) if thin else range(1, len(most) + 1), (False, True)):
+        # Once for all at the same call is nothing that happens to a disk.
+        ways = (False, True) if len(ranks) == 1 else (False,)
+        for call, alone in itertools.product(thinned(most) if thin else range(1, len(most) + 1), ways):
             yield Point(course, ranks, alone, call)
 
 

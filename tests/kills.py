@@ -15,6 +15,7 @@ from supervise import INTERVAL, NOTICED, Course, compared, look, noted, send, su
 STEPS = 40
 PAUSE = 0.02  # seconds between two files of a checkpoint, where a kill shall fall between them
 LIMIT = 60.0  # seconds from a kill to the end of all processes
+BEFORE_RENAME, REMOVING = "before the rename", "removing an old one"
 PARTS = 60  # of one run, at most
 
 
@@ -73,13 +74,13 @@ def pausing() -> None:
 
 def place_of(output: Path) -> str:
     """What was being done to the checkpoints when all processes ended; empty where nothing was."""
-    for folder in (output / "checkpoints").glob(".step-*.partial"):
+    for folder in sorted((output / "checkpoints").glob(".step-*.partial")):
         newer = [path for path in folder.parent.glob("step-*") if path.name > folder.name[1:].removesuffix(".partial")]
         if newer:
-            return "removing"
+            return REMOVING
         if (folder / "manifest.json").exists():
-            return "before the rename"
-        return "before the manifest" if any(folder.iterdir()) else "empty folder"
+            return BEFORE_RENAME
+        return "before the manifest"
     return ""
 
 
@@ -108,11 +109,11 @@ def moment_comes(
             return False
         wait = draw.uniform(0, span)
     if moment == "save":
-        steps = draw.randrange(2 * INTERVAL)
-        folder = run.output / "checkpoints"
-        if not until(lambda: len(noted(trace, "step")) >= steps and any(folder.glob(".step-*.partial")), pids):
+        steps, place = draw.randrange(2 * INTERVAL), draw.choice(("", BEFORE_RENAME, REMOVING))
+        reached = (lambda: place_of(run.output) == place) if place else (lambda: place_of(run.output))
+        if not until(lambda: len(noted(trace, "step")) >= steps and reached(), pids):
             return False
-        wait = draw.uniform(0, 12 * PAUSE)
+        wait = draw.uniform(0, PAUSE if place else 12 * PAUSE)
     since = time.monotonic()
     return until(lambda: time.monotonic() - since > wait, pids) and not look(pids)
 

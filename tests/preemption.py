@@ -192,8 +192,8 @@ def every(work: Path) -> Iterator[Signalled]:
         for phase in PHASES:
             for ranks in [*single, *together]:
                 for number in (signal.SIGTERM, signal.SIGINT):
-                    # Rank 0 encodes, the others wait for it: only there the phase has an inside.
-                    if phase != "mapping" or ranks == (0,):
+                    # Whoever comes first encodes and the others wait: the phase has an inside at one rank, which may be any.
+                    if phase != "mapping" or len(ranks) == course.processes:
                         yield signalled(course, phase, number, ranks, work)
         for ranks in single:
             yield signalled(course, "accumulation", signal.SIGUSR1, ranks, work)
