@@ -39,6 +39,8 @@ FOR_A_GPU = [(family, size) for family in FAMILIES for size in SIZES]
 # A module may import those that stand before it.
 ORDER = [
     "errors",
+    "secrecy",
+    "limits",
     "fields",
     "options",
     "config",
@@ -66,6 +68,7 @@ ORDER = [
     "stream",
     "vocabulary",
     "census",
+    "strangers",
     "models",
     "metrics",
     "evaluate",
