@@ -1,15 +1,17 @@
-"""What a chat template may take: it is a program out of a stranger's file, so it runs on a bounded budget.
+"""What a chat template may take: it is a program out of a stranger's file, so it runs on a budget.
 
 Jinja's sandbox keeps a template from files and Python's internals, not from loops without end or texts without end. There
 are too many ways to the latter (a product, a width, a list of lists of lists) to stop each one, so the process itself is
 bounded while a template is at work.
 """
 
+import faulthandler
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
@@ -18,8 +20,9 @@ from accel_llm.errors import ConfigError
 if sys.platform == "linux":
     import resource
 
-# Templates of known families need milliseconds, some megabytes and at most 20 thousand characters of source.
+# Published templates have some thousands of characters and take milliseconds.
 SECONDS, MEMORY, SOURCE = 3, 1 << 30, 1 << 17
+STUCK = 10  # seconds of CPU time in one call of C, where Python cannot be interrupted
 # A text is at most so many characters, or so many times those that people wrote.
 TEXT, TIMES = 1 << 20, 16
 FRESH = 0.1  # seconds for which a measurement of memory holds: it costs as much as a whole render
@@ -52,7 +55,8 @@ def bounded(act: Callable[Given, Answer], /, *args: Given.args, **named: Given.k
     """`act(...)`, within MEMORY bytes beyond those in use; nothing in it may go on for SECONDS without a `begin`.
 
     Seconds are of CPU time, so that a machine which is busy or asleep costs no template its life; a render that hangs is
-    ended after one to two times as many. Memory is bounded on Linux, time where there are signals; neither outside the main
+    ended after one to two times as many. One that is stuck where no exception can be raised, as in the comparison of lists
+    of lists, ends the process by SIGPROF, with a traceback that names the template. Memory is bounded on Linux, time where there are signals; neither outside the main
     thread, which alone gets them. Memory counts for all threads alike: no other should allocate much meanwhile.
 
     Raises:
@@ -61,10 +65,11 @@ def bounded(act: Callable[Given, Answer], /, *args: Given.args, **named: Given.k
     if _Work.under_way or threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         return act(*args, **named)
     memory = _limit_of_memory()
-    signal.signal(signal.SIGVTALRM, _tick)
+    _listen()
     # The first of it counts from here, each other one from the tick that follows its beginning.
     _Work.under_way, _Work.seen = True, _Work.begun + 1
     signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS, SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, STUCK)
     if memory:
         resource.setrlimit(resource.RLIMIT_DATA, memory.bounded)
     try:
@@ -78,6 +83,7 @@ def bounded(act: Callable[Given, Answer], /, *args: Given.args, **named: Given.k
         if memory:
             resource.setrlimit(resource.RLIMIT_DATA, memory.usual)
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
     raise ConfigError(
         f"chat_template: it was stopped when it took more than {wanted}, which no template needs for a conversation; "
         "look into it, or give another one (chat_template: chatml | path/to/file.jinja)."
@@ -107,10 +113,20 @@ def check_text(text: str, written: Any) -> None:
         )
 
 
+@cache  # once a process: it takes longer than all else here together
+def _listen() -> None:
+    signal.signal(signal.SIGVTALRM, _tick)
+    # Written by C, without Python; then the signal's default ends the process.
+    faulthandler.register(signal.SIGPROF, file=sys.__stderr__, all_threads=False, chain=True)
+
+
 def _tick(number: int, frame: Any) -> None:
-    if _Work.under_way and _Work.begun == _Work.seen:
+    if not _Work.under_way:
+        return
+    if _Work.begun == _Work.seen:
         raise _Expired
     _Work.seen = _Work.begun
+    signal.setitimer(signal.ITIMER_PROF, STUCK)  # it is not stuck
 
 
 def _limit_of_memory() -> _Memory | None:
