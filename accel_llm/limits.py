@@ -117,7 +117,7 @@ def check_text(text: str, written: Any) -> None:
 def _listen() -> None:
     signal.signal(signal.SIGVTALRM, _tick)
     # Written by C, without Python; then the signal's default ends the process.
-    faulthandler.register(signal.SIGPROF, file=sys.__stderr__, all_threads=False, chain=True)
+    faulthandler.register(signal.SIGPROF, file=2, all_threads=False, chain=True)
 
 
 def _tick(number: int, frame: Any) -> None:

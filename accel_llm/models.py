@@ -334,4 +334,6 @@ def _check_filled(report: dict[str, Any], name: str, field: str) -> None:
 
 def reason_of(error: Exception) -> str:
     """A library's message on one line, short enough to stand in a sentence."""
+    if isinstance(error, UnpicklingError):
+        return "its pickle holds more than tensors"  # torch's own advice is to unpickle it all the same
     return textwrap.shorten(str(error).rstrip(". \n"), 300, placeholder=" ...") or type(error).__name__

@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import resource
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
@@ -143,8 +142,6 @@ def test_the_true_limits_stop_a_template_in_seconds(tokenizer):
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12 says so wherever there are threads
 def test_a_template_that_is_stuck_in_c_ends_its_process(tokenizer, small, monkeypatch, capfd):
     monkeypatch.setattr(limits, "STUCK", 1)
-    monkeypatch.setattr(sys, "__stderr__", sys.stderr)
-    limits._listen.cache_clear()
     tokenizer.chat_template = COMPARED + TAIL
     child = multiprocessing.get_context("fork").Process(target=load_template, args=(tokenizer,))
     child.start()
