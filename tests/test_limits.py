@@ -135,7 +135,7 @@ def test_a_source_out_of_all_proportion_is_not_compiled(tokenizer, tmp_path):
 def test_the_true_limits_stop_a_template_in_seconds(tokenizer):
     began = time.process_time()
     assert "more than 3 seconds" in refusal(tokenizer, TIME["loops"])
-    assert 2.9 < time.process_time() - began < 4
+    assert 2.5 < time.process_time() - began < 6  # the clock is of user time alone, and ticks coarsely
     assert "more than 1024 MiB of memory" in refusal(tokenizer, MEMORY["product"])
 
 
