@@ -22,9 +22,10 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from accel_llm.errors import ConfigError, DataError
+from accel_llm.limits import SOURCE, begin, bounded, check_source, check_text
 from accel_llm.options import DataOptions
 from accel_llm.tokens import CLOSE, OPEN, Span, Tokens
-from accel_llm.turns import Frame, Message, Target, TrainOn, Turns
+from accel_llm.turns import Frame, Layout, Message, Target, TrainOn, Turns
 
 Tools = list[Any] | None  # JSON schemas
 TrainOnEos = Literal["turn", "last", "none"]
@@ -46,6 +47,10 @@ _ROLE_HEADER = re.compile(r"<\|(?:system|user|assistant|tool)\|>")
 _INDENTED_OUTPUT = re.compile(r"^[ \t]+\{\{(?!-)", re.MULTILINE)
 
 REFUSED = "refused by the chat template"  # why a row is not right
+# What a template can end in, being a program; a syntax error is Python's, where loops are nested too deep for it.
+FAULTS = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
+FAULTS += (RecursionError, SyntaxError)
+MOST_WORDS = 500  # of what it says when it refuses
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,7 @@ class Template:
         variables: dict[str, Any] | None = None,
         allow_special_in_text: bool = False,
     ):
+        check_source(source)
         self.source = source
         self._variables: dict[str, Any] = {**tokenizer.special_tokens_map, **(variables or {})}
         self._tokens = Tokens(tokenizer, allow_special_in_text)
@@ -103,6 +109,18 @@ class Template:
         variables: dict[str, Any] | None = None,
     ) -> str:
         """The text of `tokenizer.apply_chat_template(tokenize=False)`; DataError with the template's words if it refuses."""
+        text = bounded(self._render, messages, add_generation_prompt, tools, variables)
+        check_text(text, (messages, tools))
+        return text
+
+    def _render(
+        self,
+        messages: list[Message],
+        add_generation_prompt: bool,
+        tools: Tools,
+        variables: dict[str, Any] | None,
+    ) -> str:
+        begin()
         # `apply_chat_template` leaves out fields that are None, too.
         chat = [{key: value for key, value in message.items() if value is not None} for message in messages]
         options = {
@@ -115,8 +133,9 @@ class Template:
             return render_jinja_template([chat], chat_template=self.source, **options)[0][0]
         except TemplateSyntaxError:  # of the template itself, whatever the conversation
             raise
-        except (TemplateError, TypeError) as error:
-            raise DataError(f"the chat template refuses this conversation: {error}", REFUSED) from error
+        except FAULTS as error:
+            words = str(error)[:MOST_WORDS]
+            raise DataError(f"the chat template refuses this conversation: {words}", REFUSED) from error
 
     def prompt_ids(
         self, messages: list[Message], tools: Tools = None, variables: dict[str, Any] | None = None
@@ -145,15 +164,30 @@ class Template:
         """
         messages, tools = self._tokens.guard(messages), self._tokens.guard(tools)
 
+        layout = None if tools else self._turns.recall(messages, variables, train_on, split_turns)
+        if layout is None:
+            layout = bounded(self._lay_out, messages, train_on, tools, split_turns, variables)
+        for text, _ in layout.rows:
+            check_text(text, (messages, tools))
+        rows = [self._row(text, targets, train_on_eos) for text, targets in layout.rows]
+        return Encoding(rows, *layout[1:])
+
+    def _lay_out(
+        self,
+        messages: list[Message],
+        train_on: TrainOn,
+        tools: Tools,
+        split_turns: bool,
+        variables: dict[str, Any] | None,
+    ) -> Layout:
         def render(some: list[Message], add_generation_prompt: bool) -> str:
             return self._attempt(some, add_generation_prompt, tools, variables)
 
-        layout = None if tools else self._turns.recall(messages, render, variables, train_on, split_turns)
-        if layout is None:
-            full = self.render(messages, False, tools, variables)
-            layout = self._turns.lay_out(messages, full, render, train_on, split_turns)
-        rows = [self._row(text, targets, train_on_eos) for text, targets in layout.rows]
-        return Encoding(rows, *layout[1:])
+        layout = None if tools else self._turns.learn(messages, render, variables, train_on, split_turns)
+        if layout is not None:
+            return layout
+        full = self._render(messages, False, tools, variables)
+        return self._turns.lay_out(messages, full, render, train_on, split_turns)
 
     def split_markers(self, strict: bool) -> list[str]:
         """The template's control tokens if this tokenizer would split one that has to be a single token.
@@ -187,7 +221,7 @@ class Template:
     ) -> str:
         """`render` of a part that the template may refuse though it took the whole: "" then."""
         try:
-            return self.render(messages, add_generation_prompt, tools, variables) if messages else ""
+            return self._render(messages, add_generation_prompt, tools, variables) if messages else ""
         except DataError:
             return ""
 
@@ -198,7 +232,7 @@ class Template:
         before, mark, _ = text.partition(OPEN)
         if not mark:
             raise DataError("the chat template leaves out the assistant's answer")
-        thoughtful = self._attempt([question, answer | {"reasoning_content": "\ufdd5"}], False, None, None)
+        thoughtful = bounded(self._attempt, [question, answer | {"reasoning_content": "\ufdd5"}], False, None, None)
         opening = before.removeprefix(prompt) if before.startswith(prompt) else ""
         return Frame(opening, text.rpartition(CLOSE)[2], "\ufdd5" in thoughtful)
 
@@ -278,7 +312,10 @@ def _read_source(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) 
         raise ConfigError(
             f"chat_template: {chat_template!r} is neither a file nor chatml, the template this program has"
         )
-    return _without_layout(path.read_text(encoding="utf-8"))
+    with path.open(encoding="utf-8") as file:
+        source = file.read(SOURCE + 1)
+    check_source(source)
+    return _without_layout(source)
 
 
 def _without_layout(source: str) -> str:

@@ -5,6 +5,7 @@ for each problem. Names that other trainers use are understood where they mean t
 """
 
 import difflib
+import json
 import shutil
 import sys
 import textwrap
@@ -21,7 +22,9 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from accel_llm.errors import ConfigError
+from accel_llm.fields import MOST_YAML, read_yaml
 from accel_llm.options import Options
+from accel_llm.secrecy import hidden
 
 OptionsT = TypeVar("OptionsT", bound=Options)
 
@@ -114,8 +117,8 @@ def parse(
 
 
 def resolved(options: Options) -> dict[str, Any]:
-    """Every option with the value in force, ready for JSON."""
-    return options.model_dump(mode="json", by_alias=True)
+    """Every option with the value in force, ready for JSON and without secrets: it is written to files and sent to trackers."""
+    return json.loads(hidden(json.dumps(options.model_dump(mode="json", by_alias=True))))
 
 
 def schema(options_class: type[Options]) -> dict[str, Any]:
@@ -150,9 +153,8 @@ def _read_flags(argv: Sequence[str], options_class: type[Options]) -> tuple[dict
 def _read_recipe(path: str) -> dict[str, Any]:
     """Top-level keys and values of a YAML file."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
+        with Path(path).open(encoding="utf-8") as file:
+            node, values = read_yaml(file.read(MOST_YAML + 1))
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ConfigError(f"config: {path}, line {line}, is not YAML: {error.problem}") from None
@@ -240,7 +242,8 @@ def _shown(value: Any) -> str:
     """A value as a person wrote it; an option without a value reads as true."""
     if isinstance(value, bool):
         return "true (or no value)" if value else "false"
-    return "null" if value is None else repr(value)
+    shown = "null" if value is None else repr(value)
+    return shown if len(shown) <= 300 else f"{shown[:300]} ..."
 
 
 def _allowed(field: FieldInfo) -> str:

@@ -20,6 +20,7 @@ from accel_llm.evaluate import Evaluation
 from accel_llm.metrics import console
 from accel_llm.options import Options, TrainOptions
 from accel_llm.packing import IGNORED
+from accel_llm.secrecy import hidden
 from accel_llm.stream import Plan
 from accel_llm.tokens import decode
 
@@ -49,7 +50,7 @@ def settings(options: Options) -> None:
     table = Table(title="Settings", show_header=False, box=None)
     for name, value in options.model_dump().items():
         style = "bold" if name in options.model_fields_set else "bright_black"
-        table.add_row(name, str(value), style=style)
+        table.add_row(name, hidden(str(value)), style=style)
     console.print(table)
 
 
@@ -138,7 +139,7 @@ def census(accelerator: Accelerator, facts: dict[str, Any], options: TrainOption
     for name, value in facts.items():
         parts = value.items() if isinstance(value, dict) and name != "deepspeed" else [("", value)]
         for part, shown in parts:
-            table.add_row(f"{name} {part}".rstrip(), json.dumps(shown))
+            table.add_row(f"{name} {part}".rstrip(), hidden(json.dumps(shown)))
     console.print(table)
     shutil.rmtree(options.output_dir)
 

@@ -6,7 +6,8 @@ import zlib
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import ExitStack
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -253,7 +254,7 @@ def _encoded(tasks: Iterator[tuple[str, list[SourceRow]]], encoder: Encoder) -> 
         return
     # Not fork: by now this process has threads of torch and of a process group.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _install, (encoder,)) as pool:
+    with ProcessPoolExecutor(workers, context, _install, (encoder,)) as pool, _workers_alive():
         # A few tasks ahead and no more: a million rows must not wait in memory.
         running: deque[tuple[str, Future[Chunk]]] = deque()
         for name, rows in tasks:
@@ -262,6 +263,17 @@ def _encoded(tasks: Iterator[tuple[str, list[SourceRow]]], encoder: Encoder) -> 
                 name, chunk = running.popleft()
                 yield name, chunk.result()
         yield from ((name, chunk.result()) for name, chunk in running)
+
+
+@contextmanager
+def _workers_alive() -> Iterator[None]:
+    try:
+        yield
+    except BrokenProcessPool:
+        raise ConfigError(
+            "preprocessing_num_workers: a worker was ended from outside, which happens when memory is short (give fewer), or "
+            "it was stuck in the chat template (lines above name <template> then)."
+        ) from None
 
 
 def _install(encoder: Encoder) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from accel_llm import interrupts
 from accel_llm.disk import failure
+from accel_llm.secrecy import hidden
 
 DISK = "{}; make room and give the same command again, it goes on from the last whole checkpoint."
 
@@ -94,11 +95,12 @@ def _leave_for_launcher(message: str) -> None:
     """Put `message` where torchrun looks for it, so that its last lines name rank and cause instead of a web page."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file:
-        Path(file).write_text(json.dumps({"message": message, "timestamp": int(time.time())}), encoding="utf-8")
+        Path(file).write_text(json.dumps({"message": hidden(message), "timestamp": int(time.time())}), encoding="utf-8")
 
 
 def _end(code: int, last_words: str = "") -> None:
     """Not sys.exit: process groups and worker threads must not keep a rank alive that has nothing left to do."""
     sys.stdout.flush()
+    last_words = hidden(last_words)
     print(last_words, end="\n" if last_words else "", file=sys.stderr, flush=True)
     os._exit(code)

@@ -7,6 +7,8 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from typing_extensions import Self
 
+MOST_YAML = 1 << 16  # characters of a recipe, as it stands and with all that its aliases stand for
+
 
 def _listed(value: Any) -> Any:
     """One value where a list is expected is a list of one; `none` and `false` are the empty list."""
@@ -37,11 +39,42 @@ def _pairs(value: Any) -> Any:
     return pairs
 
 
+def read_yaml(text: str) -> tuple[yaml.Node | None, Any]:
+    """The node and the value of a YAML text that holds plain values; any other tag is an error of YAML.
+
+    Raises:
+        yaml.YAMLError: it is none, or is out of all proportion for options.
+    """
+    too_long = yaml.YAMLError(f"it is more than {MOST_YAML:,} characters long")
+    if len(text) > MOST_YAML:
+        raise too_long
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        # One anchor that stands in another, and so on, makes gigabytes of a few lines.
+        if node and _size(node, {}) > MOST_YAML:
+            raise too_long
+        return node, yaml.safe_load(text)
+    except RecursionError:
+        raise yaml.YAMLError("its values are nested too deep") from None
+    except ValueError as error:  # of a date or a whole number that is none
+        raise yaml.YAMLError(str(error)) from None
+
+
+def _size(node: yaml.Node, known: dict[int, int]) -> int:
+    """Characters of a node with all that its aliases stand for; one that holds itself has too many."""
+    if id(node) not in known:
+        known[id(node)] = MOST_YAML
+        parts = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+        inside = len(parts) if isinstance(node, yaml.ScalarNode) else sum(_size(part, known) for part in parts)
+        known[id(node)] = 1 + inside
+    return known[id(node)]
+
+
 def _yaml(text: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return read_yaml(text)[1]
     except yaml.YAMLError:
-        raise ValueError(f"{text!r} is not YAML") from None
+        raise ValueError(f"{text[:200]!r} is not YAML") from None
 
 
 def _sources(value: Any) -> Any:

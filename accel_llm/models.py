@@ -1,8 +1,10 @@
 """Tokenizers and causal language models: found, checked, loaded for the strategy in force, never half-read."""
 
+import os
 import re
 import textwrap
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,7 @@ from transformers import (
 )
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from accel_llm import attention, losses, shards
+from accel_llm import attention, losses, shards, strangers
 from accel_llm.distributed import precision_of, strategy
 from accel_llm.errors import ConfigError
 from accel_llm.options import MethodOptions, ModelOptions, PretrainOptions, TrainOptions
@@ -29,7 +31,10 @@ from accel_llm.options import MethodOptions, ModelOptions, PretrainOptions, Trai
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 # What loading a model that is not there, not whole or not known ends in.
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, ImportError, SafetensorError, StrictDataclassError)
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, RecursionError)
+UNREADABLE += (SafetensorError, StrictDataclassError, UnpicklingError)
+# A config.json may name any attention or experts, kernels from the hub too; what is taken is chosen here.
+OWN_CHOICE: dict[str, Any] = {"attn_implementation": None, "experts_implementation": None}
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
@@ -128,6 +133,7 @@ def load_tokenizer(name: str, revision: str = "main", trust_remote_code: bool = 
     Raises:
         ConfigError: there is none, or it is not a fast tokenizer (masks need offsets).
     """
+    strangers.check_tokenizer(_located(name), revision, trust_remote_code)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             _located(name), revision=revision, trust_remote_code=trust_remote_code
@@ -166,6 +172,7 @@ def load_config(options: ModelOptions, max_length: int | None = None) -> PreTrai
     """
     name = _source(options)
     arguments = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
+    strangers.check_config(_located(name), "model_name_or_path", **arguments)
     config = _read(AutoConfig.from_pretrained, name, "model_name_or_path", **arguments)
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if max_length is not None and isinstance(limit, int) and 0 < limit < max_length:
@@ -192,6 +199,7 @@ def load_model(options: TrainOptions) -> PreTrainedModel:
     if options.attn_implementation != "auto":
         arguments["attn_implementation"] = options.attn_implementation
     arguments |= {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
+    arguments["allow_pickle"] = options.allow_pickle
     # Under its spell transformers would share out an empty model first, and read the whole checkpoint on rank 0.
     unset_hf_deepspeed_config()
     model = load_whole(str(options.model_name_or_path), **arguments)
@@ -204,12 +212,27 @@ def load_model(options: TrainOptions) -> PreTrainedModel:
     return configure(model, options)
 
 
-def load_whole(name: str, field: str = "model_name_or_path", **arguments: Any) -> PreTrainedModel:
+def load_whole(
+    name: str, field: str = "model_name_or_path", allow_pickle: bool = False, **arguments: Any
+) -> PreTrainedModel:
     """A causal LM whose every weight comes from its files, whatever `from_pretrained` takes in `arguments`.
+
+    Weights that are a pickle are read with `allow_pickle` alone, and where there are no safetensors.
 
     Raises:
         ConfigError: it cannot be loaded, or its weights do not fill the model; transformers would draw the rest.
     """
+    revision, trusted = arguments.get("revision", "main"), arguments.get("trust_remote_code", False)
+    strangers.check_config(_located(name), field, revision, trusted)
+    strangers.check_weights(_located(name), field, revision, allow_pickle)
+    arguments = OWN_CHOICE | arguments
+    # transformers 5.23 takes safetensors first where None is given; what is left goes to torch.load with weights_only.
+    arguments |= {"use_safetensors": None if allow_pickle else True, "weights_only": True}
+    # Beside a pickle of the hub it asks a service in the background to convert it.
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
+    # Given beside a config that is loaded already they win over what it names; else `_attn_implementation` in it would.
+    given = {"revision": revision, "trust_remote_code": trusted}
+    arguments |= given | {"config": _read(AutoConfig.from_pretrained, name, field, **given)}
     # With mismatched shapes transformers raises without saying which; in its report they have names.
     arguments |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, report = _read(AutoModelForCausalLM.from_pretrained, name, field, **arguments)
@@ -247,8 +270,12 @@ def configure(model: PreTrainedModel, options: TrainOptions) -> PreTrainedModel:
 
 def build_model(config: PreTrainedConfig, options: TrainOptions) -> PreTrainedModel:
     """A causal LM with fresh weights (float32; seeded by the caller)."""
-    chosen = {} if options.attn_implementation == "auto" else {"attn_implementation": options.attn_implementation}
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **chosen)
+    chosen = dict(OWN_CHOICE)
+    if options.attn_implementation != "auto":
+        chosen["attn_implementation"] = options.attn_implementation
+    # Not said, transformers 5.23 asks at the terminal.
+    trusted = options.trust_remote_code
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trusted, **chosen)
     return configure(model, options)
 
 
@@ -307,4 +334,6 @@ def _check_filled(report: dict[str, Any], name: str, field: str) -> None:
 
 def reason_of(error: Exception) -> str:
     """A library's message on one line, short enough to stand in a sentence."""
+    if isinstance(error, UnpicklingError):
+        return "its pickle holds more than tensors"  # torch's own advice is to unpickle it all the same
     return textwrap.shorten(str(error).rstrip(". \n"), 300, placeholder=" ...") or type(error).__name__

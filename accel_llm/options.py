@@ -62,6 +62,9 @@ class ModelOptions(Options):
     tokenizer_name: str | None = Field(None, description="Folder or hub id of the tokenizer, if not the model's own")
     revision: str = Field("main", description="Branch, tag or commit of a hub model")
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model")
+    allow_pickle: bool = Field(
+        False, description="Read weights from a pickle (.bin) where there are no safetensors; only tensors are taken"
+    )
     precision: Precision = Field("auto", description="Of the computation; auto: bf16 where the device is good at it")
     attn_implementation: str = Field("auto", description="Attention of Transformers by name; auto: the best available")
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass to save memory")
@@ -349,6 +352,9 @@ class ChatOptions(Options):
     precision: Precision = Field("auto", description="Of the weights; auto: as stored, float32 on CPU")
     seed: int = Field(42, ge=0, lt=2**32, description="Of the sampling")
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model")
+    allow_pickle: bool = Field(
+        False, description="Read weights from a pickle (.bin) where there are no safetensors; only tensors are taken"
+    )
 
 
 class ShowOptions(Options):

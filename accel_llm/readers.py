@@ -21,6 +21,8 @@ PACKINGS = {".gz": "gzip", ".zst": "zstd"}
 ROWS_AT_ONCE = 256
 # A quote that is never closed makes one cell of the rest of the file; so large a cell is that mistake.
 LARGEST_CELL = 1 << 27
+# Beside what is no JSON: numbers of thousands of digits, and values nested too deep.
+UNREADABLE = (ValueError, RecursionError)
 
 
 class File(NamedTuple):
@@ -95,8 +97,8 @@ def _read_jsonl(file: File) -> Iterator[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{file.shown}, line {number}: not JSON ({error.msg}).") from None
+        except UNREADABLE as error:
+            raise DataError(f"{file.shown}, line {number}: not JSON ({_words(error)}).") from None
         if not isinstance(row, dict):
             raise DataError(f"{file.shown}, line {number}: is a {type(row).__name__}, must be an object.")
         yield row
@@ -115,8 +117,9 @@ def _read_json(file: File) -> Iterator[dict[str, Any]]:
         except UnicodeDecodeError as error:
             line = content.count(b"\n", 0, error.start) + 1
             raise DataError(f"{file.shown}, line {line}: not UTF-8 text.") from None
-        except json.JSONDecodeError as error:
-            raise DataError(f"{file.shown}, line {error.lineno}: not JSON ({error.msg}).") from None
+        except UNREADABLE as error:
+            line = getattr(error, "lineno", 1)
+            raise DataError(f"{file.shown}, line {line}: not JSON ({_words(error)}).") from None
         del content
         rows = [rows] if isinstance(rows, dict) else rows
         if not isinstance(rows, list):
@@ -128,10 +131,14 @@ def _read_json(file: File) -> Iterator[dict[str, Any]]:
             yield row
 
 
+def _words(error: Exception) -> str:
+    return error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+
+
 def _is_json(text: str) -> bool:
     try:
         json.loads(text)
-    except json.JSONDecodeError:
+    except UNREADABLE:
         return False
     return True
 

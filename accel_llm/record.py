@@ -17,6 +17,7 @@ from accel_llm import interrupts
 from accel_llm.disk import write_atomically
 from accel_llm.distributed import meet
 from accel_llm.errors import stand_back
+from accel_llm.secrecy import hidden
 
 PACKAGES = (
     "torch",
@@ -79,7 +80,7 @@ class Record:
                 self._write(found | {"status": "failed", "error": reason[:2000], **facts, "ended": _now()})
 
     def _write(self, facts: dict[str, Any]) -> None:
-        write_atomically(self.path, json.dumps(facts, indent=2, ensure_ascii=False, default=str) + "\n")
+        write_atomically(self.path, hidden(json.dumps(facts, indent=2, ensure_ascii=False, default=str)) + "\n")
 
 
 def _now() -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from accel_llm.disk import write_atomically
 from accel_llm.ledger import CUT, DROPPED, QUANTITIES, Ledger
+from accel_llm.secrecy import hidden
 
 Pair = tuple[float, float]  # a point (step, value), the value possibly NaN or infinite; or the ends of a range
 
@@ -44,7 +45,7 @@ def write(folder: Path) -> Path:
     Raises:
         FileNotFoundError: there is no run.json.
     """
-    run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    run = json.loads(hidden((folder / "run.json").read_text(encoding="utf-8")))
     path = folder / "report.html"
     write_atomically(path, _page(run, _read_metrics(folder / "metrics.jsonl"), folder.resolve().name))
     return path

@@ -180,8 +180,19 @@ def _no_split(source: Source) -> str | None:
         return f"{named} is not what datasets saves ({type(error).__name__}: {error})"
     # A dataset saved alone is all there is, so its split need not be named.
     if source.split in splits or (alone and source.split == "train"):
-        return None
+        return _no_own_files(folder if alone else folder / source.split)
     return f"{source.path} has no split {source.split!r}; it has {', '.join(splits)}"
+
+
+def _no_own_files(folder: Path) -> str | None:
+    """The files of a saved dataset are named in one of them; datasets 5.2 would read them wherever they are."""
+    state = folder / "state.json"
+    try:
+        named = [file["filename"] for file in json.loads(state.read_text(encoding="utf-8"))["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{state} is not what datasets saves ({type(error).__name__}: {error})"
+    outside = next((name for name in named if Path(str(name)).name != name), None)
+    return f"{state} names {outside!r}; files of its own folder are allowed" if outside is not None else None
 
 
 def _local(source: Source) -> Path:
@@ -280,8 +291,17 @@ def _hub_dataset(path: str, name: str | None, split: str, revision: str | None) 
     # Without the hub, datasets 5.2 takes the newest revision in its cache, whichever was asked for.
     if revision and isinstance(builder, Cache) and builder.hash != revision:
         raise ValueError(f"only {builder.hash} is at hand, and without the hub nobody knows whether it is {revision!r}")
+    # Its README says which files are read, and datasets 5.2 follows it out of the repository, to the person's own files.
+    files = [str(file) for files in (builder.config.data_files or {}).values() for file in files]
+    if outside := off_the_hub(files):
+        raise ValueError(f"its README names {outside}, which is no file of a hub dataset")
     builder.download_and_prepare()
     return builder.as_dataset(split=split)
+
+
+def off_the_hub(files: list[str]) -> str | None:
+    """The first of a dataset's `files` that lies elsewhere; what lies in an archive has that archive's place at its end."""
+    return next((file for file in files if not file.rpartition("::")[2].startswith("hf://datasets/")), None)
 
 
 def _flat(error: Exception) -> str:

@@ -18,6 +18,9 @@ from jinja2.runtime import LoopContext
 from jinja2.utils import Namespace
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
+from accel_llm.limits import TEXT
+
+LONGEST = 64  # characters that may come in place of a short text
 _STAND_IN = re.compile("\ufdd3(\\d+)\ufdd4")  # Unicode noncharacters
 _OF_DICTS = frozenset(dir(dict))
 _FILTERS = {"trim", "length", "count", "default", "d", "string", "first", "last", "tojson", "upper", "lower", "title"}
@@ -58,7 +61,7 @@ class Trace:
 
     def ask(self, marked: str, method: str, arguments: tuple[Any, ...]) -> Any:
         """The answer of the real text; texts in it are stand-ins, one that is unchanged is the same stand-in."""
-        if any(isinstance(argument, StandIn) for argument in arguments):
+        if any(isinstance(argument, StandIn) for argument in arguments) or _multiplies(method, arguments):
             raise Untraceable(method)
         key = marked, method, arguments
         if key not in self._known:
@@ -93,7 +96,8 @@ class Trace:
 
 
 def replay(asked: list[Asked], texts: list[str]) -> list[str] | None:
-    """`texts` and what the template would make of them; None if one of its questions has another answer here."""
+    """`texts` and what the template would make of them; None if one of its questions has another answer here, or if one
+    of these is so long that its render must be bounded."""
     texts = list(texts)
     for marked, method, arguments, answer, made, number in asked:
         real = texts[number] if number >= 0 else fill(marked, texts)
@@ -104,6 +108,8 @@ def replay(asked: list[Asked], texts: list[str]) -> list[str] | None:
             texts += found
         elif isinstance(found, str):
             if made != (found != real):
+                return None
+            if len(found) > TEXT:
                 return None
             if made:
                 texts.append(found)
@@ -131,9 +137,14 @@ def _apply(real: str, method: str, arguments: tuple[Any, ...]) -> Any:
     return getattr(real, method)(*arguments)
 
 
+def _multiplies(method: str, arguments: tuple[Any, ...]) -> bool:
+    """Whether a text may grow without measure: patterns are filled in without the bounds that a render has."""
+    return method == "replace" and len(arguments) > 1 and len(arguments[1]) > len(arguments[0]) + LONGEST
+
+
 def _asks(method: str) -> Callable[..., Any]:
     def ask(self: "StandIn", *arguments: Any) -> Any:
-        return self.trace.ask(str(self), method, arguments)
+        return self._trace.ask(str(self), method, arguments)
 
     return ask
 
@@ -148,18 +159,19 @@ def _refuses(method: str) -> Callable[..., Any]:
 class StandIn(str):
     """A text that is not there: its characters are marks, and every question goes to the real one."""
 
-    trace: Trace
+    # The sandbox shows a template no name that begins so.
+    _trace: Trace
 
     def __new__(cls, marked: str, trace: Trace) -> "StandIn":
         made = super().__new__(cls, marked)
-        made.trace = trace
+        made._trace = trace
         return made
 
     def __add__(self, other: str) -> "StandIn":
-        return StandIn(str(self) + str(other), self.trace)
+        return StandIn(str(self) + str(other), self._trace)
 
     def __radd__(self, other: str) -> "StandIn":
-        return StandIn(str(other) + str(self), self.trace)
+        return StandIn(str(other) + str(self), self._trace)
 
     def __ne__(self, other: object) -> bool:
         return not self == other

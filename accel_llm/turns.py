@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from jinja2 import TemplateError
 
+from accel_llm.limits import TIMES, begin
 from accel_llm.tokens import Span
 from accel_llm.traces import Asked, Trace, Untraceable, fill, formatted, replay, traceable
 
@@ -78,6 +79,19 @@ class Turns:
         self._renders: dict[Any, list[tuple[list[Asked], str]]] = {}
 
     def recall(
+        self, messages: list[Message], variables: dict[str, Any] | None, train_on: TrainOn, split_turns: bool
+    ) -> Layout | None:
+        """What `lay_out` returns, from a pattern learnt before; None where none fits."""
+        texts = _texts(messages) if self._patterns else None
+        if texts is None:
+            return None
+        for pattern in self._patterns.get(_key(messages, variables, train_on, split_turns), ()):
+            layout = _filled(pattern, texts)
+            if layout is not None:
+                return layout
+        return None
+
+    def learn(
         self,
         messages: list[Message],
         render: Render,
@@ -85,26 +99,18 @@ class Turns:
         train_on: TrainOn,
         split_turns: bool,
     ) -> Layout | None:
-        """What `lay_out` returns, from a pattern known for this shape or learnt now; None where no pattern can tell."""
+        """What `lay_out` returns, from a pattern that is learnt now and kept; None where no pattern can tell."""
         texts = _texts(messages)
         if texts is None or traceable(self._source) is None:
             return None
-        key = _shape(messages), train_on, split_turns, repr(variables) if variables else None
-        known = self._patterns.get(key)
-        if known is None:
-            if len(self._patterns) >= MOST_SHAPES:
-                return None
-            known = self._patterns[key] = []
-        for pattern in known:
-            layout = _filled(pattern, texts)
-            if layout is not None:
-                return layout
-        if len(known) >= MOST_PATTERNS:
+        key = _key(messages, variables, train_on, split_turns)
+        known = self._patterns.get(key, [])
+        if len(known) >= MOST_PATTERNS or (not known and len(self._patterns) >= MOST_SHAPES):
             return None
         pattern = self._learn(messages, texts, render, variables, train_on, split_turns)
         if pattern is None:
             return None
-        known.append(pattern)
+        self._patterns[key] = [*known, pattern]
         return _filled(pattern, texts)
 
     def lay_out(
@@ -195,6 +201,8 @@ class Turns:
         if not full or fill(full, trace.texts) != render(messages, False):
             return None
         rows = [(_cut(text, targets), [target.weight for target in targets]) for text, targets in layout.rows]
+        if any(sum(len(numbers) for _, numbers in pieces) > TIMES * len(texts) for pieces, _ in rows):
+            return None  # filled in without bounds, long texts that are written again and again would be too much
         return Pattern(trace.asked, rows, *layout[1:])
 
     def _traced(
@@ -217,6 +225,7 @@ class Turns:
                 return text
         trace.touched.clear()
         values = {**self._variables, **(variables or {}), "tools": None, "documents": None}
+        begin()
         try:
             text = template.render(messages=messages, add_generation_prompt=add_generation_prompt, **values)
         except TemplateError:
@@ -224,6 +233,10 @@ class Turns:
         if len(trace.texts) == given and len(known) < MOST_PATTERNS and len(self._renders) < MOST_SHAPES:
             self._renders.setdefault(key, []).append((list(trace.touched), text))
         return text
+
+
+def _key(messages: list[Message], variables: dict[str, Any] | None, train_on: TrainOn, split_turns: bool) -> Any:
+    return _shape(messages), train_on, split_turns, repr(variables) if variables else None
 
 
 def _shape(messages: list[Message]) -> tuple[tuple[Any, ...], ...]:

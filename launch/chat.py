@@ -25,7 +25,8 @@ def load(options: ChatOptions, device: str) -> tuple[Any, str]:
     if not (adapter / "adapter_config.json").is_file():
         name = str(adapter / "model") if (adapter / "model" / "config.json").is_file() else options.model
         check_model_name(name, "model")
-        return load_whole(name, "model", dtype=dtype, trust_remote_code=options.trust_remote_code), name
+        arguments = {"allow_pickle": options.allow_pickle, "trust_remote_code": options.trust_remote_code}
+        return load_whole(name, "model", dtype=dtype, **arguments), name
     base = merge.base_of(adapter, options.base)
     wrapped: Any = merge.load(adapter, base, dtype, options.trust_remote_code)
     if (adapter / "generation_config.json").is_file():

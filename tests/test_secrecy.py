@@ -1,0 +1,92 @@
+"""Secrets of the environment and of addresses, and where they must not be read: the screen, report.html."""
+
+import json
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from accel_llm import display, record, report
+from accel_llm.options import SftOptions, TrainOptions
+from accel_llm.secrecy import hidden
+
+KEY = 'a"b<c&d\ne/f+g'  # every way of writing it differs
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "db_password", "GOOGLE_APPLICATION_CREDENTIALS", "KEYS"],
+)
+def test_values_of_the_environment_are_hidden_however_they_are_written(monkeypatch, name):
+    monkeypatch.setenv(name, KEY)
+    assert hidden(f"-{KEY}-{KEY}-") == "-***-***-"
+    assert hidden(json.dumps({"a": KEY})) == '{"a": "***"}'
+    assert hidden("a&quot;b&lt;c&amp;d\ne/f+g") == "***"
+    assert hidden("k:a%22b%3Cc%26d%0Ae%2Ff%2Bg") == "k:***"
+    monkeypatch.delenv(name)
+    assert hidden(KEY) == KEY
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("TOKENIZERS_PARALLELISM", "disabled"), ("KEYBOARD", "qwertyuiop"), ("HF_TOKEN", "true")]
+)
+def test_other_values_are_not(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    assert hidden(f"it is {value}") == f"it is {value}"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("s3://me:secret@host/a", "s3://***@host/a"),
+        ("clone https://ghp_123@github.com/a/b.git, then", "clone https://***@github.com/a/b.git, then"),
+        ("https://h/a?token=x1&b=2", "https://h/a?token=***&b=2"),
+        ("https://h/a?b=2&X-Amz-Signature=x1#c", "https://h/a?b=2&X-Amz-Signature=***#c"),
+        ("https://h/a?b=2&amp;sig=x1&amp;c=3", "https://h/a?b=2&amp;sig=***&amp;c=3"),
+        ('"https://h/a?api_key=x1"', '"https://h/a?api_key=***"'),
+        ("X-Goog-Credential in ?X-Goog-Credential=x1%2F2 y", "X-Goog-Credential in ?X-Goog-Credential=*** y"),
+        ("https://huggingface.co/a/b?c=d and me@host", "https://huggingface.co/a/b?c=d and me@host"),
+        ("<|im_start|>user\nmax_length=4", "<|im_start|>user\nmax_length=4"),
+    ],
+)
+def test_addresses_keep_all_but_what_is_secret(text, shown):
+    assert hidden(text) == shown
+    assert hidden(shown) == shown
+
+
+def test_neither_the_table_before_training_nor_the_report_shows_one(monkeypatch, tmp_path, capsys):
+    class Options(SftOptions, TrainOptions):
+        pass
+
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
+    monkeypatch.setattr(display, "console", Console(width=200, highlight=False))
+    given: dict[str, Any] = {
+        "run_name": "run of 0123456789abcdef",
+        "train_files": ["s3://me:secret@host/a.jsonl"],
+        "chat_template_kwargs": {"page": "https://h/?token=x1y2z3"},
+    }
+    options = Options(model_name_or_path="o/n", **given)
+    display.settings(options)
+    shown = capsys.readouterr().out
+    run = {"status": "failed", "error": "OSError: s3://me:secret@host", "options": options.model_dump(mode="json")}
+    (tmp_path / "run.json").write_text(json.dumps(run), encoding="utf-8")
+    page = report.write(tmp_path).read_text(encoding="utf-8")
+    for text in (shown, page):
+        assert "run of ***" in text and "s3://***@host" in text and "?token=***" in text
+        assert not any(secret in text for secret in ("0123456789abcdef", "me:secret", "x1y2z3"))
+
+
+def test_no_file_of_a_run_has_one(monkeypatch, tmp_path, tiny, chats, script, capsys):
+    key = "sk-0123456789abcdef"
+    monkeypatch.setenv("MY_API_KEY", key)
+    folder = tmp_path / "run"
+    words = ("--model_name_or_path", tiny, "--train_files", chats, "--max_length", 128, "--max_steps", 1)
+    script("sft", *words, "--run_name", f"https://me:{key}@host/x?token=abc1234", "--output_dir", folder)
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert {"run.json", "state.json", "metrics.jsonl", "report.html"} <= {path.name for path in files}
+    assert not [path for path in files if key.encode() in path.read_bytes() or b"abc1234" in path.read_bytes()]
+    assert key not in capsys.readouterr().out
+    assert json.loads((folder / "run.json").read_text())["options"]["run_name"] == "https://***@host/x?token=***"
+    with pytest.raises(ValueError), record.recording(folder, True):
+        raise ValueError(f"no access with {key}")
+    assert json.loads((folder / "run.json").read_text())["error"] == "ValueError: no access with ***"
