@@ -86,6 +86,7 @@ def stand_back(error: BaseException) -> None:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not isinstance(error, Exception):
         return
+    interrupts.failing()
     rank, mistake = int(os.environ.get("RANK", "0")), isinstance(error, (ConfigError, DataError)) or failure(error)
     # No other rank's end leads to a mistake in the settings or the data, nor to a full disk.
     time.sleep((0 if mistake else 3) + (3 + min(rank, 10) if rank else 0))

@@ -43,11 +43,11 @@ class Wishes:
 
 wishes = Wishes()
 _since = 0.0  # when it was asked to stop
-# What is done with a signal to stop: the process ends and that is noted in the folder, or, while a run trains, `_told` is
-# called and no more.
-_folder: Path | None = None
-_told: Callable[[int], None] | None = None
+_folder: Path | None = None  # where the end of a process is noted
 _listening = False
+_remembering = False  # a signal to stop is only remembered
+_failing = False  # the process ends by an error
+_tell: Callable[[int], None] | None = None  # notes in run.json that a signal has come
 
 
 def listen(folder: Path | None) -> None:
@@ -97,30 +97,54 @@ def heed(number: int) -> None:
         wishes.save = True
     elif number in (signal.SIGTERM, signal.SIGINT):
         now = time.monotonic()
-        if _told is None:
+        if not wishes.stop and (_failing or _a_peer_is_gone()):
+            # So a launcher ends what is left of a job of which one process failed, and that one says why.
+            if _tell is not None:
+                _tell(number)
+            os._exit(128 + number)
+        elif not _remembering:
             _end(number)
         elif not wishes.stop:
             wishes.stop, _since = number, now
-            _told(number)
+            if _tell is not None:
+                _tell(number)
         elif now - _since > ONE_SIGNAL:
             os._exit(128 + number)
+
+
+def _a_peer_is_gone() -> bool:
+    """Whether the launcher has fewer processes of this job than it has started; False where that cannot be seen."""
+    children, world = f"/proc/{os.getppid()}/task/{os.getppid()}/children", int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    try:
+        pids = Path(children).read_text(encoding="ascii").split()
+        ranks = [pid for pid in pids if b"\0LOCAL_RANK=" in b"\0" + Path(f"/proc/{pid}/environ").read_bytes()]
+    except OSError:
+        return False
+    return str(os.getpid()) in ranks and len(ranks) < world
 
 
 @contextmanager
 def remembered(tell: Callable[[int], None]) -> Iterator[None]:
     """Within, a signal to stop is remembered for the next end of a step; `tell` is called with it at once."""
-    global _told
-    _told = tell
+    global _remembering, _tell
+    _remembering, _tell = True, tell
     try:
         yield
+        _tell = None
     finally:
-        _told = None
+        _remembering = False
+
+
+def failing() -> None:
+    """An error ends this process: a signal has nothing to add."""
+    global _failing
+    _failing = True
 
 
 def nothing_more_to_lose() -> None:
     """All is saved: from now on a signal ends the process at once."""
-    global _told
-    _told = None
+    global _remembering, _tell
+    _remembering, _tell = False, None
     if wishes.stop:
         _end(wishes.stop)
 

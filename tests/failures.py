@@ -37,7 +37,7 @@ PLACES = {
     "forward": ("accel_llm.losses", "next_token_loss", 1),
     "backward": ("accelerate", "Accelerator.backward", 3),
     "evaluate": ("accel_llm.evaluate", "next_token_loss", 2),
-    "save": ("accel_llm.checkpoint", "_save_randomness", 2),
+    "save": ("accel_llm.checkpoint", "randomness", 2),
     "export": ("accel_llm.export", "gather_state", 1),
 }
 STAGES = list(PLACES)
