@@ -203,7 +203,7 @@ def every(work: Path) -> Iterator[Signalled]:
 
 def launches(work: Path) -> Iterator[Signalled]:
     for strategy in ("cpu", "ddp", "zero2"):
-        course = Course(strategy, "full", 60)
+        course = Course(strategy, "full", 30)
         for when, number in (("training", signal.SIGTERM), ("save", signal.SIGTERM), ("training", signal.SIGINT)):
             yield launched(course, when, number, work)
 

@@ -120,30 +120,34 @@ def corrupted(work: Path, short: bool) -> Part:
 
 
 def full(work: Path, points: Iterator[fulldisk.Point]) -> Part:
-    """One line for each kind of call and file that was refused first, of each course, ranks and way."""
+    """One line for each file that was refused first, of each course and ranks."""
     groups: dict[tuple[str, ...], list[fulldisk.Refused]] = defaultdict(list)
     wrong = []
     for point in points:
         result, _ = fulldisk.refuse(point, work)
-        ranks, way = "+".join(map(str, point.ranks)), "once" if point.alone else "from then on"
-        what = re.sub(r"\.\d+\.partial", ".partial", result.what)
-        groups[point.course.name, ranks, way, what].append(result)
+        file = re.sub(r"\.\d+\.partial", ".partial", result.what.partition(" ")[2])
+        key = (point.course.name, "+".join(map(str, point.ranks)), file or "/")
+        if key not in groups:
+            print(f"enospc: {'  '.join(key)}", flush=True)
+        groups[key].append(result)
         if result.wrong:
-            wrong.append(f"{point.name} {what}: {verdict(result.wrong)}")
+            wrong.append(f"{point.name} {result.what}: {verdict(result.wrong)}")
             print(f"enospc: {wrong[-1]}", flush=True)
-    every = [result for results in groups.values() for result in results]
     rows = []
-    for key, results in sorted(groups.items()):
+    for key, results in groups.items():
+        calls = ", ".join(dict.fromkeys(result.what.partition(" ")[0] for result in results))
+        told = sum(any(result.codes) for result in results)
         longest = f"{max(result.seconds for result in results):.1f}"
-        ended = Counter("sentence" if any(result.codes) else "done" for result in results)
-        told = ", ".join(f"{number} {how}" for how, number in ended.items())
         bad = [verdict(result.wrong) for result in results if result.wrong]
-        rows.append([*key, str(len(results)), told, longest, verdict(bad)])
+        rows.append([*key, calls, str(len(results)), str(told), longest, verdict(bad)])
+    every = [result for results in groups.values() for result in results]
+    told = sum(any(result.codes) for result in every)
     summary = (
-        f"{len(every)} runs on a disk that is full at one call or from it on, {len(wrong)} not as promised; the slowest "
-        f"ended after {max((result.seconds for result in every), default=0):.1f} s, its start included."
+        f"{len(every)} runs on a disk that is full at one call or from it on, {len(wrong)} not as promised; {told} ended by a "
+        f"sentence and {len(every) - told} lost nothing by it, the slowest after "
+        f"{max((result.seconds for result in every), default=0):.1f} s, its start included."
     )
-    head = ["run", "ranks", "full", "first refused", "calls", "ended by", "seconds at most", "verdict"]
+    head = ["run", "ranks", "first refused", "calls", "runs", "ended by a sentence", "seconds at most", "verdict"]
     return Part("Full disks", head, rows, summary, wrong)
 
 
