@@ -108,7 +108,10 @@ class Template:
         tools: Tools = None,
         variables: dict[str, Any] | None = None,
     ) -> str:
-        """The text of `tokenizer.apply_chat_template(tokenize=False)`; DataError with the template's words if it refuses."""
+        """The text of `tokenizer.apply_chat_template(tokenize=False)`.
+
+        Raises DataError with the template's words if it refuses, ConfigError if it takes more than `limits` allow.
+        """
         text = bounded(self._render, messages, add_generation_prompt, tools, variables)
         check_text(text, (messages, tools))
         return text
@@ -160,7 +163,7 @@ class Template:
         tokens are labels. `variables` are set for the template. A template may show an answer differently once others
         follow it (Qwen3 leaves out the thinking). Without `split_turns` such a turn is trained as it is shown where all
         of its own text is there and only the template's is missing (Qwen3's empty think block), and is counted as lost
-        where it is not. Raises DataError if the template refuses the conversation.
+        where it is not. Raises as `render` does.
         """
         messages, tools = self._tokens.guard(messages), self._tokens.guard(tools)
 

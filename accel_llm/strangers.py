@@ -132,7 +132,7 @@ def _named_class(named: Any, name: str) -> Any:
 def _has(name: str, file: str, revision: str) -> bool:
     try:
         return has_file(name, file, revision=revision)
-    except (OSError, ValueError):  # loading will say it
+    except Exception:  # of huggingface_hub or httpx; loading will meet it again and say it
         return False
 
 
