@@ -173,13 +173,13 @@ def judge(cell: Cell, work: Path, stops: tuple[int, ...], control: Callable[[], 
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """Strategies and numbers of processes by methods: how many of the cells are bit-equal."""
+    """Strategies and numbers of processes by methods: how many of the cells that were run are bit-equal."""
     lines = ["| | " + " | ".join(METHODS) + " |", "|---" * (len(METHODS) + 1) + "|"]
     kinds = sorted({(name.split("-")[0], name.split("-")[2]) for name in results})
     for strategy, processes in kinds:
         row = [f"{strategy}, {processes.removesuffix('p')} process{'es' if processes != '1p' else ''}"]
         for method in METHODS:
             found = [r["status"] for n, r in results.items() if n.startswith(f"{strategy}-{method}-{processes}-")]
-            row.append(f"{found.count('bit-equal')} of {len(found)} bit-equal")
+            row.append(f"{found.count('bit-equal')} of {len(found)}" if found else "")
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)
