@@ -10,11 +10,11 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils import set_peft_model_state_dict
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from accel_llm import fingerprint, vocabulary
+from accel_llm import fingerprint, pieces, vocabulary
 from accel_llm.errors import ConfigError, check
 from accel_llm.options import MethodOptions
 
@@ -190,7 +190,9 @@ def save(model: PeftModel, folder: Path, state: dict[str, torch.Tensor], base: s
     path = folder / WEIGHTS
     # Not as a map of the file that is about to be replaced.
     written = {name: tensor.clone() for name, tensor in load_file(path).items()}
-    save_file(written | new_rows, path, metadata={"format": "pt"} | ({BASE: of_base} if of_base else {}))
+    pieces.write(
+        path, dict(sorted((written | new_rows).items())), {"format": "pt"} | ({BASE: of_base} if of_base else {})
+    )
 
 
 def base_fingerprint(folder: Path) -> str | None:

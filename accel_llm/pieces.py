@@ -57,12 +57,14 @@ def not_finite(kept: dict[str, torch.Tensor]) -> list[str]:
     return [name for name, tensor in floats.items() if not torch.stack(torch.aminmax(tensor)).isfinite().all()]
 
 
-def write(path: Path, kept: dict[str, torch.Tensor]) -> tuple[int, str]:
+def write(path: Path, kept: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> tuple[int, str]:
     """Write a safetensors file, one tensor after the other; its size and SHA-256, and it is on the disk.
 
-    safetensors' own writer wants all tensors in memory at once, and nobody would know the hash of what was meant.
+    safetensors' own writer wants all tensors in memory at once, nobody would know the hash of what was meant, and it writes
+    metadata in another order each time.
     """
-    header, end = {}, 0
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    end = 0
     for name, tensor in kept.items():
         start, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
