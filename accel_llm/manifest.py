@@ -75,14 +75,18 @@ def broken(
 
 def _is_manifest(files: object) -> bool:
     """Names of files within the folder, with whole numbers and hashes."""
-    return isinstance(files, dict) and all(
-        isinstance(entry, list)
-        and len(entry) == 2
-        and isinstance(entry[0], int)
-        and isinstance(entry[1], str)
-        and not PurePosixPath(name).is_absolute()
-        and ".." not in PurePosixPath(name).parts
-        for name, entry in files.items()
+    return (
+        isinstance(files, dict)
+        and bool(files)
+        and all(
+            isinstance(entry, list)
+            and len(entry) == 2
+            and isinstance(entry[0], int)
+            and isinstance(entry[1], str)
+            and not PurePosixPath(name).is_absolute()
+            and ".." not in PurePosixPath(name).parts
+            for name, entry in files.items()
+        )
     )
 
 

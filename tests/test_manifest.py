@@ -86,6 +86,7 @@ def test_without_a_whole_manifest_a_folder_is_no_checkpoint(sealed: Path) -> Non
     for content in (
         '{"state.json": [1',
         "[]",
+        "{}",
         '{"state.json": 1}',
         '{"../secret": [1, "a"]}',
         '{"/etc/passwd": [1, "a"]}',
