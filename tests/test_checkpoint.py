@@ -229,11 +229,11 @@ def test_nothing_that_holds_a_nan_is_saved(train, at_step, tmp_path):
 def test_a_full_disk_is_one_sentence_and_the_checkpoint_before_stays(train, tmp_path, monkeypatch, background):
     write, calls = checkpoint.pieces.write, iter(range(9))
 
-    def full(path: Path, kept: Any) -> Any:
+    def full(path: Path, kept: Any, *header: Any) -> Any:
         if next(calls) == 1:
             path.write_bytes(b"half")
             raise OSError(28, "No space left on device")
-        return write(path, kept)
+        return write(path, kept, *header)
 
     monkeypatch.setattr(checkpoint.pieces, "write", full)
     words = ("--save_steps", 2, *(["--save_async"] if background else []))

@@ -3,6 +3,7 @@
 import gc
 import json
 import multiprocessing
+import os
 import resource
 import signal
 import threading
@@ -114,12 +115,13 @@ def test_a_template_that_grows_without_end_is_stopped(tokenizer, small, monkeypa
     monkeypatch.setattr(limits, "SECONDS", 20)
     monkeypatch.setattr(limits, "STUCK", 60)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM begins anew
-    before, began = resident("VmRSS"), time.process_time()
+    before, began = resident("VmRSS"), os.times().user
     assert refusal(tokenizer, MEMORY[how]).startswith(
         "chat_template: it was stopped when it took more than 96 MiB of memory,"
     )
     assert resident("VmHWM") - before < 128 << 20
-    assert time.process_time() - began < 5
+    # Of user time: at the limit Python asks the kernel in vain for each small object, as long as malloc has free memory.
+    assert os.times().user - began < 5
 
 
 @pytest.mark.parametrize("how", FAULTY)

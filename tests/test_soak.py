@@ -11,6 +11,9 @@ import kills
 import pytest
 import supervise
 
+from accel_llm import manifest
+from accel_llm.disk import sha256
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -49,7 +52,13 @@ def test_what_a_full_disk_should_not_lead_to_is_noticed(tmp_path: Path) -> None:
     line = f"error: checkpoints: step 4 could not be written: {fulldisk.SENTENCE}"
     output, trace = tmp_path / "run", tmp_path / "run.trace"
     (output / "checkpoints" / "step-00000002").mkdir(parents=True)
-    (output / "checkpoints" / "step-00000002" / "manifest.json").write_text("{}", encoding="utf-8")
+    whole = output / "checkpoints" / "step-00000002"
+    part = whole.with_name("part")
+    part.mkdir()
+    (part / "state.json").touch()
+    manifest.part_of(part, 0, {"state.json": (0, sha256(part / "state.json"))})
+    whole.rmdir()
+    manifest.seal(part, whole, [part / "part-00000.json"])
     trace.write_text("from 0\nstep 2\nsealed 2\n", encoding="utf-8")
     honest = (output, trace, "write /x", [2, 143], line, [line], 3.0)
     assert fulldisk.judged(*honest) == []
