@@ -106,6 +106,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         kind = "a full model" if (folder / "config.json").is_file() else "no adapter"
         raise ConfigError(f"adapter: {folder} is {kind}: it has no adapter_config.json.")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        settings = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ConfigError(f"adapter: {path} is not JSON (line {error.lineno}: {error.msg}).") from None
+    if not isinstance(settings, dict):
+        raise ConfigError(f"adapter: {path} holds a {type(settings).__name__}, not the settings of an adapter.")
+    return settings

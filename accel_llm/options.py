@@ -15,11 +15,13 @@ from pydantic import Field, model_validator
 from accel_llm.fields import (
     Columns,
     DataFormat,
+    Numbers,
     Optimizer,
     Options,
     Packing,
     Precision,
     Resume,
+    Size,
     Source,
     Sources,
     TargetModules,
@@ -307,13 +309,46 @@ class PretrainOptions(ModelOptions):
 class MergeOptions(Options):
     """Merge"""
 
-    adapter: str = Field(description="Folder of the adapter, or of the run that made it")
+    adapter: Texts = Field(
+        min_length=1, description="Folder or hub id of the adapter, or folder of the run that made it; several are combined"
+    )
     output_dir: str = Field(description="Folder for the merged model")
     base: str | None = Field(None, description="Folder or hub id of the base model; none: the one the adapter names")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="Of the weights written")
-    verify: Literal["logits", "none"] = Field("logits", description="What is compared after merging")
-    overwrite_output_dir: bool = Field(False, description="Replace what output_dir holds")
+    revision: str = Field("main", description="Branch, tag or commit of a hub base model")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Of the weights, merged and written; auto: as the base has them"
+    )
+    merge_base: Literal["original", "dequantized"] = Field(
+        "original", description="Of an adapter trained on 4 bits: merge into the base's own weights, or into those 4 bits"
+    )
+    scale: float = Field(1.0, description="Factor on all that the adapter adds")
+    adapter_weights: Numbers = Field(default_factory=list, description="One for each of several adapters; none: 1 each")
+    combination_type: Literal["cat", "linear", "ties", "dare_linear", "dare_ties"] = Field(
+        "cat", description="How several adapters become one; cat: the weighted sum of what they add, exactly"
+    )
+    density: float = Field(0.5, gt=0, le=1, description="Share of values that ties and dare keep")
+    unmerge: bool = Field(False, description="Take the adapter out of base, a model that it was merged into")
+    verify: Literal["modules", "logits", "none"] = Field(
+        "modules", description="What is compared: each module and the files; or the whole model's logits as well"
+    )
+    max_shard_size: Size = Field(50 * 10**9, description="Largest weights file, such as 5GB")
+    overwrite_output_dir: bool = Field(False, description="Replace the model that output_dir holds")
+    allow_pickle: bool = Field(False, description="Read weights from .bin files, which are pickles (tensors only)")
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model")
+    push_to_hub: str | None = Field(None, description="Hub id to upload the merged model to, as a private repository")
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        count = len(self.adapter)
+        if self.adapter_weights and len(self.adapter_weights) != count:
+            found.append(f"adapter_weights: {len(self.adapter_weights)} are given for {count} adapters; give one for each")
+        if count == 1:
+            set_here = self.model_fields_set & {"adapter_weights", "combination_type", "density"}
+            found += [f"{name}: only several adapters use it, one is given" for name in sorted(set_here)]
+        if self.unmerge and (count > 1 or self.base is None):
+            what = "one adapter" if count > 1 else "base, the merged model"
+            found.append(f"unmerge: takes one adapter out of a merged model; give {what}")
+        return found
 
 
 class ChatOptions(Options):
