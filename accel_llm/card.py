@@ -61,7 +61,12 @@ def write_card(target: Path, base: str, adapters: list[Path], facts: list[str], 
     lines = ["---", "library_name: transformers"]
     lines += [f"base_model: {hub}", "base_model_relation: finetune"] if hub else []
     lines += ["tags:", "- merge", "---", "", f"# {target.name.removeprefix('.').removesuffix('.partial')}", ""]
-    lines += [f"`{base}` with {len(adapters)} adapter{'s' * (len(adapters) > 1)} merged into it.", "", "| | SHA-256 |", "|-|-|"]
+    lines += [
+        f"`{base}` with {len(adapters)} adapter{'s' * (len(adapters) > 1)} merged into it.",
+        "",
+        "| | SHA-256 |",
+        "|-|-|",
+    ]
     for adapter in adapters:
         weights = sorted(adapter.glob("adapter_model.*"))
         lines += [f"| adapter `{adapter}`, {file.name} | {_hash(file)} |" for file in weights]
@@ -74,7 +79,10 @@ def write_card(target: Path, base: str, adapters: list[Path], facts: list[str], 
 
 def _hash(file: Path) -> str:
     with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        while part := stream.read(2**20):
+            digest.update(part)
+        return digest.hexdigest()
 
 
 def push(folder: Path, name: str) -> str:

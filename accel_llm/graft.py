@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
-from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper, set_peft_model_state_dict
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -17,6 +16,7 @@ from transformers import PreTrainedModel
 
 from accel_llm import shards
 from accel_llm.errors import ConfigError
+from accel_llm.fold import bare
 from accel_llm.layout import Layout
 from accel_llm.legacy import PREFIX, Adapter
 from accel_llm.models import reason_of
@@ -162,32 +162,6 @@ def units(wrapped: Any) -> list[tuple[str, nn.Module]]:
     return found
 
 
-def fold(module: Any, unmerge: bool) -> nn.Module:
-    """The plain module that an adapted one becomes when its adapter is merged, by PEFT's own code.
-
-    With `unmerge` its base is taken for one that the adapter was merged into, and the adapter is taken out of it.
-
-    Raises:
-        ValueError: PEFT cannot.
-    """
-    if unmerge:
-        _unfold(module)
-        return bare(module)
-    if hasattr(module, "unload_and_optionally_merge_module"):
-        return module.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
-    module.merge(safe_merge=False)
-    return module.get_base_layer()
-
-
-def _unfold(module: Any) -> None:
-    if isinstance(module, AuxiliaryTrainingWrapper) or getattr(module, "use_dora", {}).get(module.active_adapters[0]):
-        raise ValueError("what it replaced or normalised in the base is in no file")
-    while isinstance(module, BaseTunerLayer):
-        module.merged_adapters = list(module.active_adapters)
-        module.unmerge()
-        module = module.base_layer
-
-
 def fill(made: Graft, keys: list[str]) -> None:
     """Put pending adapter weights in place, in the dtype that PEFT merges them in."""
     for key in keys:
@@ -228,19 +202,6 @@ def combine(made: Graft, weights: list[float], how: str, density: float) -> None
     wrapped.set_adapter(COMBINED)
 
 
-def scale(module: nn.Module, factor: float) -> None:
-    """Scale what an adapted module adds.
-
-    Raises:
-        ConfigError: it does not add, it replaces or rotates.
-    """
-    layers = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
-    if not layers or not all(isinstance(layer, LoraLayer) for layer in layers) or isinstance(module, AuxiliaryTrainingWrapper):
-        raise ConfigError(f"scale: {factor} is for LoRA alone, which adds to the weights; leave it out here.")
-    for layer in layers:
-        layer.scaling.update({name: value * factor for name, value in layer.scaling.items()})  # type: ignore[union-attr]
-
-
 def untie(model: PreTrainedModel, made: Graft) -> bool:
     """Give the head a matrix of its own where the adapter makes it another than the embedding's, and say so.
 
@@ -269,12 +230,6 @@ def _saved(model: PreTrainedModel, made: Graft, module: Any) -> torch.Tensor | N
         return None
     name = next(name for name, found in model.named_modules() if found is module)
     return made.pending.get(f"{PREFIX}{name}.modules_to_save.default.weight")
-
-
-def bare(module: Any) -> Any:
-    while isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
-        module = module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module.get_base_layer()
-    return module
 
 
 def load(model: PreTrainedModel, adapter: Adapter) -> Any:

@@ -17,6 +17,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from accel_llm import shards
 from accel_llm.adapter import read_config
 from accel_llm.errors import ConfigError
 from accel_llm.models import reason_of
@@ -85,7 +86,9 @@ def clean(settings: dict[str, Any], folder: Path) -> tuple[dict[str, Any], list[
             # Nothing is dropped when weights are added, and PEFT 0.21 has layers that refuse any dropout.
             cleaned[key] = 0.0
     if cleaned.get("megatron_config"):
-        notes.append(f"megatron_config of {folder} is set aside: layers of Megatron are not in a model of transformers.")
+        notes.append(
+            f"megatron_config of {folder} is set aside: layers of Megatron are not in a model of transformers."
+        )
         cleaned["megatron_config"] = None
     cleaned["inference_mode"] = True
     return cleaned | {"peft_type": kind}, notes
@@ -168,13 +171,17 @@ def _check_own(folder: Path, weights: dict[str, torch.Tensor], own: re.Pattern[s
         )
     broken = [name for name, weight in weights.items() if weight.is_floating_point() and not _finite(weight)]
     if broken:
-        raise ConfigError(f"adapter: {folder} cannot be merged, {len(broken)} of its weights hold NaN or infinity, such as "
-                          f"{min(broken)}.")
+        raise ConfigError(
+            f"adapter: {folder} cannot be merged, {len(broken)} of its weights hold NaN or infinity, such as "
+            f"{min(broken)}."
+        )
 
 
 def _finite(weight: torch.Tensor) -> bool:
-    # The sum of a tensor is finite unless one of its values is not, or they are near the end of the dtype's range.
-    return bool(weight.sum(dtype=torch.float64).isfinite())
+    # The sum is finite unless a value is not: none of a narrower dtype is near the end of float64's range.
+    finite = bool(weight.sum(dtype=torch.float64).isfinite())
+    shards.forget(weight)
+    return finite
 
 
 def _ungrouped(name: str, weight: torch.Tensor, enabled: list[bool]) -> torch.Tensor:

@@ -9,7 +9,6 @@ import errno
 import os
 import re
 import shutil
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,6 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftModel
-from safetensors import SafetensorError
 
 from accel_llm import card, graft, shards, verify, vocabulary, walk
 from accel_llm.adapter import read_config
@@ -105,7 +103,9 @@ def merge(options: MergeOptions, progress: Callable[[int, int], None] = lambda d
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise ConfigError(f"output_dir: there is no room for the merged model on the disk of {target.parent}.") from None
+        raise ConfigError(
+            f"output_dir: there is no room for the merged model on the disk of {target.parent}."
+        ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         if target.exists():
@@ -165,7 +165,9 @@ def located(name: str, field: str, revision: str = "main") -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(FILES)))
     except (HfHubHTTPError, OSError, ValueError) as error:
-        raise ConfigError(f"{field}: {name} is no folder, and no hub id that can be had ({reason_of(error)}).") from None
+        raise ConfigError(
+            f"{field}: {name} is no folder, and no hub id that can be had ({reason_of(error)})."
+        ) from None
 
 
 def _clear(target: Path, partial: Path, old: Path) -> None:

@@ -310,7 +310,8 @@ class MergeOptions(Options):
     """Merge"""
 
     adapter: Texts = Field(
-        min_length=1, description="Folder or hub id of the adapter, or folder of the run that made it; several are combined"
+        min_length=1,
+        description="Folder or hub id of the adapter, or folder of the run that made it; several are combined",
     )
     output_dir: str = Field(description="Folder for the merged model")
     base: str | None = Field(None, description="Folder or hub id of the base model; none: the one the adapter names")
@@ -319,7 +320,8 @@ class MergeOptions(Options):
         "auto", description="Of the weights, merged and written; auto: as the base has them"
     )
     merge_base: Literal["original", "dequantized"] = Field(
-        "original", description="Of an adapter trained on 4 bits: merge into the base's own weights, or into those 4 bits"
+        "original",
+        description="Of an adapter trained on 4 bits: merge into the base's own weights, or into those 4 bits",
     )
     scale: float = Field(1.0, description="Factor on all that the adapter adds")
     adapter_weights: Numbers = Field(default_factory=list, description="One for each of several adapters; none: 1 each")
@@ -341,7 +343,9 @@ class MergeOptions(Options):
         found = super().problems()
         count = len(self.adapter)
         if self.adapter_weights and len(self.adapter_weights) != count:
-            found.append(f"adapter_weights: {len(self.adapter_weights)} are given for {count} adapters; give one for each")
+            found.append(
+                f"adapter_weights: {len(self.adapter_weights)} are given for {count} adapters; give one for each"
+            )
         if count == 1:
             set_here = self.model_fields_set & {"adapter_weights", "combination_type", "density"}
             found += [f"{name}: only several adapters use it, one is given" for name in sorted(set_here)]

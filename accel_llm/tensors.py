@@ -10,6 +10,7 @@ import os
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -164,8 +165,9 @@ def _files(folder: Path, name: str) -> list[Path]:
 
 
 class Writer:
-    """The safetensors files of a model folder, whose tensors are written in any order, each once.
+    """The safetensors files of a model folder, whose tensors are written in any order, each once, behind the caller's back.
 
+    One tensor is on its way to the disk while the caller works on the next; an error is raised with the next call.
     Files are split where the next tensor would pass `shard_size` bytes. Their space is taken at once, so a full disk is
     found out before any work is done. With `check`, `sums` has the CRC-32 of each tensor as it should lie in the file.
     `written` are the bytes so far.
@@ -174,6 +176,8 @@ class Writer:
     def __init__(self, folder: Path, specs: dict[str, Spec], shard_size: int, check: bool):
         self.sums: dict[str, int] = {}
         self.written = 0
+        self._thread = ThreadPoolExecutor(1)
+        self._last: Future[None] | None = None
         self._check = check
         self._open: list[BinaryIO] = []
         self._places: dict[str, tuple[BinaryIO, int, Spec]] = {}
@@ -214,15 +218,23 @@ class Writer:
     def write(self, name: str, tensor: torch.Tensor) -> None:
         spec = self._places[name][2]
         assert (tensor.dtype, tuple(tensor.shape)) == spec, (name, tensor.dtype, tensor.shape, spec)
-        self._write(name, iter([memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())]))
+        self._submit(name, iter([memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())]))
 
     def copy(self, name: str, place: Place) -> None:
         """Write `name` with the bytes that lie at `place`."""
         assert place.spec == self._places[name][2], (name, place, self._places[name])
-        self._write(name, _chunks(place))
+        self._submit(name, _chunks(place))
 
-    def _write(self, name: str, parts: Iterator[memoryview]) -> None:
-        stream, offset, spec = self._places.pop(name)
+    def _submit(self, name: str, parts: Iterator[memoryview]) -> None:
+        self.wait()  # so that no more than one tensor is kept here
+        self._last = self._thread.submit(self._write, name, parts, *self._places.pop(name))
+
+    def wait(self) -> None:
+        """Until what was given is written, and its memory free."""
+        if self._last is not None:
+            self._last.result()
+
+    def _write(self, name: str, parts: Iterator[memoryview], stream: BinaryIO, offset: int, spec: Spec) -> None:
         start, total = offset, 0
         for part in parts:
             if self._check:
@@ -241,12 +253,14 @@ class Writer:
 
     def finish(self) -> None:
         """All is written: bring it to the disk."""
+        self.wait()
         assert not self._places, sorted(self._places)[:3]
         for stream in self._open:
             os.fsync(stream.fileno())
         self.close()
 
     def close(self) -> None:
+        self._thread.shutdown()
         for stream in self._open:
             stream.close()
         self._open.clear()

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from accel_llm.errors import ConfigError
-from accel_llm.graft import bare, fold
+from accel_llm.fold import bare, fold
 from accel_llm.options import MergeOptions
 from accel_llm.tensors import CHUNK, places
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from accel_llm import graft, layout, shards, verify, vocabulary
 from accel_llm.errors import ConfigError
+from accel_llm.fold import bare, fold, scale
 from accel_llm.layout import Group, Layout
 from accel_llm.legacy import PREFIX, Adapter
 from accel_llm.models import reason_of
@@ -65,7 +66,7 @@ def plan(options: MergeOptions, adapters: list[Adapter], source: Path) -> Plan:
         weights = options.adapter_weights or [1.0] * len(adapters)
         graft.combine(made, weights, options.combination_type, options.density)
     if graft.untie(laid.model, made):
-        head = graft.bare(laid.model.get_output_embeddings())
+        head = bare(laid.model.get_output_embeddings())
         own = {name for name, (module, _) in made.owners.items() if module is head}
         names = [name for name in specs if name in own or name in names]
     _settle_config(laid.model)
@@ -98,7 +99,7 @@ def _new_rows(model: PreTrainedModel, adapters: list[Adapter]) -> range:
 
 def _settle_config(model: PreTrainedModel) -> None:
     """What `save_pretrained` writes into the config of a model, and whether embedding and head are one."""
-    ends = [graft.bare(end) for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
+    ends = [bare(end) for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
     if len(ends) == 2 and ends[0].weight is not ends[1].weight:
         for config in (model.config, model.config.get_text_config()):
             if getattr(config, "tie_word_embeddings", False):
@@ -125,7 +126,7 @@ def write(plan: Plan, folder: Path, options: MergeOptions, progress: Callable[[i
             names = [name for name in plan.specs if name.startswith(f"{key}.")]
             if not any(name in outputs for name in names):
                 continue  # the head of tied ones, whose new rows are the embedding's
-            results, error = _merge_module(plan, key, module, names, options)
+            results, error = _merge_module(plan, key, module, names, options, writer.wait)
             errors += [error] if error is not None else []
             ready |= {name: tensor for name, tensor in results.items() if name in outputs}
             del module, results
@@ -160,7 +161,9 @@ def _outputs(plan: Plan) -> dict[str, Output]:
         ConfigError: neither the base nor the adapter has it.
     """
     outputs: dict[str, Output] = {}
-    saved = tuple(f"{key}." for key, module in graft.units(plan.made.wrapped) if isinstance(module, ModulesToSaveWrapper))
+    saved = tuple(
+        f"{key}." for key, module in graft.units(plan.made.wrapped) if isinstance(module, ModulesToSaveWrapper)
+    )
     for name in plan.names:
         if name in outputs or (name not in plan.layout.groups and name not in plan.layout.missing):
             continue  # what no loading misses is not needed
@@ -179,11 +182,11 @@ def _outputs(plan: Plan) -> dict[str, Output]:
 
 
 def _merge_module(
-    plan: Plan, key: str, module: Any, names: list[str], options: MergeOptions
+    plan: Plan, key: str, module: Any, names: list[str], options: MergeOptions, until_free: Callable[[], None]
 ) -> tuple[dict[str, torch.Tensor], float | None]:
     """The weights of one merged module by name, and how far it is from the adapted one (None: not looked at).
 
-    `names` are those of its weights in the base.
+    `names` are those of its weights in the base. Merging is what takes most memory, so `until_free` is called before it.
 
     Raises:
         ConfigError: PEFT cannot merge it, or what it computes has changed.
@@ -193,13 +196,14 @@ def _merge_module(
         _fill_base(plan, names)
     graft.fill(made, [name for name in made.pending if name.startswith(f"{PREFIX}{key}.")])
     if options.scale != 1:
-        graft.scale(module, options.scale)
+        scale(module, options.scale)
     error = None
+    until_free()
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if options.verify == "none":
-                plain = graft.fold(module, options.unmerge)
+                plain = fold(module, options.unmerge)
             else:
                 plain, error = verify.fold_checked(module, key, options.unmerge)
     except (ValueError, NotImplementedError, RuntimeError, TypeError, AttributeError) as reason:
@@ -208,7 +212,9 @@ def _merge_module(
             f"refuses it ({reason_of(reason)})."
         ) from None
     results = {f"{key}.{name}": tensor for name, tensor in plain.state_dict().items()}
-    if {name: tuple(tensor.shape) for name, tensor in results.items()} != {name: plan.specs[name].shape for name in names}:
+    if {name: tuple(tensor.shape) for name, tensor in results.items()} != {
+        name: plan.specs[name].shape for name in names
+    }:
         raise ConfigError(f"adapter: {key} cannot be merged, it becomes a module of other weights than the base's.")
     parent, _, attribute = key.rpartition(".")
     setattr(plan.layout.model.get_submodule(parent), attribute, plain.to("meta"))

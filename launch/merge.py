@@ -5,6 +5,12 @@ python launch/merge.py --adapter output other --adapter_weights 0.7 0.3 --output
 python launch/merge.py --adapter output --base merged --unmerge --output_dir base
 """
 
+import os
+
+# Read when torch is imported: large tensors get huge pages, or the system spends more time on handing out memory, page by
+# page, than PEFT spends on merging.
+os.environ["THP_MEM_ALLOC_ENABLE"] = os.environ.get("THP_MEM_ALLOC_ENABLE", "1")
+
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 

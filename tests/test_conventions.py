@@ -73,6 +73,7 @@ ORDER = [
     "tensors",
     "legacy",
     "layout",
+    "fold",
     "graft",
     "verify",
     "walk",
