@@ -21,6 +21,26 @@ from accel_llm.layout import Layout
 from accel_llm.legacy import PREFIX, Adapter
 from accel_llm.models import reason_of
 
+# Methods whose weights are all in their files. Others draw some from a seed, or compute them from the base's weights.
+STORED = [
+    "LORA",
+    "ADALORA",
+    "LOHA",
+    "LOKR",
+    "OFT",
+    "BOFT",
+    "HRA",
+    "VERA",
+    "IA3",
+    "LN_TUNING",
+    "TRAINABLE_TOKENS",
+    "MISS",
+    "C3A",
+    "ROAD",
+    "DELORA",
+    "FOURIERFT",
+    "VBLORA",
+]
 # Ways to begin that take something away from the base's weights, or are computed from them.
 FROM_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 COMBINED = "combined"
@@ -41,8 +61,10 @@ class Graft(NamedTuple):
 
 def is_lazy(adapters: list[Adapter]) -> bool:
     """Whether an adapter can be attached to a base without weights, so that memory is bounded by the largest layer."""
-    begun = str(getattr(adapters[0].config, "init_lora_weights", "")).lower()
-    return len(adapters) == 1 and not begun.startswith(FROM_BASE)
+    config: Any = adapters[0].config
+    begun = str(getattr(config, "init_lora_weights", "")).lower()
+    stored = config.peft_type in STORED and getattr(config, "save_projection", True)
+    return len(adapters) == 1 and stored and not begun.startswith(FROM_BASE)
 
 
 def check_mergeable(adapter: Adapter) -> None:

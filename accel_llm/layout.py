@@ -191,7 +191,8 @@ def _groups(model: PreTrainedModel, specs: dict[str, Spec]) -> dict[str, Group]:
         if pattern is None:
             groups[first] = Group((found[-1][0],), (first,), (first,), None)
             continue
-        group = Group(*zip(*found), targets=(first,), converter=of_pattern[pattern])  # type: ignore[misc,arg-type]
+        sources, patterns = zip(*found, strict=True)
+        group = Group(sources, patterns, (first,), of_pattern[pattern])
         targets = tuple(convert(model, group, [_placeholders(specs)[source] for source in group.sources]))
         groups |= dict.fromkeys(targets, group._replace(targets=targets))
     return groups

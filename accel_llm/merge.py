@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftModel
 
-from accel_llm import card, graft, shards, verify, vocabulary, walk
+from accel_llm import card, graft, logits, shards, verify, vocabulary, walk
 from accel_llm.adapter import read_config
 from accel_llm.errors import ConfigError
 from accel_llm.legacy import Adapter, read
@@ -33,7 +33,8 @@ FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 class Merged:
     """What was written, and what was proved of it; None where it was not looked at.
 
-    `modules` were merged, `worst` is the largest relative error of one, `hashes` the SHA-256 of each weights file.
+    `modules` were merged, `worst` is the largest relative error of one, `hashes` the SHA-256 of each weights file, `notes`
+    are sentences for the person, `differences` those of `logits.check`.
     """
 
     folder: Path
@@ -43,7 +44,7 @@ class Merged:
     worst: float | None
     hashes: dict[str, str]
     notes: tuple[str, ...]
-    difference: float | None = None
+    differences: dict[str, float]
 
 
 def adapter_folder(name: str) -> Path:
@@ -110,7 +111,7 @@ def merge(options: MergeOptions, progress: Callable[[int, int], None] = lambda d
         shutil.rmtree(partial, ignore_errors=True)
         if target.exists():
             shutil.rmtree(old, ignore_errors=True)
-    return merged
+    return replace(merged, folder=target)
 
 
 def _build(
@@ -129,11 +130,10 @@ def _build(
     own, model = adapters[0].folder, plan.layout.model
     card.write_settings(model, own, source, folder, options.trust_remote_code)
     notes = [card.copy_tokenizer(own, source, folder), *(note for adapter in adapters for note in adapter.notes)]
-    difference = None
-    if options.verify == "logits":
-        difference = verify.logits(folder, source, options)
-    merged = Merged(folder, base, model.dtype, written.modules, written.worst, hashes, tuple(notes), difference)
-    card.write_card(folder, base, [adapter.folder for adapter in adapters], _facts(merged, options), hashes)
+    folders = [adapter.folder for adapter in adapters]
+    differences = logits.check(folder, source, folders, options) if options.verify == "logits" else {}
+    merged = Merged(folder, base, model.dtype, written.modules, written.worst, hashes, tuple(notes), differences)
+    card.write_card(folder, base, folders, _facts(merged, options), hashes)
     return merged
 
 
@@ -148,9 +148,19 @@ def _facts(merged: Merged, options: MergeOptions) -> list[str]:
         facts.append(f"combined by {options.combination_type}, weights {weights}")
     if merged.worst is not None:
         facts.append(f"each module compared with its adapted one: relative difference at most {merged.worst:.1e}")
-    if merged.difference is not None:
-        facts.append(f"logits compared with those of base and adapter: relative difference {merged.difference:.1e}")
+    if "merged" in merged.differences:
+        relative = merged.differences["merged"]
+        facts.append(f"logits compared with those of base and adapter: relative difference {relative:.1e}")
+    facts += [f"{way} base: {sentence}" for way, sentence in of_bases(merged).items()]
     return facts
+
+
+def of_bases(merged: Merged) -> dict[str, str]:
+    """What merging into either base costs an adapter that was trained on 4 bits, where it was computed."""
+    ways = {way: merged.differences[way] for way in ("original", "dequantized") if way in merged.differences}
+    return {
+        way: f"merged logits differ from the adapter's own, on 4 bits, by {error:.1e}" for way, error in ways.items()
+    }
 
 
 def located(name: str, field: str, revision: str = "main") -> Path:

@@ -14,7 +14,6 @@ from transformers.pytorch_utils import Conv1D
 
 from accel_llm.errors import ConfigError
 from accel_llm.fold import bare, fold
-from accel_llm.options import MergeOptions
 from accel_llm.tensors import CHUNK, places
 
 # Largest |merged W x - adapter layer(x)| / |adapter layer(x)| that rounding explains: of a module in its own dtype.
@@ -173,7 +172,3 @@ def read_back(folder: Path, sums: dict[str, int]) -> dict[str, str]:
     if lost := sorted(sums.keys() - seen):
         raise ConfigError(f"verify: {len(lost)} weights are in no file, such as {lost[0]}; nothing was kept.")
     return hashes
-
-
-def logits(folder: Path, source: Path, options: MergeOptions) -> float:
-    raise NotImplementedError

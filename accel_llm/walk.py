@@ -10,7 +10,7 @@ from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from accel_llm import graft, layout, shards, verify, vocabulary
+from accel_llm import graft, layout, quantized, shards, verify, vocabulary
 from accel_llm.errors import ConfigError
 from accel_llm.fold import bare, fold, scale
 from accel_llm.layout import Group, Layout
@@ -21,7 +21,10 @@ from accel_llm.tensors import Checkpoint, Spec, Writer, open_folder
 
 
 class Plan(NamedTuple):
-    """A model to be written: `specs` of all its parameters and buffers, `names` of those that are saved."""
+    """A model to be written: `specs` of all its parameters and buffers, `names` of those that are saved.
+
+    `low` are names of weights that are taken as a 4-bit base has them, with whether they are stored transposed.
+    """
 
     source: Path
     checkpoint: Checkpoint
@@ -29,6 +32,7 @@ class Plan(NamedTuple):
     made: graft.Graft
     specs: dict[str, Spec]
     names: list[str]
+    low: dict[str, bool]
 
 
 class Written(NamedTuple):
@@ -39,8 +43,8 @@ class Written(NamedTuple):
     sums: dict[str, int]
 
 
-def plan(options: MergeOptions, adapters: list[Adapter], source: Path) -> Plan:
-    """The base in the folder `source` without its weights, with the adapters attached.
+def plan(options: MergeOptions, adapters: list[Adapter], source: Path, lazy: bool | None = None) -> Plan:
+    """The base in the folder `source` without its weights, with the adapters attached; not `lazy`: with its weights.
 
     Raises:
         ConfigError: a base that cannot be read, or that the adapters are not for.
@@ -51,15 +55,22 @@ def plan(options: MergeOptions, adapters: list[Adapter], source: Path) -> Plan:
         config.num_labels = labels
     try:
         checkpoint = open_folder(source, options.allow_pickle)
+        stored = checkpoint.specs.keys()
+        checkpoint = quantized.unpacked(checkpoint, config, options.merge_base)
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"base: {source} cannot be read ({reason_of(error)}).") from None
     _check_base(source, checkpoint)
-    lazy = graft.is_lazy(adapters)
+    lazy = graft.is_lazy(adapters) if lazy is None else lazy
+    rounds = options.merge_base == "dequantized" and stored == checkpoint.specs.keys()
     made = None
     while made is None:
         laid = layout.lay_out(config, task, checkpoint, options.dtype, options.trust_remote_code, lazy)
         vocabulary.extend(laid.model, _new_rows(laid.model, adapters))
         specs, names = layout.specs_of(laid.model), layout.saved_names(laid.model)
+        low = quantized.names_of(laid.model) if rounds else {}
+        for name, turned in () if lazy else low.items():
+            weight = laid.model.get_parameter(name)
+            weight.data = quantized.rounded(weight.data, turned)
         made = graft.graft(laid, adapters, lazy)
         lazy = False
     if len(adapters) > 1:
@@ -70,7 +81,7 @@ def plan(options: MergeOptions, adapters: list[Adapter], source: Path) -> Plan:
         own = {name for name, (module, _) in made.owners.items() if module is head}
         names = [name for name in specs if name in own or name in names]
     _settle_config(laid.model)
-    return Plan(source, checkpoint, laid, made, specs, names)
+    return Plan(source, checkpoint, laid, made, specs, names, low)
 
 
 def _check_base(source: Path, checkpoint: Checkpoint) -> None:
@@ -135,7 +146,7 @@ def write(plan: Plan, folder: Path, options: MergeOptions, progress: Callable[[i
         ready |= {name: plan.made.replaced[name].to(plan.specs[name].dtype) for name in plan.made.replaced}
         while ready:  # weights that stand in one tensor with others in the files
             group = outputs[next(iter(ready))].group
-            ready = layout.load(plan.layout.model, group, plan.checkpoint, plan.specs) | ready
+            ready = _load(plan, group) | ready
             _write_whole(plan, outputs, ready, writer)
         for output in list(outputs.values()):
             if not writer.has(output.specs):
@@ -232,13 +243,21 @@ def _fill_base(plan: Plan, names: list[str]) -> None:
         if name in made.replaced:
             loaded = {name: made.replaced.pop(name).to(plan.specs[name].dtype, copy=True)}
         elif old.device.type == "meta":
-            loaded = layout.load(plan.layout.model, plan.layout.groups[name], plan.checkpoint, plan.specs)
+            loaded = _load(plan, plan.layout.groups[name])
         else:  # loaded as a map of the file, and perhaps changed since by the way that the adapter began
             loaded = {name: old.detach().clone()}
             shards.forget(old)
         for target in left & loaded.keys():
             graft.place(*made.owners[target], loaded.pop(target))
             left.remove(target)
+
+
+def _load(plan: Plan, group: Group) -> dict[str, torch.Tensor]:
+    """The base's weights of a group, by name, as the adapter is merged into them."""
+    made = layout.load(plan.layout.model, group, plan.checkpoint, plan.specs)
+    return {
+        name: quantized.rounded(tensor, plan.low[name]) if name in plan.low else tensor for name, tensor in made.items()
+    }
 
 
 def _write_whole(plan: Plan, outputs: dict[str, Output], ready: dict[str, torch.Tensor], writer: Writer) -> None:
@@ -256,12 +275,14 @@ def _write_untouched(plan: Plan, output: Output, writer: Writer) -> None:
     group, places = output.group, plan.checkpoint.places
     same = group.sources if group.converter is None else output.specs
     pairs = dict(zip(output.specs, same, strict=False))
-    if len(pairs) == len(group.sources) and all(
-        source in places and places[source].spec == output.specs[name] for name, source in pairs.items()
+    if (
+        len(pairs) == len(group.sources)
+        and not plan.low.keys() & set(group.targets)
+        and all(source in places and places[source].spec == output.specs[name] for name, source in pairs.items())
     ):
         for name, source in pairs.items():
             writer.copy(name, places[source])
         return
-    tensors = layout.load(plan.layout.model, group, plan.checkpoint, plan.specs)
+    tensors = _load(plan, group)
     for name, tensor in layout.revert(plan.layout.model, tensors).items():
         writer.write(name, tensor)

@@ -18,7 +18,7 @@ from accel_llm.card import push
 from accel_llm.config import parse
 from accel_llm.distributed import quiet
 from accel_llm.errors import run
-from accel_llm.merge import merge
+from accel_llm.merge import merge, of_bases
 from accel_llm.options import MergeOptions
 
 
@@ -37,8 +37,11 @@ def main() -> None:
     console.print(f"{what.format(' + '.join(options.adapter))} {merged.base} ({merged.modules} modules, {dtype})")
     if merged.worst is not None:
         console.print(f"verified: each module computes what it did with its adapter, within {merged.worst:.1e}")
-    if merged.difference is not None:
-        console.print(f"verified: logits of the written model differ from base + adapter by {merged.difference:.1e}")
+    if "merged" in merged.differences:
+        difference = merged.differences["merged"]
+        console.print(f"verified: logits of the written model differ from base + adapter by {difference:.1e}")
+    for way, sentence in of_bases(merged).items():
+        console.print(f"{way} base: {sentence}")
     console.print(f"wrote {merged.folder}; ask it with: python launch/chat.py --model {merged.folder}")
     if options.push_to_hub:
         console.print(f"uploaded to {push(merged.folder, options.push_to_hub)}")
