@@ -62,19 +62,24 @@ def write_card(target: Path, base: str, adapters: list[Path], facts: list[str], 
     lines += [f"base_model: {hub}", "base_model_relation: finetune"] if hub else []
     lines += ["tags:", "- merge", "---", "", f"# {target.name.removeprefix('.').removesuffix('.partial')}", ""]
     lines += [
-        f"`{base}` with {len(adapters)} adapter{'s' * (len(adapters) > 1)} merged into it.",
+        f"`{hub or _short(Path(base))}` with {len(adapters)} adapter{'s' * (len(adapters) > 1)} merged into it.",
         "",
         "| | SHA-256 |",
         "|-|-|",
     ]
     for adapter in adapters:
         weights = sorted(adapter.glob("adapter_model.*"))
-        lines += [f"| adapter `{adapter}`, {file.name} | {_hash(file)} |" for file in weights]
+        lines += [f"| adapter `{_short(adapter)}`, {file.name} | {_hash(file)} |" for file in weights]
     lines += [f"| {name} | {digest} |" for name, digest in hashes.items()]
     lines += ["", *(f"- {fact}" for fact in facts), ""]
     versions = [f"{name} {version(name)}" for name in PACKAGES]
     lines += [f"Written with Python {platform.python_version()}, {', '.join(versions)}.", ""]
     (target / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def _short(folder: Path) -> str:
+    """The end of a path: a card goes out to others, whom the rest is no business of."""
+    return "/".join(folder.resolve().parts[-2:])
 
 
 def _hash(file: Path) -> str:

@@ -5,10 +5,7 @@ and the adapter's, merged by PEFT's own layer, written, and given up before the 
 are. So memory is bounded by the largest module that is merged, not by the model.
 """
 
-import errno
-import os
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +18,7 @@ from peft import PeftModel
 from accel_llm import card, graft, logits, shards, verify, vocabulary, walk
 from accel_llm.adapter import read_config
 from accel_llm.errors import ConfigError
+from accel_llm.folder import appearing, check_target
 from accel_llm.legacy import Adapter, read
 from accel_llm.models import check_model_name, load_whole, reason_of
 from accel_llm.options import MergeOptions
@@ -86,31 +84,14 @@ def merge(options: MergeOptions, progress: Callable[[int, int], None] = lambda d
     for folder in folders:
         read_config(folder)
     base = base_of(folders[0], options.base)
-    _check_target(target, folders, base, options.overwrite_output_dir)
+    used = [*(("adapter", folder) for folder in folders), ("base", Path(base).expanduser())]
+    check_target(target, used, options.overwrite_output_dir, "config.json")
     adapters = [read(folder, options.allow_pickle) for folder in folders]
     for adapter in adapters:
         graft.check_mergeable(adapter)
     source = located(base, "base", options.revision)
-    partial, old = (target.with_name(f".{target.name}.{what}") for what in ("partial", "old"))
-    _clear(target, partial, old)
-    try:
-        partial.mkdir(parents=True)
+    with appearing(target) as partial:
         merged = _build(options, adapters, base, source, partial, progress)
-        _sync(partial)
-        if target.exists():
-            target.rename(old)
-        partial.rename(target)
-        _sync(target.parent)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise ConfigError(
-            f"output_dir: there is no room for the merged model on the disk of {target.parent}."
-        ) from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        if target.exists():
-            shutil.rmtree(old, ignore_errors=True)
     return replace(merged, folder=target)
 
 
@@ -178,41 +159,6 @@ def located(name: str, field: str, revision: str = "main") -> Path:
         raise ConfigError(
             f"{field}: {name} is no folder, and no hub id that can be had ({reason_of(error)})."
         ) from None
-
-
-def _clear(target: Path, partial: Path, old: Path) -> None:
-    """What a merge that was killed has left: the model it was about to replace is put back."""
-    if old.exists() and not target.exists():
-        old.rename(target)
-    for folder in (partial, old):
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    """Bring a folder and the small files in it to the disk; weights are brought there as they are finished."""
-    for path in [*(file for file in folder.iterdir() if file.is_file() and file.stat().st_size < 2**26), folder]:
-        if path.is_dir() and os.name == "nt":
-            continue  # Windows opens no folders
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-
-
-def _check_target(target: Path, adapters: list[Path], base: str, overwrite: bool) -> None:
-    """Refuse an output_dir whose replacement would lose anything but an earlier model."""
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise ConfigError(f"output_dir: {target} is a file; name a folder.")
-    for what, used in (*(("adapter", adapter) for adapter in adapters), ("base", Path(base))):
-        if used.exists() and used.resolve().is_relative_to(target):
-            raise ConfigError(f"output_dir: {target} holds the {what} that is merged; name another folder.")
-    if not any(target.iterdir()):
-        return
-    if not overwrite:
-        raise ConfigError(f"output_dir: {target} is not empty; name another folder, or set overwrite_output_dir.")
-    if not (target / "config.json").is_file():
-        raise ConfigError(f"output_dir: {target} holds files that are no model; name another folder.")
 
 
 def load(adapter: Path, base: str, dtype: torch.dtype | str, trust_remote_code: bool) -> PeftModel:

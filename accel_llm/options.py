@@ -355,6 +355,20 @@ class MergeOptions(Options):
         return found
 
 
+class ExtractOptions(Options):
+    """Extract"""
+
+    model: str = Field(description="Folder or hub id of the tuned model")
+    base: str = Field(description="Folder or hub id of the model that it was tuned from")
+    output_dir: str = Field(description="Folder for the adapter")
+    lora_r: int = Field(16, ge=1, description="Rank of the adapter")
+    modules_to_save: Texts = Field(
+        default_factory=list, description="Modules saved whole, by name: what changed and is no linear layer"
+    )
+    overwrite_output_dir: bool = Field(False, description="Replace the adapter that output_dir holds")
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model")
+
+
 class ChatOptions(Options):
     """Chat"""
 
