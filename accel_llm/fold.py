@@ -41,7 +41,7 @@ def _unfold(module: Any) -> None:
     while isinstance(module, BaseTunerLayer):
         module.merged_adapters = list(module.active_adapters)
         module.unmerge()
-        module = module.base_layer
+        module = module.base_layer  # type: ignore[attr-defined] # every layer has one
 
 
 def _splits(module: Any) -> bool:

@@ -69,11 +69,11 @@ def is_lazy(adapters: list[Adapter]) -> bool:
 
 def check_mergeable(adapter: Adapter) -> None:
     """Raises ConfigError for a method that has no weights to add to a layer's."""
-    kind, folder = adapter.config.peft_type, adapter.folder
+    kind, folder = PeftType(adapter.config.peft_type), adapter.folder
     why = None
     tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(kind)
     if not (isinstance(tuner, type) and issubclass(tuner, BaseTuner)):
-        why = f"a {PeftType(kind).value} adapter has no weights to add"
+        why = f"a {kind.value} adapter has no weights to add"
     elif getattr(adapter.config, "layer_replication", None):
         why = "layer_replication makes another model, with more layers than its base"
     elif getattr(adapter.config, "alora_invocation_tokens", None):
@@ -174,9 +174,9 @@ def _check_fit(wrapped: Any, base: dict[int, str], found: dict[str, torch.Tensor
     return not missing
 
 
-def units(wrapped: Any) -> list[tuple[str, nn.Module]]:
+def units(wrapped: Any) -> list[tuple[str, Any]]:
     """The adapted modules by name, outermost first where they are nested."""
-    found: list[tuple[str, nn.Module]] = []
+    found: list[tuple[str, Any]] = []
     for name, module in wrapped.base_model.model.named_modules():
         inside = found and name.startswith(f"{found[-1][0]}.")
         if not inside and isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):

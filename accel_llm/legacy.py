@@ -77,7 +77,9 @@ def clean(settings: dict[str, Any], folder: Path) -> tuple[dict[str, Any], list[
     if task not in (None, *TaskType):
         raise ConfigError(f"adapter: {folder} has task_type {task!r}; known are {', '.join(TaskType)}.")
     known = {field.name for field in fields(PEFT_TYPE_TO_CONFIG_MAPPING[kind])}
-    notes = [_set_aside(key, settings) for key in settings if key not in known and _matters(key, settings[key])]
+    # What `enable_lora` says of the parts of a fused projection is read with the weights.
+    unknown = [key for key in settings if key not in known and not (key == "enable_lora" and settings[key])]
+    notes = [_set_aside(key, settings) for key in unknown]
     cleaned = {key: value for key, value in settings.items() if key in known}
     if cleaned.get("fan_in_fan_out", False) is None:
         cleaned["fan_in_fan_out"] = False
@@ -92,11 +94,6 @@ def clean(settings: dict[str, Any], folder: Path) -> tuple[dict[str, Any], list[
         cleaned["megatron_config"] = None
     cleaned["inference_mode"] = True
     return cleaned | {"peft_type": kind}, notes
-
-
-def _matters(key: str, value: Any) -> bool:
-    """`merge_weights: false` and `enable_lora` are understood; the latter is read with the weights."""
-    return key not in ("merge_weights", "enable_lora") or bool(value and key == "merge_weights")
 
 
 def _set_aside(key: str, settings: dict[str, Any]) -> str:

@@ -1,8 +1,9 @@
 """A merged model's logits beside those of base and adapter, in a process of its own that loads it as anybody would."""
 
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from accel_llm import graft, layout, walk
 from accel_llm.distributed import quiet
-from accel_llm.errors import ConfigError
+from accel_llm.errors import ConfigError, run
 from accel_llm.fold import scale
 from accel_llm.legacy import Adapter, read
 from accel_llm.models import UNREADABLE, reason_of
@@ -43,26 +44,42 @@ def check(folder: Path, source: Path, adapters: list[Path], options: MergeOption
     Raises:
         ConfigError: the written model cannot be loaded by plain transformers, or differs beyond the bound of its dtype.
     """
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        try:
-            found, bound, dtype = pool.submit(_compare, folder, source, adapters, options).result()
-        except BrokenProcessPool:
-            raise ConfigError(
-                "verify: the process that compares logits was ended, most often for want of memory, which it needs for two "
-                "whole models; set verify: modules."
-            ) from None
-    if not found["merged"] <= bound:
+    package = str(Path(__file__).parents[1])
+    paths = [package, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    arguments = [str(folder), str(source), json.dumps([str(adapter) for adapter in adapters])]
+    arguments.append(json.dumps(options.model_dump(exclude_unset=True)))
+    done = subprocess.run(
+        [sys.executable, "-m", "accel_llm.logits", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)},
+    )
+    if done.returncode == 2:
+        raise ConfigError(*done.stderr.replace("error: ", "").splitlines()[-1:])
+    if done.returncode < 0:
         raise ConfigError(
-            f"verify: the merged model's logits differ from the adapter's by {found['merged']:.1e} (allowed for {dtype}: "
-            f"{bound:.0e}); nothing was written."
+            f"verify: the process that compares logits was ended by signal {-done.returncode}, most often for want of memory, "
+            "which it needs for two whole models; set verify: modules."
         )
-    return found
+    if done.returncode:
+        raise RuntimeError(f"comparing logits failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def _compare(
-    folder: Path, source: Path, folders: list[Path], options: MergeOptions
-) -> tuple[dict[str, float], float, str]:
+def main() -> None:
+    """Prints the differences as JSON; the arguments are those of `check`."""
     quiet()
+    folder, source, adapters, options = (
+        Path(sys.argv[1]),
+        Path(sys.argv[2]),
+        json.loads(sys.argv[3]),
+        json.loads(sys.argv[4]),
+    )
+    print(json.dumps(_compare(folder, source, [Path(name) for name in adapters], MergeOptions(**options))))
+
+
+def _compare(folder: Path, source: Path, folders: list[Path], options: MergeOptions) -> dict[str, float]:
     adapters = [read(adapter, options.allow_pickle) for adapter in folders]
     task = adapters[0].config.task_type
     model = _plain(folder, task, options)
@@ -74,10 +91,14 @@ def _compare(
         found = _logits(_adapted(adapters, folder, options), ids)
     else:
         expected = _logits(_adapted(adapters, source, options), ids)
-    differences = {"merged": _relative(found, expected)}
-    if "merge_base" in options.model_fields_set:
-        differences |= _of_bases(adapters, source, options, ids)
-    return differences, LOGIT_BOUNDS[dtype], str(dtype)
+    relative, bound = _relative(found, expected), LOGIT_BOUNDS[dtype]
+    if not relative <= bound:
+        raise ConfigError(
+            f"verify: the merged model's logits differ from the adapter's by {relative:.1e} (allowed for {dtype}: "
+            f"{bound:.0e}); nothing was written."
+        )
+    more = _of_bases(adapters, source, options, ids) if "merge_base" in options.model_fields_set else {}
+    return {"merged": relative} | more
 
 
 def _plain(folder: Path, task: str | None, options: MergeOptions) -> PreTrainedModel:
@@ -115,7 +136,7 @@ def _of_bases(adapters: list[Adapter], source: Path, options: MergeOptions, ids:
         wrapped = _adapted(adapters, source, options.model_copy(update={"merge_base": way}))
         for _, module in graft.units(wrapped):
             with torch.no_grad():
-                module.merge()  # type: ignore[operator]
+                module.merge()
         found[way] = _relative(_logits(wrapped, ids), expected)
     return found
 
@@ -128,6 +149,8 @@ def _ids(folder: Path, model: PreTrainedModel, trust_remote_code: bool) -> torch
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
         ids = torch.tensor([tokenizer(TEXT).input_ids[:length]])
     except UNREADABLE:
+        ids = torch.empty(1, 0)
+    if not ids.numel():  # of some families transformers makes a tokenizer without a vocabulary when there is none
         ids = torch.randint(config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
     return ids % config.vocab_size
 
@@ -141,3 +164,7 @@ def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
+
+
+if __name__ == "__main__":
+    run(main)

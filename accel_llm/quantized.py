@@ -61,7 +61,7 @@ def unpacked(checkpoint: Checkpoint, config: PreTrainedConfig, merge_base: str) 
             "merge_base: original, but the base has its weights in 4 bits alone; set merge_base: dequantized, or name the "
             "base model in 16 bits with --base."
         )
-    del config.quantization_config
+    del config.quantization_config  # type: ignore[attr-defined] # looked at above
     packed = {name.split(STATE)[0]: name for name in checkpoint.specs if STATE in name}
     extra = {name for name in checkpoint.specs if any(name.startswith(f"{weight}.") for weight in _stems(name, packed))}
     specs = {name: spec for name, spec in checkpoint.specs.items() if name not in extra}

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -83,7 +83,8 @@ def places(file: Path) -> dict[str, Place]:
 
 def read(place: Place) -> torch.Tensor:
     memory = torch.empty(place.spec.size, dtype=torch.uint8)
-    view = memoryview(memory.numpy())
+    array: Any = memory.numpy()
+    view = memoryview(array)
     with place.file.open("rb", buffering=0) as stream:
         stream.seek(place.offset)
         while len(view):
@@ -218,7 +219,8 @@ class Writer:
     def write(self, name: str, tensor: torch.Tensor) -> None:
         spec = self._places[name][2]
         assert (tensor.dtype, tuple(tensor.shape)) == spec, (name, tensor.dtype, tensor.shape, spec)
-        self._submit(name, iter([memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())]))
+        array: Any = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+        self._submit(name, iter([memoryview(array)]))
 
     def copy(self, name: str, place: Place) -> None:
         """Write `name` with the bytes that lie at `place`."""

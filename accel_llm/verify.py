@@ -64,8 +64,8 @@ def answer_merged(module: Any, adapted: Any, x: torch.Tensor | None) -> dict[str
         return {name: _sums(getattr(module, name), _input(getattr(module, name))) for name in _parameters(adapted)}
 
 
-def _parameters(module: Any) -> dict[str, ParamWrapper]:
-    found = {}
+def _parameters(module: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {}
     while isinstance(module, ParamWrapper):
         found[module.parameter_name] = module
         module = module.base_layer
@@ -83,7 +83,7 @@ def _sums(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return (weight @ x.to(weight.dtype)).float()
 
 
-def _adapted(layer: ParamWrapper) -> torch.Tensor:
+def _adapted(layer: Any) -> torch.Tensor:
     """W x + scaling B (A x) of the parameter that `layer` adapts; no product of B and A is made."""
     weight = layer.get_param()
     x = _input(weight)

@@ -1,19 +1,24 @@
 """An adapter and its base become one model that answers the same, or nothing is written and one sentence says why."""
 
+import hashlib
 import json
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from conftest import settled
+from huggingface_hub import constants
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from accel_llm import adapter, demo, merge, models
+from accel_llm import adapter, demo, merge, models, verify, walk
 from accel_llm.chat import CHATML
+from accel_llm.config import parse
 from accel_llm.errors import ConfigError
 from accel_llm.options import MergeOptions, TrainOptions
 
@@ -56,7 +61,7 @@ def make_adapter(tmp_path) -> Callable[..., Path]:
 
 
 def merged(folder: Path, target: Path, **options) -> merge.Merged:
-    return merge.merge(MergeOptions(adapter=str(folder), output_dir=str(target), **options))
+    return merge.merge(MergeOptions(adapter=str(folder), output_dir=str(target), **options))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -88,7 +93,7 @@ def test_the_merged_model_answers_as_base_and_adapter_do(
     result = merged(folder, tmp_path / "merged")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert distance(logits(loaded), expected) <= bound
-    assert result.difference is not None and result.difference <= bound
+    assert result.worst is not None and result.worst <= bound
     assert result.dtype == dtype and {tensor.dtype for tensor in loaded.state_dict().values()} == {dtype}
     stored = load_file(tmp_path / "merged" / "model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {dtype}
@@ -101,6 +106,7 @@ def test_tokenizer_template_and_generation_config_come_along(tiny, make_adapter,
     target = tmp_path / "some" / "where" / "merged"
     assert merged(folder.parent, target).folder == target
     assert sorted(path.name for path in target.iterdir()) == [
+        "README.md",
         "chat_template.jinja",
         "config.json",
         "generation_config.json",
@@ -254,35 +260,109 @@ def test_a_merge_that_differs_is_not_written(tiny, make_adapter, tmp_path, monke
     merged(folder, target)
     before = (target / "model.safetensors").read_bytes()
 
-    def write_badly(model, adapter, base, partial, options):
-        write(model, adapter, base, partial, options)
+    def write_badly(plan, partial, options, progress):
+        written = write(plan, partial, options, progress)
         state = load_file(partial / "model.safetensors")
         state["model.layers.0.mlp.up_proj.weight"] *= 1.01
         save_file(state, partial / "model.safetensors", metadata={"format": "pt"})
+        return written
 
-    write = merge._write
-    monkeypatch.setattr(merge, "_write", write_badly)
-    assert refusal(tmp_path / "new", folder).startswith(
+    write = walk.write
+    monkeypatch.setattr(walk, "write", write_badly)
+    assert refusal(tmp_path / "new", folder) == (
+        "verify: model.layers.0.mlp.up_proj.weight in model.safetensors is not what was written; nothing was kept."
+    )
+    monkeypatch.setattr(verify, "read_back", lambda partial, sums: {})
+    assert refusal(tmp_path / "new", folder, verify="logits").startswith(
         "verify: the merged model's logits differ from the adapter's by "
     )
     with pytest.raises(ConfigError, match=r"\(allowed for torch\.float32: 1e-04\); nothing was written\.$"):
-        merged(folder, target, overwrite_output_dir=True)
+        merged(folder, target, overwrite_output_dir=True, verify="logits")
     assert (target / "model.safetensors").read_bytes() == before
     # The same damage goes through where nobody looks.
-    assert merged(folder, tmp_path / "blind", verify="none").difference is None
+    assert merged(folder, tmp_path / "blind", verify="none").worst is None
 
 
-def test_nothing_half_written_stays_after_an_interruption(tiny, make_adapter, tmp_path, monkeypatch):
-    def interrupted(*arguments):
-        write(*arguments)
-        raise KeyboardInterrupt
+def test_logits_are_compared_in_a_fresh_process(tiny, make_adapter, tmp_path):
+    result = merged(make_adapter(tiny), tmp_path / "merged", verify="logits")
+    assert result.differences.keys() == {"merged"} and 0 <= result.differences["merged"] < 1e-5
+    facts = (tmp_path / "merged" / "README.md").read_text()
+    assert "logits compared with those of base and adapter: relative difference" in facts
 
-    write = merge._write
+
+def test_nothing_half_written_stays_after_an_interruption(tiny, make_adapter, tmp_path):
     folder = make_adapter(tiny)
-    monkeypatch.setattr(merge, "_write", interrupted)
+    options = MergeOptions(adapter=[str(folder)], output_dir=str(tmp_path / "merged"))
+
+    def interrupted(done: int, total: int) -> None:
+        if done > total / 2:
+            raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
-        merged(folder, tmp_path / "merged")
+        merge.merge(options, interrupted)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+def test_the_model_card_names_what_was_merged(tiny, make_adapter, tmp_path):
+    folder = make_adapter(tiny)
+    result = merged(folder, tmp_path / "merged")
+    text = (tmp_path / "merged" / "README.md").read_text()
+    digest = hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
+    assert f"| adapter `run/adapter`, adapter_model.safetensors | {digest} |" in text
+    digest = hashlib.sha256((tmp_path / "merged" / "model.safetensors").read_bytes()).hexdigest()
+    assert result.hashes == {"model.safetensors": digest} and f"| model.safetensors | {digest} |" in text
+    assert "# merged" in text and "14 modules merged in float32" in text and f"peft {peft.__version__}" in text
+    assert str(tmp_path) not in text  # of the paths of this machine only the last names go out
+    assert text.startswith("---\nlibrary_name: transformers\n") and "base_model:" not in text
+
+
+def test_tokenizers_come_from_the_adapter_or_else_the_base_and_it_is_said(tiny, make_adapter, tmp_path):
+    folder = make_adapter(tiny)
+    assert merged(folder, tmp_path / "a").notes == (f"tokenizer: of the adapter ({folder})",)
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "tokenizer.json").unlink()
+    assert merged(folder, tmp_path / "b").notes == (f"tokenizer: of the base ({tiny})",)
+    bare = tmp_path / "bare"
+    AutoModelForCausalLM.from_pretrained(tiny).save_pretrained(bare)
+    result = merged(folder, tmp_path / "c", base=str(bare))
+    assert result.notes == ("tokenizer: there is none, in the adapter's folder or the base's",)
+
+
+def test_nothing_is_uploaded_unless_asked_and_a_failure_leaves_the_model(script, tiny, make_adapter, tmp_path, monkeypatch):
+    folder = make_adapter(tiny)
+    pushed: list[str] = []
+    monkeypatch.setattr(socket.socket, "connect", lambda *arguments: pushed.append("connected"))
+    script("merge", "--adapter", folder, "--output_dir", tmp_path / "a")
+    assert not pushed
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match=r"^push_to_hub: .* is written, but owner/name was not \("):
+        script("merge", "--adapter", folder, "--output_dir", tmp_path / "b", "--push_to_hub", "owner/name")
+    assert (tmp_path / "b" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", ["owner/adapter", "owner/base"])
+def test_a_hub_id_that_cannot_be_had_is_told(tiny, make_adapter, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    field = name.split("/")[1]
+    with pytest.raises(ConfigError, match=rf"^{field}: {name} is no folder, and no hub id that can be had \("):
+        if field == "adapter":
+            merge.merge(MergeOptions(adapter=[name], output_dir=str(tmp_path / "merged")))
+        else:
+            merged(make_adapter(tiny), tmp_path / "merged", base=name)
+
+
+def test_options_that_exclude_each_other_are_refused():
+    def problems(*flags: str) -> str:
+        with pytest.raises(ConfigError) as error:
+            parse(MergeOptions, ["--output_dir", "out", *flags])
+        return str(error.value)
+
+    assert "adapter_weights: 1 are given for 2 adapters" in problems("--adapter", "a", "b", "--adapter_weights", "0.5")
+    assert "density: only several adapters use it" in problems("--adapter", "a", "--density", "0.5")
+    assert "unmerge: takes one adapter out of a merged model; give base" in problems("--adapter", "a", "--unmerge")
+    options = parse(MergeOptions, ["--output_dir", "o", "--adapter", "a", "b", "--adapter_weights", "0.5", "-1"])
+    assert options.adapter_weights == [0.5, -1.0] and options.max_shard_size == 50 * 10**9
+    assert parse(MergeOptions, ["--adapter", "a", "--output_dir", "o", "--max_shard_size", "2GiB"]).max_shard_size == 2**31
 
 
 def test_an_adapter_made_by_plain_peft_merges(tiny, tmp_path):
