@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils import set_peft_model_state_dict
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -197,8 +197,11 @@ def save(model: PeftModel, folder: Path, state: dict[str, torch.Tensor], base: s
 
 def base_fingerprint(folder: Path) -> str | None:
     """`fingerprint.of_model` of the base that an adapter was trained on, if its file says so."""
-    with safe_open(folder / WEIGHTS, "pt") as file:
-        return (file.metadata() or {}).get(BASE)
+    try:
+        with safe_open(folder / WEIGHTS, "pt") as file:
+            return (file.metadata() or {}).get(BASE)
+    except (FileNotFoundError, SafetensorError):  # for who reads the weights to say
+        return None
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -214,6 +217,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         kind = "a full model" if (folder / "config.json").is_file() else "no adapter"
         raise ConfigError(f"adapter: {folder} is {kind}: it has no adapter_config.json.")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        settings = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ConfigError(f"adapter: {path} is not JSON (line {error.lineno}: {error.msg}).") from None
+    if not isinstance(settings, dict):
+        raise ConfigError(f"adapter: {path} holds a {type(settings).__name__}, not the settings of an adapter.")
+    return settings

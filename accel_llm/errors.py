@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -55,6 +56,8 @@ def run(main: Callable[[], None]) -> None:
         stand_back(error)
         prefix = f"error (rank {rank}): " if rank else "error: "
         _end(2, "\n".join(prefix + line for line in str(error).splitlines()))
+    except KeyboardInterrupt:
+        _end(128 + signal.SIGINT, "interrupted" if not rank else "")
     except interrupts.Preempted as end:
         words = f"preempted by {end}; the same command goes on from there"
         _end(128 + end.number, words if not rank else "")

@@ -14,7 +14,7 @@ def _listed(value: Any) -> Any:
     """One value where a list is expected is a list of one; `none` and `false` are the empty list."""
     if value is None or value is False or value in ("none", ["none"]):
         return []
-    return [value] if isinstance(value, str) else value
+    return [value] if isinstance(value, str | int | float) else value
 
 
 def _also(**names: str) -> BeforeValidator:
@@ -130,6 +130,15 @@ def _target_modules(value: Any) -> Any:
     return value
 
 
+def _bytes(value: Any) -> Any:
+    """Bytes, or a number with a unit as Transformers takes it: 500MB, 5GB, 2GiB."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B", str(value).strip(), re.IGNORECASE)
+    if found is None:
+        return value
+    power = " KMGT".index(found[2].upper() or " ")
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+
+
 DataFormat = Literal[
     "messages", "alpaca", "prompt_completion", "query_response", "question_answer", "text", "tokenized"
 ]
@@ -164,6 +173,8 @@ Packing = Annotated[
     BeforeValidator(_packing, json_schema_input_type=bool | Literal["per_epoch", "static"] | None),
 ]
 Texts = Annotated[list[str], BeforeValidator(_listed, json_schema_input_type=str | list[str])]
+Size = Annotated[int, Field(ge=1), BeforeValidator(_bytes, json_schema_input_type=int | str)]
+Numbers = Annotated[list[float], BeforeValidator(_listed, json_schema_input_type=float | list[float])]
 Trackers = Annotated[
     list[Literal["tensorboard", "wandb", "trackio", "swanlab"]],
     BeforeValidator(_listed, json_schema_input_type=str | list[str]),

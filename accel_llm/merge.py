@@ -1,35 +1,48 @@
-"""An adapter and its base become one standalone model, compared with the adapter before it counts as written."""
+"""An adapter and its base become one standalone model, shard by shard and module by module, and it is proved.
 
-import shutil
-import warnings
-from dataclasses import dataclass
+Safetensors are read and written as streams. A module that an adapter changes is put together in memory, with its weights
+and the adapter's, merged by PEFT's own layer, written, and given up before the next; all other weights are copied as they
+are. So memory is bounded by the largest module that is merged, not by the model.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftModel
-from peft.utils import load_peft_weights, set_peft_model_state_dict
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from accel_llm import vocabulary
-from accel_llm.adapter import read_config
-from accel_llm.attention import causal_lm
+from accel_llm import card, fingerprint, graft, logits, shards, verify, vocabulary, walk
+from accel_llm.adapter import base_fingerprint, read_config
 from accel_llm.errors import ConfigError
-from accel_llm.models import check_model_name, load_tokenizer, load_whole, reason_of, saveable
-from accel_llm.options import MergeOptions
+from accel_llm.folder import appearing, check_target
+from accel_llm.legacy import Adapter, read
+from accel_llm.models import check_model_name, load_whole, reason_of
+from accel_llm.tools import MergeOptions
 
-# Largest relative difference of logits, |merged - adapter| / |adapter|, that rounding explains in each dtype.
-BOUNDS = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+# Files of a hub model that a merge needs.
+FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 
 
 @dataclass(frozen=True)
 class Merged:
-    """What was written, and how far its logits are from base + adapter (None where it was not compared)."""
+    """What was written, and what was proved of it; None where it was not looked at.
+
+    `modules` were merged, `worst` is the largest relative error of one, `hashes` the SHA-256 of each weights file, `notes`
+    are sentences for the person, `differences` those of `logits.check`.
+    """
 
     folder: Path
     base: str
     dtype: torch.dtype
-    difference: float | None
+    modules: int
+    worst: float | None
+    hashes: dict[str, str]
+    notes: tuple[str, ...]
+    differences: dict[str, float]
 
 
 def adapter_folder(name: str) -> Path:
@@ -60,128 +73,121 @@ def base_of(adapter: Path, named: str | None, field: str = "base") -> str:
     return base
 
 
-def load(adapter: Path, base: str, dtype: torch.dtype | str, trust_remote_code: bool) -> PeftModel:
+def merge(options: MergeOptions, progress: Callable[[int, int], None] = lambda done, total: None) -> Merged:
+    """Merge and write; `output_dir` appears whole by one rename, or not at all. `progress` is told bytes done and in all.
+
+    Raises:
+        ConfigError: no adapter, no base, an adapter that does not fit, a used output_dir, or a merge that differs.
+    """
+    target = Path(options.output_dir).expanduser().resolve()
+    folders = [located(name, "adapter", allow_pickle=options.allow_pickle) for name in options.adapter]
+    for folder in folders:
+        read_config(folder)
+    base = base_of(folders[0], options.base)
+    used = [*(("adapter", folder) for folder in folders), ("base", Path(base).expanduser())]
+    check_target(target, used, options.overwrite_output_dir, "config.json")
+    adapters = [read(folder, options.allow_pickle) for folder in folders]
+    for adapter in adapters:
+        graft.check_mergeable(adapter)
+    source = located(base, "base", options.revision, options.allow_pickle)
+    if not (options.allow_other_base or options.unmerge):
+        check_fingerprints(folders, source)
+    with appearing(target) as partial:
+        merged = _build(options, adapters, base, source, partial, progress)
+    return replace(merged, folder=target)
+
+
+def check_fingerprints(adapters: list[Path], base: Path | str) -> None:
+    """Raises ConfigError when `base` is another model than the one that an adapter says it was trained on."""
+    for folder in adapters:
+        expected = base_fingerprint(folder)
+        if expected and expected != (found := fingerprint.of_model(str(base))):
+            raise ConfigError(
+                f"base: {base} is another model (fingerprint {found}) than the one that {folder} was trained on "
+                f"({expected}); name that one with --base, or set allow_other_base if it is the same, stored in another way."
+            )
+
+
+def _build(
+    options: MergeOptions,
+    adapters: list[Adapter],
+    base: str,
+    source: Path,
+    folder: Path,
+    progress: Callable[[int, int], None],
+) -> Merged:
+    """The whole model in `folder`, verified."""
+    with shards.memory_given_back():
+        plan = walk.plan(options, adapters, source)
+        written = walk.write(plan, folder, options, progress)
+    hashes = verify.read_back(folder, written.sums) if options.verify != "none" else {}
+    own, model = adapters[0].folder, plan.layout.model
+    card.write_settings(model, own, source, folder, options.trust_remote_code)
+    notes = [card.copy_tokenizer(own, source, folder), *(note for adapter in adapters for note in adapter.notes)]
+    folders = [adapter.folder for adapter in adapters]
+    differences = logits.check(folder, source, folders, options) if options.verify == "logits" else {}
+    merged = Merged(folder, base, model.dtype, written.modules, written.worst, hashes, tuple(notes), differences)
+    card.write_card(folder, base, source, folders, _facts(merged, options), hashes)
+    return merged
+
+
+def _facts(merged: Merged, options: MergeOptions) -> list[str]:
+    """What was done and proved, for the model card."""
+    dtype = str(merged.dtype).removeprefix("torch.")
+    facts = [f"{merged.modules} modules {'un' * options.unmerge}merged in {dtype}"]
+    if options.scale != 1:
+        facts.append(f"scaled by {options.scale:g}")
+    if len(options.adapter) > 1:
+        weights = ", ".join(f"{weight:g}" for weight in options.adapter_weights or [1.0] * len(options.adapter))
+        facts.append(f"combined by {options.combination_type}, weights {weights}")
+    if merged.worst is not None:
+        facts.append(f"each module compared with its adapted one: relative difference at most {merged.worst:.1e}")
+    if "merged" in merged.differences:
+        relative = merged.differences["merged"]
+        facts.append(f"logits compared with those of base and adapter: relative difference {relative:.1e}")
+    facts += [f"{way} base: {sentence}" for way, sentence in of_bases(merged).items()]
+    return facts
+
+
+def of_bases(merged: Merged) -> dict[str, str]:
+    """What merging into either base costs an adapter that was trained on 4 bits, where it was computed."""
+    ways = {way: merged.differences[way] for way in ("original", "dequantized") if way in merged.differences}
+    return {
+        way: f"merged logits differ from the adapter's own, on 4 bits, by {error:.1e}" for way, error in ways.items()
+    }
+
+
+def located(name: str, field: str, revision: str = "main", allow_pickle: bool = False) -> Path:
+    """The folder of a model or an adapter that is a folder, the folder of a run or a hub id.
+
+    Raises:
+        ConfigError: a hub id that cannot be had.
+    """
+    folder = adapter_folder(name) if field == "adapter" else Path(name).expanduser()
+    if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        return folder
+    try:
+        patterns = [*FILES, *(["*.bin"] if allow_pickle else [])]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise ConfigError(
+            f"{field}: {name} is no folder, and no hub id that can be had ({reason_of(error)})."
+        ) from None
+
+
+def load(
+    adapter: Path, base: str, dtype: torch.dtype | str, trust_remote_code: bool, allow_pickle: bool = False
+) -> PeftModel:
     """The base model with the adapter on it, every weight of both in use, and a row for each token the adapter added.
 
     Raises:
         ConfigError: one of them cannot be loaded, or they are not made for each other.
     """
-    settings = read_config(adapter)
-    task = settings.get("task_type")
+    found = read(adapter, allow_pickle)
+    task = found.config.task_type
     if task not in (None, "CAUSAL_LM"):
         raise ConfigError(f"adapter: {adapter} was trained for {task}; only adapters of causal LMs are taken.")
-    model = load_whole(base, "base", dtype=dtype, trust_remote_code=trust_remote_code)
-    try:
-        weights = load_peft_weights(str(adapter), device="cpu")
-        rows = model.config.get_text_config().vocab_size
-        vocabulary.extend(model, range(rows, vocabulary.rows_of_adapter(model, settings, weights)))
-        with warnings.catch_warnings():
-            # PEFT 0.21 leaves weights that the adapter's file lacks as they were drawn, and only warns.
-            warnings.filterwarnings("error", "Found missing adapter keys")
-            wrapped = PeftModel.from_pretrained(model, str(adapter))
-        # It says nothing at all about weights that found no place, so they are put there once more.
-        unused = set_peft_model_state_dict(wrapped, weights).unexpected_keys
-        if unused:
-            raise ValueError(f"{len(unused)} of its weights have no place there, such as {min(unused)}")
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, UserWarning) as error:
-        raise ConfigError(f"adapter: {adapter} does not fit {base} ({reason_of(error)}).") from None
-    return wrapped  # type: ignore[return-value]
-
-
-def merge(options: MergeOptions) -> Merged:
-    """Merge and write; `output_dir` appears whole by one rename, or not at all.
-
-    Raises:
-        ConfigError: no adapter, no base, an adapter that does not fit, a used output_dir, or a merge that differs.
-    """
-    adapter, target = adapter_folder(options.adapter), Path(options.output_dir).expanduser().resolve()
-    read_config(adapter)
-    base = base_of(adapter, options.base)
-    _check_target(target, adapter, base, options.overwrite_output_dir)
-    dtype = "auto" if options.dtype == "auto" else getattr(torch, options.dtype)
-    wrapped = load(adapter, base, dtype, options.trust_remote_code)
-    ids = _probe_ids(wrapped.config.get_text_config().vocab_size)
-    expected = _logits(wrapped, ids) if options.verify != "none" else None
-    merged = _merged(wrapped, adapter)
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        written = merged.dtype
-        _write(merged, adapter, base, partial, options)
-        del merged, wrapped
-        difference = _compare(partial, ids, expected, written) if expected is not None else None
-        shutil.rmtree(target, ignore_errors=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return Merged(target, base, written, difference)
-
-
-def _check_target(target: Path, adapter: Path, base: str, overwrite: bool) -> None:
-    """Refuse an output_dir whose replacement would lose anything but an earlier model."""
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise ConfigError(f"output_dir: {target} is a file; name a folder.")
-    for what, used in (("adapter", adapter), ("base", Path(base))):
-        if used.exists() and used.resolve().is_relative_to(target):
-            raise ConfigError(f"output_dir: {target} holds the {what} that is merged; name another folder.")
-    if not any(target.iterdir()):
-        return
-    if not overwrite:
-        raise ConfigError(f"output_dir: {target} is not empty; name another folder, or set overwrite_output_dir.")
-    if not (target / "config.json").is_file():
-        raise ConfigError(f"output_dir: {target} holds files that are no model; name another folder.")
-
-
-def _merged(wrapped: PeftModel, adapter: Path) -> PreTrainedModel:
-    if not hasattr(wrapped.base_model, "merge_and_unload"):
-        raise ConfigError(f"adapter: {adapter} cannot be merged, a {wrapped.peft_type} adapter has no weights to add.")
-    _untie(causal_lm(wrapped))
-    try:
-        return wrapped.merge_and_unload(safe_merge=True)  # type: ignore[operator]
-    except ValueError as error:
-        raise ConfigError(f"adapter: {adapter} cannot be merged ({reason_of(error)}).") from None
-
-
-def _untie(model: PreTrainedModel) -> None:
-    """Give an adapted head a matrix of its own: merged into the one it shares, it would change the embedding too."""
-    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
-    first, head = (getattr(end, "base_layer", end) for end in ends)
-    if [first, head] != ends and head is not None and head.weight is first.weight:
-        head.weight = torch.nn.Parameter(head.weight.detach().clone())
-        model.config.get_text_config().tie_word_embeddings = False
-        model.config.tie_word_embeddings = False
-
-
-def _write(model: PreTrainedModel, adapter: Path, base: str, folder: Path, options: MergeOptions) -> None:
-    own = (adapter / "generation_config.json").is_file()
-    model.generation_config = saveable(
-        GenerationConfig.from_pretrained(str(adapter)) if own else model.generation_config
-    )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(str(folder))
-    source = str(adapter) if (adapter / "tokenizer_config.json").is_file() else base
-    load_tokenizer(source, trust_remote_code=options.trust_remote_code).save_pretrained(str(folder))
-
-
-def _probe_ids(vocab_size: int) -> torch.Tensor:
-    return torch.randint(vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
-
-
-def _logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(input_ids=ids).logits.float()
-
-
-def _compare(folder: Path, ids: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> float:
-    """Load what was written and compare its logits with those of base + adapter."""
-    difference = _logits(AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype), ids) - expected
-    relative = float(difference.norm() / expected.norm())
-    if not relative <= BOUNDS[dtype]:
-        raise ConfigError(
-            f"verify: the merged model's logits differ from the adapter's by {relative:.1e} (allowed for {dtype}: "
-            f"{BOUNDS[dtype]:.0e}); nothing was written."
-        )
-    return relative
+    model = load_whole(base, "base", allow_pickle, dtype=dtype, trust_remote_code=trust_remote_code)
+    rows = model.config.get_text_config().vocab_size
+    vocabulary.extend(model, range(rows, vocabulary.rows_of_adapter(model, found.settings, found.weights)))
+    return graft.load(model, found)

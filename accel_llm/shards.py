@@ -62,7 +62,7 @@ def place(accelerator: Accelerator, model: nn.Module, options: OptimOptions) -> 
     masters = not strategy().startswith("zero") and options.master_weights == "float32"
     share = {"zero3": _share_by_zero3, "fsdp2": _share_by_fsdp2}.get(strategy(), _share_with_nobody)(accelerator, model)
     settled: set[nn.Module] = set()
-    with _memory_given_back():
+    with memory_given_back():
         for unit in _units(model):
             modules = [module for module in unit.modules() if module not in settled]
             settle(model, modules, compute, accelerator.device, masters)
@@ -105,7 +105,7 @@ def settle(
                 parameter.data = old.to(device, dtype, copy=True)
             else:
                 continue
-            _forget(old)
+            forget(old)
 
 
 def _kept_in_float32(model: nn.Module) -> set[int]:
@@ -117,7 +117,7 @@ def _kept_in_float32(model: nn.Module) -> set[int]:
 
 
 @contextmanager
-def _memory_given_back() -> Iterator[None]:
+def memory_given_back() -> Iterator[None]:
     """Freed tensors go back to the system at once.
 
     glibc keeps blocks below 32 MiB that are freed for those to come; between weights that stay, whole layers of holes were
@@ -135,7 +135,7 @@ def _memory_given_back() -> Iterator[None]:
     mallopt(M_TRIM_THRESHOLD, 2**26)
 
 
-def _forget(tensor: torch.Tensor) -> None:
+def forget(tensor: torch.Tensor) -> None:
     """Give back the pages of a checkpoint's file that `tensor` has been read from.
 
     The map of a file ends with the last tensor in it; until then what was read would stay in memory, and under ZeRO-3's

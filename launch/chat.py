@@ -15,7 +15,7 @@ from accel_llm.config import parse
 from accel_llm.distributed import quiet
 from accel_llm.errors import ConfigError, run
 from accel_llm.models import DTYPES, check_model_name, load_tokenizer, load_whole
-from accel_llm.options import ChatOptions
+from accel_llm.tools import ChatOptions
 
 
 def load(options: ChatOptions, device: str) -> tuple[Any, str]:
@@ -28,7 +28,9 @@ def load(options: ChatOptions, device: str) -> tuple[Any, str]:
         arguments = {"allow_pickle": options.allow_pickle, "trust_remote_code": options.trust_remote_code}
         return load_whole(name, "model", dtype=dtype, **arguments), name
     base = merge.base_of(adapter, options.base)
-    wrapped: Any = merge.load(adapter, base, dtype, options.trust_remote_code)
+    if not options.allow_other_base:
+        merge.check_fingerprints([adapter], base)
+    wrapped: Any = merge.load(adapter, base, dtype, options.trust_remote_code, options.allow_pickle)
     if (adapter / "generation_config.json").is_file():
         wrapped.generation_config = GenerationConfig.from_pretrained(str(adapter))
     return wrapped, str(adapter) if (adapter / "tokenizer_config.json").is_file() else base

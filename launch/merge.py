@@ -1,26 +1,50 @@
 """Merge an adapter into its base model, giving a standalone model folder.
 
 python launch/merge.py --adapter output --output_dir merged
+python launch/merge.py --adapter output other --adapter_weights 0.7 0.3 --output_dir merged
+python launch/merge.py --adapter output --base merged --unmerge --output_dir base
 """
 
-from rich.console import Console
+import os
 
+# Read when torch is imported: large tensors get huge pages, or the system spends more time on handing out memory, page by
+# page, than PEFT spends on merging.
+os.environ["THP_MEM_ALLOC_ENABLE"] = os.environ.get("THP_MEM_ALLOC_ENABLE", "1")
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+
+from accel_llm.card import push
 from accel_llm.config import parse
 from accel_llm.distributed import quiet
 from accel_llm.errors import run
-from accel_llm.merge import merge
-from accel_llm.options import MergeOptions
+from accel_llm.merge import merge, of_bases
+from accel_llm.tools import MergeOptions
 
 
 def main() -> None:
     options = parse(MergeOptions)
     quiet()
-    merged = merge(options)
-    console = Console(highlight=False)
-    console.print(f"merged {options.adapter} into {merged.base} ({merged.dtype})")
-    if merged.difference is not None:
-        console.print(f"verified: logits of the written model differ from base + adapter by {merged.difference:.1e}")
-    console.print(f"wrote {merged.folder}; ask it with: python launch/chat.py --model {merged.folder}", soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True)
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("merging")
+        merged = merge(options, lambda done, total: bar.update(task, completed=done, total=total))
+    for note in merged.notes:
+        console.print(note)
+    what = "took {} out of" if options.unmerge else "merged {} into"
+    dtype = str(merged.dtype).removeprefix("torch.")
+    console.print(f"{what.format(' + '.join(options.adapter))} {merged.base} ({merged.modules} modules, {dtype})")
+    if merged.worst is not None:
+        console.print(f"verified: each module computes what it did with its adapter, within {merged.worst:.1e}")
+    if "merged" in merged.differences:
+        difference = merged.differences["merged"]
+        console.print(f"verified: logits of the written model differ from base + adapter by {difference:.1e}")
+    for way, sentence in of_bases(merged).items():
+        console.print(f"{way} base: {sentence}")
+    console.print(f"wrote {merged.folder}; ask it with: python launch/chat.py --model {merged.folder}")
+    if options.push_to_hub:
+        console.print(f"uploaded to {push(merged.folder, options.push_to_hub)}")
 
 
 if __name__ == "__main__":

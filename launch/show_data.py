@@ -16,8 +16,9 @@ from accel_llm import demo, display, distributed, encode, models, sources, vocab
 from accel_llm.chat import template_of
 from accel_llm.errors import check, run
 from accel_llm.metrics import console
-from accel_llm.options import SftOptions, ShowOptions, TrainOptions
+from accel_llm.options import SftOptions, TrainOptions
 from accel_llm.tokens import decode
+from accel_llm.tools import ShowOptions
 
 
 class Options(ShowOptions, SftOptions, TrainOptions):

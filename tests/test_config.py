@@ -5,15 +5,8 @@ from pydantic import ValidationError
 
 from accel_llm.config import parse, resolved, schema
 from accel_llm.errors import ConfigError
-from accel_llm.options import (
-    ChatOptions,
-    MergeOptions,
-    OptimOptions,
-    PretrainOptions,
-    SftOptions,
-    ShowOptions,
-    TrainOptions,
-)
+from accel_llm.options import OptimOptions, PretrainOptions, SftOptions, TrainOptions
+from accel_llm.tools import ChatOptions, MergeOptions, ShowOptions
 
 
 class Sft(TrainOptions, SftOptions):
@@ -313,13 +306,12 @@ def test_a_flag_overrules_the_recipe_under_any_name(tmp_path):
 
 def test_a_script_takes_only_its_own_options():
     options = parse(MergeOptions, ["--adapter", "a", "--output_dir", "b", "--dtype", "float32"])
-    assert (options.adapter, options.dtype, options.verify) == ("a", "float32", "logits")
-    assert problems(MergeOptions, "--verify maybe --seed 3 --bf16") == [
-        "seed: no such option; --help lists them all",
+    assert (options.adapter, options.dtype, options.verify) == (["a"], "float32", "modules")
+    assert problems(MergeOptions, "--verify maybe --bf16") == [
         "bf16: no such option; --help lists them all",
-        "adapter: it is required; give text",
+        "adapter: it is required; give one or several texts",
         "output_dir: it is required; give text",
-        "verify: 'maybe' is not allowed; give logits or none",
+        "verify: 'maybe' is not allowed; give modules, logits or none",
     ]
     assert parse(ChatOptions, ["--model", "m", "--prompt=--hello there"]).prompt == "--hello there"
 

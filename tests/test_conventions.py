@@ -18,7 +18,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from accel_llm.config import parse
-from accel_llm.options import ChatOptions, MergeOptions
+from accel_llm.tools import ChatOptions, MergeOptions
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = sorted((ROOT / "accel_llm").glob("*.py"))
@@ -48,6 +48,7 @@ ORDER = [
     "limits",
     "fields",
     "options",
+    "tools",
     "config",
     "ledger",
     "words",
@@ -78,7 +79,19 @@ ORDER = [
     "metrics",
     "evaluate",
     "adapter",
+    "tensors",
+    "legacy",
+    "layout",
+    "fold",
+    "graft",
+    "verify",
+    "quantized",
+    "walk",
+    "logits",
+    "card",
+    "folder",
     "merge",
+    "extract",
     "export",
     "health",
     "owners",

@@ -247,7 +247,7 @@ def test_merge_tells_what_is_missing_and_misspelled(script, tmp_path):
         script("merge", "--adaptor", "x", "--output_dir", tmp_path / "m")
     assert error.value.problems == [
         "adaptor: no such option; did you mean adapter?",
-        "adapter: it is required; give text",
+        "adapter: it is required; give one or several texts",
     ]
 
 

@@ -1,21 +1,28 @@
 """An adapter and its base become one model that answers the same, or nothing is written and one sentence says why."""
 
+import hashlib
 import json
+import re
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from conftest import settled
+from huggingface_hub import constants
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from accel_llm import adapter, demo, merge, models
+from accel_llm import adapter, demo, fingerprint, merge, models, verify, walk
 from accel_llm.chat import CHATML
+from accel_llm.config import parse
 from accel_llm.errors import ConfigError
-from accel_llm.options import MergeOptions, TrainOptions
+from accel_llm.options import TrainOptions
+from accel_llm.tools import MergeOptions
 
 pytestmark = pytest.mark.usefixtures("quiet")
 IDS = torch.randint(600, (3, 40), generator=torch.Generator().manual_seed(7))
@@ -45,7 +52,7 @@ def make_adapter(tmp_path) -> Callable[..., Path]:
                     parameter.add_(torch.randn_like(parameter) * 0.05)
                 state[name] = parameter.detach().clone()
         folder = tmp_path / "run" / "adapter"
-        adapter.save(model, folder, state, str(base))
+        adapter.save(model, folder, state, str(base), fingerprint.of_model(str(base)))
         tokenizer = demo.build_tokenizer()
         tokenizer.chat_template = "{# of the run #}" + str(tokenizer.chat_template)
         tokenizer.save_pretrained(folder)
@@ -56,7 +63,7 @@ def make_adapter(tmp_path) -> Callable[..., Path]:
 
 
 def merged(folder: Path, target: Path, **options) -> merge.Merged:
-    return merge.merge(MergeOptions(adapter=str(folder), output_dir=str(target), **options))
+    return merge.merge(MergeOptions(adapter=str(folder), output_dir=str(target), **options))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -88,7 +95,7 @@ def test_the_merged_model_answers_as_base_and_adapter_do(
     result = merged(folder, tmp_path / "merged")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert distance(logits(loaded), expected) <= bound
-    assert result.difference is not None and result.difference <= bound
+    assert result.worst is not None and result.worst <= bound
     assert result.dtype == dtype and {tensor.dtype for tensor in loaded.state_dict().values()} == {dtype}
     stored = load_file(tmp_path / "merged" / "model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {dtype}
@@ -101,6 +108,7 @@ def test_tokenizer_template_and_generation_config_come_along(tiny, make_adapter,
     target = tmp_path / "some" / "where" / "merged"
     assert merged(folder.parent, target).folder == target
     assert sorted(path.name for path in target.iterdir()) == [
+        "README.md",
         "chat_template.jinja",
         "config.json",
         "generation_config.json",
@@ -166,24 +174,48 @@ def test_what_cannot_be_merged_is_refused_in_a_sentence(tiny, make_model, make_a
     )
     assert refusal(target, folder, base=str(folder)).startswith(f"base: {folder} is an adapter, not a model")
     wider = make_model(tmp_path / "wider", hidden_size=64)
-    assert refusal(target, folder, base=str(wider)).startswith(f"adapter: {folder} does not fit {wider} (Error(s) in ")
+    other = {"allow_other_base": True}
+    assert refusal(target, folder, base=str(wider), **other) == (
+        f"adapter: {folder} does not fit its base (22 of its weights have another shape, such as "
+        "base_model.model.model.layers.0.mlp.down_proj.lora_B.default.weight, (32, 16) for (64, 16))."
+    )
     shallow = make_model(tmp_path / "shallow", num_hidden_layers=1)
     first = "base_model.model.model.layers.1.mlp.down_proj.lora_A.weight"
-    assert refusal(target, folder, base=str(shallow)) == (
-        f"adapter: {folder} does not fit {shallow} (14 of its weights have no place there, such as {first})."
+    assert refusal(target, folder, base=str(shallow), **other) == (
+        f"adapter: {folder} does not fit its base (14 of its weights have no place there, such as {first})."
     )
     deep = make_model(tmp_path / "deep", num_hidden_layers=3)
     folder = make_adapter(tiny, lora_target_modules=["q_proj"])
-    assert refusal(target, folder, base=str(deep)).startswith(
-        f"adapter: {folder} does not fit {deep} (Found missing adapter keys while loading the checkpoint: "
+    assert refusal(target, folder, base=str(deep), **other) == (
+        f"adapter: {folder} does not fit its base (it lacks 2 weights that it would have there, such as "
+        "base_model.model.model.layers.2.self_attn.q_proj.lora_A.default.weight)."
     )
     hollow = make_model(tmp_path / "hollow")
     state = load_file(hollow / "model.safetensors")
     del state["model.norm.weight"]
     save_file(state, hollow / "model.safetensors", metadata={"format": "pt"})
-    assert refusal(target, folder, base=str(hollow)) == (
+    assert refusal(target, folder, base=str(hollow), **other) == (
         f"base: {hollow} does not fill the model: 1 weights are missing (model.norm.weight)."
     )
+
+
+def test_an_adapter_of_another_base_is_known_by_the_fingerprint(make_model, make_adapter, script, tmp_path, capsys):
+    base, other = make_model(tmp_path / "base"), make_model(tmp_path / "other")
+    state = load_file(other / "model.safetensors")
+    save_file(state | {"model.norm.weight": torch.ones(32) * 2}, other / "model.safetensors", metadata={"format": "pt"})
+    folder, target = make_adapter(base), tmp_path / "merged"
+    own, found = fingerprint.of_model(str(base)), fingerprint.of_model(str(other))
+    sentence = (
+        f"base: {other} is another model (fingerprint {found}) than the one that {folder} was trained on ({own}); name that "
+        "one with --base, or set allow_other_base if it is the same, stored in another way."
+    )
+    assert own != found and refusal(target, folder, base=str(other)) == sentence
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        script("chat", "--model", folder, "--base", other, "--prompt", "?")
+    assert merged(folder, target, base=str(other), allow_other_base=True).base == str(other)
+    assert f"| base `{tmp_path.name}/other`, fingerprint | {found} |" in (target / "README.md").read_text()
+    base.rename(tmp_path / "moved")  # the same model wherever it lies
+    assert merged(folder, tmp_path / "again", base=str(tmp_path / "moved")).modules
 
 
 def test_a_base_that_is_gone_is_asked_for(make_model, make_adapter, tmp_path):
@@ -206,18 +238,18 @@ def test_a_broken_adapter_is_refused(tiny, make_adapter, tmp_path, how):
     weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
     if how == "empty":
         weights.write_bytes(b"")
-        expected = f"adapter: {folder} does not fit {tiny} (Error while deserializing header"
+        expected = f"adapter: the weights of {folder} cannot be read (Error while deserializing header: "
     elif how == "nan":
         state = load_file(weights)
         state["base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"][0, 0] = float("nan")
         save_file(state, weights)
-        expected = f"adapter: {folder} cannot be merged (NaNs detected"
+        expected = f"adapter: {folder} cannot be merged, 1 of its weights hold NaN or infinity, such as base_model."
     elif how == "not json":
         config.write_text('{\n"r": 8,,\n}')
         expected = f"adapter: {config} is not JSON (line 2: "
     else:
         config.write_text(json.dumps(json.loads(config.read_text()) | {"task_type": "SEQ_CLS"}))
-        expected = f"adapter: {folder} was trained for SEQ_CLS; only adapters of causal LMs are taken."
+        expected = f"adapter: {folder} does not fit its base (it lacks 'base_model.model.score.weight')."
     assert refusal(tmp_path / "merged", folder).startswith(expected)
 
 
@@ -239,9 +271,9 @@ def test_a_used_output_dir_is_refused_and_only_a_model_is_replaced(tiny, make_ad
     for name, reason in (
         (home, "holds files that are no model; name another folder."),
         (home / "thesis.txt", "is a file; name a folder."),
-        (folder, "holds the adapter that is merged; name another folder."),
-        (folder.parent, "holds the adapter that is merged; name another folder."),
-        (tiny, "holds the base that is merged; name another folder."),
+        (folder, "holds the adapter that is read; name another folder."),
+        (folder.parent, "holds the adapter that is read; name another folder."),
+        (tiny, "holds the base that is read; name another folder."),
     ):
         with pytest.raises(ConfigError) as error:
             merged(folder, name, overwrite_output_dir=True)
@@ -254,35 +286,113 @@ def test_a_merge_that_differs_is_not_written(tiny, make_adapter, tmp_path, monke
     merged(folder, target)
     before = (target / "model.safetensors").read_bytes()
 
-    def write_badly(model, adapter, base, partial, options):
-        write(model, adapter, base, partial, options)
+    def write_badly(plan, partial, options, progress):
+        written = write(plan, partial, options, progress)
         state = load_file(partial / "model.safetensors")
         state["model.layers.0.mlp.up_proj.weight"] *= 1.01
         save_file(state, partial / "model.safetensors", metadata={"format": "pt"})
+        return written
 
-    write = merge._write
-    monkeypatch.setattr(merge, "_write", write_badly)
-    assert refusal(tmp_path / "new", folder).startswith(
+    write = walk.write
+    monkeypatch.setattr(walk, "write", write_badly)
+    assert refusal(tmp_path / "new", folder) == (
+        "verify: model.layers.0.mlp.up_proj.weight in model.safetensors is not what was written; nothing was kept."
+    )
+    monkeypatch.setattr(verify, "read_back", lambda partial, sums: {})
+    assert refusal(tmp_path / "new", folder, verify="logits").startswith(
         "verify: the merged model's logits differ from the adapter's by "
     )
     with pytest.raises(ConfigError, match=r"\(allowed for torch\.float32: 1e-04\); nothing was written\.$"):
-        merged(folder, target, overwrite_output_dir=True)
+        merged(folder, target, overwrite_output_dir=True, verify="logits")
     assert (target / "model.safetensors").read_bytes() == before
     # The same damage goes through where nobody looks.
-    assert merged(folder, tmp_path / "blind", verify="none").difference is None
+    assert merged(folder, tmp_path / "blind", verify="none").worst is None
 
 
-def test_nothing_half_written_stays_after_an_interruption(tiny, make_adapter, tmp_path, monkeypatch):
-    def interrupted(*arguments):
-        write(*arguments)
-        raise KeyboardInterrupt
+def test_logits_are_compared_in_a_fresh_process(tiny, make_adapter, tmp_path):
+    result = merged(make_adapter(tiny), tmp_path / "merged", verify="logits")
+    assert result.differences.keys() == {"merged"} and 0 <= result.differences["merged"] < 1e-5
+    facts = (tmp_path / "merged" / "README.md").read_text()
+    assert "logits compared with those of base and adapter: relative difference" in facts
 
-    write = merge._write
+
+def test_nothing_half_written_stays_after_an_interruption(tiny, make_adapter, tmp_path):
     folder = make_adapter(tiny)
-    monkeypatch.setattr(merge, "_write", interrupted)
+    options = MergeOptions(adapter=[str(folder)], output_dir=str(tmp_path / "merged"))
+
+    def interrupted(done: int, total: int) -> None:
+        if done > total / 2:
+            raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
-        merged(folder, tmp_path / "merged")
+        merge.merge(options, interrupted)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+def test_the_model_card_names_what_was_merged(tiny, make_adapter, tmp_path):
+    folder = make_adapter(tiny)
+    result = merged(folder, tmp_path / "merged")
+    text = (tmp_path / "merged" / "README.md").read_text()
+    digest = hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
+    assert f"| adapter `run/adapter`, adapter_model.safetensors | {digest} |" in text
+    digest = hashlib.sha256((tmp_path / "merged" / "model.safetensors").read_bytes()).hexdigest()
+    assert result.hashes == {"model.safetensors": digest} and f"| model.safetensors | {digest} |" in text
+    assert "# merged" in text and "14 modules merged in float32" in text and f"peft {peft.__version__}" in text
+    assert str(tmp_path) not in text  # of the paths of this machine only the last names go out
+    assert text.startswith("---\nlibrary_name: transformers\n") and "base_model:" not in text
+
+
+def test_tokenizers_come_from_the_adapter_or_else_the_base_and_it_is_said(tiny, make_adapter, tmp_path):
+    folder = make_adapter(tiny)
+    assert merged(folder, tmp_path / "a").notes == (f"tokenizer: of the adapter ({folder})",)
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "tokenizer.json").unlink()
+    assert merged(folder, tmp_path / "b").notes == (f"tokenizer: of the base ({tiny})",)
+    bare = tmp_path / "bare"
+    AutoModelForCausalLM.from_pretrained(tiny).save_pretrained(bare)
+    result = merged(folder, tmp_path / "c", base=str(bare))
+    assert result.notes == ("tokenizer: there is none, in the adapter's folder or the base's",)
+
+
+def test_nothing_is_uploaded_unless_asked_and_a_failure_leaves_the_model(
+    script, tiny, make_adapter, tmp_path, monkeypatch
+):
+    folder = make_adapter(tiny)
+    pushed: list[str] = []
+    monkeypatch.setattr(socket.socket, "connect", lambda *arguments: pushed.append("connected"))
+    script("merge", "--adapter", folder, "--output_dir", tmp_path / "a")
+    assert not pushed
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match=r"^push_to_hub: .* is written, but owner/name was not \("):
+        script("merge", "--adapter", folder, "--output_dir", tmp_path / "b", "--push_to_hub", "owner/name")
+    assert (tmp_path / "b" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", ["owner/adapter", "owner/base"])
+def test_a_hub_id_that_cannot_be_had_is_told(tiny, make_adapter, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    field = name.split("/")[1]
+    with pytest.raises(ConfigError, match=rf"^{field}: {name} is no folder, and no hub id that can be had \("):
+        if field == "adapter":
+            merge.merge(MergeOptions(adapter=[name], output_dir=str(tmp_path / "merged")))
+        else:
+            merged(make_adapter(tiny), tmp_path / "merged", base=name)
+
+
+def test_options_that_exclude_each_other_are_refused():
+    def problems(*flags: str) -> str:
+        with pytest.raises(ConfigError) as error:
+            parse(MergeOptions, ["--output_dir", "out", *flags])
+        return str(error.value)
+
+    assert "adapter_weights: 1 are given for 2 adapters" in problems("--adapter", "a", "b", "--adapter_weights", "0.5")
+    assert "density: only several adapters use it" in problems("--adapter", "a", "--density", "0.5")
+    assert "unmerge: takes one adapter out of a merged model; give base" in problems("--adapter", "a", "--unmerge")
+    options = parse(MergeOptions, ["--output_dir", "o", "--adapter", "a", "b", "--adapter_weights", "0.5", "-1"])
+    assert options.adapter_weights == [0.5, -1.0] and options.max_shard_size == 50 * 10**9
+    assert (
+        parse(MergeOptions, ["--adapter", "a", "--output_dir", "o", "--max_shard_size", "2GiB"]).max_shard_size == 2**31
+    )
 
 
 def test_an_adapter_made_by_plain_peft_merges(tiny, tmp_path):

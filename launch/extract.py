@@ -1,0 +1,39 @@
+"""Extract a LoRA adapter from a tuned model and the base that it was tuned from.
+
+python launch/extract.py --base base --model tuned --lora_r 32 --output_dir adapter
+"""
+
+from rich.console import Console
+from rich.progress import Progress
+
+from accel_llm.config import parse
+from accel_llm.distributed import quiet
+from accel_llm.errors import run
+from accel_llm.extract import extract
+from accel_llm.tools import ExtractOptions as Options
+
+SHOWN = 10  # layers, those with the largest error
+
+
+def main() -> None:
+    options = parse(Options)
+    quiet()
+    console = Console(highlight=False, soft_wrap=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("extracting")
+        found = extract(options, lambda done, total: bar.update(task, completed=done, total=total))
+    worst = sorted(found.errors.items(), key=lambda entry: -entry[1])
+    console.print(f"{len(worst)} layers at rank {options.lora_r}; of their change this is lost:")
+    for name, error in worst[:SHOWN]:
+        console.print(f"  {error:7.2%}  {name}")
+    if len(worst) > SHOWN:
+        console.print(f"  at most {worst[SHOWN][1]:.2%} of each other")
+    for name, change in found.left.items():
+        console.print(f"  not in the adapter, though changed by {change:.2%}: {name} (modules_to_save takes it whole)")
+    console.print(
+        f"wrote {found.folder}; use it with: python launch/merge.py --adapter {found.folder} --output_dir merged"
+    )
+
+
+if __name__ == "__main__":
+    run(main)

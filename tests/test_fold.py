@@ -1,0 +1,61 @@
+"""Merging a layer row by row gives the bits of merging it at once, whatever its shape and rank."""
+
+import pytest
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import Embedding, Linear
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from accel_llm import fold
+
+
+def layer(kind: str, rows: int, columns: int, rank: int, dtype: torch.dtype, **settings):
+    torch.manual_seed(rank)
+    config = LoraConfig(r=rank, lora_alpha=3, init_lora_weights=False, fan_in_fan_out=kind == "conv1d", **settings)
+    arguments = {"r": rank, "lora_alpha": 3, "config": config}
+    if kind == "embedding":
+        return Embedding(nn.Embedding(rows, columns, dtype=dtype), "default", **arguments)
+    base = Conv1D(rows, columns).to(dtype) if kind == "conv1d" else nn.Linear(columns, rows, dtype=dtype)
+    made = Linear(base, "default", is_target_conv_1d_layer=kind == "conv1d", **arguments)
+    for parameter in (made.lora_A, made.lora_B):
+        parameter.float()
+    return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "embedding"])
+@pytest.mark.parametrize("rows, columns, rank", [(301, 64, 4), (1000, 768, 16), (96, 3000, 64), (50, 40, 1)])
+def test_parts_have_the_bits_of_the_whole(kind, dtype, rows, columns, rank, monkeypatch):
+    monkeypatch.setattr(fold, "PART", 2**14)
+    made = layer(kind, rows, columns, rank, dtype)
+    base = made.get_base_layer().weight.data.clone()
+    made.merge()
+    expected = made.get_base_layer().weight.data.clone()
+    made.get_base_layer().weight.data.copy_(base)
+    made.merged_adapters.clear()
+    assert fold._splits(made)
+    plain = fold.fold(made, unmerge=False)
+    assert plain is made.get_base_layer() and torch.equal(plain.weight, expected)
+    assert not torch.equal(expected, base)
+
+    made.merged_adapters = ["default"]
+    made.unmerge()
+    unmerged = made.get_base_layer().weight.data.clone()
+    made.get_base_layer().weight.data.copy_(expected)
+    assert torch.equal(fold.fold(made, unmerge=True).weight, unmerged)
+
+
+def test_threads_are_given_back():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        fold.fold(layer("linear", 64, 32, 4, torch.float32), unmerge=False)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_bias": True}])
+def test_what_its_rows_share_is_merged_at_once(settings):
+    assert not fold._splits(layer("linear", 64, 32, 4, torch.float32, **settings))

@@ -1,0 +1,144 @@
+"""Weights in 4 bits are taken as bitsandbytes computes with them, on the way and out of a 4-bit model's files."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from accel_llm import demo, layout, merge, quantized
+from accel_llm import logits as compare
+from accel_llm.errors import ConfigError
+from accel_llm.tools import MergeOptions
+
+pytestmark = [pytest.mark.usefixtures("quiet"), pytest.mark.filterwarnings("ignore")]  # bitsandbytes' own, on a CPU
+# What the comparison in its own process is made on.
+IDS = torch.tensor([demo.build_tokenizer()(compare.TEXT).input_ids[: compare.LENGTH]])
+
+
+def four_bits(dtype: torch.dtype) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+
+
+def loaded(folder: Path, **settings: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **settings)
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(IDS).logits.float()
+
+
+def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.fixture
+def trained(make_model, tmp_path) -> Any:
+    """A base and an adapter that was made on its 4-bit weights, and the logits of the two."""
+
+    def make(dtype: torch.dtype) -> tuple[Path, Path, torch.Tensor]:
+        base = make_model(tmp_path / "base", dtype, hidden_size=64, intermediate_size=128)
+        torch.manual_seed(0)
+        config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
+        wrapped = get_peft_model(loaded(base, quantization_config=four_bits(dtype)), config)
+        wrapped.save_pretrained(tmp_path / "adapter")
+        return base, tmp_path / "adapter", logits(wrapped)
+
+    return make
+
+
+def merged(adapter: Path, target: Path, **options: Any) -> merge.Merged:
+    return merge.merge(MergeOptions(**({"adapter": [str(adapter)], "output_dir": str(target)} | options)))
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_merged_into_the_dequantised_weights_the_adapter_says_what_it_said_on_4_bits(trained, tmp_path, dtype, bound):
+    base, adapter, expected = trained(dtype)
+    found = {
+        way: merged(adapter, tmp_path / way, base=str(base), merge_base=way, verify="logits")
+        for way in ("original", "dequantized")
+    }
+    near = {way: distance(logits(loaded(tmp_path / way)), expected) for way in found}
+    assert near["dequantized"] <= bound < near["original"] < 0.5
+    for way, result in found.items():
+        # Both errors are told whichever base was chosen, and they are those of the adapter on real 4-bit layers.
+        assert result.differences["merged"] <= bound
+        assert result.differences["original"] == pytest.approx(near["original"], rel=0.1)
+        assert result.differences["dequantized"] <= bound
+        card = (tmp_path / way / "README.md").read_text()
+        assert "original base: merged logits differ from the adapter's own, on 4 bits, by " in card
+    weights = {way: load_file(tmp_path / way / "model.safetensors") for way in found}
+    assert torch.equal(weights["original"]["lm_head.weight"], weights["dequantized"]["lm_head.weight"])
+
+
+def test_weights_that_no_adapter_touches_are_dequantised_as_well(make_model, tmp_path):
+    base = make_model(tmp_path / "base", torch.bfloat16)
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(loaded(base), config).save_pretrained(tmp_path / "adapter")
+    merged(tmp_path / "adapter", tmp_path / "merged", base=str(base), merge_base="dequantized")
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "merged"))
+    names = quantized.names_of(loaded(base))
+    assert len(names) == 14 and not any(names.values())
+    for name in before:
+        if name in names and "q_proj" not in name:
+            assert torch.equal(after[name], quantized.rounded(before[name], False))
+            assert not torch.equal(after[name], before[name])
+        elif name not in names:
+            assert torch.equal(after[name], before[name])
+
+
+def test_a_base_that_is_stored_in_4_bits_is_unpacked(trained, tmp_path):
+    base, adapter, expected = trained(torch.bfloat16)
+    stored = tmp_path / "stored"
+    loaded(base, quantization_config=four_bits(torch.bfloat16)).save_pretrained(stored)
+    with pytest.raises(ConfigError) as error:
+        merged(adapter, tmp_path / "merged", base=str(stored))
+    assert str(error.value) == (
+        "merge_base: original, but the base has its weights in 4 bits alone; set merge_base: dequantized, or name the base "
+        "model in 16 bits with --base."
+    )
+    found = merged(adapter, tmp_path / "merged", base=str(stored), merge_base="dequantized", verify="logits")
+    assert found.differences.keys() == {"merged", "dequantized"}
+    merged(adapter, tmp_path / "other", base=str(base), merge_base="dequantized")
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "other"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    model = loaded(tmp_path / "merged")
+    assert not hasattr(model.config, "quantization_config") and distance(logits(model), expected) <= 2e-2
+
+
+@pytest.mark.parametrize(
+    "settings, how",
+    [
+        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "8-bit bitsandbytes"),
+    ],
+)
+def test_other_quantised_bases_are_refused(make_model, tmp_path, settings, how):
+    config = layout.load_config(make_model(tmp_path / "base"), False)
+    config.quantization_config = settings
+    with pytest.raises(
+        ConfigError, match=rf"^base: its weights are quantised \({how}\); name the base model in 16 or 32 bits"
+    ):
+        quantized.unpacked(quantized.Checkpoint({}, {}, {}), config, "dequantized")
+
+
+def test_transposed_weights_are_rounded_in_blocks_of_their_rows():
+    weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(quantized.rounded(weight, True), quantized.rounded(weight.T.contiguous(), False).T)
+    assert not torch.equal(quantized.rounded(weight, True), quantized.rounded(weight, False))
+    assert distance(quantized.rounded(weight, False), weight) == pytest.approx(0.09, abs=0.03)
+
+
+def test_the_adapter_on_dequantised_weights_is_the_adapter_on_4_bits(trained):
+    base, adapter, expected = trained(torch.float32)
+    model = loaded(base)
+    for name, turned in quantized.names_of(model).items():
+        weight = model.get_parameter(name)
+        weight.data = quantized.rounded(weight.data, turned)
+    assert distance(logits(PeftModel.from_pretrained(model, adapter)), expected) < 1e-5

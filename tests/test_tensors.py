@@ -1,0 +1,141 @@
+"""Safetensors read and written as streams are those that safetensors itself reads and writes, or nothing."""
+
+import errno
+import json
+import os
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from accel_llm import tensors
+from accel_llm.tensors import Spec, Writer, open_folder
+
+STATE = {
+    "whole": torch.arange(12, dtype=torch.float32).view(3, 4),
+    "half": torch.randn(5, 3, generator=torch.Generator().manual_seed(0)).bfloat16(),
+    "counts": torch.tensor([1, 2, 3], dtype=torch.int64),
+    "flags": torch.tensor([True, False, True]),
+    "one": torch.tensor(2.5),
+    "none": torch.zeros(0, 4, dtype=torch.float16),
+}
+SPECS = {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in STATE.items()}
+
+
+def test_what_safetensors_wrote_is_read(tmp_path):
+    save_file(STATE, tmp_path / "model.safetensors")
+    found = open_folder(tmp_path)
+    assert found.specs == SPECS
+    for name, tensor in STATE.items():
+        read = found.read(name)
+        assert torch.equal(read, tensor) and read.dtype == tensor.dtype
+        read.fill_(1)  # memory of its own
+    assert all(torch.equal(found.read(name), tensor) for name, tensor in STATE.items())
+    assert found.mapped().keys() == STATE.keys()
+
+
+def test_what_is_written_in_any_order_safetensors_reads_in_the_same_bytes(tmp_path):
+    writer = Writer(tmp_path, SPECS, shard_size=10**9, check=True)
+    for name in sorted(STATE, reverse=True):
+        writer.write(name, STATE[name])
+    writer.finish()
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    found = load_file(tmp_path / "model.safetensors")
+    assert found.keys() == STATE.keys() and all(torch.equal(found[name], STATE[name]) for name in STATE)
+    save_file(STATE, tmp_path / "theirs", metadata={"format": "pt"})
+    assert (tmp_path / "model.safetensors").read_bytes() == (tmp_path / "theirs").read_bytes()
+    assert writer.written == sum(spec.size for spec in SPECS.values())
+
+
+def test_files_are_split_where_the_next_tensor_would_not_fit(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    save_file(STATE, source / "model.safetensors")
+    target = tmp_path / "target"
+    target.mkdir()
+    writer, read = Writer(target, SPECS, shard_size=60, check=False), open_folder(source)
+    for name in STATE:
+        writer.copy(name, read.places[name])
+    writer.finish()
+    index = json.loads((target / "model.safetensors.index.json").read_text(encoding="utf-8"))
+    assert index["weight_map"]["whole"] == "model-00001-of-00003.safetensors"
+    assert index["weight_map"]["half"] == index["weight_map"]["counts"] == "model-00002-of-00003.safetensors"
+    assert index["metadata"]["total_size"] == writer.written
+    again = open_folder(target)
+    assert all(torch.equal(again.read(name), tensor) for name, tensor in STATE.items())
+
+
+def test_equal_tensors_are_told_by_their_bits(tmp_path):
+    save_file(
+        {"a": torch.tensor([0.0]), "b": torch.tensor([0.0]), "c": torch.tensor([-0.0])}, tmp_path / "model.safetensors"
+    )
+    found = open_folder(tmp_path)
+    assert found.same("a", "b") and not found.same("a", "c")
+
+
+@pytest.mark.parametrize("how", ["empty", "short", "index", "pickle", "nothing"])
+def test_broken_folders_are_refused(tmp_path, how):
+    file = tmp_path / "model.safetensors"
+    save_file(STATE, file)
+    if how == "empty":
+        file.write_bytes(b"")
+    elif how == "short":
+        file.write_bytes(file.read_bytes()[:-1])
+    elif how == "index":
+        text = json.dumps({"weight_map": {"whole": "../../elsewhere.safetensors"}})
+        (tmp_path / "model.safetensors.index.json").write_text(text)
+    else:
+        file.unlink()
+        if how == "pickle":
+            torch.save(STATE, tmp_path / "pytorch_model.bin")
+    with pytest.raises((SafetensorError, ValueError, FileNotFoundError)) as error:
+        open_folder(tmp_path)
+    expected = {
+        "index": "elsewhere.safetensors, which is not there",
+        "pickle": "set allow_pickle",
+        "nothing": "it has no",
+    }
+    assert expected.get(how, "") in str(error.value)
+
+
+def test_pickled_weights_are_read_when_that_was_allowed(tmp_path):
+    torch.save(STATE, tmp_path / "pytorch_model.bin")
+    found = open_folder(tmp_path, allow_pickle=True)
+    assert found.specs == SPECS and not found.places
+    assert all(torch.equal(found.read(name), tensor) for name, tensor in STATE.items())
+
+
+def test_a_full_disk_is_found_out_before_anything_is_written(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left"):
+        Writer(tmp_path, SPECS, 10**9, check=False)
+
+
+def test_an_error_while_writing_is_raised(tmp_path, monkeypatch):
+    writer = Writer(tmp_path, SPECS, 10**9, check=False)
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    writer.write("whole", STATE["whole"])
+    with pytest.raises(OSError, match="No space left"):
+        writer.write("half", STATE["half"])
+    writer.close()
+
+
+def test_large_tensors_are_copied_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(tensors, "CHUNK", 7)
+    save_file(STATE, tmp_path / "model.safetensors")
+    target = tmp_path / "target"
+    target.mkdir()
+    writer, read = Writer(target, SPECS, 10**9, check=True), open_folder(tmp_path)
+    for name in STATE:
+        writer.copy(name, read.places[name])
+    writer.finish()
+    assert all(torch.equal(tensor, STATE[name]) for name, tensor in load_file(target / "model.safetensors").items())
+    assert read.same("whole", "whole")

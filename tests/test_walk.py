@@ -1,0 +1,427 @@
+"""The merged files hold the very bits of PEFT's `merge_and_unload` and `save_pretrained`, for every method and family."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    LlamaConfig,
+    MixtralConfig,
+    Phi3Config,
+    Qwen3MoeConfig,
+)
+
+from accel_llm import merge
+from accel_llm.errors import ConfigError
+from accel_llm.tools import MergeOptions
+
+pytestmark = [
+    pytest.mark.usefixtures("quiet"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),  # PEFT's, of tied weights and of what it corrects itself
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+SHAPE = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "pad_token_id": 0}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+FAMILIES: dict[str, Callable[..., Any]] = {
+    "llama": lambda **extra: LlamaConfig(**(SHAPE | HEADS | {"attention_bias": True} | extra)),
+    "gpt2": lambda: GPT2Config(
+        vocab_size=300, n_embd=64, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0, pad_token_id=0
+    ),
+    "phi3": lambda: Phi3Config(**SHAPE, **HEADS),
+    "mixtral": lambda: MixtralConfig(**SHAPE, **HEADS, num_local_experts=4),
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **SHAPE, **HEADS, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2, head_dim=16
+    ),
+}
+CAUSAL = {"task_type": "CAUSAL_LM"}
+TWO = ["q_proj", "down_proj"]
+
+
+def moved(model: torch.nn.Module) -> None:
+    """Random weights that no initialisation gives, so that B is not zero and nothing is as it began."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+
+
+def make(folder: Path, family: str, config: Any, dtype: torch.dtype = torch.float32, **extra: Any) -> None:
+    """A base in `folder`/base and an adapter for it in `folder`/adapter."""
+    torch.manual_seed(0)
+    loader = AutoModelForSequenceClassification if config.task_type == "SEQ_CLS" else AutoModelForCausalLM
+    base = loader.from_config(FAMILIES[family](**extra), dtype=dtype)
+    moved(base)
+    base.save_pretrained(folder / "base")
+    wrapped = get_peft_model(loader.from_pretrained(folder / "base", dtype="auto"), config)
+    moved(wrapped)
+    wrapped.save_pretrained(folder / "adapter")
+
+
+def reference(folder: Path, dtype: torch.dtype, task: str = "CAUSAL_LM") -> dict[str, torch.Tensor]:
+    loader: Any = AutoPeftModelForSequenceClassification if task == "SEQ_CLS" else AutoPeftModelForCausalLM
+    loader.from_pretrained(folder / "adapter", dtype=dtype).merge_and_unload().save_pretrained(folder / "reference")
+    return tensors(folder / "reference")
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def merged(folder: Path, **options: Any) -> merge.Merged:
+    target = options.pop("output_dir", folder / "merged")
+    given = {"adapter": [str(folder / "adapter")], "base": str(folder / "base"), "output_dir": str(target)} | options
+    return merge.merge(MergeOptions(**given))
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+
+
+def lora(**settings: Any) -> LoraConfig:
+    return LoraConfig(**(CAUSAL | {"r": 4, "target_modules": "all-linear"} | settings))
+
+
+METHODS: dict[str, Callable[[], Any]] = {
+    "lora": lora,
+    "rank": lambda: lora(use_rslora=True, rank_pattern={"q_proj": 2}, alpha_pattern={"down_proj": 9}),
+    "dora": lambda: lora(use_dora=True),
+    "bias": lambda: lora(bias="all"),
+    "lora_bias": lambda: lora(target_modules=["q_proj"], lora_bias=True),
+    "pissa": lambda: lora(init_lora_weights="pissa"),
+    "olora": lambda: lora(init_lora_weights="olora"),
+    "embedding": lambda: lora(target_modules=["q_proj", "embed_tokens"]),
+    "saved": lambda: lora(modules_to_save=["embed_tokens", "lm_head"]),
+    "tokens": lambda: lora(trainable_token_indices={"embed_tokens": [3, 7], "lm_head": [3]}),
+    "adalora": lambda: peft.AdaLoraConfig(**CAUSAL, target_modules=TWO, total_step=10),
+    "loha": lambda: peft.LoHaConfig(**CAUSAL, r=4, target_modules=TWO),
+    "lokr": lambda: peft.LoKrConfig(**CAUSAL, r=4, target_modules=TWO),
+    "oft": lambda: peft.OFTConfig(**CAUSAL, oft_block_size=4, target_modules=TWO),
+    "boft": lambda: peft.BOFTConfig(**CAUSAL, boft_block_size=4, target_modules=TWO),
+    "hra": lambda: peft.HRAConfig(**CAUSAL, r=4, target_modules=TWO),
+    "vera": lambda: peft.VeraConfig(**CAUSAL, r=4, target_modules=["q_proj", "o_proj"]),
+    "vera_drawn": lambda: peft.VeraConfig(**CAUSAL, r=4, target_modules=["q_proj", "o_proj"], save_projection=False),
+    "ia3": lambda: peft.IA3Config(**CAUSAL, target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "ln": lambda: peft.LNTuningConfig(**CAUSAL, target_modules=["input_layernorm"]),
+    "trainable": lambda: peft.TrainableTokensConfig(**CAUSAL, target_modules=["embed_tokens"], token_indices=[3, 5]),
+    "fourier": lambda: peft.FourierFTConfig(**CAUSAL, n_frequency=50, target_modules=TWO),
+    "vblora": lambda: peft.VBLoRAConfig(**CAUSAL, r=4, num_vectors=8, vector_length=16, topk=2, target_modules=TWO),
+    "randlora": lambda: peft.RandLoraConfig(**CAUSAL, r=4, target_modules=["q_proj"]),
+    "miss": lambda: peft.MissConfig(**CAUSAL, r=4, target_modules=TWO),
+    "shira": lambda: peft.ShiraConfig(**CAUSAL, r=4, target_modules=TWO),
+    "c3a": lambda: peft.C3AConfig(**CAUSAL, block_size=4, target_modules=TWO),
+    "road": lambda: peft.RoadConfig(**CAUSAL, group_size=32, target_modules=TWO),
+    "delora": lambda: peft.DeloraConfig(**CAUSAL, r=4, target_modules=TWO),
+    "osf": lambda: peft.OSFConfig(**CAUSAL, target_modules=TWO),
+    "gralora": lambda: peft.GraloraConfig(**CAUSAL, r=4, target_modules=TWO),
+    "waveft": lambda: peft.WaveFTConfig(**CAUSAL, n_frequency=50, target_modules=TWO),
+    "hira": lambda: peft.HiraConfig(**CAUSAL, r=4, target_modules=TWO),
+    "psoft": lambda: peft.PsoftConfig(**CAUSAL, r=4, target_modules=TWO),
+    "deft": lambda: peft.DeftConfig(**CAUSAL, target_modules=TWO),
+}
+# A few in both dtypes, the others in the harder one.
+CASES = [(name, torch.bfloat16) for name in METHODS] + [(name, torch.float32) for name in list(METHODS)[:12]]
+
+
+@pytest.mark.parametrize("name, dtype", CASES, ids=[f"{name}-{str(dtype)[6:]}" for name, dtype in CASES])
+def test_every_method_that_can_be_merged_gives_the_bits_of_peft(tmp_path, name, dtype):
+    make(tmp_path, "llama", METHODS[name](), dtype)
+    found = merged(tmp_path)
+    assert_same(tensors(tmp_path / "merged"), reference(tmp_path, dtype))
+    assert found.modules and found.worst is not None and found.dtype == dtype
+    base = tensors(tmp_path / "base")
+    changed = {key for key, tensor in tensors(tmp_path / "merged").items() if not torch.equal(tensor, base[key])}
+    assert changed  # that nothing was merged would be the same bits as well
+
+
+@pytest.mark.parametrize("kind", ["LilyConfig", "PolyConfig", "PromptTuningConfig", "PrefixTuningConfig"])
+def test_a_method_that_cannot_be_merged_is_refused_by_name(tmp_path, kind):
+    settings = {"num_virtual_tokens": 4} if "T" in kind else {"r": 4, "target_modules": ["q_proj"]}
+    make(tmp_path, "llama", getattr(peft, kind)(**CAUSAL, **settings))
+    with pytest.raises(ConfigError, match=r"cannot be merged, a \w+ (adapter has no|layer of PEFT refuses)") as error:
+        merged(tmp_path)
+    assert kind.removesuffix("Config").lower() in str(error.value).lower().replace("_", "")
+    assert not (tmp_path / "merged").exists() and not (tmp_path / ".merged.partial").exists()
+
+
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "family, config",
+    [
+        ("gpt2", lambda: lora(target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)),
+        ("phi3", lora),
+        ("mixtral", lambda: lora(target_modules=["q_proj"])),
+        ("mixtral", lambda: lora(target_modules=["q_proj"], target_parameters=EXPERTS)),
+        ("qwen3_moe", lambda: lora(target_modules=["q_proj"], target_parameters=EXPERTS[:1])),
+        ("qwen3_moe", lambda: lora(target_modules=["q_proj"], target_parameters=[*EXPERTS, "mlp.gate.weight"])),
+    ],
+    ids=["gpt2", "phi3", "mixtral", "mixtral-experts", "qwen3_moe-gate_up", "qwen3_moe-router"],
+)
+def test_families_whose_files_differ_from_the_model_have_the_bits_and_names_of_peft(tmp_path, family, config, dtype):
+    make(tmp_path, family, config(), dtype)
+    merged(tmp_path)
+    assert_same(tensors(tmp_path / "merged"), reference(tmp_path, dtype))
+    assert tensors(tmp_path / "merged").keys() == tensors(tmp_path / "base").keys()
+    _, report = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+
+
+def test_an_adapter_of_separate_experts_merges_into_those_in_one_tensor(tmp_path):
+    """As transformers 4 had them, and as adapters of its time name them; PEFT converts the one, we the other."""
+    make(tmp_path, "mixtral", lora(target_modules=["q_proj"], target_parameters=EXPERTS))
+    state = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    old = {name: tensor for name, tensor in state.items() if "experts" not in name}
+    generator = torch.Generator().manual_seed(1)
+    for layer in range(2):
+        for expert in range(4):
+            for part, (rows, columns) in {"w1": (128, 64), "w3": (128, 64), "w2": (64, 128)}.items():
+                name = f"base_model.model.model.layers.{layer}.block_sparse_moe.experts.{expert}.{part}.lora_"
+                old[f"{name}A.weight"] = torch.randn(4, columns, generator=generator)
+                old[f"{name}B.weight"] = torch.randn(rows, 4, generator=generator)
+    save_file(old, tmp_path / "adapter" / "adapter_model.safetensors")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    settings = json.loads(path.read_text()) | {
+        "target_modules": ["q_proj", "w1", "w2", "w3"],
+        "target_parameters": None,
+    }
+    path.write_text(json.dumps(settings | {"rank_pattern": {}, "alpha_pattern": {}}))
+    merged(tmp_path)
+    found, base = tensors(tmp_path / "merged"), tensors(tmp_path / "base")
+    assert_same(found, reference(tmp_path, torch.float32))
+    scale = settings["lora_alpha"] / 4
+    for part in ("w1", "w2", "w3"):
+        name = f"model.layers.1.block_sparse_moe.experts.3.{part}"
+        delta = old[f"base_model.model.{name}.lora_B.weight"] @ old[f"base_model.model.{name}.lora_A.weight"] * scale
+        assert torch.allclose(found[f"{name}.weight"], base[f"{name}.weight"] + delta, atol=1e-4)
+
+
+@pytest.mark.parametrize("labels", [1, 2, 5])
+def test_classifiers_and_reward_models_get_the_head_that_was_trained(tmp_path, labels):
+    make(tmp_path, "llama", lora(task_type="SEQ_CLS", target_modules=["q_proj"]), num_labels=labels)
+    state = load_file(tmp_path / "base" / "model.safetensors")
+    expected = reference(tmp_path, torch.float32, "SEQ_CLS") if labels == 2 else None
+    # The base is a language model as it is published: it has no such head.
+    del state["score.weight"]
+    save_file(state, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    for key in ("id2label", "label2id", "num_labels"):
+        config.pop(key, None)
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    merged(tmp_path)
+    found = tensors(tmp_path / "merged")
+    assert expected is None or not assert_same(found, expected)
+    assert found["score.weight"].shape == (labels, 64)
+    loaded, report = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not report["missing_keys"] and loaded.config.num_labels == labels
+    assert loaded.config.architectures == ["LlamaForSequenceClassification"]
+
+
+@pytest.mark.parametrize(
+    "config, tied",
+    [
+        (lambda: lora(target_modules=["q_proj"]), True),
+        (lambda: lora(target_modules=["embed_tokens"]), False),
+        (lambda: lora(target_modules=["lm_head"]), False),
+        (lambda: lora(target_modules=["embed_tokens", "lm_head"]), False),
+        (lambda: lora(target_modules=["q_proj"], modules_to_save=["lm_head"]), False),
+        (lambda: lora(target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens"]), False),
+        (lambda: lora(target_modules=["q_proj"], trainable_token_indices=[3, 7]), True),
+    ],
+    ids=["neither", "embedding", "head", "both", "saved-head", "saved-both", "tokens"],
+)
+def test_tied_embeddings_stay_tied_or_the_config_says_so(tmp_path, config, tied):
+    make(tmp_path, "llama", config(), tie_word_embeddings=True)
+    merged(tmp_path, verify="logits" if not tied else "modules")
+    assert ("lm_head.weight" in tensors(tmp_path / "merged")) is not tied
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"] is tied
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    adapted = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        assert torch.allclose(loaded.eval()(ids).logits, adapted.eval()(ids).logits, atol=1e-4)
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) is tied
+
+
+def test_matrices_that_the_files_have_twice_are_tied_if_they_are_equal(tmp_path):
+    make(tmp_path, "llama", lora(target_modules=["q_proj"]), tie_word_embeddings=True)
+    state = load_file(tmp_path / "base" / "model.safetensors")
+    for value, tied in ((state["model.embed_tokens.weight"].clone(), True), (torch.randn(300, 64), False)):
+        save_file(state | {"lm_head.weight": value}, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+        merged(tmp_path, overwrite_output_dir=True)
+        found = tensors(tmp_path / "merged")
+        assert_same(found, reference(tmp_path, torch.float32))
+        assert ("lm_head.weight" not in found) is tied
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_vocabulary_that_grew_is_written_whole(tmp_path, tied):
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(FAMILIES["llama"](tie_word_embeddings=tied))
+    moved(base)
+    base.save_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(310)
+    wrapped = get_peft_model(base, lora(target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"]))
+    moved(wrapped)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    merged(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert loaded.config.vocab_size == 310 and loaded.get_input_embeddings().weight.shape == (310, 64)
+    ids = torch.arange(270, 310)[None]
+    with torch.no_grad():
+        assert torch.allclose(loaded.eval()(ids).logits, wrapped.eval()(ids).logits, atol=1e-5)
+
+
+def test_weights_that_no_adapter_touches_are_copied_byte_by_byte(tmp_path):
+    make(tmp_path, "llama", lora(target_modules=["q_proj"]), torch.bfloat16)
+    # Numbers that no arithmetic would leave as they are: NaN with a payload, negative zero, denormals.
+    state = load_file(tmp_path / "base" / "model.safetensors")
+    odd = torch.tensor([0x7FC1, -0x8000, 0x0001, 0x7F80] * 16, dtype=torch.int16).view(torch.bfloat16)
+    state["model.norm.weight"] = odd
+    save_file(state, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    merged(tmp_path)
+    found = tensors(tmp_path / "merged")["model.norm.weight"]
+    assert torch.equal(found.view(torch.int16), odd.view(torch.int16))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_chosen_dtype_has_the_bits_of_peft_in_that_dtype(tmp_path, dtype):
+    make(tmp_path, "llama", lora())
+    assert merged(tmp_path, dtype=dtype).dtype == getattr(torch, dtype)
+    assert_same(tensors(tmp_path / "merged"), reference(tmp_path, getattr(torch, dtype)))
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == dtype
+
+
+def test_shards_are_as_large_as_was_asked_and_load(tmp_path):
+    make(tmp_path, "llama", lora())
+    merged(tmp_path, max_shard_size="100KB")
+    files = sorted((tmp_path / "merged").glob("*.safetensors"))
+    assert len(files) > 3 and max(file.stat().st_size for file in files) < 110_000
+    assert_same(tensors(tmp_path / "merged"), reference(tmp_path, torch.float32))
+    assert_same(
+        dict(AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()), tensors(tmp_path / "merged")
+    )
+    # A base in shards is read as well.
+    merged(tmp_path, base=str(tmp_path / "merged"), output_dir=tmp_path / "twice", verify="none")
+    assert tensors(tmp_path / "twice").keys() == tensors(tmp_path / "merged").keys()
+
+
+def delta(folder: Path) -> dict[str, torch.Tensor]:
+    merged(folder, output_dir=folder / "whole", verify="none", overwrite_output_dir=True)
+    base = tensors(folder / "base")
+    return {name: tensor - base[name] for name, tensor in tensors(folder / "whole").items()}
+
+
+def test_what_an_adapter_adds_is_scaled(tmp_path):
+    make(tmp_path, "llama", lora())
+    whole, base = delta(tmp_path), tensors(tmp_path / "base")
+    merged(tmp_path, scale=-0.5)
+    for name, tensor in tensors(tmp_path / "merged").items():
+        assert torch.allclose(tensor, base[name] - 0.5 * whole[name], atol=1e-6)
+
+
+def test_only_what_adds_can_be_scaled(tmp_path):
+    make(tmp_path, "llama", METHODS["ia3"]())
+    with pytest.raises(ConfigError, match=r"^scale: 0.5 is for LoRA alone"):
+        merged(tmp_path, scale=0.5)
+
+
+def several(folder: Path, *configs: Any) -> list[str]:
+    names = []
+    for k, config in enumerate(configs):
+        make(folder / str(k), "llama", config)
+        with torch.no_grad():
+            path = folder / str(k) / "adapter" / "adapter_model.safetensors"
+            generator = torch.Generator().manual_seed(k)
+            state = load_file(path)
+            save_file({name: torch.randn(t.shape, generator=generator) * 0.1 for name, t in state.items()}, path)
+        names.append(str(folder / str(k) / "adapter"))
+    return names
+
+
+def test_concatenated_adapters_add_their_weighted_sum(tmp_path):
+    names = several(tmp_path, lora(r=4), lora(r=2, target_modules=["q_proj", "up_proj"], lora_alpha=3))
+    base = str(tmp_path / "0" / "base")
+    options = {"adapter": names, "base": base, "adapter_weights": [0.7, -0.4]}
+    found = merged(tmp_path, **options)
+    first, second = delta(tmp_path / "0"), delta(tmp_path / "1")
+    for name, tensor in tensors(tmp_path / "merged").items():
+        expected = tensors(tmp_path / "0" / "base")[name] + 0.7 * first[name] - 0.4 * second[name]
+        assert torch.allclose(tensor, expected, atol=1e-5), name
+    assert found.worst is not None and found.worst < 1e-5
+    assert "combined by cat, weights 0.7, -0.4" in (tmp_path / "merged" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("how", ["linear", "ties", "dare_linear", "dare_ties"])
+def test_combined_adapters_have_the_bits_of_peft(tmp_path, how):
+    names = several(tmp_path, lora(), lora())
+    base = tmp_path / "0" / "base"
+    settings = {"combination_type": how} | ({} if how == "linear" else {"density": 0.4})
+    merged(tmp_path, adapter=names, base=str(base), adapter_weights=[0.6, 0.4], seed=5, **settings)
+    wrapped: Any = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base), names[0], adapter_name="adapter0"
+    )
+    wrapped.load_adapter(names[1], "adapter1")
+    torch.manual_seed(5)
+    wrapped.add_weighted_adapter(["adapter0", "adapter1"], [0.6, 0.4], "both", **settings)
+    wrapped.set_adapter("both")
+    wrapped.merge_and_unload().save_pretrained(tmp_path / "reference")
+    assert_same(tensors(tmp_path / "merged"), tensors(tmp_path / "reference"))
+
+
+def test_adapters_that_cannot_be_combined_are_refused(tmp_path):
+    names = several(tmp_path, lora(), lora(r=2))
+    options = {"adapter": names, "base": str(tmp_path / "0" / "base")}
+    with pytest.raises(ConfigError, match=r"^combination_type: linear cannot combine these adapters"):
+        merged(tmp_path, combination_type="linear", **options)
+    names = several(tmp_path / "saved", lora(modules_to_save=["lm_head"]), lora())
+    with pytest.raises(ConfigError, match=r"^adapter: adapters with whole modules"):
+        merged(tmp_path, adapter=names, base=options["base"])
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("name", ["lora", "rank", "loha", "oft", "ia3"])
+def test_merged_minus_adapter_is_the_base(tmp_path, name, dtype, bound):
+    make(tmp_path, "llama", METHODS[name](), dtype)
+    merged(tmp_path)
+    found = merged(tmp_path, base=str(tmp_path / "merged"), output_dir=tmp_path / "again", unmerge=True)
+    base, again = tensors(tmp_path / "base"), tensors(tmp_path / "again")
+    for key, tensor in base.items():
+        assert float((again[key].float() - tensor.float()).norm()) <= bound * float(tensor.float().norm()), key
+    assert found.worst is not None and found.worst < bound
+    first = "model.layers.0.self_attn.k_proj.weight" if name == "ia3" else "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(tensors(tmp_path / "merged")[first], base[first])
+
+
+@pytest.mark.parametrize("name", ["dora", "saved", "tokens"])
+def test_what_an_adapter_replaced_cannot_be_taken_out(tmp_path, name):
+    make(tmp_path, "llama", METHODS[name]())
+    merged(tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"cannot be unmerged, .*what it replaced or normalised in the base is in no file"
+    ):
+        merged(tmp_path, base=str(tmp_path / "merged"), output_dir=tmp_path / "again", unmerge=True)
+
+
+def test_progress_is_told_in_bytes(tmp_path):
+    make(tmp_path, "llama", lora())
+    told: list[tuple[int, int]] = []
+    options = MergeOptions(
+        adapter=[str(tmp_path / "adapter")], base=str(tmp_path / "base"), output_dir=str(tmp_path / "merged")
+    )
+    merge.merge(options, lambda done, total: told.append((done, total)))
+    total = sum(tensor.numel() * 4 for tensor in tensors(tmp_path / "base").values())
+    assert {entry[1] for entry in told} == {total}
+    assert [done for done, _ in told] == sorted(done for done, _ in told) and told[-1] == (total, total)
