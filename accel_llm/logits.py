@@ -144,6 +144,8 @@ def _of_bases(adapters: list[Adapter], source: Path, options: MergeOptions, ids:
 def _ids(folder: Path, model: PreTrainedModel, trust_remote_code: bool) -> torch.Tensor:
     """A text in the model's own tokens [1, tokens]; random tokens where it has no tokenizer."""
     config = model.config.get_text_config()
+    if not hasattr(config, "vocab_size"):
+        raise ConfigError("verify: logits are compared on a text, and this is no model of text; set verify: modules.")
     length = min(LENGTH, getattr(config, "max_position_embeddings", LENGTH) or LENGTH)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)

@@ -102,7 +102,7 @@ def _labels(adapter: Adapter) -> int | None:
 
 
 def _new_rows(model: PreTrainedModel, adapters: list[Adapter]) -> range:
-    if model.get_input_embeddings() is None:
+    if not hasattr(model.config.get_text_config(), "vocab_size"):  # not of text
         return range(0)
     wanted = max(vocabulary.rows_of_adapter(model, adapter.settings, adapter.weights) for adapter in adapters)
     return range(model.config.get_text_config().vocab_size, wanted)

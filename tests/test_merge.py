@@ -299,10 +299,8 @@ def test_a_merge_that_differs_is_not_written(tiny, make_adapter, tmp_path, monke
         "verify: model.layers.0.mlp.up_proj.weight in model.safetensors is not what was written; nothing was kept."
     )
     monkeypatch.setattr(verify, "read_back", lambda partial, sums: {})
-    assert refusal(tmp_path / "new", folder, verify="logits").startswith(
-        "verify: the merged model's logits differ from the adapter's by "
-    )
-    with pytest.raises(ConfigError, match=r"\(allowed for torch\.float32: 1e-04\); nothing was written\.$"):
+    sentence = r"^verify: the merged model's logits differ from .* \(allowed for torch\.float32: 1e-04\); nothing was written\.$"
+    with pytest.raises(ConfigError, match=sentence):
         merged(folder, target, overwrite_output_dir=True, verify="logits")
     assert (target / "model.safetensors").read_bytes() == before
     # The same damage goes through where nobody looks.

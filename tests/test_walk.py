@@ -14,13 +14,16 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     GPT2Config,
+    Lfm2Config,
     LlamaConfig,
     MixtralConfig,
     Phi3Config,
     Qwen3MoeConfig,
+    ViTConfig,
+    ViTModel,
 )
 
-from accel_llm import merge
+from accel_llm import logits, merge
 from accel_llm.errors import ConfigError
 from accel_llm.tools import MergeOptions
 
@@ -37,6 +40,7 @@ FAMILIES: dict[str, Callable[..., Any]] = {
         vocab_size=300, n_embd=64, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0, pad_token_id=0
     ),
     "phi3": lambda: Phi3Config(**SHAPE, **HEADS),
+    "lfm2": lambda: Lfm2Config(**SHAPE, **HEADS, layer_types=["conv", "full_attention"]),
     "mixtral": lambda: MixtralConfig(**SHAPE, **HEADS, num_local_experts=4),
     "qwen3_moe": lambda: Qwen3MoeConfig(
         **SHAPE, **HEADS, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2, head_dim=16
@@ -179,6 +183,40 @@ def test_families_whose_files_differ_from_the_model_have_the_bits_and_names_of_p
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("task", [None, "FEATURE_EXTRACTION"])
+def test_convolutions_have_the_bits_of_peft(tmp_path, task, dtype):
+    """Of the patches of a vision transformer, which is loaded by the class that its config names."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    base = ViTModel(ViTConfig(**sizes, image_size=16, patch_size=4)).to(dtype)
+    base.save_pretrained(tmp_path / "base")
+    config = LoraConfig(r=4, target_modules=["projection", "q_proj"], task_type=task, use_dora=task is None)
+    wrapped = get_peft_model(ViTModel.from_pretrained(tmp_path / "base", dtype=dtype), config)
+    moved(wrapped)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    found = merged(tmp_path)
+    base = ViTModel.from_pretrained(tmp_path / "base", dtype=dtype)
+    peft.PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload().save_pretrained(
+        tmp_path / "reference"
+    )
+    assert_same(tensors(tmp_path / "merged"), tensors(tmp_path / "reference"))
+    assert found.modules == 3 and found.worst is not None
+    with pytest.raises(ConfigError, match=r"^verify: logits are compared on a text, and this is no model of text"):
+        logits._ids(tmp_path / "merged", base, False)  # type: ignore[arg-type]
+
+
+def test_what_a_layer_of_peft_cannot_merge_is_refused_by_its_name(tmp_path):
+    make(tmp_path, "lfm2", lora(target_modules=["conv.conv", "in_proj"], r=64))
+    with pytest.raises(ConfigError) as error:
+        merged(tmp_path)
+    assert str(error.value) == (
+        "adapter: model.layers.0.conv.conv cannot be merged, a LORA layer of PEFT refuses it (Merging is not supported for "
+        "_ConvNd layers with groups > 1!)."
+    )
+    assert not (tmp_path / "merged").exists()
+
+
 def test_an_adapter_of_separate_experts_merges_into_those_in_one_tensor(tmp_path):
     """As transformers 4 had them, and as adapters of its time name them; PEFT converts the one, we the other."""
     make(tmp_path, "mixtral", lora(target_modules=["q_proj"], target_parameters=EXPERTS))
@@ -244,7 +282,7 @@ def test_classifiers_and_reward_models_get_the_head_that_was_trained(tmp_path, l
 )
 def test_tied_embeddings_stay_tied_or_the_config_says_so(tmp_path, config, tied):
     make(tmp_path, "llama", config(), tie_word_embeddings=True)
-    merged(tmp_path, verify="logits" if not tied else "modules")
+    merged(tmp_path)
     assert ("lm_head.weight" in tensors(tmp_path / "merged")) is not tied
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"] is tied
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
