@@ -81,8 +81,11 @@ def merge(options: MergeOptions, progress: Callable[[int, int], None] = lambda d
     """
     target = Path(options.output_dir).expanduser().resolve()
     folders = [located(name, "adapter", allow_pickle=options.allow_pickle) for name in options.adapter]
-    for folder in folders:
-        read_config(folder)
+    named = {str(read_config(folder).get("base_model_name_or_path")) for folder in folders}
+    if options.base is None and len(named) > 1:
+        raise ConfigError(
+            f"base: the adapters name different ones ({', '.join(sorted(named))}); say which with --base."
+        )
     base = base_of(folders[0], options.base)
     used = [*(("adapter", folder) for folder in folders), ("base", Path(base).expanduser())]
     check_target(target, used, options.overwrite_output_dir, "config.json")

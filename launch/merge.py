@@ -42,6 +42,8 @@ def main() -> None:
         console.print(f"verified: logits of the written model differ from base + adapter by {difference:.1e}")
     for way, sentence in of_bases(merged).items():
         console.print(f"{way} base: {sentence}")
+    if "merge_base" in options.model_fields_set and options.verify != "logits":
+        console.print("what either base costs, original or dequantized, is told with: --verify logits")
     console.print(f"wrote {merged.folder}; ask it with: python launch/chat.py --model {merged.folder}")
     if options.push_to_hub:
         console.print(f"uploaded to {push(merged.folder, options.push_to_hub)}")

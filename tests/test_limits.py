@@ -53,7 +53,7 @@ MEMORY = {
     "separator": MEGABYTE + "{{ range(99999) | list | join(x) }}",
     "output": MEGABYTE + "{% for i in range(99999) %}{{ x }}{% endfor %}",
     "ranges": "{% set ns = namespace(x=[]) %}{% for a in range(9999) %}"
-    "{% set ns.x = ns.x + [range(99999) | list] %}{% endfor %}",
+    "{% set ns.x = ns.x + [(range(99) | list) * 1000] %}{% endfor %}",
 }
 # Of a fault that a template can only be refused for.
 FAULTY = {

@@ -38,7 +38,7 @@ def test_stopped_and_resumed_runs_are_bit_equal_on_every_strategy(tmp_path: Path
     """And state moves between numbers of processes and strategies; sick steps are left out by all processes alike."""
     output = matrix("--resumes", "--pairwise", "--work", str(tmp_path))
     statuses = re.findall(r'^\S+ {"status": "([^"]+)"', output, re.MULTILINE)
-    assert {status: statuses.count(status) for status in statuses} == {"bit-equal": 17, "same": 8, "skipped alike": 5}
+    assert {status: statuses.count(status) for status in statuses} == {"bit-equal": 9, "same": 4, "skipped alike": 3}
     assert len(re.findall(r"^control \w+: different ", output, re.MULTILINE)) == 4
 
 

@@ -421,6 +421,10 @@ def test_combined_adapters_have_the_bits_of_peft(tmp_path, how):
 
 def test_adapters_that_cannot_be_combined_are_refused(tmp_path):
     names = several(tmp_path, lora(), lora(r=2))
+    bases = ", ".join(str(tmp_path / k / "base") for k in "01")
+    with pytest.raises(ConfigError) as error:
+        merged(tmp_path, adapter=names, base=None)
+    assert str(error.value) == f"base: the adapters name different ones ({bases}); say which with --base."
     options = {"adapter": names, "base": str(tmp_path / "0" / "base")}
     with pytest.raises(ConfigError, match=r"^combination_type: linear cannot combine these adapters"):
         merged(tmp_path, combination_type="linear", **options)
