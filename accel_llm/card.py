@@ -57,18 +57,19 @@ def write_settings(model: PreTrainedModel, adapter: Path, base: Path, target: Pa
 
 
 def write_card(
-    target: Path, base: str, source: Path, adapters: list[Path], facts: list[str], hashes: dict[str, str]
+    target: Path, base: str, source: Path, adapters: list[Path], done: str, facts: list[str], hashes: dict[str, str]
 ) -> None:
     """Write README.md: base, adapters and their hashes, what was done, the hashes of the weights written, versions.
 
-    `base` is what the person called the base, `source` its folder.
+    `base` is what the person called the base, `source` its folder; `done` says what was done with the
+    adapters.
     """
     hub = base if not Path(base).expanduser().exists() else None
     lines = ["---", "library_name: transformers"]
     lines += [f"base_model: {hub}", "base_model_relation: finetune"] if hub else []
     lines += ["tags:", "- merge", "---", "", f"# {target.name.removeprefix('.').removesuffix('.partial')}", ""]
     lines += [
-        f"`{hub or _short(Path(base))}` with {len(adapters)} adapter{'s' * (len(adapters) > 1)} merged into it.",
+        f"`{hub or _short(Path(base))}` with {len(adapters)} adapter{'s' * (len(adapters) > 1)} {done}.",
         "",
         "| | SHA-256 |",
         "|-|-|",

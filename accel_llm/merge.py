@@ -130,7 +130,8 @@ def _build(
     folders = [adapter.folder for adapter in adapters]
     differences = logits.check(folder, source, folders, options) if options.verify == "logits" else {}
     merged = Merged(folder, base, model.dtype, written.modules, written.worst, hashes, tuple(notes), differences)
-    card.write_card(folder, base, source, folders, _facts(merged, options), hashes)
+    done = "taken out of it" if options.unmerge else "merged into it"
+    card.write_card(folder, base, source, folders, done, _facts(merged, options), hashes)
     return merged
 
 

@@ -467,3 +467,21 @@ def test_progress_is_told_in_bytes(tmp_path):
     total = sum(tensor.numel() * 4 for tensor in tensors(tmp_path / "base").values())
     assert {entry[1] for entry in told} == {total}
     assert [done for done, _ in told] == sorted(done for done, _ in told) and told[-1] == (total, total)
+
+
+def resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells and forgets a peak")
+def test_memory_is_bounded_by_the_largest_weight_and_not_by_the_model(tmp_path):
+    sizes = {"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 6, "vocab_size": 2000}
+    make(tmp_path, "llama", lora(), **sizes)
+    merged(tmp_path, output_dir=tmp_path / "first")  # what is imported and allocated once
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM begins anew
+    before = resident("VmRSS")
+    merged(tmp_path)
+    weight = 512 * 4096 * 4
+    assert sum(file.stat().st_size for file in (tmp_path / "merged").glob("*.safetensors")) > 18 * weight
+    assert resident("VmHWM") - before < 6 * weight
