@@ -263,6 +263,16 @@ def test_a_person_reads_the_sentences_alone_and_the_code_is_2(monkeypatch, capsy
     assert (ended.value.code, captured.out, captured.err) == (2, "", "error: a: wrong.\nerror: b: wrong.\n")
 
 
+def test_ctrl_c_is_told_without_a_traceback(monkeypatch, capsys):
+    def main() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as ended:
+        run(main)
+    assert (ended.value.code, capsys.readouterr().err) == (130, "interrupted\n")
+
+
 def test_a_bug_of_ours_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         run(lambda: print(1 / 0))
