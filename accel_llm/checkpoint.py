@@ -136,7 +136,7 @@ class Checkpoints:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
             meet()
-            tensors, values = self._mine(step)
+            tensors, values = self._mine()
             values |= {"meter": meter.state(), "randomness": randomness(self.accelerator.device)}
             shared = self._shared(meter, evaluation, health, step) if main else None
             if in_background:
@@ -151,7 +151,7 @@ class Checkpoints:
             meet()
         self.saved = step
 
-    def _mine(self, step: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    def _mine(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """What this process has to write: tensors, and what is not one."""
         if self.accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP) or (
             self.accelerator.is_main_process
@@ -160,11 +160,6 @@ class Checkpoints:
             tensors, numbers = owners.tensors(found, self.optimizer)
         else:  # a copy of what the main process has
             tensors, numbers = {}, {}
-        if sick := pieces.not_finite(tensors):
-            raise ConfigError(
-                f"checkpoints: after step {step} {len(sick)} tensors hold a NaN or an infinity ({', '.join(sick[:3])}), so it "
-                "is not saved; the checkpoints before it are whole. Lower learning_rate, or look at the data."
-            )
         return tensors, {"numbers": numbers, "tensors": list(tensors)}
 
     def _shared(self, meter: Meter, evaluation: Evaluation, health: Health, step: int) -> dict[str, Any]:
@@ -204,7 +199,13 @@ class Checkpoints:
 
         Raises:
             OSError: the disk failed this process or another one; all of them raise it.
+            ConfigError: there is a NaN in it.
         """
+        if sick := pieces.not_finite(tensors):
+            raise ConfigError(
+                f"checkpoints: after step {step} {len(sick)} tensors hold a NaN or an infinity ({', '.join(sick[:3])}), so it "
+                "is not saved; the checkpoints before it are whole. Lower learning_rate, or look at the data."
+            )
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         number, error = 0, None
         try:

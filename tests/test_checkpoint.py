@@ -212,16 +212,18 @@ def test_what_is_best_is_known_after_a_resume(train, interrupt, chats, tmp_path,
     assert steps(run) == [1, 6] and status(run)["exported_step"] == 1
 
 
-def test_nothing_that_holds_a_nan_is_saved(train, at_step, tmp_path):
+@pytest.mark.parametrize("step, words", [(STEPS, ()), (4, ("--save_steps", 2, "--save_async"))])
+def test_nothing_that_holds_a_nan_is_saved(train, at_step, tmp_path, step, words):
     def sicken(checkpoints: Any) -> None:
         with torch.no_grad():
             next(p for p in checkpoints.model.parameters() if p.requires_grad).view(-1)[0] = math.nan
 
-    at_step(STEPS, sicken, before=True)
+    at_step(step, sicken, before=True)
     with pytest.raises(ConfigError) as error:
-        train(tmp_path / "run", *LORA)
-    assert "after step 6 1 tensors hold a NaN or an infinity (base_model" in str(error.value)
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000003"]
+        train(tmp_path / "run", *LORA, *words)
+    assert f"after step {step} 1 tensors hold a NaN or an infinity (base_model" in str(error.value)
+    assert steps(tmp_path / "run") == ([2] if words else [3])
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
     assert status(tmp_path / "run")["status"] == "failed"
 
 
