@@ -4,6 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import accel_llm.chatter
+
 import torch
 from peft import LoraConfig
 from safetensors import SafetensorError

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import accel_llm.chatter
+
 import torch
 from peft.tuners.lora.layer import Embedding, Linear, LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer

@@ -5,6 +5,8 @@ import warnings
 from copy import deepcopy
 from typing import Any, NamedTuple
 
+import accel_llm.chatter
+
 import torch
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING

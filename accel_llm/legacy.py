@@ -10,6 +10,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import accel_llm.chatter
+
 import peft
 import torch
 from peft import PeftConfig, PeftType, PromptLearningConfig, TaskType

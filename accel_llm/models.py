@@ -237,6 +237,7 @@ def load_whole(
     arguments |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, report = _read(AutoModelForCausalLM.from_pretrained, name, field, **arguments)
     _check_filled(report, name, field)
+    shards.keep_gradients(model)
     return model
 
 

@@ -3,6 +3,8 @@
 from functools import partial
 from typing import Any
 
+import accel_llm.chatter
+
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
 from bitsandbytes.utils import unpack_tensor_to_dict

@@ -16,9 +16,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import accel_llm.chatter
+
 import torch
 from accelerate import Accelerator
-from bitsandbytes.nn.modules import Params4bit
+from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
@@ -47,8 +49,21 @@ def quantize_later(model: PreTrainedModel, config: BitsAndBytesConfig) -> None:
             weight = old.weight.data.T if isinstance(old, Conv1D) else old.weight.data
             new.weight = Params4bit(weight, requires_grad=False, **vars(new.weight))
             new.bias = old.bias
+    keep_gradients(model)
     model.is_loaded_in_4bit = True  # type: ignore[assignment]
     model.config.quantization_config = config
+
+
+def keep_gradients(model: nn.Module) -> None:
+    """Keep the 4-bit layers of `model` on the product that has a backward pass.
+
+    On a CPU with AVX512-BF16, bitsandbytes 0.50.2 repacks the weights of such a layer at its first forward in eval mode.
+    From then on it uses a product without a gradient, in bfloat16, which also fails where shapes do not divide. The
+    constructor of each layer switches this on, so it is switched off on each layer after it is made.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def place(accelerator: Accelerator, model: nn.Module, options: OptimOptions) -> None:

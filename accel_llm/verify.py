@@ -6,6 +6,8 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import accel_llm.chatter
+
 import torch
 from peft.tuners.lora.layer import ParamWrapper
 from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper

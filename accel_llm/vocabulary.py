@@ -7,6 +7,8 @@ of ids after all that the tokenizer had; with an empty one everything here does 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import accel_llm.chatter
+
 import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer

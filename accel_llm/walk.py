@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import accel_llm.chatter
+
 import torch
 from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError

@@ -6,6 +6,8 @@ python launch/chat.py --model merged --prompt "What is 3 + 4?"
 
 from typing import Any
 
+import accel_llm.chatter
+
 import torch
 from transformers import GenerationConfig, TextStreamer, set_seed
 

@@ -164,6 +164,14 @@ def test_modules_are_no_two_rooms() -> None:
     assert [path.name for path in PACKAGE if path.read_text(encoding="utf-8").count("\n") > 365] == []
 
 
+def test_libraries_that_print_at_import_are_kept_quiet() -> None:
+    loud = re.compile(r"^(from|import) (peft|bitsandbytes|transformers\.integrations\.bitsandbytes)\b", re.M)
+    loud_modules = [path for path in [*PACKAGE, *SCRIPTS] if loud.search(path.read_text(encoding="utf-8"))]
+    assert loud_modules
+    for path in loud_modules:
+        assert "\nimport accel_llm.chatter\n" in path.read_text(encoding="utf-8"), path
+
+
 def test_scripts_stand_alone_and_shadow_nothing() -> None:
     taken = set(sys.stdlib_module_names) | set(importlib.metadata.packages_distributions())
     names = {path.stem for path in SCRIPTS}

@@ -338,3 +338,9 @@ def test_a_mistake_that_all_ranks_meet_is_told_at_once_and_by_the_first_alone(tm
 def test_a_mistake_of_one_rank_names_it(tmp_path):
     (first, second), codes, _ = ranks(["", "mistake"], tmp_path)
     assert (first, second) == ("", "error (rank 1): a: wrong.\nerror (rank 1): b: wrong.\n") and codes == [-15, 2]
+
+
+def test_help_prints_nothing_beside_the_help():
+    command = [sys.executable, "launch/chat.py", "--help"]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=120)
+    assert ended.returncode == 0 and ended.stderr == "" and "--prompt" in ended.stdout

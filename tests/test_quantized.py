@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from accel_llm import demo, layout, merge, quantized
+from accel_llm import demo, layout, merge, quantized, shards
 from accel_llm import logits as compare
 from accel_llm.errors import ConfigError
 from accel_llm.tools import MergeOptions
@@ -26,7 +26,9 @@ def four_bits(dtype: torch.dtype) -> BitsAndBytesConfig:
 
 
 def loaded(folder: Path, **settings: Any) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **settings)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **settings)
+    shards.keep_gradients(model)
+    return model
 
 
 def logits(model: Any) -> torch.Tensor:

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from conftest import settled
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from accel_llm import adapter, demo, models, shards
+from accel_llm import adapter, demo, models, quantized, shards
 from accel_llm.options import TrainOptions
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/smaps")
@@ -98,6 +99,40 @@ def test_quantised_later_is_quantised_as_transformers_does(family, make_model, t
         assert type(parameter) is type(expected[name]) and torch.equal(parameter, expected[name]), name
     ids = torch.arange(12)[None]
     assert torch.equal(ours.eval()(input_ids=ids).logits, theirs.eval()(input_ids=ids).logits)
+
+
+def test_4_bit_layers_keep_their_gradient_after_an_evaluation_on_every_cpu(tiny, tmp_path, monkeypatch, quiet):
+    """bitsandbytes 0.50.2 on a CPU with AVX512-BF16 repacks a layer in eval mode; that product has no backward."""
+
+    def repacked(*_):
+        raise AssertionError("a 4-bit layer was repacked")
+
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    monkeypatch.setattr("bitsandbytes.nn.modules._convert_weight_packed_for_cpu", repacked)
+    chosen = options(tiny, method="qlora", lora_dropout=0.0, init_lora_weights="gaussian")
+    eager(tiny).save_pretrained(tmp_path / "stored")  # a model whose files are in 4 bits
+    model = settled(adapter.attach(models.load_model(chosen), chosen), chosen)
+    stored = models.load_whole(str(tmp_path / "stored"), dtype=torch.float32)
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        model.eval()(input_ids=ids), stored.eval()(input_ids=ids)
+    with pytest.raises(AssertionError, match="repacked"):  # a layer as its constructor leaves it
+        Linear4bit(64, 64).to("cpu").eval()(torch.zeros(1, 64))
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    plain = models.load_whole(str(tiny), dtype=torch.float32)
+    with torch.no_grad():
+        for name in quantized.names_of(plain):
+            weight = plain.get_parameter(name)
+            weight.copy_(quantized.rounded(weight, False))
+    reference = adapter.attach(plain, options(tiny, lora_dropout=0.0, init_lora_weights="gaussian"))
+    ours = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = {name: parameter for name, parameter in reference.named_parameters() if parameter.requires_grad}
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(ours[name])
+    (reference.train()(input_ids=ids, labels=ids).loss * 11).backward()  # ours is the sum over 11 labels
+    for name, parameter in trained.items():
+        torch.testing.assert_close(ours[name].grad, parameter.grad, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("chosen", [{"use_dora": True}, {"init_lora_weights": "olora"}])
