@@ -1,1 +1,1 @@
-"""Small modules behind the training scripts in `launch/`; imports only ever point to a lower layer (see README.md)."""
+"""Small modules behind the training scripts in `launch/`; a package imports only packages below it (see README.md)."""

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-from accel_llm import interrupts
-from accel_llm.disk import failure
-from accel_llm.secrecy import hidden
+from accel_llm.system import signals as interrupts
+from accel_llm.system.disk import failure
+from accel_llm.system.secrecy import hidden
 
 DISK = "{}; make room and give the same command again, it goes on from the last whole checkpoint."
 

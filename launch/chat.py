@@ -6,18 +6,18 @@ python launch/chat.py --model merged --prompt "What is 3 + 4?"
 
 from typing import Any
 
-import accel_llm.chatter
+import accel_llm.system.chatter
 
 import torch
 from transformers import GenerationConfig, TextStreamer, set_seed
 
-from accel_llm import merge
-from accel_llm.chat import load_template
-from accel_llm.config import parse
-from accel_llm.distributed import quiet
+from accel_llm.backend.accelerator import quiet
+from accel_llm.chat.template import load_template
+from accel_llm.config.command_line import parse
+from accel_llm.config.tool_options import ChatOptions
 from accel_llm.errors import ConfigError, run
-from accel_llm.models import DTYPES, check_model_name, load_tokenizer, load_whole
-from accel_llm.tools import ChatOptions
+from accel_llm.merge import merge
+from accel_llm.model.loading import DTYPES, check_model_name, load_tokenizer, load_whole
 
 
 def load(options: ChatOptions, device: str) -> tuple[Any, str]:

@@ -6,11 +6,11 @@ python launch/extract.py --base base --model tuned --lora_r 32 --output_dir adap
 from rich.console import Console
 from rich.progress import Progress
 
-from accel_llm.config import parse
-from accel_llm.distributed import quiet
+from accel_llm.backend.accelerator import quiet
+from accel_llm.config.command_line import parse
+from accel_llm.config.tool_options import ExtractOptions as Options
 from accel_llm.errors import run
-from accel_llm.extract import extract
-from accel_llm.tools import ExtractOptions as Options
+from accel_llm.merge.extract import extract
 
 SHOWN = 10  # layers, those with the largest error
 

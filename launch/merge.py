@@ -14,12 +14,12 @@ os.environ["THP_MEM_ALLOC_ENABLE"] = os.environ.get("THP_MEM_ALLOC_ENABLE", "1")
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
-from accel_llm.card import push
-from accel_llm.config import parse
-from accel_llm.distributed import quiet
+from accel_llm.backend.accelerator import quiet
+from accel_llm.config.command_line import parse
+from accel_llm.config.tool_options import MergeOptions
 from accel_llm.errors import run
-from accel_llm.merge import merge, of_bases
-from accel_llm.tools import MergeOptions
+from accel_llm.merge.merge import merge, of_bases
+from accel_llm.merge.model_card import push
 
 
 def main() -> None:

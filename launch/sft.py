@@ -15,32 +15,30 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from accel_llm import (
-    adapter,
-    census,
-    demo,
-    display,
-    distributed,
-    encode,
-    losses,
-    models,
-    optim,
-    resume,
-    shards,
-    sources,
-    vocabulary,
-)
-from accel_llm.chat import template_of
-from accel_llm.checkpoint import Checkpoints
-from accel_llm.config import resolved
+from accel_llm.adapters import attach as adapter
+from accel_llm.backend import accelerator as distributed
+from accel_llm.chat.template import template_of
+from accel_llm.checkpoint import resume
+from accel_llm.checkpoint.checkpoints import Checkpoints
+from accel_llm.config.command_line import resolved
+from accel_llm.config.options import SftOptions, TrainOptions
+from accel_llm.data import prepare as encode
+from accel_llm.data import sources
+from accel_llm.data.stream import Stream, to_device
+from accel_llm.demo import skills as demo
 from accel_llm.errors import check, run
-from accel_llm.evaluate import Evaluation
-from accel_llm.export import export, stop_ids
-from accel_llm.health import Health
-from accel_llm.metrics import Meter
-from accel_llm.options import SftOptions, TrainOptions
-from accel_llm.record import recording
-from accel_llm.stream import Stream, to_device
+from accel_llm.model import loading as models
+from accel_llm.model import loss as losses
+from accel_llm.model import placement as shards
+from accel_llm.model import vocabulary
+from accel_llm.report import display
+from accel_llm.report.metrics import Meter
+from accel_llm.report.record import recording
+from accel_llm.training import optimizers as optim
+from accel_llm.training import preflight as census
+from accel_llm.training.bad_steps import Health
+from accel_llm.training.evaluation import Evaluation
+from accel_llm.training.export import export, stop_ids
 
 DEMO = Path(__file__).parent / "recipes" / "demo.yaml"
 # A person's own value wins over each of these.

@@ -12,13 +12,19 @@ from pathlib import Path
 
 import numpy as np
 
-from accel_llm import demo, display, distributed, encode, models, sources, vocabulary
-from accel_llm.chat import template_of
+from accel_llm.backend import accelerator as distributed
+from accel_llm.chat.span_tokenizer import decode
+from accel_llm.chat.template import template_of
+from accel_llm.config.options import SftOptions, TrainOptions
+from accel_llm.config.tool_options import ShowOptions
+from accel_llm.data import prepare as encode
+from accel_llm.data import sources
+from accel_llm.demo import skills as demo
 from accel_llm.errors import check, run
-from accel_llm.metrics import console
-from accel_llm.options import SftOptions, TrainOptions
-from accel_llm.tokens import decode
-from accel_llm.tools import ShowOptions
+from accel_llm.model import loading as models
+from accel_llm.model import vocabulary
+from accel_llm.report import display
+from accel_llm.report.metrics import console
 
 
 class Options(ShowOptions, SftOptions, TrainOptions):

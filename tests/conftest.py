@@ -18,9 +18,12 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from accel_llm import demo, distributed, interrupts, shards
-from accel_llm import models as models_of_project
-from accel_llm.data import ARRAYS, Origin, Part, Rows
+from accel_llm.backend import accelerator as distributed
+from accel_llm.data.rows import ARRAYS, Origin, Part, Rows
+from accel_llm.demo import skills as demo
+from accel_llm.model import loading as models_of_project
+from accel_llm.model import placement as shards
+from accel_llm.system import signals as interrupts
 
 ROOT = Path(__file__).parents[1]
 SPECIAL = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]  # ids 0 to 4

@@ -67,7 +67,8 @@ def expected(file: str, damage: str) -> str:
 
 def looked_at(course: Course, work: Path, file: str, damage: str) -> Case:
     """What `resume.newest` makes of it, in this process."""
-    from accel_llm import manifest, resume
+    from accel_llm.checkpoint import resume
+    from accel_llm.system import manifest
 
     output = shutil.copytree(interrupted(course, work), work / "corruption" / "looked-at", dirs_exist_ok=False)
     spoil(newest(output) / file, damage)

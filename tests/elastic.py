@@ -50,8 +50,9 @@ def words_of(cell: Cell, work: Path, output: Path) -> list[str]:
 
 def keep_what_is_loaded(folder: Path) -> None:
     """Write weights and optimizer state of each process right after it has resumed."""
-    from accel_llm import owners, pieces
-    from accel_llm.checkpoint import Checkpoints
+    from accel_llm.checkpoint import pieces
+    from accel_llm.checkpoint import shares as owners
+    from accel_llm.checkpoint.checkpoints import Checkpoints
 
     resume = Checkpoints.resume
 

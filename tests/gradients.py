@@ -15,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from accel_llm import attention, distributed, losses
-from accel_llm.options import TrainOptions
-from accel_llm.packing import collate_packed, collate_padded
+from accel_llm.backend import accelerator as distributed
+from accel_llm.config.options import TrainOptions
+from accel_llm.data.packing import collate_packed, collate_padded
+from accel_llm.model import attention
+from accel_llm.model import loss as losses
 
 ROWS = 32
 

@@ -53,7 +53,9 @@ def courses() -> list[Course]:
 
 def pausing() -> None:
     """In a rank: a pause after each file of a checkpoint, around its manifest and its renames, and within its removal."""
-    from accel_llm import checkpoint, manifest, pieces
+    from accel_llm.checkpoint import checkpoints as checkpoint
+    from accel_llm.checkpoint import pieces
+    from accel_llm.system import manifest
 
     def slow(module: Any, name: str) -> None:
         original = getattr(module, name)

@@ -37,8 +37,12 @@ def rank_main(model_folder: str, method: str) -> None:
     """What a training script does up to prepare, measured."""
     import torch
 
-    from accel_llm import adapter, distributed, losses, models, shards
-    from accel_llm.options import TrainOptions
+    from accel_llm.adapters import attach as adapter
+    from accel_llm.backend import accelerator as distributed
+    from accel_llm.config.options import TrainOptions
+    from accel_llm.model import loading as models
+    from accel_llm.model import loss as losses
+    from accel_llm.model import placement as shards
 
     options = TrainOptions(model_name_or_path=model_folder, method=method)
     distributed.quiet()

@@ -217,7 +217,7 @@ def prepare(work: Path) -> None:
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    from accel_llm import demo
+    from accel_llm.demo import skills as demo
 
     tokenizer = demo.build_tokenizer()
     torch.manual_seed(0)

@@ -2,8 +2,8 @@
 
 from typing import NamedTuple
 
-from accel_llm.losses import LOGITS_BYTES
-from accel_llm.options import TrainOptions
+from accel_llm.config.options import TrainOptions
+from accel_llm.model.loss import LOGITS_BYTES
 
 GB = 2**30  # a "24 GB" card has 24 of these
 CONTEXT = 1 * GB  # CUDA's own, libraries' workspaces and fragments

@@ -20,13 +20,13 @@ LIMIT = 30.0  # seconds from the signal to the end of all processes
 STEPS = 6
 # Where the signal comes: module, function, the call of it. A step has two micro-batches on each rank.
 PHASES = {
-    "mapping": ("accel_llm.encode", "encode_chunk", 1),
-    "loading": ("accel_llm.models", "load_model", 1),
+    "mapping": ("accel_llm.data.prepare", "encode_chunk", 1),
+    "loading": ("accel_llm.model.loading", "load_model", 1),
     "first step": ("accelerate", "Accelerator.backward", 1),
     "accumulation": ("accelerate", "Accelerator.backward", 5),
-    "evaluation": ("accel_llm.evaluate", "next_token_loss", 2),
-    "save": ("accel_llm.manifest", "part_of", 1),
-    "export": ("accel_llm.export", "gather_state", 1),
+    "evaluation": ("accel_llm.training.evaluation", "next_token_loss", 2),
+    "save": ("accel_llm.system.manifest", "part_of", 1),
+    "export": ("accel_llm.training.export", "gather_state", 1),
 }
 BEFORE_TRAINING = ("mapping", "loading")
 

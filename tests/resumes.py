@@ -60,7 +60,7 @@ def words_of(cell: Cell, work: Path, output: Path, last: bool) -> list[str]:
 
 def stop_after(last: int) -> None:
     """The process dies when what was due at step `last` is done."""
-    from accel_llm.checkpoint import Checkpoints
+    from accel_llm.checkpoint.checkpoints import Checkpoints
 
     when_due = Checkpoints.when_due
 
@@ -73,26 +73,26 @@ def stop_after(last: int) -> None:
 
 
 def without_randomness() -> None:
-    from accel_llm import checkpoint
+    from accel_llm.checkpoint import checkpoints as checkpoint
 
     checkpoint.set_randomness = lambda *_: None  # type: ignore[assignment]
 
 
 def without_schedule() -> None:
-    from accel_llm.checkpoint import Checkpoints
+    from accel_llm.checkpoint.checkpoints import Checkpoints
 
     Checkpoints._set_schedule = lambda *_: None  # type: ignore[assignment, method-assign]
 
 
 def without_position() -> None:
-    from accel_llm import resume
+    from accel_llm.checkpoint import resume
 
     continued: Callable[..., Any] = resume._continued
     resume._continued = lambda *given: replace(continued(*given), rows=0)
 
 
 def without_moments() -> None:
-    from accel_llm import owners
+    from accel_llm.checkpoint import shares as owners
 
     owners._allocated = lambda *_: {}  # type: ignore[assignment]
 

@@ -5,13 +5,13 @@ from typing import Any
 
 
 def averaging_left_in() -> None:
-    from accel_llm import distributed
+    from accel_llm.backend import accelerator as distributed
 
     distributed.undo_averaging = lambda accelerator: 1
 
 
 def equal_data() -> None:
-    from accel_llm.stream import Stream
+    from accel_llm.data.stream import Stream
 
     honest = Stream.__init__
     Stream.__init__ = lambda self, rows, options, start, pad: honest(self, rows, options, replace(start, rank=0), pad)
@@ -20,7 +20,8 @@ def equal_data() -> None:
 def leaking_document() -> None:
     import torch
 
-    from accel_llm import attention, losses
+    from accel_llm.model import attention
+    from accel_llm.model import loss as losses
 
     honest = attention.model_kwargs
 
@@ -49,7 +50,7 @@ def whole_layer() -> None:
 
 def whole_tensors() -> None:
     """ZeRO-3 keeps what is small for it: here the projections of queries, keys and values."""
-    from accel_llm import zero
+    from accel_llm.backend import zero
 
     honest = zero.settings_in_force
 

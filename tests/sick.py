@@ -40,7 +40,7 @@ def sicken(where: str) -> None:
     """The second micro-batch of step 3 on rank 1."""
     import os
 
-    from accel_llm import losses
+    from accel_llm.model import loss as losses
 
     if os.environ["RANK"] != "1":
         return

@@ -144,8 +144,8 @@ def until(happened: Callable[[], Any], pids: dict[int, int | None]) -> bool:
 
 def tracing(trace: Path) -> None:
     """In a rank: the main one notes what it goes on from, each step that it has done, and each checkpoint that is whole."""
-    from accel_llm import manifest
-    from accel_llm.checkpoint import Checkpoints
+    from accel_llm.checkpoint.checkpoints import Checkpoints
+    from accel_llm.system import manifest
 
     if os.environ.get("RANK", "0") != "0":
         return

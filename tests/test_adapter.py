@@ -13,9 +13,10 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from accel_llm import adapter, models
+from accel_llm.adapters import attach as adapter
+from accel_llm.config.options import TrainOptions
 from accel_llm.errors import ConfigError
-from accel_llm.options import TrainOptions
+from accel_llm.model import loading as models
 
 pytestmark = pytest.mark.usefixtures("quiet")
 IDS = torch.randint(600, (2, 20), generator=torch.Generator().manual_seed(3))

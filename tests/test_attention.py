@@ -7,9 +7,10 @@ from test_losses import FAMILIES, random_rows, tiny_model
 from torch import nn
 from transformers import AttentionInterface
 
-from accel_llm import attention, losses
+from accel_llm.data.packing import collate_packed, collate_padded
 from accel_llm.errors import ConfigError
-from accel_llm.packing import collate_packed, collate_padded
+from accel_llm.model import attention
+from accel_llm.model import loss as losses
 
 
 def alone(model, rows) -> list[torch.Tensor]:

@@ -3,9 +3,12 @@
 import pytest
 import torch
 
-from accel_llm import census, models, optim, shards
+from accel_llm.config.options import TrainOptions
 from accel_llm.errors import ConfigError
-from accel_llm.options import TrainOptions
+from accel_llm.model import loading as models
+from accel_llm.model import placement as shards
+from accel_llm.training import optimizers as optim
+from accel_llm.training import preflight as census
 
 
 def prepared(accelerator, base, **given):

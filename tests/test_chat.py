@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from accel_llm.chat import Encoded, Template, load_template
+from accel_llm.chat.targets import NO_PROMPT, NOT_AFTER_PROMPT, REWRITTEN
+from accel_llm.chat.template import Encoded, Template, load_template
 from accel_llm.errors import ConfigError, DataError
-from accel_llm.turns import NO_PROMPT, NOT_AFTER_PROMPT, REWRITTEN
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs the shared data folder")

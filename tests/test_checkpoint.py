@@ -18,9 +18,12 @@ import torch
 from safetensors.torch import load_file
 from test_manifest import spoil
 
-from accel_llm import checkpoint, interrupts, losses, manifest
-from accel_llm.checkpoint import Checkpoints
+from accel_llm.checkpoint import checkpoints as checkpoint
+from accel_llm.checkpoint.checkpoints import Checkpoints
 from accel_llm.errors import ConfigError, DataError
+from accel_llm.model import loss as losses
+from accel_llm.system import manifest
+from accel_llm.system import signals as interrupts
 
 STEPS, STOP = 6, 3
 
@@ -185,7 +188,7 @@ def test_a_whole_checkpoint_is_there_at_every_instant(train, tmp_path, limit):
 def test_the_best_checkpoint_is_kept_and_exported(train, chats, tmp_path, monkeypatch):
     """Evaluated every step; the third evaluation is made the best."""
     found = iter([3.0, 2.0, 1.0, 1.5, float("nan"), 1.0])
-    monkeypatch.setattr("accel_llm.evaluate.mean_loss", lambda *_: {"eval/loss": next(found)})
+    monkeypatch.setattr("accel_llm.training.evaluation.mean_loss", lambda *_: {"eval/loss": next(found)})
     words = ("--method", "full", "--eval_files", chats, "--eval_steps", 1, "--save_steps", 6)
     best = ("--metric_for_best_model", "eval/loss", "--save_total_limit", 1)
     run = train(tmp_path / "run", *words, *best)
@@ -201,7 +204,7 @@ def test_the_best_checkpoint_is_kept_and_exported(train, chats, tmp_path, monkey
 
 def test_what_is_best_is_known_after_a_resume(train, interrupt, chats, tmp_path, monkeypatch):
     found = iter([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
-    monkeypatch.setattr("accel_llm.evaluate.mean_loss", lambda *_: {"eval/loss": next(found)})
+    monkeypatch.setattr("accel_llm.training.evaluation.mean_loss", lambda *_: {"eval/loss": next(found)})
     words = ("--eval_files", chats, "--eval_steps", 1, "--metric_for_best_model", "eval/loss", "--save_total_limit", 1)
     interrupt(4)
     with pytest.raises(Stopped):
@@ -285,7 +288,7 @@ def test_sick_steps_are_skipped_up_to_a_number_and_then_named(train, tmp_path, m
 
 
 def test_a_step_without_a_target_changes_nothing(train, tmp_path, monkeypatch):
-    from accel_llm import distributed
+    from accel_llm.backend import accelerator as distributed
 
     count, calls = distributed.global_count, iter(range(1, 99))
     monkeypatch.setattr(distributed, "global_count", lambda *given: 0.0 if next(calls) == 4 else count(*given))
@@ -318,7 +321,7 @@ def test_asked_to_save_a_run_saves_and_goes_on(train, at_step, tmp_path):
 def test_an_evaluation_that_was_cut_short_is_done_after_the_resume(train, chats, tmp_path, monkeypatch):
     words = ("--eval_files", chats, "--eval_steps", 2, "--per_device_eval_batch_size", 1)
     whole = train(tmp_path / "whole", *words)
-    from accel_llm import evaluate
+    from accel_llm.training import evaluation as evaluate
 
     original, calls = evaluate.next_token_loss, iter(range(99))
 

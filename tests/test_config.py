@@ -3,10 +3,10 @@ import json
 import pytest
 from pydantic import ValidationError
 
-from accel_llm.config import parse, resolved, schema
+from accel_llm.config.command_line import parse, resolved, schema
+from accel_llm.config.options import OptimOptions, PretrainOptions, SftOptions, TrainOptions
+from accel_llm.config.tool_options import ChatOptions, MergeOptions, ShowOptions
 from accel_llm.errors import ConfigError
-from accel_llm.options import OptimOptions, PretrainOptions, SftOptions, TrainOptions
-from accel_llm.tools import ChatOptions, MergeOptions, ShowOptions
 
 
 class Sft(TrainOptions, SftOptions):

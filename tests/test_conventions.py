@@ -17,8 +17,8 @@ import yaml
 from peft import LoraConfig, get_peft_model
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from accel_llm.config import parse
-from accel_llm.tools import ChatOptions, MergeOptions
+from accel_llm.config.command_line import parse
+from accel_llm.config.tool_options import ChatOptions, MergeOptions
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = sorted((ROOT / "accel_llm").glob("*.py"))

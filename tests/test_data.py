@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from accel_llm.data import ARRAYS, Origin, Part, Writer, cache_folder, cached, load_rows
+from accel_llm.config.options import DataOptions
+from accel_llm.data.rows import ARRAYS, Origin, Part, Writer, cache_folder, cached, load_rows
 from accel_llm.errors import DataError
-from accel_llm.options import DataOptions
 
 Row = tuple[int, list[int], list[int]]
 ENCODED: list[Row] = [(1, [5, 6, 7], [-100, 6, 7]), (4, [8], [-100]), (9, [2, 3], [-100, 3])]
@@ -120,7 +120,7 @@ def test_a_build_that_fails_leaves_nothing_to_be_found(tmp_path, error):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from accel_llm.data import Writer, cached
+from accel_llm.data.rows import Writer, cached
 def build(folder):
     Writer(folder / "train")
     os.kill(os.getpid(), signal.SIGKILL)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoTokenizer
 
-from accel_llm import demo
+from accel_llm.demo import skills as demo
 
 TOKENIZER = demo.build_tokenizer()
 

@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 
-from accel_llm.chat import Template, load_template
-from accel_llm.chunks import Chunk, Encoder, SourceRow, encode_chunk
-from accel_llm.data import Rows
-from accel_llm.encode import conversations, texts
+from accel_llm.chat.template import Template, load_template
+from accel_llm.config.options import DataOptions
+from accel_llm.data.encode import Chunk, Encoder, SourceRow, encode_chunk
+from accel_llm.data.prepare import conversations, texts
+from accel_llm.data.rows import Rows
+from accel_llm.data.sources import Row
 from accel_llm.errors import ConfigError, DataError
-from accel_llm.options import DataOptions
-from accel_llm.sources import Row
 
 TOKENIZER = character_tokenizer()
 CHATML = load_template(TOKENIZER, "chatml")

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from accel_llm import zero
+from accel_llm.backend import zero
+from accel_llm.config.options import TrainOptions
+from accel_llm.data.sources import ALLOWED
 from accel_llm.errors import ConfigError, DataError, check, run
-from accel_llm.options import TrainOptions
-from accel_llm.sources import ALLOWED
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}
 

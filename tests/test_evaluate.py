@@ -17,13 +17,14 @@ from accelerate import Accelerator
 from conftest import character_tokenizer, rows_of
 from transformers import LlamaForCausalLM
 
-from accel_llm import attention, losses
-from accel_llm.data import Rows
-from accel_llm.evaluate import Answer, Evaluation, exact_match, mean_loss, questions
-from accel_llm.metrics import Meter
-from accel_llm.options import TrainOptions
-from accel_llm.packing import collate_padded
-from accel_llm.stream import Plan, Start
+from accel_llm.config.options import TrainOptions
+from accel_llm.data.packing import collate_padded
+from accel_llm.data.rows import Rows
+from accel_llm.data.stream import Plan, Start
+from accel_llm.model import attention
+from accel_llm.model import loss as losses
+from accel_llm.report.metrics import Meter
+from accel_llm.training.evaluation import Answer, Evaluation, exact_match, mean_loss, questions
 
 EOS = 2
 MAX_LENGTH = 40
@@ -294,7 +295,9 @@ def over_processes(world: int, folder: Path) -> tuple[list[dict[str, float]], li
         port = free.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
     # One import for all: what is forked is a process that has computed nothing yet.
-    context.set_forkserver_preload(["torch", "transformers.models.llama.modeling_llama", "accel_llm.evaluate"])
+    context.set_forkserver_preload(
+        ["torch", "transformers.models.llama.modeling_llama", "accel_llm.training.evaluation"]
+    )
     ranks = [context.Process(target=evaluate_as_rank, args=(rank, world, port, folder)) for rank in range(world)]
     for rank in ranks:
         rank.start()

@@ -10,9 +10,11 @@ from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config, DeepseekV3ForCausalLM, GenerationConfig
 
-from accel_llm import demo, export, models
-from accel_llm.chat import CHATML
-from accel_llm.options import TrainOptions
+from accel_llm.chat.template import CHATML
+from accel_llm.config.options import TrainOptions
+from accel_llm.demo import skills as demo
+from accel_llm.model import loading as models
+from accel_llm.training import export
 
 TOKENIZER_FILES = ["chat_template.jinja", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
 MODEL_FILES = sorted(["config.json", "model.safetensors", *TOKENIZER_FILES])

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from accel_llm import extract, merge
+from accel_llm.config.tool_options import ExtractOptions, MergeOptions
 from accel_llm.errors import ConfigError
-from accel_llm.tools import ExtractOptions, MergeOptions
+from accel_llm.merge import extract, merge
 
 pytestmark = pytest.mark.usefixtures("quiet")
 

@@ -7,7 +7,7 @@ from peft.tuners.lora import Embedding, Linear
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from accel_llm import fold
+from accel_llm.merge import one_module as fold
 
 
 def layer(kind: str, rows: int, columns: int, rank: int, dtype: torch.dtype, **settings):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from accel_llm.errors import ConfigError
-from accel_llm.folder import appearing, check_target
+from accel_llm.system.folders import appearing, check_target
 
 
 def names(folder: Path) -> list[str]:
@@ -46,7 +46,7 @@ def test_nothing_stays_of_a_block_that_was_ended(tmp_path, error):
 def test_sigterm_ends_the_block_and_clears_it(tmp_path):
     program = f"""
 import os, pathlib, signal, time
-from accel_llm.folder import appearing
+from accel_llm.system.folders import appearing
 with appearing(pathlib.Path({str(tmp_path / "target")!r})) as partial:
     (partial / "new").touch()
     os.kill(os.getpid(), signal.SIGTERM)

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_messages import BAD
 
-from accel_llm import messages as reasons
+from accel_llm.chat import messages as reasons
+from accel_llm.config.fields import DataFormat
+from accel_llm.data.formats import Conversation, Document, Tokenized, column_problems, parse_row
 from accel_llm.errors import ConfigError, DataError
-from accel_llm.fields import DataFormat
-from accel_llm.formats import Conversation, Document, Tokenized, column_problems, parse_row
 
 INSTRUCT = Path(__file__).parents[2] / "shared" / "data" / "instruct"
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from accel_llm import demo
+from accel_llm.demo import skills as demo
 
 ROOT = Path(__file__).parents[1]
 # Every pair of strategy and method is run by tests/matrix.py, by forks that train as a launch does to the last bit.

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from accel_llm.ledger import Ledger
+from accel_llm.data.ledger import Ledger
 
 
 def filled() -> Ledger:

@@ -19,9 +19,11 @@ from transformers import (
     OPTConfig,
 )
 
-from accel_llm import graft, legacy, merge
+from accel_llm.adapters import compat as legacy
+from accel_llm.config.tool_options import MergeOptions
 from accel_llm.errors import ConfigError
-from accel_llm.tools import MergeOptions
+from accel_llm.merge import attached as graft
+from accel_llm.merge import merge
 
 pytestmark = pytest.mark.usefixtures("quiet")
 DATA = Path(__file__).parents[2] / "shared" / "data"

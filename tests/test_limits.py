@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from accel_llm import limits
-from accel_llm.chat import load_template
-from accel_llm.encode import conversations
+from accel_llm.chat import sandbox as limits
+from accel_llm.chat.stand_ins import StandIn
+from accel_llm.chat.template import load_template
+from accel_llm.config.options import DataOptions
+from accel_llm.data.prepare import conversations
 from accel_llm.errors import ConfigError, DataError
-from accel_llm.options import DataOptions
-from accel_llm.traces import StandIn
 
 TAIL = """\
 {% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{% endfor %}

@@ -12,10 +12,11 @@ from pydantic import ValidationError
 from torch.utils.checkpoint import checkpoint
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
-from accel_llm import attention, losses
+from accel_llm.config.options import TrainOptions
+from accel_llm.data.packing import IGNORED, collate_packed, collate_padded, pack
 from accel_llm.errors import ConfigError
-from accel_llm.options import TrainOptions
-from accel_llm.packing import IGNORED, collate_packed, collate_padded, pack
+from accel_llm.model import attention
+from accel_llm.model import loss as losses
 
 SIZES = {
     "vocab_size": 97,

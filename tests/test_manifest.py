@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from accel_llm import manifest
-from accel_llm.disk import sha256
-from accel_llm.resume import newest
+from accel_llm.checkpoint.resume import newest
+from accel_llm.system import manifest
+from accel_llm.system.disk import sha256
 
 FILES = {"state.json": b'{"step": 3}', "rank-00000.safetensors": bytes(range(256)) * 4, "rank-00001.json": b"{}"}
 

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from accel_llm.chat import Encoded, Encoding, Template, load_template
+from accel_llm.chat.template import Encoded, Encoding, Template, load_template
 from accel_llm.errors import DataError
 
 TEMPLATES = Path(__file__).parent / "templates"

@@ -35,7 +35,7 @@ from test_masks import (
 )
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from accel_llm.chat import Template, load_template
+from accel_llm.chat.template import Template, load_template
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 FILES = DATA / "chat_templates" / "chujiezheng"

@@ -17,12 +17,17 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from accel_llm import adapter, demo, fingerprint, merge, models, verify, walk
-from accel_llm.chat import CHATML
-from accel_llm.config import parse
+from accel_llm.adapters import attach as adapter
+from accel_llm.chat.template import CHATML
+from accel_llm.config.command_line import parse
+from accel_llm.config.options import TrainOptions
+from accel_llm.config.tool_options import MergeOptions
+from accel_llm.demo import skills as demo
 from accel_llm.errors import ConfigError
-from accel_llm.options import TrainOptions
-from accel_llm.tools import MergeOptions
+from accel_llm.merge import merge, verify
+from accel_llm.merge import write as walk
+from accel_llm.model import fingerprint
+from accel_llm.model import loading as models
 
 pytestmark = pytest.mark.usefixtures("quiet")
 IDS = torch.randint(600, (3, 40), generator=torch.Generator().manual_seed(7))

@@ -3,9 +3,9 @@ from typing import Any
 
 import pytest
 
-from accel_llm import messages as reasons
+from accel_llm.chat import messages as reasons
+from accel_llm.chat.messages import check_order, read_messages, tools_of
 from accel_llm.errors import DataError
-from accel_llm.messages import check_order, read_messages, tools_of
 
 USER = {"role": "user", "content": "q"}
 ASSISTANT = {"role": "assistant", "content": "a"}

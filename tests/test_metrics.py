@@ -13,11 +13,11 @@ import torch
 from conftest import rows_of
 from rich.console import Console
 
-from accel_llm import display, metrics
-from accel_llm.metrics import Meter
-from accel_llm.options import RunOptions
-from accel_llm.packing import collate_packed, collate_padded
-from accel_llm.stream import Plan, Start
+from accel_llm.config.options import RunOptions
+from accel_llm.data.packing import collate_packed, collate_padded
+from accel_llm.data.stream import Plan, Start
+from accel_llm.report import display, metrics
+from accel_llm.report.metrics import Meter
 
 ROW = (np.arange(5, 11), np.array([-100, -100, 7, 8, -100, 10]))  # 6 tokens, 3 targets
 SHORT = (np.arange(5, 9), np.array([-100, 6, -100, -100]))  # 4 tokens, 1 target

@@ -14,10 +14,14 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, ByT5Tokenizer, GenerationConfig
 
-from accel_llm import adapter, attention, losses, models, shards
+from accel_llm.adapters import attach as adapter
+from accel_llm.config.options import PretrainOptions, TrainOptions
+from accel_llm.data.packing import collate_packed
 from accel_llm.errors import ConfigError
-from accel_llm.options import PretrainOptions, TrainOptions
-from accel_llm.packing import collate_packed
+from accel_llm.model import attention
+from accel_llm.model import loading as models
+from accel_llm.model import loss as losses
+from accel_llm.model import placement as shards
 
 pytestmark = pytest.mark.usefixtures("quiet")
 DATA = Path(__file__).parents[2] / "shared" / "data"

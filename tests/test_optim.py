@@ -15,10 +15,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM, get_scheduler
 
-from accel_llm import attention, distributed, losses, optim
+from accel_llm.backend import accelerator as distributed
+from accel_llm.config.options import MethodOptions, OptimOptions, TrainOptions
+from accel_llm.data.packing import collate_packed, collate_padded
 from accel_llm.errors import ConfigError
-from accel_llm.options import MethodOptions, OptimOptions, TrainOptions
-from accel_llm.packing import collate_packed, collate_padded
+from accel_llm.model import attention
+from accel_llm.model import loss as losses
+from accel_llm.training import optimizers as optim
 
 # peft 0.21.2 reads the old name of a property of transformers 5.23.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

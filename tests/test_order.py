@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from accel_llm.options import TrainOptions
-from accel_llm.order import arranged, mixed
-from accel_llm.packing import pack_in_order
+from accel_llm.config.options import TrainOptions
+from accel_llm.data.order import arranged, mixed
+from accel_llm.data.packing import pack_in_order
 
 LENGTHS = np.random.default_rng(3).integers(1, 17, 200)
 ROWS = np.arange(200)

@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from accel_llm import pieces
-from accel_llm.disk import sha256
+from accel_llm.checkpoint import pieces
+from accel_llm.checkpoint.pieces import Owner, Piece, Reader
 from accel_llm.errors import ConfigError
-from accel_llm.pieces import Owner, Piece, Reader
+from accel_llm.system.disk import sha256
 
 WEIGHTS = torch.arange(24, dtype=torch.float32) / 7
 

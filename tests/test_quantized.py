@@ -9,10 +9,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from accel_llm import demo, layout, merge, quantized, shards
-from accel_llm import logits as compare
+from accel_llm.config.tool_options import MergeOptions
+from accel_llm.demo import skills as demo
 from accel_llm.errors import ConfigError
-from accel_llm.tools import MergeOptions
+from accel_llm.merge import compare_logits as compare
+from accel_llm.merge import four_bit as quantized
+from accel_llm.merge import merge
+from accel_llm.merge import skeleton as layout
+from accel_llm.model import placement as shards
 
 pytestmark = [pytest.mark.usefixtures("quiet"), pytest.mark.filterwarnings("ignore")]  # bitsandbytes' own, on a CPU
 # What the comparison in its own process is made on.

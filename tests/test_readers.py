@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from accel_llm import readers
+from accel_llm.data import readers
+from accel_llm.data.readers import READERS, File, kind_of, rows_of
 from accel_llm.errors import DataError
-from accel_llm.readers import READERS, File, kind_of, rows_of
 
 A, B, C = {"text": "é"}, {"text": "b", "n": 1}, {"text": "\u2028c"}
 LINES = "\n".join(json.dumps(row, ensure_ascii=False) for row in (A, B, C))

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from accel_llm import disk, interrupts, record
+from accel_llm.report import record
+from accel_llm.system import disk
+from accel_llm.system import signals as interrupts
 
 
 def read(folder: Path) -> dict:
@@ -64,8 +66,8 @@ def test_any_process_notes_its_failure_and_the_first_to_do_so_is_kept(monkeypatc
 STUCK = """
 import ctypes, sys
 from pathlib import Path
-from accel_llm import interrupts
-from accel_llm.record import recording
+from accel_llm.system import signals as interrupts
+from accel_llm.report.record import recording
 interrupts.listen(Path(sys.argv[1]))
 with recording(Path(sys.argv[1]), sys.argv[2] == "main", options={}):
     lock = ctypes.create_string_buffer(64)

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from accel_llm import report
-from accel_llm.ledger import Ledger
+from accel_llm.data.ledger import Ledger
+from accel_llm.report import page as report
 
 VOID = {"meta", "line"}  # `line` is written <line .../> inside an SVG
 HOSTILE = "</pre><script>alert(\"x\")</script> <|im_end|> & 'quoted'"

@@ -9,10 +9,11 @@ import pytest
 from safetensors.torch import load_file, save_file
 from test_checkpoint import Stopped, at, at_step, equal, interrupt, metrics, status, steps, train, weights
 
-from accel_llm import fingerprint, resume
+from accel_llm.checkpoint import resume
+from accel_llm.config.options import TrainOptions
+from accel_llm.data.stream import Start
 from accel_llm.errors import ConfigError
-from accel_llm.options import TrainOptions
-from accel_llm.stream import Start
+from accel_llm.model import fingerprint
 
 __all__ = ["at_step", "interrupt", "train"]  # fixtures
 STOP = 3

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from accel_llm import display, record, report
-from accel_llm.options import SftOptions, TrainOptions
-from accel_llm.secrecy import hidden
+from accel_llm.config.options import SftOptions, TrainOptions
+from accel_llm.report import display, record
+from accel_llm.report import page as report
+from accel_llm.system.secrecy import hidden
 
 KEY = 'a"b<c&d\ne/f+g'  # every way of writing it differs
 

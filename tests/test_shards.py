@@ -12,8 +12,12 @@ from conftest import settled
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from accel_llm import adapter, demo, models, quantized, shards
-from accel_llm.options import TrainOptions
+from accel_llm.adapters import attach as adapter
+from accel_llm.config.options import TrainOptions
+from accel_llm.demo import skills as demo
+from accel_llm.merge import four_bit as quantized
+from accel_llm.model import loading as models
+from accel_llm.model import placement as shards
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/smaps")
 

@@ -11,8 +11,8 @@ import kills
 import pytest
 import supervise
 
-from accel_llm import manifest
-from accel_llm.disk import sha256
+from accel_llm.system import manifest
+from accel_llm.system.disk import sha256
 
 ROOT = Path(__file__).parents[1]
 

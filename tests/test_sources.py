@@ -12,11 +12,11 @@ import datasets
 import psutil
 import pytest
 
-from accel_llm import sources
+from accel_llm.config.fields import Source
+from accel_llm.config.options import DataOptions
+from accel_llm.data import sources
+from accel_llm.data.sources import ALLOWED, Row, fingerprint, identity, problems, read, source_of
 from accel_llm.errors import DataError
-from accel_llm.fields import Source
-from accel_llm.options import DataOptions
-from accel_llm.sources import ALLOWED, Row, fingerprint, identity, problems, read, source_of
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
 

@@ -18,11 +18,12 @@ from datasets.data_files import resolve_pattern
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Gemma3Config
 
-from accel_llm import models, sources
-from accel_llm.config import parse
+from accel_llm.config.command_line import parse
+from accel_llm.config.fields import MOST_YAML, Source
+from accel_llm.config.options import SftOptions, TrainOptions
+from accel_llm.data import sources
 from accel_llm.errors import ConfigError, DataError
-from accel_llm.fields import MOST_YAML, Source
-from accel_llm.options import SftOptions, TrainOptions
+from accel_llm.model import loading as models
 
 pytestmark = pytest.mark.usefixtures("quiet")
 SHA = "a" * 40

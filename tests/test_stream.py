@@ -11,9 +11,9 @@ import pytest
 import torch
 from conftest import rows_of
 
-from accel_llm.data import Rows
-from accel_llm.options import TrainOptions
-from accel_llm.stream import Plan, Start, Stream, to_device
+from accel_llm.config.options import TrainOptions
+from accel_llm.data.rows import Rows
+from accel_llm.data.stream import Plan, Start, Stream, to_device
 
 PAD = 0
 MAX_LENGTH = 16

@@ -9,8 +9,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from accel_llm import tensors
-from accel_llm.tensors import Spec, Writer, open_folder
+from accel_llm.system import weights as tensors
+from accel_llm.system.weights import Spec, Writer, open_folder
 
 STATE = {
     "whole": torch.arange(12, dtype=torch.float32).view(3, 4),

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_chat import CONTROL_TOKENS, CONVERSATIONS, MULTI, SOURCES, SYSTEM, byte_level, template_of
 
-from accel_llm.traces import StandIn, Trace, Untraceable, fill, formatted, replay, traceable
+from accel_llm.chat.stand_ins import StandIn, Trace, Untraceable, fill, formatted, replay, traceable
 
 CLOSED = "{%- macro unused() %}{%- endmacro %}"  # says nothing, and makes a template one that is never traced
 LOOP = "{%- for message in messages %}{{ message.role }}: {{ message.content }}</s>{%- endfor %}"

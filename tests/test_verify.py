@@ -10,9 +10,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from accel_llm import verify
 from accel_llm.errors import ConfigError
-from accel_llm.tensors import Spec, Writer
+from accel_llm.merge import verify
+from accel_llm.system.weights import Spec, Writer
 
 
 class Tiny(nn.Module):

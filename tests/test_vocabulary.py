@@ -25,11 +25,16 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from accel_llm import adapter, export, losses, merge, models, vocabulary
-from accel_llm.chat import load_template
+from accel_llm.adapters import attach as adapter
+from accel_llm.chat.template import load_template
+from accel_llm.config.options import TrainOptions
+from accel_llm.config.tool_options import MergeOptions
 from accel_llm.errors import ConfigError
-from accel_llm.options import TrainOptions
-from accel_llm.tools import MergeOptions
+from accel_llm.merge import merge
+from accel_llm.model import loading as models
+from accel_llm.model import loss as losses
+from accel_llm.model import vocabulary
+from accel_llm.training import export
 
 pytestmark = pytest.mark.usefixtures("quiet")
 DATA = Path(__file__).parents[2] / "shared" / "data"

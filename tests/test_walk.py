@@ -23,9 +23,10 @@ from transformers import (
     ViTModel,
 )
 
-from accel_llm import logits, merge
+from accel_llm.config.tool_options import MergeOptions
 from accel_llm.errors import ConfigError
-from accel_llm.tools import MergeOptions
+from accel_llm.merge import compare_logits as logits
+from accel_llm.merge import merge
 
 pytestmark = [
     pytest.mark.usefixtures("quiet"),

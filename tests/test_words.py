@@ -9,7 +9,7 @@ from test_chat import byte_level, sentence_piece_like
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 from transformers import AutoTokenizer
 
-from accel_llm.words import Words, _for_ascii
+from accel_llm.chat.bpe_cache import Words, _for_ascii
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "tokenizers"
 GPT4 = (
@@ -95,7 +95,7 @@ def test_characters_that_engines_cut_differently_are_left_to_the_tokenizer() -> 
 
 
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("accel_llm.words._MOST_WORDS", 10)
+    monkeypatch.setattr("accel_llm.chat.bpe_cache._MOST_WORDS", 10)
     backend = backend_of()
     words = Words(backend)
     for k in range(50):

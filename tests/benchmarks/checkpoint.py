@@ -25,7 +25,7 @@ def build(folder: Path, layers: int, width: int) -> int:
     """A model on the disk; its number of parameters."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from accel_llm import demo
+    from accel_llm.demo import skills as demo
 
     tokenizer = demo.build_tokenizer()
     shape = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
@@ -43,7 +43,7 @@ def train(base: str, output: str, *words: str) -> None:
     sys.path[:0] = [str(ROOT / "launch"), str(ROOT)]
     import sft
 
-    from accel_llm.checkpoint import Checkpoints
+    from accel_llm.checkpoint.checkpoints import Checkpoints
 
     seconds: list[float] = []
     save = Checkpoints._save
@@ -89,8 +89,8 @@ def skip() -> float:
     import numpy as np
     from conftest import rows_of
 
-    from accel_llm.options import TrainOptions
-    from accel_llm.stream import Start, Stream
+    from accel_llm.config.options import TrainOptions
+    from accel_llm.data.stream import Start, Stream
 
     lengths = np.random.default_rng(0).integers(16, 512, 100_000)
     ids = [5] * 512

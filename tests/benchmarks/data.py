@@ -25,11 +25,13 @@ import transformers
 import trl
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from accel_llm import demo, encode, sources
-from accel_llm.chat import template_of
-from accel_llm.formats import Conversation, parse_row
-from accel_llm.options import DataOptions
-from accel_llm.packing import pack
+from accel_llm.chat.template import template_of
+from accel_llm.config.options import DataOptions
+from accel_llm.data import prepare as encode
+from accel_llm.data import sources
+from accel_llm.data.formats import Conversation, parse_row
+from accel_llm.data.packing import pack
+from accel_llm.demo import skills as demo
 
 MAX_LENGTH = 2048
 

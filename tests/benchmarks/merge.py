@@ -55,8 +55,8 @@ def run(way: str, folder: Path) -> None:
     """One merge in this process; prints seconds and MiB as JSON."""
     from peft import AutoPeftModelForCausalLM
 
-    from accel_llm.merge import merge
-    from accel_llm.tools import MergeOptions
+    from accel_llm.config.tool_options import MergeOptions
+    from accel_llm.merge.merge import merge
 
     logging.disable_progress_bar()
     adapter, target = str(folder / "adapter"), str(folder / "merged" / way)

@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 
-from accel_llm.packing import pack
+from accel_llm.data.packing import pack
 
 
 def main() -> None:

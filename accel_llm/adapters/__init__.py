@@ -1,0 +1,1 @@
+"""What is trained beside a model: attaching an adapter, and reading and writing its folder."""

@@ -1,0 +1,1 @@
+"""The embedded default: a tiny tokenizer, a tiny base model and generated conversations."""

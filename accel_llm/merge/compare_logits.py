@@ -1,0 +1,174 @@
+"""A merged model's logits beside those of base and adapter, in a process of its own that loads it as anybody would."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel
+
+from accel_llm.adapters.compat import Adapter, read
+from accel_llm.backend.accelerator import quiet
+from accel_llm.config.tool_options import MergeOptions
+from accel_llm.errors import ConfigError, run
+from accel_llm.merge import attached as graft
+from accel_llm.merge import skeleton as layout
+from accel_llm.merge import write as walk
+from accel_llm.merge.one_module import scale
+from accel_llm.merge.verify import LOGIT_BOUNDS
+from accel_llm.model.loading import UNREADABLE, reason_of
+
+LENGTH = 256  # tokens compared at most
+TEXT = """The ferry left at seven, twenty minutes late, with eleven passengers and a crate of lemons on deck. Nobody spoke
+until the lighthouse. "You can see both coasts from here," the captain said, "but only in October."
+
+def area(width: float, height: float) -> float:
+    if width < 0 or height < 0:
+        raise ValueError(f"not a rectangle: {width} x {height}")
+    return width * height
+
+Question: A shop sells pens at 3 for 2.40. What do 7 pens cost? Answer: One costs 0.80, so seven cost 5.60.
+Die Rechnung kam am Montag, zwei Tage nach der Lieferung. Elle l'a payée sans la lire.
+天气预报说明天有雨,我们还是决定去爬山。 {"name": "Ada", "born": 1815, "fields": ["mathematics", "computing"]}
+"""
+
+
+def check(folder: Path, source: Path, adapters: list[Path], options: MergeOptions) -> dict[str, float]:
+    """Relative differences |found - expected| / |expected| of logits on a text, computed in a fresh process.
+
+    `merged`: of the model written in `folder` from base and adapter. Where merge_base is set, also `original` and
+    `dequantized`: of the adapter merged into the base's own weights, and into its 4-bit weights in 16 bits, from the
+    adapter on the 4-bit base that it was trained on.
+
+    Raises:
+        ConfigError: the written model cannot be loaded by plain transformers, or differs beyond the bound of its dtype.
+    """
+    package = str(Path(__file__).parents[2])
+    paths = [package, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    arguments = [str(folder), str(source), json.dumps([str(adapter) for adapter in adapters])]
+    arguments.append(json.dumps(options.model_dump(exclude_unset=True)))
+    done = subprocess.run(
+        [sys.executable, "-m", "accel_llm.merge.compare_logits", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)},
+    )
+    if done.returncode == 2:
+        raise ConfigError(*done.stderr.replace("error: ", "").splitlines()[-1:])
+    if done.returncode < 0:
+        raise ConfigError(
+            f"verify: the process that compares logits was ended by signal {-done.returncode}, most often for want of memory, "
+            "which it needs for two whole models; set verify: modules."
+        )
+    if done.returncode:
+        raise RuntimeError(f"comparing logits failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    """Prints the differences as JSON; the arguments are those of `check`."""
+    quiet()
+    folder, source, adapters, options = (
+        Path(sys.argv[1]),
+        Path(sys.argv[2]),
+        json.loads(sys.argv[3]),
+        json.loads(sys.argv[4]),
+    )
+    print(json.dumps(_compare(folder, source, [Path(name) for name in adapters], MergeOptions(**options))))
+
+
+def _compare(folder: Path, source: Path, folders: list[Path], options: MergeOptions) -> dict[str, float]:
+    adapters = [read(adapter, options.allow_pickle) for adapter in folders]
+    task = adapters[0].config.task_type
+    model = _plain(folder, task, options)
+    ids = _ids(folder, model, options.trust_remote_code)
+    found, dtype = _logits(model, ids), model.dtype
+    del model
+    if options.unmerge:
+        expected = _logits(_plain(source, task, options), ids)
+        found = _logits(_adapted(adapters, folder, options), ids)
+    else:
+        expected = _logits(_adapted(adapters, source, options), ids)
+    relative, bound = _relative(found, expected), LOGIT_BOUNDS[dtype]
+    if not relative <= bound:
+        raise ConfigError(
+            f"verify: the merged model's logits differ from the adapter's by {relative:.1e} (allowed for {dtype}: "
+            f"{bound:.0e}); nothing was written."
+        )
+    more = _of_bases(adapters, source, options, ids) if "merge_base" in options.model_fields_set else {}
+    return {"merged": relative} | more
+
+
+def _plain(folder: Path, task: str | None, options: MergeOptions) -> PreTrainedModel:
+    """The model as plain transformers loads it."""
+    loader = layout.model_class(layout.load_config(folder, options.trust_remote_code), task)
+    remote = {"trust_remote_code": True} if options.trust_remote_code else {}
+    try:
+        return loader.from_pretrained(str(folder), dtype="auto", **remote)
+    except UNREADABLE as error:
+        raise ConfigError(
+            f"verify: the written model cannot be loaded ({reason_of(error)}); nothing was kept."
+        ) from None
+
+
+def _adapted(adapters: list[Adapter], source: Path, options: MergeOptions) -> Any:
+    """Base and adapter as PEFT runs them, scaled and combined as they were merged."""
+    plan = walk.plan(options, adapters, source, lazy=False)
+    for name, tensor in plan.made.replaced.items():
+        getattr(*plan.made.owners[name]).data = tensor.to(plan.specs[name].dtype)
+    for _, module in graft.units(plan.made.wrapped) if options.scale != 1 else []:
+        scale(module, options.scale)
+    return plan.made.wrapped
+
+
+def _of_bases(adapters: list[Adapter], source: Path, options: MergeOptions, ids: torch.Tensor) -> dict[str, float]:
+    """How far merging into the base's own weights, and into the dequantised ones, takes the logits from the adapter's own.
+
+    Those are of the adapter on a 4-bit base, which computes with the dequantised weights.
+    """
+    dequantized = options.model_copy(update={"merge_base": "dequantized"})
+    expected = _logits(_adapted(adapters, source, dequantized), ids)
+    stored = getattr(layout.load_config(source, options.trust_remote_code), "quantization_config", None)
+    found = {}
+    for way in ("dequantized",) if stored else ("original", "dequantized"):
+        wrapped = _adapted(adapters, source, options.model_copy(update={"merge_base": way}))
+        for _, module in graft.units(wrapped):
+            with torch.no_grad():
+                module.merge()
+        found[way] = _relative(_logits(wrapped, ids), expected)
+    return found
+
+
+def _ids(folder: Path, model: PreTrainedModel, trust_remote_code: bool) -> torch.Tensor:
+    """A text in the model's own tokens [1, tokens]; random tokens where it has no tokenizer."""
+    config = model.config.get_text_config()
+    if not hasattr(config, "vocab_size"):
+        raise ConfigError("verify: logits are compared on a text, and this is no model of text; set verify: modules.")
+    length = min(LENGTH, getattr(config, "max_position_embeddings", LENGTH) or LENGTH)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+        ids = torch.tensor([tokenizer(TEXT).input_ids[:length]])
+    except UNREADABLE:
+        ids = torch.empty(1, 0)
+    if not ids.numel():  # of some families transformers makes a tokenizer without a vocabulary when there is none
+        ids = torch.randint(config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+    return ids % config.vocab_size
+
+
+def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    arguments = {"decoder_input_ids": ids} if getattr(model.config, "is_encoder_decoder", False) else {}
+    with torch.no_grad():
+        result = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids), **arguments)
+    return (result.logits if "logits" in result else result[0]).float()
+
+
+def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,1 @@
+"""The network: loading, placement, isolated attention, the loss, quantization, vocabulary and generation."""

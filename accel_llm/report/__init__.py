@@ -1,0 +1,1 @@
+"""What a run tells: metrics, run.json, report.html and the screen."""

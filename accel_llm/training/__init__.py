@@ -1,0 +1,1 @@
+"""Around the training loop: setup, the verbs of a step, optimizers, checks, evaluation and export."""
