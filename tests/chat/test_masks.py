@@ -1,0 +1,1213 @@
+"""What is trained, for every family of chat formats: ⟦ and ⟧ stand around it, in specifications written by hand.
+
+A specification (`Format`, or a function where a format needs more) says what a family's text looks like, by joining
+strings; it never renders a template. The specifications are themselves checked against texts that are spelled out in full.
+The templates in `templates/` follow the published formats; long instructions about tools and default system messages
+are shortened. Control tokens are those of the family, in a tiny byte-level tokenizer.
+"""
+# ruff: noqa: RUF001 (DeepSeek's control tokens are written with a fullwidth bar)
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import datetime
+from functools import lru_cache
+from itertools import accumulate, groupby
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from accel_llm.chat.template import Encoded, Encoding, Template, load_template
+from accel_llm.errors import DataError
+
+TEMPLATES = Path(__file__).parents[1] / "templates"
+
+Chat = list[dict[str, Any]]
+Tools = list[dict[str, Any]] | None
+Specification = Callable[[Chat, Tools], str]
+
+# ---- the conversations
+
+
+def user(content: str) -> dict[str, Any]:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: str, **fields: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": content, **fields}
+
+
+def system(content: str) -> dict[str, Any]:
+    return {"role": "system", "content": content}
+
+
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+TOOL_JSON = '{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}'
+CALL = {"id": "call00001", "type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": 2}}}
+ARGUMENTS = '{"a": 2, "b": 2}'
+RESULT = {"role": "tool", "name": "add", "tool_call_id": "call00001", "content": "4"}
+
+SINGLE = [user("Hi"), assistant("Hello.")]
+MULTI = [*SINGLE, user("2+2?"), assistant("4.\n\nSure.")]
+SHAPES: dict[str, tuple[Chat, Tools]] = {
+    "single": (SINGLE, None),
+    "multi": (MULTI, None),
+    "system": ([system("Be brief."), *MULTI], None),
+    "tools": ([user("2+2?"), assistant("", tool_calls=[CALL]), RESULT, assistant("Four.")], [TOOL]),
+    "tools, two questions": (MULTI, [TOOL]),
+    "reasoning": (
+        [
+            user("Hi"),
+            assistant("Hello.", reasoning_content="Polite."),
+            user("2+2?"),
+            assistant("4.", reasoning_content="Sum."),
+        ],
+        None,
+    ),
+    "thoughts": (
+        [
+            user("Hi"),
+            assistant("<think>\nPolite.\n</think>\n\nHello."),
+            user("2+2?"),
+            assistant("<think>\nSum.\n</think>\n\n4."),
+        ],
+        None,
+    ),
+    "no_think": ([system("/no_think"), *MULTI], None),
+    "consecutive": ([user("Hi"), user("You?"), assistant("Hello."), assistant("Bye.")], None),
+    "empty system": ([system(""), *SINGLE], None),
+    "unicode": ([user("é中😀 שלום"), assistant("👩‍🔬 naïve 中文。 e\u0301")], None),
+    "spaces": (
+        [
+            system(" Be  brief. \n"),
+            user(" \n Hi \n\n"),
+            assistant("Hello.  \n"),
+            user("\t2 +  2?\n"),
+            assistant("\n\n It is 4. \r\n\n\n"),
+        ],
+        None,
+    ),
+    "trailing question": (MULTI[:3], None),
+}
+
+
+def with_markers(specification: Specification) -> tuple[Chat, Tools]:
+    """Contents that hold all that the family's own template writes."""
+    markers = bare(specification(SINGLE, None))
+    return [system(markers), user(f"say {markers}"), assistant(f"it {markers} is"), *MULTI], None
+
+
+def chat_of(shape: str, specification: Specification) -> tuple[Chat, Tools]:
+    if shape != "markers":
+        return SHAPES[shape]
+    chat, tools = with_markers(specification)
+    try:
+        specification(chat, tools)
+    except Refused:
+        return chat[1:], tools
+    return chat, tools
+
+
+ALL_SHAPES = [*SHAPES, "markers"]
+
+# ---- how specifications are written
+
+
+class Refused(Exception):
+    """The template refuses the conversation, with these words."""
+
+
+def bare(text: str) -> str:
+    return text.replace("⟦", "").replace("⟧", "")
+
+
+def fill(pattern: str, text: str) -> str:
+    return text.join(pattern.split("{}"))
+
+
+def unchanged(text: str) -> str:
+    return text
+
+
+def take_turns(chat: Chat, words: str) -> None:
+    if any((message["role"] == "user") != (index % 2 == 0) for index, message in enumerate(chat)):
+        raise Refused(words)
+
+
+@dataclass(frozen=True)
+class Format:
+    """`{}` is a message's content after `clean`. Fields that are reasoning are not shown."""
+
+    user: str
+    assistant: str
+    system: str = ""
+    start: str = ""
+    no_system: str = ""
+    end: str = ""
+    clean: Callable[[str], str] = unchanged
+    clean_answer: Callable[[str], str] | None = None
+    clean_system: Callable[[str], str] | None = None
+    system_in_user: bool = False  # the system text opens the first question and is cleaned with it
+    alternates: str | None = None  # else refused with these words
+    call: str = ""  # `{}` is the arguments; without it a call is not shown, so its turn is not trained
+    tool: str = ""  # without it a tool's result is not shown
+    answer_after_tool: str = ""
+    with_tools: tuple[tuple[str, str], ...] = ()  # fields that change when tools are listed
+    before_first_question: str = ""  # tools, inside the first question
+    before_last_question: str = ""  # tools, before the last question: earlier ones have been asked with the tools, too
+
+    def __call__(self, chat: Chat, tools: Tools) -> str:
+        if tools and self.with_tools:
+            return replace(self, with_tools=(), **dict(self.with_tools))(chat, tools)
+        has_system = chat[0]["role"] == "system"
+        opening = (
+            fill(self.system, (self.clean_system or self.clean)(chat[0]["content"])) if has_system else self.no_system
+        )
+        chat = chat[1:] if has_system else chat
+        if self.alternates:
+            told = [message for message in chat if message["role"] != "tool" and "tool_calls" not in message]
+            take_turns(told if self.tool else chat, self.alternates)
+        questions = [index for index, message in enumerate(chat) if message["role"] == "user"]
+        text = self.start + ("" if self.system_in_user else opening)
+        for index, message in enumerate(chat):
+            after_tool = index > 0 and chat[index - 1]["role"] == "tool"
+            pattern, content = self._turn(message, after_tool)
+            if self.system_in_user and index == 0:
+                content = self.clean(opening + message["content"])
+            if tools and self.before_first_question and index == questions[0]:
+                content = self.before_first_question + content
+            if tools and self.before_last_question:
+                text += self.before_last_question if index == questions[-1] else ""
+                pattern = bare(pattern) if index < questions[-1] else pattern
+            text += fill(pattern, content)
+        return text + self.end
+
+    def _turn(self, message: dict[str, Any], after_tool: bool) -> tuple[str, str]:
+        if "tool_calls" in message:
+            return (self.call, ARGUMENTS) if self.call else (bare(self.assistant), "")
+        if message["role"] == "assistant":
+            pattern = self.answer_after_tool if after_tool and self.answer_after_tool else self.assistant
+            return pattern, (self.clean_answer or self.clean)(message["content"])
+        return {"user": self.user, "tool": self.tool}[message["role"]], self.clean(message["content"])
+
+
+# ---- the formats
+
+CHATML = Format(
+    system="<|im_start|>system\n{}<|im_end|>\n",
+    user="<|im_start|>user\n{}<|im_end|>\n",
+    assistant="<|im_start|>assistant\n⟦{}<|im_end|>⟧\n",
+    tool="<|im_start|>tool\n{}<|im_end|>\n",
+)
+QWEN_TOOLS = "# Tools\n\n<tools>\n" + TOOL_JSON + "\n</tools>"
+QWEN_CALL = '<tool_call>\n{"name": "add", "arguments": {}}\n</tool_call>'.replace("{}", ARGUMENTS)
+QWEN_RESULT = "<|im_start|>user\n<tool_response>\n{}\n</tool_response><|im_end|>\n"
+
+
+def qwen25(default: str, tools: str) -> Format:
+    return replace(
+        CHATML,
+        no_system=f"<|im_start|>system\n{default}<|im_end|>\n",
+        call=f"<|im_start|>assistant\n⟦{QWEN_CALL}<|im_end|>⟧\n",
+        tool=QWEN_RESULT,
+        with_tools=(
+            ("system", "<|im_start|>system\n{}\n\n" + tools + "<|im_end|>\n"),
+            ("no_system", f"<|im_start|>system\n{default}\n\n{tools}<|im_end|>\n"),
+        ),
+    )
+
+
+def qwen3(chat: Chat, tools: Tools, tools_text: str = QWEN_TOOLS) -> str:
+    """Thoughts are shown after the last question only, and the last answer gets an empty one if it has none."""
+    opening = [chat[0]["content"]] if chat[0]["role"] == "system" else []
+    opening += [tools_text] if tools else []
+    text = fill(CHATML.system, "\n\n".join(opening)) if opening else ""
+    last_question = max(index for index, message in enumerate(chat) if message["role"] == "user")
+    for index, message in enumerate(chat):
+        content = message["content"]
+        if message["role"] == "user":
+            text += fill(CHATML.user, content)
+        elif message["role"] == "tool":
+            text += fill(QWEN_RESULT, content)
+        elif message["role"] == "assistant":
+            thought, answer = thought_and_answer(message)
+            written = QWEN_CALL if "tool_calls" in message else answer
+            if index > last_question and (thought or message is chat[-1]):
+                written = f"<think>\n{thought}\n</think>\n\n" + written.lstrip("\n")
+                text += fill(CHATML.assistant if prompt_is_kept(chat, index) else bare(CHATML.assistant), written)
+            elif thought or "</think>" in content or answer.startswith("\n"):  # not shown as it is when it is the last
+                text += fill(bare(CHATML.assistant), written)
+            else:
+                text += fill(
+                    CHATML.assistant if chat[index - 1]["role"] != "assistant" else bare(CHATML.assistant), written
+                )
+    return text
+
+
+def prompt_is_kept(chat: Chat, index: int) -> bool:
+    """An answer that was the last one in this one's prompt had a thought, if only an empty one, that is gone now."""
+    before = chat[index - 1]
+    return before["role"] != "assistant" or thought_and_answer(before)[0] != ""
+
+
+def thought_and_answer(message: dict[str, Any]) -> tuple[str, str]:
+    thought, answer = message.get("reasoning_content", ""), message["content"]
+    if not thought and "</think>" in answer:
+        thought = answer[: answer.index("</think>")].rpartition("<think>")[2]
+        answer = answer.rpartition("</think>")[2].lstrip("\n")
+    return thought.strip("\n"), answer
+
+
+LLAMA_SYSTEM = "<|start_header_id|>system<|end_header_id|>\n\n"
+
+
+def llama31(chat: Chat, tools: Tools) -> str:
+    head = "<|begin_of_text|>" + LLAMA_SYSTEM + ("Environment: ipython\n" if tools else "")
+    header = "<|start_header_id|>{}<|end_header_id|>\n\n"
+    return Format(
+        start=f"{head}Cutting Knowledge Date: December 2023\nToday Date: {datetime.now():%d %b %Y}\n\n",
+        system="{}<|eot_id|>",
+        no_system="<|eot_id|>",
+        user=fill(header, "user") + "{}<|eot_id|>",
+        assistant=fill(header, "assistant") + "⟦{}<|eot_id|>⟧",
+        call=fill(header, "assistant") + '⟦{"name": "add", "parameters": {}}<|eot_id|>⟧',
+        tool=fill(header, "ipython") + '"{}"<|eot_id|>',
+        clean=str.strip,
+        before_first_question=f"Functions:\n\n{TOOL_JSON}\n\n",
+    )(chat, tools)
+
+
+MISTRAL_WORDS = "After the system message, user and assistant take turns!"
+MISTRAL_V3 = Format(
+    start="<s>",
+    user="[INST] {}[/INST]",
+    assistant="⟦ {}</s>⟧",
+    clean_answer=str.strip,
+    alternates=MISTRAL_WORDS,
+    call='⟦[TOOL_CALLS] [{"name": "add", "arguments": {}, "id": "call00001"}]</s>⟧',
+    tool='[TOOL_RESULTS] {"content": {}, "call_id": "call00001"}[/TOOL_RESULTS]',
+    before_last_question=f"[AVAILABLE_TOOLS] [{TOOL_JSON}][/AVAILABLE_TOOLS]",
+)
+MISTRAL_V7 = Format(
+    start="<s>",
+    system="[SYSTEM_PROMPT]{}[/SYSTEM_PROMPT]",
+    user="[INST]{}[/INST]",
+    assistant="⟦{}</s>⟧",
+    alternates=MISTRAL_WORDS,
+    call='⟦[TOOL_CALLS][{"name": "add", "arguments": {}, "id": "call00001"}]</s>⟧',
+    tool="[TOOL_RESULTS]call00001[TOOL_CONTENT]{}[/TOOL_RESULTS]",
+    before_last_question=f"[AVAILABLE_TOOLS][{TOOL_JSON}][/AVAILABLE_TOOLS]",
+)
+
+
+def mistral_v3(chat: Chat, tools: Tools) -> str:
+    """The system message is in a question that waits for its answer and in no other, so no answer follows its prompt."""
+    if chat[0]["role"] != "system":
+        return MISTRAL_V3(chat, tools)
+    text = bare(MISTRAL_V3(chat[1:], tools))
+    assert chat[-1]["role"] == "assistant"
+    return text
+
+
+GEMMA = Format(
+    start="<bos>",
+    user="<start_of_turn>user\n{}<end_of_turn>\n",
+    assistant="<start_of_turn>model\n⟦{}<end_of_turn>⟧\n",
+    clean=str.strip,
+    alternates="Roles must alternate!",
+)
+
+
+def gemma2(chat: Chat, tools: Tools) -> str:
+    if chat[0]["role"] == "system":
+        raise Refused("System role not supported")
+    return GEMMA(chat, tools)
+
+
+def gemma3(chat: Chat, tools: Tools) -> str:
+    if chat[0]["role"] != "system":
+        return GEMMA(chat, tools)
+    take_turns(chat[1:], "Roles must alternate!")
+    text = GEMMA(chat[1:], tools)
+    start = "<bos><start_of_turn>user\n"
+    return start + chat[0]["content"] + "\n\n" + text.removeprefix(start)
+
+
+PHI35 = Format(
+    system="<|system|>\n{}<|end|>\n",
+    user="<|user|>\n{}<|end|>\n",
+    assistant="<|assistant|>\n⟦{}<|end|>⟧\n",
+    end="<|endoftext|>",
+)
+
+
+def phi35(chat: Chat, tools: Tools) -> str:
+    return PHI35(chat[1:] if chat[0] == system("") else chat, tools)
+
+
+PHI4 = Format(
+    system="<|im_start|>system<|im_sep|>{}<|im_end|>",
+    user="<|im_start|>user<|im_sep|>{}<|im_end|>",
+    assistant="<|im_start|>assistant<|im_sep|>⟦{}<|im_end|>⟧",
+    tool="<|im_start|>tool<|im_sep|>{}<|im_end|>",
+)
+DEEPSEEK_V3 = Format(
+    start="<｜begin▁of▁sentence｜>",
+    system="{}",
+    user="<｜User｜>{}",
+    assistant="<｜Assistant｜>⟦{}<｜end▁of▁sentence｜>⟧",
+    call="<｜Assistant｜>⟦<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>add\n```json\n{}\n```<｜tool▁call▁end｜>"
+    "<｜tool▁calls▁end｜><｜end▁of▁sentence｜>⟧",
+    tool="<｜tool▁outputs▁begin｜><｜tool▁output▁begin｜>{}<｜tool▁output▁end｜>",
+    answer_after_tool="<｜tool▁outputs▁end｜>⟦{}<｜end▁of▁sentence｜>⟧",
+)
+
+
+def deepseek_r1(chat: Chat, tools: Tools) -> str:
+    """The prompt opens a thought that no finished turn shows, unless an answer happens to begin like it."""
+    text = "<｜begin▁of▁sentence｜>"
+    for message in chat:
+        if message["role"] in ("system", "user"):
+            text += ("<｜User｜>" if message["role"] == "user" else "") + message["content"]
+        elif message["role"] == "assistant":
+            answer = message["content"].rpartition("</think>")[2] + "<｜end▁of▁sentence｜>"
+            opened = answer.startswith("<think>\n")
+            text += "<｜Assistant｜>" + (f"<think>\n⟦{answer[8:]}⟧" if opened else answer)
+    return text
+
+
+def deepseek_r1_thinking(chat: Chat, tools: Tools) -> str:
+    """The prompt opens the thought, the last turn goes on with it; earlier turns have lost theirs, and that opening."""
+    text = "<｜begin▁of▁sentence｜>"
+    for index, message in enumerate(chat):
+        if message["role"] in ("system", "user"):
+            text += ("<｜User｜>" if message["role"] == "user" else "") + message["content"]
+        elif message["role"] == "assistant":
+            thought = thought_and_answer(message)[0].strip()
+            answer = message["content"].rpartition("</think>")[2].strip()
+            turn = f"<｜Assistant｜><think>\n⟦{thought}\n</think>\n\n{answer}<｜end▁of▁sentence｜>⟧"
+            if message is not chat[-1]:
+                turn = f"<｜Assistant｜>{answer}<｜end▁of▁sentence｜>"
+            text += bare(turn) if chat[index - 1]["role"] == "assistant" else turn
+    return text
+
+
+def gpt_oss(chat: Chat, tools: Tools) -> str:
+    """The model writes its channels itself. An earlier answer ends as history does, so it is not what it was to write."""
+    text = f"<|start|>system<|message|>Current date: {datetime.now():%Y-%m-%d}\n\nReasoning: medium<|end|>"
+    instructions = (
+        "# Instructions\n\n" + chat[0]["content"] if chat[0]["role"] == "system" and chat[0]["content"] else ""
+    )
+    parts = [instructions] * bool(instructions) + [f"# Tools\n\n{TOOL_JSON}"] * bool(tools)
+    text += "<|start|>developer<|message|>" + "\n\n".join(parts) + "<|end|>" if parts else ""
+    for index, message in enumerate(chat):
+        content = message["content"]
+        if message["role"] == "user":
+            text += f"<|start|>user<|message|>{content}<|end|>"
+        elif message["role"] == "tool":
+            text += f'<|start|>functions.add to=assistant<|channel|>commentary<|message|>"{content}"<|end|>'
+        elif "tool_calls" in message:
+            text += (
+                "<|start|>assistant⟦ to=functions.add<|channel|>commentary json<|message|>" + ARGUMENTS + "<|call|>⟧"
+            )
+        elif message["role"] == "assistant" and message is chat[-1]:
+            thought = message.get("reasoning_content")
+            analysis = f"<|channel|>analysis<|message|>{thought}<|end|><|start|>assistant" if thought else ""
+            turn = f"<|start|>assistant⟦{analysis}<|channel|>final<|message|>{content}<|return|>⟧"
+            text += bare(turn) if chat[index - 1]["role"] == "assistant" else turn
+        elif message["role"] == "assistant":
+            text += f"<|start|>assistant<|channel|>final<|message|>{content}<|end|>"
+    return text
+
+
+GLM4 = Format(
+    start="[gMASK]<sop>",
+    system="<|system|>\n{}",
+    user="<|user|>\n{}",
+    assistant="<|assistant|>⟦\n{}⟧",
+    call="<|assistant|>⟦add\n{}⟧",
+    tool="<|observation|>\n{}",
+    with_tools=(
+        (
+            "start",
+            '[gMASK]<sop><|system|>\n# 可用工具\n\n## add\n\n{"name": "add", "parameters": {"type": "object"}}',
+        ),
+    ),
+)
+YI = Format(
+    system="{}",
+    user="<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
+    assistant="⟦{}<|im_end|>⟧\n",
+)
+COMMAND_R = Format(
+    start="<BOS_TOKEN>",
+    system="<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>{}<|END_OF_TURN_TOKEN|>",
+    user="<|START_OF_TURN_TOKEN|><|USER_TOKEN|>{}<|END_OF_TURN_TOKEN|>",
+    assistant="<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>⟦{}<|END_OF_TURN_TOKEN|>⟧",
+    clean=str.strip,
+    alternates="Roles must alternate!",
+)
+
+
+def olmo2(chat: Chat, tools: Tools) -> str:
+    """A line end follows an answer once something follows it: an answer right after another has no such prompt."""
+    text = "<|endoftext|>"
+    for index, message in enumerate(chat):
+        content = message["content"]
+        if message["role"] != "assistant":
+            text += f"<|{message['role']}|>\n{content}\n"
+            continue
+        untrained = "tool_calls" in message or (index > 0 and chat[index - 1]["role"] == "assistant")
+        turn = f"<|assistant|>\n⟦{content}<|endoftext|>⟧"
+        text += (bare(turn) if untrained else turn) + ("" if message is chat[-1] else "\n")
+    return text
+
+
+def granite3(chat: Chat, tools: Tools) -> str:
+    header, end = "<|start_of_role|>{}<|end_of_role|>", "<|end_of_text|>"
+    system_turn = fill(header, "system") + "{}" + end + "\n"
+    listed = fill(header, "tools") + f"[{TOOL_JSON}]{end}\n" if tools else ""
+    return Format(
+        system=system_turn + listed,
+        no_system=fill(system_turn, f"Today's Date: {datetime.now():%B %d, %Y}.\nYou are Granite.") + listed,
+        user=fill(header, "user") + "{}" + end + "\n",
+        assistant=fill(header, "assistant") + "⟦{}" + end + "⟧\n",
+        call=fill(header, "assistant") + '⟦<|tool_call|>[{"name": "add", "arguments": {}}]' + end + "⟧\n",
+        tool=fill(header, "tool") + "{}" + end + "\n",
+    )(chat, tools)
+
+
+def smollm3(chat: Chat, tools: Tools) -> str:
+    """A system message that says /no_think closes an empty thought in every prompt."""
+    given = chat[0]["content"] if chat[0]["role"] == "system" else ""
+    mode, thought = ("/no_think", "<think>\n\n</think>\n") if "/no_think" in given else ("/think", "")
+    custom = given.replace("/no_think", "").replace("/think", "").strip() or "You are SmolLM."
+    listed = f"### Tools\n\n<tools>\n{TOOL_JSON}\n</tools>\n\n" if tools else ""
+    return Format(
+        start=f"<|im_start|>system\n## Metadata\n\nToday Date: {datetime.now():%d %B %Y}\nReasoning Mode: {mode}\n\n"
+        f"## Custom Instructions\n\n{custom}\n\n{listed}<|im_end|>\n",
+        user="<|im_start|>user\n{}<|im_end|>\n",
+        assistant=f"<|im_start|>assistant\n{thought}" + "⟦{}<|im_end|>⟧\n",
+        tool="<|im_start|>user\n{}<|im_end|>\n",
+        clean_answer=lambda content: content.lstrip("\n"),
+    )(chat, tools)
+
+
+ZEPHYR = Format(
+    system="<|system|>\n{}</s>\n",
+    user="<|user|>\n{}</s>\n",
+    assistant="<|assistant|>\n⟦{}</s>⟧\n",
+    tool="<|tool|>\n{}</s>\n",
+)
+
+
+def system_last(chat: Chat, tools: Tools) -> str:
+    """Where the system message stands after all turns, no finished turn follows its prompt."""
+    rest = chat[1:] if chat[0]["role"] == "system" else chat
+    if rest is chat or not chat[0]["content"]:
+        return CHATML(rest, tools)
+    return bare(CHATML(rest, tools)) + fill(CHATML.system, chat[0]["content"])
+
+
+COLLAPSING = replace(CHATML, clean=lambda content: " ".join(content.split()))
+OPEN_ENDED = Format(system="SYSTEM: {}\n", user="USER: {}\n", assistant="ASSISTANT:⟦ {}⟧\n", tool="TOOL: {}\n")
+
+
+@dataclass(frozen=True)
+class Family:
+    specification: Specification
+    tokens: str = ""  # control tokens beside bos and eos
+    bos: str = "<s>"
+    eos: str = "</s>"
+
+    @property
+    def two_in_a_row(self) -> bool:
+        """Whether anyone may speak twice."""
+        try:
+            self.specification(SHAPES["consecutive"][0], None)
+        except Refused:
+            return False
+        return True
+
+
+IM = "<|im_start|> <|im_end|>"
+DEEPSEEK = Family(
+    DEEPSEEK_V3,
+    "<｜User｜> <｜Assistant｜> <｜tool▁calls▁begin｜> <｜tool▁calls▁end｜> <｜tool▁call▁begin｜> <｜tool▁call▁end｜>"
+    " <｜tool▁sep｜> <｜tool▁outputs▁begin｜> <｜tool▁outputs▁end｜> <｜tool▁output▁begin｜> <｜tool▁output▁end｜>",
+    "<｜begin▁of▁sentence｜>",
+    "<｜end▁of▁sentence｜>",
+)
+GEMMA_TOKENS = ("<start_of_turn> <end_of_turn>", "<bos>", "<eos>")
+FAMILIES: dict[str, Family] = {
+    "chatml": Family(CHATML, IM),
+    "chatml-generation": Family(CHATML, IM),
+    "qwen2.5": Family(qwen25("You are Qwen.", QWEN_TOOLS), IM),
+    "qwen3": Family(qwen3, IM),
+    "llama-3.1": Family(
+        llama31, "<|start_header_id|> <|end_header_id|> <|eot_id|>", "<|begin_of_text|>", "<|end_of_text|>"
+    ),
+    "mistral-v3": Family(
+        mistral_v3, "[INST] [/INST] [TOOL_CALLS] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] [/TOOL_RESULTS]"
+    ),
+    "mistral-v7": Family(
+        MISTRAL_V7,
+        "[INST] [/INST] [TOOL_CALLS] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] [/TOOL_RESULTS]"
+        " [TOOL_CONTENT] [SYSTEM_PROMPT] [/SYSTEM_PROMPT]",
+    ),
+    "gemma-2": Family(gemma2, *GEMMA_TOKENS),
+    "gemma-3": Family(gemma3, *GEMMA_TOKENS),
+    "phi-3.5": Family(phi35, "<|system|> <|user|> <|assistant|> <|end|>", eos="<|endoftext|>"),
+    "phi-4": Family(PHI4, f"{IM} <|im_sep|>"),
+    "deepseek-v3": DEEPSEEK,
+    "deepseek-r1": replace(DEEPSEEK, specification=deepseek_r1),
+    "deepseek-r1-thinking": replace(DEEPSEEK, specification=deepseek_r1_thinking),
+    "gpt-oss": Family(
+        gpt_oss, "<|start|> <|end|> <|message|> <|channel|> <|call|>", "<|startoftext|>", eos="<|return|>"
+    ),
+    "glm-4": Family(GLM4, "[gMASK] <sop> <|system|> <|user|> <|assistant|> <|observation|>", eos="<|endoftext|>"),
+    "internlm2": Family(replace(CHATML, start="<s>"), IM),
+    "yi": Family(YI, IM),
+    "command-r": Family(
+        COMMAND_R,
+        "<|START_OF_TURN_TOKEN|> <|SYSTEM_TOKEN|> <|USER_TOKEN|> <|CHATBOT_TOKEN|> <|END_OF_TURN_TOKEN|>",
+        "<BOS_TOKEN>",
+    ),
+    "olmo-2": Family(olmo2, "", "<|endoftext|>", "<|endoftext|>"),
+    "granite-3": Family(
+        granite3, "<|start_of_role|> <|end_of_role|> <|tool_call|>", "<|end_of_text|>", "<|end_of_text|>"
+    ),
+    "smollm3": Family(smollm3, IM),
+    "zephyr": Family(ZEPHYR),
+    "nasty-system-last": Family(system_last, IM),
+    "nasty-collapsing": Family(COLLAPSING, IM),
+    "nasty-open": Family(OPEN_ENDED),
+}
+
+# ---- texts spelled out, which the specifications have to give
+
+TODAY = datetime.now()
+LITERALS: dict[tuple[str, str], str] = {
+    ("chatml", "system"): (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+        "<|im_start|>assistant\n⟦Hello.<|im_end|>⟧\n<|im_start|>user\n2+2?<|im_end|>\n"
+        "<|im_start|>assistant\n⟦4.\n\nSure.<|im_end|>⟧\n"
+    ),
+    ("chatml", "consecutive"): (
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>user\nYou?<|im_end|>\n"
+        "<|im_start|>assistant\n⟦Hello.<|im_end|>⟧\n<|im_start|>assistant\n⟦Bye.<|im_end|>⟧\n"
+    ),
+    ("chatml-generation", "system"): (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+        "<|im_start|>assistant\n⟦Hello.<|im_end|>⟧\n<|im_start|>user\n2+2?<|im_end|>\n"
+        "<|im_start|>assistant\n⟦4.\n\nSure.<|im_end|>⟧\n"
+    ),
+    ("chatml-generation", "markers"): (
+        "<|im_start|>system\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n<|im_end|>\n"
+        "<|im_start|>user\nsay <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n<|im_end|>\n"
+        "<|im_start|>assistant\n⟦it <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n is<|im_end|>⟧\n"
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦Hello.<|im_end|>⟧\n"
+        "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n⟦4.\n\nSure.<|im_end|>⟧\n"
+    ),
+    ("qwen2.5", "system"): (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+        "<|im_start|>assistant\n⟦Hello.<|im_end|>⟧\n<|im_start|>user\n2+2?<|im_end|>\n"
+        "<|im_start|>assistant\n⟦4.\n\nSure.<|im_end|>⟧\n"
+    ),
+    ("qwen2.5", "tools"): (
+        "<|im_start|>system\nYou are Qwen.\n\n# Tools\n\n<tools>\n"
+        '{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}\n</tools><|im_end|>\n'
+        '<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n⟦<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 2}}\n'
+        "</tool_call><|im_end|>⟧\n<|im_start|>user\n<tool_response>\n4\n</tool_response><|im_end|>\n"
+        "<|im_start|>assistant\n⟦Four.<|im_end|>⟧\n"
+    ),
+    ("qwen3", "system"): (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+        "<|im_start|>assistant\n⟦Hello.<|im_end|>⟧\n<|im_start|>user\n2+2?<|im_end|>\n"
+        "<|im_start|>assistant\n⟦<think>\n\n</think>\n\n4.\n\nSure.<|im_end|>⟧\n"
+    ),
+    ("qwen3", "reasoning"): (
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n"
+        "<|im_start|>assistant\n⟦<think>\nSum.\n</think>\n\n4.<|im_end|>⟧\n"
+    ),
+    ("qwen3", "tools"): (
+        '<|im_start|>system\n# Tools\n\n<tools>\n{"type": "function", "function": {"name": "add", "parameters": '
+        '{"type": "object"}}}\n</tools><|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n'
+        '⟦<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 2}}\n</tool_call><|im_end|>⟧\n'
+        "<|im_start|>user\n<tool_response>\n4\n</tool_response><|im_end|>\n"
+        "<|im_start|>assistant\n⟦<think>\n\n</think>\n\nFour.<|im_end|>⟧\n"
+    ),
+    ("llama-3.1", "system"): (
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
+        f"Today Date: {TODAY:%d %b %Y}\n\nBe brief.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n⟦Hello.<|eot_id|>⟧"
+        "<|start_header_id|>user<|end_header_id|>\n\n2+2?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n⟦4.\n\nSure.<|eot_id|>⟧"
+    ),
+    ("llama-3.1", "tools"): (
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nEnvironment: ipython\nCutting Knowledge Date: "
+        f"December 2023\nToday Date: {TODAY:%d %b %Y}\n\n<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nFunctions:\n\n"
+        '{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}\n\n2+2?<|eot_id|>'
+        '<|start_header_id|>assistant<|end_header_id|>\n\n⟦{"name": "add", "parameters": {"a": 2, "b": 2}}<|eot_id|>⟧'
+        '<|start_header_id|>ipython<|end_header_id|>\n\n"4"<|eot_id|>'
+        "<|start_header_id|>assistant<|end_header_id|>\n\n⟦Four.<|eot_id|>⟧"
+    ),
+    ("mistral-v3", "multi"): "<s>[INST] Hi[/INST]⟦ Hello.</s>⟧[INST] 2+2?[/INST]⟦ 4.\n\nSure.</s>⟧",
+    ("mistral-v3", "system"): "<s>[INST] Hi[/INST] Hello.</s>[INST] 2+2?[/INST] 4.\n\nSure.</s>",
+    ("mistral-v3", "tools, two questions"): (
+        '<s>[INST] Hi[/INST] Hello.</s>[AVAILABLE_TOOLS] [{"type": "function", "function": {"name": "add", "parameters": '
+        '{"type": "object"}}}][/AVAILABLE_TOOLS][INST] 2+2?[/INST]⟦ 4.\n\nSure.</s>⟧'
+    ),
+    ("mistral-v7", "system"): (
+        "<s>[SYSTEM_PROMPT]Be brief.[/SYSTEM_PROMPT][INST]Hi[/INST]⟦Hello.</s>⟧[INST]2+2?[/INST]⟦4.\n\nSure.</s>⟧"
+    ),
+    ("mistral-v7", "tools"): (
+        '<s>[AVAILABLE_TOOLS][{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]'
+        '[/AVAILABLE_TOOLS][INST]2+2?[/INST]⟦[TOOL_CALLS][{"name": "add", "arguments": {"a": 2, "b": 2}, "id": "call00001"}]</s>⟧'
+        "[TOOL_RESULTS]call00001[TOOL_CONTENT]4[/TOOL_RESULTS]⟦Four.</s>⟧"
+    ),
+    ("gemma-2", "multi"): (
+        "<bos><start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n⟦Hello.<end_of_turn>⟧\n"
+        "<start_of_turn>user\n2+2?<end_of_turn>\n<start_of_turn>model\n⟦4.\n\nSure.<end_of_turn>⟧\n"
+    ),
+    ("gemma-2", "unicode"): (
+        "<bos><start_of_turn>user\né中😀 שלום<end_of_turn>\n<start_of_turn>model\n⟦👩‍🔬 naïve 中文。 e\u0301<end_of_turn>⟧\n"
+    ),
+    ("gemma-3", "system"): (
+        "<bos><start_of_turn>user\nBe brief.\n\nHi<end_of_turn>\n<start_of_turn>model\n⟦Hello.<end_of_turn>⟧\n"
+        "<start_of_turn>user\n2+2?<end_of_turn>\n<start_of_turn>model\n⟦4.\n\nSure.<end_of_turn>⟧\n"
+    ),
+    ("gemma-3", "spaces"): (
+        "<bos><start_of_turn>user\n Be  brief. \n\n\nHi<end_of_turn>\n<start_of_turn>model\n⟦Hello.<end_of_turn>⟧\n"
+        "<start_of_turn>user\n2 +  2?<end_of_turn>\n<start_of_turn>model\n⟦It is 4.<end_of_turn>⟧\n"
+    ),
+    ("phi-3.5", "system"): (
+        "<|system|>\nBe brief.<|end|>\n<|user|>\nHi<|end|>\n<|assistant|>\n⟦Hello.<|end|>⟧\n"
+        "<|user|>\n2+2?<|end|>\n<|assistant|>\n⟦4.\n\nSure.<|end|>⟧\n<|endoftext|>"
+    ),
+    ("phi-3.5", "empty system"): "<|user|>\nHi<|end|>\n<|assistant|>\n⟦Hello.<|end|>⟧\n<|endoftext|>",
+    ("phi-4", "system"): (
+        "<|im_start|>system<|im_sep|>Be brief.<|im_end|><|im_start|>user<|im_sep|>Hi<|im_end|>"
+        "<|im_start|>assistant<|im_sep|>⟦Hello.<|im_end|>⟧<|im_start|>user<|im_sep|>2+2?<|im_end|>"
+        "<|im_start|>assistant<|im_sep|>⟦4.\n\nSure.<|im_end|>⟧"
+    ),
+    ("phi-4", "spaces"): (
+        "<|im_start|>system<|im_sep|> Be  brief. \n<|im_end|><|im_start|>user<|im_sep|> \n Hi \n\n<|im_end|>"
+        "<|im_start|>assistant<|im_sep|>⟦Hello.  \n<|im_end|>⟧<|im_start|>user<|im_sep|>\t2 +  2?\n<|im_end|>"
+        "<|im_start|>assistant<|im_sep|>⟦\n\n It is 4. \r\n\n\n<|im_end|>⟧"
+    ),
+    ("deepseek-v3", "system"): (
+        "<｜begin▁of▁sentence｜>Be brief.<｜User｜>Hi<｜Assistant｜>⟦Hello.<｜end▁of▁sentence｜>⟧"
+        "<｜User｜>2+2?<｜Assistant｜>⟦4.\n\nSure.<｜end▁of▁sentence｜>⟧"
+    ),
+    ("deepseek-v3", "tools"): (
+        "<｜begin▁of▁sentence｜><｜User｜>2+2?<｜Assistant｜>⟦<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>add\n"
+        '```json\n{"a": 2, "b": 2}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜><｜end▁of▁sentence｜>⟧'
+        "<｜tool▁outputs▁begin｜><｜tool▁output▁begin｜>4<｜tool▁output▁end｜><｜tool▁outputs▁end｜>⟦Four.<｜end▁of▁sentence｜>⟧"
+    ),
+    ("deepseek-r1", "system"): (
+        "<｜begin▁of▁sentence｜>Be brief.<｜User｜>Hi<｜Assistant｜>Hello.<｜end▁of▁sentence｜>"
+        "<｜User｜>2+2?<｜Assistant｜>4.\n\nSure.<｜end▁of▁sentence｜>"
+    ),
+    ("deepseek-r1", "thoughts"): (
+        "<｜begin▁of▁sentence｜><｜User｜>Hi<｜Assistant｜>\n\nHello.<｜end▁of▁sentence｜>"
+        "<｜User｜>2+2?<｜Assistant｜>\n\n4.<｜end▁of▁sentence｜>"
+    ),
+    ("deepseek-r1-thinking", "system"): (
+        "<｜begin▁of▁sentence｜>Be brief.<｜User｜>Hi<｜Assistant｜>Hello.<｜end▁of▁sentence｜>"
+        "<｜User｜>2+2?<｜Assistant｜><think>\n⟦\n</think>\n\n4.\n\nSure.<｜end▁of▁sentence｜>⟧"
+    ),
+    ("deepseek-r1-thinking", "thoughts"): (
+        "<｜begin▁of▁sentence｜><｜User｜>Hi<｜Assistant｜>Hello.<｜end▁of▁sentence｜>"
+        "<｜User｜>2+2?<｜Assistant｜><think>\n⟦Sum.\n</think>\n\n4.<｜end▁of▁sentence｜>⟧"
+    ),
+    ("gpt-oss", "system"): (
+        f"<|start|>system<|message|>Current date: {TODAY:%Y-%m-%d}\n\nReasoning: medium<|end|>"
+        "<|start|>developer<|message|># Instructions\n\nBe brief.<|end|><|start|>user<|message|>Hi<|end|>"
+        "<|start|>assistant<|channel|>final<|message|>Hello.<|end|><|start|>user<|message|>2+2?<|end|>"
+        "<|start|>assistant⟦<|channel|>final<|message|>4.\n\nSure.<|return|>⟧"
+    ),
+    ("gpt-oss", "reasoning"): (
+        f"<|start|>system<|message|>Current date: {TODAY:%Y-%m-%d}\n\nReasoning: medium<|end|>"
+        "<|start|>user<|message|>Hi<|end|><|start|>assistant<|channel|>final<|message|>Hello.<|end|>"
+        "<|start|>user<|message|>2+2?<|end|><|start|>assistant⟦<|channel|>analysis<|message|>Sum.<|end|>"
+        "<|start|>assistant<|channel|>final<|message|>4.<|return|>⟧"
+    ),
+    ("gpt-oss", "tools"): (
+        f"<|start|>system<|message|>Current date: {TODAY:%Y-%m-%d}\n\nReasoning: medium<|end|><|start|>developer<|message|># Tools"
+        '\n\n{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}<|end|>'
+        "<|start|>user<|message|>2+2?<|end|>"
+        '<|start|>assistant⟦ to=functions.add<|channel|>commentary json<|message|>{"a": 2, "b": 2}<|call|>⟧'
+        '<|start|>functions.add to=assistant<|channel|>commentary<|message|>"4"<|end|>'
+        "<|start|>assistant⟦<|channel|>final<|message|>Four.<|return|>⟧"
+    ),
+    ("glm-4", "system"): (
+        "[gMASK]<sop><|system|>\nBe brief.<|user|>\nHi<|assistant|>⟦\nHello.⟧<|user|>\n2+2?<|assistant|>⟦\n4.\n\nSure.⟧"
+    ),
+    ("glm-4", "tools"): (
+        '[gMASK]<sop><|system|>\n# 可用工具\n\n## add\n\n{"name": "add", "parameters": {"type": "object"}}'
+        '<|user|>\n2+2?<|assistant|>⟦add\n{"a": 2, "b": 2}⟧<|observation|>\n4<|assistant|>⟦\nFour.⟧'
+    ),
+    ("internlm2", "system"): (
+        "<s><|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+        "<|im_start|>assistant\n⟦Hello.<|im_end|>⟧\n<|im_start|>user\n2+2?<|im_end|>\n"
+        "<|im_start|>assistant\n⟦4.\n\nSure.<|im_end|>⟧\n"
+    ),
+    ("internlm2", "empty system"): (
+        "<s><|im_start|>system\n<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦Hello.<|im_end|>⟧\n"
+    ),
+    ("yi", "system"): (
+        "Be brief.<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦Hello.<|im_end|>⟧\n"
+        "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n⟦4.\n\nSure.<|im_end|>⟧\n"
+    ),
+    ("yi", "consecutive"): (
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<|im_start|>user\nYou?<|im_end|>\n<|im_start|>assistant\n"
+        "⟦Hello.<|im_end|>⟧\n⟦Bye.<|im_end|>⟧\n"
+    ),
+    ("command-r", "system"): (
+        "<BOS_TOKEN><|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>Be brief.<|END_OF_TURN_TOKEN|>"
+        "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>Hi<|END_OF_TURN_TOKEN|>"
+        "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>⟦Hello.<|END_OF_TURN_TOKEN|>⟧"
+        "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>2+2?<|END_OF_TURN_TOKEN|>"
+        "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>⟦4.\n\nSure.<|END_OF_TURN_TOKEN|>⟧"
+    ),
+    ("command-r", "spaces"): (
+        "<BOS_TOKEN><|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>Be  brief.<|END_OF_TURN_TOKEN|>"
+        "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>Hi<|END_OF_TURN_TOKEN|>"
+        "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>⟦Hello.<|END_OF_TURN_TOKEN|>⟧"
+        "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>2 +  2?<|END_OF_TURN_TOKEN|>"
+        "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>⟦It is 4.<|END_OF_TURN_TOKEN|>⟧"
+    ),
+    ("olmo-2", "system"): (
+        "<|endoftext|><|system|>\nBe brief.\n<|user|>\nHi\n<|assistant|>\n⟦Hello.<|endoftext|>⟧\n"
+        "<|user|>\n2+2?\n<|assistant|>\n⟦4.\n\nSure.<|endoftext|>⟧"
+    ),
+    ("olmo-2", "consecutive"): (
+        "<|endoftext|><|user|>\nHi\n<|user|>\nYou?\n<|assistant|>\n⟦Hello.<|endoftext|>⟧\n<|assistant|>\nBye.<|endoftext|>"
+    ),
+    ("granite-3", "multi"): (
+        f"<|start_of_role|>system<|end_of_role|>Today's Date: {TODAY:%B %d, %Y}.\nYou are Granite.<|end_of_text|>\n"
+        "<|start_of_role|>user<|end_of_role|>Hi<|end_of_text|>\n"
+        "<|start_of_role|>assistant<|end_of_role|>⟦Hello.<|end_of_text|>⟧\n"
+        "<|start_of_role|>user<|end_of_role|>2+2?<|end_of_text|>\n"
+        "<|start_of_role|>assistant<|end_of_role|>⟦4.\n\nSure.<|end_of_text|>⟧\n"
+    ),
+    ("granite-3", "tools"): (
+        f"<|start_of_role|>system<|end_of_role|>Today's Date: {TODAY:%B %d, %Y}.\nYou are Granite.<|end_of_text|>\n"
+        '<|start_of_role|>tools<|end_of_role|>[{"type": "function", "function": {"name": "add", "parameters": '
+        '{"type": "object"}}}]<|end_of_text|>\n<|start_of_role|>user<|end_of_role|>2+2?<|end_of_text|>\n'
+        '<|start_of_role|>assistant<|end_of_role|>⟦<|tool_call|>[{"name": "add", "arguments": {"a": 2, "b": 2}}]<|end_of_text|>⟧\n'
+        "<|start_of_role|>tool<|end_of_role|>4<|end_of_text|>\n"
+        "<|start_of_role|>assistant<|end_of_role|>⟦Four.<|end_of_text|>⟧\n"
+    ),
+    ("smollm3", "system"): (
+        f"<|im_start|>system\n## Metadata\n\nToday Date: {TODAY:%d %B %Y}\nReasoning Mode: /think\n\n"
+        "## Custom Instructions\n\nBe brief.\n\n<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+        "<|im_start|>assistant\n⟦Hello.<|im_end|>⟧\n<|im_start|>user\n2+2?<|im_end|>\n"
+        "<|im_start|>assistant\n⟦4.\n\nSure.<|im_end|>⟧\n"
+    ),
+    ("smollm3", "no_think"): (
+        f"<|im_start|>system\n## Metadata\n\nToday Date: {TODAY:%d %B %Y}\nReasoning Mode: /no_think\n\n"
+        "## Custom Instructions\n\nYou are SmolLM.\n\n<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+        "<|im_start|>assistant\n<think>\n\n</think>\n⟦Hello.<|im_end|>⟧\n<|im_start|>user\n2+2?<|im_end|>\n"
+        "<|im_start|>assistant\n<think>\n\n</think>\n⟦4.\n\nSure.<|im_end|>⟧\n"
+    ),
+    ("zephyr", "system"): (
+        "<|system|>\nBe brief.</s>\n<|user|>\nHi</s>\n<|assistant|>\n⟦Hello.</s>⟧\n"
+        "<|user|>\n2+2?</s>\n<|assistant|>\n⟦4.\n\nSure.</s>⟧\n"
+    ),
+    ("zephyr", "thoughts"): (
+        "<|user|>\nHi</s>\n<|assistant|>\n⟦<think>\nPolite.\n</think>\n\nHello.</s>⟧\n"
+        "<|user|>\n2+2?</s>\n<|assistant|>\n⟦<think>\nSum.\n</think>\n\n4.</s>⟧\n"
+    ),
+    ("nasty-system-last", "system"): (
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n"
+        "<|im_start|>assistant\n4.\n\nSure.<|im_end|>\n<|im_start|>system\nBe brief.<|im_end|>\n"
+    ),
+    ("nasty-system-last", "multi"): (
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦Hello.<|im_end|>⟧\n<|im_start|>user\n2+2?<|im_end|>\n"
+        "<|im_start|>assistant\n⟦4.\n\nSure.<|im_end|>⟧\n"
+    ),
+    ("nasty-collapsing", "system"): (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+        "<|im_start|>assistant\n⟦Hello.<|im_end|>⟧\n<|im_start|>user\n2+2?<|im_end|>\n"
+        "<|im_start|>assistant\n⟦4. Sure.<|im_end|>⟧\n"
+    ),
+    ("nasty-collapsing", "spaces"): (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+        "<|im_start|>assistant\n⟦Hello.<|im_end|>⟧\n<|im_start|>user\n2 + 2?<|im_end|>\n"
+        "<|im_start|>assistant\n⟦It is 4.<|im_end|>⟧\n"
+    ),
+    (
+        "nasty-open",
+        "system",
+    ): "SYSTEM: Be brief.\nUSER: Hi\nASSISTANT:⟦ Hello.⟧\nUSER: 2+2?\nASSISTANT:⟦ 4.\n\nSure.⟧\n",
+    ("nasty-open", "consecutive"): "USER: Hi\nUSER: You?\nASSISTANT:⟦ Hello.⟧\nASSISTANT:⟦ Bye.⟧\n",
+}
+
+# ---- tokenizers and templates
+
+
+def byte_level(family: Family) -> PreTrainedTokenizerFast:
+    """A tiny GPT-2-like tokenizer with the family's control tokens; it merges line ends and spaces, as real ones do."""
+    special_tokens = list(dict.fromkeys([family.bos, family.eos, *family.tokens.split()]))
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320 + len(special_tokens),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=special_tokens,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["user assistant\n\nHello. It is 4.\n\nSure.  Hi\n\n\nHi think"] * 4, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=family.bos, eos_token=family.eos)
+
+
+@lru_cache
+def loaded(name: str) -> tuple[PreTrainedTokenizerFast, Template]:
+    tokenizer = byte_level(FAMILIES[name])
+    return tokenizer, load_template(tokenizer, str(TEMPLATES / f"{name}.jinja"))
+
+
+# ---- how a mask is compared with a text
+
+
+def shown(tokenizer: PreTrainedTokenizerFast, row: Encoded) -> str:
+    """The row's text with ⟦ ⟧ around what is trained. Texts are differences of decoded beginnings: some decoders strip
+    the first space."""
+    assert all(label in (-100, token) for token, label in zip(row.input_ids, row.labels, strict=True))
+    text, end, before = "", 0, ""
+    for trained, group in groupby(label != -100 for label in row.labels):
+        end += len(list(group))
+        now = tokenizer.decode(row.input_ids[:end])
+        text += f"⟦{now[len(before) :]}⟧" if trained else now[len(before) :]
+        before = now
+    return text
+
+
+def open_ended(text: str) -> str:
+    """Without an end token, whitespace on both sides of an answer's end may be one token."""
+    return re.sub(r"(\s*)⟧(\s*)", r"⟧\1\2", text)
+
+
+def compare(
+    tokenizer: PreTrainedTokenizerFast, template: Template, chat: Chat, expected: str, encoding: Encoding
+) -> None:
+    """Every assistant turn is trained or lost. Turns that touch each other are one run of labels."""
+    assert expected.count("⟦") + sum(encoding.lost.values()) == sum(turn["role"] == "assistant" for turn in chat)
+    wanted = expected.replace("⟧⟦", "")
+    found = [shown(tokenizer, row) for row in encoding.rows]
+    if template.turn_end is None:
+        wanted, found = open_ended(wanted), [open_ended(text) for text in found]
+    assert found == ([wanted] if "⟦" in wanted else [])
+
+
+def plain_ids(tokenizer: PreTrainedTokenizerFast, expected: str, template: Template) -> list[int]:
+    """One plain tokenisation of the text. A tokenizer that puts nothing before a text gives, for each turn, that of the
+    prompt and that of what is generated after it, which may differ where whitespace stands on both sides."""
+    if template.turn_end is None or ids_of(tokenizer, "\na") != ids_of(tokenizer, "\n") + ids_of(tokenizer, "a"):
+        return ids_of(tokenizer, bare(expected))
+    return [token for piece in re.split("[⟦⟧]", expected) for token in ids_of(tokenizer, piece)]
+
+
+def control_tokens(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> Counter[str]:
+    control = {index: token.content for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return Counter(control[token] for token in ids if token in control)
+
+
+def control_tokens_of_format(
+    tokenizer: PreTrainedTokenizerFast, specification: Specification, chat: Chat, tools: Tools
+) -> Counter[str]:
+    """Those that the format writes itself: what people wrote must add none."""
+    harmless = [{**message, "content": message["content"] and "x"} for message in chat]
+    return control_tokens(tokenizer, ids_of(tokenizer, bare(specification(harmless, tools))))
+
+
+def ids_of(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def check(
+    tokenizer: PreTrainedTokenizerFast,
+    template: Template,
+    specification: Specification,
+    shape: str,
+    tokenized: Specification | None = None,
+) -> None:
+    """`tokenized`: what a tokenizer that takes whitespace away leaves of the text."""
+    chat, tools = chat_of(shape, specification)
+    try:
+        expected = specification(chat, tools)
+    except Refused as refusal:
+        with pytest.raises(DataError) as raised:
+            template.encode(chat, tools=tools)
+        assert str(refusal) in str(raised.value)
+        return
+    text = bare(expected)
+    assert template.render(chat, tools=tools) == text
+    assert text == tokenizer.apply_chat_template(chat, tools=tools, chat_template=template.source, tokenize=False)  # type: ignore[arg-type]
+    encoding = template.encode(chat, tools=tools)
+    compare(tokenizer, template, chat, tokenized(chat, tools) if tokenized else expected, encoding)
+    for row in encoding.rows:
+        assert control_tokens(tokenizer, row.input_ids) == control_tokens_of_format(
+            tokenizer, specification, chat, tools
+        )
+        if shape != "markers" and (shape != "spaces" or (template.turn_end and not tokenized)):
+            assert row.input_ids == plain_ids(tokenizer, expected, template)
+
+
+# ---- tests
+
+
+def test_every_template_file_is_a_family_with_literals() -> None:
+    assert sorted(path.stem for path in TEMPLATES.glob("*.jinja")) == sorted(FAMILIES)
+    for name in FAMILIES:
+        assert sum(family == name for family, _ in LITERALS) >= 2
+
+
+def test_tool_json_is_what_the_shapes_hold() -> None:
+    assert (json.dumps(TOOL), json.dumps(CALL["function"]["arguments"])) == (TOOL_JSON, ARGUMENTS)  # type: ignore[index]
+
+
+@pytest.mark.parametrize(("name", "shape"), LITERALS)
+def test_specifications_give_the_literals(name: str, shape: str) -> None:
+    specification = FAMILIES[name].specification
+    assert specification(*chat_of(shape, specification)) == LITERALS[name, shape]
+
+
+@pytest.mark.parametrize("shape", ALL_SHAPES)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_masks(name: str, shape: str) -> None:
+    check(*loaded(name), FAMILIES[name].specification, shape)
+
+
+REFUSED = {
+    ("gemma-2", "system"): "System role not supported",
+    ("gemma-2", "consecutive"): "Roles must alternate!",
+    ("gemma-2", "tools"): "Roles must alternate!",
+    ("gemma-3", "consecutive"): "Roles must alternate!",
+    ("command-r", "consecutive"): "Roles must alternate!",
+    ("mistral-v3", "consecutive"): "After the system message, user and assistant take turns!",
+    ("mistral-v7", "consecutive"): "After the system message, user and assistant take turns!",
+}
+
+
+@pytest.mark.parametrize(("name", "shape"), REFUSED)
+def test_a_refusal_has_the_words_of_the_template(name: str, shape: str) -> None:
+    chat, tools = SHAPES[shape]
+    with pytest.raises(DataError, match=re.escape(REFUSED[name, shape])):
+        loaded(name)[1].encode(chat, tools=tools)
+
+
+# Rows with `split_turns`: the conversation as it stands, then each turn that it does not show as it was generated.
+SPLIT: dict[tuple[str, str], list[str]] = {
+    ("qwen3", "multi"): [
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n"
+        "<|im_start|>assistant\n⟦<think>\n\n</think>\n\n4.\n\nSure.<|im_end|>⟧\n",
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦<think>\n\n</think>\n\nHello.<|im_end|>⟧\n",
+    ],
+    ("qwen3", "reasoning"): [
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n"
+        "<|im_start|>assistant\n⟦<think>\nSum.\n</think>\n\n4.<|im_end|>⟧\n",
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦<think>\nPolite.\n</think>\n\nHello.<|im_end|>⟧\n",
+    ],
+    ("mistral-v3", "tools, two questions"): [
+        '<s>[INST] Hi[/INST] Hello.</s>[AVAILABLE_TOOLS] [{"type": "function", "function": {"name": "add", "parameters": '
+        '{"type": "object"}}}][/AVAILABLE_TOOLS][INST] 2+2?[/INST]⟦ 4.\n\nSure.</s>⟧',
+        '<s>[AVAILABLE_TOOLS] [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]'
+        "[/AVAILABLE_TOOLS][INST] Hi[/INST]⟦ Hello.</s>⟧",
+    ],
+    ("deepseek-r1-thinking", "thoughts"): [
+        "<｜begin▁of▁sentence｜><｜User｜>Hi<｜Assistant｜>Hello.<｜end▁of▁sentence｜>"
+        "<｜User｜>2+2?<｜Assistant｜><think>\n⟦Sum.\n</think>\n\n4.<｜end▁of▁sentence｜>⟧",
+        "<｜begin▁of▁sentence｜><｜User｜>Hi<｜Assistant｜><think>\n⟦Polite.\n</think>\n\nHello.<｜end▁of▁sentence｜>⟧",
+    ],
+    ("gpt-oss", "reasoning"): [
+        f"<|start|>system<|message|>Current date: {TODAY:%Y-%m-%d}\n\nReasoning: medium<|end|>"
+        "<|start|>user<|message|>Hi<|end|><|start|>assistant<|channel|>final<|message|>Hello.<|end|>"
+        "<|start|>user<|message|>2+2?<|end|><|start|>assistant⟦<|channel|>analysis<|message|>Sum.<|end|>"
+        "<|start|>assistant<|channel|>final<|message|>4.<|return|>⟧",
+        f"<|start|>system<|message|>Current date: {TODAY:%Y-%m-%d}\n\nReasoning: medium<|end|>"
+        "<|start|>user<|message|>Hi<|end|><|start|>assistant⟦<|channel|>analysis<|message|>Polite.<|end|>"
+        "<|start|>assistant<|channel|>final<|message|>Hello.<|return|>⟧",
+    ],
+}
+
+
+@pytest.mark.parametrize(("name", "shape"), SPLIT)
+def test_split_turns_trains_every_turn_in_its_own_context(name: str, shape: str) -> None:
+    tokenizer, template = loaded(name)
+    chat, tools = SHAPES[shape]
+    encoding = template.encode(chat, tools=tools, split_turns=True)
+    assert [shown(tokenizer, row) for row in encoding.rows] == SPLIT[name, shape]
+    assert (encoding.lost, encoding.shown_as_history) == ({}, 0)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_split_turns_changes_nothing_where_history_is_kept(name: str) -> None:
+    template = loaded(name)[1]
+    for shape in SHAPES:
+        chat, tools = SHAPES[shape]
+        try:
+            encoding = template.encode(chat, tools=tools)
+        except DataError:
+            continue
+        split = template.encode(chat, tools=tools, split_turns=True)
+        if split.lost == encoding.lost and not encoding.shown_as_history:
+            assert split == encoding
+        assert split.lost.items() <= encoding.lost.items()
+
+
+def test_a_thought_that_enable_thinking_closes_in_the_prompt_is_not_trained() -> None:
+    tokenizer = loaded("qwen3")[0]
+    path = str(TEMPLATES / "qwen3.jinja")
+    by_default, off = (
+        load_template(tokenizer, path),
+        load_template(tokenizer, path, variables={"enable_thinking": False}),
+    )
+    question = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    for template, expected in [
+        (by_default, question + "⟦<think>\n\n</think>\n\nHello.<|im_end|>⟧\n"),
+        (off, question + "<think>\n\n</think>\n\n⟦Hello.<|im_end|>⟧\n"),
+    ]:
+        (row,) = template.encode(SINGLE).rows
+        assert shown(tokenizer, row) == expected
+
+
+# ---- negative controls: what is wrong by one character or one token is noticed
+
+
+def mutations(expected: str, end: str | None) -> dict[str, str]:
+    """Wrong expectations, each with the last trained turn changed."""
+    if "⟦" not in expected:
+        return {"something is trained": f"{expected[:-1]}⟦{expected[-1]}⟧"}
+    before, _, rest = expected.rpartition("⟦")
+    inside, _, after = rest.rpartition("⟧")
+    wrong = {
+        "starts late": f"{before}{inside[0]}⟦{inside[1:]}⟧{after}",
+        "starts early": f"{before[:-1]}⟦{before[-1]}{inside}⟧{after}",
+        "nothing is trained": f"{before}{inside}{after}",
+        "end is left out": f"{before}⟦{inside[: -len(end or '.')]}⟧{inside[-len(end or '.') :]}{after}",
+    }
+    return wrong | ({"goes on": f"{before}⟦{inside}{after[0]}⟧{after[1:]}"} if after and end else {})
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_wrong_expectation_is_noticed(name: str) -> None:
+    tokenizer, template = loaded(name)
+    expected, encoding = FAMILIES[name].specification(MULTI, None), template.encode(MULTI)
+    compare(tokenizer, template, MULTI, expected, encoding)
+    for wrong in mutations(expected, template.turn_end).values():
+        assert bare(wrong) == bare(expected)
+        with pytest.raises(AssertionError):
+            compare(tokenizer, template, MULTI, wrong, encoding)
+
+
+@pytest.mark.parametrize("name", sorted(set(FAMILIES) - {"deepseek-r1"}))
+def test_a_wrong_mask_is_noticed(name: str) -> None:
+    tokenizer, template = loaded(name)
+    expected = FAMILIES[name].specification(MULTI, None)
+    encoding = template.encode(MULTI)
+    (row,) = encoding.rows
+    trained = [index for index, label in enumerate(row.labels) if label != -100]
+    first, last = trained[0], trained[-1]
+    after = [last + 1] if template.turn_end and last + 1 < len(row.labels) else []
+    for index in [0, first - 1, first, last, *after]:
+        labels = list(row.labels)
+        labels[index] = -100 if labels[index] != -100 else row.input_ids[index]
+        with pytest.raises(AssertionError):
+            compare(tokenizer, template, MULTI, expected, replace(encoding, rows=[replace(row, labels=labels)]))
+
+
+# ---- conversations that nobody thought of
+
+PIECES = st.one_of(
+    st.text(alphabet="aB1 .\n\r\té中😀<|>/", max_size=8),
+    st.sampled_from(
+        [
+            "<think>",
+            "</think>",
+            "</s>",
+            "<s>",
+            "[INST]",
+            "[/INST]",
+            "<|im_end|>",
+            "<|end|>",
+            "<|eot_id|>",
+            "assistant",
+            "USER:",
+        ]
+    ),
+    st.sampled_from(["Hello. ", "\n\n", "  ", "</think>\n\n", "<think>\n", "/no_think"]),
+)
+
+
+def conversations(family: Family) -> st.SearchStrategy[Chat]:
+    own = bare(family.specification(SINGLE, None))
+    texts = st.lists(st.one_of(PIECES, st.sampled_from([own, *family.tokens.split()])), min_size=1, max_size=4)
+    questions = texts.map("".join).map(user)
+    answers = texts.map("".join).filter(str.strip)
+    turns = st.one_of(
+        answers.map(assistant),
+        st.builds(lambda answer, thought: assistant(answer, reasoning_content=thought), answers, st.just("Hm.\n")),
+    )
+    exchanges = st.tuples(
+        st.lists(questions, min_size=1, max_size=2) if family.two_in_a_row else questions.map(lambda turn: [turn]),
+        st.lists(turns, min_size=1, max_size=2) if family.two_in_a_row else turns.map(lambda turn: [turn]),
+    ).map(lambda pair: pair[0] + pair[1])
+    opening = st.one_of(st.just([]), texts.map("".join).map(lambda text: [system(text)]))
+    talk = st.lists(exchanges, min_size=1, max_size=3).map(lambda parts: [turn for part in parts for turn in part])
+    return st.builds(lambda first, rest: first + rest, opening, talk)
+
+
+def targets(marked: str) -> set[tuple[int, int]]:
+    """Where ⟦ and ⟧ stand, in characters of the text without them."""
+    ends = list(accumulate(map(len, re.split("[⟦⟧]", marked)[:-1])))
+    return set(zip(ends[0::2], ends[1::2], strict=True))
+
+
+def hold_for_any_conversation(
+    family: Family, tokenizer: PreTrainedTokenizerFast, template: Template, examples: int, may_lose: bool = False
+) -> None:
+    """The text is the template's; what is trained are answers and their ends as the family writes them, never anything
+    else; other turns are counted as lost. `may_lose`: more of them than need be."""
+
+    @settings(max_examples=examples, deadline=None, database=None, derandomize=True, phases=[Phase.generate])
+    @given(conversations(family))
+    def holds(chat: Chat) -> None:
+        try:
+            expected = family.specification(chat, None)
+        except Refused:
+            with pytest.raises(DataError):
+                template.encode(chat)
+            return
+        encoding = template.encode(chat)
+        assert len(encoding.rows) <= 1
+        trained: set[tuple[int, int]] = set()
+        for row in encoding.rows:
+            marked = shown(tokenizer, row)
+            if template.turn_end is None:
+                marked, expected = open_ended(marked), open_ended(expected)
+            assert bare(marked) == bare(expected)
+            assert control_tokens(tokenizer, row.input_ids) == control_tokens_of_format(
+                tokenizer, family.specification, chat, None
+            )
+            trained = targets(marked)
+        assert trained <= targets(expected) if may_lose else trained == targets(expected)
+        assert len(trained) + sum(encoding.lost.values()) == sum(turn["role"] == "assistant" for turn in chat)
+
+    holds()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_any_conversation(name: str) -> None:
+    # An earlier answer that begins with whitespace stands differently before and after another turn follows it.
+    hold_for_any_conversation(FAMILIES[name], *loaded(name), examples=20, may_lose=name == "qwen3")

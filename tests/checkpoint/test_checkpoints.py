@@ -1,0 +1,375 @@
+"""A run that was stopped and resumed is bit-equal to one that was not; what is kept, when, and what never is.
+
+Several processes and every strategy: tests/proofs/resumes.py. Kills, full disks and signals: tests/proofs/soak.py.
+"""
+
+import json
+import math
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_manifest import spoil
+
+from accel_llm.checkpoint import checkpoints as checkpoint
+from accel_llm.checkpoint.checkpoints import Checkpoints
+from accel_llm.errors import ConfigError, DataError
+from accel_llm.model import loss as losses
+from accel_llm.system import manifest
+from accel_llm.system import signals as interrupts
+
+STEPS, STOP = 6, 3
+
+
+class Stopped(BaseException):
+    """The end of a process, as far as one process can bring it about."""
+
+
+@pytest.fixture
+def train(script, tiny, chats) -> Callable[..., Path]:
+    def run(folder: Path, *more: object) -> Path:
+        common = ("--max_steps", STEPS, "--logging_steps", 1, "--save_steps", STOP, "--learning_rate", 1e-2)
+        rows = () if "--train_files" in more else ("--train_files", chats)
+        files = ("--model_name_or_path", tiny, *rows, "--output_dir", folder)
+        script("sft", *files, *common, "--max_length", 128, *more)
+        return folder
+
+    return run
+
+
+@pytest.fixture
+def at_step(monkeypatch) -> Callable[..., None]:
+    """`at_step(3, what)`: what was due at step 3 of the next run is done, and then `what`."""
+    when_due = Checkpoints.when_due
+
+    def register(last: int, what: Callable[[Any], None], before: bool = False) -> None:
+        def wrapped(self: Any, meter: Any, evaluation: Any, health: Any, step: int) -> None:
+            if before and step == last:
+                what(self)
+            when_due(self, meter, evaluation, health, step)
+            if not before and step == last:
+                what(self)
+
+        monkeypatch.setattr(Checkpoints, "when_due", wrapped)
+
+    return register
+
+
+@pytest.fixture
+def interrupt(at_step, monkeypatch) -> Callable[[int], None]:
+    """`interrupt(3)`: the next run ends after step 3, what was due at it done."""
+    when_due = Checkpoints.when_due
+
+    def stop(checkpoints: Any) -> None:
+        monkeypatch.setattr(Checkpoints, "when_due", when_due)
+        if checkpoints.writer:  # what is left of this process must not write on
+            checkpoints.writer.join()
+        raise Stopped("the power went")
+
+    return lambda last: at_step(last, stop)
+
+
+def steps(folder: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in (folder / "checkpoints").iterdir())
+
+
+def at(folder: Path, step: int) -> Path:
+    return folder / "checkpoints" / f"step-{step:08d}"
+
+
+def metrics(folder: Path) -> list[dict]:
+    """What training computed, without what the clock and the memory said."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("tokens_per_second", "peak_memory_mb")} for line in lines]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    (path,) = [*folder.glob("adapter/adapter_model.safetensors"), *folder.glob("model/model.safetensors")]
+    return load_file(path)
+
+
+def equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def status(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "run.json").read_text(encoding="utf-8"))
+
+
+LORA = ("--method", "lora", "--lora_dropout", 0.1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param((*LORA, "--add_tokens", "--chat_template", "chatml"), id="lora-dropout-adamw"),
+        pytest.param(("--method", "full", "--neftune_noise_alpha", 5, "--save_async"), id="full-neftune-async"),
+        pytest.param((*LORA, "--optim", "adamw_8bit", "--lora_r", 64), id="lora-adamw_8bit"),
+        pytest.param((*LORA, "--optim", "adafactor", "--gradient_checkpointing"), id="lora-adafactor-checkpointing"),
+        pytest.param(("--method", "full", "--optim", "muon", "--logging_steps", 2), id="full-muon"),
+        pytest.param((*LORA, "--optim", "lion", "--modules_to_save", "lm_head"), id="lora-lion-modules_to_save"),
+    ],
+)
+def test_a_stopped_and_resumed_run_is_bit_equal_to_one_never_stopped(train, interrupt, tmp_path, options):
+    whole = train(tmp_path / "whole", *options)
+    interrupt(STOP)
+    with pytest.raises(Stopped):
+        train(tmp_path / "parts", *options)
+    assert status(tmp_path / "parts")["status"] == "failed" and steps(tmp_path / "parts") == [STOP]
+
+    parts = train(tmp_path / "parts", *options)
+    assert status(parts)["status"] == "done"
+    assert metrics(parts) == metrics(whole)
+    assert equal(weights(parts), weights(whole))
+    last = [load_file(at(folder, STEPS) / "rank-00000.safetensors") for folder in (parts, whole)]
+    assert equal(*last)
+    ends = [json.loads((at(folder, STEPS) / "rank-00000.json").read_text()) for folder in (parts, whole)]
+    assert ends[0]["randomness"] == ends[1]["randomness"] and ends[0]["numbers"] == ends[1]["numbers"]
+    assert any(tensor.dtype == torch.uint8 for tensor in last[0].values()) == ("adamw_8bit" in options)
+
+
+def test_without_its_randomness_a_resumed_run_is_another_one(train, interrupt, tmp_path, monkeypatch):
+    """The test above sees dropout: a resume that forgets the generators ends elsewhere."""
+    whole = train(tmp_path / "whole", *LORA)
+    interrupt(STOP)
+    with pytest.raises(Stopped):
+        train(tmp_path / "parts", *LORA)
+    monkeypatch.setattr(checkpoint, "set_randomness", lambda state, device: None)
+    assert not equal(weights(train(tmp_path / "parts", *LORA)), weights(whole))
+
+
+@contextmanager
+def traced(check: Callable[[], None]) -> Iterator[list[str]]:
+    """`check` before and after everything that takes a name away from a file or folder."""
+    seen: list[str] = []
+
+    def hook(event: str, _: Any) -> None:
+        if seen is not None and on[0] and event in ("os.rename", "os.remove", "os.rmdir", "shutil.rmtree"):
+            on[0] = False
+            seen.append(event)
+            check()
+            on[0] = True
+
+    on = [True]
+    sys.addaudithook(hook)
+    try:
+        yield seen
+    finally:
+        on[0] = False
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3])
+def test_a_whole_checkpoint_is_there_at_every_instant(train, tmp_path, limit):
+    run, least = tmp_path / "run", [99]
+
+    def check() -> None:
+        folders = list((run / "checkpoints").glob("step-*"))
+        if folders:
+            whole = sum(manifest.broken(folder) is None for folder in folders)
+            assert whole == len(folders)
+            least[0] = min(least[0], whole)
+            started.append(whole)
+        assert folders or not started, "the last checkpoint is gone"
+
+    started: list[int] = []
+    with traced(check) as seen:
+        train(run, "--save_steps", 1, "--save_total_limit", limit)
+    assert {"os.rename", "os.remove", "shutil.rmtree"} <= set(seen) and least[0] == 1
+    assert steps(run) == list(range(STEPS - limit + 1, STEPS + 1)) and max(started) == min(limit + 1, STEPS)
+
+
+def test_the_best_checkpoint_is_kept_and_exported(train, chats, tmp_path, monkeypatch):
+    """Evaluated every step; the third evaluation is made the best."""
+    found = iter([3.0, 2.0, 1.0, 1.5, float("nan"), 1.0])
+    monkeypatch.setattr("accel_llm.training.evaluation.mean_loss", lambda *_: {"eval/loss": next(found)})
+    words = ("--method", "full", "--eval_files", chats, "--eval_steps", 1, "--save_steps", 6)
+    best = ("--metric_for_best_model", "eval/loss", "--save_total_limit", 1)
+    run = train(tmp_path / "run", *words, *best)
+    assert steps(run) == [3, 6] and status(run)["exported_step"] == 3
+    assert json.loads((at(run, 6) / "state.json").read_text())["best"] == [3, 1.0]
+    saved = load_file(at(run, 3) / "rank-00000.safetensors")
+    assert all(torch.equal(tensor.view(-1), saved[f"{name}|weight|0"]) for name, tensor in weights(run).items())
+
+    found = iter([3.0, 2.0, 1.0, 1.5, 1.2, 1.0])
+    last = train(tmp_path / "last", *words)
+    assert steps(last) == [6] and status(last)["exported_step"] == 6 and not equal(weights(last), weights(run))
+
+
+def test_what_is_best_is_known_after_a_resume(train, interrupt, chats, tmp_path, monkeypatch):
+    found = iter([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    monkeypatch.setattr("accel_llm.training.evaluation.mean_loss", lambda *_: {"eval/loss": next(found)})
+    words = ("--eval_files", chats, "--eval_steps", 1, "--metric_for_best_model", "eval/loss", "--save_total_limit", 1)
+    interrupt(4)
+    with pytest.raises(Stopped):
+        train(tmp_path / "run", *words)
+    assert steps(tmp_path / "run") == [1, 3]
+    found = iter([4.0, 5.0, 6.0])
+    run = train(tmp_path / "run", *words)
+    assert steps(run) == [1, 6] and status(run)["exported_step"] == 1
+
+
+@pytest.mark.parametrize("step, words", [(STEPS, ()), (4, ("--save_steps", 2, "--save_async"))])
+def test_nothing_that_holds_a_nan_is_saved(train, at_step, tmp_path, step, words):
+    def sicken(checkpoints: Any) -> None:
+        with torch.no_grad():
+            next(p for p in checkpoints.model.parameters() if p.requires_grad).view(-1)[0] = math.nan
+
+    at_step(step, sicken, before=True)
+    with pytest.raises(ConfigError) as error:
+        train(tmp_path / "run", *LORA, *words)
+    assert f"after step {step} 1 tensors hold a NaN or an infinity (base_model" in str(error.value)
+    assert steps(tmp_path / "run") == ([2] if words else [3])
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
+    assert status(tmp_path / "run")["status"] == "failed"
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_full_disk_is_one_sentence_and_the_checkpoint_before_stays(train, tmp_path, monkeypatch, background):
+    write, calls = checkpoint.pieces.write, iter(range(9))
+
+    def full(path: Path, kept: Any, *header: Any) -> Any:
+        if next(calls) == 1:
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        return write(path, kept, *header)
+
+    monkeypatch.setattr(checkpoint.pieces, "write", full)
+    words = ("--save_steps", 2, *(["--save_async"] if background else []))
+    with pytest.raises(ConfigError) as error:
+        train(tmp_path / "run", *words)
+    assert str(error.value) == (
+        "checkpoints: step 4 could not be written: No space left on device; make room and give the same command again, it "
+        "goes on from the last whole checkpoint."
+    )
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+    run = train(tmp_path / "run", *words)
+    assert equal(weights(run), weights(train(tmp_path / "whole", *words)))
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_sick_steps_are_skipped_up_to_a_number_and_then_named(train, tmp_path, monkeypatch, capsys, where):
+    original, sick = losses.next_token_loss, {3, 5}
+    calls = iter(range(1, 99))
+
+    def loss_of(model: Any, batch: Any) -> torch.Tensor:
+        loss = original(model, batch)
+        if sys._getframe(1).f_code.co_name != "train" or next(calls) not in sick:
+            return loss
+        if where == "loss":
+            return loss * math.nan
+        return loss + (0 * next(p for p in model.parameters() if p.requires_grad)).sum().sqrt()  # infinite slope at 0
+
+    monkeypatch.setattr(losses, "next_token_loss", loss_of)
+    moved = []
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a, **k: moved.append(1) or step(self, *a, **k))
+    run = train(tmp_path / "run", *LORA, "--max_skipped_steps", 2)
+    assert len(moved) == STEPS - 2 and status(run)["status"] == "done"
+    said = [line for line in capsys.readouterr().out.splitlines() if " skipped: " in line]
+    assert (
+        said[0].startswith(f"step 3 skipped: its {where} is not finite (1 of 2); ") and "chats.jsonl, row " in said[0]
+    )
+    assert said[1].startswith("step 5 skipped") and len(said) == 2
+    assert all(torch.isfinite(tensor).all() for tensor in weights(run).values())
+    assert [line["loss"] is None for line in metrics(run)] == [where == "loss" and n in sick for n in range(1, 7)]
+
+    calls = iter(range(1, 99))
+    with pytest.raises(DataError) as error:
+        train(tmp_path / "less", *LORA, "--max_skipped_steps", 1)
+    assert f"the {where} of step 5 is not finite, which makes 2 such steps where 1 are allowed" in str(error.value)
+    assert steps(tmp_path / "less") == [3] and status(tmp_path / "less")["status"] == "failed"
+
+
+def test_a_step_without_a_target_changes_nothing(train, tmp_path, monkeypatch):
+    from accel_llm.backend import accelerator as distributed
+
+    count, calls = distributed.global_count, iter(range(1, 99))
+    monkeypatch.setattr(distributed, "global_count", lambda *given: 0.0 if next(calls) == 4 else count(*given))
+    run = train(tmp_path / "run", "--save_steps", 1, "--save_total_limit", 9)
+    three, four, five = (load_file(at(run, step) / "rank-00000.safetensors") for step in (3, 4, 5))
+    assert equal(three, four) and not equal(four, five)
+    assert metrics(run)[3]["grad_norm"] == 0.0
+
+
+def test_asked_to_stop_a_run_saves_says_so_and_goes_on_later(train, at_step, tmp_path):
+    def ask(_: Any) -> None:
+        interrupts.heed(15)
+
+    at_step(4, ask, before=True)
+    with pytest.raises(interrupts.Preempted) as end:
+        train(tmp_path / "run", *LORA)
+    assert (end.value.number, end.value.step) == (15, 4)
+    run = status(tmp_path / "run")
+    assert run["status"] == "preempted" and run["step"] == 4 and steps(tmp_path / "run") == [3, 4]
+    at_step(99, ask)
+    assert equal(weights(train(tmp_path / "run", *LORA)), weights(train(tmp_path / "whole", *LORA)))
+
+
+def test_asked_to_save_a_run_saves_and_goes_on(train, at_step, tmp_path):
+    at_step(2, lambda _: interrupts.heed(10), before=True)
+    run = train(tmp_path / "run", "--save_total_limit", 9)
+    assert steps(run) == [2, 3, 6] and status(run)["status"] == "done"
+
+
+def test_an_evaluation_that_was_cut_short_is_done_after_the_resume(train, chats, tmp_path, monkeypatch):
+    words = ("--eval_files", chats, "--eval_steps", 2, "--per_device_eval_batch_size", 1)
+    whole = train(tmp_path / "whole", *words)
+    from accel_llm.training import evaluation as evaluate
+
+    original, calls = evaluate.next_token_loss, iter(range(99))
+
+    def loss_of(*given: Any) -> torch.Tensor:
+        if next(calls) == 3:  # in the middle of the first evaluation
+            interrupts.heed(2)
+        return original(*given)
+
+    monkeypatch.setattr(evaluate, "next_token_loss", loss_of)
+    with pytest.raises(interrupts.Preempted):
+        train(tmp_path / "run", *words)
+    assert status(tmp_path / "run")["step"] == 2 and [line["step"] for line in metrics(tmp_path / "run")] == [1, 2]
+    run = train(tmp_path / "run", *words)
+    assert metrics(run) == metrics(whole) and equal(weights(run), weights(whole))
+
+
+def test_an_adapters_checkpoint_is_small(train, make_model, tmp_path):
+    base = make_model(tmp_path / "base", hidden_size=256, intermediate_size=512, num_hidden_layers=2)
+    run = train(tmp_path / "run", "--model_name_or_path", base, "--method", "lora", "--lora_r", 32, "--max_steps", 1)
+    trained = status(run)["accelerate"]["parameters"]["trainable"] * 4
+    size = sum(path.stat().st_size for path in at(run, 1).iterdir())
+    assert trained > 1_000_000 and 3 * trained < size < 1.1 * 3 * trained
+
+
+def test_a_damaged_newer_checkpoint_does_not_outlive_the_ones_to_come(train, interrupt, tmp_path):
+    """Rotation goes by step: were it left in place, it would push the good ones out."""
+    interrupt(4)
+    with pytest.raises(Stopped):
+        train(tmp_path / "run", "--save_steps", 2)
+    spoil(at(tmp_path / "run", 4) / "rank-00000.safetensors", "truncated")
+    interrupt(3)
+    with pytest.raises(Stopped):
+        train(tmp_path / "run", "--save_steps", 1, "--save_total_limit", 1)
+    assert steps(tmp_path / "run") == [3] and manifest.broken(at(tmp_path / "run", 3)) is None
+
+
+def test_missing_state_is_an_error(train, interrupt, tmp_path):
+    """Even where somebody has sealed the folder anew."""
+    interrupt(STOP)
+    with pytest.raises(Stopped):
+        train(tmp_path / "run", *LORA)
+    folder = at(tmp_path / "run", STOP)
+    path = folder / "rank-00000.safetensors"
+    kept = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    removed = next(name for name in kept if "|exp_avg|" in name)
+    shutil.copytree(folder, tmp_path / "copy")
+    facts = json.loads((folder / "manifest.json").read_text())
+    facts[path.name] = list(checkpoint.pieces.write(path, {n: t for n, t in kept.items() if n != removed}))
+    (folder / "manifest.json").write_text(json.dumps(facts))
+    with pytest.raises(ConfigError, match=rf"lacks 1 tensors \({re.escape(removed)}\)"):
+        train(tmp_path / "run", *LORA)

@@ -1,0 +1,411 @@
+"""Places -> rows: every place that can be named, what is said of those that cannot, and when a source is another."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import datasets
+import psutil
+import pytest
+
+from accel_llm.config.fields import Source
+from accel_llm.config.options import DataOptions
+from accel_llm.data import sources
+from accel_llm.data.sources import ALLOWED, Row, fingerprint, identity, problems, read, source_of
+from accel_llm.errors import DataError
+
+REAL = Path(__file__).parents[3] / "shared" / "data"
+
+
+def written(path: Path, *texts: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+def texts(place: object, **about: Any) -> list[str]:
+    return [row.fields["text"] for row in read(Source(path=str(place), **about))]
+
+
+def test_a_row_says_where_it_is_from(tmp_path):
+    first, second = written(tmp_path / "a.jsonl", "x", "y"), written(tmp_path / "b.jsonl", "z")
+    assert list(read(source_of(str(tmp_path)))) == [
+        Row(str(first), 1, {"text": "x"}),
+        Row(str(first), 2, {"text": "y"}),
+        Row(str(second), 1, {"text": "z"}),
+    ]
+    given = Source(path="a.jsonl", weight=2)
+    assert source_of(given) is given and source_of("a.jsonl") == Source(path="a.jsonl")
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    root = tmp_path / "data [1]"
+    written(root / "b.jsonl", "b")
+    written(root / "a" / "z.JSONL", "z")
+    (root / "a" / "deep").mkdir()
+    (root / "a" / "deep" / "t.csv").write_text("text\nt\n", encoding="utf-8")
+    (root / "a" / "y.txt").write_text("y\n", encoding="utf-8")
+    (root / "README.md").write_text("no data", encoding="utf-8")
+    (root / "t.parquet.gz").write_bytes(b"")
+    written(root / ".hidden.jsonl", "hidden")
+    written(root / ".cache" / "c.jsonl", "hidden")
+    return root
+
+
+def test_a_folder_is_all_files_below_it_sorted_but_for_hidden_ones(folder):
+    assert texts(folder) == texts(f"{folder}/") == ["t", "y", "z", "b"]
+    assert next(read(source_of(str(folder)))).file == str(folder / "a" / "deep" / "t.csv")
+
+
+def test_a_hidden_folder_can_be_named(folder):
+    assert texts(folder / ".cache") == ["hidden"] and texts(folder / ".hidden.jsonl") == ["hidden"]
+
+
+@pytest.mark.parametrize(
+    "pattern, found",
+    [
+        ("*", ["b"]),
+        ("*.jsonl", ["b"]),
+        ("a/*", ["y", "z"]),
+        ("**", ["t", "y", "z", "b"]),
+        ("**/*.jsonl", ["b"]),
+        ("**/[yt].*", ["t", "y"]),
+        ("?.jsonl", ["b"]),
+    ],
+)
+def test_a_glob_is_sorted(folder, monkeypatch, pattern, found):
+    monkeypatch.chdir(folder)
+    assert texts(pattern) == found
+
+
+def test_home_is_expanded_and_a_name_with_brackets_is_a_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    written(tmp_path / "rows[1].jsonl", "x")
+    written(tmp_path / "rows1.jsonl", "y")
+    assert texts("~/rows[1].jsonl") == ["x"]
+    assert texts("~/rows?.jsonl") == ["y"] and texts("~") == ["y", "x"]
+
+
+def test_limit_counts_the_rows_of_all_files_and_opens_no_more(tmp_path):
+    written(tmp_path / "a.jsonl", "a", "b")
+    written(tmp_path / "b.jsonl", "c", "d")
+    (tmp_path / "c.jsonl").write_text("{", encoding="utf-8")
+    for limit in range(1, 5):
+        assert texts(tmp_path, limit_rows=limit) == ["a", "b", "c", "d"][:limit]
+    with pytest.raises(DataError, match=r"c\.jsonl, line 1: not JSON"):
+        texts(tmp_path, limit_rows=5)
+    (tmp_path / "c.jsonl").unlink()
+    assert texts(tmp_path, limit_rows=100) == ["a", "b", "c", "d"]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """`one`, a dataset alone, and `two`, of two splits; with a column of mixed types."""
+    root = tmp_path_factory.mktemp("saved")
+    rows = [{"text": str(n), "x": [n, {"a": n}][n % 2]} for n in range(600)]
+    datasets.disable_progress_bars()
+    features = datasets.Features({"text": datasets.Value("string"), "x": datasets.Json()})
+    one = datasets.Dataset.from_list(rows, features=features)
+    one.save_to_disk(root / "one")
+    datasets.DatasetDict(train=one, test=one.select([7, 3])).save_to_disk(root / "two")
+    one.select([]).save_to_disk(root / "empty", num_shards=1)
+    return root
+
+
+def test_a_saved_dataset_is_read_with_its_split(saved):
+    rows = list(read(Source(path=str(saved / "two"))))
+    assert rows[0] == Row(str(saved / "two"), 1, {"text": "0", "x": 0})
+    assert rows[599] == Row(str(saved / "two"), 600, {"text": "599", "x": {"a": 599}})
+    assert [tuple(row) for row in read(Source(path=str(saved / "two"), split="test"))] == [
+        (f"{saved}/two:test", 1, {"text": "7", "x": {"a": 7}}),
+        (f"{saved}/two:test", 2, {"text": "3", "x": {"a": 3}}),
+    ]
+    assert texts(saved / "one") == texts(saved / "two" / "train") == [row.fields["text"] for row in rows]
+    assert texts(saved / "two", limit_rows=300) == [str(n) for n in range(300)]
+    with pytest.raises(DataError, match=r"/empty: the dataset has no rows\.$"):
+        texts(saved / "empty")
+
+
+def test_a_damaged_saved_dataset_is_named(saved, tmp_path):
+    place = tmp_path / "one"
+    datasets.load_from_disk(saved / "one").select([0]).save_to_disk(place)
+    next(place.glob("*.arrow")).write_bytes(b"no arrow")
+    with pytest.raises(DataError, match=rf"^{place}: cannot be read \(.+\)\.$"):
+        list(read(source_of(str(place))))
+    (place / "state.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(DataError, match=r"state\.json is not what datasets saves \(KeyError: '_split'\)\.$"):
+        read(source_of(str(place)))
+
+
+@pytest.fixture(scope="module")
+def cached_hub(tmp_path_factory) -> Path:
+    """The cache of datasets as it is after `owner/talk`, of configurations `en` and `zh`, came from the hub."""
+    root = tmp_path_factory.mktemp("hub")
+    card = ["---", "configs:"]
+    for name in ("en", "zh"):
+        written(root / "talk" / f"{name}.jsonl", f"{name} 1", f"{name} 2")
+        written(root / "talk" / f"{name}_test.jsonl", f"{name} test")
+        card += [f"- config_name: {name}", "  data_files:"]
+        card += [f"  - {{split: train, path: {name}.jsonl}}", f"  - {{split: test, path: {name}_test.jsonl}}"]
+    (root / "talk" / "README.md").write_text("\n".join([*card, "---"]), encoding="utf-8")
+    datasets.disable_progress_bars()
+    for name in ("en", "zh"):
+        datasets.load_dataset(str(root / "talk"), name, cache_dir=str(root / "cache"))
+    (root / "cache" / "talk").rename(root / "cache" / "owner___talk")
+    return root / "cache"
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path, cached_hub) -> None:
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cached_hub)
+    monkeypatch.chdir(tmp_path)
+    sources._hub_dataset.cache_clear()
+
+
+def test_a_hub_dataset_is_read_with_its_configuration_and_split(offline):
+    assert list(read(Source(path="owner/talk", name="en"))) == [
+        Row("owner/talk:en", 1, {"text": "en 1"}),
+        Row("owner/talk:en", 2, {"text": "en 2"}),
+    ]
+    assert texts("owner/talk", name="zh", split="test") == ["zh test"]
+    assert texts("owner/talk", name="zh", split="train[1:]") == ["zh 2"]
+    parts: list[dict[str, Any]] = [{"name": "en"}, {"name": "zh"}, {"name": "en", "split": "test"}]
+    assert len({fingerprint(identity(Source(path="owner/talk", **part))) for part in parts}) == 3
+    revision = next(Path(datasets.config.HF_DATASETS_CACHE).glob("owner___talk/en/*/*/")).name
+    assert texts("owner/talk", name="en", revision=revision) == ["en 1", "en 2"]
+
+
+@pytest.mark.parametrize(
+    "source, label, said",
+    [
+        ({"path": "owner/talk"}, "owner/talk", "en, zh"),
+        ({"path": "owner/talk", "name": "fr"}, "owner/talk:fr", "['en', 'zh']"),
+        ({"path": "owner/talk", "name": "en", "split": "dev"}, "owner/talk:en:dev", "['train', 'test']"),
+        ({"path": "owner/talk", "name": "en", "revision": "v1"}, "owner/talk:en", "whether it is 'v1'"),
+        ({"path": "nobody/none"}, "nobody/none", "Couldn't reach 'nobody/none' on the Hub"),
+        ({"path": "none"}, "none", "Couldn't reach 'none' on the Hub"),
+    ],
+)
+def test_what_the_hub_does_not_give_is_one_sentence(offline, source, label, said):
+    assert problems(DataOptions(train_files=[Source(**source)])) == []
+    for look in (lambda source: list(read(source)), identity):
+        with pytest.raises(DataError) as error:
+            look(Source(**source))
+        sentence = str(error.value)
+        assert sentence.startswith(f"{label}: no file or folder has this name, and the hub gives no such dataset (")
+        assert said in sentence and "\n" not in sentence and sentence.endswith(").")
+
+
+def test_a_local_folder_comes_before_the_hub(offline, tmp_path):
+    written(tmp_path / "owner" / "talk" / "a.jsonl", "local")
+    assert texts("owner/talk") == ["local"]
+
+
+MISTAKES = [
+    ("none.json", "none.json does not exist; name {ALLOWED}."),
+    ("none.csv.zst", "none.csv.zst does not exist; name {ALLOWED}."),
+    ("./none", "./none does not exist; name {ALLOWED}."),
+    ("~/none", "~/none does not exist; name {ALLOWED}."),
+    ("~nobody-of-this-name/x", "~nobody-of-this-name/x does not exist; name {ALLOWED}."),
+    ("/no/thing", "/no/thing does not exist; name {ALLOWED}."),
+    ("a/b/c", "a/b/c does not exist; name {ALLOWED}."),
+    ("two words", "two words does not exist; name {ALLOWED}."),
+    ("none/*.jsonl", "none/*.jsonl matches no file that can be read; name {ALLOWED}."),
+    ("*.md", "*.md matches no file that can be read; name {ALLOWED}."),
+    ("empty", "empty is a folder and holds no file that can be read; name {ALLOWED}."),
+    ("a.md", "a.md is of kind '.md'; name {ALLOWED}."),
+    ("bare", "bare is of kind '(none)'; name {ALLOWED}."),
+    ("a.tar.gz", "a.tar.gz is of kind '.tar.gz'; name {ALLOWED}."),
+    ("a.parquet.gz", "a.parquet.gz is a packed .parquet file; unpack it, .parquet is compressed by itself."),
+    ("https://x.org/a.json", "https://x.org/a.json is an address, and those are not read; download it and name the file."),
+    ("s3://bucket/a.jsonl", "s3://bucket/a.jsonl is an address, and those are not read; download it and name the file."),
+    ("json", "json is a kind of file and no dataset; name {ALLOWED}."),
+    ({"path": "a.jsonl", "split": "test"}, "a.jsonl takes no split, found 'test'; only a saved or hub dataset has one."),
+    ({"path": "*.jsonl", "name": "en"}, "*.jsonl takes no name, found 'en'; only a hub dataset has one."),
+    ({"path": "two", "revision": "v1"}, "two takes no revision, found 'v1'; only a hub dataset has one."),
+    ({"path": "-", "split": "test"}, "- takes no split, found 'test'; only a saved or hub dataset has one."),
+    ({"path": "two", "split": "dev"}, "two has no split 'dev'; it has train, test."),
+    ({"path": "one", "split": "test"}, "one has no split 'test'; it has train."),
+    (".", ". holds the saved dataset one; name each saved dataset by itself."),
+]  # fmt: skip
+
+
+def test_problems_names_every_mistake_at_once(tmp_path, saved, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.md", "bare", "a.tar.gz", "a.parquet.gz"):
+        (tmp_path / name).write_text("x", encoding="utf-8")
+    (tmp_path / "empty" / "inside").mkdir(parents=True)
+    written(tmp_path / "a.jsonl", "x")
+    for name in ("one", "two"):
+        (tmp_path / name).symlink_to(saved / name)
+    places = [Source(**place) if isinstance(place, dict) else place for place, _ in MISTAKES]
+    expected = [sentence.replace("{ALLOWED}", ALLOWED) for _, sentence in MISTAKES]
+    assert problems(DataOptions(train_files=places)) == [f"train_files: {sentence}" for sentence in expected]
+    assert problems(DataOptions(train_files=["a.jsonl"], eval_files=["a.md"])) == [
+        f"eval_files: a.md is of kind '.md'; name {ALLOWED}."
+    ]
+    for place, sentence in zip(places, expected, strict=True):
+        for look in (read, identity):  # without asking for problems first
+            with pytest.raises(DataError) as error:
+                look(source_of(place))
+            assert str(error.value) == sentence
+    right = ["a.jsonl", "*.jsonl", Source(path="two", split="test"), Source(path="one", split="train"), "owner/name"]
+    assert problems(DataOptions(train_files=right)) == []
+    assert problems(DataOptions()) == [f"train_files: is missing; name at least one source: {ALLOWED}."]
+
+
+def test_identity_is_of_the_content_and_its_order(tmp_path, saved):
+    written(tmp_path / "a.jsonl", "x")
+    written(tmp_path / "b.jsonl", "y")
+
+    def now(**about: Any) -> str:
+        return fingerprint(identity(Source(path=str(tmp_path), **about)))
+
+    first = now()
+    assert now() == first == now(limit_rows=1, weight=2)
+    assert identity(Source(path=str(tmp_path)))[0] == (f"{tmp_path}/a.jsonl", fingerprint(tmp_path / "a.jsonl"))
+    seen = {first}
+    written(tmp_path / "b.jsonl", "Y")
+    seen.add(now())
+    (tmp_path / "b.jsonl").rename(tmp_path / "A.jsonl")
+    seen.add(now())
+    written(tmp_path / "c.jsonl", "z")
+    seen.add(now())
+    assert len(seen) == 4
+    (tmp_path / "README.md").write_text("no rows", encoding="utf-8")
+    assert now() in seen
+    parts = [identity(Source(path=str(saved / "two"), split=split)) for split in ("train", "test")]
+    assert parts[0] != parts[1] and len(parts[0]) == 3
+
+
+def test_a_changed_byte_of_a_saved_dataset_is_another_source(saved, tmp_path):
+    datasets.load_from_disk(saved / "one").select([0]).save_to_disk(tmp_path / "one")
+    before = identity(Source(path=str(tmp_path / "one")))
+    arrow = next((tmp_path / "one").glob("*.arrow"))
+    arrow.write_bytes(arrow.read_bytes() + b"\0")
+    assert identity(Source(path=str(tmp_path / "one"))) != before
+
+
+def test_fingerprint_tells_parts_from_their_joint(tmp_path):
+    (tmp_path / "a").write_bytes(b"x")
+    assert len({fingerprint("ab", "c"), fingerprint("a", "bc"), fingerprint("abc"), fingerprint(tmp_path / "a")}) == 4
+    assert fingerprint(tmp_path / "a") == fingerprint(tmp_path / "a")
+
+
+@pytest.fixture
+def piped(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "HF_HOME", str(tmp_path / "home"))
+    with written(tmp_path / "in", "x", "y").open(encoding="utf-8") as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        yield tmp_path / "home" / "accel_llm" / "stdin"
+
+
+def test_standard_input_is_kept_in_a_file_to_be_read_again(piped):
+    assert problems(DataOptions(train_files=["-"])) == []
+    assert list(read(source_of("-"))) == [
+        Row("standard input", 1, {"text": "x"}),
+        Row("standard input", 2, {"text": "y"}),
+    ]
+    assert texts("-", limit_rows=1) == ["x"]
+    spool = next(piped.glob("*/*.jsonl"))
+    assert identity(source_of("-")) == [("standard input", fingerprint(spool))]
+    assert spool.name.startswith(f"{os.getpid()}-") and str(hash(psutil.Process())) in spool.name
+
+
+def test_what_runs_before_have_left_of_standard_input_is_removed(piped):
+    assert texts("-", limit_rows=1) == ["x"]
+    spool = next(piped.glob("*/*.jsonl"))
+    gone, alive = spool.with_name("4194305-1.jsonl"), spool.with_name(f"{os.getppid()}-1.jsonl")  # no id is so large
+    spool.unlink()
+    gone.write_text("{}", encoding="utf-8")
+    alive.write_text("{}", encoding="utf-8")
+    sys.stdin.seek(0)
+    assert texts("-") == ["x", "y"]
+    assert not gone.exists() and alive.exists()
+
+
+def test_standard_input_without_rows_or_with_a_broken_one_is_named(piped, tmp_path):
+    list(read(source_of("-")))
+    spool = next(piped.glob("*/*.jsonl"))
+    spool.write_text("", encoding="utf-8")
+    with pytest.raises(DataError, match=r"^standard input: the file has no rows\.$"):
+        texts("-")
+    spool.write_text('{"text": "x"}\n{', encoding="utf-8")
+    with pytest.raises(DataError, match=r"^standard input, line 2: not JSON"):
+        texts("-")
+
+
+def test_a_terminal_is_not_waited_for(monkeypatch):
+    ours, theirs = os.openpty()
+    with os.fdopen(theirs) as terminal:
+        monkeypatch.setattr(sys, "stdin", terminal)
+        sentence = "- is standard input, and nothing is piped into it; give it JSON lines or name a file."
+        assert problems(DataOptions(train_files=["-"])) == [f"train_files: {sentence}"]
+        with pytest.raises(DataError) as error:
+            read(source_of("-"))
+        assert str(error.value) == sentence
+    os.close(ours)
+
+
+def test_processes_of_a_launch_share_one_pipe(tmp_path):
+    code = "from accel_llm.sources import read, source_of\nfor row in read(source_of('-')): print(row.fields['text'])"
+    lines = [f"{n} " + "x" * 100 for n in range(2000)]  # more than a pipe holds
+    end, start = os.pipe()
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", code], stdin=end, stdout=subprocess.PIPE, env={**environment, "RANK": str(rank)}
+        )
+        for rank in range(2)
+    ]
+    os.close(end)
+    with os.fdopen(start, "w") as pipe:
+        pipe.writelines(json.dumps({"text": line}) + "\n" for line in lines)
+    for rank in ranks:
+        assert rank.communicate()[0].decode().splitlines() == lines
+        assert rank.returncode == 0
+
+
+INSTRUCT = {
+    "alpaca_en_demo.json": 999,
+    "alpaca_zh_demo.json": 1000,
+    "axolotl_conversation.json": 1,
+    "axolotl_conversation.missingturns.json": 1,
+    "belle_format_from_sharegpt_zh_100.jsonl": 100,
+    "belle_readme_conversations.jsonl": 2,
+    "dummy_conversation.json": 500,
+    "glaive_toolcall_en_demo.json": 300,
+    "identity.json": 91,
+    "ms-swift/alpaca.csv": 3,
+    "ms-swift/alpaca.jsonl": 3,
+    "ms-swift/chatml.jsonl": 3,
+    "ms-swift/conversations.jsonl": 3,
+    "ms-swift/sharegpt.jsonl": 3,
+    "ms-swift/swift_multi.json": 3,
+    "ms-swift/swift_multi.jsonl": 3,
+    "ms-swift/swift_pre.jsonl": 3,
+    "ms-swift/swift_single.csv": 3,
+    "ms-swift/swift_single.jsonl": 3,
+    "reason_tool_use_demo_50.jsonl": 50,
+    "v1_sft_demo.jsonl": 500,
+}
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="needs the data kept beside the project")
+def test_real_files_give_all_their_rows():
+    folder = REAL / "instruct"
+    counts = Counter(row.file for row in read(source_of(str(folder))))
+    assert {str(Path(file).relative_to(folder)): count for file, count in counts.items()} == INSTRUCT
+    assert [row.fields for row in read(source_of(str(folder / "ms-swift" / "alpaca.csv")))] == [
+        {"system": "00000", "instruction": "11111", "input": "22222", "output": "3.3"},
+        {"system": None, "instruction": "aaaaa", "input": None, "output": "ccccc"},
+        {"system": None, "instruction": "AAAAA", "input": "BBBBB", "output": "CCCCC"},
+    ]
+    assert sum(1 for _ in read(source_of(str(REAL / "seqcls" / "*.csv")))) == 7169
+    assert sum(1 for _ in read(source_of(str(REAL / "seqcls" / "SST-2" / "dev.tsv")))) == 872

@@ -1,0 +1,44 @@
+"""When one rank fails the job ends soon, with one cause and its rank; see tests/proofs/failures.py for the whole table."""
+
+from pathlib import Path
+
+import pytest
+from failures import TABLE, Cell, Outcome, launch, wrong
+
+CELLS = [Cell("ddp", 1, "backward"), Cell("fsdp2", 0, "save")]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What is encoded once serves all launches."""
+    return tmp_path_factory.mktemp("failures")
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: "-".join(map(str, cell)))
+def test_one_rank_that_fails_ends_the_job(cell: Cell, work: Path) -> None:
+    assert cell in TABLE
+    outcome = launch(cell, work)
+    assert wrong(cell, outcome) == [], outcome.screen[-6000:]
+
+
+def test_what_is_wrong_is_noticed() -> None:
+    cell = Cell("ddp", 1, "save")
+    line = "error (rank 1): RuntimeError: injected at save"
+    screen = f"Traceback (most recent call last)\n{line}\nTraceback (most recent call last)\nRoot Cause\n  rank      : 1 (local_rank: 1)"
+    run = {"status": "failed", "error": "RuntimeError: injected at save", "failed_rank": 1}
+    assert wrong(cell, Outcome(9.0, 1, screen, run, [], [])) == []
+    for outcome in (
+        Outcome(None, 0, screen, run, [], []),
+        Outcome(61.0, 1, screen, run, [], []),
+        Outcome(9.0, 0, screen, run, [], []),
+        Outcome(9.0, 1, screen.replace(line, f"{line}\n{line}"), run, [], []),
+        Outcome(9.0, 1, screen.replace("error (rank 1)", "error (rank 0)"), run, [], []),
+        Outcome(9.0, 1, f"Traceback (most recent call last)\n{screen}", run, [], []),
+        Outcome(9.0, 1, screen.replace("rank      : 1", "rank      : 0"), run, [], []),
+        Outcome(9.0, 1, screen, run | {"status": "running"}, [], []),
+        Outcome(9.0, 1, screen, run | {"failed_rank": 0}, [], []),
+        Outcome(9.0, 1, screen, None, [], []),
+        Outcome(9.0, 1, screen, run, ["adapter"], []),
+        Outcome(9.0, 1, screen, run, [], [1]),
+    ):
+        assert len(wrong(cell, outcome)) == 1, outcome

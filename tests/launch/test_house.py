@@ -1,0 +1,315 @@
+"""What keeps the project one house: layers, equal loops, names, recipes and commands that parse."""
+
+import ast
+import importlib.metadata
+import importlib.util
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import memory
+import pytest
+import torch
+import yaml
+from peft import LoraConfig, get_peft_model
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from accel_llm.config.command_line import parse
+from accel_llm.config.tool_options import ChatOptions, MergeOptions
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = sorted((ROOT / "accel_llm").glob("*.py"))
+SCRIPTS = sorted((ROOT / "launch").glob("*.py"))
+YAMLS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
+RECIPES = sorted((ROOT / "launch" / "recipes").glob("*"))
+FAMILIES = {
+    "qwen2.5": "Qwen/Qwen2.5-",
+    "qwen3": "Qwen/Qwen3-",
+    "llama3": "meta-llama/Llama-3.",
+    "gemma": "google/gemma-",
+    "mistral": "mistralai/Mistral-",
+    "phi": "microsoft/[Pp]hi-",
+}
+SIZES = (8, 12, 24, 80)  # GB of one GPU
+FOR_A_GPU = [(family, size) for family in FAMILIES for size in SIZES]
+
+# A module may import those that stand before it.
+ORDER = [
+    "disk",
+    "interrupts",
+    "secrecy",
+    "errors",
+    "manifest",
+    "fingerprint",
+    "pieces",
+    "limits",
+    "fields",
+    "options",
+    "tools",
+    "config",
+    "ledger",
+    "words",
+    "tokens",
+    "traces",
+    "turns",
+    "messages",
+    "formats",
+    "chat",
+    "packing",
+    "attention",
+    "losses",
+    "zero",
+    "distributed",
+    "shards",
+    "order",
+    "optim",
+    "readers",
+    "sources",
+    "data",
+    "chunks",
+    "encode",
+    "stream",
+    "vocabulary",
+    "census",
+    "strangers",
+    "models",
+    "metrics",
+    "evaluate",
+    "adapter",
+    "tensors",
+    "legacy",
+    "layout",
+    "fold",
+    "graft",
+    "verify",
+    "quantized",
+    "walk",
+    "logits",
+    "card",
+    "folder",
+    "merge",
+    "extract",
+    "export",
+    "health",
+    "owners",
+    "randomness",
+    "resume",
+    "checkpoint",
+    "record",
+    "report",
+    "display",
+    "demo",
+]
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"launch_{name}", ROOT / "launch" / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def imported(path: Path) -> set[str]:
+    """Names of accel_llm modules that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module == "accel_llm":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("accel_llm."):
+            found.add(str(node.module).split(".")[1])
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("accel_llm.")}
+    return found
+
+
+def test_every_module_has_its_place() -> None:
+    assert sorted(ORDER) == sorted(path.stem for path in PACKAGE if path.stem != "__init__")
+
+
+@pytest.mark.parametrize("path", [path for path in PACKAGE if path.stem != "__init__"], ids=lambda path: path.stem)
+def test_imports_point_down(path: Path) -> None:
+    above = set(ORDER[ORDER.index(path.stem) :])
+    assert not imported(path) & above
+
+
+def test_imports_are_found_wherever_they_stand(tmp_path: Path) -> None:
+    file = tmp_path / "module.py"
+    file.write_text(
+        "def f():\n    from accel_llm import demo\n    import accel_llm.chat\n    from accel_llm.data import Rows\n"
+    )
+    assert imported(file) == {"demo", "chat", "data"}
+
+
+def loop_of(path: Path) -> str | None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return next((ast.dump(n) for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "train"), None)
+
+
+def test_training_loops_are_equal_and_fit_a_screen() -> None:
+    loops = {path.stem: loop_of(path) for path in SCRIPTS if loop_of(path)}
+    assert {"sft", "pretrain"} <= loops.keys()
+    assert len(set(loops.values())) == 1
+    for path in SCRIPTS:
+        assert path.read_text(encoding="utf-8").count("\n") <= 150, path
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef) and node.name == "train":
+                assert node.end_lineno and node.end_lineno - node.body[0].lineno + 1 <= 40, path
+
+
+def test_modules_are_no_two_rooms() -> None:
+    assert [path.name for path in PACKAGE if path.read_text(encoding="utf-8").count("\n") > 365] == []
+
+
+def test_libraries_that_print_at_import_are_kept_quiet() -> None:
+    loud = re.compile(r"^(from|import) (peft|bitsandbytes|transformers\.integrations\.bitsandbytes)\b", re.M)
+    loud_modules = [path for path in [*PACKAGE, *SCRIPTS] if loud.search(path.read_text(encoding="utf-8"))]
+    assert loud_modules
+    for path in loud_modules:
+        assert "\nimport accel_llm.chatter\n" in path.read_text(encoding="utf-8"), path
+
+
+def test_scripts_stand_alone_and_shadow_nothing() -> None:
+    taken = set(sys.stdlib_module_names) | set(importlib.metadata.packages_distributions())
+    names = {path.stem for path in SCRIPTS}
+    assert not names & taken
+    for path in SCRIPTS:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        roots = {n.module.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module}
+        roots |= {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+        assert not roots & (names | {"launch"}), path
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_read_by_its_script_and_short(path: Path) -> None:
+    name = "pretrain" if path.stem == "demo_base" else "sft"
+    assert parse(script(name).Options, ["--config", str(path)]).model_fields_set
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert 10 <= len(lines) <= 20
+    assert max(map(len, lines)) <= 120
+    assert lines[0].startswith("# ")
+
+
+def test_every_family_has_a_recipe_for_every_size() -> None:
+    wanted = {f"{family}_{size}gb.yaml" for family, size in FOR_A_GPU}
+    assert {path.name for path in RECIPES} == wanted | {"demo.yaml", "demo_base.yaml"}
+
+
+@pytest.mark.parametrize(("family", "size"), FOR_A_GPU)
+def test_recipes_for_a_gpu_are_estimated_to_fit_it(family: str, size: int) -> None:
+    path = ROOT / "launch" / "recipes" / f"{family}_{size}gb.yaml"
+    options = parse(script("sft").Options, ["--config", str(path), "--train_files", "chats.jsonl"])
+    assert re.match(FAMILIES[family], options.model_name_or_path)
+    assert options.output_dir == f"output/{path.stem}"
+    assert memory.estimate(options) < 0.92 * size
+    first, second = path.read_text(encoding="utf-8").splitlines()[:2]
+    assert first.startswith(f"# {options.model_name_or_path.split('/')[1]}, ") and first.endswith(f" {size} GB.")
+    assert second == f"# Estimated, not measured: {memory.sentence(options)}"
+    # What the estimate takes for granted.
+    assert options.gradient_checkpointing and options.packing and not options.load_in_8bit
+    assert options.lora_target_modules == "all-linear" and not options.modules_to_save
+    assert options.per_device_eval_batch_size == options.per_device_train_batch_size
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21.2
+@pytest.mark.parametrize("name", memory.SHAPES)
+def test_shapes_are_those_of_the_published_models(name: str) -> None:
+    """The number of parameters in the model's card, and that of the architecture built from the shape."""
+    shape = memory.SHAPES[name]
+    sizes = {
+        "vocab_size": shape.vocab,
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.intermediate,
+        "num_hidden_layers": 1,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "tie_word_embeddings": shape.tied,
+        "pad_token_id": 0,
+    }
+    if shape.head_dim * shape.heads != shape.hidden:
+        sizes["head_dim"] = shape.head_dim
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[shape.kind](**sizes))
+    linear = [m.weight.shape for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
+    assert sorted((columns, rows) for rows, columns in linear) == sorted(shape.linear)
+    vectors = sum(p.numel() for p in model.parameters() if p.ndim == 1)
+    assert sum(p.numel() for p in model.parameters()) - vectors == (
+        shape.linear_parameters // shape.layers + shape.embedding_parameters
+    )
+    assert (shape.linear_parameters + shape.embedding_parameters) / 1e9 == pytest.approx(shape.billions, rel=2e-3)
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear"))
+    assert adapted.get_nb_trainable_parameters()[0] * shape.layers == shape.adapter_parameters(16)
+
+
+def test_the_estimate_of_a_model_that_is_too_large_does_not_fit() -> None:
+    recipe = ["--config", str(ROOT / "launch" / "recipes" / "qwen3_12gb.yaml")]
+    options = parse(script("sft").Options, [*recipe, "--model_name_or_path", "Qwen/Qwen3-14B"])
+    assert memory.estimate(options) > 12
+    # QLoRA's paper: double quantisation leaves 0.127 of the 0.5 bits a weight that the scales take.
+    bits = memory.NF4 * 8
+    assert bits == pytest.approx(4 + 0.127, abs=1e-3)
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
+def test_launch_configs_say_only_where(path: Path) -> None:
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert not config.keys() & {"mixed_precision", "gradient_accumulation_steps", "gradient_clipping"}
+    assert "fsdp_transformer_layer_cls_to_wrap" not in config.get("fsdp_config", {})
+    if "deepspeed_config" in config:
+        named = config["deepspeed_config"]["deepspeed_config_file"]
+        assert named == f"accelerate_configs/{path.stem}.json"
+        settings = json.loads((ROOT / named).read_text(encoding="utf-8"))
+        assert settings["zero_optimization"]["stage"] == int(path.stem[4])
+        deciding = {
+            "gradient_accumulation_steps",
+            "gradient_clipping",
+            "train_batch_size",
+            "train_micro_batch_size_per_gpu",
+        }
+        assert {settings[key] for key in deciding} == {"auto"}
+        assert settings.keys() == deciding | {"zero_optimization"}
+
+
+def commands(text: str) -> list[list[str]]:
+    """Commands in fenced blocks and module docstrings that start one of the scripts, as argument lists."""
+    joined = re.sub(r"\\\n\s*", " ", text)
+    lines = [line.strip().split("&&")[-1].strip() for line in joined.splitlines()]
+    return [shlex.split(line) for line in lines if re.match(r"(accelerate launch|python launch/)", line)]
+
+
+TEXTS = [ROOT / "README.md", *SCRIPTS]
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.stem)
+def test_documented_commands_parse(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    text = text if path.suffix == ".md" else ast.get_docstring(ast.parse(text)) or ""
+    found = commands(text)
+    assert found
+    for words in found:
+        if words[0] == "accelerate":
+            assert words[2] == "--config_file" and (ROOT / words[3]).is_file()
+        at = next(i for i, word in enumerate(words) if word.startswith("launch/"))
+        name = Path(words[at]).stem
+        options = {"merge": MergeOptions, "chat": ChatOptions}.get(name) or script(name).Options
+        words = words[at + 1 : words.index(">")] if ">" in words else words[at + 1 :]
+        parse(options, [str(ROOT / word) if word.startswith("launch/recipes") else word for word in words])
+
+
+def test_the_readme_sets_everything_up_in_two_commands() -> None:
+    lines = [
+        line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if line.startswith("pip install")
+    ]
+    assert lines == [
+        "pip install -e . && accelerate launch --config_file accelerate_configs/zero2.yaml launch/sft.py",
+        'pip install -e ".[test]" && pytest',
+    ]
+
+
+def test_a_name_that_shadows_would_be_found() -> None:
+    assert {"inspect", "evaluate", "tokenize", "profile"} & (
+        set(sys.stdlib_module_names) | set(importlib.metadata.packages_distributions())
+    ) >= {"inspect", "tokenize", "profile"}

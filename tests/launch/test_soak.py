@@ -1,0 +1,91 @@
+"""A short, seeded slice of tests/proofs/soak.py: nothing that disturbs a run costs more than promised, nor changes its end."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import fulldisk
+import kills
+import pytest
+import supervise
+
+from accel_llm.system import manifest
+from accel_llm.system.disk import sha256
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def printed() -> str:
+    """In a process that has no threads yet; it fails if anything was not as promised."""
+    command = [sys.executable, "tests/proofs/soak.py", "--short"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def test_killed_runs_go_on_and_end_as_if_nothing_had_been(printed: str) -> None:
+    found = re.search(
+        r"(\d+) SIGKILLs in (\d+) runs, (\d+) inside a save .* (\d+) after at least one step; 0 runs", printed
+    )
+    assert found, printed
+    kills, runs, in_saves, after_a_step = map(int, found.groups())
+    assert (kills, runs) == (8, 2) and in_saves >= 2 and after_a_step >= 6
+
+
+def test_damaged_checkpoints_are_refused_by_name(printed: str) -> None:
+    assert "23 damaged checkpoints, 0 not refused by name" in printed
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="a disk can only be filled where there is a C compiler")
+def test_a_full_disk_ends_a_run_with_a_sentence(printed: str) -> None:
+    assert "Full disks: 6 runs on a disk that is full at one call or from it on, 0 not as promised" in printed
+
+
+def test_signals_save_and_end_a_run(printed: str) -> None:
+    assert len(re.findall("^signals: .*  as promised$", printed, re.MULTILINE)) == 5
+
+
+def test_what_a_full_disk_should_not_lead_to_is_noticed(tmp_path: Path) -> None:
+    line = f"error: checkpoints: step 4 could not be written: {fulldisk.SENTENCE}"
+    output, trace = tmp_path / "run", tmp_path / "run.trace"
+    (output / "checkpoints" / "step-00000002").mkdir(parents=True)
+    whole = output / "checkpoints" / "step-00000002"
+    part = whole.with_name("part")
+    part.mkdir()
+    (part / "state.json").touch()
+    manifest.part_of(part, 0, {"state.json": (0, sha256(part / "state.json"))})
+    whole.rmdir()
+    manifest.seal(part, whole, [part / "part-00000.json"])
+    trace.write_text("from 0\nstep 2\nsealed 2\n", encoding="utf-8")
+    honest = (output, trace, "write /x", [2, 143], line, [line], 3.0)
+    assert fulldisk.judged(*honest) == []
+    for k, value, told in (
+        (3, [1, 143], "exit codes"),
+        (4, f"Traceback (most recent call last)\n{line}", "a traceback"),
+        (5, [], "told []"),
+        (5, [line, line], "told ['error"),
+        (5, [line.removesuffix(fulldisk.SENTENCE)], "told ['error"),
+        (6, 61.0, "took 61 s"),
+        (2, "", "was not refused anything, and failed"),
+    ):
+        (found,) = fulldisk.judged(*honest[:k], value, *honest[k + 1 :])
+        assert found.startswith(told)
+    (output / "checkpoints" / "step-00000002" / "manifest.json").write_text("{", encoding="utf-8")
+    assert [found.rpartition("/")[2] for found in fulldisk.judged(*honest)] == ["step-00000002 is not whole"]
+    trace.write_text("sealed 2\nsealed 4\n", encoding="utf-8")
+    assert "the checkpoint of step 4 is gone" in fulldisk.judged(*honest)
+
+
+@pytest.mark.parametrize(("background", "lost", "wrong"), [(False, 2, 0), (False, 3, 1), (True, 4, 0), (True, 5, 1)])
+def test_a_kill_that_costs_more_than_an_interval_is_noticed(background: bool, lost: int, wrong: int) -> None:
+    course = supervise.Course("cpu", "full", 40, background)
+    kill = kills.Kill(course.name, "save", "all", "", 10, 10 - lost, 0.1)
+    assert len(kills.too_much(course, [kill])) == wrong
+    assert len(kills.too_much(course, [kill._replace(resumed=10, seconds=61)])) == 1
+
+
+def test_of_equal_calls_in_a_row_three_are_refused() -> None:
+    assert fulldisk.thinned(["open a", *["write a"] * 7, "write b", "write a"]) == [1, 2, 5, 8, 9, 10]

@@ -1,0 +1,151 @@
+"""Peak of host memory while a model is loaded and sharded, beside what a rank must hold.
+
+    python tests/proofs/loading.py [--layers 20]
+
+A random model is written to a temporary folder and loaded by real launches of two CPU processes under ZeRO-3 and FSDP2,
+for method full, lora and qlora. For each: MiB of weights that a rank holds in the end, the peak of its resident memory on
+the way above what was resident before, and the bound: the share, one layer (or the embedding, where it is larger), and 20%.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+METHODS = ("full", "lora", "qlora")
+STRATEGIES = ("zero3", "fsdp2")
+MIB = 2**20
+
+
+def resident(kind: str) -> float:
+    """MiB from /proc/self/status: VmRSS now, VmHWM at its peak."""
+    found = re.search(rf"{kind}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
+    assert found
+    return int(found[1]) / 1024
+
+
+def forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+
+
+def rank_main(model_folder: str, method: str) -> None:
+    """What a training script does up to prepare, measured."""
+    import torch
+
+    from accel_llm.adapters import attach as adapter
+    from accel_llm.backend import accelerator as distributed
+    from accel_llm.config.options import TrainOptions
+    from accel_llm.model import loading as models
+    from accel_llm.model import loss as losses
+    from accel_llm.model import placement as shards
+
+    options = TrainOptions(model_name_or_path=model_folder, method=method)
+    distributed.quiet()
+    accelerator = distributed.build_accelerator(options)
+    # Modules that are imported on the way are no weights.
+    import bitsandbytes
+    import peft
+    from transformers import LlamaForCausalLM
+
+    assert bitsandbytes and peft and LlamaForCausalLM
+    _load_small(options, accelerator)
+    before = resident("VmRSS")
+    forget_peak()
+    model = models.load_model(options)
+    losses.attach(model, 2048)
+    if method != "full":
+        model = adapter.attach(model, options)
+    shards.place(accelerator, model)
+    placed = resident("VmHWM")
+    held = 0
+    for parameter in model.parameters():
+        local = parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter
+        local = local.to_local() if hasattr(local, "to_local") else local
+        held += local.numel() * local.element_size()
+    facts = {"before": before, "peak": placed - before, "held": held / MIB}
+    gathered = [None] * accelerator.num_processes
+    torch.distributed.all_gather_object(gathered, facts)
+    if accelerator.is_main_process:
+        print("MEASURED " + json.dumps(gathered), flush=True)
+    os._exit(0)
+
+
+def _load_small(options, accelerator) -> None:
+    """First uses of a library allocate what has nothing to do with the size of the model: threads, kernels, caches."""
+    import torch
+    from bitsandbytes.nn import Params4bit
+
+    Params4bit(torch.randn(64, 64), requires_grad=False).to("cpu")
+    torch.randn(256, 256) @ torch.randn(256, 256)
+    torch.distributed.broadcast(torch.zeros(1 << 20), 0)
+
+
+def write_model(folder: Path, layers: int) -> tuple[float, float]:
+    """A Llama of `layers` layers in bf16; returns the parameters of a layer and of the embedding, in millions."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=8192,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(folder, max_shard_size="200MB")
+    layer = sum(p.numel() for p in model.model.layers[0].parameters())
+    return layer / 1e6, model.model.embed_tokens.weight.numel() / 1e6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--layers", type=int, default=20)
+    parser.add_argument("--rank", nargs=2, metavar=("MODEL", "METHOD"))
+    given = parser.parse_args()
+    if given.rank:
+        rank_main(*given.rank)
+    failed = False
+    with tempfile.TemporaryDirectory() as folder:
+        layer, embedding = write_model(Path(folder), given.layers)
+        print(
+            f"{'strategy':10}{'method':8}{'held':>10}{'peak':>10}{'bound':>10}   MiB of each rank, computing in float32"
+        )
+        for strategy in STRATEGIES:
+            for method in METHODS:
+                ranks = launch(strategy, folder, method)
+                bound = (max(r["held"] for r in ranks) + max(layer, embedding) * 4e6 / MIB) * 1.2
+                peak = max(rank["peak"] for rank in ranks)
+                failed |= peak > bound
+                held = max(rank["held"] for rank in ranks)
+                print(f"{strategy:10}{method:8}{held:10.0f}{peak:10.0f}{bound:10.0f}", flush=True)
+    sys.exit(failed)
+
+
+def launch(strategy: str, folder: str, method: str) -> list[dict]:
+    command = ["accelerate", "launch", "--config_file", f"accelerate_configs/{strategy}.yaml", "--num_processes", "2"]
+    command += ["tests/proofs/loading.py", "--rank", folder, method]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("MEASURED ")]
+    if not lines:
+        raise RuntimeError(done.stdout[-2000:] + done.stderr[-4000:])
+    return json.loads(lines[0].removeprefix("MEASURED "))
+
+
+if __name__ == "__main__":
+    main()

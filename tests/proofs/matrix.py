@@ -1,0 +1,451 @@
+"""Training gives the same number on every backend: the scripts' own main() under every launch YAML, cell by cell.
+
+    python tests/proofs/matrix.py --write              # the whole matrix, its table into README.md and tests/proofs/golden
+    python tests/proofs/matrix.py --only 'zero3-*-2p-*' --launch
+    python tests/proofs/matrix.py --controls           # what must not go unnoticed: each of these has to fail
+    python tests/proofs/matrix.py --trajectories       # 50 steps of each recipe against tests/proofs/golden/trajectories.json
+    python tests/proofs/matrix.py --resumes --write    # stopped and resumed runs: tests/proofs/resumes.py, tests/proofs/elastic.py
+
+A cell is two runs. *Curve*: 20 steps whose losses and final weights must equal those of one process on the CPU.
+*Gradient*: one step of plain gradient descent on 32 uneven rows; the weights' change over the learning rate is the
+gradient, whatever engine took the step, and must equal a float64 one that transformers' own model gives.
+
+Everything is imported once and each rank is a fork with the environment that `accelerate launch` would give it.
+"""
+
+import argparse
+import fnmatch
+import itertools
+import json
+import random
+import re
+import shutil
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import elastic
+import numpy as np
+import resumes
+import sick
+import trajectories
+from forks import ROOT, Ended, Run, compute, execute, metric, warm
+from sabotage import CONTROLS
+from safetensors.numpy import load_file, save_file
+
+GOLDEN = ROOT / "tests" / "proofs" / "golden"
+GOLDEN_METHODS = ("full", "lora", "qlora")
+STRATEGIES = ("cpu", "ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2")
+SHARDED = ("zero3", "zero3_offload", "fsdp2")
+LORA = "--method lora --lora_r 8 --lora_alpha 16"
+METHODS = {
+    "full": "--method full",
+    "lora": LORA,
+    "dora": f"{LORA} --use_dora",
+    "qlora": LORA.replace("lora", "qlora", 1),
+    "lora8": f"{LORA} --load_in_8bit",
+}
+TOLERANCE = {"full": 1e-5, "lora": 1e-5, "dora": 1e-5, "qlora": 1e-4, "lora8": 1e-4}
+EXPOSED = ("full", "lora", "dora")  # methods whose gradients have a float64 reference
+GRADIENT_TOLERANCE = 1e-5  # relative, of each tensor's norm
+MOVED = 1e-3  # every trained tensor has to move by more than this somewhere, or equality would mean nothing
+STEPS, ROWS, LENGTH = 20, 32, 64
+# AdamW divides by the size of a gradient, so where that is next to nothing a rounding of it becomes a whole step: with its
+# usual epsilon of 1e-8 weights were up to 6e-6 apart, and it would be chance that decides about 1e-5.
+CURVE = f"--max_steps {STEPS} --total_batch_size 8 --learning_rate 1e-3 --adam_epsilon 1e-6"
+# A step so long that float32 loses nothing of the gradient when the old weights are subtracted from the new ones.
+RATE = 1e4
+GRADIENT = f"--total_batch_size {ROWS} --limit_rows {ROWS} --optim sgd --lr_scheduler_type constant --max_grad_norm 0"
+
+
+class Cell(NamedTuple):
+    strategy: str
+    method: str
+    packing: str
+    accumulation: int
+    recompute: str
+    processes: int
+    script: str
+
+    @property
+    def name(self) -> str:
+        strategy, method, packing, accumulation, recompute, processes, script = self
+        return f"{strategy}-{method}-{packing}-acc{accumulation}-{recompute}-{processes}p-{script}"
+
+    @property
+    def must(self) -> bool:
+        """Whether the cell has to work; another one may be refused before the model loads, with a sentence."""
+        impossible = {"qlora": ("zero3_offload",), "lora8": SHARDED}
+        return self.strategy not in impossible.get(self.method, ())
+
+
+def all_cells() -> list[Cell]:
+    product = itertools.product(
+        STRATEGIES, METHODS, ("packed", "padded"), (1, 4), ("ckpt", "plain"), (1, 2), ("sft", "pretrain")
+    )
+    cells = [cell for cell in itertools.starmap(Cell, product) if cell.strategy != "cpu" or cell.processes == 1]
+    random.Random(0).shuffle(cells)  # a run that is cut short has seen a bit of everything
+    return cells
+
+
+def pairwise(cells: list[Cell]) -> list[Cell]:
+    """Few of `cells` in which every two values of two factors that occur together at all do so at least once."""
+    pairs = {cell: set(itertools.combinations(enumerate(cell), 2)) for cell in cells}
+    missing, chosen = set().union(*pairs.values()), []
+    while missing:
+        chosen.append(max(cells, key=lambda cell: len(pairs[cell] & missing)))
+        missing -= pairs[chosen[-1]]
+    return sorted(chosen)
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+
+def words_of(cell: Cell, kind: str, work: Path, output: Path) -> list[str]:
+    """The script's command line."""
+    data = work / f"{cell.script}.jsonl"
+    rows = ROWS if kind == "gradient" else 8
+    each = rows // (cell.processes * cell.accumulation)
+    settings = f"{GRADIENT} --learning_rate {RATE}" if kind == "gradient" else CURVE
+    words = ["--model_name_or_path", work / "model", "--train_files", data, "--output_dir", output]
+    words += ["--cache_dir", work / "cache", "--precision", "fp32", "--logging_steps", 1, "--max_length", LENGTH]
+    words += settings.split()
+    words += ["--packing", str(cell.packing == "packed").lower(), "--per_device_train_batch_size", each]
+    words += ["--gradient_checkpointing", str(cell.recompute == "ckpt").lower(), *METHODS[cell.method].split()]
+    return [str(word) for word in words]
+
+
+def run_of(cell: Cell, kind: str, work: Path, sabotage: Callable[[], None] | None = None) -> Run:
+    name = f"{sabotage.__name__ if sabotage else kind}-{cell.name}"
+    output = work / "runs" / name
+    words = words_of(cell, kind, work, output)
+    return Run(name, cell.script, cell.strategy, cell.processes, words, output, sabotage)
+
+
+def reference_of(cell: Cell) -> Cell:
+    """One process on the CPU, which cuts the step as no cell does."""
+    return Cell("cpu", cell.method, cell.packing, 2, "plain", 1, cell.script)
+
+
+# --- what a run gave -------------------------------------------------------------------------------------------------
+
+
+def weights_of(output: Path) -> dict[str, np.ndarray]:
+    found = [*output.glob("model/*.safetensors"), *output.glob("adapter/*.safetensors")]
+    return {name: tensor.astype(np.float64) for path in found for name, tensor in load_file(path).items()}
+
+
+def apart(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> float:
+    assert found.keys() == expected.keys(), f"{found.keys() ^ expected.keys()} on one side only"
+    return max(float(np.abs(found[name] - tensor).max()) for name, tensor in expected.items())
+
+
+def judge_curve(cell: Cell, output: Path, work: Path) -> dict[str, float]:
+    """The largest differences of loss and of weights from the reference run."""
+    reference = run_of(reference_of(cell), "reference", work).output
+    expected, found, before = weights_of(reference), weights_of(output), load_file(work / "model" / "model.safetensors")
+    # What an adapter's A and DoRA's magnitudes were at first is not on the disk; B was zero.
+    start = {
+        name: before.get(name, 0 * tensor) for name, tensor in expected.items() if name in before or "lora_B" in name
+    }
+    still = [name for name, tensor in start.items() if np.abs(expected[name] - tensor).max() < MOVED]
+    assert start and not still, f"hardly trained: {still}"
+    for name in ("learning_rate", "supervised_tokens"):
+        assert (metric(output, name) == metric(reference, name)).all(), f"{name} differs"
+    losses = metric(output, "loss") - metric(reference, "loss")
+    return {"loss": float(np.abs(losses).max()), "weights": apart(found, expected)}
+
+
+def check_shards(cell: Cell, output: Path) -> None:
+    """Everyone holds the whole model, or half of every tensor where the strategy shards and there are two."""
+    parameters = json.loads((output / "run.json").read_text(encoding="utf-8"))["accelerate"]["parameters"]
+    held, total = parameters["this_process"], parameters["total"]
+    if cell.strategy in SHARDED and cell.processes == 2:
+        assert abs(held / total - 1 / 2) < 0.01, f"not sharded: {held} of {total} parameters are held by this process"
+
+
+def judge_gradient(cell: Cell, output: Path, work: Path) -> dict[str, float]:
+    """The largest relative error of a tensor's gradient, and of the loss, against float64."""
+    reference, before = (
+        load_file(work / f"{cell.script}-gradient.safetensors"),
+        load_file(work / "model" / "model.safetensors"),
+    )
+    after, errors = weights_of(output), {}
+    for name, tensor in after.items():
+        base = (
+            re.sub(r"base_model\.model\.|lora_(A|B|magnitude_vector)\.?", "", name).removesuffix("weight").rstrip(".")
+            + ".weight"
+        )
+        gradient, weight = reference[base], before[base].astype(np.float64)
+        if "lora_A" in name:
+            continue  # B is zero at first, so A has no gradient and is still what it was
+        if "lora_B" in name:  # of W + 2 B A by B; DoRA's column norms are constants to it, and are 1 at first
+            gradient, weight = 2 * gradient @ after[name.replace("lora_B", "lora_A")].T, 0 * tensor
+        elif "magnitude" in name:
+            norm = np.linalg.norm(weight, axis=1)
+            gradient, weight = (gradient * weight).sum(1) / norm, norm
+        found = (weight - tensor) / RATE
+        errors[name] = float(np.linalg.norm(found - gradient) / np.linalg.norm(gradient))
+    expected = float(reference["loss"])
+    return {"gradient": max(errors.values()), "loss error": abs(float(metric(output, "loss")[0]) / expected - 1)}
+
+
+def judge(cell: Cell, kind: str, end: Ended, work: Path) -> dict[str, Any]:
+    if end.sentences:
+        early = end.code == 2 and not end.run.output.exists() and len(end.sentences) == 1
+        return {"status": "refused" if early else "failed", "note": " ".join(end.sentences)}
+    if end.code:
+        return {"status": "failed", "note": f"exit code {end.code}: {end.cause}"}
+    try:
+        check_shards(cell, end.run.output)
+        numbers = (judge_gradient if kind == "gradient" else judge_curve)(cell, end.run.output, work)
+    except (AssertionError, KeyError, ValueError, OSError) as error:
+        return {"status": "failed", "note": f"{type(error).__name__}: {error}"}
+    limit = GRADIENT_TOLERANCE if kind == "gradient" else TOLERANCE[cell.method]
+    return {"status": "same" if max(numbers.values()) <= limit else "different", **numbers}
+
+
+# --- the model, the data and the float64 gradient --------------------------------------------------------------------
+
+
+def prepare(work: Path) -> None:
+    """A tiny Qwen3 with tied embeddings, whose sizes bitsandbytes' blocks of 64 divide, and rows of uneven length."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    from accel_llm.demo import skills as demo
+
+    tokenizer = demo.build_tokenizer()
+    torch.manual_seed(0)
+    width = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+    }
+    rest = {"num_hidden_layers": 2, "tie_word_embeddings": True, "initializer_range": 0.1}
+    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), **width, **rest))
+    model.save_pretrained(work / "model")
+    tokenizer.save_pretrained(work / "model")
+
+    chats = [
+        encoded for row in demo.conversations("train")[:400] if len((encoded := chat(tokenizer, row))[1]) <= LENGTH
+    ]
+    texts = [text(tokenizer, page[: 8 + 13 * k % 48]) for k, page in enumerate(demo.documents(0, 300))]
+    for script, rows in {"sft": chats, "pretrain": texts}.items():
+        (work / f"{script}.jsonl").write_text("".join(json.dumps(row) + "\n" for row, *_ in rows), encoding="utf-8")
+        save_file(float64_gradient(model, rows[:ROWS]), work / f"{script}-gradient.safetensors")
+
+
+def chat(tokenizer: Any, row: dict) -> tuple[dict, list[int], set[int]]:
+    """A conversation, its ids, and which of them are trained: each answer up to the token that ends its turn."""
+    messages, trained = row["messages"], set()
+    render = partial(tokenizer.apply_chat_template, return_dict=False)
+    for k, message in enumerate(messages):
+        if message["role"] == "assistant":
+            start = len(render(messages[:k], add_generation_prompt=True))
+            trained |= set(range(start, len(render(messages[: k + 1])) - 1))  # not the line break after it
+    return {"messages": messages}, render(messages), trained
+
+
+def text(tokenizer: Any, page: str) -> tuple[dict, list[int], set[int]]:
+    """The same of a plain text, whose every token is trained and the one that ends it too."""
+    ids = [*tokenizer(page)["input_ids"], tokenizer.eos_token_id]
+    return {"text": page}, ids, set(range(len(ids)))
+
+
+def float64_gradient(model: Any, rows: list[tuple[dict, list[int], set[int]]]) -> dict[str, np.ndarray]:
+    """Row after row through transformers' own forward: the sum of the cross-entropies over the number of targets."""
+    import torch
+
+    model.double().zero_grad()
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for _, ids, trained in rows:
+        targets = sorted(trained - {0})
+        scores = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        total = total - scores[[k - 1 for k in targets], [ids[k] for k in targets]].sum()
+        count += len(targets)
+    (total / count).backward()
+    found = {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
+    return found | {"loss": (total.detach() / count).numpy()}
+
+
+# --- the whole -------------------------------------------------------------------------------------------------------
+
+
+def run_cells(
+    kinds: dict[Cell, list[str]], work: Path, launch: bool = False, keep: bool = False
+) -> dict[str, dict[str, Any]]:
+    """What became of each cell, by name, from its runs of the given kinds; a line for each cell as it is done."""
+    references = {reference_of(cell) for cell in kinds if "curve" in kinds[cell]}
+    for end in execute([run_of(cell, "reference", work) for cell in sorted(references)], work):
+        if end.code:
+            raise SystemExit(f"{end.run.name}, the reference, failed: {end.cause}")
+    runs = {run_of(cell, kind, work).name: (cell, kind) for cell in kinds for kind in kinds[cell]}
+    results: dict[str, dict[str, Any]] = defaultdict(dict)
+    for end in execute([run_of(cell, kind, work) for cell, kind in runs.values()], work, launch):
+        cell, kind = runs[end.run.name]
+        result = results[cell.name]
+        result |= merged(result, judge(cell, kind, end, work))
+        result["seconds"] = round(result.get("seconds", 0) + end.seconds, 1)
+        kinds[cell].remove(kind)
+        if not kinds[cell]:
+            print(f"{len(results)}/{len(kinds)} {cell.name} {json.dumps(result)}", flush=True)
+        if not keep:
+            shutil.rmtree(end.run.output, ignore_errors=True)
+    return results
+
+
+def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """The verdict on a cell's two runs: the worse one."""
+    order = ["same", "refused", "different", "failed"]
+    return old | new | {"status": max(old.get("status", "same"), new["status"], key=order.index)}
+
+
+def failures(cells: list[Cell], results: dict[str, dict[str, Any]]) -> list[str]:
+    allowed = {cell.name: {"same"} if cell.must else {"same", "refused"} for cell in cells}
+    return [f"{name}: {result}" for name, result in results.items() if result["status"] not in allowed[name]]
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """Strategies by methods: the worst differences of loss, weights and gradient, and how many cells stand behind it."""
+    lines = ["| | " + " | ".join(METHODS) + " |", "|---" * (len(METHODS) + 1) + "|"]
+    for strategy in STRATEGIES:
+        row = [strategy]
+        for method in METHODS:
+            found = [result for name, result in results.items() if name.startswith(f"{strategy}-{method}-")]
+            same = [result for result in found if result["status"] == "same"]
+            worst = [max((r[n] for r in same if n in r), default=None) for n in ("loss", "weights", "gradient")]
+            shown = " / ".join(f"{value:.0e}" for value in worst if value is not None)
+            others = Counter(result["status"] for result in found if result["status"] != "same")
+            parts = ([(shown, len(same))] if same else []) + list(others.items())
+            row.append(", ".join(f"{what} ({count})" for what, count in parts))
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def write(results: dict[str, dict[str, Any]]) -> None:
+    """What each cell gave into tests/proofs/golden/matrix.json, beside those of earlier runs, and the table of all of them into
+    README.md between its marks."""
+    results = keep("matrix", results)
+    show("matrix", table(results))
+
+
+def keep(name: str, results: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What each cell gave into tests/proofs/golden, beside those of earlier runs: all of them."""
+    file = GOLDEN / f"{name}.json"
+    results = (json.loads(file.read_text(encoding="utf-8"))["cells"] if file.is_file() else {}) | results
+    lines = ",\n".join(f'"{name}": {json.dumps(result)}' for name, result in sorted(results.items()))
+    head = json.dumps({"versions": trajectories.versions()})[1:-1]
+    file.write_text(f'{{{head}, "cells": {{\n{lines}\n}}}}\n', encoding="utf-8")
+    return results
+
+
+def show(name: str, text: str) -> None:
+    """A table into README.md, between the marks of its name."""
+    readme, marks = ROOT / "README.md", (f"<!-- {name} -->\n", f"<!-- /{name} -->")
+    before, rest = readme.read_text(encoding="utf-8").split(marks[0])
+    readme.write_text(f"{before}{marks[0]}{text}\n{marks[1]}{rest.split(marks[1])[1]}", encoding="utf-8")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", metavar="PATTERN", help="cells whose name fits, zero3-qlora-*-2p-sft")
+    parser.add_argument("--pairwise", action="store_true", help="a few cells that have every two values of two factors")
+    parser.add_argument("--controls", action="store_true", help="what must not go unnoticed")
+    parser.add_argument("--trajectories", action="store_true", help="compare with the recorded ones")
+    parser.add_argument("--record", action="store_true", help="record the trajectories")
+    parser.add_argument("--resumes", action="store_true", help="stopped and resumed runs; with --pairwise a few")
+    parser.add_argument("--launch", action="store_true", help="by accelerate launch instead of forks")
+    parser.add_argument(
+        "--write", action="store_true", help="write README.md's table and tests/proofs/golden/matrix.json"
+    )
+    parser.add_argument("--work", type=Path, help="folder to work in and to keep everything in")
+    return parser.parse_args()
+
+
+def run_controls(work: Path) -> list[str]:
+    """The controls that passed as if nothing had been done to them."""
+    unnoticed = []
+    cells = {cell.name: cell for cell in all_cells()}
+    for sabotage, (name, kind, expected) in CONTROLS.items():
+        run = run_of(cells[name], kind, work, sabotage)
+        found = next(judge(cells[name], kind, end, work) for end in execute([run], work))
+        verdict = f"{found['status']} {found.get('note', '')}".strip()
+        print(f"control {sabotage.__name__}: {verdict} {found.get('gradient', '')}", flush=True)
+        if not re.match(expected, verdict):
+            unnoticed.append(f"control {sabotage.__name__}: {found} where {expected!r} was to be")
+    return unnoticed
+
+
+def run_resumes(work: Path, args: argparse.Namespace) -> list[str]:
+    """The cells, and controls, that are not as they should be."""
+    resumes.prepare(work)
+    cells, pairs, ill, stops = resumes.all_cells(), elastic.CELLS, sick.CELLS, resumes.STOPS
+    if args.pairwise:
+        cells, pairs, ill, stops = pairwise(cells)[::2], pairs[1::16], ill[1::3], stops[1:2]
+    kinds: list[tuple[list[Any], Callable[[Any], dict[str, Any]], str]] = [
+        (cells, lambda cell: resumes.judge(cell, work, stops), "bit-equal"),
+        (pairs, lambda cell: elastic.judge(cell, work), "same"),
+        (ill, lambda cell: sick.judge(cell, work), "skipped alike"),
+    ]
+    found, wrong = {}, []
+    for chosen, judged, wanted in kinds:
+        for cell in [cell for cell in chosen if fnmatch.fnmatch(cell.name, args.only or "*")]:
+            found[cell.name] = judged(cell)
+            print(cell.name, json.dumps(found[cell.name]), flush=True)
+            wrong += [f"{cell.name}: {found[cell.name]}"] if found[cell.name]["status"] != wanted else []
+    for control in resumes.CONTROLS if not args.only else ():
+        seen = resumes.judge(resumes.Cell("cpu", "lora", 1, 1, 0), work, (3,), control)
+        print(f"control {control.__name__}: {seen['status']} {seen.get('note', '')}", flush=True)
+        wrong += [f"control {control.__name__}: {seen}"] if seen["status"] != "different" else []
+    if args.write:
+        kept = keep("resumes", found)
+        shown = resumes.table({name: kept[name] for name in kept if "-workers" in name})
+        print(shown)
+        show("resumes", shown)
+    return wrong
+
+
+def main() -> None:
+    args, since = arguments(), time.monotonic()
+    work = args.work or Path(tempfile.mkdtemp(prefix="matrix-"))
+    work.mkdir(parents=True, exist_ok=True)
+    warm()
+    compute(partial(prepare, work), work / "prepare.log")
+    plain = [Cell("cpu", method, "packed", 1, "plain", 1, "sft") for method in GOLDEN_METHODS]
+    tiny = {cell.method: words_of(cell, "curve", work, work) for cell in plain}
+    if args.record:
+        trajectories.record(work, tiny)
+    everything = not (args.only or args.pairwise or args.controls or args.trajectories or args.record or args.resumes)
+    wrong = []
+    if args.resumes:
+        wrong = run_resumes(work, args)
+    elif everything or args.only or args.pairwise:
+        cells = [cell for cell in all_cells() if fnmatch.fnmatch(cell.name, args.only or "*")]
+        kinds = {cell: ["curve", "gradient"] if cell.method in EXPOSED else ["curve"] for cell in cells}
+        if args.pairwise:
+            # One run a cell: what a float64 gradient proves of a step needs no reference run.
+            kinds = {cell: kinds[cell][-1:] for cell in pairwise([cell for cell in cells if cell.must])}
+        results = run_cells(kinds, work, args.launch, keep=args.work is not None)
+        wrong = failures(list(kinds), results)
+        print(f"{table(results)}\n{len(results)} cells, {time.monotonic() - since:.0f} s", flush=True)
+        if args.write:
+            write(results)
+    if everything or args.controls:
+        wrong += run_controls(work)
+    if everything or args.trajectories:
+        wrong += trajectories.check(work, tiny)
+    if wrong:
+        raise SystemExit("\n".join(wrong))
+    if args.work is None:
+        shutil.rmtree(work)
+
+
+if __name__ == "__main__":
+    main()

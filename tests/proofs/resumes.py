@@ -1,0 +1,185 @@
+"""A run that is stopped and resumed is bit-equal to one that never was: called by tests/proofs/matrix.py --resumes.
+
+A cell is one run of ten steps that is left alone, and the same one killed after the steps of STOPS, each time continued by
+fresh processes: twice within an epoch, exactly at its border, and in a later one. Dropout and NEFTune are on, and the lines
+of metrics do not fall on the stops.
+"""
+
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from forks import Run, execute
+
+STOPS = (2, 3, 4, 9)  # an epoch has 4 steps without packing
+STEPS, ROWS, BATCH = 10, 32, 8
+METHODS = ("full", "lora", "qlora")
+# What the clock and the memory said.
+MEASURED = ("tokens_per_second", "peak_memory_mb")
+
+
+class Cell(NamedTuple):
+    strategy: str
+    method: str
+    processes: int
+    accumulation: int
+    workers: int  # that encode the rows, anew before the last part
+
+    @property
+    def name(self) -> str:
+        return f"{self.strategy}-{self.method}-{self.processes}p-acc{self.accumulation}-workers{self.workers}"
+
+
+def all_cells() -> list[Cell]:
+    product = itertools.product(("cpu", "ddp", "zero2", "zero3", "fsdp2"), METHODS, (1, 2), (1, 4), (0, 2))
+    cells = [cell for cell in itertools.starmap(Cell, product) if cell.strategy != "cpu" or cell.processes == 1]
+    random.Random(0).shuffle(cells)
+    return cells
+
+
+def words_of(cell: Cell, work: Path, output: Path, last: bool) -> list[str]:
+    each = BATCH // (cell.processes * cell.accumulation)
+    cache = output / ".cache" if cell.workers and last else work / "cache"
+    words = ["--model_name_or_path", work / "dropout", "--train_files", work / "sft.jsonl", "--limit_rows", ROWS]
+    words += ["--cache_dir", cache, "--precision", "fp32", "--max_length", 64, "--max_steps", STEPS]
+    words += ["--total_batch_size", BATCH, "--per_device_train_batch_size", each or 1, "--learning_rate", 1e-2]
+    words += ["--packing", str(cell.accumulation == 4).lower(), "--logging_steps", 3, "--save_steps", 1]
+    words += ["--neftune_noise_alpha", 5, "--method", cell.method, "--output_dir", output]
+    words += ["--lora_dropout", 0.1] if cell.method != "full" else []
+    words += ["--preprocessing_num_workers", cell.workers] if cell.workers and last else []
+    return [str(word) for word in words]
+
+
+def stop_after(last: int) -> None:
+    """The process dies when what was due at step `last` is done."""
+    from accel_llm.checkpoint.checkpoints import Checkpoints
+
+    when_due = Checkpoints.when_due
+
+    def dying(self: Any, meter: Any, evaluation: Any, health: Any, step: int) -> None:
+        when_due(self, meter, evaluation, health, step)
+        if step == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Checkpoints.when_due = dying  # type: ignore[method-assign]
+
+
+def without_randomness() -> None:
+    from accel_llm.checkpoint import checkpoints as checkpoint
+
+    checkpoint.set_randomness = lambda *_: None  # type: ignore[assignment]
+
+
+def without_schedule() -> None:
+    from accel_llm.checkpoint.checkpoints import Checkpoints
+
+    Checkpoints._set_schedule = lambda *_: None  # type: ignore[assignment, method-assign]
+
+
+def without_position() -> None:
+    from accel_llm.checkpoint import resume
+
+    continued: Callable[..., Any] = resume._continued
+    resume._continued = lambda *given: replace(continued(*given), rows=0)
+
+
+def without_moments() -> None:
+    from accel_llm.checkpoint import shares as owners
+
+    owners._allocated = lambda *_: {}  # type: ignore[assignment]
+
+
+CONTROLS = (without_randomness, without_schedule, without_position, without_moments)
+
+
+def both(*parts: Callable[[], None]) -> None:
+    for part in parts:
+        part()
+
+
+def prepare(work: Path) -> None:
+    """The matrix's model has no dropout of its own; where all weights are trained it needs one."""
+    shutil.copytree(work / "model", work / "dropout", dirs_exist_ok=True)
+    config = work / "dropout" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"attention_dropout": 0.1}))
+
+
+def runs_of(
+    cell: Cell, work: Path, stops: tuple[int, ...], control: Callable[[], None] | None = None
+) -> tuple[Run, list[Run]]:
+    """The one that is left alone, and the parts of the one that is not; `control` is done in each part but the first."""
+    where = work / "resumes" / f"{control.__name__ if control else ''}{cell.name}"
+    parts = []
+    for k, stop in enumerate([*stops, None]):
+        sabotage = [*([control] if control and k else []), *([partial(stop_after, stop)] if stop else [])]
+        words = words_of(cell, work, where / "parts", stop is None)
+        name = f"{cell.name}-{k}"
+        done = partial(both, *sabotage) if sabotage else None
+        parts.append(Run(name, "sft", cell.strategy, cell.processes, words, where / "parts", done, resumed=k > 0))
+    words = words_of(cell, work, where / "whole", False)
+    return Run(f"{cell.name}-whole", "sft", cell.strategy, cell.processes, words, where / "whole"), parts
+
+
+def differences(whole: Path, parts: Path) -> list[str]:
+    """Names of what is not the same to the last bit in two output folders."""
+    found = [] if metrics(whole) == metrics(parts) else ["metrics.jsonl"]
+    last = sorted((whole / "checkpoints").iterdir())[-1]
+    for path in [*sorted(last.iterdir()), *whole.glob("*/*.safetensors")]:
+        other = parts / path.relative_to(whole)
+        if path.name == "manifest.json":
+            continue
+        same = other.is_file() and kept(path) == kept(other)
+        found += [] if same else [str(path.relative_to(whole))]
+    return found
+
+
+def kept(path: Path) -> Any:
+    """A file's content without what it has of the clock and of its own folder."""
+    if path.suffix != ".json":
+        return path.read_bytes()
+    state = json.loads(path.read_text(encoding="utf-8"))
+    if "meter" in state:
+        state["meter"] = state["meter"][:-1]
+    if "options" in state:
+        state["options"] |= dict.fromkeys(("output_dir", "cache_dir", "preprocessing_num_workers"))
+    return state
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [{name: value for name, value in line.items() if name not in MEASURED} for line in lines]
+
+
+def judge(cell: Cell, work: Path, stops: tuple[int, ...], control: Callable[[], None] | None = None) -> dict[str, Any]:
+    whole, parts = runs_of(cell, work, stops, control)
+    seconds, since = 0.0, [whole, *parts]
+    for run in since:
+        end = next(iter(execute([run], work)))
+        seconds += end.seconds
+        stopped = run in parts[:-1] and end.code == -signal.SIGKILL
+        if end.code and not stopped:
+            return {"status": "failed", "note": f"{run.name}: exit code {end.code}: {end.cause}"}
+    found = differences(whole.output, parts[-1].output)
+    note = {"note": ", ".join(found)} if found else {}
+    return {"status": "different" if found else "bit-equal", **note, "seconds": round(seconds, 1)}
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """Strategies and numbers of processes by methods: how many of the cells that were run are bit-equal."""
+    lines = ["| | " + " | ".join(METHODS) + " |", "|---" * (len(METHODS) + 1) + "|"]
+    kinds = sorted({(name.split("-")[0], name.split("-")[2]) for name in results})
+    for strategy, processes in kinds:
+        row = [f"{strategy}, {processes.removesuffix('p')} process{'es' if processes != '1p' else ''}"]
+        for method in METHODS:
+            found = [r["status"] for n, r in results.items() if n.startswith(f"{strategy}-{method}-{processes}-")]
+            row.append(f"{found.count('bit-equal')} of {len(found)}" if found else "")
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)

@@ -1,0 +1,242 @@
+"""Long runs that are disturbed: no work may be lost, and the end has to be that of a run left alone, to the last bit.
+
+    python tests/proofs/soak.py --write               everything, kept in tests/proofs/golden/soak.md: some hours on two cores
+    python tests/proofs/soak.py --kills 200           SIGKILLs at random moments, half of them meant for a save
+    python tests/proofs/soak.py --corruption          every file of a checkpoint damaged in every way
+    python tests/proofs/soak.py --enospc              a disk that is full at every call that writes (needs a C compiler)
+    python tests/proofs/soak.py --enospc --thin       of the many writes of one file at the first, the middle one and the last
+    python tests/proofs/soak.py --signals             SIGTERM, SIGINT and SIGUSR1 in every phase
+    python tests/proofs/soak.py --short               a bit of each: tests/launch/test_soak.py
+
+Everything is imported once and each rank is a fork (`forks`), but for a few real launches.
+"""
+
+import argparse
+import os
+import random
+import re
+import shutil
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import corruption
+import fulldisk
+import kills
+import matrix
+import preemption
+import resumes
+from forks import ROOT, compute, warm
+
+GOLDEN = ROOT / "tests" / "proofs" / "golden" / "soak.md"
+
+
+class Part(NamedTuple):
+    """One kind of disturbance: lines of a table, a summary, and what was not as promised."""
+
+    title: str
+    head: list[str]
+    rows: list[list[str]]
+    summary: str
+    wrong: list[str]
+
+    def markdown(self) -> str:
+        lines = [self.head, ["---"] * len(self.head), *self.rows]
+        table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        return f"## {self.title}\n\n{self.summary}\n\n{table}"
+
+
+def verdict(wrong: list[str]) -> str:
+    return "; ".join(wrong).replace("\n", " ").replace("|", "/")[:300] or "as promised"
+
+
+def shown(title: str, entries: Iterable[Any], row_of: Callable[[Any], list[str]]) -> tuple[list[Any], list[list[str]]]:
+    """All entries and their rows, each printed when it is there."""
+    found, rows = [], []
+    for entry in entries:
+        found.append(entry)
+        rows.append([*row_of(entry), verdict(entry.wrong)])
+        print(f"{title}: {'  '.join(rows[-1])}", flush=True)
+    return found, rows
+
+
+def wrong_rows(rows: list[list[str]]) -> list[str]:
+    return ["  ".join(row) for row in rows if row[-1] != "as promised"]
+
+
+def killed(count: int, work: Path, seed: int, courses: list[kills.Course]) -> Part:
+    found, rows = [], []
+    for chain in kills.all_chains(count, work, random.Random(seed), courses):
+        found.append(chain)
+        for kill in chain.kills:
+            place = kill.place or "between saves"
+            rows.append(
+                [chain.course, kill.moment, kill.ranks, place, str(kill.reached), str(kill.resumed), str(kill.lost)]
+            )
+            rows[-1].append(f"{kill.seconds:.1f}")
+        rows.append([chain.course, "end", "", "", "", "", "", "", verdict(chain.wrong)])
+        print(f"kills: {chain.course}: {len(chain.kills)} kills, {rows[-1][-1]}", flush=True)
+    every = [kill for chain in found for kill in chain.kills]
+    lost = {
+        when: max([kill.lost for kill in every if kill.course.endswith("async") == when], default=0)
+        for when in (False, True)
+    }
+    places = Counter(kill.place for kill in every if kill.place)
+    summary = (
+        f"{len(every)} SIGKILLs in {len(found)} runs, {places.total()} inside a save "
+        f"({', '.join(f'{number} {place}' for place, number in sorted(places.items()))}), "
+        f"{sum(kill.reached > 0 for kill in every)} after at least one step; {sum(bool(c.wrong) for c in found)} runs that "
+        "could not go on, lost more than they may or ended differently. Steps lost at most: "
+        f"{lost[False]} (save_async: {lost[True]}) with save_steps {kills.INTERVAL}; the last process ended "
+        f"{max((kill.seconds for kill in every), default=0):.1f} s after the kill."
+    )
+    head = [
+        "run",
+        "moment",
+        "ranks",
+        "found half-done",
+        "steps done",
+        "gone on from",
+        "steps lost",
+        "seconds",
+        "verdict",
+    ]
+    rows = [row if len(row) == len(head) else [*row, ""] for row in rows]
+    return Part("SIGKILL", head, rows, summary, [f"{c.course}: {verdict(c.wrong)}" for c in found if c.wrong])
+
+
+def corrupted(work: Path, short: bool) -> Part:
+    def row_of(case: corruption.Case) -> list[str]:
+        return [case.course, case.file, case.damage, case.told]
+
+    found, rows = shown("corruption", corruption.cases(work, short), row_of)
+    bad = wrong_rows(rows)
+    summary = f"{len(found)} damaged checkpoints, {len(bad)} not refused by name or not gone on without as promised."
+    return Part("Damaged checkpoints", ["run", "file", "damage", "told", "verdict"], rows, summary, bad)
+
+
+def full(work: Path, points: Iterator[fulldisk.Point]) -> Part:
+    """One line for each file that was refused first, of each course and ranks."""
+    groups: dict[tuple[str, ...], list[fulldisk.Refused]] = defaultdict(list)
+    wrong = []
+    for point in points:
+        result, _ = fulldisk.refuse(point, work)
+        file = re.sub(r"\.\d+\.partial", ".partial", result.what.partition(" ")[2])
+        key = (point.course.name, "+".join(map(str, point.ranks)), file or "/")
+        if key not in groups:
+            print(f"enospc: {'  '.join(key)}", flush=True)
+        groups[key].append(result)
+        if result.wrong:
+            wrong.append(f"{point.name} {result.what}: {verdict(result.wrong)}")
+            print(f"enospc: {wrong[-1]}", flush=True)
+    rows = []
+    for key, results in groups.items():
+        calls = ", ".join(dict.fromkeys(result.what.partition(" ")[0] for result in results))
+        told = sum(any(result.codes) for result in results)
+        longest = f"{max(result.seconds for result in results):.1f}"
+        bad = [verdict(result.wrong) for result in results if result.wrong]
+        rows.append([*key, calls, str(len(results)), str(told), longest, verdict(bad)])
+    every = [result for results in groups.values() for result in results]
+    told = sum(any(result.codes) for result in every)
+    summary = (
+        f"{len(every)} runs on a disk that is full at one call or from it on, {len(wrong)} not as promised; {told} ended by a "
+        f"sentence and {len(every) - told} lost nothing by it, the slowest after "
+        f"{max((result.seconds for result in every), default=0):.1f} s, its start included."
+    )
+    head = ["run", "ranks", "first refused", "calls", "runs", "ended by a sentence", "seconds at most", "verdict"]
+    return Part("Full disks", head, rows, summary, wrong)
+
+
+def preempted(found: Iterator[preemption.Signalled]) -> Part:
+    def row_of(one: preemption.Signalled) -> list[str]:
+        codes = " ".join(map(str, one.codes))
+        return [one.course, one.phase, one.what, one.ranks, codes, f"{one.seconds:.1f}", str(one.step)]
+
+    every, rows = shown("signals", found, row_of)
+    bad = wrong_rows(rows)
+    slowest = max((one.seconds for one in every if one.what != "SIGUSR1"), default=0.0)
+    summary = f"{len(every)} runs, {len(bad)} not as promised; the slowest ended {slowest:.1f} s after its signal."
+    head = ["run", "phase", "signal", "to", "exit codes", "seconds", "step", "verdict"]
+    return Part("Signals", head, rows, summary, bad)
+
+
+def prepare(work: Path) -> None:
+    matrix.prepare(work)
+    resumes.prepare(work)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, metavar="N", help="SIGKILL runs N times")
+    parser.add_argument("--corruption", action="store_true", help="damage every file of a checkpoint")
+    parser.add_argument("--enospc", action="store_true", help="fill the disk at every call that writes")
+    parser.add_argument("--thin", action="store_true", help="with --enospc: at few of equal calls in a row")
+    parser.add_argument("--signals", action="store_true", help="send signals in every phase")
+    parser.add_argument("--short", action="store_true", help="a bit of everything, in a minute")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
+    parser.add_argument(
+        "--write", action="store_true", help="write the tables of what was run into tests/proofs/golden/soak.md"
+    )
+    parser.add_argument("--work", type=Path, help="folder to work in and to keep everything in")
+    return parser.parse_args()
+
+
+def parts_of(args: argparse.Namespace, work: Path) -> Iterator[Part]:
+    if args.short:
+        yield killed(8, work, args.seed, kills.few())
+        yield corrupted(work, short=True)
+        if fulldisk.preloaded():
+            yield full(work, fulldisk.some(work, random.Random(args.seed), 6))
+        yield preempted(preemption.some(work))
+        return
+    everything = not (args.kills or args.corruption or args.enospc or args.signals)
+    if args.kills or everything:
+        yield killed(args.kills or 200, work, args.seed, kills.courses())
+    if args.corruption or everything:
+        yield corrupted(work, short=False)
+    if args.signals or everything:
+        yield preempted(preemption.every(work))
+    if args.enospc or everything:
+        yield full(work, fulldisk.every(work, args.thin))
+
+
+def write(parts: list[Part]) -> None:
+    """Into the golden file; parts that were not run this time stay as they are."""
+    old = GOLDEN.read_text(encoding="utf-8").split("\n## ")[1:] if GOLDEN.exists() else []
+    kept = {text.split("\n")[0]: f"## {text.rstrip()}\n" for text in old}
+    kept |= {part.title: part.markdown() for part in parts}
+    GOLDEN.write_text("# Runs that were disturbed\n\n" + "\n".join(kept.values()), encoding="utf-8")
+
+
+def main() -> None:
+    args, since = arguments(), time.monotonic()
+    work = args.work or Path(tempfile.mkdtemp(prefix="soak-"))
+    work.mkdir(parents=True, exist_ok=True)
+    # Launched processes shall find this package, not one that happens to be installed.
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    fills = args.short or args.enospc or not (args.kills or args.corruption or args.signals)
+    if fills and not fulldisk.preloaded():
+        if library := fulldisk.compiled(work):
+            fulldisk.begin_anew(library, ["--work", str(work)])
+        if not args.short:
+            raise SystemExit("enospc: there is no C compiler (cc), so no disk can be filled.")
+        print("enospc: skipped, there is no C compiler (cc)", flush=True)
+    warm()
+    compute(partial(prepare, work), work / "prepare.log")
+    parts = []
+    for part in parts_of(args, work):
+        parts.append(part)
+        print(f"{part.title}: {part.summary} ({time.monotonic() - since:.0f} s)", flush=True)
+    if args.write:
+        write(parts)
+    if wrong := [line for part in parts for line in part.wrong]:
+        raise SystemExit("\n".join(["not as promised:", *wrong]))
+    shutil.rmtree(work)
+
+
+if __name__ == "__main__":
+    main()
