@@ -11,36 +11,40 @@ import accel_llm.system.chatter
 import torch
 from transformers import GenerationConfig, TextStreamer, set_seed
 
-from accel_llm.backend.accelerator import quiet
+from accel_llm.adapters.locate import check_bases, find_adapter, find_base
+from accel_llm.backend.accelerator import quiet_libraries
+from accel_llm.backend.strategy import PRECISION_DTYPES
 from accel_llm.chat.template import load_template
-from accel_llm.config.command_line import parse
+from accel_llm.config.command_line import parse_options
 from accel_llm.config.tool_options import ChatOptions
-from accel_llm.errors import ConfigError, run
-from accel_llm.merge import merge
-from accel_llm.model.loading import DTYPES, check_model_name, load_tokenizer, load_whole
+from accel_llm.errors import ConfigError
+from accel_llm.merge.merge import load_with_adapter
+from accel_llm.model.loading import check_model_name, load_complete_model
+from accel_llm.model.tokenizer import load_tokenizer
+from accel_llm.system.exit import run_script
 
 
 def load(options: ChatOptions, device: str) -> tuple[Any, str]:
     """The model (base + adapter where an adapter was named) and the folder its tokenizer comes from."""
-    dtype = DTYPES.get(options.precision) or (torch.float32 if device == "cpu" else "auto")
-    adapter = merge.adapter_folder(options.model)
+    dtype = PRECISION_DTYPES.get(options.precision) or (torch.float32 if device == "cpu" else "auto")
+    adapter = find_adapter(options.model)
     if not (adapter / "adapter_config.json").is_file():
         name = str(adapter / "model") if (adapter / "model" / "config.json").is_file() else options.model
         check_model_name(name, "model")
         arguments = {"allow_pickle": options.allow_pickle, "trust_remote_code": options.trust_remote_code}
-        return load_whole(name, "model", dtype=dtype, **arguments), name
-    base = merge.base_of(adapter, options.base)
+        return load_complete_model(name, "model", dtype=dtype, **arguments), name
+    base = find_base(adapter, options.base)
     if not options.allow_other_base:
-        merge.check_fingerprints([adapter], base)
-    wrapped: Any = merge.load(adapter, base, dtype, options.trust_remote_code, options.allow_pickle)
+        check_bases([adapter], base)
+    wrapped: Any = load_with_adapter(adapter, base, dtype, options.trust_remote_code, options.allow_pickle)
     if (adapter / "generation_config.json").is_file():
         wrapped.generation_config = GenerationConfig.from_pretrained(str(adapter))
     return wrapped, str(adapter) if (adapter / "tokenizer_config.json").is_file() else base
 
 
 def main() -> None:
-    options = parse(ChatOptions)
-    quiet()
+    options = parse_options(ChatOptions)
+    quiet_libraries()
     set_seed(options.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, source = load(options, device)
@@ -81,4 +85,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -6,22 +6,22 @@ python launch/extract.py --base base --model tuned --lora_r 32 --output_dir adap
 from rich.console import Console
 from rich.progress import Progress
 
-from accel_llm.backend.accelerator import quiet
-from accel_llm.config.command_line import parse
+from accel_llm.backend.accelerator import quiet_libraries
+from accel_llm.config.command_line import parse_options
 from accel_llm.config.tool_options import ExtractOptions as Options
-from accel_llm.errors import run
-from accel_llm.merge.extract import extract
+from accel_llm.merge.extract import extract_adapter
+from accel_llm.system.exit import run_script
 
 SHOWN = 10  # layers, those with the largest error
 
 
 def main() -> None:
-    options = parse(Options)
-    quiet()
+    options = parse_options(Options)
+    quiet_libraries()
     console = Console(highlight=False, soft_wrap=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("extracting")
-        found = extract(options, lambda done, total: bar.update(task, completed=done, total=total))
+        found = extract_adapter(options, lambda done, total: bar.update(task, completed=done, total=total))
     worst = sorted(found.errors.items(), key=lambda entry: -entry[1])
     console.print(f"{len(worst)} layers at rank {options.lora_r}; of their change this is lost:")
     for name, error in worst[:SHOWN]:
@@ -36,4 +36,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

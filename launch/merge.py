@@ -7,6 +7,13 @@ python launch/merge.py --adapter output --base merged --unmerge --output_dir bas
 
 import os
 
+from accel_llm.backend.accelerator import quiet_libraries
+from accel_llm.config.command_line import parse_options
+from accel_llm.config.tool_options import MergeOptions
+from accel_llm.merge.merge import describe_base_errors, merge
+from accel_llm.merge.model_card import push_folder
+from accel_llm.system.exit import run_script
+
 # Read when torch is imported: large tensors get huge pages, or the system spends more time on handing out memory, page by
 # page, than PEFT spends on merging.
 os.environ["THP_MEM_ALLOC_ENABLE"] = os.environ.get("THP_MEM_ALLOC_ENABLE", "1")
@@ -14,17 +21,10 @@ os.environ["THP_MEM_ALLOC_ENABLE"] = os.environ.get("THP_MEM_ALLOC_ENABLE", "1")
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
-from accel_llm.backend.accelerator import quiet
-from accel_llm.config.command_line import parse
-from accel_llm.config.tool_options import MergeOptions
-from accel_llm.errors import run
-from accel_llm.merge.merge import merge, of_bases
-from accel_llm.merge.model_card import push
-
 
 def main() -> None:
-    options = parse(MergeOptions)
-    quiet()
+    options = parse_options(MergeOptions)
+    quiet_libraries()
     console = Console(highlight=False, soft_wrap=True)
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -40,14 +40,14 @@ def main() -> None:
     if "merged" in merged.differences:
         difference = merged.differences["merged"]
         console.print(f"verified: logits of the written model differ from base + adapter by {difference:.1e}")
-    for way, sentence in of_bases(merged).items():
+    for way, sentence in describe_base_errors(merged).items():
         console.print(f"{way} base: {sentence}")
     if "merge_base" in options.model_fields_set and options.verify != "logits":
         console.print("what either base costs, original or dequantized, is told with: --verify logits")
     console.print(f"wrote {merged.folder}; ask it with: python launch/chat.py --model {merged.folder}")
     if options.push_to_hub:
-        console.print(f"uploaded to {push(merged.folder, options.push_to_hub)}")
+        console.print(f"uploaded to {push_folder(merged.folder, options.push_to_hub)}")
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -7,87 +7,69 @@
 `--help` lists all options.
 """
 
-import sys
-from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from accel_llm.adapters import attach as adapter
-from accel_llm.backend import accelerator as distributed
-from accel_llm.checkpoint import resume
+from accel_llm.backend import accelerator as backend
 from accel_llm.checkpoint.checkpoints import Checkpoints
-from accel_llm.config.command_line import parse, resolved
-from accel_llm.config.options import PretrainOptions, TrainOptions
-from accel_llm.data import prepare as encode
-from accel_llm.data import sources
-from accel_llm.data.stream import Stream, to_device
-from accel_llm.demo import skills as demo
-from accel_llm.errors import check, run
-from accel_llm.model import loading as models
-from accel_llm.model import loss as losses
-from accel_llm.model import placement as shards
+from accel_llm.checkpoint.resume import find_start
+from accel_llm.config.options import PretrainOptions as Options
+from accel_llm.data.stream import Stream
+from accel_llm.model.loss import next_token_loss
 from accel_llm.report import display
 from accel_llm.report.metrics import Meter
 from accel_llm.report.record import recording
-from accel_llm.training import optimizers as optim
-from accel_llm.training import preflight as census
-from accel_llm.training.bad_steps import Health
+from accel_llm.system.exit import run_script
+from accel_llm.training import loop, setup
+from accel_llm.training.bad_steps import BadSteps
 from accel_llm.training.evaluation import Evaluation
-from accel_llm.training.export import export, stop_ids
+from accel_llm.training.export import export_model
+from accel_llm.training.preflight import preflight
 
 DEFAULTS = {"method": "full", "overlong": "split"}
 
 
-class Options(PretrainOptions, TrainOptions):
-    """Everything that can be set for pretraining."""
-
-
 def main() -> None:
-    options = demo.resolve(parse(Options, sys.argv[1:], DEFAULTS))
-    options = adapter.taken_over(options)
-    check(models.problems(options) + sources.problems(options))
-    distributed.quiet()
-    accelerator = distributed.build_accelerator(options)
-    tokenizer = models.tokenizer_of(options)
-    config = models.load_config(options, options.max_length)
-    encoded = encode.texts(options, options.seed, tokenizer, options.text_column)
-    models.check_token_ids(encoded.token_ids, config, tokenizer)
-    start = resume.start(accelerator, options, encoded.train)
-    stream = Stream(encoded.train, options, start, models.pad_id(tokenizer))
-    display.before_training(accelerator, options, tokenizer, encoded, stream.plan)
+    # What is asked for, and the machine that it runs on.
+    options = setup.read_options(Options, DEFAULTS)
+    accelerator = backend.build_accelerator(options)
+
+    # Text becomes rows, and the ledger says what became of every token.
+    tokenizer = setup.configured_tokenizer(options)
+    config = setup.read_config(options)
+    data = setup.encode_documents(options, config, tokenizer)
+    start = find_start(accelerator, options, data.train)
+    stream = Stream(data.train, options, start, setup.pad_token_id(tokenizer))
+    display.show_plan(accelerator, options, tokenizer, data, stream.plan)
     if options.method != "full":
         display.advise(accelerator, "An adapter takes in little new knowledge; method full is advised for pretraining.")
     if options.dry_run:
         return
 
-    set_seed(options.seed)
-    model = models.load_model(options) if options.model_name_or_path else models.build_model(config, options)
-    if options.method != "full":
-        model = adapter.attach(model, options)
-    optim.neftune(model, options.neftune_noise_alpha)
-    shards.place(accelerator, model, options)
-    optimizer = optim.build_optimizer(model, options, accelerator.device.type, distributed.engine(), options.seed)
-    scheduler = optim.build_schedule(optimizer, options, stream.plan.total_steps)
-    model, optimizer = distributed.prepare(accelerator, model, optimizer)
-    facts = census.take(accelerator, model, optimizer, options)
-    set_seed(options.seed, device_specific=True)
+    # The model is assembled once nothing about the data can fail any more.
+    model = setup.assemble_model(accelerator, options, config)
+    optimizer, scheduler = setup.optimizer_and_schedule(accelerator, model, options, stream.plan.total_steps)
+    model, optimizer = backend.prepare(accelerator, model, optimizer)
+
+    # What is in force is checked before the first step; then a checkpoint, if there is one, replaces the first state.
+    checks = preflight(accelerator, model, optimizer, options)
+    set_seed(options.seed, device_specific=True)  # dropout and noise differ from process to process
     checkpoints = Checkpoints(accelerator, model, optimizer, scheduler, options, start)
     checkpoints.resume()
-    stop = stop_ids(model, tokenizer, None)
+    stop = setup.stop_tokens(model, tokenizer)
 
-    facts |= {"options": resolved(options), "data": encoded.fingerprint, "ledger": encoded.ledger.to_dict()}
-    with recording(Path(options.output_dir), accelerator.is_main_process, **facts) as record:
-        evaluation = Evaluation(accelerator, tokenizer, encoded.eval, options, stop)
+    # The training itself; run.json says how it ended, whatever happens.
+    with recording(options.output_dir, accelerator.is_main_process, setup.run_facts(options, data, checks)) as record:
+        evaluation = Evaluation(accelerator, tokenizer, data.eval, options, stop)
         train(accelerator, model, optimizer, scheduler, stream, evaluation, checkpoints, options)
         if options.check_only:
-            return display.census(accelerator, facts["accelerate"], options)
+            return display.show_checks(accelerator, checks["accelerate"], options)
         exported = checkpoints.finish()
-        base, dtype = str(options.model_name_or_path), models.stored_dtype(config)
-        folder = export(accelerator, model, tokenizer, stop, base, dtype, stream.start)
+        folder = export_model(accelerator, model, tokenizer, stop, options, config, start)
         record.update(samples=evaluation.samples, exported_step=exported)
-    display.after_training(accelerator, folder)
+    display.show_next_commands(accelerator, folder)
     accelerator.end_training()
 
 
@@ -101,33 +83,38 @@ def train(
     checkpoints: Checkpoints,
     options: Options,
 ) -> None:
-    start, undo_averaging = stream.start, distributed.undo_averaging(accelerator)
-    meter, health = Meter(accelerator, options, stream.plan, start), Health(accelerator, stream, options)
+    start, plan, undo_averaging = checkpoints.start, stream.plan, loop.undo_averaging(accelerator)
+    meter = Meter(accelerator, options, plan, start.step, start.meter)
+    bad_steps = BadSteps(accelerator, stream, options, start.skipped)
     batches = stream.batches(start.step)
     evaluation.at_start(model, meter, start)
-    for step in range(start.step + 1, stream.plan.total_steps + 1):
+    for step in range(start.step + 1, plan.total_steps + 1):
         micro_batches = [next(batches) for _ in range(stream.accumulation)]
-        targets, grad_norm = distributed.global_count(accelerator, micro_batches), 0.0
-        for batch in micro_batches if targets else ():  # without a target there is nothing to learn, and no step
-            batch = to_device(batch, accelerator.device)
+        targets = loop.total_targets(accelerator, micro_batches)
+        losses, grad_norm = [], 0.0
+        for batch in micro_batches:
+            if not targets:  # no process has a label in this step: there is nothing to learn
+                break
+            batch = loop.to_device(batch, accelerator.device)
             with accelerator.accumulate(model):
-                loss = losses.next_token_loss(model, batch)
+                loss = next_token_loss(model, batch)  # a sum over this process's labels
                 accelerator.backward(loss * undo_averaging / targets)
                 if accelerator.sync_gradients:
-                    grad_norm = distributed.clip(accelerator, model, options.max_grad_norm)
-                if distributed.healthy(accelerator, grad_norm):
+                    grad_norm = loop.clip_gradients(accelerator, model, options.max_grad_norm)
+                if loop.may_step(accelerator, grad_norm):
                     optimizer.step()
                 optimizer.zero_grad()
-            meter.add(loss, batch)
-        health.check(meter, step, grad_norm)
+            losses.append(loss.detach())
+            meter.add(losses[-1], batch)
+        bad_steps.check(step, losses, grad_norm)
         if options.check_only:
             break
         meter.log(step, scheduler.get_last_lr()[0], grad_norm)
         scheduler.step()
         evaluation.when_due(model, meter, step)
-        checkpoints.when_due(meter, evaluation, health, step)
+        checkpoints.when_due(meter, evaluation, bad_steps, step)
     meter.close()
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

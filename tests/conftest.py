@@ -18,12 +18,13 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from accel_llm.backend import accelerator as distributed
-from accel_llm.data.rows import ARRAYS, Origin, Part, Rows
-from accel_llm.demo import skills as demo
-from accel_llm.model import loading as models_of_project
-from accel_llm.model import placement as shards
-from accel_llm.system import signals as interrupts
+from accel_llm.backend.accelerator import quiet_libraries
+from accel_llm.backend.strategy import PRECISION_DTYPES, resolve_precision
+from accel_llm.data.rows import ARRAYS, Origin, RowPart, Rows
+from accel_llm.demo.skills import demo_conversations
+from accel_llm.demo.tokenizer import build_demo_tokenizer
+from accel_llm.model.placement import settle_weights
+from accel_llm.system.signals import requested
 
 ROOT = Path(__file__).parents[1]
 SPECIAL = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]  # ids 0 to 4
@@ -41,14 +42,14 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
 
 def settled(model: Any, options: Any) -> Any:
     """The weights of a loaded model read, cast and quantised as `shards.place` does in one process."""
-    compute = models_of_project.DTYPES[distributed.precision_of(options)]
-    shards.settle(model, list(model.modules()), compute, torch.device("cpu"))
+    compute = PRECISION_DTYPES[resolve_precision(options)]
+    settle_weights(model, list(model.modules()), compute, torch.device("cpu"))
     return model
 
 
 def rows_of(encoded: Iterable[tuple[int, list[int], list[int]]], weights: list[list[float]] | None = None) -> Rows:
     """Rows in memory from (row number, ids, labels)."""
-    part = Part()
+    part = RowPart()
     for k, (number, ids, labels) in enumerate(encoded):
         part.add(array("i", ids), array("i", labels), weights[k] if weights else None, number, 0, number)
     arrays = {name: np.array(getattr(part, name), kind) for name, kind in ARRAYS.items()}
@@ -102,7 +103,7 @@ def make_model() -> Callable[..., Path]:
     """Write a two-layer Llama of the given dtype with the demo's tokenizer: the same weights for the same config."""
 
     def make(folder: Path, dtype: torch.dtype = torch.float32, **config) -> Path:
-        tokenizer = demo.build_tokenizer()
+        tokenizer = build_demo_tokenizer()
         shape = {
             "vocab_size": len(tokenizer),
             "hidden_size": 32,
@@ -134,7 +135,7 @@ def tiny(make_model, tmp_path_factory) -> Path:
 def chats(tmp_path_factory) -> Path:
     """24 short conversations of the demo's generator."""
     path = tmp_path_factory.mktemp("chats") / "chats.jsonl"
-    rows = demo.conversations("train")[:24]
+    rows = demo_conversations("train")[:24]
     path.write_text("".join(json.dumps({"messages": row["messages"]}) + "\n" for row in rows), encoding="utf-8")
     return path
 
@@ -142,7 +143,7 @@ def chats(tmp_path_factory) -> Path:
 @pytest.fixture
 def quiet() -> None:
     """What libraries warn about themselves is silenced, as in every script."""
-    distributed.quiet()
+    quiet_libraries()
 
 
 def reset() -> None:
@@ -150,7 +151,7 @@ def reset() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     PartialState._reset_state()
-    interrupts.wishes.stop, interrupts.wishes.save = 0, False
+    requested.stop, requested.save = 0, False
     torch.manual_seed(99)
     np.random.seed(99)
     random.seed(99)

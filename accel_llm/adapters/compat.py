@@ -19,20 +19,20 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from accel_llm.adapters.attach import read_config
+from accel_llm.adapters.saved import read_adapter_config
 from accel_llm.errors import ConfigError
-from accel_llm.model import placement as shards
-from accel_llm.model.loading import reason_of
+from accel_llm.model.loading import short_reason
+from accel_llm.system.memory import release_pages
 
-PREFIX = "base_model.model."
+PEFT_PREFIX = "base_model.model."
 # Keys that PEFT once knew, and the last release that did.
-REMOVED = {"enable_lora": "0.2", "merge_weights": "0.2"}
+REMOVED_KEYS = {"enable_lora": "0.2", "merge_weights": "0.2"}
 # What wrappers of a training leave in names, where weights were saved without unwrapping, or with the adapter's own name.
 WRAPPERS = re.compile(r"(?<![^.])(_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module|module)\.")
 
 
 @dataclass(frozen=True)
-class Adapter:
+class SavedAdapter:
     """`settings` is adapter_config.json as it lies there, `config` the same for this PEFT, `weights` are on the CPU.
 
     Weights are maps of the file, which take no memory until they are read.
@@ -45,14 +45,14 @@ class Adapter:
     notes: tuple[str, ...]
 
 
-def read(folder: Path, allow_pickle: bool = False) -> Adapter:
+def read_adapter(folder: Path, allow_pickle: bool = False) -> SavedAdapter:
     """The adapter in `folder`; weights in a .bin file, a pickle, are read with `allow_pickle` alone, and tensors alone.
 
     Raises:
         ConfigError: it is no adapter, it is broken, or it is of a kind that the installed PEFT does not know.
     """
-    settings = read_config(folder)
-    cleaned, notes = clean(settings, folder)
+    settings = read_adapter_config(folder)
+    cleaned, notes = clean_settings(settings, folder)
     weights = _load(folder, allow_pickle)
     if not issubclass(PEFT_TYPE_TO_CONFIG_MAPPING[cleaned["peft_type"]], PromptLearningConfig):
         own = _own_names(cleaned["peft_type"])
@@ -62,10 +62,10 @@ def read(folder: Path, allow_pickle: bool = False) -> Adapter:
     if isinstance(enabled, list) and enabled:
         weights = {name: _ungrouped(name, weight, enabled) for name, weight in weights.items()}
         cleaned["r"], cleaned["lora_alpha"] = (cleaned[key] * sum(enabled) for key in ("r", "lora_alpha"))
-    return Adapter(folder, settings, config_of(cleaned, folder), weights, tuple(notes))
+    return SavedAdapter(folder, settings, build_peft_config(cleaned, folder), weights, tuple(notes))
 
 
-def clean(settings: dict[str, Any], folder: Path) -> tuple[dict[str, Any], list[str]]:
+def clean_settings(settings: dict[str, Any], folder: Path) -> tuple[dict[str, Any], list[str]]:
     """`settings` without what this PEFT does not know or would stumble over, and a sentence for each key set aside.
 
     Raises:
@@ -102,14 +102,16 @@ def clean(settings: dict[str, Any], folder: Path) -> tuple[dict[str, Any], list[
 
 def _set_aside(key: str, settings: dict[str, Any]) -> str:
     wrote = settings.get("peft_version")
-    release = f"PEFT {REMOVED[key]}" if key in REMOVED else f"PEFT {wrote}" if wrote else "another release of PEFT"
+    release = (
+        f"PEFT {REMOVED_KEYS[key]}" if key in REMOVED_KEYS else f"PEFT {wrote}" if wrote else "another release of PEFT"
+    )
     return (
         f"adapter_config.json: {key} ({json.dumps(settings[key])[:60]}) is a key of {release}, unknown to PEFT "
         f"{peft.__version__}, and is set aside."
     )
 
 
-def config_of(cleaned: dict[str, Any], folder: Path) -> PeftConfig:
+def build_peft_config(cleaned: dict[str, Any], folder: Path) -> PeftConfig:
     """Raises ConfigError for values that this PEFT refuses."""
     values = {key: value for key, value in cleaned.items() if key != "peft_type"}
     if values.get("init_lora_weights") in ("eva", "gaussian", "orthogonal"):
@@ -117,7 +119,7 @@ def config_of(cleaned: dict[str, Any], folder: Path) -> PeftConfig:
     try:
         config = PEFT_TYPE_TO_CONFIG_MAPPING[cleaned["peft_type"]](**values)
     except (TypeError, ValueError, ImportError) as error:
-        raise ConfigError(f"adapter: the settings of {folder} cannot be used ({reason_of(error)}).") from None
+        raise ConfigError(f"adapter: the settings of {folder} cannot be used ({short_reason(error)}).") from None
     config.inference_mode = True
     return config
 
@@ -136,7 +138,7 @@ def _load(folder: Path, allow_pickle: bool) -> dict[str, torch.Tensor]:
             loaded = torch.load(pickled, map_location="cpu", weights_only=True)
             return {str(name): weight for name, weight in loaded.items()}
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, OSError) as error:
-        raise ConfigError(f"adapter: the weights of {folder} cannot be read ({reason_of(error)}).") from None
+        raise ConfigError(f"adapter: the weights of {folder} cannot be read ({short_reason(error)}).") from None
     found = ", ".join(sorted(file.name for file in folder.iterdir())[:8])
     raise ConfigError(f"adapter: {folder} has no adapter_model.safetensors (it holds {found}).")
 
@@ -153,7 +155,7 @@ def _rename(weights: dict[str, torch.Tensor], own: re.Pattern[str]) -> dict[str,
     for name, weight in weights.items():
         name = WRAPPERS.sub("", name)
         if not name.startswith("base_model."):
-            name = PREFIX + name
+            name = PEFT_PREFIX + name
         if own.search(name):
             # A state dict saved as it stood in memory has the adapter's name in it, which is `default` but for a few.
             name = re.sub(r"\.default(?=\.|$)", "", name)
@@ -181,7 +183,7 @@ def _check_own(folder: Path, weights: dict[str, torch.Tensor], own: re.Pattern[s
 def _finite(weight: torch.Tensor) -> bool:
     # The sum is finite unless a value is not: none of a narrower dtype is near the end of float64's range.
     finite = bool(weight.sum(dtype=torch.float64).isfinite())
-    shards.forget(weight)
+    release_pages(weight)
     return finite
 
 

@@ -10,10 +10,10 @@ from accelerate.utils import DeepSpeedPlugin
 from accel_llm.config.options import TrainOptions
 from accel_llm.errors import ConfigError
 
-ROOT = Path(__file__).resolve().parents[2]
+CHECKOUT = Path(__file__).resolve().parents[2]
 
 
-def settings_in_force() -> dict[str, Any]:
+def deepspeed_settings() -> dict[str, Any]:
     """The DeepSpeed JSON that the launch YAML names, or the settings written into the YAML itself.
 
     Raises:
@@ -27,9 +27,9 @@ def settings_in_force() -> dict[str, Any]:
         # Where the YAML is silent the launcher says 1.
         silent = settings.get("gradient_accumulation_steps") == 1
         return settings | ({"gradient_accumulation_steps": "auto"} if silent else {})
-    path = next((p for p in (Path(name), ROOT / name) if p.is_file()), None)
+    path = next((p for p in (Path(name), CHECKOUT / name) if p.is_file()), None)
     if path is None:
-        raise ConfigError(f"deepspeed_config_file: {name} does not exist, neither here nor in {ROOT}.")
+        raise ConfigError(f"deepspeed_config_file: {name} does not exist, neither here nor in {CHECKOUT}.")
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -66,8 +66,8 @@ def _check_recipe_decides(settings: dict[str, Any]) -> None:
         raise ConfigError(*problems)
 
 
-def plugin(options: TrainOptions, accumulation: int, cpu: bool) -> DeepSpeedPlugin:
-    settings = settings_in_force()
+def build_deepspeed_plugin(options: TrainOptions, accumulation: int, cpu: bool) -> DeepSpeedPlugin:
+    settings = deepspeed_settings()
     _check_recipe_decides(settings)
     zero = settings["zero_optimization"]
     settings = settings | {
@@ -92,7 +92,7 @@ def plugin(options: TrainOptions, accumulation: int, cpu: bool) -> DeepSpeedPlug
     return DeepSpeedPlugin(hf_ds_config=settings, gradient_accumulation_steps=accumulation)
 
 
-def prepare_cpu() -> None:
+def prepare_deepspeed_on_cpu() -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed.ops
 

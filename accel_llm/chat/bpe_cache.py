@@ -21,7 +21,7 @@ _ASCII_CLASSES |= dict.fromkeys((r"\p{Lt}", r"\p{Lm}", r"\p{Lo}", r"\p{M}"), "")
 _MOST_WORDS = 1 << 19  # remembered at most, about 100 MB
 
 
-class Words:
+class BpeCache:
     """Encodes text that holds no added token, or says that it cannot."""
 
     def __init__(self, backend: Tokenizer):

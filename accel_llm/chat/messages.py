@@ -77,14 +77,14 @@ def read_messages(turns: Any, field: str) -> list[Message]:
     Raises DataError: no list of messages, unknown role, a value that is missing or no text, an empty answer, a broken
     tool call or weight, images.
     """
-    turns = json_of(turns, field)
+    turns = read_json(turns, field)
     if not isinstance(turns, list) or not turns:
-        raise DataError(f"{field}: found {shown(turns)}, needs a list of messages that is not empty", NOT_MESSAGES)
+        raise DataError(f"{field}: found {show_value(turns)}, needs a list of messages that is not empty", NOT_MESSAGES)
     messages: list[Message] = []
     for index, turn in enumerate(turns):
         if not isinstance(turn, dict):
             raise DataError(
-                f"{field}[{index}]: found {shown(turn)}, needs an object with role and content", NOT_MESSAGES
+                f"{field}[{index}]: found {show_value(turn)}, needs an object with role and content", NOT_MESSAGES
             )
         try:
             if "human" in turn and "assistant" in turn and not (turn.get("role") or turn.get("from")):
@@ -123,29 +123,29 @@ def check_order(messages: list[Message]) -> None:
 
 def question_and_answer(fields: Mapping[str, Any], question: str, answer: str) -> list[Message]:
     """Two messages from two fields; DataError if one is missing or no text, or the answer is empty."""
-    return [{"role": "user", "content": text_of(fields, question)}, answer_of(fields, answer)]
+    return [{"role": "user", "content": read_text(fields, question)}, read_answer(fields, answer)]
 
 
-def answer_of(fields: Mapping[str, Any], field: str) -> Message:
+def read_answer(fields: Mapping[str, Any], field: str) -> Message:
     """An assistant's message from one field; DataError if it is missing, empty or no text."""
-    answer = text_of(fields, field)
+    answer = read_text(fields, field)
     if not answer or answer.isspace():
-        raise DataError(f"{field}: the answer is empty, needs text ({keys(fields)})", EMPTY_ANSWER)
+        raise DataError(f"{field}: the answer is empty, needs text ({show_keys(fields)})", EMPTY_ANSWER)
     return {"role": "assistant", "content": answer}
 
 
-def tools_of(tools: Any) -> list[dict[str, Any]] | None:
+def read_tools(tools: Any) -> list[dict[str, Any]] | None:
     """The `tools` column (a list of schemas, or JSON text of one) in the shape of OpenAI; None if it holds none.
 
     Raises DataError: anything else.
     """
-    tools = json_of(tools, "tools") or []
+    tools = read_json(tools, "tools") or []
     if not isinstance(tools, list):
-        raise DataError(f"tools: found {shown(tools)}, needs a list of JSON schemas", BROKEN_TOOLS)
-    schemas = [json_of(tool, f"tools[{index}]") for index, tool in enumerate(tools)]
+        raise DataError(f"tools: found {show_value(tools)}, needs a list of JSON schemas", BROKEN_TOOLS)
+    schemas = [read_json(tool, f"tools[{index}]") for index, tool in enumerate(tools)]
     for index, schema in enumerate(schemas):
         if not isinstance(schema, dict):
-            raise DataError(f"tools[{index}]: found {shown(schema)}, needs a JSON schema", BROKEN_TOOLS)
+            raise DataError(f"tools[{index}]: found {show_value(schema)}, needs a JSON schema", BROKEN_TOOLS)
     return [schema if "function" in schema else {"type": "function", "function": schema} for schema in schemas] or None
 
 
@@ -155,7 +155,7 @@ def _message(turn: dict[str, Any]) -> Message:
         spoken, role_field = turn["from"], "from"
     role = ROLES.get(spoken) if isinstance(spoken, str) else None
     if role is None:
-        found = f"unknown role {shown(spoken)}" if role_field in turn else f"missing ({keys(turn)})"
+        found = f"unknown role {show_value(spoken)}" if role_field in turn else f"missing ({show_keys(turn)})"
         raise DataError(f"{role_field}: {found}, known are {', '.join(ROLES)}", UNKNOWN_ROLE)
     content, content_field = turn.get("content"), "content"
     if content is None and "value" in turn:
@@ -165,7 +165,7 @@ def _message(turn: dict[str, Any]) -> Message:
         message = {
             "role": role,
             "content": "",
-            "tool_calls": _tool_calls(json_of(content, content_field), content_field),
+            "tool_calls": _tool_calls(read_json(content, content_field), content_field),
         }
     elif isinstance(content, list):
         message.update(_joined_parts(content, content_field))
@@ -173,7 +173,7 @@ def _message(turn: dict[str, Any]) -> Message:
         _add_fields(message, turn)
     if not isinstance(message["content"], str):
         # Nothing beside calls is the one case in which a message may lack its text.
-        message["content"] = "" if content is None and "tool_calls" in message else text_of(turn, content_field)
+        message["content"] = "" if content is None and "tool_calls" in message else read_text(turn, content_field)
     if role == "assistant":
         text = message["content"]
         if (not text or text.isspace()) and not message.get("tool_calls"):
@@ -188,7 +188,7 @@ def _joined_parts(parts: list[Any], where: str) -> Message:
     texts, thoughts, calls = [], [], []
     for index, part in enumerate(parts):
         if not isinstance(part, dict):
-            raise DataError(f"{where}[{index}]: found {shown(part)}, needs an object with type and text", NOT_TEXT)
+            raise DataError(f"{where}[{index}]: found {show_value(part)}, needs an object with type and text", NOT_TEXT)
         kind = part.get("type")
         try:
             if kind == "text":
@@ -198,9 +198,9 @@ def _joined_parts(parts: list[Any], where: str) -> Message:
             elif kind == "tool_call":
                 calls.append(_tool_call(part.get("value"), "value"))
             elif isinstance(kind, str) and kind in _MEDIA_PARTS:
-                raise DataError(f"type: found {shown(kind)}, but {TEXT_ONLY}", IMAGES)
+                raise DataError(f"type: found {show_value(kind)}, but {TEXT_ONLY}", IMAGES)
             else:
-                raise DataError(f"type: found {shown(kind)}, allowed: text, reasoning, tool_call", NOT_TEXT)
+                raise DataError(f"type: found {show_value(kind)}, allowed: text, reasoning, tool_call", NOT_TEXT)
         except DataError as error:
             raise DataError(f"{where}[{index}].{error}", error.reason) from None
     message: Message = {"content": "".join(texts)}
@@ -213,24 +213,26 @@ def _joined_parts(parts: list[Any], where: str) -> Message:
 
 def _text_of_part(part: dict[str, Any], kind: str) -> str:
     """OpenAI names the field by the part's type, others `text` or `value`."""
-    return text_of(part, next((field for field in (kind, "text", "value") if part.get(field) is not None), kind))
+    return read_text(part, next((field for field in (kind, "text", "value") if part.get(field) is not None), kind))
 
 
 def _add_fields(message: Message, turn: dict[str, Any]) -> None:
     """What a message may have beside role and content, where it is given."""
-    calls = json_of(turn.get("tool_calls"), "tool_calls") or turn.get("function_call")
+    calls = read_json(turn.get("tool_calls"), "tool_calls") or turn.get("function_call")
     if calls:
         message["tool_calls"] = [*message.get("tool_calls", ()), *_tool_calls(calls, "tool_calls")]
-    thoughts = {text_of(turn, field) for field in _REASONING if turn.get(field) not in _NONE}
+    thoughts = {read_text(turn, field) for field in _REASONING if turn.get(field) not in _NONE}
     if "thinking" in message:
         thoughts.add(message["thinking"])
     if len(thoughts) > 1:
-        raise DataError(f"reasoning_content: found several reasonings ({keys(turn)}), allowed: one", TWO_REASONINGS)
+        raise DataError(
+            f"reasoning_content: found several reasonings ({show_keys(turn)}), allowed: one", TWO_REASONINGS
+        )
     if thoughts:
         message["reasoning_content"] = message["thinking"] = thoughts.pop()
     for field in ("tool_call_id", "name"):
         if turn.get(field) not in _NONE:
-            message[field] = text_of(turn, field)
+            message[field] = read_text(turn, field)
     weight = _weight(turn)
     if weight == 0:
         message["train"] = False
@@ -242,13 +244,15 @@ def _weight(turn: dict[str, Any]) -> float:
     """How much the loss of a message counts: 1 unless `train`, `weight` or `loss_weight` say otherwise."""
     train = turn.get("train")
     if train not in (None, False, True):
-        raise DataError(f"train: found {shown(train)}, allowed: true and false (context only)", BAD_WEIGHT)
+        raise DataError(f"train: found {show_value(train)}, allowed: true and false (context only)", BAD_WEIGHT)
     field = "weight" if turn.get("weight") is not None else "loss_weight"
     weight = turn.get(field)
     if weight is None:
         return 1.0 if train in (None, True) else 0.0
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight <= sys.float_info.max:
-        raise DataError(f"{field}: found {shown(weight)}, needs a number from 0 (context only) upwards", BAD_WEIGHT)
+        raise DataError(
+            f"{field}: found {show_value(weight)}, needs a number from 0 (context only) upwards", BAD_WEIGHT
+        )
     return float(weight) if train in (None, True) else 0.0
 
 
@@ -269,7 +273,7 @@ def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
 
 def _tool_call(call: Any, where: str) -> dict[str, Any]:
     """In the shape of OpenAI, but with the arguments as an object: that is what templates print or iterate."""
-    call = json_of(call, where)
+    call = read_json(call, where)
     function = call.get("function") or call if isinstance(call, dict) else None
     name = function.get("name") if isinstance(function, dict) else None
     arguments = function.get("arguments") if isinstance(function, dict) else None
@@ -277,7 +281,7 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
         arguments = {}
     if not isinstance(name, str) or not isinstance(arguments, (dict, str)):
         raise DataError(
-            f"{where}: found the tool call {shown(call)}, needs an object with name and arguments (an object)",
+            f"{where}: found the tool call {show_value(call)}, needs an object with name and arguments (an object)",
             BROKEN_TOOLS,
         )
     if isinstance(arguments, str):
@@ -290,16 +294,16 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
     return {"id": call["id"], **made} if isinstance(call.get("id"), str) and call["id"] else made
 
 
-def text_of(fields: Mapping[str, Any], field: str) -> str:
+def read_text(fields: Mapping[str, Any], field: str) -> str:
     """The text of a field; DataError if it is missing or anything but text."""
     value = fields.get(field)
     if isinstance(value, str):
         return value
-    found = f"found {shown(value)}" if field in fields else "missing"
-    raise DataError(f"{field}: {found}, needs text ({keys(fields)})", MISSING_VALUE if value is None else NOT_TEXT)
+    found = f"found {show_value(value)}" if field in fields else "missing"
+    raise DataError(f"{field}: {found}, needs text ({show_keys(fields)})", MISSING_VALUE if value is None else NOT_TEXT)
 
 
-def json_of(value: Any, where: str) -> Any:
+def read_json(value: Any, where: str) -> Any:
     """What `value` says, if it is JSON text (the empty text says nothing), else itself; DataError if it is no JSON."""
     if not isinstance(value, str):
         return value
@@ -308,10 +312,10 @@ def json_of(value: Any, where: str) -> Any:
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: found {shown(value)}, which is not JSON ({error})", NOT_JSON) from None
+        raise DataError(f"{where}: found {show_value(value)}, which is not JSON ({error})", NOT_JSON) from None
 
 
-def shown(value: Any) -> str:
+def show_value(value: Any) -> str:
     """`value` in an error: as JSON, in one line of at most 80 characters."""
     try:
         text = json.dumps(value, ensure_ascii=False, default=lambda other: f"<{type(other).__name__}>")
@@ -320,7 +324,7 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def keys(fields: Mapping[str, Any]) -> str:
+def show_keys(fields: Mapping[str, Any]) -> str:
     """What a row or message has, for an error about what it has not: in one line of a bounded length."""
     names = " ".join(", ".join(map(str, fields)).split())
     return "its keys: " + (names if len(names) <= 200 else names[:197] + "...")

@@ -21,14 +21,14 @@ if sys.platform == "linux":
     import resource
 
 # Published templates have some thousands of characters and take milliseconds.
-SECONDS, MEMORY, SOURCE = 3, 1 << 30, 1 << 17
-STUCK = 10  # seconds of CPU time in one call of C, where Python cannot be interrupted
+MAX_SECONDS, MAX_MEMORY, MAX_SOURCE = 3, 1 << 30, 1 << 17
+STUCK_SECONDS = 10  # seconds of CPU time in one call of C, where Python cannot be interrupted
 # A text is at most so many characters, or so many times those that people wrote.
-TEXT, TIMES = 1 << 20, 16
-FRESH = 0.1  # seconds for which a measurement of memory holds: it costs as much as a whole render
+FREE_OUTPUT, MAX_GROWTH = 1 << 20, 16
+FRESH_SECONDS = 0.1  # seconds for which a measurement of memory holds: it costs as much as a whole render
 
 Given = ParamSpec("Given")
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 
 class _Expired(BaseException):
@@ -51,7 +51,7 @@ class _Work:
 _memory: _Memory | None = None
 
 
-def bounded(act: Callable[Given, Answer], /, *args: Given.args, **named: Given.kwargs) -> Answer:
+def run_bounded(act: Callable[Given, Result], /, *args: Given.args, **named: Given.kwargs) -> Result:
     """`act(...)`, within MEMORY bytes beyond those in use; nothing in it may go on for SECONDS without a `begin`.
 
     Seconds are of CPU time, so that a machine which is busy or asleep costs no template its life; a render that hangs is
@@ -69,16 +69,16 @@ def bounded(act: Callable[Given, Answer], /, *args: Given.args, **named: Given.k
     _listen()
     # The first of it counts from here, each other one from the tick that follows its beginning.
     _Work.under_way, _Work.seen = True, _Work.begun + 1
-    signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS, SECONDS)
-    signal.setitimer(signal.ITIMER_PROF, STUCK)
+    signal.setitimer(signal.ITIMER_VIRTUAL, MAX_SECONDS, MAX_SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, STUCK_SECONDS)
     if memory:
         resource.setrlimit(resource.RLIMIT_DATA, memory.bounded)
     try:
         return act(*args, **named)
     except _Expired:
-        wanted = f"{SECONDS} seconds"
+        wanted = f"{MAX_SECONDS} seconds"
     except MemoryError:
-        wanted = f"{MEMORY >> 20} MiB of memory"
+        wanted = f"{MAX_MEMORY >> 20} MiB of memory"
     finally:
         _Work.under_way = False
         if memory:
@@ -91,23 +91,23 @@ def bounded(act: Callable[Given, Answer], /, *args: Given.args, **named: Given.k
     )
 
 
-def begin() -> None:
+def begin_render() -> None:
     """To be called before each render: a conversation of thousands of turns takes thousands of them."""
     _Work.begun += 1
 
 
-def check_source(source: str) -> None:
+def check_template_size(source: str) -> None:
     """Raises ConfigError where a template's source is too long to be one: its compilation cannot be interrupted."""
-    if len(source) > SOURCE:
+    if len(source) > MAX_SOURCE:
         raise ConfigError(
-            f"chat_template: its source is more than {SOURCE:,} characters long, and templates have some thousands; give "
+            f"chat_template: its source is more than {MAX_SOURCE:,} characters long, and templates have some thousands; give "
             "another one (chat_template: chatml | path/to/file.jinja)."
         )
 
 
-def check_text(text: str, written: Any) -> None:
+def check_output_size(text: str, written: Any) -> None:
     """Raises ConfigError where a template has made far more of what people wrote, `written`, than there was of it."""
-    if len(text) > TEXT and len(text) > TIMES * len(repr(written)):
+    if len(text) > FREE_OUTPUT and len(text) > MAX_GROWTH * len(repr(written)):
         raise ConfigError(
             f"chat_template: it wrote {len(text):,} characters for a conversation of {len(repr(written)):,}; look into it, "
             "or give another one (chat_template: chatml | path/to/file.jinja)."
@@ -127,7 +127,7 @@ def _tick(number: int, frame: Any) -> None:
     if _Work.begun == _Work.seen:
         raise _Expired
     _Work.seen = _Work.begun
-    signal.setitimer(signal.ITIMER_PROF, STUCK)  # it is not stuck
+    signal.setitimer(signal.ITIMER_PROF, STUCK_SECONDS)  # it is not stuck
 
 
 def _limit_of_memory() -> _Memory | None:
@@ -136,9 +136,9 @@ def _limit_of_memory() -> _Memory | None:
     if sys.platform != "linux":
         return None
     now = time.monotonic()
-    if _memory is None or now - _memory.measured > FRESH:
+    if _memory is None or now - _memory.measured > FRESH_SECONDS:
         usual = resource.getrlimit(resource.RLIMIT_DATA)
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[5])
-        soft = pages * resource.getpagesize() + MEMORY
+        soft = pages * resource.getpagesize() + MAX_MEMORY
         _memory = _Memory(now, usual, (soft if usual[0] < 0 else min(soft, usual[0]), usual[1]))
     return _memory

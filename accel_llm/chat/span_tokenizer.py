@@ -11,14 +11,14 @@ import numpy as np
 from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerBase
 
-from accel_llm.chat.bpe_cache import Words
+from accel_llm.chat.bpe_cache import BpeCache
 from accel_llm.errors import DataError
 
 # Unicode noncharacters: never part of a text that is meant to be read, and untouched by `trim`.
-OPEN, CLOSE = "\ufdd0", "\ufdd1"
-SHORT, MOST_SHORT = 16, 4096  # characters of texts whose ids are remembered, and how many of them
+GUARD_OPEN, GUARD_CLOSE = "\ufdd0", "\ufdd1"
+SHORT_TEXT, MAX_SHORT_TEXTS = 16, 4096  # characters of texts whose ids are remembered, and how many of them
 _HALF = re.compile("[\ud800-\udfff]")
-_GUARDED = re.compile(f"{OPEN}([^{OPEN}{CLOSE}]+){CLOSE}")
+_GUARDED = re.compile(f"{GUARD_OPEN}([^{GUARD_OPEN}{GUARD_CLOSE}]+){GUARD_CLOSE}")
 # Special tokens of some tokenizers, yet people write them in their data on purpose.
 _TAG = re.compile(r"</?(?:think|thinking|reasoning|answer|tool_calls?|tool_response|tools)>")
 
@@ -30,7 +30,7 @@ class Span(NamedTuple):
     end: int
 
 
-class Tokens:
+class SpanTokenizer:
     """A fast tokenizer without all that its files may switch on: nothing is added, padded or cut.
 
     With `allow_special_in_text` control tokens in what people wrote are control tokens, not text.
@@ -59,11 +59,11 @@ class Tokens:
             and (token.content in named or not _TAG.fullmatch(token.content))
         ]
         starts = "".join(sorted({re.escape(token[0]) for token in control_tokens}))
-        self._may_matter = re.compile(f"[{starts}{OPEN}{CLOSE}\ud800-\udfff]").search
+        self._may_matter = re.compile(f"[{starts}{GUARD_OPEN}{GUARD_CLOSE}\ud800-\udfff]").search
         self._control = re.compile(_any_of(control_tokens))
         self._added = re.compile(f"({self.added_pattern})")
         self._added_ids = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
-        self._words = Words(self._backend)
+        self._words = BpeCache(self._backend)
         self._short: dict[str, list[int]] = {}
         splits_plainly = not any(token.lstrip or token.rstrip or token.single_word for token in added)
         self._words_alone = self._words.supported and splits_plainly
@@ -85,13 +85,13 @@ class Tokens:
         if isinstance(value, str):
             if not self._may_matter(value):
                 return value
-            check_text(value)
-            if OPEN in value or CLOSE in value:
+            check_encodable(value)
+            if GUARD_OPEN in value or GUARD_CLOSE in value:
                 raise DataError(
-                    f"content: holds {OPEN!a} or {CLOSE!a}, Unicode noncharacters that no text may hold",
+                    f"content: holds {GUARD_OPEN!a} or {GUARD_CLOSE!a}, Unicode noncharacters that no text may hold",
                     "noncharacters",
                 )
-            return self._control.sub(rf"{OPEN}\g<0>{CLOSE}", value)
+            return self._control.sub(rf"{GUARD_OPEN}\g<0>{GUARD_CLOSE}", value)
         if isinstance(value, dict):
             return {key: self.guard(item) for key, item in value.items()}
         if isinstance(value, list):
@@ -100,7 +100,7 @@ class Tokens:
 
     def encode(self, text: str, spans: list[Span]) -> tuple[list[int], list[Span]]:
         """Ids of `text` (marks of `guard` removed) and, for each span of characters in order, its span of tokens."""
-        guarded = OPEN in text and _GUARDED.search(text) is not None
+        guarded = GUARD_OPEN in text and _GUARDED.search(text) is not None
         if not guarded and not (
             self._cuts_freely and all(text.endswith(self._literals, 0, span.end) for span in spans)
         ):
@@ -134,7 +134,7 @@ class Tokens:
         """Ids of a text without added tokens. Role names and line ends come again and again."""
         ids = self._words.encode(part)
         ids = self._ids(part) if ids is None else ids
-        if len(part) <= SHORT and len(self._short) < MOST_SHORT:
+        if len(part) <= SHORT_TEXT and len(self._short) < MAX_SHORT_TEXTS:
             self._short[part] = ids
         return ids
 
@@ -188,7 +188,7 @@ class Tokens:
         return self._backend.encode(text, add_special_tokens=False).ids
 
 
-def check_text(text: str) -> None:
+def check_encodable(text: str) -> None:
     """Raises DataError for what JSON can say and no encoding can write."""
     if half := _HALF.search(text):
         raise DataError(f"found {half[0]!a} in the text, half of a surrogate pair, which is no character", "not text")
@@ -199,7 +199,7 @@ def _any_of(literals: Iterable[str]) -> str:
     return "|".join(map(re.escape, longest_first)) or "(?!)"
 
 
-def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int] | np.ndarray) -> str:
+def decode_tokens(tokenizer: PreTrainedTokenizerBase, ids: list[int] | np.ndarray) -> str:
     """The text of `ids`, special tokens included."""
     text = tokenizer.decode(ids, skip_special_tokens=False)
     assert isinstance(text, str)

@@ -18,9 +18,9 @@ from jinja2.runtime import LoopContext
 from jinja2.utils import Namespace
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from accel_llm.chat.sandbox import TEXT
+from accel_llm.chat.sandbox import FREE_OUTPUT
 
-LONGEST = 64  # characters that may come in place of a short text
+MAX_QUESTIONS = 64  # characters that may come in place of a short text
 _STAND_IN = re.compile("\ufdd3(\\d+)\ufdd4")  # Unicode noncharacters
 _OF_DICTS = frozenset(dir(dict))
 _FILTERS = {"trim", "length", "count", "default", "d", "string", "first", "last", "tojson", "upper", "lower", "title"}
@@ -72,7 +72,7 @@ class Trace:
         return answer
 
     def _answer(self, marked: str, method: str, arguments: tuple[Any, ...]) -> tuple[Asked, Any]:
-        real, alone = fill(marked, self.texts), _STAND_IN.fullmatch(marked)
+        real, alone = fill_in(marked, self.texts), _STAND_IN.fullmatch(marked)
         number = int(alone[1]) if alone else -1
         answer = _apply(real, method, arguments)
         if answer == real and isinstance(answer, str):
@@ -100,7 +100,7 @@ def replay(asked: list[Asked], texts: list[str]) -> list[str] | None:
     of these is so long that its render must be bounded."""
     texts = list(texts)
     for marked, method, arguments, answer, made, number in asked:
-        real = texts[number] if number >= 0 else fill(marked, texts)
+        real = texts[number] if number >= 0 else fill_in(marked, texts)
         found = _apply(real, method, arguments)
         if isinstance(found, list):
             if len(found) != made:
@@ -109,7 +109,7 @@ def replay(asked: list[Asked], texts: list[str]) -> list[str] | None:
         elif isinstance(found, str):
             if made != (found != real):
                 return None
-            if len(found) > TEXT:
+            if len(found) > FREE_OUTPUT:
                 return None
             if made:
                 texts.append(found)
@@ -118,7 +118,7 @@ def replay(asked: list[Asked], texts: list[str]) -> list[str] | None:
     return texts
 
 
-def fill(marked: str, texts: list[str]) -> str:
+def fill_in(marked: str, texts: list[str]) -> str:
     """The real text that `marked` stands for."""
     parts: list[Any] = _STAND_IN.split(marked)
     parts[1::2] = [texts[int(index)] for index in parts[1::2]]
@@ -139,7 +139,7 @@ def _apply(real: str, method: str, arguments: tuple[Any, ...]) -> Any:
 
 def _multiplies(method: str, arguments: tuple[Any, ...]) -> bool:
     """Whether a text may grow without measure: patterns are filled in without the bounds that a render has."""
-    return method == "replace" and len(arguments) > 1 and len(arguments[1]) > len(arguments[0]) + LONGEST
+    return method == "replace" and len(arguments) > 1 and len(arguments[1]) > len(arguments[0]) + MAX_QUESTIONS
 
 
 def _asks(method: str) -> Callable[..., Any]:

@@ -21,16 +21,17 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from accel_llm.chat.sandbox import SOURCE, begin, bounded, check_source, check_text
-from accel_llm.chat.span_tokenizer import CLOSE, OPEN, Span, Tokens
-from accel_llm.chat.targets import Frame, Layout, Message, Target, TrainOn, Turns
+from accel_llm.chat.messages import Message
+from accel_llm.chat.patterns import PatternCache
+from accel_llm.chat.sandbox import MAX_SOURCE, begin_render, check_output_size, check_template_size, run_bounded
+from accel_llm.chat.span_tokenizer import GUARD_CLOSE, GUARD_OPEN, Span, SpanTokenizer
+from accel_llm.chat.targets import IGNORED, Frame, Target, TargetFinder, TargetLayout, TrainOn
 from accel_llm.config.options import DataOptions
 from accel_llm.errors import ConfigError, DataError
 
 Tools = list[Any] | None  # JSON schemas
 TrainOnEos = Literal["turn", "last", "none"]
 
-IGNORED = -100  # the label of a token that is not trained
 
 CHATML = """\
 {%- for message in messages %}
@@ -46,15 +47,15 @@ _MARKER = re.compile(r"<\|[^<>|\s]+\|>|<\uff5c[^<>\uff5c]+\uff5c>|</?s>|<(?:star
 _ROLE_HEADER = re.compile(r"<\|(?:system|user|assistant|tool)\|>")
 _INDENTED_OUTPUT = re.compile(r"^[ \t]+\{\{(?!-)", re.MULTILINE)
 
-REFUSED = "refused by the chat template"  # why a row is not right
+TEMPLATE_REFUSED = "refused by the chat template"  # why a row is not right
 # What a template can end in, being a program; a syntax error is Python's, where loops are nested too deep for it.
-FAULTS = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
-FAULTS += (RecursionError, SyntaxError)
-MOST_WORDS = 500  # of what it says when it refuses
+TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
+TEMPLATE_ERRORS += (RecursionError, SyntaxError)
+MAX_CACHED_WORDS = 500  # of what it says when it refuses
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedRow:
     """One row: `labels[k]` is `input_ids[k]` where position k is trained, else -100 (unshifted); `weights[k]` is how much
     that label counts, None where each counts 1."""
 
@@ -64,12 +65,12 @@ class Encoded:
 
 
 @dataclass(frozen=True)
-class Encoding:
+class EncodedConversation:
     """A conversation's rows, and for every reason how many of its assistant turns train nothing; how many are trained
     without what the template writes before an answer only while it is the last, and how many without their reasoning,
     which the template does not write."""
 
-    rows: list[Encoded]
+    rows: list[EncodedRow]
     lost: dict[str, int]
     shown_as_history: int = 0
     without_reasoning: int = 0
@@ -89,17 +90,18 @@ class Template:
         variables: dict[str, Any] | None = None,
         allow_special_in_text: bool = False,
     ):
-        check_source(source)
+        check_template_size(source)
         self.source = source
         self._variables: dict[str, Any] = {**tokenizer.special_tokens_map, **(variables or {})}
-        self._tokens = Tokens(tokenizer, allow_special_in_text)
+        self._tokens = SpanTokenizer(tokenizer, allow_special_in_text)
         self.tokenizer_digest = self._tokens.digest
         frame = self._learn_frame()
         self._tail, control = frame.tail, self._tokens.added_pattern
         closing = re.match(rf"\s*({control})", frame.tail)
         self.turn_end: str | None = closing[1] if closing else None
         self.turn_end_id: int | None = self._tokens.id_of(closing[1]) if closing else None
-        self._turns = Turns(source, self._variables, frame, closing.end() if closing else 0, control)
+        self._targets = TargetFinder(frame, closing.end() if closing else 0, control)
+        self._patterns = PatternCache(source, self._variables, self._targets.lay_out)
 
     def render(
         self,
@@ -112,8 +114,8 @@ class Template:
 
         Raises DataError with the template's words if it refuses, ConfigError if it takes more than `limits` allow.
         """
-        text = bounded(self._render, messages, add_generation_prompt, tools, variables)
-        check_text(text, (messages, tools))
+        text = run_bounded(self._render, messages, add_generation_prompt, tools, variables)
+        check_output_size(text, (messages, tools))
         return text
 
     def _render(
@@ -123,7 +125,7 @@ class Template:
         tools: Tools,
         variables: dict[str, Any] | None,
     ) -> str:
-        begin()
+        begin_render()
         # `apply_chat_template` leaves out fields that are None, too.
         chat = [{key: value for key, value in message.items() if value is not None} for message in messages]
         options = {
@@ -136,9 +138,9 @@ class Template:
             return render_jinja_template([chat], chat_template=self.source, **options)[0][0]
         except TemplateSyntaxError:  # of the template itself, whatever the conversation
             raise
-        except FAULTS as error:
-            words = str(error)[:MOST_WORDS]
-            raise DataError(f"the chat template refuses this conversation: {words}", REFUSED) from error
+        except TEMPLATE_ERRORS as error:
+            words = str(error)[:MAX_CACHED_WORDS]
+            raise DataError(f"the chat template refuses this conversation: {words}", TEMPLATE_REFUSED) from error
 
     def prompt_ids(
         self, messages: list[Message], tools: Tools = None, variables: dict[str, Any] | None = None
@@ -155,7 +157,7 @@ class Template:
         split_turns: bool = False,
         train_on_eos: TrainOnEos = "turn",
         variables: dict[str, Any] | None = None,
-    ) -> Encoding:
+    ) -> EncodedConversation:
         """One row for the conversation; with `split_turns` one more for each turn that the row does not show as written.
 
         `train_on`: every assistant turn, the last one only, or every token of the conversation (`all`). A message with
@@ -167,13 +169,13 @@ class Template:
         """
         messages, tools = self._tokens.guard(messages), self._tokens.guard(tools)
 
-        layout = None if tools else self._turns.recall(messages, variables, train_on, split_turns)
+        layout = None if tools else self._patterns.recall(messages, variables, train_on, split_turns)
         if layout is None:
-            layout = bounded(self._lay_out, messages, train_on, tools, split_turns, variables)
+            layout = run_bounded(self._lay_out, messages, train_on, tools, split_turns, variables)
         for text, _ in layout.rows:
-            check_text(text, (messages, tools))
+            check_output_size(text, (messages, tools))
         rows = [self._row(text, targets, train_on_eos) for text, targets in layout.rows]
-        return Encoding(rows, *layout[1:])
+        return EncodedConversation(rows, *layout[1:])
 
     def _lay_out(
         self,
@@ -182,15 +184,15 @@ class Template:
         tools: Tools,
         split_turns: bool,
         variables: dict[str, Any] | None,
-    ) -> Layout:
+    ) -> TargetLayout:
         def render(some: list[Message], add_generation_prompt: bool) -> str:
             return self._attempt(some, add_generation_prompt, tools, variables)
 
-        layout = None if tools else self._turns.learn(messages, render, variables, train_on, split_turns)
+        layout = None if tools else self._patterns.learn(messages, render, variables, train_on, split_turns)
         if layout is not None:
             return layout
         full = self._render(messages, False, tools, variables)
-        return self._turns.lay_out(messages, full, render, train_on, split_turns)
+        return self._targets.lay_out(messages, full, render, train_on, split_turns)
 
     def split_markers(self, strict: bool) -> list[str]:
         """The template's control tokens if this tokenizer would split one that has to be a single token.
@@ -206,7 +208,7 @@ class Template:
             needed |= {marker for marker in split if not _ROLE_HEADER.fullmatch(marker)}
         return split if needed & set(split) else []
 
-    def _row(self, text: str, targets: list[Target], train_on_eos: TrainOnEos) -> Encoded:
+    def _row(self, text: str, targets: list[Target], train_on_eos: TrainOnEos) -> EncodedRow:
         ids, trained = self._tokens.encode(text, [Span(target.start, target.end) for target in targets])
         labels = [IGNORED] * len(ids)
         weights = [1.0] * len(ids) if any(target.weight != 1 for target in targets) else None
@@ -217,7 +219,7 @@ class Template:
             labels[start:end] = ids[start:end]
             if weights:
                 weights[start:end] = [target.weight] * (end - start)
-        return Encoded(ids, labels, weights)
+        return EncodedRow(ids, labels, weights)
 
     def _attempt(
         self, messages: list[Message], add_generation_prompt: bool, tools: Tools, variables: dict[str, Any] | None
@@ -230,14 +232,14 @@ class Template:
 
     def _learn_frame(self) -> Frame:
         question = {"role": "user", "content": "a"}
-        answer = {"role": "assistant", "content": f"{OPEN}b{CLOSE}"}
+        answer = {"role": "assistant", "content": f"{GUARD_OPEN}b{GUARD_CLOSE}"}
         text, prompt = self.render([question, answer]), self.render([question], add_generation_prompt=True)
-        before, mark, _ = text.partition(OPEN)
+        before, mark, _ = text.partition(GUARD_OPEN)
         if not mark:
             raise DataError("the chat template leaves out the assistant's answer")
-        thoughtful = bounded(self._attempt, [question, answer | {"reasoning_content": "\ufdd5"}], False, None, None)
+        thoughtful = run_bounded(self._attempt, [question, answer | {"reasoning_content": "\ufdd5"}], False, None, None)
         opening = before.removeprefix(prompt) if before.startswith(prompt) else ""
-        return Frame(opening, text.rpartition(CLOSE)[2], "\ufdd5" in thoughtful)
+        return Frame(opening, text.rpartition(GUARD_CLOSE)[2], "\ufdd5" in thoughtful)
 
 
 def load_template(
@@ -263,7 +265,7 @@ def load_template(
     return template
 
 
-def template_of(tokenizer: PreTrainedTokenizerBase, options: DataOptions) -> Template:
+def configured_template(tokenizer: PreTrainedTokenizerBase, options: DataOptions) -> Template:
     """The template that a run names, with its variables; see `load_template`."""
     return load_template(tokenizer, options.chat_template, options.chat_template_kwargs, options.allow_special_in_text)
 
@@ -316,8 +318,8 @@ def _read_source(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) 
             f"chat_template: {chat_template!r} is neither a file nor chatml, the template this program has"
         )
     with path.open(encoding="utf-8") as file:
-        source = file.read(SOURCE + 1)
-    check_source(source)
+        source = file.read(MAX_SOURCE + 1)
+    check_template_size(source)
     return _without_layout(source)
 
 

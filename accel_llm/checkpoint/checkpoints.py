@@ -23,23 +23,23 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 
-from accel_llm.backend.accelerator import another_group, asked_to, largest, meet
-from accel_llm.checkpoint import pieces
-from accel_llm.checkpoint import shares as owners
+from accel_llm.backend.collectives import agree_on_requests, max_over_processes, new_host_group, wait_for_all
+from accel_llm.checkpoint.pieces import PieceReader, Share
 from accel_llm.checkpoint.randomness import randomness, set_randomness
-from accel_llm.checkpoint.resume import make_room, of_rank
-from accel_llm.config.command_line import resolved
+from accel_llm.checkpoint.resume import make_room, rank_file
+from accel_llm.checkpoint.shares import fill_weights, load_shares, local_shares, share_tensors
+from accel_llm.config.command_line import resolved_options
 from accel_llm.config.options import TrainOptions
-from accel_llm.data.stream import Start
-from accel_llm.errors import DISK, ConfigError
+from accel_llm.errors import ConfigError
 from accel_llm.report.metrics import Meter
-from accel_llm.system import manifest
-from accel_llm.system import signals as interrupts
-from accel_llm.system.disk import failure, failure_number, sha256, sync
-from accel_llm.training.bad_steps import Health
-from accel_llm.training.evaluation import Evaluation
-
-LOWER_IS_BETTER = {"eval/loss"}
+from accel_llm.system.disk import disk_errno, disk_failure, sha256, sync_to_disk
+from accel_llm.system.exit import DISK_ADVICE
+from accel_llm.system.manifest import find_damage, read_parts, remove_folder, seal_folder, write_part
+from accel_llm.system.signals import Preempted, note_all_saved, note_nothing_to_lose, requested
+from accel_llm.system.tensors import names_not_finite, write_tensors
+from accel_llm.training.bad_steps import BadSteps
+from accel_llm.training.evaluation import LOWER_IS_BETTER, Evaluation
+from accel_llm.training.start import Start
 
 
 class Checkpoints:
@@ -59,7 +59,7 @@ class Checkpoints:
         self.folder = Path(options.output_dir) / "checkpoints"
         self.best, self.saved = start.best, start.step
         self.writer: threading.Thread | None = None
-        self.group = another_group() if options.save_async else None
+        self.group = new_host_group() if options.save_async else None
         self.failed: BaseException | None = None
         self.buffers: dict[str, torch.Tensor] = {}
 
@@ -67,12 +67,12 @@ class Checkpoints:
         """Bring model, optimizer, schedule and generators to the state of the checkpoint, and make `output_dir` ready."""
         if self.start.folder is not None:
             self._load(self.start.folder)
-        meet()
+        wait_for_all()
         if self.accelerator.is_main_process:
             make_room(self.start)
-        meet()
+        wait_for_all()
 
-    def when_due(self, meter: Meter, evaluation: Evaluation, health: Health, step: int) -> None:
+    def when_due(self, meter: Meter, evaluation: Evaluation, health: BadSteps, step: int) -> None:
         """Save every `save_steps`, at the end, when this is the best so far, and when somebody asks for it by a signal.
 
         Raises:
@@ -80,19 +80,19 @@ class Checkpoints:
             ConfigError: a checkpoint could not be written, or would hold a NaN.
         """
         self._check_writer()
-        stop, wish = asked_to(self.accelerator)
+        stop, wish = agree_on_requests(self.accelerator)
         better, last = self._is_better(evaluation, step), step == meter.plan.total_steps
         every = self.options.save_steps
         if stop or wish or better or last or (every and step % every == 0):
-            interrupts.wishes.save = False
+            requested.save = False
             with meter.pause_clock():
                 self._save(
                     meter, evaluation, health, step, in_background=self.options.save_async and not (stop or last)
                 )
         if stop:
             meter.close()
-            interrupts.saved()
-            raise interrupts.Preempted(interrupts.wishes.stop or signal.SIGTERM, step)
+            note_all_saved()
+            raise Preempted(requested.stop or signal.SIGTERM, step)
 
     def _is_better(self, evaluation: Evaluation, step: int) -> bool:
         name = self.options.metric_for_best_model
@@ -111,15 +111,15 @@ class Checkpoints:
         Raises:
             ConfigError: its files are no longer what was written.
         """
-        interrupts.nothing_more_to_lose()
+        note_nothing_to_lose()
         if self.best is None or self.best[0] == self.saved:
             return self.saved
         folder = self._folder(self.best[0])
-        if problem := manifest.broken(folder):
+        if problem := find_damage(folder):
             raise ConfigError(f"metric_for_best_model: the best checkpoint, {folder}, {problem}.")
         reader = _reader(folder)
-        for owner in owners.of_process(self.accelerator, self.model, self.optimizer):
-            owners.fill_weights(owner, reader)
+        for owner in local_shares(self.accelerator, self.model, self.optimizer):
+            fill_weights(owner, reader)
         self._refresh()
         return self.best[0]
 
@@ -128,7 +128,7 @@ class Checkpoints:
 
     # --- saving ------------------------------------------------------------------------------------------------------
 
-    def _save(self, meter: Meter, evaluation: Evaluation, health: Health, step: int, in_background: bool) -> None:
+    def _save(self, meter: Meter, evaluation: Evaluation, health: BadSteps, step: int, in_background: bool) -> None:
         self._finish_writer()
         if step == self.saved:
             return
@@ -138,7 +138,7 @@ class Checkpoints:
             if main:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
-            meet()
+            wait_for_all()
             tensors, values = self._mine()
             values |= {"meter": meter.state(), "randomness": randomness(self.accelerator.device)}
             shared = self._shared(meter, evaluation, health, step) if main else None
@@ -151,7 +151,7 @@ class Checkpoints:
         else:
             with self._told(step):
                 self._write(*arguments)
-            meet()
+            wait_for_all()
         self.saved = step
 
     def _mine(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -159,18 +159,18 @@ class Checkpoints:
         if self.accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP) or (
             self.accelerator.is_main_process
         ):
-            found = owners.of_process(self.accelerator, self.model, self.optimizer)
-            tensors, numbers = owners.tensors(found, self.optimizer)
+            found = local_shares(self.accelerator, self.model, self.optimizer)
+            tensors, numbers = share_tensors(found, self.optimizer)
         else:  # a copy of what the main process has
             tensors, numbers = {}, {}
         return tensors, {"numbers": numbers, "tensors": list(tensors)}
 
-    def _shared(self, meter: Meter, evaluation: Evaluation, health: Health, step: int) -> dict[str, Any]:
+    def _shared(self, meter: Meter, evaluation: Evaluation, health: BadSteps, step: int) -> dict[str, Any]:
         return {
             "step": step,
             "rows": meter.plan.rows_at(step),
             "processes": self.accelerator.num_processes,
-            "options": resolved(self.options),
+            "options": resolved_options(self.options),
             "identity": self.start.identity,
             "scale": _state_of(self._scale()),
             "best": self.best,
@@ -204,7 +204,7 @@ class Checkpoints:
             OSError: the disk failed this process or another one; all of them raise it.
             ConfigError: there is a NaN in it.
         """
-        if sick := pieces.not_finite(tensors):
+        if sick := names_not_finite(tensors):
             raise ConfigError(
                 f"checkpoints: after step {step} {len(sick)} tensors hold a NaN or an infinity ({', '.join(sick[:3])}), so it "
                 "is not saved; the checkpoints before it are whole. Lower learning_rate, or look at the data."
@@ -214,21 +214,21 @@ class Checkpoints:
         try:
             _write_files(partial, rank, tensors, values, shared)
         except Exception as failed:
-            if not (number := failure_number(failed)):
+            if not (number := disk_errno(failed)):
                 raise
             error = failed
-        if number := largest(number, self.group):
+        if number := max_over_processes(number, self.group):
             raise error or OSError(number, os.strerror(number))
         if rank:
             return
-        while (found := manifest.parts(partial, world)) is None:
+        while (found := read_parts(partial, world)) is None:
             time.sleep(0.02)
-        manifest.seal(partial, folder, found)
+        seal_folder(partial, folder, found)
         best = self.best[0] if self.best else None
         old = sorted(path for path in self.folder.glob("step-*") if path.name <= folder.name)
         for path in old[: -self.options.save_total_limit]:
             if best is None or path != self._folder(best):
-                manifest.remove(path)
+                remove_folder(path)
 
     def _write_in_background(self, *arguments: Any) -> None:
         try:
@@ -248,7 +248,7 @@ class Checkpoints:
             self.writer.join()
             self._check_writer()
             self.writer = None
-            meet()
+            wait_for_all()
 
     @contextlib.contextmanager
     def _told(self, step: int) -> Any:
@@ -260,8 +260,10 @@ class Checkpoints:
             if self.accelerator.is_main_process:
                 folder = self._folder(step)
                 shutil.rmtree(folder.with_name(f".{folder.name}.partial"), ignore_errors=True)
-            if told := failure(error):
-                raise ConfigError(f"checkpoints: step {step} could not be written: {DISK.format(told)}") from error
+            if told := disk_failure(error):
+                raise ConfigError(
+                    f"checkpoints: step {step} could not be written: {DISK_ADVICE.format(told)}"
+                ) from error
             raise
 
     # --- loading -----------------------------------------------------------------------------------------------------
@@ -269,9 +271,9 @@ class Checkpoints:
     def _load(self, folder: Path) -> None:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         reader = _reader(folder)
-        found = owners.of_process(self.accelerator, self.model, self.optimizer)
+        found = local_shares(self.accelerator, self.model, self.optimizer)
         _check_same_names(folder, found, reader)
-        owners.load(found, self.optimizer, reader)
+        load_shares(found, self.optimizer, reader)
         self._refresh()
         self._set_schedule(state["step"])
         if self.accelerator.scaler is not None:
@@ -279,7 +281,7 @@ class Checkpoints:
         elif self._scale() is not None:
             vars(self._scale()).update(state["scale"])
         if self.start.same_processes:
-            set_randomness(of_rank(folder, self.accelerator.process_index)["randomness"], self.accelerator.device)
+            set_randomness(rank_file(folder, self.accelerator.process_index)["randomness"], self.accelerator.device)
         else:
             set_seed(hash((self.options.seed, self.start.step)) % 2**31, device_specific=True)
 
@@ -326,27 +328,27 @@ def _write_files(
             files[name] = _write_json(partial / name, content)
     if tensors:
         name = f"rank-{rank:05d}.safetensors"
-        files[name] = pieces.write(partial / name, tensors)
-    manifest.part_of(partial, rank, files)
+        files[name] = write_tensors(partial / name, tensors)
+    write_part(partial, rank, files)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> tuple[int, str]:
     path.write_text(json.dumps(content), encoding="utf-8")
-    sync(path)
+    sync_to_disk(path)
     return path.stat().st_size, sha256(path)
 
 
-def _reader(folder: Path) -> pieces.Reader:
+def _reader(folder: Path) -> PieceReader:
     numbers: dict[str, Any] = {}
     expected: list[str] = []
     for path in sorted(folder.glob("rank-*.json")):
         values = json.loads(path.read_text(encoding="utf-8"))
         numbers |= values["numbers"]
         expected += values["tensors"]
-    return pieces.Reader(folder, sorted(folder.glob("rank-*.safetensors")), numbers, expected)
+    return PieceReader(folder, sorted(folder.glob("rank-*.safetensors")), numbers, expected)
 
 
-def _check_same_names(folder: Path, found: list[pieces.Owner], reader: pieces.Reader) -> None:
+def _check_same_names(folder: Path, found: list[Share], reader: PieceReader) -> None:
     """What is trained here is what was saved: each process sees the names of what it holds."""
     unknown = {piece.name for owner in found for piece in owner.pieces} - reader.names().keys()
     if unknown:

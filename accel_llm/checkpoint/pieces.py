@@ -4,10 +4,8 @@ A checkpoint keeps what is trained as flat ranges, named `parameter|field|first 
 it needs, from whichever files have them, straight into their place.
 """
 
-import hashlib
 import json
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,22 +13,9 @@ from typing import Any, NamedTuple
 import torch
 
 from accel_llm.errors import ConfigError
+from accel_llm.system.tensors import DTYPES_BY_NAME, MAX_HEADER, tensor_bytes
 
-DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
 WEIGHT, WHOLE = "weight", "whole"
-MOST_HEADER = 2**27  # bytes
 
 
 class Piece(NamedTuple):
@@ -42,47 +27,13 @@ class Piece(NamedTuple):
     size: int
 
 
-class Owner(NamedTuple):
+class Share(NamedTuple):
     """What the optimizer steps as one tensor: `key` in its state, `flat` its elements on this process as one dimension."""
 
     name: str
     key: torch.Tensor
     flat: torch.Tensor
     pieces: list[Piece]
-
-
-def not_finite(kept: dict[str, torch.Tensor]) -> list[str]:
-    """The names of tensors that hold a NaN or an infinity."""
-    floats = {name: tensor for name, tensor in kept.items() if tensor.is_floating_point() and tensor.numel()}
-    return [name for name, tensor in floats.items() if not torch.stack(torch.aminmax(tensor)).isfinite().all()]
-
-
-def write(path: Path, kept: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> tuple[int, str]:
-    """Write a safetensors file, one tensor after the other; its size and SHA-256, and it is on the disk.
-
-    safetensors' own writer wants all tensors in memory at once, nobody would know the hash of what was meant, and it writes
-    metadata in another order each time.
-    """
-    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-    end = 0
-    for name, tensor in kept.items():
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    digest, size = hashlib.sha256(), 0
-    with path.open("wb") as file:
-        for block in (len(text).to_bytes(8, "little"), text, *map(_bytes, kept.values())):
-            digest.update(block)
-            size += file.write(block)
-        file.flush()
-        os.fsync(file.fileno())
-    return size, digest.hexdigest()
-
-
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    flat: Any = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-    return memoryview(flat)
 
 
 class Entry(NamedTuple):
@@ -96,7 +47,7 @@ class Entry(NamedTuple):
     size: int
 
 
-class Reader:
+class PieceReader:
     """The pieces in the safetensors files of a checkpoint, read where they are needed and nowhere kept."""
 
     def __init__(self, folder: Path, paths: list[Path], numbers: dict[str, Any], expected: list[str]):
@@ -123,15 +74,15 @@ class Reader:
         """Every parameter that is saved, with its number of elements."""
         return {name: sum(e.size for e in found) for (name, field), found in self.entries.items() if field == WEIGHT}
 
-    def fields(self, owner: Owner) -> list[str]:
+    def fields(self, owner: Share) -> list[str]:
         """What the optimizer had for each element of any of the owner's parameters, in the order in which it was saved."""
         names = {piece.name for piece in owner.pieces}
         return list(dict.fromkeys(field for name, field in self.entries if name in names and field != WEIGHT))
 
-    def dtype(self, owner: Owner, field: str) -> torch.dtype:
+    def dtype(self, owner: Share, field: str) -> torch.dtype:
         return next(self.entries[piece.name, field][0].dtype for piece in owner.pieces if self.has(piece.name, field))
 
-    def numbers_of(self, owner: Owner) -> dict[str, Any]:
+    def numbers_of(self, owner: Share) -> dict[str, Any]:
         """The single numbers of an owner, such as its count of steps: all its parameters have the same."""
         return next((self.numbers[piece.name] for piece in owner.pieces if piece.name in self.numbers), {})
 
@@ -162,12 +113,12 @@ class Reader:
         buffer = into if into.device.type == "cpu" and into.is_contiguous() else torch.empty_like(into, device="cpu")
         with entry.path.open("rb") as file:
             file.seek(entry.position + first * into.element_size())
-            if file.readinto(_bytes(buffer)) != into.numel() * into.element_size():
+            if file.readinto(tensor_bytes(buffer)) != into.numel() * into.element_size():
                 raise ConfigError(f"resume_from_checkpoint: {entry.path} ends too soon.")
         if buffer is not into:
             into.copy_(buffer)
 
-    def read_whole(self, owner: Owner, field: str, device: torch.device) -> torch.Tensor:
+    def read_whole(self, owner: Share, field: str, device: torch.device) -> torch.Tensor:
         """State that is no number for each element.
 
         Raises:
@@ -193,13 +144,13 @@ def _entries(path: Path) -> Iterator[tuple[str, Entry]]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         try:
-            header = json.loads(file.read(min(length, MOST_HEADER)))
+            header = json.loads(file.read(min(length, MAX_HEADER)))
             ends = [about["data_offsets"][1] for about in header.values()]
             if 8 + length + max(ends, default=0) != path.stat().st_size:
                 raise ValueError
             for name, about in header.items():
                 position = 8 + length + about["data_offsets"][0]
                 size = math.prod(about["shape"])
-                yield name, Entry(path, position, BY_NAME[about["dtype"]], about["shape"], 0, size)
+                yield name, Entry(path, position, DTYPES_BY_NAME[about["dtype"]], about["shape"], 0, size)
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ConfigError(f"resume_from_checkpoint: {path} is not a safetensors file.") from None

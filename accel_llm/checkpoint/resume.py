@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,21 +12,32 @@ from typing import Any
 import numpy as np
 from accelerate import Accelerator
 
-from accel_llm.backend.accelerator import on_host, rows_per_step
-from accel_llm.config.command_line import resolved
+from accel_llm.backend.collectives import sum_on_hosts
+from accel_llm.backend.strategy import rows_per_step
+from accel_llm.config.command_line import resolved_options
 from accel_llm.config.options import DataOptions, RunOptions, TrainOptions
 from accel_llm.data.rows import Rows
-from accel_llm.data.sources import source_of
-from accel_llm.data.stream import Start
-from accel_llm.errors import ConfigError, check
-from accel_llm.model import fingerprint
-from accel_llm.system import manifest
+from accel_llm.data.sources import as_source
+from accel_llm.errors import ConfigError, raise_problems
+from accel_llm.model.fingerprint import model_fingerprint
+from accel_llm.system.launcher import process_rank
+from accel_llm.system.manifest import find_damage, remove_folder
+from accel_llm.training.start import Start
 
 # What a run leaves in its folder. run.json is removed last: without it the rest would be taken for somebody else's.
-OURS = ("metrics.jsonl", "checkpoints", "adapter", "model", "report.html", "logs", "run.json")
+RUN_FILES = ("metrics.jsonl", "checkpoints", "adapter", "model", "report.html", "logs", "run.json")
 # Options that shape the saved state: with another value it has no place to go.
-SHAPING = ("method", "optim", "lora_r", "lora_bias", "lora_target_modules", "modules_to_save", "use_dora", "add_tokens")
-SHAPING += ("master_weights",)
+FIXED_OPTIONS = (
+    "method",
+    "optim",
+    "lora_r",
+    "lora_bias",
+    "lora_target_modules",
+    "modules_to_save",
+    "use_dora",
+    "add_tokens",
+)
+FIXED_OPTIONS += ("master_weights",)
 # They change where, how fast and with how many words a run goes, but not one number of its training. How a step's rows are
 # shared out is one of them: how many rows it has is compared.
 HARMLESS = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "allow_changed", "adapter_name_or_path"}
@@ -39,21 +49,21 @@ HARMLESS |= {"on_bad_row", "trust_remote_code", "overfit"}
 # The model and the data are known by what is in them, wherever they lie.
 PLACES = {"model_name_or_path": "base", "config_name": "base", "tokenizer_name": "data", "revision": "base"}
 PLACES |= {"train_files": "data", "eval_files": "data", "chat_template": "data"}
-WHAT = {"base": ("model_name_or_path", "the model with the fingerprint"), "data": ("train_files", "the rows")}
-OF_DATA = set(DataOptions.model_fields)
+DESCRIPTIONS = {"base": ("model_name_or_path", "the model with the fingerprint"), "data": ("train_files", "the rows")}
+DATA_OPTIONS = set(DataOptions.model_fields)
 
 
-def identity(options: TrainOptions, rows: Rows) -> dict[str, Any]:
+def run_identity(options: TrainOptions, rows: Rows) -> dict[str, Any]:
     """What makes a run this run, beside its options: the model's and the rows' fingerprints and the rows of a step."""
     config = getattr(options, "config_name", None)
-    base = fingerprint.of_model(str(config or options.model_name_or_path), options.revision)
-    digest = hashlib.sha256(str([source_of(place).weight for place in options.train_files]).encode())
+    base = model_fingerprint(str(config or options.model_name_or_path), options.revision)
+    digest = hashlib.sha256(str([as_source(place).weight for place in options.train_files]).encode())
     for array in (rows.digest, rows.offsets, rows.source):
         digest.update(np.ascontiguousarray(array).tobytes())
     return {"base": base, "data": digest.hexdigest()[:16], "total_batch_size": rows_per_step(options)}
 
 
-def start(accelerator: Accelerator, options: TrainOptions, rows: Rows) -> Start:
+def find_start(accelerator: Accelerator, options: TrainOptions, rows: Rows) -> Start:
     """Decide from `output_dir` and `resume_from_checkpoint` where to begin; every process comes to the same answer.
 
     Nothing is written or removed yet: that is left to `Checkpoints.resume`, when model, adapter and backend have held.
@@ -64,7 +74,7 @@ def start(accelerator: Accelerator, options: TrainOptions, rows: Rows) -> Start:
     """
     folder, named = Path(options.output_dir).expanduser(), options.resume_from_checkpoint
     rank, world = accelerator.process_index, accelerator.num_processes
-    whole = partial(manifest.broken, rank=rank, world=world, add_up=partial(on_host, accelerator))
+    whole = partial(find_damage, rank=rank, world=world, add_up=partial(sum_on_hosts, accelerator))
     _check_usable(folder, options)
     checkpoint = None
     if named not in ("auto", "none"):
@@ -73,7 +83,7 @@ def start(accelerator: Accelerator, options: TrainOptions, rows: Rows) -> Start:
             raise ConfigError(f"resume_from_checkpoint: {named} {problem}.")
         _check_apart(folder, checkpoint, options.overwrite_output_dir)
     elif named == "auto" and not options.overwrite_output_dir:
-        checkpoint = newest(folder / "checkpoints", whole)
+        checkpoint = newest_checkpoint(folder / "checkpoints", whole)
         if checkpoint is None and any((folder / "checkpoints").glob("step-*")):
             raise ConfigError(
                 f"resume_from_checkpoint: auto: none of the checkpoints in {folder / 'checkpoints'} is whole; repair one, or "
@@ -81,7 +91,7 @@ def start(accelerator: Accelerator, options: TrainOptions, rows: Rows) -> Start:
             )
     # Nobody may write before everybody has looked.
     accelerator.wait_for_everyone()
-    fresh = Start(folder, identity(options, rows), rank, world)
+    fresh = Start(output_dir=folder, identity=run_identity(options, rows), rank=rank, world=world)
     return fresh if checkpoint is None else _continued(fresh, checkpoint, options)
 
 
@@ -116,14 +126,14 @@ def _check_apart(folder: Path, checkpoint: Path, overwrite: bool) -> None:
         )
 
 
-def newest(folder: Path, problem_of: Callable[[Path], str | None]) -> Path | None:
+def newest_checkpoint(folder: Path, problem_of: Callable[[Path], str | None]) -> Path | None:
     """The newest checkpoint that holds; broken ones are named and passed over."""
     found = sorted(folder.glob("step-*"))
     for path in reversed(found):
         problem = problem_of(path)
         if problem is None:
             return path
-        if os.environ.get("RANK", "0") == "0":
+        if process_rank() == 0:
             print(f"checkpoint {path} {problem}{'; taking an older one' if path != found[0] else ''}", flush=True)
     return None
 
@@ -131,15 +141,20 @@ def newest(folder: Path, problem_of: Callable[[Path], str | None]) -> Path | Non
 def make_room(found: Start) -> None:
     """Remove what this run replaces: all that is ours of another run, or the checkpoints after the one it continues."""
     checkpoints = found.output_dir / "checkpoints"
-    obsolete = [found.output_dir / name for name in OURS]
+    obsolete = [found.output_dir / name for name in RUN_FILES]
     if found.folder is not None and found.folder.resolve().parent == checkpoints.resolve():
         # Rotation keeps the newest by name, and these would outlive the ones that are still to come.
         obsolete = []
         for path in checkpoints.glob("step-*"):
             if path.name > found.folder.name:
-                manifest.remove(path)
+                remove_folder(path)
     # What a killed process was writing: a checkpoint, an export, run.json.
-    for path in [*checkpoints.glob(".*.partial"), *found.output_dir.glob(".*.partial"), *obsolete]:
+    for path in [
+        *checkpoints.glob(".*.partial"),
+        *found.output_dir.glob(".*.partial"),
+        *found.output_dir.glob(".*.old"),
+        *obsolete,
+    ]:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     found.output_dir.mkdir(parents=True, exist_ok=True)
 
@@ -148,7 +163,7 @@ def _continued(fresh: Start, checkpoint: Path, options: TrainOptions) -> Start:
     state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
     changed = _check_same(checkpoint, state, options, fresh.identity)
     # Whoever is here takes on the sums of those who are not.
-    meters = [of_rank(checkpoint, saved)["meter"] for saved in range(fresh.rank, state["processes"], fresh.world)]
+    meters = [rank_file(checkpoint, saved)["meter"] for saved in range(fresh.rank, state["processes"], fresh.world)]
     sums = [sum(column) for column in zip(*meters, strict=True)] if meters else [0.0] * 5
     found = replace(
         fresh,
@@ -167,7 +182,7 @@ def _continued(fresh: Start, checkpoint: Path, options: TrainOptions) -> Start:
     return found
 
 
-def of_rank(checkpoint: Path, rank: int) -> dict[str, Any]:
+def rank_file(checkpoint: Path, rank: int) -> dict[str, Any]:
     return json.loads((checkpoint / f"rank-{rank:05d}.json").read_text(encoding="utf-8"))
 
 
@@ -189,7 +204,7 @@ def _check_same(checkpoint: Path, state: dict[str, Any], options: TrainOptions, 
     Raises:
         ConfigError: some differ that are not allowed to, or never can.
     """
-    now, then = resolved(options), state["options"]
+    now, then = resolved_options(options), state["options"]
     differ = [name for name in now if name in then and now[name] != then[name] and name not in HARMLESS]
     moved = {kind for kind in ("base", "data") if mine[kind] != state["identity"][kind]}
     # Another place is no difference as long as the same is there; what has changed in its place is one.
@@ -197,17 +212,17 @@ def _check_same(checkpoint: Path, state: dict[str, Any], options: TrainOptions, 
     problems = {name: (f"{then[name]!r}", f"{now[name]!r}") for name in differ}
     for kind in moved:
         # An option that differs explains it better.
-        explained = {name for name in differ if PLACES.get(name) == kind or (kind == "data" and name in OF_DATA)}
+        explained = {name for name in differ if PLACES.get(name) == kind or (kind == "data" and name in DATA_OPTIONS)}
         if not explained:
-            name, what = WHAT[kind]
+            name, what = DESCRIPTIONS[kind]
             problems[name] = (f"{what} {state['identity'][kind]}", mine[kind])
     if state["identity"]["total_batch_size"] != mine["total_batch_size"]:
         problems["total_batch_size"] = (state["identity"]["total_batch_size"], mine["total_batch_size"])
-    allowed = set(options.allow_changed) - set(SHAPING)
-    check(
+    allowed = set(options.allow_changed) - set(FIXED_OPTIONS)
+    raise_problems(
         [
             f"{name}: {checkpoint} was saved with {was}, this run has {found}; give the same, "
-            + ("" if name in SHAPING else f"allow it by allow_changed: {name}, ")
+            + ("" if name in FIXED_OPTIONS else f"allow it by allow_changed: {name}, ")
             + "or resume_from_checkpoint: none."
             for name, (was, found) in problems.items()
             if name not in allowed

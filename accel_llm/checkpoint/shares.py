@@ -12,12 +12,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
-from accel_llm.backend.accelerator import bare
-from accel_llm.checkpoint.pieces import BY_NAME, DTYPES, WEIGHT, WHOLE, Owner, Piece, Reader
+from accel_llm.backend.accelerator import local_part, unwrap_model, unwrap_optimizer
+from accel_llm.checkpoint.pieces import WEIGHT, WHOLE, Piece, PieceReader, Share
 from accel_llm.errors import ConfigError
+from accel_llm.system.tensors import DTYPE_NAMES, DTYPES_BY_NAME
 
 
-def of_process(accelerator: Accelerator, model: Any, optimizer: Any) -> list[Owner]:
+def local_shares(accelerator: Accelerator, model: Any, optimizer: Any) -> list[Share]:
     """All that is trained on this process.
 
     Raises:
@@ -25,7 +26,7 @@ def of_process(accelerator: Accelerator, model: Any, optimizer: Any) -> list[Own
     """
     if accelerator.distributed_type == DistributedType.FSDP:
         _reshard(model)
-    named = bare(accelerator, model).named_parameters()
+    named = unwrap_model(accelerator, model).named_parameters()
     names = {parameter: name for name, parameter in named if parameter.requires_grad}
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         engine = optimizer.optimizer
@@ -48,21 +49,21 @@ def _reshard(model: torch.nn.Module) -> None:
             module.reshard()
 
 
-def _of_parameter(parameter: Any, name: str) -> Owner:
+def _of_parameter(parameter: Any, name: str) -> Share:
     """A whole parameter, or the rows of it that FSDP2 leaves here."""
     from torch.distributed.tensor import DTensor
 
     if not isinstance(parameter, DTensor):
-        return Owner(name, parameter, parameter.detach().view(-1), [Piece(name, 0, 0, parameter.numel())])
-    local = _local(parameter.detach())
+        return Share(name, parameter, parameter.detach().view(-1), [Piece(name, 0, 0, parameter.numel())])
+    local = local_part(parameter.detach())
     rows, width = parameter.shape[0], parameter.shape[1:].numel()
     mesh = parameter.device_mesh
     # fully_shard cuts as torch.chunk does: equal numbers of rows, the last ranks with fewer or none.
     start = min(mesh.get_local_rank() * math.ceil(rows / mesh.size()), rows) * width
-    return Owner(f"{name}@{mesh.get_local_rank()}", parameter, local.view(-1), [Piece(name, start, 0, local.numel())])
+    return Share(f"{name}@{mesh.get_local_rank()}", parameter, local.view(-1), [Piece(name, start, 0, local.numel())])
 
 
-def _of_zero2(engine: Any, names: dict[Any, str], rank: int) -> Iterator[Owner]:
+def _of_zero2(engine: Any, names: dict[Any, str], rank: int) -> Iterator[Share]:
     """ZeRO-1 and 2: each group of parameters is one flat tensor, and each process has one stretch of it."""
     for k, flat in enumerate(engine.single_partition_of_fp32_groups):
         pieces = []
@@ -70,10 +71,10 @@ def _of_zero2(engine: Any, names: dict[Any, str], rank: int) -> Iterator[Owner]:
             if (here := parameter._hp_mapping) is not None:
                 whole, part = here.lp_fragment_address, here.hp_fragment_address
                 pieces.append(Piece(names[parameter], whole.start, part.start, part.numel))
-        yield Owner(f"group {k}@{rank}", flat, flat.detach().view(-1), pieces)
+        yield Share(f"group {k}@{rank}", flat, flat.detach().view(-1), pieces)
 
 
-def _of_zero3(engine: Any, names: dict[Any, str], rank: int) -> Iterator[Owner]:
+def _of_zero3(engine: Any, names: dict[Any, str], rank: int) -> Iterator[Share]:
     """ZeRO-3: each process has an equal stretch of each parameter, the last one padded."""
     for k, flat in enumerate(engine.fp32_partitioned_groups_flat):
         pieces = []
@@ -81,21 +82,10 @@ def _of_zero3(engine: Any, names: dict[Any, str], rank: int) -> Iterator[Owner]:
             _, offset, size = engine.grad_position[engine.get_param_id(parameter)]
             start = min(rank * size, parameter.ds_numel)
             pieces.append(Piece(names[parameter], start, offset, min(size, parameter.ds_numel - start)))
-        yield Owner(f"group {k}@{rank}", flat, flat.detach().view(-1), pieces)
+        yield Share(f"group {k}@{rank}", flat, flat.detach().view(-1), pieces)
 
 
-def stepping(optimizer: Any) -> Any:
-    """The optimizer that steps, inside of what Accelerate and DeepSpeed make of it."""
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    return optimizer
-
-
-def _local(tensor: Any) -> torch.Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def tensors(found: list[Owner], optimizer: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def share_tensors(found: list[Share], optimizer: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Weights and optimizer state of this process: what can be told by elements as flat tensors, and single numbers.
 
     The names of tensors are `parameter|field|first element`, those of numbers `parameter|field`. State that is no number
@@ -103,13 +93,13 @@ def tensors(found: list[Owner], optimizer: Any) -> tuple[dict[str, torch.Tensor]
     """
     kept: dict[str, torch.Tensor] = {}
     numbers: dict[str, Any] = {}
-    every = stepping(optimizer).state
+    every = unwrap_optimizer(optimizer).state
     for owner in found:
         flats = {WEIGHT: owner.flat}
         for field, value in every.get(owner.key, {}).items():
             if not isinstance(value, torch.Tensor) or not value.ndim:
                 numbers |= {f"{piece.name}|{field}": _number(value) for piece in owner.pieces}
-            elif (local := _local(value)).numel() == owner.flat.numel():
+            elif (local := local_part(value)).numel() == owner.flat.numel():
                 flats[field] = local.detach().view(-1)
             else:
                 kept[f"{owner.name}|{field}|{WHOLE}"] = local.detach()
@@ -121,23 +111,23 @@ def tensors(found: list[Owner], optimizer: Any) -> tuple[dict[str, torch.Tensor]
 def _number(value: Any) -> Any:
     """For JSON: a number as it is, a tensor of one as [dtype, whether it is on the CPU, number]."""
     if isinstance(value, torch.Tensor):
-        return [DTYPES[value.dtype], value.device.type == "cpu", value.item()]
+        return [DTYPE_NAMES[value.dtype], value.device.type == "cpu", value.item()]
     return value
 
 
-def load(found: list[Owner], optimizer: Any, reader: Reader) -> None:
+def load_shares(found: list[Share], optimizer: Any, reader: PieceReader) -> None:
     """Bring weights and optimizer state to what `reader` has.
 
     Raises:
         ConfigError: it holds other parameters than are trained here, or lacks some of their state.
     """
-    base = stepping(optimizer)
+    base = unwrap_optimizer(optimizer)
     for owner in found:
         fill_weights(owner, reader)
         state = _allocated(base, owner, reader)
         for field, value in list(state.items()):
             if isinstance(value, torch.Tensor) and value.ndim:
-                local = _local(value)
+                local = local_part(value)
                 if local.numel() == owner.flat.numel():
                     for piece in owner.pieces:
                         if reader.has(piece.name, field):
@@ -148,12 +138,12 @@ def load(found: list[Owner], optimizer: Any, reader: Reader) -> None:
             state[field] = _as_it_was(value, owner.flat.device)
 
 
-def fill_weights(owner: Owner, reader: Reader) -> None:
+def fill_weights(owner: Share, reader: PieceReader) -> None:
     for piece in owner.pieces:
         reader.fill(piece, WEIGHT, owner.flat)
 
 
-def _allocated(base: Any, owner: Owner, reader: Reader) -> dict[str, Any]:
+def _allocated(base: Any, owner: Share, reader: PieceReader) -> dict[str, Any]:
     """The optimizer's state of an owner, as its first step would make it; empty where there was none."""
     fields, state = reader.fields(owner), base.state[owner.key]
     if not fields and not any(key.rsplit("|", 1)[0] == owner.name for key in reader.whole):
@@ -186,4 +176,4 @@ def _as_it_was(value: Any, device: torch.device) -> Any:
     if not isinstance(value, list):
         return value
     dtype, on_cpu, number = value
-    return torch.tensor(number, dtype=BY_NAME[dtype], device="cpu" if on_cpu else device)
+    return torch.tensor(number, dtype=DTYPES_BY_NAME[dtype], device="cpu" if on_cpu else device)

@@ -21,77 +21,16 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from accel_llm.config.aliases import ANSWERED_OPTIONS, RENAMED_OPTIONS, TRANSLATED_VALUES
 from accel_llm.config.fields import MOST_YAML, read_yaml
 from accel_llm.config.options import Options
 from accel_llm.errors import ConfigError
-from accel_llm.system.secrecy import hidden
+from accel_llm.system.secrecy import hide_secrets
 
 OptionsT = TypeVar("OptionsT", bound=Options)
 
-# Other trainers' names for an option that takes the same values here.
-RENAMED = {
-    **dict.fromkeys(["block_size", "max_seq_length", "max_seq_len", "cutoff_len", "model_max_length"], "max_length"),
-    **dict.fromkeys(["train_file", "train_data", "data_path", "data_files"], "train_files"),
-    **dict.fromkeys(["eval_file", "validation_file", "validation_files", "eval_data_path"], "eval_files"),
-    **dict.fromkeys(["torch_dtype", "dtype"], "precision"),
-    **dict.fromkeys(["max_train_samples", "max_samples"], "limit_rows"),
-    **dict.fromkeys(["per_device_batch_size", "micro_batch_size"], "per_device_train_batch_size"),
-    **dict.fromkeys(["lora_rank", "r"], "lora_r"),
-    **dict.fromkeys(["target_modules", "lora_target"], "lora_target_modules"),
-    "val_size": "eval_share",
-    "finetuning_type": "method",
-    "lr": "learning_rate",
-    "epochs": "num_train_epochs",
-    "num_epochs": "num_train_epochs",
-    "warmup_ratio": "warmup_steps",
-    "template": "chat_template",
-}
 
-TORCH_DTYPES = {"bfloat16": ("precision", "bf16"), "float16": ("precision", "fp16"), "float32": ("precision", "fp32")}
-
-# Other trainers' switches: the values that have a meaning here, as (option, value), or None where it is so anyway.
-TRANSLATED: dict[str, dict[str, tuple[str, str | bool] | None]] = {
-    "bf16": {"true": ("precision", "bf16"), "false": None},
-    "fp16": {"true": ("precision", "fp16"), "false": None},
-    "mixed_precision": {"bf16": ("precision", "bf16"), "fp16": ("precision", "fp16"), "no": ("precision", "fp32")},
-    "torch_dtype": {"auto": None, **TORCH_DTYPES},
-    "dtype": {"auto": None, **TORCH_DTYPES},
-    "load_in_4bit": {"true": ("method", "qlora"), "false": None},
-    "use_peft": {"true": ("method", "lora"), "false": ("method", "full")},
-    "do_train": {"true": None},
-    "do_eval": {"false": None},
-    "evaluation_strategy": {"no": None, "false": None},
-    "eval_strategy": {"no": None, "false": None},
-    "logging_strategy": {"steps": None},
-    "save_strategy": {"steps": None},
-}
-
-# Names that mean nothing here: what to do instead.
-ANSWERS = {
-    "deepspeed": "DeepSpeed comes from the launcher: accelerate launch --config_file accelerate_configs/zero2.yaml",
-    "fsdp": "FSDP comes from the launcher: accelerate launch --config_file accelerate_configs/fsdp2.yaml",
-    "fsdp_config": "FSDP comes from the launcher: accelerate launch --config_file accelerate_configs/fsdp2.yaml",
-    "num_processes": "processes come from the launcher: accelerate launch --num_processes",
-    "local_rank": "ranks come from the launcher: accelerate launch --config_file accelerate_configs/ddp.yaml",
-    "use_cpu": "the device comes from the launcher: accelerate launch --config_file accelerate_configs/cpu.yaml",
-    "logging_dir": "metrics are written to metrics.jsonl in output_dir; report_to names trackers that get them too",
-    "do_train": "training is what the script does; dry_run stops before it",
-    "do_eval": "evaluation runs where eval_files or eval_share gives rows; eval_steps says how often",
-    "evaluation_strategy": "eval_steps says how often to evaluate; eval_files or eval_share on what",
-    "eval_strategy": "eval_steps says how often to evaluate; eval_files or eval_share on what",
-    "logging_strategy": "logging_steps says how often to log",
-    "save_strategy": "save_steps says how often to save; without it the end is saved",
-    "lr_scheduler_kwargs": "min_lr_rate and decay_share shape the schedule",
-    "validation_split_percentage": "eval_share holds out a share, 0.05 for 5 percent",
-    "bf16": "it is true or false here; precision takes auto, bf16, fp16 or fp32",
-    "fp16": "it is true or false here; precision takes auto, bf16, fp16 or fp32",
-    "mixed_precision": "precision takes auto, bf16, fp16 or fp32",
-    "load_in_4bit": "it is true or false here; method qlora trains on a 4-bit base",
-    "use_peft": "it is true or false here; method takes full, lora or qlora",
-}
-
-
-def parse(
+def parse_options(
     options_class: type[OptionsT], argv: Sequence[str] | None = None, defaults: dict[str, Any] | None = None
 ) -> OptionsT:
     """Reads the flags in `argv` (default: the command line) and the recipe they name into one checked object.
@@ -116,12 +55,12 @@ def parse(
     return options
 
 
-def resolved(options: Options) -> dict[str, Any]:
+def resolved_options(options: Options) -> dict[str, Any]:
     """Every option with the value in force, ready for JSON and without secrets: it is written to files and sent to trackers."""
-    return json.loads(hidden(json.dumps(options.model_dump(mode="json", by_alias=True))))
+    return json.loads(hide_secrets(json.dumps(options.model_dump(mode="json", by_alias=True))))
 
 
-def schema(options_class: type[Options]) -> dict[str, Any]:
+def recipe_schema(options_class: type[Options]) -> dict[str, Any]:
     """JSON schema of a script's recipe, for editors."""
     return options_class.model_json_schema(by_alias=True)
 
@@ -138,7 +77,7 @@ def _read_flags(argv: Sequence[str], options_class: type[Options]) -> tuple[dict
         if token == "-h" or token.startswith("--"):
             name, equals, value = token.lstrip("-").partition("=")
             name = {"h": "help"}.get(name, name).replace("-", "_")
-            field = fields.get(RENAMED.get(name, name))
+            field = fields.get(RENAMED_OPTIONS.get(name, name))
             grows = field is not None and get_origin(field.annotation) in (list, dict)
             flags[name] = (flags.get(name, []) if grows else []) + ([value] if equals else [])
         elif name is None:
@@ -177,17 +116,17 @@ def _translate(given: dict[str, Any], options_class: type[Options]) -> tuple[dic
     values: dict[str, Any] = {}
     problems = []
     for name, value in given.items():
-        option, meant = RENAMED.get(name, name), value
+        option, meant = RENAMED_OPTIONS.get(name, name), value
         word = str(value).lower()
         if name in fields:
             option = name
-        elif word in TRANSLATED.get(name, {}):
-            translation = TRANSLATED[name][word]
+        elif word in TRANSLATED_VALUES.get(name, {}):
+            translation = TRANSLATED_VALUES[name][word]
             if translation is None:
                 continue
             option, meant = translation
-        elif name in ANSWERS:
-            problems.append(f"{name}: {_shown(value)} has no meaning here; {ANSWERS[name]}")
+        elif name in ANSWERED_OPTIONS:
+            problems.append(f"{name}: {_shown(value)} has no meaning here; {ANSWERED_OPTIONS[name]}")
             continue
         if option not in fields:
             problems.append(_unknown(name, list(fields)))

@@ -27,24 +27,25 @@ from accel_llm.config.fields import (
     Trackers,
     Variables,
 )
+from accel_llm.system.launcher import is_launched
 
 # What each option is for, where not every choice uses it: set for another choice, it is an error, not ignored.
-METHODS = {
+METHODS_OF_OPTION = {
     **dict.fromkeys(["lora_r", "lora_alpha", "lora_dropout", "lora_bias", "lora_target_modules"], ("lora", "qlora")),
     **dict.fromkeys(["modules_to_save", "init_lora_weights", "use_dora", "use_rslora"], ("lora", "qlora")),
     **dict.fromkeys(["loraplus_lr_ratio", "adapter_name_or_path"], ("lora", "qlora")),
     "load_in_8bit": ("lora",),
 }
 ADAMW = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit")
-OPTIMIZERS = {"adam_beta1": (*ADAMW, "lion"), "adam_beta2": (*ADAMW, "lion"), "adam_epsilon": ADAMW}
-SCHEDULES = {
+OPTIMIZERS_OF_OPTION = {"adam_beta1": (*ADAMW, "lion"), "adam_beta2": (*ADAMW, "lion"), "adam_epsilon": ADAMW}
+SCHEDULES_OF_OPTION = {
     "warmup_steps": ("linear", "cosine", "cosine_with_min_lr", "constant_with_warmup", "warmup_stable_decay"),
     "min_lr_rate": ("cosine_with_min_lr", "warmup_stable_decay"),
     "decay_share": ("warmup_stable_decay",),
 }
 
 # Only conversations have what these are about.
-OF_TURNS = (
+TURN_OPTIONS = (
     "train_on",
     "train_on_eos",
     "split_turns",
@@ -149,7 +150,7 @@ class MethodOptions(Options):
     use_rslora: bool = Field(False, description="rsLoRA: scale by alpha / sqrt(r)")
 
     def problems(self) -> list[str]:
-        found = super().problems() + self._misplaced(METHODS, "method")
+        found = super().problems() + self._misplaced(METHODS_OF_OPTION, "method")
         if self.init_lora_weights == "orthogonal" and self.lora_r % 2:
             found.append(f"lora_r: {self.lora_r} is odd; init_lora_weights orthogonal takes an even rank")
         if self.init_lora_weights == "pissa" and (self.method == "qlora" or self.load_in_8bit):
@@ -209,13 +210,13 @@ class OptimOptions(Options):
         return self
 
     def problems(self) -> list[str]:
-        found = super().problems() + self._misplaced(OPTIMIZERS, "optim")
+        found = super().problems() + self._misplaced(OPTIMIZERS_OF_OPTION, "optim")
         if self.master_weights == "stochastic_rounding":
             if isinstance(self, MethodOptions) and self.method != "full":
                 found.append(f"master_weights: an adapter is float32 always, method is {self.method}; leave it out")
             if self.optim != "adamw":
                 found.append(f"master_weights: only optim adamw rounds at random, optim is {self.optim}")
-        found += self._misplaced(SCHEDULES, "lr_scheduler_type")
+        found += self._misplaced(SCHEDULES_OF_OPTION, "lr_scheduler_type")
         if self.warmup_steps >= 1 and self.warmup_steps != int(self.warmup_steps):
             found.append(f"warmup_steps: {self.warmup_steps} is neither a whole number of steps nor a share below 1")
         share = self.warmup_steps + self.decay_share
@@ -269,7 +270,7 @@ class RunOptions(Options):
         """With `check_only`: one step in a folder that will not stay, with nobody told of it."""
         if self.check_only:
             # The ranks of a launch have one parent.
-            number = os.getppid() if "RANK" in os.environ else os.getpid()
+            number = os.getppid() if is_launched() else os.getpid()
             folder = str(Path(tempfile.gettempdir()) / f"accel-llm-check-{number}")
             values = {"output_dir": folder, "overwrite_output_dir": True, "resume_from_checkpoint": "none"}
             for name, value in (values | {"max_steps": 1, "eval_on_start": False, "report_to": []}).items():
@@ -303,13 +304,13 @@ class TrainOptions(ModelOptions, DataOptions, MethodOptions, OptimOptions, RunOp
     """What every training script takes."""
 
 
-class SftOptions(Options):
+class SftOptions(TrainOptions):
     """Supervised fine-tuning"""
 
     overfit: bool = Field(False, description="Learn the rows by heart, as a proof that data, template and stop work")
 
 
-class PretrainOptions(ModelOptions):
+class PretrainOptions(TrainOptions):
     """Pretraining"""
 
     config_name: str | None = Field(None, description="Folder or hub id of a config: train from random weights")
@@ -323,5 +324,5 @@ class PretrainOptions(ModelOptions):
                 f"config_name: {given} of config_name (random weights) and model_name_or_path (its weights) is given; "
                 "give exactly one"
             )
-        unused = [name for name in OF_TURNS if name in self.model_fields_set]
+        unused = [name for name in TURN_OPTIONS if name in self.model_fields_set]
         return found + [f"{name}: only conversations have turns; pretraining trains every token" for name in unused]

@@ -8,24 +8,24 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerFast
 
-from accel_llm.chat.span_tokenizer import check_text
-from accel_llm.chat.template import Encoded, Template
+from accel_llm.chat.span_tokenizer import check_encodable
+from accel_llm.chat.targets import IGNORED
+from accel_llm.chat.template import EncodedRow, Template
 from accel_llm.config.fields import DataFormat
 from accel_llm.config.options import DataOptions
 from accel_llm.data.formats import Conversation, Document, Tokenized, parse_row
 from accel_llm.data.ledger import TRAINED, Ledger
-from accel_llm.data.packing import IGNORED
-from accel_llm.data.rows import Part
-from accel_llm.data.sources import Row
+from accel_llm.data.rows import RowPart
+from accel_llm.data.sources import RawRow
 from accel_llm.errors import DataError
 
 NOTHING_TRAINED = "dropped: nothing to train"
-SPLIT = "The template rewrites history: turns that it shows differently later train in rows of their own."
-SHOWN_AS_HISTORY = (
+SPLIT_NOTE = "The template rewrites history: turns that it shows differently later train in rows of their own."
+HISTORY_NOTE = (
     "The template writes something before an answer only while it is the last (an empty think block, say): earlier turns "
     "are trained without it, as history shows them; split_turns trains each as the last."
 )
-WITHOUT_REASONING = "Some answers have reasoning that the template does not write: they are trained without it."
+REASONING_NOTE = "Some answers have reasoning that the template does not write: they are trained without it."
 
 
 class SourceRow(NamedTuple):
@@ -33,7 +33,7 @@ class SourceRow(NamedTuple):
 
     source: int
     origin: int
-    row: Row
+    row: RawRow
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Encoder:
 class Chunk:
     """Encoded rows of some source rows, and what became of those."""
 
-    part: Part = field(default_factory=Part)
+    part: RowPart = field(default_factory=RowPart)
     ledger: Ledger = field(default_factory=Ledger)
     lengths: Counter[int] = field(default_factory=Counter)
     turns: int = 0
@@ -77,14 +77,14 @@ def encode_chunk(rows: list[SourceRow], encoder: Encoder) -> Chunk:
     return chunk
 
 
-def _encode(row: SourceRow, encoder: Encoder, chunk: Chunk) -> list[Encoded] | Document:
+def _encode(row: SourceRow, encoder: Encoder, chunk: Chunk) -> list[EncodedRow] | Document:
     """The encoded rows of one row; a document is left for all to be tokenised together."""
     options, template = encoder.options, encoder.template
     found = parse_row(row.row.fields, *encoder.formats[row.source])
     if isinstance(found, Tokenized):
-        return [Encoded(found.input_ids, found.labels)]
+        return [EncodedRow(found.input_ids, found.labels)]
     if isinstance(found, Document):
-        check_text(found.text)
+        check_encodable(found.text)
         return found
     if template is None:
         raise DataError("found a conversation, but pretraining takes plain text; train it with launch/sft.py", "a chat")
@@ -93,7 +93,7 @@ def _encode(row: SourceRow, encoder: Encoder, chunk: Chunk) -> list[Encoded] | D
 
 def _conversation(
     row: SourceRow, found: Conversation, template: Template, options: DataOptions, label: str, chunk: Chunk
-) -> list[Encoded]:
+) -> list[EncodedRow]:
     encoding = template.encode(
         found.messages,
         options.train_on,
@@ -105,11 +105,11 @@ def _conversation(
     for reason, turns in encoding.lost.items():
         chunk.ledger.skip_turns(reason, turns)
     if len(encoding.rows) > 1:
-        chunk.ledger.note(SPLIT)
+        chunk.ledger.note(SPLIT_NOTE)
     if encoding.shown_as_history:
-        chunk.ledger.note(SHOWN_AS_HISTORY)
+        chunk.ledger.note(HISTORY_NOTE)
     if encoding.without_reasoning:
-        chunk.ledger.note(WITHOUT_REASONING)
+        chunk.ledger.note(REASONING_NOTE)
     chunk.turns += sum([message["role"] == "assistant" for message in found.messages])
     if not encoding.rows:
         chunk.ledger.read(label)
@@ -127,17 +127,17 @@ def _refuse(row: SourceRow, error: DataError, encoder: Encoder, chunk: Chunk) ->
     chunk.ledger.example(error.reason, f"{where}: {error}")
 
 
-def _documents(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> list[Encoded]:
+def _documents(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> list[EncodedRow]:
     """Plain texts, trained whole, each ended by the end-of-text token."""
     if not texts:
         return []
     end = tokenizer.eos_token_id
     found = tokenizer(texts)["input_ids"]
     whole = [ids if end is None or ids[-1:] == [end] else [*ids, end] for ids in found]
-    return [Encoded(ids, ids) for ids in whole]
+    return [EncodedRow(ids, ids) for ids in whole]
 
 
-def _fit(chunk: Chunk, row: SourceRow, encoded: Encoded, encoder: Encoder) -> None:
+def _fit(chunk: Chunk, row: SourceRow, encoded: EncodedRow, encoder: Encoder) -> None:
     """Put one encoded row in the chunk as `overlong` says, and count where each of its tokens went."""
     options, label = encoder.options, encoder.labels[row.source]
     # Nothing stands before a first token that could predict it: it is context, whatever it was.

@@ -18,15 +18,15 @@ from accel_llm.chat.messages import (
     TEXT_ONLY,
     UNKNOWN_SHAPE,
     Message,
-    answer_of,
     check_order,
-    json_of,
-    keys,
     question_and_answer,
+    read_answer,
+    read_json,
     read_messages,
-    shown,
-    text_of,
-    tools_of,
+    read_text,
+    read_tools,
+    show_keys,
+    show_value,
 )
 from accel_llm.config.fields import DataFormat
 from accel_llm.errors import ConfigError, DataError
@@ -144,7 +144,7 @@ def parse_row(
         messages.insert(0, {"role": "system", "content": system})
     check_order(messages)
     tools, variables = row.get("tools"), row.get("chat_template_kwargs")
-    return Conversation(messages, tools_of(tools) if tools else None, _variables(variables) if variables else {})
+    return Conversation(messages, read_tools(tools) if tools else None, _variables(variables) if variables else {})
 
 
 def _shape_of(row: Mapping[str, Any], data_format: DataFormat | None) -> Shape:
@@ -161,9 +161,9 @@ def _shape_of(row: Mapping[str, Any], data_format: DataFormat | None) -> Shape:
         if shape.first in row and shape.second in row:
             return shape
     if data_format is None:
-        raise DataError(f"unknown row shape: {keys(row)}, known shapes are {_KNOWN_SHAPES}", UNKNOWN_SHAPE)
+        raise DataError(f"unknown row shape: {show_keys(row)}, known shapes are {_KNOWN_SHAPES}", UNKNOWN_SHAPE)
     needed = " or ".join(" and ".join(dict.fromkeys((shape.first, shape.second))) for shape in shapes)
-    raise DataError(f"data_format {data_format}: the row has no {needed} ({keys(row)})", MISSING_VALUE)
+    raise DataError(f"data_format {data_format}: the row has no {needed} ({show_keys(row)})", MISSING_VALUE)
 
 
 def _paired(row: Mapping[str, Any], shape: Shape) -> list[Message]:
@@ -177,17 +177,19 @@ def _paired(row: Mapping[str, Any], shape: Shape) -> list[Message]:
 
 
 def _optional_text(row: Mapping[str, Any], field: str) -> str:
-    return "" if row.get(field) is None else text_of(row, field)
+    return "" if row.get(field) is None else read_text(row, field)
 
 
 def _history(history: Any) -> list[Message]:
-    history = json_of(history, "history")
+    history = read_json(history, "history")
     if not isinstance(history, list | tuple):
-        raise DataError(f"history: found {shown(history)}, needs a list of pairs [question, answer]", NOT_MESSAGES)
+        raise DataError(f"history: found {show_value(history)}, needs a list of pairs [question, answer]", NOT_MESSAGES)
     messages: list[Message] = []
     for index, turn in enumerate(history):
         if not isinstance(turn, list | tuple) or len(turn) != 2:
-            raise DataError(f"history[{index}]: found {shown(turn)}, needs a pair [question, answer]", NOT_MESSAGES)
+            raise DataError(
+                f"history[{index}]: found {show_value(turn)}, needs a pair [question, answer]", NOT_MESSAGES
+            )
         try:
             messages += question_and_answer({"question": turn[0], "answer": turn[1]}, "question", "answer")
         except DataError as error:
@@ -201,9 +203,9 @@ def _prompted(row: Mapping[str, Any], shape: Shape, inner: Mapping[str, str]) ->
     if isinstance(prompt, list):
         messages = [_context(message) for message in read_messages(_turns(prompt, "prompt", inner), "prompt")]
     else:
-        messages: list[Message] = [{"role": "user", "content": text_of(row, "prompt")}]
+        messages: list[Message] = [{"role": "user", "content": read_text(row, "prompt")}]
     if not isinstance(completion, list):
-        return [*messages, answer_of(row, "completion")]
+        return [*messages, read_answer(row, "completion")]
     answers = read_messages(_turns(completion, "completion", inner), "completion")
     if all(message["role"] != "assistant" for message in answers):
         raise DataError("completion: no assistant turn to train on", NO_ANSWER)
@@ -217,9 +219,9 @@ def _context(message: Message) -> Message:
 
 
 def _document(row: Mapping[str, Any], field: str) -> str:
-    text = text_of(row, field)
+    text = read_text(row, field)
     if not text or text.isspace():
-        raise DataError(f"{field}: the text is empty ({keys(row)})", EMPTY_TEXT)
+        raise DataError(f"{field}: the text is empty ({show_keys(row)})", EMPTY_TEXT)
     return text
 
 
@@ -246,17 +248,17 @@ def _numbers(row: Mapping[str, Any], field: str) -> list[int]:
     """A column of token ids or of what belongs to them, not empty; a list of its own."""
     numbers = row[field]
     if numbers is None:
-        raise DataError(f"{field}: found null, needs a list of integers ({keys(row)})", MISSING_VALUE)
+        raise DataError(f"{field}: found null, needs a list of integers ({show_keys(row)})", MISSING_VALUE)
     # set(map(type)) is the quickest look at each of some thousand numbers; true and false are no numbers.
     if not isinstance(numbers, list | tuple) or set(map(type, numbers)) != {int} or max(numbers) >= _TOO_LARGE:
-        raise DataError(f"{field}: found {shown(numbers)}, needs a list of integers that is not empty", BAD_TOKENS)
+        raise DataError(f"{field}: found {show_value(numbers)}, needs a list of integers that is not empty", BAD_TOKENS)
     return list(numbers)
 
 
 def _variables(variables: Any) -> dict[str, Any]:
-    variables = json_of(variables, "chat_template_kwargs")
+    variables = read_json(variables, "chat_template_kwargs")
     if not isinstance(variables, dict):
-        found = shown(variables)
+        found = show_value(variables)
         raise DataError(f"chat_template_kwargs: found {found}, needs an object of template variables", BROKEN_VARIABLES)
     reserved = [name for name in _RESERVED if name in variables]
     if reserved:
@@ -267,7 +269,7 @@ def _variables(variables: Any) -> dict[str, Any]:
 def _refuse_media(row: Mapping[str, Any]) -> None:
     for column in row:
         if column in _MEDIA and row[column]:
-            raise DataError(f"{column}: found {shown(row[column])}, but {TEXT_ONLY}", IMAGES)
+            raise DataError(f"{column}: found {show_value(row[column])}, but {TEXT_ONLY}", IMAGES)
 
 
 def _renamed_columns(
@@ -281,7 +283,9 @@ def _renamed_columns(
     outer = {field: column for field, column in columns.items() if field not in inner}
     for field, column in outer.items():
         if column not in row:
-            raise DataError(f"columns: {field} is read from {column!r}, which is missing ({keys(row)})", MISSING_VALUE)
+            raise DataError(
+                f"columns: {field} is read from {column!r}, which is missing ({show_keys(row)})", MISSING_VALUE
+            )
     return _renamed(row, outer), inner
 
 
@@ -293,7 +297,7 @@ def _renamed(fields: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, A
 
 def _turns(turns: Any, field: str, inner: Mapping[str, str]) -> Any:
     """`turns` with the keys of its messages under our names."""
-    turns = json_of(turns, field)
+    turns = read_json(turns, field)
     if not inner or not isinstance(turns, list):
         return turns
     for name in ("role", "content", "human", "assistant"):

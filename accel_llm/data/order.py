@@ -6,7 +6,7 @@ from accel_llm.config.options import TrainOptions
 from accel_llm.data.packing import Bins, pack, pack_in_order
 
 
-def mixed(source: np.ndarray, weights: list[float | None], seed: int) -> np.ndarray:
+def mix_sources(source: np.ndarray, weights: list[float | None], seed: int) -> np.ndarray:
     """The rows of one epoch, int64 [n], such that the sources' shares of rows are as their weights.
 
     `source` int64 [rows] says which source a row is of. Every row is there at least once; a source whose share is larger
@@ -25,7 +25,7 @@ def mixed(source: np.ndarray, weights: list[float | None], seed: int) -> np.ndar
     return np.concatenate(parts)
 
 
-def arranged(rows: np.ndarray, lengths: np.ndarray, options: TrainOptions, epoch: int) -> Bins:
+def arrange_epoch(rows: np.ndarray, lengths: np.ndarray, options: TrainOptions, epoch: int) -> Bins:
     """One epoch of `rows` (indices of documents of `lengths` tokens), in bins of one document each without packing.
 
     Shuffled rows are drawn anew each epoch; `packing: static` keeps the bins of epoch 0 and draws their order. The

@@ -3,9 +3,6 @@
 from typing import NamedTuple
 
 import numpy as np
-import torch
-
-IGNORED = -100  # the label of a token that no loss asks for: cross_entropy's default ignore_index
 
 
 class Bins(NamedTuple):
@@ -106,56 +103,3 @@ def _place(groups: list[tuple[int, tuple]], by_length: np.ndarray, starts: np.nd
         end += bins * size
         sizes.append(size)
     return order, np.repeat(np.array(sizes, np.int64), np.array([bins for bins, _ in groups], np.int64))
-
-
-def collate_packed(rows: list[tuple[np.ndarray, np.ndarray]], weights: list[np.ndarray] | None = None) -> dict:
-    """Concatenate documents (ids [n], labels [n]) to one padding-free row of T tokens.
-
-    `input_ids`, `labels` and `position_ids` (0 at each document's start) are int64 [1, T]; `cu_seqlens` int32
-    [documents + 1] holds the boundaries from 0 to T, `max_seqlen` the longest document. The first token of a
-    document is never a label: nothing before it in the row may predict it. With `weights` of each document [n] the
-    batch has `weights` too, float32 [1, T].
-    """
-    lengths = np.array([len(ids) for ids, _ in rows])
-    ends = np.cumsum(lengths)
-    starts = ends - lengths
-    labels = np.concatenate([row_labels for _, row_labels in rows])
-    labels[starts] = IGNORED
-    weighted = {} if weights is None else {"weights": torch.from_numpy(np.concatenate(weights))[None]}
-    return weighted | {
-        "input_ids": _row(np.concatenate([ids for ids, _ in rows])),
-        "labels": _row(labels),
-        "position_ids": _row(np.arange(ends[-1]) - np.repeat(starts, lengths)),
-        "cu_seqlens": torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
-        "max_seqlen": int(lengths.max()),
-    }
-
-
-def _row(values: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(values.astype(np.int64, copy=False))[None]
-
-
-def collate_padded(
-    rows: list[tuple[np.ndarray, np.ndarray]], pad_token_id: int, weights: list[np.ndarray] | None = None
-) -> dict:
-    """Stack documents (ids [n], labels [n]) to `input_ids`, `labels`, `attention_mask`, int64 [B, longest]; with
-    `weights` of each document [n] also `weights`, float32 [B, longest].
-
-    Padding stands on the right, is never a label and never attended to, whatever token it is. A first token is never a
-    label here either: behind the virtual tokens of prompt tuning it would be one more target than was counted.
-    """
-    shape = len(rows), max(len(ids) for ids, _ in rows)
-    input_ids = torch.full(shape, pad_token_id)
-    labels = torch.full(shape, IGNORED)
-    attention_mask = torch.zeros(shape, dtype=torch.int64)
-    for i, (ids, row_labels) in enumerate(rows):
-        input_ids[i, : len(ids)] = torch.from_numpy(np.asarray(ids, np.int64))
-        labels[i, : len(ids)] = torch.from_numpy(np.asarray(row_labels, np.int64))
-        attention_mask[i, : len(ids)] = 1
-    labels[:, 0] = IGNORED
-    batch = {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
-    if weights is not None:
-        batch["weights"] = torch.ones(shape)
-        for i, row_weights in enumerate(weights):
-            batch["weights"][i, : len(row_weights)] = torch.from_numpy(np.asarray(row_weights, np.float32))
-    return batch

@@ -24,16 +24,16 @@ from accel_llm.config.options import DataOptions
 from accel_llm.data.encode import NOTHING_TRAINED, Chunk, Encoder, SourceRow, encode_chunk
 from accel_llm.data.formats import column_problems
 from accel_llm.data.ledger import TRAINED, Ledger
-from accel_llm.data.order import mixed
-from accel_llm.data.rows import Rows, Writer, cache_folder, cached, load_rows
-from accel_llm.data.sources import fingerprint, identity, read, source_of
+from accel_llm.data.order import mix_sources
+from accel_llm.data.rows import Rows, RowWriter, cache_folder, cached_rows, load_rows
+from accel_llm.data.sources import as_source, data_fingerprint, read_source, source_identity
 from accel_llm.errors import ConfigError, DataError
 
-VERSION = 3  # of the encoding: a change of what a row becomes must not meet an old cache
-CHUNK = 256  # rows encoded, and sent to a worker, at once
+CACHE_VERSION = 3  # of the encoding: a change of what a row becomes must not meet an old cache
+ROWS_AT_A_TIME = 256  # rows encoded, and sent to a worker, at once
 HELD_OUT = "held out"
 # What shapes an encoding, beside the rows themselves, the tokenizer and the template.
-SHAPING = (
+CACHE_OPTIONS = (
     "max_length",
     "overlong",
     "train_on",
@@ -43,13 +43,13 @@ SHAPING = (
     "eval_share",
     "on_bad_row",
 )
-SHAPING += ("data_format", "columns", "allow_special_in_text")
-NO_END = "The template closes no turn, so no end token is trained and answers will not stop by it."
-DATED = "The template writes the date: rows keep that of the day on which they were encoded."
+CACHE_OPTIONS += ("data_format", "columns", "allow_special_in_text")
+NO_END_NOTE = "The template closes no turn, so no end token is trained and answers will not stop by it."
+DATED_NOTE = "The template writes the date: rows keep that of the day on which they were encoded."
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedData:
     """What `encode` returns: rows to train and to evaluate on (None without any), the ledger of the training sources."""
 
     train: Rows
@@ -63,24 +63,28 @@ class Encoded:
         return [part.input_ids for part in (self.train, self.eval) if part is not None]
 
 
-def conversations(options: DataOptions, seed: int, tokenizer: PreTrainedTokenizerFast, template: Template) -> Encoded:
+def encode_conversations(
+    options: DataOptions, seed: int, tokenizer: PreTrainedTokenizerFast, template: Template
+) -> EncodedData:
     """Encode chats (and whatever else the sources hold) with `template`; see `encode`."""
-    encoded = encode(options, seed, tokenizer, template)
+    encoded = encode_sources(options, seed, tokenizer, template)
     if template.turn_end is None:
-        encoded.ledger.note(NO_END)
+        encoded.ledger.note(NO_END_NOTE)
     if "strftime_now" in template.source:
-        encoded.ledger.note(DATED)
+        encoded.ledger.note(DATED_NOTE)
     return encoded
 
 
-def texts(options: DataOptions, seed: int, tokenizer: PreTrainedTokenizerFast, column: str) -> Encoded:
+def encode_texts(options: DataOptions, seed: int, tokenizer: PreTrainedTokenizerFast, column: str) -> EncodedData:
     """Encode plain text that stands in `column`; see `encode`."""
     columns = options.columns if column == "text" else {**options.columns, "text": column}
     update = {"columns": columns, "data_format": options.data_format or "text"}
-    return encode(options.model_copy(update=update), seed, tokenizer, None)
+    return encode_sources(options.model_copy(update=update), seed, tokenizer, None)
 
 
-def encode(options: DataOptions, seed: int, tokenizer: PreTrainedTokenizerFast, template: Template | None) -> Encoded:
+def encode_sources(
+    options: DataOptions, seed: int, tokenizer: PreTrainedTokenizerFast, template: Template | None
+) -> EncodedData:
     """Encode the training and evaluation sources, or take them from the cache.
 
     Raises:
@@ -88,7 +92,7 @@ def encode(options: DataOptions, seed: int, tokenizer: PreTrainedTokenizerFast, 
         ConfigError: more than `max_lost` of the rows or of their supervised tokens would be lost, or columns that no
             shape has.
     """
-    train, evaluated = ([source_of(place) for place in places] for places in (options.train_files, options.eval_files))
+    train, evaluated = ([as_source(place) for place in places] for places in (options.train_files, options.eval_files))
     formats: list[tuple[DataFormat | None, dict[str, str]]] = [
         (source.data_format or options.data_format, {**options.columns, **source.columns})
         for source in (*train, *evaluated)
@@ -97,7 +101,7 @@ def encode(options: DataOptions, seed: int, tokenizer: PreTrainedTokenizerFast, 
         raise ConfigError(*dict.fromkeys(wrong))
     encoder = Encoder(options, tokenizer, template, [source.label for source in (*train, *evaluated)], formats)
     key = _key(options, seed, tokenizer, template, train, evaluated)
-    parts, facts = cached(cache_folder(options) / key, partial(_build, encoder, seed, train, evaluated))
+    parts, facts = cached_rows(cache_folder(options) / key, partial(_build, encoder, seed, train, evaluated))
     ledger = Ledger.from_dict(facts["ledger"])
     ledger.balance()
     check_lost(ledger, facts["lengths"], options)
@@ -109,7 +113,7 @@ def encode(options: DataOptions, seed: int, tokenizer: PreTrainedTokenizerFast, 
         asked = f"eval_share: {options.eval_share}" if options.eval_share else f"eval_files: {named}"
         raise DataError(f"{asked} leaves no row to evaluate on; give more rows, or none of the two options.")
     _note_shares(ledger, parts["train"], train, seed)
-    return Encoded(parts["train"], parts.get("eval"), ledger, key)
+    return EncodedData(parts["train"], parts.get("eval"), ledger, key)
 
 
 def _note_shares(ledger: Ledger, rows: Rows, sources: list[Source], seed: int) -> None:
@@ -122,7 +126,7 @@ def _note_shares(ledger: Ledger, rows: Rows, sources: list[Source], seed: int) -
             raise DataError(
                 f"train_files: {source.label} has a weight of {source.weight}, but no row to train on is left."
             )
-    drawn = mixed(rows.source, weights, seed)
+    drawn = mix_sources(rows.source, weights, seed)
     of_source, lengths = rows.source[drawn], rows.lengths[drawn]
     told = [
         f"{source.label} {(of_source == k).mean():.1%} of the rows ({(of_source == k).sum():,} drawn from {counts[k]:,}) "
@@ -142,7 +146,7 @@ def _key(
 ) -> str:
     """A name for all that shapes the encoding. Weights do not: they say how often a row is drawn."""
     places = [
-        [(source.model_copy(update={"weight": None}), identity(source)) for source in sources]
+        [(source.model_copy(update={"weight": None}), source_identity(source)) for source in sources]
         for sources in (train, evaluated)
     ]
     # Which token is the bos or eos is not in the backend.
@@ -150,9 +154,9 @@ def _key(
     written = template.tokenizer_digest if template else backend.to_str()
     writing = (written, sorted(tokenizer.special_tokens_map.items()))
     chat = template and (template.source, sorted(options.chat_template_kwargs.items()))
-    versions = VERSION, transformers.__version__, tokenizers.__version__
+    versions = CACHE_VERSION, transformers.__version__, tokenizers.__version__
     drawn = seed if options.eval_share else None
-    return fingerprint(versions, writing, chat, places, drawn, [getattr(options, name) for name in SHAPING])
+    return data_fingerprint(versions, writing, chat, places, drawn, [getattr(options, name) for name in CACHE_OPTIONS])
 
 
 class _Origins(dict[tuple[int, str], int]):
@@ -170,7 +174,7 @@ def _build(encoder: Encoder, seed: int, train: list[Source], evaluated: list[Sou
     lengths: Counter[int] = Counter()
     turns = 0
     with ExitStack() as stack:
-        writers = {name: stack.enter_context(Writer(folder / name)) for name in ledgers}
+        writers = {name: stack.enter_context(RowWriter(folder / name)) for name in ledgers}
         tasks = _tasks(encoder, seed, train, evaluated, origins, ledgers["train"])
         for name, chunk in _encoded(tasks, encoder):
             writers[name].add(chunk.part)
@@ -199,7 +203,7 @@ def _tasks(
 
     def numbered(sources: list[Source], first: int) -> Iterator[SourceRow]:
         for number, source in enumerate(sources, first):
-            for row in read(source):
+            for row in read_source(source):
                 # An evaluation source is no source of the run: it has no weight and no share.
                 yield SourceRow(number, origins[number if not first else -1, row.file], row)
 
@@ -211,7 +215,7 @@ def _tasks(
             ledger.read(encoder.labels[row.source])
             ledger.count(encoder.labels[row.source], HELD_OUT)
         waiting[name].append(row)
-        if len(waiting[name]) == CHUNK:
+        if len(waiting[name]) == ROWS_AT_A_TIME:
             yield name, waiting[name]
             waiting[name] = []
     yield from ((name, some) for name, some in waiting.items() if some)

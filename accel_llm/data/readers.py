@@ -22,17 +22,17 @@ ROWS_AT_ONCE = 256
 # A quote that is never closed makes one cell of the rest of the file; so large a cell is that mistake.
 LARGEST_CELL = 1 << 27
 # Beside what is no JSON: numbers of thousands of digits, and values nested too deep.
-UNREADABLE = (ValueError, RecursionError)
+READ_ERRORS = (ValueError, RecursionError)
 
 
-class File(NamedTuple):
+class SourceFile(NamedTuple):
     path: Path
     shown: str  # how a person knows it
     kind: str  # one of READERS
     packing: str  # one of PACKINGS, or nothing
 
 
-def rows_of(file: File) -> Iterator[dict[str, Any]]:
+def read_rows(file: SourceFile) -> Iterator[dict[str, Any]]:
     """The rows of one file in their order.
 
     Cells of .csv and .tsv are text, an empty one is None; a line of .txt is a row with one field `text`.
@@ -48,20 +48,20 @@ def rows_of(file: File) -> Iterator[dict[str, Any]]:
         raise DataError(f"{file.shown}: the file has no rows.")
 
 
-def kind_of(name: str) -> tuple[str, str]:
+def file_kind(name: str) -> tuple[str, str]:
     """(Kind, packing) by the ends of a name; either may be the empty string."""
     suffixes = [suffix.lower() for suffix in Path(name).suffixes]
     packing = suffixes.pop() if suffixes and suffixes[-1] in PACKINGS else ""
     return suffixes[-1] if suffixes else "", packing
 
 
-def is_read(name: str) -> bool:
-    kind, packing = kind_of(name)
+def is_readable(name: str) -> bool:
+    kind, packing = file_kind(name)
     return kind in READERS and not (kind == ".parquet" and packing)
 
 
 @contextmanager
-def _open(file: File) -> Iterator[BinaryIO]:
+def _open(file: SourceFile) -> Iterator[BinaryIO]:
     """The bytes of a file, unpacked. A file that is cut off or damaged is a DataError, not an early end."""
     try:
         if file.packing:
@@ -75,7 +75,7 @@ def _open(file: File) -> Iterator[BinaryIO]:
         raise DataError(f"{file.shown}: cannot be read ({error.strerror or error}).") from None
 
 
-def _lines(file: File) -> Iterator[tuple[int, str]]:
+def _lines(file: SourceFile) -> Iterator[tuple[int, str]]:
     """(Line number from 1, line with its end)."""
     with _open(file) as lines:
         for number, line in enumerate(lines, 1):
@@ -85,26 +85,26 @@ def _lines(file: File) -> Iterator[tuple[int, str]]:
                 raise DataError(f"{file.shown}, line {number}: not UTF-8 text.") from None
 
 
-def _read_text(file: File) -> Iterator[dict[str, Any]]:
+def _read_text(file: SourceFile) -> Iterator[dict[str, Any]]:
     for _, line in _lines(file):
         if line.strip():
             yield {"text": line.rstrip("\r\n")}
 
 
-def _read_jsonl(file: File) -> Iterator[dict[str, Any]]:
+def _read_jsonl(file: SourceFile) -> Iterator[dict[str, Any]]:
     for number, line in _lines(file):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except UNREADABLE as error:
+        except READ_ERRORS as error:
             raise DataError(f"{file.shown}, line {number}: not JSON ({_words(error)}).") from None
         if not isinstance(row, dict):
             raise DataError(f"{file.shown}, line {number}: is a {type(row).__name__}, must be an object.")
         yield row
 
 
-def _read_json(file: File) -> Iterator[dict[str, Any]]:
+def _read_json(file: SourceFile) -> Iterator[dict[str, Any]]:
     """A list of objects, one object, or objects one a line, which are common under the name .json."""
     first = next((line for _, line in _lines(file) if line.strip()), "")
     if first.lstrip().startswith("{") and _is_json(first):
@@ -117,7 +117,7 @@ def _read_json(file: File) -> Iterator[dict[str, Any]]:
         except UnicodeDecodeError as error:
             line = content.count(b"\n", 0, error.start) + 1
             raise DataError(f"{file.shown}, line {line}: not UTF-8 text.") from None
-        except UNREADABLE as error:
+        except READ_ERRORS as error:
             line = getattr(error, "lineno", 1)
             raise DataError(f"{file.shown}, line {line}: not JSON ({_words(error)}).") from None
         del content
@@ -138,12 +138,12 @@ def _words(error: Exception) -> str:
 def _is_json(text: str) -> bool:
     try:
         json.loads(text)
-    except UNREADABLE:
+    except READ_ERRORS:
         return False
     return True
 
 
-def _read_table(file: File, delimiter: str) -> Iterator[dict[str, Any]]:
+def _read_table(file: SourceFile, delimiter: str) -> Iterator[dict[str, Any]]:
     """Rows below a header. Strict: else a quote that is not closed would swallow all rows behind it, unseen."""
     csv.field_size_limit(LARGEST_CELL)
     reader = csv.reader((line for _, line in _lines(file)), delimiter=delimiter, strict=True)
@@ -168,17 +168,17 @@ def _read_table(file: File, delimiter: str) -> Iterator[dict[str, Any]]:
         raise DataError(f"{file.shown}, line {line}: not {file.kind[1:].upper()} ({error}).") from None
 
 
-def _read_parquet(file: File) -> Iterator[dict[str, Any]]:
+def _read_parquet(file: SourceFile) -> Iterator[dict[str, Any]]:
     try:
         # So pages are read as they are needed; by default pyarrow 26 holds a row group, which may be the whole file.
         with pq.ParquetFile(file.path, buffer_size=1 << 20, pre_buffer=False) as table:
             for batch in table.iter_batches(ROWS_AT_ONCE):
-                yield from plain(batch)
+                yield from plain_values(batch)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise DataError(f"{file.shown}: not a readable .parquet file ({' '.join(str(error).split())}).") from None
 
 
-READERS: dict[str, Callable[[File], Iterator[dict[str, Any]]]] = {
+READERS: dict[str, Callable[[SourceFile], Iterator[dict[str, Any]]]] = {
     ".json": _read_json,
     ".jsonl": _read_jsonl,
     ".csv": partial(_read_table, delimiter=","),
@@ -188,7 +188,7 @@ READERS: dict[str, Callable[[File], Iterator[dict[str, Any]]]] = {
 }
 
 
-def plain(batch: pa.RecordBatch | pa.Table) -> list[dict[str, Any]]:
+def plain_values(batch: pa.RecordBatch | pa.Table) -> list[dict[str, Any]]:
     """Arrow rows as Python objects. Columns of mixed types are JSON texts inside; to_pylist leaves them texts."""
     rows = batch.to_pylist()
     for field in batch.schema:

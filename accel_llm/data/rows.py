@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from filelock import FileLock
 from huggingface_hub.constants import HF_HOME
 
 from accel_llm.config.options import DataOptions
+from accel_llm.system.folders import whole_folder
 
 # The arrays of a part (train, eval), each a file of plain numbers: their C type, as `array` and NumPy name it.
 ARRAYS = {"input_ids": "i", "labels": "i", "weights": "f", "lengths": "i", "number": "q", "origin": "i", "digest": "Q"}
@@ -27,7 +27,7 @@ class Origin(NamedTuple):
 
 
 @dataclass
-class Part:
+class RowPart:
     """Encoded rows, one after the other; row k has `lengths[k]` tokens. `weights` is empty where every label counts 1."""
 
     input_ids: array = field(default_factory=lambda: array("i"))
@@ -59,7 +59,7 @@ class Part:
         self.digest.append(digest)
 
 
-class Writer:
+class RowWriter:
     """Appends parts to the files of one folder, so that no more than a part is ever in memory."""
 
     def __init__(self, folder: Path):
@@ -67,7 +67,7 @@ class Writer:
         self._files = {name: (folder / f"{name}.bin").open("wb") for name in ARRAYS}
         self._tokens = self._weighted = 0
 
-    def add(self, part: Part) -> None:
+    def add(self, part: RowPart) -> None:
         weights = part.weights
         if weights and not self._weighted:
             np.ones(self._tokens, np.float32).tofile(self._files["weights"])
@@ -78,7 +78,7 @@ class Writer:
         for name, file in self._files.items():
             (weights if name == "weights" else getattr(part, name)).tofile(file)
 
-    def __enter__(self) -> "Writer":
+    def __enter__(self) -> "RowWriter":
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -146,7 +146,7 @@ def cache_folder(options: DataOptions) -> Path:
     return Path(options.cache_dir or Path(HF_HOME) / "accel_llm").expanduser()
 
 
-def cached(folder: Path, build: Callable[[Path], dict[str, Any]]) -> tuple[dict[str, Rows], dict[str, Any]]:
+def cached_rows(folder: Path, build: Callable[[Path], dict[str, Any]]) -> tuple[dict[str, Rows], dict[str, Any]]:
     """The parts (train, eval) that `build` writes into the folder it is given, and the facts that it returns.
 
     The first process to come builds; others wait on a file lock, never in a collective that could time out. The folder
@@ -155,15 +155,9 @@ def cached(folder: Path, build: Callable[[Path], dict[str, Any]]) -> tuple[dict[
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():
-            partial = folder.with_name(f"{folder.name}.partial")
-            # What a killed build left; the lock is ours, so nobody is writing there.
-            shutil.rmtree(partial, ignore_errors=True)
-            try:
+            with whole_folder(folder) as partial:
                 facts = build(partial)
                 (partial / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
-                partial.rename(folder)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
     facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
     parts = {part.name: load_rows(part, facts["origins"]) for part in sorted(folder.iterdir()) if part.is_dir()}
     return parts, facts

@@ -21,18 +21,20 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from accel_llm.config.fields import Source
 from accel_llm.config.options import DataOptions
-from accel_llm.data.readers import READERS, ROWS_AT_ONCE, File, is_read, kind_of, plain, rows_of
+from accel_llm.data.readers import READERS, ROWS_AT_ONCE, SourceFile, file_kind, is_readable, plain_values, read_rows
 from accel_llm.errors import DataError
+from accel_llm.system.disk import whole_file
+from accel_llm.system.launcher import is_launched
 
-ALLOWED = (
+ALLOWED_SOURCES = (
     "a .json, .jsonl, .csv, .tsv, .txt (also as .gz or .zst) or .parquet file, a folder or glob of such files, "
     "a saved dataset, the id of a hub dataset, or - for JSON lines from standard input"
 )
 
-Place = Literal["standard input", "address", "saved dataset", "file", "folder", "glob", "hub dataset", "nothing"]
+PlaceKind = Literal["standard input", "address", "saved dataset", "file", "folder", "glob", "hub dataset", "nothing"]
 
 
-class Row(NamedTuple):
+class RawRow(NamedTuple):
     """One row of a source."""
 
     file: str  # as shown to a person: the file, the label of a dataset, or `standard input`
@@ -40,23 +42,23 @@ class Row(NamedTuple):
     fields: dict[str, Any]
 
 
-def source_of(place: str | Source) -> Source:
+def as_source(place: str | Source) -> Source:
     """A place that is named by its path alone is a source with the defaults for all else."""
     return Source.model_validate({"path": place}) if isinstance(place, str) else place
 
 
-def problems(options: DataOptions) -> list[str]:
+def source_problems(options: DataOptions) -> list[str]:
     """One sentence for each place that is not there or of an unknown kind, before anything is read or looked up."""
-    found = [] if options.train_files else [f"train_files: is missing; name at least one source: {ALLOWED}."]
+    found = [] if options.train_files else [f"train_files: is missing; name at least one source: {ALLOWED_SOURCES}."]
     for field in ("train_files", "eval_files"):
-        for source in map(source_of, getattr(options, field)):
+        for source in map(as_source, getattr(options, field)):
             wrong = _problem(source)
             if wrong:
                 found.append(f"{field}: {wrong}.")
     return found
 
 
-def read(source: Source) -> Iterator[Row]:
+def read_source(source: Source) -> Iterator[RawRow]:
     """The rows of `source` in their order, at most `limit_rows`; files behind the last of these are not opened.
 
     Cells of .csv and .tsv are text, an empty one is None; a line of .txt is a row with one field `text`.
@@ -71,7 +73,7 @@ def read(source: Source) -> Iterator[Row]:
     return itertools.islice(rows, source.limit_rows)
 
 
-def identity(source: Source) -> list[tuple[str, str]]:
+def source_identity(source: Source) -> list[tuple[str, str]]:
     """What stands for the content of `source`, all of it: (name, hash) of every file in order, or of the dataset.
 
     Raises:
@@ -82,10 +84,10 @@ def identity(source: Source) -> list[tuple[str, str]]:
         raise DataError(f"{wrong}.")
     if _place(source) == "hub dataset":
         return [(source.label, _dataset(source)._fingerprint)]
-    return [(file.shown, fingerprint(file.path)) for file in _files(source)]
+    return [(file.shown, data_fingerprint(file.path)) for file in _files(source)]
 
 
-def fingerprint(*parts: object) -> str:
+def data_fingerprint(*parts: object) -> str:
     """A short name for data and everything that shapes its encoding; paths stand for the content of their files."""
     digest = hashlib.sha256()
     for part in parts:
@@ -99,7 +101,7 @@ def fingerprint(*parts: object) -> str:
     return digest.hexdigest()[:24]
 
 
-def _place(source: Source) -> Place:
+def _place(source: Source) -> PlaceKind:
     """What the path names. What looks like a file is one, there or not, and is never looked up on the hub."""
     path = _local(source)
     if source.path == "-":
@@ -112,7 +114,7 @@ def _place(source: Source) -> Place:
         return "folder" if path.is_dir() else "file"
     if glob.has_magic(source.path):
         return "glob"
-    if source.path.startswith((".", "/", "~")) or kind_of(source.path)[0] in READERS:
+    if source.path.startswith((".", "/", "~")) or file_kind(source.path)[0] in READERS:
         return "nothing"
     try:
         validate_repo_id(source.path)
@@ -125,7 +127,7 @@ def _problem(source: Source) -> str | None:
     """What is wrong with the place, as a sentence without its full stop."""
     path, place = source.path, _place(source)
     if place == "nothing":
-        return f"{path} does not exist; name {ALLOWED}"
+        return f"{path} does not exist; name {ALLOWED_SOURCES}"
     if place == "address":
         return f"{path} is an address, and those are not read; download it and name the file"
     for name, field in Source.model_fields.items():
@@ -143,17 +145,17 @@ def _problem(source: Source) -> str | None:
 
 
 def _no_file(path: str) -> str | None:
-    kind, packing = kind_of(path)
+    kind, packing = file_kind(path)
     if kind == ".parquet" and packing:
         return f"{path} is a packed .parquet file; unpack it, .parquet is compressed by itself"
-    return None if kind in READERS else f"{path} is of kind {kind + packing or '(none)'!r}; name {ALLOWED}"
+    return None if kind in READERS else f"{path} is of kind {kind + packing or '(none)'!r}; name {ALLOWED_SOURCES}"
 
 
 def _no_files(source: Source) -> str | None:
     names = _matches(source)
-    if not any(map(is_read, names)):
+    if not any(map(is_readable, names)):
         found = "matches" if _place(source) == "glob" else "is a folder and holds"
-        return f"{source.path} {found} no file that can be read; name {ALLOWED}"
+        return f"{source.path} {found} no file that can be read; name {ALLOWED_SOURCES}"
     # Their .json files would be taken for rows.
     saved = next(filter(_is_saved, sorted({Path(name).parent for name in names})), None)
     return f"{source.path} holds the saved dataset {saved}; name each saved dataset by itself" if saved else None
@@ -165,7 +167,11 @@ def _no_dataset(path: str) -> str | None:
     from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
     # datasets 5.2 takes such a name for a reader, and some readers then read every file of the working folder.
-    return f"{path} is a kind of file and no dataset; name {ALLOWED}" if path in _PACKAGED_DATASETS_MODULES else None
+    return (
+        f"{path} is a kind of file and no dataset; name {ALLOWED_SOURCES}"
+        if path in _PACKAGED_DATASETS_MODULES
+        else None
+    )
 
 
 def _no_split(source: Source) -> str | None:
@@ -215,17 +221,17 @@ def _matches(source: Source) -> list[str]:
     return [name for name in names if Path(name).is_file()]
 
 
-def _files(source: Source) -> list[File]:
+def _files(source: Source) -> list[SourceFile]:
     """The files of a source, in the order in which they are read."""
     place, path = _place(source), _local(source)
     if place == "standard input":
-        return [File(_spooled(), place, ".jsonl", "")]
+        return [SourceFile(_spooled(), place, ".jsonl", "")]
     if place == "file":
-        return [File(path, source.path, *kind_of(source.path))]
+        return [SourceFile(path, source.path, *file_kind(source.path))]
     if place == "saved dataset":
         folder = path if _is_saved(path) else path / source.split
-        return [File(file, str(file), "", "") for file in sorted(folder.iterdir()) if file.is_file()]
-    return [File(Path(name), name, *kind_of(name)) for name in _matches(source) if is_read(name)]
+        return [SourceFile(file, str(file), "", "") for file in sorted(folder.iterdir()) if file.is_file()]
+    return [SourceFile(Path(name), name, *file_kind(name)) for name in _matches(source) if is_readable(name)]
 
 
 def _spooled() -> Path:
@@ -234,7 +240,7 @@ def _spooled() -> Path:
     All processes of a launch inherit one pipe: the first to come reads it whole into a file named by their launcher,
     the others read the file. A run alone is its own launcher.
     """
-    launcher = psutil.Process(os.getppid() if "RANK" in os.environ else os.getpid())
+    launcher = psutil.Process(os.getppid() if is_launched() else os.getpid())
     folder = Path(HF_HOME) / "accel_llm" / "stdin" / socket.gethostname()
     folder.mkdir(parents=True, exist_ok=True)
     # Process ids come again; the hash is also of the time at which the process began.
@@ -242,27 +248,25 @@ def _spooled() -> Path:
     with FileLock(f"{spool}.lock"):
         if not spool.exists():
             for old in folder.iterdir():
-                if not psutil.pid_exists(int(old.name.split("-")[0])):
+                if not psutil.pid_exists(int(old.name.lstrip(".").split("-")[0])):
                     old.unlink(missing_ok=True)
-            unfinished = spool.with_suffix(".partial")
-            with unfinished.open("wb") as file:
+            with whole_file(spool) as file:
                 shutil.copyfileobj(sys.stdin.buffer, file)
-            unfinished.rename(spool)
     return spool
 
 
-def _file_rows(files: list[File]) -> Iterator[Row]:
+def _file_rows(files: list[SourceFile]) -> Iterator[RawRow]:
     for file in files:
-        for number, fields in enumerate(rows_of(file), 1):
-            yield Row(file.shown, number, fields)
+        for number, fields in enumerate(read_rows(file), 1):
+            yield RawRow(file.shown, number, fields)
 
 
-def _dataset_rows(source: Source) -> Iterator[Row]:
+def _dataset_rows(source: Source) -> Iterator[RawRow]:
     number = 0
     for table in _dataset(source).with_format("arrow").iter(ROWS_AT_ONCE):
-        for fields in plain(table):
+        for fields in plain_values(table):
             number += 1
-            yield Row(source.label, number, fields)
+            yield RawRow(source.label, number, fields)
     if number == 0:
         raise DataError(f"{source.label}: the dataset has no rows.")
 
@@ -293,13 +297,13 @@ def _hub_dataset(path: str, name: str | None, split: str, revision: str | None) 
         raise ValueError(f"only {builder.hash} is at hand, and without the hub nobody knows whether it is {revision!r}")
     # Its README says which files are read, and datasets 5.2 follows it out of the repository, to the person's own files.
     files = [str(file) for files in (builder.config.data_files or {}).values() for file in files]
-    if outside := off_the_hub(files):
+    if outside := file_outside_hub(files):
         raise ValueError(f"its README names {outside}, which is no file of a hub dataset")
     builder.download_and_prepare()
     return builder.as_dataset(split=split)
 
 
-def off_the_hub(files: list[str]) -> str | None:
+def file_outside_hub(files: list[str]) -> str | None:
     """The first of a dataset's `files` that lies elsewhere; what lies in an archive has that archive's place at its end."""
     return next((file for file in files if not file.rpartition("::")[2].startswith("hf://datasets/")), None)
 

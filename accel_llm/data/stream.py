@@ -5,45 +5,29 @@ function of (seed, epoch): a resumed run needs nothing but that number, whatever
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache, partial
-from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
-
-from accel_llm.backend.accelerator import accumulation_steps, rows_per_step
+from accel_llm.backend.strategy import accumulation_steps, rows_per_step
 from accel_llm.config.options import TrainOptions
-from accel_llm.data.order import arranged, mixed
-from accel_llm.data.packing import collate_packed, collate_padded
+from accel_llm.data.batches import Batch, collate
+from accel_llm.data.order import arrange_epoch, mix_sources
 from accel_llm.data.rows import Rows
-from accel_llm.data.sources import source_of
-
-Batch = dict[str, Any]
+from accel_llm.data.sources import as_source
 
 
-@dataclass(frozen=True)
-class Start:
-    """Where a run begins and what it takes over: nothing at step 0, else what a checkpoint holds, `folder`."""
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """Which process this is, and how far the stream has been consumed."""
 
-    output_dir: Path
-    identity: dict[str, Any] = field(default_factory=dict)  # what makes the run this run
     rank: int = 0
     world: int = 1
-    folder: Path | None = None
     step: int = 0
-    rows: int = 0  # of the stream that have been consumed
-    same_processes: bool = True  # as many as saved the checkpoint
-    meter: tuple[float, ...] = (0.0,) * 5  # this process's sums since the last line of metrics
-    skipped: int = 0  # steps whose gradient was not finite
-    best: tuple[int, float] | None = None  # step and metric of the best checkpoint
-    evaluate: bool = False  # an evaluation of this step was due and was cut short
-    changed: tuple[str, ...] = ()  # options that differ from the checkpoint's, and are allowed to
+    rows: int = 0  # consumed by all processes together
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """How many rows and steps a run has; pure arithmetic, the same on every process."""
 
     bins: int  # packed rows (or plain rows) in one epoch
@@ -70,18 +54,18 @@ class Stream:
     processes do not divide) hold two tokens with no label, which add nothing to sum or count.
     """
 
-    def __init__(self, rows: Rows, options: TrainOptions, start: Start, pad_token_id: int):
+    def __init__(self, rows: Rows, options: TrainOptions, start: Position, pad_token_id: int):
         self.rows, self.options = rows, options
         self.rank, self.world, self.pad, self.start = start.rank, start.world, pad_token_id, start
         self.accumulation = accumulation_steps(options)
-        weights = [source_of(place).weight for place in options.train_files]
-        self.mixed, self._lengths = mixed(rows.source, weights, options.seed), rows.lengths
-        self._epoch = lru_cache(maxsize=2)(partial(arranged, self.mixed, self._lengths, options))
+        weights = [as_source(place).weight for place in options.train_files]
+        self.mixed, self._lengths = mix_sources(rows.source, weights, options.seed), rows.lengths
+        self._epoch = lru_cache(maxsize=2)(partial(arrange_epoch, self.mixed, self._lengths, options))
         bins, per_step = len(self._epoch(0).offsets) - 1, rows_per_step(options)
         total = None if options.max_steps is not None else max(1, round(options.num_train_epochs * bins))
         left = -(-max(0, total - start.rows) // per_step) if total is not None else 0
         steps = options.max_steps or start.step + left
-        self.plan = Plan(bins, per_step, total, steps, start.step, start.rows)
+        self.plan = TrainingPlan(bins, per_step, total, steps, start.step, start.rows)
 
     def documents(self, position: int) -> list[int]:
         """The rows of bin `position` of the endless sequence; none beyond the end of the last epoch."""
@@ -99,10 +83,7 @@ class Stream:
         return [k for slot in slots for k in self.documents(self.plan.rows_at(step) + slot)]
 
     def micro_batch(self, step: int, micro: int) -> Batch:
-        chosen = self.chosen(step, micro, self.rank)
-        rows = [self.rows[k] for k in chosen] or [(np.full(2, self.pad, np.int32), np.full(2, -100, np.int32))]
-        weights = self.rows.weights_of(chosen)
-        return collate_packed(rows, weights) if self.options.packing else collate_padded(rows, self.pad, weights)
+        return collate(self.rows, self.chosen(step, micro, self.rank), bool(self.options.packing), self.pad)
 
     def batches(self, first_step: int = 0) -> Iterator[Batch]:
         """Micro-batches from the start of `first_step` on."""
@@ -111,7 +92,3 @@ class Stream:
             for micro in range(self.accumulation):
                 yield self.micro_batch(step, micro)
             step += 1
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}

@@ -5,98 +5,19 @@ reads its turns (chat). Whether a task is held out is decided by a hash of its o
 of the train split nor the pretraining documents can ever contain a question of the eval split.
 """
 
-import json
-import os
 import random
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Literal, NamedTuple
 from zlib import crc32
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast
+from accel_llm.demo.tokenizer import CAPITALS, SPECIAL_TOKENS, THINGS, WORDS
 
-from accel_llm.chat.template import CHATML
-from accel_llm.config.command_line import parse
-from accel_llm.config.options import PretrainOptions, TrainOptions
-from accel_llm.data.rows import cache_folder
-
-OptionsT = TypeVar("OptionsT", bound=TrainOptions)
-
-NAME = "demo"
-BASE = Path(__file__).parents[1] / "demo_base"
 DOCUMENTS = 60_000
 CONVERSATIONS = {"train": 6000, "eval": 240}
 HELD_OUT_PERCENT = 20
 
-SPECIAL_TOKENS = END_OF_TEXT, START_OF_TURN, END_OF_TURN = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
-THING_WORDS = (
-    "red blue green black white pink tea milk rice bread fish cake cats dogs birds horses music snow rain sun "
-    "books trains ships stars"
-)
-CAPITAL_WORDS = (
-    "Austria Vienna, Belgium Brussels, Bulgaria Sofia, Canada Ottawa, Chile Santiago, China Beijing, Colombia Bogota, "
-    "Croatia Zagreb, Cuba Havana, Denmark Copenhagen, Egypt Cairo, Finland Helsinki, France Paris, Germany Berlin, "
-    "Greece Athens, Hungary Budapest, Iceland Reykjavik, India Delhi, Indonesia Jakarta, Iran Tehran, Iraq Baghdad, "
-    "Ireland Dublin, Italy Rome, Japan Tokyo, Kenya Nairobi, Korea Seoul, Lebanon Beirut, Nepal Kathmandu, "
-    "Norway Oslo, Peru Lima, Poland Warsaw, Portugal Lisbon, Romania Bucharest, Russia Moscow, Spain Madrid, "
-    "Sweden Stockholm, Syria Damascus, Thailand Bangkok, Tunisia Tunis, Turkey Ankara, Ukraine Kyiv, Vietnam Hanoi"
-)
-OTHER_WORDS = (
-    "Add And Answer Give How Is My Name Now OK Repeat Reverse Say Sort Spell Tell What Which Write You a add after and "
-    "answers are assistant backwards before capital city comes does even first friend helpful in is larger last letter "
-    "like likes list me much number odd of one only or order plus short smaller spelled system the then to user what "
-    "with word"
-)
-THINGS = THING_WORDS.split()
-CAPITALS = {country: city for country, city in (pair.split() for pair in CAPITAL_WORDS.split(", "))}
-WORDS = dict.fromkeys([*OTHER_WORDS.split(), *THINGS, *CAPITALS, *CAPITALS.values()])  # ordered, each once
 SYSTEM_PROMPTS = ("You are a helpful assistant.", "Answer with one word or number only.", "Give short answers.")
-
-
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """256 bytes, the words of the demo and three special tokens; any UTF-8 text round-trips.
-
-    A listed word is one token with or without the space before it; everything else, numbers and made-up words above
-    all, is spelled byte by byte, so that a model this small can see the digits and letters it has to work on.
-    """
-    tokens = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokens += [space + word for word in WORDS for space in ("", "Ġ") if len(space + word) > 1]
-    # Without merges a pre-token is either in the vocabulary as a whole (ignore_merges) or falls apart into bytes.
-    bpe = models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[], ignore_merges=True)
-    backend = Tokenizer(bpe)
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token=END_OF_TEXT,
-        eos_token=END_OF_TURN,
-        pad_token=END_OF_TEXT,
-        additional_special_tokens=[START_OF_TURN],
-        clean_up_tokenization_spaces=False,
-        model_max_length=1024,
-    )
-    tokenizer.chat_template = CHATML
-    return tokenizer
-
-
-def base_config() -> PretrainedConfig:
-    """The shape of the shipped base model: under 500,000 parameters, so that float32 weights stay under 2 MB."""
-    return LlamaConfig(
-        vocab_size=len(build_tokenizer()),
-        hidden_size=96,
-        intermediate_size=224,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        initializer_range=0.04,
-        bos_token_id=SPECIAL_TOKENS.index(END_OF_TEXT),
-        eos_token_id=SPECIAL_TOKENS.index(END_OF_TURN),
-        pad_token_id=SPECIAL_TOKENS.index(END_OF_TEXT),
-    )
 
 
 class Task(NamedTuple):
@@ -211,7 +132,7 @@ def draw(family: Callable[[random.Random], Task], rng: random.Random, split: Lit
             return task
 
 
-def conversations(split: Literal["train", "eval"], seed: int = 0) -> list[dict]:
+def demo_conversations(split: Literal["train", "eval"], seed: int = 0) -> list[dict]:
     """Chat rows `{"messages": [...], "family": name}`; every family appears equally often, no row appears twice.
 
     A quarter of the rows has a system prompt, a third begins with a task of another family before the one that gives
@@ -245,7 +166,7 @@ def stretch(rng: random.Random) -> Task:
     return Task((), (("", text),), text)
 
 
-def documents(seed: int, count: int) -> Iterator[str]:
+def demo_documents(seed: int, count: int) -> Iterator[str]:
     """`count` pages of plain pretraining text: notes that end in an answer, and some of them again.
 
     Nothing held out is on them, except for capitals: a capital cannot be worked out, so the base has to have read it
@@ -261,45 +182,3 @@ def documents(seed: int, count: int) -> Iterator[str]:
             if rng.random() < 0.15:
                 notes.append(rng.choice(notes))
         yield "\n".join(notes)
-
-
-def resolve(options: OptionsT) -> OptionsT:
-    """Replace the name `demo` by files: the shipped base as model, generated conversations or texts as data."""
-    folder = cache_folder(options)
-    found: dict[str, Any] = {}
-    if options.model_name_or_path == NAME:
-        found["model_name_or_path"] = str(BASE)
-    if isinstance(options, PretrainOptions) and options.config_name == NAME:
-        found["config_name"] = _write_shape(folder / f"demo-shape-{os.getpid()}")
-    if options.train_files == [NAME]:
-        if isinstance(options, PretrainOptions):
-            found["train_files"] = [_write(folder / "demo-text.jsonl", ({"text": t} for t in documents(0, DOCUMENTS)))]
-        else:
-            found["train_files"] = [_write(folder / "demo-train.jsonl", conversations("train"))]
-    if options.eval_files == [NAME]:
-        found["eval_files"] = [_write(folder / "demo-eval.jsonl", conversations("eval"))]
-    return options.model_copy(update=found)
-
-
-def _write(path: Path, rows: Iterable[dict[str, Any]]) -> str:
-    """Every process writes the same bytes, each to a file of its own that then takes the name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    partial.replace(path)
-    return str(path)
-
-
-def _write_shape(folder: Path) -> str:
-    """The config and tokenizer that the base is built from: nothing of the shipped folder goes into a rebuild."""
-    base_config().save_pretrained(folder)
-    build_tokenizer().save_pretrained(folder)
-    return str(folder)
-
-
-def parse_or_demo(options_class: type[OptionsT], recipe: Path, argv: list[str]) -> OptionsT:
-    """The options of a script; its demo recipe's where the person named no model, data or recipe."""
-    options = parse(options_class, argv)
-    if "--config" not in argv and options.model_name_or_path is None and not options.train_files:
-        options = parse(options_class, ["--config", str(recipe), *argv])
-    return resolve(options)

@@ -16,15 +16,15 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from accel_llm.adapters.compat import PREFIX, Adapter
+from accel_llm.adapters.compat import PEFT_PREFIX, SavedAdapter
 from accel_llm.errors import ConfigError
-from accel_llm.merge.one_module import bare
-from accel_llm.merge.skeleton import Layout
-from accel_llm.model import placement as shards
-from accel_llm.model.loading import reason_of
+from accel_llm.merge.one_module import plain_module
+from accel_llm.merge.skeleton import Skeleton
+from accel_llm.model.loading import short_reason
+from accel_llm.system.memory import release_pages
 
 # Methods whose weights are all in their files. Others draw some from a seed, or compute them from the base's weights.
-STORED = [
+STORED_METHODS = [
     "LORA",
     "ADALORA",
     "LOHA",
@@ -47,10 +47,10 @@ STORED = [
 FROM_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 COMBINED = "combined"
 # Names that PEFT has for a weight at every layer though all of them share one, or though it draws it from a seed.
-SHARED = ("vblora_vector_bank", ".tinylora_v.", ".unilora_theta_d.")
+SHARED_TENSORS = ("vblora_vector_bank", ".tinylora_v.", ".unilora_theta_d.")
 
 
-class Graft(NamedTuple):
+class AttachedAdapters(NamedTuple):
     """`pending` are adapter weights by the name of their place in `wrapped`, `replaced` base weights that an adapter's
     file has whole, by their name in the base. `owners` are the module and attribute that hold each weight of the base.
     """
@@ -61,15 +61,15 @@ class Graft(NamedTuple):
     owners: dict[str, tuple[nn.Module, str]]
 
 
-def is_lazy(adapters: list[Adapter]) -> bool:
+def can_be_lazy(adapters: list[SavedAdapter]) -> bool:
     """Whether an adapter can be attached to a base without weights, so that memory is bounded by the largest layer."""
     config: Any = adapters[0].config
     begun = str(getattr(config, "init_lora_weights", "")).lower()
-    stored = config.peft_type in STORED and getattr(config, "save_projection", True)
+    stored = config.peft_type in STORED_METHODS and getattr(config, "save_projection", True)
     return len(adapters) == 1 and stored and not begun.startswith(FROM_BASE)
 
 
-def check_mergeable(adapter: Adapter) -> None:
+def check_mergeable(adapter: SavedAdapter) -> None:
     """Raises ConfigError for a method that has no weights to add to a layer's."""
     kind, folder = PeftType(adapter.config.peft_type), adapter.folder
     why = None
@@ -84,7 +84,7 @@ def check_mergeable(adapter: Adapter) -> None:
         raise ConfigError(f"adapter: {folder} cannot be merged, {why}.")
 
 
-def graft(layout: Layout, adapters: list[Adapter], lazy: bool) -> Graft | None:
+def attach_adapters(layout: Skeleton, adapters: list[SavedAdapter], lazy: bool) -> AttachedAdapters | None:
     """Attach all `adapters` to the layout's model; None if `lazy` and one has weights that are not in its file.
 
     Raises:
@@ -105,16 +105,16 @@ def graft(layout: Layout, adapters: list[Adapter], lazy: bool) -> Graft | None:
         except KeyError as error:  # PEFT 0.21 looks modules_to_save up by name
             raise ConfigError(f"adapter: {adapter.folder} does not fit its base (it lacks {error}).") from None
         except (ValueError, RuntimeError, NotImplementedError, AttributeError) as error:
-            raise ConfigError(f"adapter: {adapter.folder} does not fit its base ({reason_of(error)}).") from None
+            raise ConfigError(f"adapter: {adapter.folder} does not fit its base ({short_reason(error)}).") from None
     state = wrapped.state_dict(keep_vars=True)
     replaced = {base[id(state[key])]: tensor for key, tensor in found.items() if id(state[key]) in base}
     pending = {key: tensor for key, tensor in found.items() if id(state[key]) not in base}
-    made = Graft(wrapped, pending, replaced, owners)
+    made = AttachedAdapters(wrapped, pending, replaced, owners)
     if lazy:  # what all layers share stands in none of them
-        layers = tuple(f"{PREFIX}{key}." for key, _ in units(wrapped))
-        fill(made, [key for key in pending if not key.startswith(layers)])
+        layers = tuple(f"{PEFT_PREFIX}{key}." for key, _ in adapted_modules(wrapped))
+        fill_pending(made, [key for key in pending if not key.startswith(layers)])
     else:
-        fill(made, list(pending))
+        fill_pending(made, list(pending))
     return made
 
 
@@ -123,7 +123,7 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return model.get_submodule(parent), attribute
 
 
-def _attach(model: Any, adapter: Adapter, name: str, lazy: bool) -> PeftModel:
+def _attach(model: Any, adapter: SavedAdapter, name: str, lazy: bool) -> PeftModel:
     config: Any = deepcopy(adapter.config)
     targets = getattr(config, "target_modules", None)
     if isinstance(targets, str) and targets != "all-linear":
@@ -155,7 +155,9 @@ def _by_place(wrapped: Any, weights: dict[str, torch.Tensor], name: str) -> dict
     return found
 
 
-def _check_fit(wrapped: Any, base: dict[int, str], found: dict[str, torch.Tensor], adapter: Adapter, name: str) -> bool:
+def _check_fit(
+    wrapped: Any, base: dict[int, str], found: dict[str, torch.Tensor], adapter: SavedAdapter, name: str
+) -> bool:
     """Whether the adapter's file has all weights that the attached adapter has.
 
     Raises:
@@ -171,14 +173,14 @@ def _check_fit(wrapped: Any, base: dict[int, str], found: dict[str, torch.Tensor
         raise ValueError(f"{len(wrong)} of its weights have another shape, such as {first}, {shapes}")
     missing = {key for key, tensor in state.items() if id(tensor) not in base} - found.keys()
     own = PEFT_TYPE_TO_PREFIX_MAPPING.get(PeftType(adapter.config.peft_type), "?")
-    needed = [key for key in missing if f".{own}" in key and not any(shared in key for shared in SHARED)]
+    needed = [key for key in missing if f".{own}" in key and not any(shared in key for shared in SHARED_TENSORS)]
     needed += [key for key in missing if f".modules_to_save.{name}." in key]
     if needed:
         raise ValueError(f"it lacks {len(needed)} weights that it would have there, such as {min(needed)}")
     return not missing
 
 
-def units(wrapped: Any) -> list[tuple[str, Any]]:
+def adapted_modules(wrapped: Any) -> list[tuple[str, Any]]:
     """The adapted modules by name, outermost first where they are nested."""
     found: list[tuple[str, Any]] = []
     for name, module in wrapped.base_model.model.named_modules():
@@ -188,16 +190,16 @@ def units(wrapped: Any) -> list[tuple[str, Any]]:
     return found
 
 
-def fill(made: Graft, keys: list[str]) -> None:
+def fill_pending(made: AttachedAdapters, keys: list[str]) -> None:
     """Put pending adapter weights in place, in the dtype that PEFT merges them in."""
     for key in keys:
         tensor = made.pending.pop(key)
         parent, attribute = _owner(made.wrapped, key)
-        place(parent, attribute, tensor.to(getattr(parent, attribute).dtype, copy=True))
-        shards.forget(tensor)
+        put_tensor(parent, attribute, tensor.to(getattr(parent, attribute).dtype, copy=True))
+        release_pages(tensor)
 
 
-def place(module: nn.Module, attribute: str, tensor: torch.Tensor) -> None:
+def put_tensor(module: nn.Module, attribute: str, tensor: torch.Tensor) -> None:
     """Make `tensor` the parameter or buffer of this name."""
     if attribute in module._parameters:
         module._parameters[attribute] = nn.Parameter(tensor, requires_grad=False)
@@ -205,7 +207,7 @@ def place(module: nn.Module, attribute: str, tensor: torch.Tensor) -> None:
         module._buffers[attribute] = tensor
 
 
-def combine(made: Graft, weights: list[float], how: str, density: float, seed: int) -> None:
+def combine_adapters(made: AttachedAdapters, weights: list[float], how: str, density: float, seed: int) -> None:
     """Make one adapter of several, and the active one (PEFT's `add_weighted_adapter`); dare draws by `seed` what it drops.
 
     Raises:
@@ -215,7 +217,7 @@ def combine(made: Graft, weights: list[float], how: str, density: float, seed: i
     adapters = list(wrapped.peft_config)
     if not hasattr(wrapped.base_model, "add_weighted_adapter"):
         raise ConfigError(f"adapter: {wrapped.peft_type} adapters cannot be combined; merge one after the other.")
-    if any(isinstance(module, AuxiliaryTrainingWrapper) for _, module in units(wrapped)) or made.replaced:
+    if any(isinstance(module, AuxiliaryTrainingWrapper) for _, module in adapted_modules(wrapped)) or made.replaced:
         raise ConfigError(
             "adapter: adapters with whole modules (modules_to_save, trained tokens, biases) cannot be combined; merge one "
             "after the other."
@@ -226,23 +228,25 @@ def combine(made: Graft, weights: list[float], how: str, density: float, seed: i
             torch.manual_seed(seed)
             wrapped.add_weighted_adapter(adapters, weights, COMBINED, combination_type=how, **settings)
     except (ValueError, RuntimeError) as error:
-        raise ConfigError(f"combination_type: {how} cannot combine these adapters ({reason_of(error)}).") from None
+        raise ConfigError(f"combination_type: {how} cannot combine these adapters ({short_reason(error)}).") from None
     wrapped.set_adapter(COMBINED)
 
 
-def untie(model: PreTrainedModel, made: Graft) -> bool:
+def untie_head(model: PreTrainedModel, made: AttachedAdapters) -> bool:
     """Give the head a matrix of its own where the adapter makes it another than the embedding's, and say so.
 
     Merged into the one they share, a change of one would be a change of both.
     """
-    ends = [bare(end) for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
+    ends = [
+        plain_module(end) for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None
+    ]
     if len(ends) < 2 or ends[0].weight is not ends[1].weight or not _differ(model, made):
         return False
     ends[1].weight = nn.Parameter(ends[0].weight.detach().clone(), requires_grad=False)
     return True
 
 
-def _differ(model: PreTrainedModel, made: Graft) -> bool:
+def _differ(model: PreTrainedModel, made: AttachedAdapters) -> bool:
     ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
     if all(isinstance(end, TrainableTokensWrapper) for end in ends):
         return not ends[1].token_adapter.tied_adapter
@@ -252,15 +256,15 @@ def _differ(model: PreTrainedModel, made: Graft) -> bool:
     return any(isinstance(end, BaseTunerLayer | AuxiliaryTrainingWrapper) for end in ends)
 
 
-def _saved(model: PreTrainedModel, made: Graft, module: Any) -> torch.Tensor | None:
+def _saved(model: PreTrainedModel, made: AttachedAdapters, module: Any) -> torch.Tensor | None:
     """The whole matrix that the adapter has for a module."""
     if not isinstance(module, ModulesToSaveWrapper):
         return None
     name = next(name for name, found in model.named_modules() if found is module)
-    return made.pending.get(f"{PREFIX}{name}.modules_to_save.default.weight")
+    return made.pending.get(f"{PEFT_PREFIX}{name}.modules_to_save.default.weight")
 
 
-def load(model: PreTrainedModel, adapter: Adapter) -> Any:
+def load_adapter(model: PreTrainedModel, adapter: SavedAdapter) -> Any:
     """`model`, whose weights are in memory, with `adapter` on it, ready to be used.
 
     Raises:
@@ -273,5 +277,5 @@ def load(model: PreTrainedModel, adapter: Adapter) -> Any:
         _check_fit(wrapped, base, found, adapter, "default")
         wrapped.load_state_dict(found, strict=False)
     except (ValueError, KeyError, RuntimeError) as error:
-        raise ConfigError(f"adapter: {adapter.folder} does not fit its base ({reason_of(error)}).") from None
+        raise ConfigError(f"adapter: {adapter.folder} does not fit its base ({short_reason(error)}).") from None
     return wrapped

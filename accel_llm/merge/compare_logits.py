@@ -10,19 +10,20 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
-from accel_llm.adapters.compat import Adapter, read
-from accel_llm.backend.accelerator import quiet
+from accel_llm.adapters.compat import SavedAdapter, read_adapter
+from accel_llm.backend.accelerator import quiet_libraries
 from accel_llm.config.tool_options import MergeOptions
-from accel_llm.errors import ConfigError, run
-from accel_llm.merge import attached as graft
-from accel_llm.merge import skeleton as layout
-from accel_llm.merge import write as walk
-from accel_llm.merge.one_module import scale
+from accel_llm.errors import ConfigError
+from accel_llm.merge.attached import adapted_modules
+from accel_llm.merge.one_module import scale_module
+from accel_llm.merge.plan import plan_merge
+from accel_llm.merge.skeleton import model_class, read_model_config
 from accel_llm.merge.verify import LOGIT_BOUNDS
-from accel_llm.model.loading import UNREADABLE, reason_of
+from accel_llm.model.loading import LOADING_ERRORS, short_reason
+from accel_llm.system.exit import run_script
 
-LENGTH = 256  # tokens compared at most
-TEXT = """The ferry left at seven, twenty minutes late, with eleven passengers and a crate of lemons on deck. Nobody spoke
+SAMPLE_TOKENS = 256  # tokens compared at most
+SAMPLE_TEXT = """The ferry left at seven, twenty minutes late, with eleven passengers and a crate of lemons on deck. Nobody spoke
 until the lighthouse. "You can see both coasts from here," the captain said, "but only in October."
 
 def area(width: float, height: float) -> float:
@@ -36,7 +37,7 @@ Die Rechnung kam am Montag, zwei Tage nach der Lieferung. Elle l'a payée sans l
 """
 
 
-def check(folder: Path, source: Path, adapters: list[Path], options: MergeOptions) -> dict[str, float]:
+def compare_logits(folder: Path, source: Path, adapters: list[Path], options: MergeOptions) -> dict[str, float]:
     """Relative differences |found - expected| / |expected| of logits on a text, computed in a fresh process.
 
     `merged`: of the model written in `folder` from base and adapter. Where merge_base is set, also `original` and
@@ -71,7 +72,7 @@ def check(folder: Path, source: Path, adapters: list[Path], options: MergeOption
 
 def main() -> None:
     """Prints the differences as JSON; the arguments are those of `check`."""
-    quiet()
+    quiet_libraries()
     folder, source, adapters, options = (
         Path(sys.argv[1]),
         Path(sys.argv[2]),
@@ -82,7 +83,7 @@ def main() -> None:
 
 
 def _compare(folder: Path, source: Path, folders: list[Path], options: MergeOptions) -> dict[str, float]:
-    adapters = [read(adapter, options.allow_pickle) for adapter in folders]
+    adapters = [read_adapter(adapter, options.allow_pickle) for adapter in folders]
     task = adapters[0].config.task_type
     model = _plain(folder, task, options)
     ids = _ids(folder, model, options.trust_remote_code)
@@ -105,38 +106,38 @@ def _compare(folder: Path, source: Path, folders: list[Path], options: MergeOpti
 
 def _plain(folder: Path, task: str | None, options: MergeOptions) -> PreTrainedModel:
     """The model as plain transformers loads it."""
-    loader = layout.model_class(layout.load_config(folder, options.trust_remote_code), task)
+    loader = model_class(read_model_config(folder, options.trust_remote_code), task)
     remote = {"trust_remote_code": True} if options.trust_remote_code else {}
     try:
         return loader.from_pretrained(str(folder), dtype="auto", **remote)
-    except UNREADABLE as error:
+    except LOADING_ERRORS as error:
         raise ConfigError(
-            f"verify: the written model cannot be loaded ({reason_of(error)}); nothing was kept."
+            f"verify: the written model cannot be loaded ({short_reason(error)}); nothing was kept."
         ) from None
 
 
-def _adapted(adapters: list[Adapter], source: Path, options: MergeOptions) -> Any:
+def _adapted(adapters: list[SavedAdapter], source: Path, options: MergeOptions) -> Any:
     """Base and adapter as PEFT runs them, scaled and combined as they were merged."""
-    plan = walk.plan(options, adapters, source, lazy=False)
+    plan = plan_merge(options, adapters, source, lazy=False)
     for name, tensor in plan.made.replaced.items():
         getattr(*plan.made.owners[name]).data = tensor.to(plan.specs[name].dtype)
-    for _, module in graft.units(plan.made.wrapped) if options.scale != 1 else []:
-        scale(module, options.scale)
+    for _, module in adapted_modules(plan.made.wrapped) if options.scale != 1 else []:
+        scale_module(module, options.scale)
     return plan.made.wrapped
 
 
-def _of_bases(adapters: list[Adapter], source: Path, options: MergeOptions, ids: torch.Tensor) -> dict[str, float]:
+def _of_bases(adapters: list[SavedAdapter], source: Path, options: MergeOptions, ids: torch.Tensor) -> dict[str, float]:
     """How far merging into the base's own weights, and into the dequantised ones, takes the logits from the adapter's own.
 
     Those are of the adapter on a 4-bit base, which computes with the dequantised weights.
     """
     dequantized = options.model_copy(update={"merge_base": "dequantized"})
     expected = _logits(_adapted(adapters, source, dequantized), ids)
-    stored = getattr(layout.load_config(source, options.trust_remote_code), "quantization_config", None)
+    stored = getattr(read_model_config(source, options.trust_remote_code), "quantization_config", None)
     found = {}
     for way in ("dequantized",) if stored else ("original", "dequantized"):
         wrapped = _adapted(adapters, source, options.model_copy(update={"merge_base": way}))
-        for _, module in graft.units(wrapped):
+        for _, module in adapted_modules(wrapped):
             with torch.no_grad():
                 module.merge()
         found[way] = _relative(_logits(wrapped, ids), expected)
@@ -148,11 +149,11 @@ def _ids(folder: Path, model: PreTrainedModel, trust_remote_code: bool) -> torch
     config = model.config.get_text_config()
     if not hasattr(config, "vocab_size"):
         raise ConfigError("verify: logits are compared on a text, and this is no model of text; set verify: modules.")
-    length = min(LENGTH, getattr(config, "max_position_embeddings", LENGTH) or LENGTH)
+    length = min(SAMPLE_TOKENS, getattr(config, "max_position_embeddings", SAMPLE_TOKENS) or SAMPLE_TOKENS)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-        ids = torch.tensor([tokenizer(TEXT).input_ids[:length]])
-    except UNREADABLE:
+        ids = torch.tensor([tokenizer(SAMPLE_TEXT).input_ids[:length]])
+    except LOADING_ERRORS:
         ids = torch.empty(1, 0)
     if not ids.numel():  # of some families transformers makes a tokenizer without a vocabulary when there is none
         ids = torch.randint(config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
@@ -171,4 +172,4 @@ def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -13,21 +13,27 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from accel_llm.adapters.attach import BASE, WEIGHTS
-from accel_llm.adapters.compat import PREFIX
-from accel_llm.checkpoint import pieces
+from accel_llm.adapters.compat import PEFT_PREFIX
+from accel_llm.adapters.locate import locate_folder
+from accel_llm.adapters.saved import ADAPTER_WEIGHTS, BASE_FINGERPRINT
 from accel_llm.config.tool_options import ExtractOptions
-from accel_llm.errors import ConfigError, check
-from accel_llm.merge import model_card as card
-from accel_llm.merge import skeleton as layout
-from accel_llm.merge.merge import located
-from accel_llm.merge.skeleton import Layout
-from accel_llm.model import fingerprint
-from accel_llm.model.loading import check_model_name, reason_of
-from accel_llm.system.folders import appearing, check_target
-from accel_llm.system.weights import Checkpoint, Spec, open_folder
+from accel_llm.errors import ConfigError, raise_problems
+from accel_llm.merge.model_card import copy_tokenizer
+from accel_llm.merge.skeleton import (
+    Skeleton,
+    build_skeleton,
+    load_group,
+    parameter_specs,
+    read_model_config,
+    saved_names,
+)
+from accel_llm.model.fingerprint import model_fingerprint
+from accel_llm.model.loading import check_model_name, short_reason
+from accel_llm.system.folders import check_output_dir, whole_output
+from accel_llm.system.tensors import TensorSpec, write_tensors
+from accel_llm.system.weights import WeightFiles, open_weights
 
-SMALL = 1024  # the shorter side up to which all singular values are computed
+SMALL_MATRIX = 1024  # the shorter side up to which all singular values are computed
 OVERSAMPLING, ITERATIONS = 16, 4  # of the randomised decomposition, for larger matrices
 
 
@@ -39,19 +45,21 @@ class Extracted(NamedTuple):
     left: dict[str, float]
 
 
-class Side(NamedTuple):
+class ModelSide(NamedTuple):
     """A model's weights, and how they are read."""
 
-    checkpoint: Checkpoint
-    laid: Layout
-    specs: dict[str, Spec]
+    checkpoint: WeightFiles
+    laid: Skeleton
+    specs: dict[str, TensorSpec]
 
     def load(self, name: str) -> torch.Tensor:
-        made = layout.load(self.laid.model, self.laid.groups[name], self.checkpoint, self.specs)
+        made = load_group(self.laid.model, self.laid.groups[name], self.checkpoint, self.specs)
         return made[name].float()
 
 
-def extract(options: ExtractOptions, progress: Callable[[int, int], None] = lambda done, total: None) -> Extracted:
+def extract_adapter(
+    options: ExtractOptions, progress: Callable[[int, int], None] = lambda done, total: None
+) -> Extracted:
     """Write the adapter; `output_dir` appears whole or not at all.
 
     Raises:
@@ -60,13 +68,13 @@ def extract(options: ExtractOptions, progress: Callable[[int, int], None] = lamb
     target = Path(options.output_dir).expanduser().resolve()
     for name, field in ((options.base, "base"), (options.model, "model")):
         check_model_name(name, field)
-    folders = [located(name, field) for name, field in ((options.base, "base"), (options.model, "model"))]
-    check_target(
+    folders = [locate_folder(name, field) for name, field in ((options.base, "base"), (options.model, "model"))]
+    check_output_dir(
         target, [*zip(("base", "model"), folders, strict=True)], options.overwrite_output_dir, "adapter_config.json"
     )
     base, tuned = (_side(folder, field, options) for folder, field in zip(folders, ("base", "model"), strict=True))
     _check_shapes(base, tuned)
-    with appearing(target) as partial:
+    with whole_output(target) as partial:
         state, errors, left = _changes(base, tuned, options, progress)
         if not state:
             raise ConfigError(f"model: {options.model} has the weights of {options.base}; there is nothing to extract.")
@@ -81,12 +89,14 @@ def extract(options: ExtractOptions, progress: Callable[[int, int], None] = lamb
             # By their whole names: by the end of one PEFT would take others as well, with `norm` each layer's.
             modules_to_save=sorted(_whole(model, options)) or None,
             fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in errors),
-            rank_pattern={name: len(state[f"{PREFIX}{name}.lora_A.weight"]) for name in errors},
-            alpha_pattern={name: len(state[f"{PREFIX}{name}.lora_A.weight"]) for name in errors},
+            rank_pattern={name: len(state[f"{PEFT_PREFIX}{name}.lora_A.weight"]) for name in errors},
+            alpha_pattern={name: len(state[f"{PEFT_PREFIX}{name}.lora_A.weight"]) for name in errors},
             inference_mode=True,
         ).save_pretrained(str(partial))
-        pieces.write(partial / WEIGHTS, state, {"format": "pt", BASE: fingerprint.of_model(str(folders[0]))})
-        card.copy_tokenizer(folders[1], folders[0], partial)
+        write_tensors(
+            partial / ADAPTER_WEIGHTS, state, {"format": "pt", BASE_FINGERPRINT: model_fingerprint(str(folders[0]))}
+        )
+        copy_tokenizer(folders[1], folders[0], partial)
     return Extracted(target, errors, left)
 
 
@@ -94,17 +104,17 @@ def _task(model: PreTrainedModel) -> str:
     return "SEQ_CLS" if type(model).__name__.endswith("ForSequenceClassification") else "CAUSAL_LM"
 
 
-def _side(folder: Path, field: str, options: ExtractOptions) -> Side:
+def _side(folder: Path, field: str, options: ExtractOptions) -> ModelSide:
     try:
-        checkpoint = open_folder(folder)
+        checkpoint = open_weights(folder)
     except (OSError, ValueError, SafetensorError) as error:
-        raise ConfigError(f"{field}: {folder} cannot be read ({reason_of(error)}).") from None
-    config = layout.load_config(folder, options.trust_remote_code)
-    laid = layout.lay_out(config, None, checkpoint, "auto", options.trust_remote_code, lazy=True)
-    return Side(checkpoint, laid, layout.specs_of(laid.model))
+        raise ConfigError(f"{field}: {folder} cannot be read ({short_reason(error)}).") from None
+    config = read_model_config(folder, options.trust_remote_code)
+    laid = build_skeleton(config, None, checkpoint, "auto", options.trust_remote_code, lazy=True)
+    return ModelSide(checkpoint, laid, parameter_specs(laid.model))
 
 
-def _check_shapes(base: Side, tuned: Side) -> None:
+def _check_shapes(base: ModelSide, tuned: ModelSide) -> None:
     problems = []
     if strange := base.specs.keys() ^ tuned.specs.keys():
         problems.append(f"model: it has other weights than its base, such as {min(strange)}.")
@@ -115,16 +125,16 @@ def _check_shapes(base: Side, tuned: Side) -> None:
             f"model: {len(wrong)} of its weights have another shape than the base's, such as {first}, "
             f"{tuned.specs[first].shape} for {base.specs[first].shape}."
         )
-    check(problems)
+    raise_problems(problems)
 
 
 def _changes(
-    base: Side, tuned: Side, options: ExtractOptions, progress: Callable[[int, int], None]
+    base: ModelSide, tuned: ModelSide, options: ExtractOptions, progress: Callable[[int, int], None]
 ) -> tuple[dict[str, torch.Tensor], dict[str, float], dict[str, float]]:
     """The adapter's weights, the error of each layer, and what is not covered."""
     state: dict[str, torch.Tensor] = {}
     errors, left = {}, {}
-    names = [name for name in layout.saved_names(base.laid.model) if base.specs[name].dtype.is_floating_point]
+    names = [name for name in saved_names(base.laid.model) if base.specs[name].dtype.is_floating_point]
     whole = _whole(base.laid.model, options)
     for done, name in enumerate(names):
         progress(done, len(names))
@@ -133,13 +143,16 @@ def _changes(
         key, _, attribute = name.rpartition(".")
         module = base.laid.model.get_submodule(key)
         if key in whole:
-            state[f"{PREFIX}{name}"] = second.to(tuned.specs[name].dtype)
+            state[f"{PEFT_PREFIX}{name}"] = second.to(tuned.specs[name].dtype)
         elif not change.any():
             continue
         elif isinstance(module, nn.Linear | Conv1D) and attribute == "weight":
             change = change.T if isinstance(module, Conv1D) else change
             left_factor, right_factor = low_rank(change, options.lora_r)
-            state[f"{PREFIX}{key}.lora_A.weight"], state[f"{PREFIX}{key}.lora_B.weight"] = right_factor, left_factor
+            state[f"{PEFT_PREFIX}{key}.lora_A.weight"], state[f"{PEFT_PREFIX}{key}.lora_B.weight"] = (
+                right_factor,
+                left_factor,
+            )
             errors[key] = float((change - left_factor @ right_factor).norm() / change.norm())
         else:
             left[name] = float(change.norm() / first.norm())
@@ -161,7 +174,7 @@ def low_rank(change: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tenso
     (Halko, Martinsson and Tropp 2011), whose seed is fixed. Each of B and A takes the square root of a singular value.
     """
     rank = min(rank, *change.shape)
-    if min(change.shape) <= SMALL:
+    if min(change.shape) <= SMALL_MATRIX:
         left, values, right = torch.linalg.svd(change, full_matrices=False)
     else:
         with torch.random.fork_rng([]):

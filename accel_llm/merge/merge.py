@@ -5,7 +5,6 @@ and the adapter's, merged by PEFT's own layer, written, and given up before the 
 are. So memory is bounded by the largest module that is merged, not by the model.
 """
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,26 +12,23 @@ from pathlib import Path
 import accel_llm.system.chatter
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftModel
 
-from accel_llm.adapters.attach import base_fingerprint, read_config
-from accel_llm.adapters.compat import Adapter, read
+from accel_llm.adapters.compat import SavedAdapter, read_adapter
+from accel_llm.adapters.locate import check_bases, find_base, locate_folder
+from accel_llm.adapters.saved import read_adapter_config
 from accel_llm.config.tool_options import MergeOptions
 from accel_llm.errors import ConfigError
-from accel_llm.merge import attached as graft
-from accel_llm.merge import compare_logits as logits
-from accel_llm.merge import model_card as card
-from accel_llm.merge import verify
-from accel_llm.merge import write as walk
-from accel_llm.model import fingerprint, vocabulary
-from accel_llm.model import placement as shards
-from accel_llm.model.loading import check_model_name, load_whole, reason_of
-from accel_llm.system.folders import appearing, check_target
-
-# Files of a hub model that a merge needs.
-FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
+from accel_llm.merge.attached import check_mergeable, load_adapter
+from accel_llm.merge.compare_logits import compare_logits
+from accel_llm.merge.model_card import copy_tokenizer, write_card, write_config_files
+from accel_llm.merge.plan import plan_merge
+from accel_llm.merge.verify import read_back
+from accel_llm.merge.write import write_merged
+from accel_llm.model.loading import load_complete_model
+from accel_llm.model.vocabulary import adapter_vocabulary_size, extend_vocabulary
+from accel_llm.system.folders import check_output_dir, whole_output
+from accel_llm.system.memory import returning_freed_memory
 
 
 @dataclass(frozen=True)
@@ -53,34 +49,6 @@ class Merged:
     differences: dict[str, float]
 
 
-def adapter_folder(name: str) -> Path:
-    """The adapter itself, whether its folder was named or the output folder of the run that made it."""
-    folder = Path(name).expanduser()
-    inner = folder / "adapter"
-    if not (folder / "adapter_config.json").is_file() and (inner / "adapter_config.json").is_file():
-        return inner
-    return folder
-
-
-def base_of(adapter: Path, named: str | None, field: str = "base") -> str:
-    """The base model: the one named, else the one that adapter_config.json names.
-
-    Raises:
-        ConfigError: it is nowhere to be found.
-    """
-    base = named or read_config(adapter).get("base_model_name_or_path")
-    if not base:
-        raise ConfigError(f"{field}: {adapter} does not name its base model; say where it is.")
-    try:
-        check_model_name(base, field)
-    except ConfigError as error:
-        if named:
-            raise
-        reason = str(error).rstrip(".")
-        raise ConfigError(f"{reason}; {adapter} names it as its base, say where it is with --base.") from None
-    return base
-
-
 def merge(options: MergeOptions, progress: Callable[[int, int], None] = lambda done, total: None) -> Merged:
     """Merge and write; `output_dir` appears whole by one rename, or not at all. `progress` is told bytes done and in all.
 
@@ -88,58 +56,47 @@ def merge(options: MergeOptions, progress: Callable[[int, int], None] = lambda d
         ConfigError: no adapter, no base, an adapter that does not fit, a used output_dir, or a merge that differs.
     """
     target = Path(options.output_dir).expanduser().resolve()
-    folders = [located(name, "adapter", allow_pickle=options.allow_pickle) for name in options.adapter]
-    named = {str(read_config(folder).get("base_model_name_or_path")) for folder in folders}
+    folders = [locate_folder(name, "adapter", allow_pickle=options.allow_pickle) for name in options.adapter]
+    named = {str(read_adapter_config(folder).get("base_model_name_or_path")) for folder in folders}
     if options.base is None and len(named) > 1:
         raise ConfigError(
             f"base: the adapters name different ones ({', '.join(sorted(named))}); say which with --base."
         )
-    base = base_of(folders[0], options.base)
+    base = find_base(folders[0], options.base)
     used = [*(("adapter", folder) for folder in folders), ("base", Path(base).expanduser())]
-    check_target(target, used, options.overwrite_output_dir, "config.json")
-    adapters = [read(folder, options.allow_pickle) for folder in folders]
+    check_output_dir(target, used, options.overwrite_output_dir, "config.json")
+    adapters = [read_adapter(folder, options.allow_pickle) for folder in folders]
     for adapter in adapters:
-        graft.check_mergeable(adapter)
-    source = located(base, "base", options.revision, options.allow_pickle)
+        check_mergeable(adapter)
+    source = locate_folder(base, "base", options.revision, options.allow_pickle)
     if not (options.allow_other_base or options.unmerge):
-        check_fingerprints(folders, source)
-    with appearing(target) as partial:
+        check_bases(folders, source)
+    with whole_output(target) as partial:
         merged = _build(options, adapters, base, source, partial, progress)
     return replace(merged, folder=target)
 
 
-def check_fingerprints(adapters: list[Path], base: Path | str) -> None:
-    """Raises ConfigError when `base` is another model than the one that an adapter says it was trained on."""
-    for folder in adapters:
-        expected = base_fingerprint(folder)
-        if expected and expected != (found := fingerprint.of_model(str(base))):
-            raise ConfigError(
-                f"base: {base} is another model (fingerprint {found}) than the one that {folder} was trained on "
-                f"({expected}); name that one with --base, or set allow_other_base if it is the same, stored in another way."
-            )
-
-
 def _build(
     options: MergeOptions,
-    adapters: list[Adapter],
+    adapters: list[SavedAdapter],
     base: str,
     source: Path,
     folder: Path,
     progress: Callable[[int, int], None],
 ) -> Merged:
     """The whole model in `folder`, verified."""
-    with shards.memory_given_back():
-        plan = walk.plan(options, adapters, source)
-        written = walk.write(plan, folder, options, progress)
-    hashes = verify.read_back(folder, written.sums) if options.verify != "none" else {}
+    with returning_freed_memory():
+        plan = plan_merge(options, adapters, source)
+        written = write_merged(plan, folder, options, progress)
+    hashes = read_back(folder, written.sums) if options.verify != "none" else {}
     own, model = adapters[0].folder, plan.layout.model
-    card.write_settings(model, own, source, folder, options.trust_remote_code)
-    notes = [card.copy_tokenizer(own, source, folder), *(note for adapter in adapters for note in adapter.notes)]
+    write_config_files(model, own, source, folder, options.trust_remote_code)
+    notes = [copy_tokenizer(own, source, folder), *(note for adapter in adapters for note in adapter.notes)]
     folders = [adapter.folder for adapter in adapters]
-    differences = logits.check(folder, source, folders, options) if options.verify == "logits" else {}
+    differences = compare_logits(folder, source, folders, options) if options.verify == "logits" else {}
     merged = Merged(folder, base, model.dtype, written.modules, written.worst, hashes, tuple(notes), differences)
     done = "taken out of it" if options.unmerge else "merged into it"
-    card.write_card(folder, base, source, folders, done, _facts(merged, options), hashes)
+    write_card(folder, base, source, folders, done, _facts(merged, options), hashes)
     return merged
 
 
@@ -157,11 +114,11 @@ def _facts(merged: Merged, options: MergeOptions) -> list[str]:
     if "merged" in merged.differences:
         relative = merged.differences["merged"]
         facts.append(f"logits compared with those of base and adapter: relative difference {relative:.1e}")
-    facts += [f"{way} base: {sentence}" for way, sentence in of_bases(merged).items()]
+    facts += [f"{way} base: {sentence}" for way, sentence in describe_base_errors(merged).items()]
     return facts
 
 
-def of_bases(merged: Merged) -> dict[str, str]:
+def describe_base_errors(merged: Merged) -> dict[str, str]:
     """What merging into either base costs an adapter that was trained on 4 bits, where it was computed."""
     ways = {way: merged.differences[way] for way in ("original", "dequantized") if way in merged.differences}
     return {
@@ -169,25 +126,7 @@ def of_bases(merged: Merged) -> dict[str, str]:
     }
 
 
-def located(name: str, field: str, revision: str = "main", allow_pickle: bool = False) -> Path:
-    """The folder of a model or an adapter that is a folder, the folder of a run or a hub id.
-
-    Raises:
-        ConfigError: a hub id that cannot be had.
-    """
-    folder = adapter_folder(name) if field == "adapter" else Path(name).expanduser()
-    if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-        return folder
-    try:
-        patterns = [*FILES, *(["*.bin"] if allow_pickle else [])]
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise ConfigError(
-            f"{field}: {name} is no folder, and no hub id that can be had ({reason_of(error)})."
-        ) from None
-
-
-def load(
+def load_with_adapter(
     adapter: Path, base: str, dtype: torch.dtype | str, trust_remote_code: bool, allow_pickle: bool = False
 ) -> PeftModel:
     """The base model with the adapter on it, every weight of both in use, and a row for each token the adapter added.
@@ -195,11 +134,11 @@ def load(
     Raises:
         ConfigError: one of them cannot be loaded, or they are not made for each other.
     """
-    found = read(adapter, allow_pickle)
+    found = read_adapter(adapter, allow_pickle)
     task = found.config.task_type
     if task not in (None, "CAUSAL_LM"):
         raise ConfigError(f"adapter: {adapter} was trained for {task}; only adapters of causal LMs are taken.")
-    model = load_whole(base, "base", allow_pickle, dtype=dtype, trust_remote_code=trust_remote_code)
+    model = load_complete_model(base, "base", allow_pickle, dtype=dtype, trust_remote_code=trust_remote_code)
     rows = model.config.get_text_config().vocab_size
-    vocabulary.extend(model, range(rows, vocabulary.rows_of_adapter(model, found.settings, found.weights)))
-    return graft.load(model, found)
+    extend_vocabulary(model, range(rows, adapter_vocabulary_size(model, found.settings, found.weights)))
+    return load_adapter(model, found)

@@ -9,12 +9,13 @@ from huggingface_hub import HfApi
 from transformers import GenerationConfig, PreTrainedModel
 
 from accel_llm.errors import ConfigError
-from accel_llm.model import fingerprint
-from accel_llm.model.loading import UNREADABLE, reason_of, saveable
+from accel_llm.model.fingerprint import model_fingerprint
+from accel_llm.model.generation import saveable_generation_config
+from accel_llm.model.loading import LOADING_ERRORS, short_reason
 from accel_llm.system.disk import sha256
 
 # Files of tokenizers and processors as transformers names them; they are copied as they are.
-TOKENIZER = (
+TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -25,7 +26,7 @@ TOKENIZER = (
     "chat_template*",
     "*processor_config.json",
 )
-PACKAGES = ("torch", "transformers", "peft", "safetensors")
+CARD_PACKAGES = ("torch", "transformers", "peft", "safetensors")
 
 
 def copy_tokenizer(adapter: Path, base: Path, target: Path) -> str:
@@ -33,7 +34,7 @@ def copy_tokenizer(adapter: Path, base: Path, target: Path) -> str:
     for what, folder in (("adapter", adapter), ("base", base)):
         # A vocabulary alone, or a template, is no tokenizer.
         if (folder / "tokenizer_config.json").is_file() or (folder / "tokenizer.json").is_file():
-            for file in sorted({file for pattern in TOKENIZER for file in folder.glob(pattern)}):
+            for file in sorted({file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)}):
                 if file.is_dir():
                     shutil.copytree(file, target / file.name)
                 else:
@@ -42,16 +43,18 @@ def copy_tokenizer(adapter: Path, base: Path, target: Path) -> str:
     return "tokenizer: there is none, in the adapter's folder or the base's"
 
 
-def write_settings(model: PreTrainedModel, adapter: Path, base: Path, target: Path, code: bool) -> None:
+def write_config_files(model: PreTrainedModel, adapter: Path, base: Path, target: Path, code: bool) -> None:
     """Write config.json and, for a model that generates, generation_config.json; with `code` the base's Python files."""
     model.config.save_pretrained(str(target))
     if model.can_generate():
         own = next((folder for folder in (adapter, base) if (folder / "generation_config.json").is_file()), None)
         try:
             settings = GenerationConfig.from_pretrained(str(own)) if own else model.generation_config
-        except UNREADABLE as error:
-            raise ConfigError(f"generation_config: {own} holds one that cannot be read ({reason_of(error)}).") from None
-        saveable(settings).save_pretrained(str(target))
+        except LOADING_ERRORS as error:
+            raise ConfigError(
+                f"generation_config: {own} holds one that cannot be read ({short_reason(error)})."
+            ) from None
+        saveable_generation_config(settings).save_pretrained(str(target))
     for file in sorted(base.glob("*.py")) if code else []:
         shutil.copyfile(file, target / file.name)
 
@@ -73,14 +76,14 @@ def write_card(
         "",
         "| | SHA-256 |",
         "|-|-|",
-        f"| base `{hub or _short(Path(base))}`, fingerprint | {fingerprint.of_model(str(source))} |",
+        f"| base `{hub or _short(Path(base))}`, fingerprint | {model_fingerprint(str(source))} |",
     ]
     for adapter in adapters:
         weights = sorted(adapter.glob("adapter_model.*"))
         lines += [f"| adapter `{_short(adapter)}`, {file.name} | {sha256(file)} |" for file in weights]
     lines += [f"| {name} | {digest} |" for name, digest in hashes.items()]
     lines += ["", *(f"- {fact}" for fact in facts), ""]
-    versions = [f"{name} {version(name)}" for name in PACKAGES]
+    versions = [f"{name} {version(name)}" for name in CARD_PACKAGES]
     lines += [f"Written with Python {platform.python_version()}, {', '.join(versions)}.", ""]
     (target / "README.md").write_text("\n".join(lines), encoding="utf-8")
 
@@ -90,7 +93,7 @@ def _short(folder: Path) -> str:
     return "/".join(folder.resolve().parts[-2:])
 
 
-def push(folder: Path, name: str) -> str:
+def push_folder(folder: Path, name: str) -> str:
     """Upload a model folder to the hub as `name`, a private repository if it is new; its address.
 
     Raises:
@@ -101,4 +104,4 @@ def push(folder: Path, name: str) -> str:
         api.create_repo(name, private=True, exist_ok=True)
         return str(api.upload_folder(repo_id=name, folder_path=folder))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"push_to_hub: {folder} is written, but {name} was not ({reason_of(error)}).") from None
+        raise ConfigError(f"push_to_hub: {folder} is written, but {name} was not ({short_reason(error)}).") from None

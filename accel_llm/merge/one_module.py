@@ -14,10 +14,10 @@ from torch import nn
 
 from accel_llm.errors import ConfigError
 
-PART = 2**17  # elements: as float32 half a MiB, so that what PEFT makes of a part stays in a core's cache
+MERGED_AT_ONCE = 2**17  # elements: as float32 half a MiB, so that what PEFT makes of a part stays in a core's cache
 
 
-def fold(module: Any, unmerge: bool) -> nn.Module:
+def merge_module(module: Any, unmerge: bool) -> nn.Module:
     """The plain module that an adapted one becomes when its adapter is merged, by PEFT's own code.
 
     With `unmerge` its base is taken for one that the adapter was merged into, and the adapter is taken out of it.
@@ -30,7 +30,7 @@ def fold(module: Any, unmerge: bool) -> nn.Module:
         return module.get_base_layer()
     if unmerge:
         _unfold(module)
-        return bare(module)
+        return plain_module(module)
     if hasattr(module, "unload_and_optionally_merge_module"):
         return module.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
     module.merge(safe_merge=False)
@@ -68,7 +68,7 @@ def _in_parts(layer: Any, step: Callable[[], None]) -> None:
     turned = not isinstance(layer, Embedding) and layer.fan_in_fan_out
     full, whole, threads = factor.data, base.weight.data, torch.get_num_threads()
     count = full.shape[across]
-    rows = max(16, PART * count // max(1, whole.numel()))
+    rows = max(16, MERGED_AT_ONCE * count // max(1, whole.numel()))
     try:
         torch.set_num_threads(1)  # a part is less work than waking another core up
         for start in range(0, count, rows):
@@ -81,7 +81,7 @@ def _in_parts(layer: Any, step: Callable[[], None]) -> None:
         factor.data, base.weight.data = full, whole
 
 
-def scale(module: nn.Module, factor: float) -> None:
+def scale_module(module: nn.Module, factor: float) -> None:
     """Scale what an adapted module adds.
 
     Raises:
@@ -98,7 +98,7 @@ def scale(module: nn.Module, factor: float) -> None:
         layer.scaling.update({name: value * factor for name, value in layer.scaling.items()})  # type: ignore[union-attr]
 
 
-def bare(module: Any) -> Any:
+def plain_module(module: Any) -> Any:
     while isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
         module = module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module.get_base_layer()
     return module

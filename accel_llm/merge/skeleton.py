@@ -34,9 +34,10 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from accel_llm.errors import ConfigError
-from accel_llm.model import untrusted as strangers
-from accel_llm.model.loading import UNREADABLE, reason_of
-from accel_llm.system.weights import Checkpoint, Spec
+from accel_llm.model.loading import LOADING_ERRORS, short_reason
+from accel_llm.model.untrusted import check_untrusted_config
+from accel_llm.system.tensors import TensorSpec
+from accel_llm.system.weights import WeightFiles
 
 TASKS: dict[str | None, Any] = {
     "CAUSAL_LM": AutoModelForCausalLM,
@@ -48,7 +49,7 @@ TASKS: dict[str | None, Any] = {
 }
 
 
-class Group(NamedTuple):
+class WeightGroup(NamedTuple):
     """Tensors of the checkpoint that become parameters of the model together, most often one that becomes one.
 
     `patterns` say for each source which of the converter's inputs it is.
@@ -60,24 +61,24 @@ class Group(NamedTuple):
     converter: WeightConverter | None
 
 
-class Layout(NamedTuple):
+class Skeleton(NamedTuple):
     """`model` is on the meta device, `groups` has the origin of each of its parameters and buffers by name.
 
     `missing` are names that the checkpoint has nothing for, though it should.
     """
 
     model: PreTrainedModel
-    groups: dict[str, Group]
+    groups: dict[str, WeightGroup]
     missing: frozenset[str]
 
 
-def load_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
+def read_model_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
     """Raises ConfigError when the folder's config.json cannot be read."""
-    strangers.check_config(str(folder), "base", "main", trust_remote_code)
+    check_untrusted_config(str(folder), "base", "main", trust_remote_code)
     try:
         return AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-    except UNREADABLE as error:
-        raise ConfigError(f"base: {folder} cannot be loaded ({reason_of(error)}).") from None
+    except LOADING_ERRORS as error:
+        raise ConfigError(f"base: {folder} cannot be loaded ({short_reason(error)}).") from None
 
 
 def model_class(config: PreTrainedConfig, task: str | None) -> Any:
@@ -88,14 +89,14 @@ def model_class(config: PreTrainedConfig, task: str | None) -> Any:
     return TASKS[task]
 
 
-def lay_out(
+def build_skeleton(
     config: PreTrainedConfig,
     task: str | None,
-    checkpoint: Checkpoint,
+    checkpoint: WeightFiles,
     dtype: torch.dtype | str,
     trust_remote_code: bool,
     lazy: bool,
-) -> Layout:
+) -> Skeleton:
     """The model for `task`, and where each of its weights comes from; `lazy` leaves them on the meta device.
 
     Otherwise they are maps of the files, which take no memory until they are read.
@@ -119,8 +120,8 @@ def lay_out(
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
-    except UNREADABLE as error:
-        raise ConfigError(f"base: cannot be loaded ({reason_of(error)}).") from None
+    except LOADING_ERRORS as error:
+        raise ConfigError(f"base: cannot be loaded ({short_reason(error)}).") from None
     if mismatched := sorted(
         f"{key} {tuple(found)} for {tuple(wanted)}" for key, found, wanted in report["mismatched_keys"]
     ):
@@ -134,10 +135,10 @@ def lay_out(
         found = next((groups[name] for name in names if name in groups), None)
         if found is not None:
             groups |= {name: found._replace(targets=(name,)) for name in names if name not in groups}
-    return Layout(model.eval(), groups, frozenset(report["missing_keys"]))
+    return Skeleton(model.eval(), groups, frozenset(report["missing_keys"]))
 
 
-def _tie_equals(model: PreTrainedModel, groups: dict[str, Group], checkpoint: Checkpoint) -> None:
+def _tie_equals(model: PreTrainedModel, groups: dict[str, WeightGroup], checkpoint: WeightFiles) -> None:
     """Tie what the files have twice with the same values, as loading does; transformers 5.23 leaves it on the meta device."""
     for name, other in list((model.all_tied_weights_keys or {}).items()):
         if not {name, other} <= groups.keys() or model.get_parameter(name) is model.get_parameter(other):
@@ -151,7 +152,7 @@ def _tie_equals(model: PreTrainedModel, groups: dict[str, Group], checkpoint: Ch
             model.all_tied_weights_keys.pop(name)
 
 
-def _placeholders(specs: dict[str, Spec]) -> dict[str, torch.Tensor]:
+def _placeholders(specs: dict[str, TensorSpec]) -> dict[str, torch.Tensor]:
     return {name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for name, spec in specs.items()}
 
 
@@ -173,7 +174,7 @@ def _ignored(model: PreTrainedModel) -> set[str]:
     return set(model._keys_to_ignore_on_save or [])
 
 
-def _groups(model: PreTrainedModel, specs: dict[str, Spec]) -> dict[str, Group]:
+def _groups(model: PreTrainedModel, specs: dict[str, TensorSpec]) -> dict[str, WeightGroup]:
     """By each target's name, as transformers' own loading pairs them (core_model_loading, 5.23)."""
     conversions = get_model_conversion_mapping(model)
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
@@ -191,16 +192,16 @@ def _groups(model: PreTrainedModel, specs: dict[str, Spec]) -> dict[str, Group]:
     for first, found in collected.items():
         pattern = found[0][1]
         if pattern is None:
-            groups[first] = Group((found[-1][0],), (first,), (first,), None)
+            groups[first] = WeightGroup((found[-1][0],), (first,), (first,), None)
             continue
         sources, patterns = zip(*found, strict=True)
-        group = Group(sources, patterns, (first,), of_pattern[pattern])
-        targets = tuple(convert(model, group, [_placeholders(specs)[source] for source in group.sources]))
+        group = WeightGroup(sources, patterns, (first,), of_pattern[pattern])
+        targets = tuple(convert_group(model, group, [_placeholders(specs)[source] for source in group.sources]))
         groups |= dict.fromkeys(targets, group._replace(targets=targets))
     return groups
 
 
-def convert(model: PreTrainedModel, group: Group, tensors: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+def convert_group(model: PreTrainedModel, group: WeightGroup, tensors: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     """The parameters that `tensors`, those of the group's sources, become, by name."""
     if group.converter is None:
         return {group.targets[0]: tensors[0]}
@@ -211,13 +212,13 @@ def convert(model: PreTrainedModel, group: Group, tensors: list[torch.Tensor]) -
     return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
 
 
-def specs_of(model: PreTrainedModel) -> dict[str, Spec]:
+def parameter_specs(model: PreTrainedModel) -> dict[str, TensorSpec]:
     """Dtype and shape of each parameter and buffer that files may hold."""
-    return {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
+    return {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
 
 
-def load(
-    model: PreTrainedModel, group: Group, checkpoint: Checkpoint, specs: dict[str, Spec]
+def load_group(
+    model: PreTrainedModel, group: WeightGroup, checkpoint: WeightFiles, specs: dict[str, TensorSpec]
 ) -> dict[str, torch.Tensor]:
     """The parameters of a group as they are loaded: in the dtypes and shapes of `specs`.
 
@@ -226,7 +227,7 @@ def load(
     dtype = specs[group.targets[0]].dtype
     tensors = [checkpoint.read(source) for source in group.sources]
     tensors = [tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in tensors]
-    made = convert(model, group, tensors)
+    made = convert_group(model, group, tensors)
     del tensors
     return {name: _extended(tensor, specs[name].shape) for name, tensor in made.items()}
 
@@ -238,6 +239,6 @@ def _extended(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.cat([tensor, mean.expand(shape[0] - tensor.shape[0], *tensor.shape[1:])])
 
 
-def revert(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def revert_names(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Parameters as they stand in files, by the names that they have there."""
     return revert_weight_conversion(model, tensors)

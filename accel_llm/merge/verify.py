@@ -15,19 +15,19 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from accel_llm.errors import ConfigError
-from accel_llm.merge.one_module import bare, fold
-from accel_llm.system.weights import CHUNK, places
+from accel_llm.merge.one_module import merge_module, plain_module
+from accel_llm.system.tensors import COPIED_AT_ONCE, tensor_places
 
 # Largest |merged W x - adapter layer(x)| / |adapter layer(x)| that rounding explains: of a module in its own dtype.
 MODULE_BOUNDS = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 # The same of a whole model's logits.
 LOGIT_BOUNDS = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-ROWS = 8
+PROBE_ROWS = 8
 
 
-def probe(module: Any) -> torch.Tensor | None:
+def probe_input(module: Any) -> torch.Tensor | None:
     """Random input for a module, drawn from a fixed seed; None for kinds whose input is not one tensor."""
-    base: Any = bare(module)
+    base: Any = plain_module(module)
     generator = torch.Generator().manual_seed(0)
     if isinstance(base, nn.Embedding):
         ids = torch.randint(base.num_embeddings, (64,), generator=generator)
@@ -42,15 +42,15 @@ def probe(module: Any) -> torch.Tensor | None:
         sizes = [size * step + 1 for size, step in zip(base.kernel_size, base.dilation, strict=True)]
         shape: tuple[int, ...] = (1, base.in_channels, *sizes)
     elif isinstance(base, Conv1D):
-        shape = (ROWS, weight.shape[0])
+        shape = (PROBE_ROWS, weight.shape[0])
     elif isinstance(base, nn.Linear) or weight.ndim == 1:
-        shape = (ROWS, weight.shape[-1])
+        shape = (PROBE_ROWS, weight.shape[-1])
     else:
         return None
     return torch.randn(shape, generator=generator).to(weight.dtype)
 
 
-def answer(module: Any, x: torch.Tensor | None) -> dict[str, torch.Tensor]:
+def module_output(module: Any, x: torch.Tensor | None) -> dict[str, torch.Tensor]:
     """What a module computes of `x`; the sums over its inputs where it holds adapted parameters of a mixture instead."""
     with torch.no_grad():
         if x is not None:
@@ -58,7 +58,7 @@ def answer(module: Any, x: torch.Tensor | None) -> dict[str, torch.Tensor]:
         return {name: _adapted(layer) for name, layer in _parameters(module).items()}
 
 
-def answer_merged(module: Any, adapted: Any, x: torch.Tensor | None) -> dict[str, torch.Tensor]:
+def merged_output(module: Any, adapted: Any, x: torch.Tensor | None) -> dict[str, torch.Tensor]:
     """The same of the plain module that `adapted` has become."""
     with torch.no_grad():
         if x is not None:
@@ -103,7 +103,7 @@ def _adapted(layer: Any) -> torch.Tensor:
     return result
 
 
-def difference(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+def relative_difference(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
     """The largest |found - expected| / |expected| of the tensors; NaN where there is one in them."""
     worst = 0.0
     for name, wanted in expected.items():
@@ -116,7 +116,7 @@ def difference(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
     return worst
 
 
-def fold_checked(module: Any, name: str, unmerge: bool) -> tuple[nn.Module, float | None]:
+def merge_module_checked(module: Any, name: str, unmerge: bool) -> tuple[nn.Module, float | None]:
     """The plain module that an adapted one becomes, and the relative difference of what the two compute.
 
     None for a module that is replaced whole, or whose kind of input is not known.
@@ -124,19 +124,19 @@ def fold_checked(module: Any, name: str, unmerge: bool) -> tuple[nn.Module, floa
     Raises:
         ConfigError: they differ beyond the bound of the module's dtype.
     """
-    x, dtype = probe(module), _dtype(module)
-    before = answer_merged(bare(module), module, x) if unmerge else answer(module, x)
-    plain = fold(module, unmerge)
-    after = answer(module, x) if unmerge else answer_merged(plain, module, x)
+    x, dtype = probe_input(module), _dtype(module)
+    before = merged_output(plain_module(module), module, x) if unmerge else module_output(module, x)
+    plain = merge_module(module, unmerge)
+    after = module_output(module, x) if unmerge else merged_output(plain, module, x)
     if not before:
         return plain, None
-    relative = difference(after, before)
+    relative = relative_difference(after, before)
     _check(name, relative, dtype)
     return plain, relative
 
 
 def _dtype(module: Any) -> torch.dtype:
-    return next((weight.dtype for weight in bare(module).parameters()), torch.float32)
+    return next((weight.dtype for weight in plain_module(module).parameters()), torch.float32)
 
 
 def _check(name: str, relative: float, dtype: torch.dtype) -> None:
@@ -157,14 +157,14 @@ def read_back(folder: Path, sums: dict[str, int]) -> dict[str, str]:
     hashes, seen = {}, set()
     for file in sorted(folder.glob("*.safetensors")):
         digest = hashlib.sha256()
-        tensors = sorted(places(file).items(), key=lambda entry: entry[1].offset)
+        tensors = sorted(tensor_places(file).items(), key=lambda entry: entry[1].offset)
         with file.open("rb") as stream:
             header = tensors[0][1].offset if tensors else file.stat().st_size
             digest.update(stream.read(header))
             for name, place in tensors:
                 total, left = 0, place.spec.size
                 while left:
-                    part = stream.read(min(CHUNK, left))
+                    part = stream.read(min(COPIED_AT_ONCE, left))
                     digest.update(part)
                     total, left = zlib.crc32(part, total), left - len(part)
                 if total != sums.get(name):

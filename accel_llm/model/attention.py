@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from accel_llm.errors import ConfigError
 
-NAME = "packed"
+PACKED_ATTENTION = "packed"
 REMEDY = "set packing: false"
 
 # torch 2.10 and 2.11 know neither scale, window_size nor enable_gqa and take is_causal; from 2.12 the window says causal
@@ -24,14 +24,14 @@ VARLEN_MAX_HEAD_DIM = 256
 # Relative distances of logits that rounding explains, by what the matrix products run in (int8: an 8-bit base). Packed
 # against alone, other kernels sum in another order; changing one document changes nothing for the others, but for
 # bitsandbytes' 8-bit products, which treat a column apart when any token of the row is an outlier in it.
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1, torch.int8: 1e-1}
+PACKED_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1, torch.int8: 1e-1}
 LEAK_TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-4, torch.bfloat16: 2e-3, torch.int8: 5e-2}
 
 # What a layer may be without its computation crossing a document boundary that attention alone is told of
 ISOLATED_LAYERS = {"full_attention", "sliding_attention", "dense", "sparse", "moe"}
 
 
-def model_kwargs(batch: dict) -> dict:
+def forward_arguments(batch: dict) -> dict:
     """What the model's forward needs of a packed or padded batch, labels left out.
 
     A packed batch's boundaries travel under the names of transformers' FlashAttentionKwargs, which models hand down
@@ -50,14 +50,14 @@ def model_kwargs(batch: dict) -> dict:
     }
 
 
-def causal_lm(model: nn.Module) -> PreTrainedModel:
+def unwrap_causal_lm(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside whatever wraps it: PEFT, DDP, a DeepSpeed engine, a compiled module."""
     return next(module for module in model.modules() if isinstance(module, PreTrainedModel))
 
 
-def supports(model: nn.Module) -> str | None:
+def packing_obstacle(model: nn.Module) -> str | None:
     """Why this model cannot train on packed rows, or None where nothing speaks against it (`probe` then tries)."""
-    inner = causal_lm(model)
+    inner = unwrap_causal_lm(model)
     config = inner.config.get_text_config()
     source = inspect.getsource(sys.modules[type(inner).__module__])
     kinds = set(getattr(config, "layer_types", None) or [])
@@ -73,28 +73,28 @@ def supports(model: nn.Module) -> str | None:
     return None
 
 
-def enable(model: nn.Module) -> None:
+def enable_packing(model: nn.Module) -> None:
     """Switch the model to isolated documents; raises ConfigError for a family that cannot be switched.
 
     From here on every forward needs the boundaries of `model_kwargs`; generation runs inside `stock(model)`.
     """
-    if reason := supports(model):
+    if reason := packing_obstacle(model):
         raise ConfigError(f"packing: true does not work with this model, {reason}: {REMEDY}")
-    causal_lm(model).set_attn_implementation(NAME)
+    unwrap_causal_lm(model).set_attn_implementation(PACKED_ATTENTION)
 
 
 @contextmanager
-def stock(model: nn.Module) -> Iterator[None]:
+def stock_attention(model: nn.Module) -> Iterator[None]:
     """transformers' own attention for as long as it lasts: for generation, padded batches and comparison."""
-    inner = causal_lm(model)
-    if inner.config._attn_implementation != NAME:
+    inner = unwrap_causal_lm(model)
+    if inner.config._attn_implementation != PACKED_ATTENTION:
         yield
         return
     inner.set_attn_implementation("sdpa" if inner._supports_sdpa else "eager")
     try:
         yield
     finally:
-        inner.set_attn_implementation(NAME)
+        inner.set_attn_implementation(PACKED_ATTENTION)
 
 
 def packed_attention(
@@ -262,25 +262,25 @@ def no_mask(*, attention_mask: torch.Tensor | None = None, **_) -> torch.Tensor 
     return attention_mask
 
 
-AttentionInterface.register(NAME, packed_attention)
-AttentionMaskInterface.register(NAME, no_mask)
+AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+AttentionMaskInterface.register(PACKED_ATTENTION, no_mask)
 
 
 @torch.no_grad()
-def probe(model: nn.Module, device: torch.device | str, dtype: torch.dtype) -> None:
+def check_isolation(model: nn.Module, device: torch.device | str, dtype: torch.dtype) -> None:
     """Prove on the model as it will train that packed documents are isolated; raises ConfigError where they are not.
 
     Three documents in one row must give the logits that each gives alone under transformers' own attention, and must
     keep theirs when the first one is changed. `dtype` is what the matrix products run in, autocast and quantised
     weights included. Every rank runs the same 5 forwards, so it may stand where a forward is a collective.
     """
-    inner, training = causal_lm(model), model.training
+    inner, training = unwrap_causal_lm(model), model.training
     model.eval()
     documents = _random_documents(inner.config.get_text_config().vocab_size, device)
     with _narrow_windows(model):
         packed = _packed_logits(model, documents)
         changed = _packed_logits(model, [documents[0].roll(1), *documents[1:]])
-        with stock(model):
+        with stock_attention(model):
             alone = [model(input_ids=document[None], use_cache=False).logits[0].float() for document in documents]
     model.train(training)
     where = f"{type(inner).__name__} with attention {inner.config._attn_implementation!r}"
@@ -290,17 +290,17 @@ def probe(model: nn.Module, device: torch.device | str, dtype: torch.dtype) -> N
             f"packing: true leaks in {where}: changing one document moves the logits of others in its row by "
             f"{leak:.1e} of their size, allowed is {LEAK_TOLERANCE[dtype]:.0e}: {REMEDY}"
         )
-    if difference > TOLERANCE[dtype]:
+    if difference > PACKED_TOLERANCE[dtype]:
         raise ConfigError(
             f"packing: true changes the results of {where}: packed logits are {difference:.1e} of their size away "
-            f"from those of single documents, allowed is {TOLERANCE[dtype]:.0e}: {REMEDY}"
+            f"from those of single documents, allowed is {PACKED_TOLERANCE[dtype]:.0e}: {REMEDY}"
         )
 
 
 @contextmanager
 def _narrow_windows(model: nn.Module) -> Iterator[None]:
     """Sliding windows of 4 tokens: one as wide as the documents of the probe would not show in them."""
-    holders: list[Any] = [causal_lm(model).config.get_text_config(), *model.modules()]
+    holders: list[Any] = [unwrap_causal_lm(model).config.get_text_config(), *model.modules()]
     windows = [(holder, getattr(holder, "sliding_window", None)) for holder in holders]
     windows = [(holder, window) for holder, window in windows if isinstance(window, int) and window > 0]
     for holder, _ in windows:
@@ -327,7 +327,7 @@ def _packed_logits(model: nn.Module, documents: list[torch.Tensor]) -> list[torc
         "cu_seqlens": boundaries,
         "max_seqlen": max(lengths),
     }
-    return list(model(**model_kwargs(batch), use_cache=False).logits[0].float().split(lengths))
+    return list(model(**forward_arguments(batch), use_cache=False).logits[0].float().split(lengths))
 
 
 def _distance(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:

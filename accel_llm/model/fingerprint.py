@@ -6,12 +6,12 @@ from pathlib import Path
 
 from transformers.utils.hub import cached_file
 
-SAMPLE = 1024  # bytes read of each tensor
-MOST = 4096  # tensors of a file that are looked at
-MOST_HEADER = 2**27  # bytes
+SAMPLE_BYTES = 1024  # bytes read of each tensor
+MAX_SAMPLES = 4096  # tensors of a file that are looked at
+MAX_HEADER_BYTES = 2**27  # bytes
 
 
-def of_model(name: str, revision: str = "main") -> str:
+def model_fingerprint(name: str, revision: str = "main") -> str:
     """16 hexadecimal digits of a model folder or a hub id that has been loaded.
 
     They follow from the config, from the names, shapes and dtypes of all weights and from a kilobyte out of the middle of
@@ -41,16 +41,16 @@ def _config(path: Path) -> bytes:
 def _add_safetensors(digest: "hashlib._Hash", path: Path) -> None:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        text = file.read(min(length, MOST_HEADER))
+        text = file.read(min(length, MAX_HEADER_BYTES))
         digest.update(text)
         try:
             spans = [about["data_offsets"] for name, about in json.loads(text).items() if name != "__metadata__"]
         except ValueError:  # for whoever loads it to say
             return
         spans.sort()
-        for start, stop in spans[:: -(-len(spans) // MOST) or 1]:
-            file.seek(8 + length + start + max(0, (stop - start - SAMPLE) // 2))
-            digest.update(file.read(min(SAMPLE, stop - start)))
+        for start, stop in spans[:: -(-len(spans) // MAX_SAMPLES) or 1]:
+            file.seek(8 + length + start + max(0, (stop - start - SAMPLE_BYTES) // 2))
+            digest.update(file.read(min(SAMPLE_BYTES, stop - start)))
 
 
 def _add_sampled(digest: "hashlib._Hash", path: Path, start: int, stop: int, count: int) -> None:
@@ -58,4 +58,4 @@ def _add_sampled(digest: "hashlib._Hash", path: Path, start: int, stop: int, cou
     with path.open("rb") as file:
         for k in range(count):
             file.seek(start + (stop - start) * k // count)
-            digest.update(file.read(SAMPLE))
+            digest.update(file.read(SAMPLE_BYTES))

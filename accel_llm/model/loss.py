@@ -12,35 +12,24 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import ModelOutput
 
-from accel_llm.data.packing import IGNORED
+from accel_llm.chat.targets import IGNORED
+from accel_llm.data.batches import count_targets, total_weight
 from accel_llm.errors import ConfigError
-from accel_llm.model.attention import causal_lm, model_kwargs, stock
+from accel_llm.model.attention import forward_arguments, stock_attention, unwrap_causal_lm
 
 LossPath = Literal["own", "stock"]
 LOGITS_BYTES = 512 * 2**20  # float32 logits held at once: where more would be needed, the projection goes in chunks
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-3, torch.int8: 2e-3}  # relative
+LOSS_TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-3, torch.int8: 2e-3}  # relative
 
 
 def next_token_loss(model: nn.Module, batch: dict) -> torch.Tensor:
     """Sum, float32 [], of the cross-entropies of a batch's labelled tokens, each times its weight where the batch has
     `weights`; `model` may be wrapped, see `attach`."""
     weights = {"weights": batch["weights"]} if "weights" in batch else {}
-    return model(**model_kwargs(batch), labels=batch["labels"], use_cache=False, **weights).loss
+    return model(**forward_arguments(batch), labels=batch["labels"], use_cache=False, **weights).loss
 
 
-def count_targets(labels: torch.Tensor) -> torch.Tensor:
-    """How many of `labels` [B, L] the loss sums over, int64 []: a row's first token has nothing to predict it."""
-    return (labels[:, 1:] != IGNORED).sum()
-
-
-def total_weight(batch: dict) -> torch.Tensor:
-    """What the loss of a batch is to be divided by, float64 []: its targets, each times its weight if it has one."""
-    if "weights" not in batch:
-        return count_targets(batch["labels"]).double()
-    return batch["weights"][:, 1:].double()[batch["labels"][:, 1:] != IGNORED].sum()
-
-
-def attach(
+def attach_loss(
     model: PreTrainedModel,
     tokens_per_batch: int,
     tokens_per_eval_batch: int | None = None,
@@ -73,7 +62,7 @@ def attach(
     ):
         if labels is None:
             return type(self).forward(self, *args, **kwargs)
-        path = PATHS[self.loss_path]  # type: ignore
+        path = LOSS_PATHS[self.loss_path]  # type: ignore
         return CausalLMOutputWithPast(loss=path(self, *args, labels=labels, weights=weights, **kwargs))  # type: ignore
 
     bytes_per_token = model.config.get_text_config().vocab_size * 4
@@ -85,7 +74,7 @@ def attach(
     if getattr(model, "unread", False):
         return _paths(model)[0]
     parameter = next(model.parameters())
-    return check(model, parameter.device, model.dtype)
+    return check_loss(model, parameter.device, model.dtype)
 
 
 def _paths(model: PreTrainedModel) -> list[LossPath]:
@@ -96,7 +85,7 @@ def _paths(model: PreTrainedModel) -> list[LossPath]:
 
 
 @torch.no_grad()
-def check(model: nn.Module, device: torch.device | str, dtype: torch.dtype) -> LossPath:
+def check_loss(model: nn.Module, device: torch.device | str, dtype: torch.dtype) -> LossPath:
     """Compare with the family's own loss on a random padded batch and settle the path; `model` may be wrapped.
 
     Compared are plain cross-entropies: a balance loss is taken off the family's.
@@ -104,16 +93,16 @@ def check(model: nn.Module, device: torch.device | str, dtype: torch.dtype) -> L
     `dtype` is what the matrix products run in. Every rank runs the same 2 or 3 forwards. Raises ConfigError where
     no path gives the family's loss.
     """
-    inner, training = causal_lm(model), model.training
+    inner, training = unwrap_causal_lm(model), model.training
     model.eval()
     batch = _random_batch(inner.config.get_text_config().vocab_size, device)
     inner.loss_path = "family"  # type: ignore
-    with stock(model):
+    with stock_attention(model):
         expected = float(next_token_loss(model, batch))
         for path in _paths(inner):
             inner.loss_path = path  # type: ignore
             found = float(next_token_loss(model, batch))
-            if abs(found / expected - 1) <= TOLERANCE[dtype]:
+            if abs(found / expected - 1) <= LOSS_TOLERANCE[dtype]:
                 model.train(training)
                 return path
     raise ConfigError(
@@ -247,4 +236,4 @@ def _family_loss(
     return (output.loss - _balance(model, output)) * count_targets(labels)
 
 
-PATHS = {"own": _own_loss, "stock": _stock_loss, "family": _family_loss}
+LOSS_PATHS = {"own": _own_loss, "stock": _stock_loss, "family": _family_loss}

@@ -5,68 +5,26 @@ to the dtype that it trains in, quantised where that was asked for and, under Ze
 ranks before the next layer is read. So no process ever holds more than its share and one layer.
 """
 
-import ctypes
 import json
-import mmap
 import re
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import accel_llm.system.chatter
 
 import torch
 from accelerate import Accelerator
-from bitsandbytes.nn.modules import Linear4bit, Params4bit
+from bitsandbytes.nn.modules import Params4bit
 from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedModel
-from transformers.integrations.bitsandbytes import replace_with_bnb_linear
-from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.base import HfQuantizer
 
-from accel_llm.backend.accelerator import strategy
+from accel_llm.backend.strategy import strategy
 from accel_llm.config.options import OptimOptions
-from accel_llm.model.attention import causal_lm
-
-# Of Linux' madvise(2) and of glibc's mallopt(3)
-MADV_DONTNEED, M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = 4, -1, -3
+from accel_llm.model.attention import unwrap_causal_lm
+from accel_llm.system.memory import release_pages, returning_freed_memory
 
 
-def quantize_later(model: PreTrainedModel, config: BitsAndBytesConfig) -> None:
-    """Make the linear layers of a loaded model 4-bit layers whose weights `settle` will quantise.
-
-    transformers itself quantises while it loads, so that every rank holds the whole 4-bit model before it is sharded.
-    """
-    kept = HfQuantizer.get_modules_to_not_convert(model, None, list(model._keep_in_fp32_modules or []))
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-    replace_with_bnb_linear(model, kept, config)
-    for name, old in linears.items():
-        new: Any = model.get_submodule(name)
-        if new is not old:
-            weight = old.weight.data.T if isinstance(old, Conv1D) else old.weight.data
-            new.weight = Params4bit(weight, requires_grad=False, **vars(new.weight))
-            new.bias = old.bias
-    keep_gradients(model)
-    model.is_loaded_in_4bit = True  # type: ignore[assignment]
-    model.config.quantization_config = config
-
-
-def keep_gradients(model: nn.Module) -> None:
-    """Keep the 4-bit layers of `model` on the product that has a backward pass.
-
-    On a CPU with AVX512-BF16, bitsandbytes 0.50.2 repacks the weights of such a layer at its first forward in eval mode.
-    From then on it uses a product without a gradient, in bfloat16, which also fails where shapes do not divide. The
-    constructor of each layer switches this on, so it is switched off on each layer after it is made.
-    """
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
-
-
-def place(accelerator: Accelerator, model: nn.Module, options: OptimOptions) -> None:
+def place_weights(accelerator: Accelerator, model: nn.Module, options: OptimOptions) -> None:
     """Bring all weights of `model` to the device, in their final dtype, and share them out as the strategy says.
 
     To be called when nothing will add weights any more, and before the optimizer is built. A collective under ZeRO-3 and
@@ -77,18 +35,18 @@ def place(accelerator: Accelerator, model: nn.Module, options: OptimOptions) -> 
     masters = not strategy().startswith("zero") and options.master_weights == "float32"
     share = {"zero3": _share_by_zero3, "fsdp2": _share_by_fsdp2}.get(strategy(), _share_with_nobody)(accelerator, model)
     settled: set[nn.Module] = set()
-    with memory_given_back():
+    with returning_freed_memory():
         for unit in _units(model):
             modules = [module for module in unit.modules() if module not in settled]
-            settle(model, modules, compute, accelerator.device, masters)
+            settle_weights(model, modules, compute, accelerator.device, masters)
             settled.update(modules)
             share(unit)
-    causal_lm(model).unread = False  # type: ignore[assignment]
+    unwrap_causal_lm(model).unread = False  # type: ignore[assignment]
 
 
 def _units(model: nn.Module) -> list[nn.Module]:
     """What is read and shared out at a time, parts before the whole: decoder layers, the embedding, then all the rest."""
-    inner = causal_lm(model)
+    inner = unwrap_causal_lm(model)
     names = set(inner._no_split_modules or [])
     layers = [module for module in reversed(list(model.modules())) if type(module).__name__ in names]
     embedding, head = inner.get_input_embeddings(), inner.get_output_embeddings()
@@ -96,7 +54,7 @@ def _units(model: nn.Module) -> list[nn.Module]:
     return [*layers, *([] if tied or embedding is None else [embedding]), model]
 
 
-def settle(
+def settle_weights(
     model: nn.Module, modules: list[nn.Module], compute: torch.dtype, device: torch.device, masters: bool = True
 ) -> None:
     """Read the weights that stand directly in `modules` into memory of their own on `device`, in their final dtype.
@@ -120,54 +78,15 @@ def settle(
                 parameter.data = old.to(device, dtype, copy=True)
             else:
                 continue
-            forget(old)
+            release_pages(old)
 
 
 def _kept_in_float32(model: nn.Module) -> set[int]:
     """Identities of parameters that the family computes in float32 whatever the rest is in; DeepSpeed has no such."""
-    inner = causal_lm(model)
+    inner = unwrap_causal_lm(model)
     names = [] if strategy().startswith("zero") else list(inner._keep_in_fp32_modules_strict or [])
     pattern = re.compile("|".join(rf"(?:^|\.){re.escape(name)}(?:\.|$)" for name in names) or r"(?!)")
     return {id(parameter) for name, parameter in inner.named_parameters() if pattern.search(name)}
-
-
-@contextmanager
-def memory_given_back() -> Iterator[None]:
-    """Freed tensors go back to the system at once.
-
-    glibc keeps blocks below 32 MiB that are freed for those to come; between weights that stay, whole layers of holes were
-    left so.
-    """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    mallopt = getattr(libc, "mallopt", None)  # musl has none
-    if mallopt is None:
-        yield
-        return
-    mallopt(M_MMAP_THRESHOLD, 2**20)
-    yield
-    # Where glibc's own adjustment arrives in any training.
-    mallopt(M_MMAP_THRESHOLD, 2**25)
-    mallopt(M_TRIM_THRESHOLD, 2**26)
-
-
-def forget(tensor: torch.Tensor) -> None:
-    """Give back the pages of a checkpoint's file that `tensor` has been read from.
-
-    The map of a file ends with the last tensor in it; until then what was read would stay in memory, and under ZeRO-3's
-    broadcasts even as copies.
-    """
-    if sys.platform != "linux" or tensor.device.type != "cpu":
-        return
-    start, size = tensor.data_ptr(), tensor.numel() * tensor.element_size()
-    first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, (start + size) // mmap.PAGESIZE * mmap.PAGESIZE
-    if first < last and any(low <= first and last <= high for low, high in _maps_of_checkpoints()):
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), MADV_DONTNEED)
-
-
-def _maps_of_checkpoints() -> list[tuple[int, int]]:
-    lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
-    ranges = [line.split(maxsplit=1)[0].split("-") for line in lines if line.endswith(".safetensors")]
-    return [(int(low, 16), int(high, 16)) for low, high in ranges]
 
 
 def _share_with_nobody(accelerator: Accelerator, model: nn.Module) -> Callable[[nn.Module], None]:

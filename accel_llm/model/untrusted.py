@@ -19,11 +19,11 @@ from transformers.utils.import_utils import DummyObject
 
 from accel_llm.errors import ConfigError
 
-SAFE, SAFE_INDEX = "model.safetensors", "model.safetensors.index.json"
-PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+SAFETENSORS_FILE, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLE_FILE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 
-def check_config(name: str, field: str, revision: str, trust_remote_code: bool) -> None:
+def check_untrusted_config(name: str, field: str, revision: str, trust_remote_code: bool) -> None:
     """Refuse a model whose config.json asks for more than a model's settings.
 
     Code that comes with a family which transformers has itself is passed over: transformers' own is used.
@@ -40,7 +40,7 @@ def check_config(name: str, field: str, revision: str, trust_remote_code: bool) 
         raise ConfigError(f"{field}: {name} is an adapter, not a model; name its base model.")
 
 
-def check_tokenizer(name: str, revision: str, trust_remote_code: bool) -> None:
+def check_untrusted_tokenizer(name: str, revision: str, trust_remote_code: bool) -> None:
     """Refuse a tokenizer that needs code of its own, or whose files name others outside.
 
     Raises:
@@ -55,24 +55,24 @@ def check_tokenizer(name: str, revision: str, trust_remote_code: bool) -> None:
         raise ConfigError(_code(name, field, file))
 
 
-def check_weights(name: str, field: str, revision: str, allow_pickle: bool) -> None:
+def check_untrusted_weights(name: str, field: str, revision: str, allow_pickle: bool) -> None:
     """Refuse weights that are pickles, unless that is allowed and there are no others, and maps that lead outside.
 
     Raises:
         ConfigError: they are such.
     """
     listed = _config(name, field, revision).get("transformers_weights")
-    for index in (SAFE_INDEX, *([PICKLE_INDEX] if allow_pickle else []), *([listed] if listed else [])):
+    for index in (SAFETENSORS_INDEX, *([PICKLE_INDEX] if allow_pickle else []), *([listed] if listed else [])):
         if index.endswith(".index.json"):
             weights = _json(name, index, revision).get("weight_map")
             named = list(weights.values()) if isinstance(weights, dict) else None
             # A shard's own name decides whether transformers unpickles it.
             _check_names(named, name, field, index, ".bin" if index == PICKLE_INDEX else ".safetensors")
-    if allow_pickle or listed or _has(name, SAFE, revision) or _has(name, SAFE_INDEX, revision):
+    if allow_pickle or listed or _has(name, SAFETENSORS_FILE, revision) or _has(name, SAFETENSORS_INDEX, revision):
         return
-    if _has(name, PICKLE, revision) or _has(name, PICKLE_INDEX, revision):
+    if _has(name, PICKLE_FILE, revision) or _has(name, PICKLE_INDEX, revision):
         raise ConfigError(
-            f"{field}: {name} has its weights as a pickle ({PICKLE}) and not as safetensors; a pickle is a program, so "
+            f"{field}: {name} has its weights as a pickle ({PICKLE_FILE}) and not as safetensors; a pickle is a program, so "
             "convert it where you trust it, or set allow_pickle: true, by which tensors alone are unpickled."
         )
 

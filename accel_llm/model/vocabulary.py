@@ -21,11 +21,11 @@ from accel_llm.chat.template import missing_tokens
 from accel_llm.config.options import DataOptions
 from accel_llm.errors import ConfigError
 
-ROWS = "new_rows"  # the parameter of an embedding or head that holds the trained rows
+NEW_ROWS = "new_rows"  # the parameter of an embedding or head that holds the trained rows
 PEFT_ROWS = "token_adapter.trainable_tokens_delta"  # what PEFT calls it in an adapter's file
 
 
-def add_missing(tokenizer: PreTrainedTokenizerFast, options: DataOptions) -> range:
+def add_missing_tokens(tokenizer: PreTrainedTokenizerFast, options: DataOptions) -> range:
     """With `add_tokens`: make what the chat template writes and the tokenizer would split its tokens; the new ids."""
     return add_tokens(tokenizer, missing_tokens(tokenizer, options.chat_template) if options.add_tokens else [])
 
@@ -42,7 +42,7 @@ def _last_id(tokenizer: PreTrainedTokenizerFast) -> int:
     return max(tokenizer.get_vocab().values())
 
 
-def extend(model: PreTrainedModel, tokens: range) -> None:
+def extend_vocabulary(model: PreTrainedModel, tokens: range) -> None:
     """Give the model a row for each of `tokens`, the mean of all rows before them: in the embedding, head and its bias.
 
     So a new token begins at most as likely as the average one (Hewitt 2021, "Initializing New Word Embeddings for
@@ -92,7 +92,7 @@ def _whole(matrix: torch.Tensor) -> AbstractContextManager[Any]:
     return deepspeed.zero.GatheredParameters([matrix], modifier_rank=0)
 
 
-def train_rows(model: PreTrainedModel, tokens: range) -> dict[str, list[int]]:
+def train_new_rows(model: PreTrainedModel, tokens: range) -> dict[str, list[int]]:
     """Train the rows of `tokens`, and no others, of a model that PEFT has frozen and adapted.
 
     They are float32 parameters of their own, [tokens, width] beside each matrix, whose results replace those of the
@@ -124,7 +124,7 @@ def train_rows(model: PreTrainedModel, tokens: range) -> dict[str, list[int]]:
         if isinstance(module, ModulesToSaveWrapper):
             continue
         shared = module is head and tied
-        module.register_parameter(ROWS, embedding.new_rows if shared else _rows_of(module.weight, tokens))
+        module.register_parameter(NEW_ROWS, embedding.new_rows if shared else _rows_of(module.weight, tokens))
         module.register_forward_hook(replace(tokens))
         if not shared:
             indices[names[module]] = list(tokens)
@@ -175,7 +175,7 @@ def _replace_logits(tokens: range) -> Any:
     return replace
 
 
-def rows_of_adapter(model: PreTrainedModel, settings: dict[str, Any], weights: dict[str, torch.Tensor]) -> int:
+def adapter_vocabulary_size(model: PreTrainedModel, settings: dict[str, Any], weights: dict[str, torch.Tensor]) -> int:
     """How many rows the vocabulary had that an adapter was trained with, as far as its files tell (0: not at all).
 
     `settings` is its adapter_config.json, `weights` its tensors by name, `model` its base.

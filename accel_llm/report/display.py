@@ -12,30 +12,29 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerFast
 
-from accel_llm.chat.span_tokenizer import decode
+from accel_llm.chat.span_tokenizer import decode_tokens
+from accel_llm.chat.targets import IGNORED
 from accel_llm.config.options import Options, TrainOptions
-from accel_llm.data.packing import IGNORED
-from accel_llm.data.prepare import Encoded
+from accel_llm.data.prepare import EncodedData
 from accel_llm.data.rows import Rows
-from accel_llm.data.stream import Plan
+from accel_llm.data.stream import TrainingPlan
 from accel_llm.errors import ConfigError
-from accel_llm.report import page as report
 from accel_llm.report.metrics import console
-from accel_llm.system.secrecy import hidden
-from accel_llm.training.evaluation import Evaluation
+from accel_llm.report.page import write_report
+from accel_llm.system.secrecy import hide_secrets
 
 
-def coloured(tokenizer: PreTrainedTokenizerFast, ids: np.ndarray, labels: np.ndarray) -> Text:
+def coloured_row(tokenizer: PreTrainedTokenizerFast, ids: np.ndarray, labels: np.ndarray) -> Text:
     """A row as the model reads it: trained tokens green, context grey."""
     text = Text()
     for trained, part in _runs(ids, labels):
-        text.append(decode(tokenizer, part), style="green" if trained else "bright_black")
+        text.append(decode_tokens(tokenizer, part), style="green" if trained else "bright_black")
     return text
 
 
 def trained_text(tokenizer: PreTrainedTokenizerFast, ids: np.ndarray, labels: np.ndarray) -> str:
     """The trained tokens of a row alone, decoded."""
-    return "".join(decode(tokenizer, part) for trained, part in _runs(ids, labels) if trained)
+    return "".join(decode_tokens(tokenizer, part) for trained, part in _runs(ids, labels) if trained)
 
 
 def _runs(ids: np.ndarray, labels: np.ndarray) -> list[tuple[bool, list[int]]]:
@@ -45,25 +44,25 @@ def _runs(ids: np.ndarray, labels: np.ndarray) -> list[tuple[bool, list[int]]]:
     return [(bool(trained[a]), np.asarray(ids[a:b]).tolist()) for a, b in pairwise(borders) if a < b]
 
 
-def settings(options: Options) -> None:
+def show_settings(options: Options) -> None:
     """Every option in force, those that the person set in bold."""
     table = Table(title="Settings", show_header=False, box=None)
     for name, value in options.model_dump().items():
         style = "bold" if name in options.model_fields_set else "bright_black"
-        table.add_row(name, hidden(str(value)), style=style)
+        table.add_row(name, hide_secrets(str(value)), style=style)
     console.print(table)
 
 
-def rows(tokenizer: PreTrainedTokenizerFast, encoded: Rows, count: int) -> None:
+def show_rows(tokenizer: PreTrainedTokenizerFast, encoded: Rows, count: int) -> None:
     for k in range(min(count, len(encoded))):
         ids, labels = encoded[k]
         share = float((labels != IGNORED).mean())
         console.rule(f"{encoded.name(k)}: {len(ids)} tokens, {share:.0%} trained")
-        console.print(coloured(tokenizer, ids, labels), soft_wrap=True)
+        console.print(coloured_row(tokenizer, ids, labels), soft_wrap=True)
     console.rule()
 
 
-def histogram(title: str, values: np.ndarray, bins: int = 10) -> None:
+def show_histogram(title: str, values: np.ndarray, bins: int = 10) -> None:
     """Counts of `values` in equal intervals, as bars."""
     counts, edges = np.histogram(values, bins=bins)
     table = Table(title=title, show_header=False, box=None)
@@ -75,7 +74,7 @@ def histogram(title: str, values: np.ndarray, bins: int = 10) -> None:
     console.print(table)
 
 
-def plan(encoded: Rows, steps: Plan, max_length: int) -> str:
+def describe_plan(encoded: Rows, steps: TrainingPlan, max_length: int) -> str:
     """Steps and tokens of the run, and how full its rows are, in one sentence."""
     tokens = int(encoded.offsets[-1])
     supervised = int((np.asarray(encoded.labels) != IGNORED).sum())
@@ -86,17 +85,21 @@ def plan(encoded: Rows, steps: Plan, max_length: int) -> str:
     )
 
 
-def before_training(
-    accelerator: Accelerator, options: TrainOptions, tokenizer: PreTrainedTokenizerFast, data: Encoded, steps: Plan
+def show_plan(
+    accelerator: Accelerator,
+    options: TrainOptions,
+    tokenizer: PreTrainedTokenizerFast,
+    data: EncodedData,
+    steps: TrainingPlan,
 ) -> None:
     """The ledger and the plan; with `dry_run` every setting and three rows as well. Main process only."""
     if not accelerator.is_main_process:
         return
     if options.dry_run:
-        settings(options)
-        rows(tokenizer, data.train, 3)
+        show_settings(options)
+        show_rows(tokenizer, data.train, 3)
     console.print(data.ledger.table())
-    console.print(plan(data.train, steps, options.max_length))
+    console.print(describe_plan(data.train, steps, options.max_length))
 
 
 def advise(accelerator: Accelerator, sentence: str) -> None:
@@ -104,7 +107,7 @@ def advise(accelerator: Accelerator, sentence: str) -> None:
         console.print(sentence, style="yellow")
 
 
-def stop_proof(
+def show_stop_proof(
     accelerator: Accelerator, encoded: Rows, tokenizer: PreTrainedTokenizerFast, turn_end: int | None, stop: list[int]
 ) -> None:
     """Say, from the rows themselves, whether the model will learn to stop: the end of turn is trained, and is an eos.
@@ -131,7 +134,7 @@ def stop_proof(
     )
 
 
-def census(accelerator: Accelerator, facts: dict[str, Any], options: TrainOptions) -> None:
+def show_checks(accelerator: Accelerator, facts: dict[str, Any], options: TrainOptions) -> None:
     """What was in force in the one step of `check_only`; the folder that it was written to is removed."""
     if not accelerator.is_main_process:
         return
@@ -139,17 +142,17 @@ def census(accelerator: Accelerator, facts: dict[str, Any], options: TrainOption
     for name, value in facts.items():
         parts = value.items() if isinstance(value, dict) and name != "deepspeed" else [("", value)]
         for part, shown in parts:
-            table.add_row(f"{name} {part}".rstrip(), hidden(json.dumps(shown)))
+            table.add_row(f"{name} {part}".rstrip(), hide_secrets(json.dumps(shown)))
     console.print(table)
     shutil.rmtree(options.output_dir)
 
 
-def after_training(accelerator: Accelerator, folder: Path) -> None:
+def show_next_commands(accelerator: Accelerator, folder: Path) -> None:
     """The report, and what to type now, ready to copy. `folder` is the export, adapter/ or model/ in the output folder."""
     if not accelerator.is_main_process:
         return
     try:
-        report.write(folder.parent)
+        write_report(folder.parent)
     except OSError as error:  # the run is done, and giving the same command again would be refused
         console.print(f"report.html could not be written: {error.strerror}; everything else is there.", markup=False)
     lines = {"ask it": f"python launch/chat.py --model {folder.parent}"}
@@ -162,20 +165,20 @@ def after_training(accelerator: Accelerator, folder: Path) -> None:
         console.print(f"{what + ':':10}{command}", soft_wrap=True, markup=False)
 
 
-def by_heart(accelerator: Accelerator, evaluation: Evaluation) -> None:
+def check_by_heart(accelerator: Accelerator, samples: list[dict[str, Any]]) -> None:
     """The verdict of `overfit`: generated answers beside those of the data.
 
     Raises:
         ConfigError: some answer differs, so data, template or stop token may be at fault (or the run was too short).
     """
-    wrong = [answer for answer in evaluation.samples if answer["generated"] != answer["expected"]]
+    wrong = [answer for answer in samples if answer["generated"] != answer["expected"]]
     if accelerator.is_main_process:
-        for answer in evaluation.samples:
+        for answer in samples:
             mark, style = ("≠", "red") if answer in wrong else ("=", "green")
             console.print(f"{mark} {answer['generated']!r}", style=style, markup=False)
     if wrong:
         raise ConfigError(
-            f"overfit: {len(wrong)} of {len(evaluation.samples)} generated answers differ from the data, for one "
+            f"overfit: {len(wrong)} of {len(samples)} generated answers differ from the data, for one "
             f"{wrong[0]['generated']!r} from {wrong[0]['expected']!r}; raise num_train_epochs or learning_rate, and if "
             "that changes nothing look at the rows with dry_run."
         )

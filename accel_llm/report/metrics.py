@@ -13,11 +13,12 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from accel_llm.backend.accelerator import global_sum
-from accel_llm.config.command_line import resolved
+from accel_llm.backend.collectives import sum_over_processes
+from accel_llm.config.command_line import resolved_options
 from accel_llm.config.options import RunOptions
-from accel_llm.data.stream import Batch, Plan, Start
-from accel_llm.model.loss import count_targets, total_weight
+from accel_llm.data.batches import Batch, count_targets, total_weight
+from accel_llm.data.stream import TrainingPlan
+from accel_llm.system.disk import write_atomically
 
 console = Console(highlight=False)
 
@@ -25,18 +26,25 @@ console = Console(highlight=False)
 class Meter:
     """Sums loss and tokens on the device and reads them once a logging step, the loop's one synchronisation point."""
 
-    def __init__(self, accelerator: Accelerator, options: RunOptions, plan: Plan, start: Start):
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        options: RunOptions,
+        plan: TrainingPlan,
+        step: int = 0,
+        state: Sequence[float] = (0.0,) * 5,
+    ):
+        """`step` and `state` are those at which a resumed run goes on."""
         self.accelerator, self.options, self.plan = accelerator, options, plan
         self.file = Path(options.output_dir) / "metrics.jsonl"
         self.supervised = 0
-        self.losses: list[torch.Tensor] = []  # of the micro-batches of this step
         # Trackers take numbers and texts; without any the call does nothing.
-        settings = {k: v if isinstance(v, int | float | str) else str(v) for k, v in resolved(options).items()}
+        settings = {k: v if isinstance(v, int | float | str) else str(v) for k, v in resolved_options(options).items()}
         accelerator.init_trackers(options.run_name or "accel-llm", config=settings)
-        self._reset(start.meter)
-        if accelerator.is_main_process and start.step:
-            self.supervised = _forget_after(self.file, start.step)
-        self.progress = _progress(accelerator, plan, start.step)
+        self._reset(state)
+        if accelerator.is_main_process and step:
+            self.supervised = _forget_after(self.file, step)
+        self.progress = _progress(accelerator, plan, step)
 
     def _reset(self, state: Sequence[float] = (0.0,) * 5) -> None:
         # loss, its weight, targets, tokens
@@ -50,9 +58,8 @@ class Meter:
     def add(self, loss: torch.Tensor, batch: Batch) -> None:
         """Count one micro-batch of this process: its summed loss, labelled targets and real tokens.
 
-        A loss that is not finite is in no mean; whether such a step counts at all is for `health` to say.
+        A loss that is not finite is left out of the mean; `BadSteps` decides whether its step counts at all.
         """
-        self.losses.append(loss.detach())
         finite = loss.detach().isfinite()
         tokens = batch["attention_mask"].sum() if "attention_mask" in batch else batch["input_ids"].numel()
         targets = count_targets(batch["labels"])
@@ -64,12 +71,11 @@ class Meter:
 
     def log(self, step: int, learning_rate: float, grad_norm: float) -> None:
         """Report step `step` (from 1) when it is due: every `logging_steps`, and the first and last one."""
-        self.losses.clear()
         if self.progress:
             self.progress.update(self.progress.task_ids[0], completed=step)
         if step % self.options.logging_steps and step not in (1, self.plan.total_steps):
             return
-        loss, weight, targets, tokens = global_sum(self.accelerator, self.sums).tolist()
+        loss, weight, targets, tokens = sum_over_processes(self.accelerator, self.sums).tolist()
         seconds = time.perf_counter() - self.since
         self.supervised += int(targets)
         self.write(
@@ -97,7 +103,7 @@ class Meter:
             # A resumed run goes on after these lines, whatever becomes of the machine.
             os.fsync(file.fileno())
         line = f"step {step}/{self.plan.total_steps}  " + "  ".join(
-            _shown(k, v) for k, v in values.items() if k in SHOWN or "/" in k
+            _shown(k, v) for k, v in values.items() if k in SHOWN_METRICS or "/" in k
         )
         if self.progress:
             self.progress.update(self.progress.task_ids[0], status=_status(values))
@@ -125,7 +131,7 @@ class _Pause:
         self.meter.since += time.perf_counter() - self.start
 
 
-SHOWN = {"loss": "loss", "learning_rate": "lr", "grad_norm": "grad", "tokens_per_second": "tok/s"}
+SHOWN_METRICS = {"loss": "loss", "learning_rate": "lr", "grad_norm": "grad", "tokens_per_second": "tok/s"}
 
 
 def _shown(name: str, value: Any) -> str:
@@ -138,14 +144,14 @@ def _shown(name: str, value: Any) -> str:
         if isinstance(value, float)
         else str(value)
     )
-    return f"{SHOWN.get(name, name)} {text}"
+    return f"{SHOWN_METRICS.get(name, name)} {text}"
 
 
 def _status(values: dict[str, Any]) -> str:
     return "  ".join(_shown(k, values[k]) for k in ("loss", "learning_rate", "tokens_per_second") if k in values)
 
 
-def _progress(accelerator: Accelerator, plan: Plan, first_step: int) -> Progress | None:
+def _progress(accelerator: Accelerator, plan: TrainingPlan, first_step: int) -> Progress | None:
     """A live bar on a terminal; nothing in a log file, where the lines say it all."""
     if not (accelerator.is_main_process and console.is_terminal):
         return None
@@ -178,9 +184,7 @@ def _forget_after(file: Path, step: int) -> int:
             continue
         if values["step"] <= step:
             kept.append(values)
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text("".join(map(_json_line, kept)), encoding="utf-8")
-    partial.replace(file)
+    write_atomically(file, "".join(map(_json_line, kept)))
     return max((values.get("supervised_tokens", 0) for values in kept), default=0)
 
 

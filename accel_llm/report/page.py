@@ -9,7 +9,7 @@ from typing import Any
 
 from accel_llm.data.ledger import CUT, DROPPED, QUANTITIES, Ledger
 from accel_llm.system.disk import write_atomically
-from accel_llm.system.secrecy import hidden
+from accel_llm.system.secrecy import hide_secrets
 
 Pair = tuple[float, float]  # a point (step, value), the value possibly NaN or infinite; or the ends of a range
 
@@ -39,13 +39,13 @@ path { fill: none; stroke: currentColor; stroke-width: 1.5; stroke-linejoin: rou
 """
 
 
-def write(folder: Path) -> Path:
+def write_report(folder: Path) -> Path:
     """Write `folder`/report.html from its run.json and, where there is one, its metrics.jsonl; returns the page's path.
 
     Raises:
         FileNotFoundError: there is no run.json.
     """
-    run = json.loads(hidden((folder / "run.json").read_text(encoding="utf-8")))
+    run = json.loads(hide_secrets((folder / "run.json").read_text(encoding="utf-8")))
     path = folder / "report.html"
     write_atomically(path, _page(run, _read_metrics(folder / "metrics.jsonl"), folder.resolve().name))
     return path

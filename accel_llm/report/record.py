@@ -13,13 +13,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from accel_llm.backend.accelerator import meet
-from accel_llm.errors import stand_back
-from accel_llm.system import signals as interrupts
+from accel_llm.backend.collectives import wait_for_all
 from accel_llm.system.disk import write_atomically
-from accel_llm.system.secrecy import hidden
+from accel_llm.system.exit import wait_for_root_cause
+from accel_llm.system.launcher import is_launched, process_rank
+from accel_llm.system.secrecy import hide_secrets
+from accel_llm.system.signals import Preempted, remembering_signals
 
-PACKAGES = (
+RECORDED_PACKAGES = (
     "torch",
     "transformers",
     "datasets",
@@ -36,7 +37,7 @@ def environment() -> dict[str, Any]:
     """Package versions, Python and the git commit of the working copy (with `-dirty` when it has changes)."""
     return {
         "python": platform.python_version(),
-        "packages": {name: version(name) for name in PACKAGES if _installed(name)},
+        "packages": {name: version(name) for name in RECORDED_PACKAGES if _installed(name)},
         "git_commit": _git_commit(),
     }
 
@@ -80,7 +81,7 @@ class Record:
                 self._write(found | {"status": "failed", "error": reason[:2000], **facts, "ended": _now()})
 
     def _write(self, facts: dict[str, Any]) -> None:
-        write_atomically(self.path, hidden(json.dumps(facts, indent=2, ensure_ascii=False, default=str)) + "\n")
+        write_atomically(self.path, hide_secrets(json.dumps(facts, indent=2, ensure_ascii=False, default=str)) + "\n")
 
 
 def _now() -> str:
@@ -88,31 +89,31 @@ def _now() -> str:
 
 
 @contextmanager
-def recording(folder: Path, main: bool, **facts: Any) -> Iterator[Record]:
+def recording(folder: str | Path, main: bool, facts: dict[str, Any]) -> Iterator[Record]:
     """Write run.json with `facts` and status `running`; on leaving, status `done`, `preempted`, or `failed` with the error.
 
     Under a launcher `failed_rank` says which process failed; it notes that itself, for the main one waits for it. `pid` is
     the process to send signals to.
     """
-    record = Record(folder, main)
+    record = Record(Path(folder), main)
     here = {"host": socket.gethostname(), "pid": os.getpid()}
     record.update(status="running", started=_now(), **facts, **environment(), **here)
-    rank = {"failed_rank": int(os.environ["RANK"])} if "RANK" in os.environ else {}
+    failed = {"failed_rank": process_rank()} if is_launched() else {}
 
     def tell(number: int) -> None:
         # Until the checkpoint is there: a launcher that ends what is left of a failed job sends the same signal.
         record.fail(f"{signal.Signals(number).name}: ended by the launcher, or from outside, before all was saved")
 
     try:
-        with interrupts.remembered(tell):
+        with remembering_signals(tell):
             yield record
-    except interrupts.Preempted as end:
+    except Preempted as end:
         record.update(status="preempted", step=end.step, ended=_now())
         # Whoever leaves first ends the job.
-        meet()
+        wait_for_all()
         raise
     except BaseException as error:
-        stand_back(error)
-        record.fail(f"{type(error).__name__}: {error}", **rank)
+        wait_for_root_cause(error)
+        record.fail(f"{type(error).__name__}: {error}", **failed)
         raise
     record.update(status="done", ended=_now())

@@ -9,44 +9,61 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from accel_llm.errors import ConfigError
-from accel_llm.system.disk import failure, sync
-
-SMALL = 2**26  # bytes; larger files are brought to the disk by who writes them
+from accel_llm.system.disk import disk_failure, sync_to_disk
 
 
 @contextmanager
-def appearing(target: Path) -> Iterator[Path]:
+def whole_folder(target: Path) -> Iterator[Path]:
     """A hidden folder beside `target` that takes its place by one rename when the block ends well, and is gone if not.
 
-    What a process that was killed has left there is cleared at the next start.
-
-    Raises:
-        ConfigError: the disk is full.
+    All files in it are on the disk before the rename. What a killed process has left behind is cleared at the next start.
     """
-    partial, old = (target.with_name(f".{target.name}.{what}") for what in ("partial", "old"))
+    partial, old = hidden_beside(target, "partial"), hidden_beside(target, "old")
     if old.exists() and not target.exists():
-        old.rename(target)  # between the two renames below
+        old.rename(target)  # a process was killed between the two renames below
     for folder in (partial, old):
         shutil.rmtree(folder, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        with _ended_by_exception():
-            yield partial
-        _sync_all(partial)
+        yield partial
         if target.exists():
             target.rename(old)
-        partial.rename(target)
-        sync(target.parent)
-    except Exception as error:
-        if told := failure(error):
-            raise ConfigError(
-                f"output_dir: {target} could not be written: {told}; make room, or name another folder."
-            ) from None
-        raise
+        rename_into_place(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         if target.exists():
             shutil.rmtree(old, ignore_errors=True)
+
+
+def hidden_beside(target: Path, kind: str) -> Path:
+    """The hidden name that a folder bears while it is not whole (`partial`), or no longer wanted (`old`)."""
+    return target.with_name(f".{target.name}.{kind}")
+
+
+def rename_into_place(partial: Path, target: Path) -> None:
+    """Bring a folder with all that is in it to the disk, then give it its name."""
+    for path in [*partial.rglob("*"), partial]:
+        sync_to_disk(path)
+    partial.rename(target)
+    sync_to_disk(target.parent)
+
+
+@contextmanager
+def whole_output(target: Path) -> Iterator[Path]:
+    """`whole_folder` for a script that does nothing but write `target`: SIGTERM clears what it has written as well.
+
+    Raises:
+        ConfigError: the disk is full, or fails in another way.
+    """
+    try:
+        with _ended_by_exception(), whole_folder(target) as partial:
+            yield partial
+    except Exception as error:
+        if told := disk_failure(error):
+            raise ConfigError(
+                f"output_dir: {target} could not be written: {told}; make room, or name another folder."
+            ) from None
+        raise
 
 
 @contextmanager
@@ -62,13 +79,7 @@ def _ended_by_exception() -> Iterator[None]:
         signal.signal(signal.SIGTERM, usual)
 
 
-def _sync_all(folder: Path) -> None:
-    """Bring a folder and the small files in it to the disk."""
-    for path in [*(file for file in folder.rglob("*") if file.is_dir() or file.stat().st_size < SMALL), folder]:
-        sync(path)
-
-
-def check_target(target: Path, sources: list[tuple[str, Path]], overwrite: bool, mark: str) -> None:
+def check_output_dir(target: Path, sources: list[tuple[str, Path]], overwrite: bool, mark: str) -> None:
     """Refuse an output_dir whose replacement would lose anything but an earlier result, known by a file named `mark`.
 
     `sources` are folders that are read, each with what it is.

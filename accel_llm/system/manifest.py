@@ -9,38 +9,37 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
-from accel_llm.system.disk import sha256, sync, write_atomically
+from accel_llm.system.disk import sha256, write_atomically
+from accel_llm.system.folders import hidden_beside, rename_into_place
 
-NAME = "manifest.json"
-PROBLEMS = ("lacks {}", "has a damaged {}")
+MANIFEST = "manifest.json"
+DAMAGES = ("lacks {}", "has a damaged {}")
 
 
-def part_of(folder: Path, rank: int, files: dict[str, tuple[int, str]]) -> None:
+def write_part(folder: Path, rank: int, files: dict[str, tuple[int, str]]) -> None:
     """One process has written its files, {name: (size, SHA-256)}: they are on the disk when this is there."""
     write_atomically(folder / f"part-{rank:05d}.json", json.dumps(files))
 
 
-def parts(folder: Path, world: int) -> list[Path] | None:
+def read_parts(folder: Path, world: int) -> list[Path] | None:
     """What all `world` processes wrote by `part_of`; None as long as one is missing."""
     found = [folder / f"part-{rank:05d}.json" for rank in range(world)]
     return found if all(path.is_file() for path in found) else None
 
 
-def seal(partial: Path, folder: Path, found: list[Path]) -> None:
+def seal_folder(partial: Path, folder: Path, found: list[Path]) -> None:
     """All files are written: add them up in the manifest, and let the folder appear under its name."""
     files: dict[str, tuple[int, str]] = {}
     for path in found:
         files |= json.loads(path.read_text(encoding="utf-8"))
         path.unlink()
-    write_atomically(partial / NAME, json.dumps(files, indent=1))
-    sync(partial)
-    partial.rename(folder)
-    sync(folder.parent)
+    write_atomically(partial / MANIFEST, json.dumps(files, indent=1))
+    rename_into_place(partial, folder)
 
 
-def remove(folder: Path) -> None:
+def remove_folder(folder: Path) -> None:
     """Take a folder's name away first: nobody shall find a part of it."""
-    gone = folder.with_name(f".{folder.name}.partial")
+    gone = hidden_beside(folder, "partial")
     shutil.rmtree(gone, ignore_errors=True)
     folder.rename(gone)
     shutil.rmtree(gone)
@@ -50,7 +49,7 @@ def _alone(values: list[float]) -> list[float]:
     return values
 
 
-def broken(
+def find_damage(
     folder: Path, rank: int = 0, world: int = 1, add_up: Callable[[list[float]], list[float]] = _alone
 ) -> str | None:
     """What is wrong with a folder, or None when every file of its manifest is there with its size and hash.
@@ -58,19 +57,19 @@ def broken(
     Each process reads its share of the files; `add_up` gives all of them the sums of what they found.
     """
     try:
-        files = json.loads((folder / NAME).read_text(encoding="utf-8"))
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return "does not exist" if not folder.exists() else f"is not a whole checkpoint (no {NAME})"
+        return "does not exist" if not folder.exists() else f"is not a whole checkpoint (no {MANIFEST})"
     except (ValueError, IsADirectoryError):
-        return f"has a damaged {NAME}"
+        return f"has a damaged {MANIFEST}"
     if not _is_manifest(files):
-        return f"has a damaged {NAME}"
+        return f"has a damaged {MANIFEST}"
     found = [0.0] * world
     for k, (name, (size, digest)) in enumerate(files.items()):
         if k % world == rank and not found[rank] and (problem := _problem(folder / name, size, digest)):
-            found[rank] = len(PROBLEMS) * k + problem
+            found[rank] = len(DAMAGES) * k + problem
     first = next((int(code) - 1 for code in add_up(found) if code), None)
-    return None if first is None else PROBLEMS[first % len(PROBLEMS)].format(list(files)[first // len(PROBLEMS)])
+    return None if first is None else DAMAGES[first % len(DAMAGES)].format(list(files)[first // len(DAMAGES)])
 
 
 def _is_manifest(files: object) -> bool:

@@ -7,7 +7,7 @@ import re
 from functools import cache
 from urllib.parse import quote
 
-SHOWN = "***"
+NOT_SECRET = "***"
 SHORTEST = 8  # characters: a shorter value is no key, but "true" or a word that stands anywhere
 # TOKENIZERS_PARALLELISM and KEYBOARD are none.
 _NAME = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL)S?(?![A-Z])", re.IGNORECASE)
@@ -17,15 +17,15 @@ _PARAMETER = re.compile(
 )
 
 
-def hidden(text: str) -> str:
+def hide_secrets(text: str) -> str:
     """`text` with *** for the values of environment variables that are named like secrets, and for those in addresses.
 
     An address loses its user and password, and what a query calls token, key, secret, password, credential or signature.
     """
     secrets = frozenset(value for name, value in os.environ.items() if len(value) >= SHORTEST and _NAME.search(name))
     for written in _written(secrets):
-        text = text.replace(written, SHOWN)
-    return _PARAMETER.sub(rf"\g<1>{SHOWN}", _LOGIN.sub(rf"\g<1>{SHOWN}@", text))
+        text = text.replace(written, NOT_SECRET)
+    return _PARAMETER.sub(rf"\g<1>{NOT_SECRET}", _LOGIN.sub(rf"\g<1>{NOT_SECRET}@", text))
 
 
 @cache

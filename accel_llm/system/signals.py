@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from accel_llm.system.disk import write_atomically
+from accel_llm.system.launcher import process_rank
 
 # A launcher sends on what a terminal sends to everybody: that is one signal, not a second.
 ONE_SIGNAL = 2.0  # seconds
@@ -34,14 +35,14 @@ class Preempted(Exception):
 
 
 @dataclass
-class Wishes:
+class Requested:
     """What this process was asked for: the number of the signal to stop by (0: none), and whether to save."""
 
     stop: int = 0
     save: bool = False
 
 
-wishes = Wishes()
+requested = Requested()
 _since = 0.0  # when it was asked to stop
 _folder: Path | None = None  # where the end of a process is noted
 _listening = False
@@ -50,7 +51,7 @@ _failing = False  # the process ends by an error
 _tell: Callable[[int], None] | None = None  # notes in run.json that a signal has come
 
 
-def listen(folder: Path | None) -> None:
+def listen_for_signals(folder: Path | None) -> None:
     """From now on signals are heeded as the module says; one that ends the process is noted in `folder`'s run.json.
 
     A thread does so, woken by the C handler: Python's own must wait until the main thread comes out of a collective, which
@@ -87,25 +88,25 @@ def _outlive_no_launcher() -> None:
 def _watch(reader: socket.socket, writer: socket.socket) -> None:
     with reader, writer:
         while number := reader.recv(1):
-            heed(number[0])
+            handle_signal(number[0])
 
 
-def heed(number: int) -> None:
+def handle_signal(number: int) -> None:
     """What a signal does."""
     global _since
     if number == signal.SIGUSR1:
-        wishes.save = True
+        requested.save = True
     elif number in (signal.SIGTERM, signal.SIGINT):
         now = time.monotonic()
-        if not wishes.stop and (_failing or _a_peer_is_gone()):
+        if not requested.stop and (_failing or _a_peer_is_gone()):
             # So a launcher ends what is left of a job of which one process failed, and that one says why.
             if _tell is not None:
                 _tell(number)
             os._exit(128 + number)
         elif not _remembering:
             _end(number)
-        elif not wishes.stop:
-            wishes.stop, _since = number, now
+        elif not requested.stop:
+            requested.stop, _since = number, now
             if _tell is not None:
                 _tell(number)
         elif now - _since > ONE_SIGNAL:
@@ -124,7 +125,7 @@ def _a_peer_is_gone() -> bool:
 
 
 @contextmanager
-def remembered(tell: Callable[[int], None]) -> Iterator[None]:
+def remembering_signals(tell: Callable[[int], None]) -> Iterator[None]:
     """Within, a signal to stop is remembered for the next end of a step; `tell` is called with it at once."""
     global _remembering, _tell
     _remembering, _tell = True, tell
@@ -135,21 +136,21 @@ def remembered(tell: Callable[[int], None]) -> Iterator[None]:
         _remembering = False
 
 
-def failing() -> None:
+def note_failing() -> None:
     """An error ends this process: a signal has nothing to add."""
     global _failing
     _failing = True
 
 
-def nothing_more_to_lose() -> None:
+def note_nothing_to_lose() -> None:
     """All is saved: from now on a signal ends the process at once."""
     global _remembering, _tell
     _remembering, _tell = False, None
-    if wishes.stop:
-        _end(wishes.stop)
+    if requested.stop:
+        _end(requested.stop)
 
 
-def saved() -> None:
+def note_all_saved() -> None:
     """Nothing is lost any more: the process ends by itself, and no signal has to hurry it."""
     global _since
     _since = float("inf")
@@ -161,7 +162,7 @@ def _end(number: int) -> None:
             with contextlib.suppress(OSError):
                 _note(_folder)
         words = f"preempted by {signal.Signals(number).name}: nothing is lost; the same command goes on from there"
-        if os.environ.get("RANK", "0") == "0":
+        if process_rank() == 0:
             print(words, file=sys.stderr, flush=True)
     finally:
         os._exit(128 + number)

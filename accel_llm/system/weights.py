@@ -16,84 +16,19 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 
-from accel_llm.checkpoint.pieces import BY_NAME
+from accel_llm.system.tensors import TensorPlace, TensorSpec, build_header, read_chunks, read_tensor, tensor_places
 
-# Those that a run trains in, and those that are only ever copied.
-DTYPES = BY_NAME | {
-    "U16": torch.uint16,
-    "U32": torch.uint32,
-    "U64": torch.uint64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
-CHUNK = 2**23  # bytes that are copied at a time
 SYNC_FILE_RANGE_WRITE = 2  # of Linux' sync_file_range(2)
 
 
-class Spec(NamedTuple):
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def size(self) -> int:
-        """In bytes."""
-        return self.dtype.itemsize * torch.Size(self.shape).numel()
-
-
-class Place(NamedTuple):
-    """Where the bytes of a tensor lie."""
-
-    file: Path
-    offset: int
-    spec: Spec
-
-
-def places(file: Path) -> dict[str, Place]:
-    """The tensors of a safetensors file by name.
-
-    Raises:
-        SafetensorError: it is none, or it is cut short.
-        ValueError: it holds tensors of a dtype that torch does not have.
-    """
-    with safe_open(file, framework="pt"):  # which checks that the header and the file's size agree
-        pass
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
-    header.pop("__metadata__", None)
-    found = {}
-    for name, entry in header.items():
-        if entry["dtype"] not in DTYPES:
-            raise ValueError(f"{file.name}: {name} is of dtype {entry['dtype']}, which cannot be read")
-        spec = Spec(DTYPES[entry["dtype"]], tuple(entry["shape"]))
-        found[name] = Place(file, 8 + length + entry["data_offsets"][0], spec)
-    return found
-
-
-def read(place: Place) -> torch.Tensor:
-    memory = torch.empty(place.spec.size, dtype=torch.uint8)
-    array: Any = memory.numpy()
-    view = memoryview(array)
-    with place.file.open("rb", buffering=0) as stream:
-        stream.seek(place.offset)
-        while len(view):
-            count = stream.readinto(view)  # type: ignore[attr-defined] # 2 GiB at most
-            if not count:
-                raise OSError(f"{place.file} ends before its last tensor")
-            view = view[count:]
-    return memory.view(place.spec.dtype).view(place.spec.shape)
-
-
-class Checkpoint(NamedTuple):
+class WeightFiles(NamedTuple):
     """The weights of a model folder. `places` has those that may be copied as they are."""
 
-    specs: dict[str, Spec]
+    specs: dict[str, TensorSpec]
     readers: dict[str, Callable[[], torch.Tensor]]
-    places: dict[str, Place]
+    places: dict[str, TensorPlace]
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor of its own, that may be written to."""
@@ -105,7 +40,7 @@ class Checkpoint(NamedTuple):
             return False
         if not {first, second} <= self.places.keys():
             return torch.equal(self.read(first), self.read(second))
-        pairs = zip(_chunks(self.places[first]), _chunks(self.places[second]), strict=True)
+        pairs = zip(read_chunks(self.places[first]), read_chunks(self.places[second]), strict=True)
         return all(one == other for one, other in pairs)
 
     def mapped(self) -> dict[str, torch.Tensor]:
@@ -116,7 +51,7 @@ class Checkpoint(NamedTuple):
         return {name: found[name] if name in self.places else self.read(name) for name in self.specs}
 
 
-def open_folder(folder: Path, allow_pickle: bool = False) -> Checkpoint:
+def open_weights(folder: Path, allow_pickle: bool = False) -> WeightFiles:
     """The weights of a model folder, of safetensors or, with `allow_pickle`, of .bin files.
 
     Raises:
@@ -126,10 +61,10 @@ def open_folder(folder: Path, allow_pickle: bool = False) -> Checkpoint:
     """
     files = _files(folder, "model.safetensors")
     if files:
-        found = {name: place for file in files for name, place in places(file).items()}
-        return Checkpoint(
+        found = {name: place for file in files for name, place in tensor_places(file).items()}
+        return WeightFiles(
             {name: place.spec for name, place in found.items()},
-            {name: partial(read, place) for name, place in found.items()},
+            {name: partial(read_tensor, place) for name, place in found.items()},
             found,
         )
     files = _files(folder, "pytorch_model.bin")
@@ -140,8 +75,8 @@ def open_folder(folder: Path, allow_pickle: bool = False) -> Checkpoint:
     loaded: dict[str, torch.Tensor] = {}
     for file in files:
         loaded |= torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    return Checkpoint(
-        {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in loaded.items()},
+    return WeightFiles(
+        {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in loaded.items()},
         {name: tensor.clone for name, tensor in loaded.items()},
         {},
     )
@@ -158,7 +93,7 @@ def _files(folder: Path, name: str) -> list[Path]:
     return files
 
 
-class Writer:
+class WeightWriter:
     """The safetensors files of a model folder, whose tensors are written in any order, each once, behind the caller's back.
 
     One tensor is on its way to the disk while the caller works on the next; an error is raised with the next call.
@@ -167,14 +102,14 @@ class Writer:
     `written` are the bytes so far.
     """
 
-    def __init__(self, folder: Path, specs: dict[str, Spec], shard_size: int, check: bool):
+    def __init__(self, folder: Path, specs: dict[str, TensorSpec], shard_size: int, check: bool):
         self.sums: dict[str, int] = {}
         self.written = 0
         self._thread = ThreadPoolExecutor(1)
         self._last: Future[None] | None = None
         self._check = check
         self._open: list[BinaryIO] = []
-        self._places: dict[str, tuple[BinaryIO, int, Spec]] = {}
+        self._places: dict[str, tuple[BinaryIO, int, TensorSpec]] = {}
         shards = _split(specs, shard_size)
         files = [f"model-{k + 1:05}-of-{len(shards):05}.safetensors" for k in range(len(shards))]
         files = files if len(shards) > 1 else ["model.safetensors"]
@@ -190,24 +125,18 @@ class Writer:
             text = json.dumps(index, indent=2, sort_keys=True) + "\n"
             (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
-    def _start(self, path: Path, shard: dict[str, Spec]) -> None:
+    def _start(self, path: Path, shard: dict[str, TensorSpec]) -> None:
         # In the order of safetensors' own writer: wide dtypes first, so that every tensor is aligned.
         names = sorted(shard, key=lambda name: (-shard[name].dtype.itemsize, name))
-        header, end = {"__metadata__": {"format": "pt"}}, 0
-        for name in names:
-            dtype, shape = shard[name]
-            begin, end = end, end + shard[name].size
-            header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}  # type: ignore
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
+        specs = {name: shard[name] for name in names}
+        header, places = build_header(specs, {"format": "pt"}, compact=True)
         stream = path.open("wb", buffering=0)
         self._open.append(stream)  # type: ignore[arg-type]
         if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(stream.fileno(), 0, 8 + len(text) + end)
-        stream.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
-            offset = 8 + len(text) + header[name]["data_offsets"][0]  # type: ignore[call-overload]
-            self._places[name] = (stream, offset, shard[name])  # type: ignore[assignment]
+            os.posix_fallocate(stream.fileno(), 0, len(header) + sum(spec.size for spec in specs.values()))
+        stream.write(header)
+        for name, spec in specs.items():
+            self._places[name] = (stream, places[name], spec)  # type: ignore[assignment]
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         spec = self._places[name][2]
@@ -215,10 +144,10 @@ class Writer:
         array: Any = tensor.contiguous().view(-1).view(torch.uint8).numpy()
         self._submit(name, iter([memoryview(array)]))
 
-    def copy(self, name: str, place: Place) -> None:
+    def copy(self, name: str, place: TensorPlace) -> None:
         """Write `name` with the bytes that lie at `place`."""
         assert place.spec == self._places[name][2], (name, place, self._places[name])
-        self._submit(name, _chunks(place))
+        self._submit(name, read_chunks(place))
 
     def _submit(self, name: str, parts: Iterator[memoryview]) -> None:
         self.wait()  # so that no more than one tensor is kept here
@@ -229,7 +158,7 @@ class Writer:
         if self._last is not None:
             self._last.result()
 
-    def _write(self, name: str, parts: Iterator[memoryview], stream: BinaryIO, offset: int, spec: Spec) -> None:
+    def _write(self, name: str, parts: Iterator[memoryview], stream: BinaryIO, offset: int, spec: TensorSpec) -> None:
         start, total = offset, 0
         for part in parts:
             if self._check:
@@ -261,8 +190,8 @@ class Writer:
         self._open.clear()
 
 
-def _split(specs: dict[str, Spec], shard_size: int) -> list[dict[str, Spec]]:
-    shards: list[dict[str, Spec]] = [{}]
+def _split(specs: dict[str, TensorSpec], shard_size: int) -> list[dict[str, TensorSpec]]:
+    shards: list[dict[str, TensorSpec]] = [{}]
     filled = 0
     for name, spec in specs.items():
         if shards[-1] and filled + spec.size > shard_size:
@@ -271,19 +200,6 @@ def _split(specs: dict[str, Spec], shard_size: int) -> list[dict[str, Spec]]:
         shards[-1][name] = spec
         filled += spec.size
     return shards
-
-
-def _chunks(place: Place) -> Iterator[memoryview]:
-    """The bytes at `place`, in one buffer after the other; each is gone when the next is asked for."""
-    buffer, left = memoryview(bytearray(min(CHUNK, place.spec.size))), place.spec.size
-    with place.file.open("rb", buffering=0) as stream:
-        stream.seek(place.offset)
-        while left:
-            part = buffer[: min(len(buffer), left)]
-            if stream.readinto(part) != len(part):  # type: ignore[attr-defined]
-                raise OSError(f"{place.file} ends before its last tensor")
-            yield part
-            left -= len(part)
 
 
 def _write_back(stream: BinaryIO, offset: int, size: int) -> None:

@@ -2,26 +2,28 @@
 
 import math
 
+import torch
 from accelerate import Accelerator
 
-from accel_llm.backend.accelerator import on_host
+from accel_llm.backend.collectives import sum_on_hosts
 from accel_llm.config.options import TrainOptions
 from accel_llm.data.stream import Stream
 from accel_llm.errors import DataError
-from accel_llm.report.metrics import Meter
 
-NAMED = 20  # rows at most
+MAX_NAMED_ROWS = 20  # rows at most
 
 
-class Health:
+class BadSteps:
     """How many steps were skipped because their gradient was not finite."""
 
-    def __init__(self, accelerator: Accelerator, stream: Stream, options: TrainOptions):
+    def __init__(self, accelerator: Accelerator, stream: Stream, options: TrainOptions, skipped: int = 0):
         self.accelerator, self.stream, self.options = accelerator, stream, options
-        self.skipped = stream.start.skipped
+        self.skipped = skipped
 
-    def check(self, meter: Meter, step: int, grad_norm: float) -> None:
+    def check(self, step: int, losses: list[torch.Tensor], grad_norm: float) -> None:
         """Count step `step` (from 1), if its gradient was not finite: the weights are what they were.
+
+        `losses` are those of this process's micro-batches.
 
         The norm is the same on all processes, so all of them come here. fp16's loss scale grows until a gradient is too
         large for it: where all losses are finite that is no sickness.
@@ -31,7 +33,7 @@ class Health:
         """
         if math.isfinite(grad_norm):
             return
-        sick = self._sick_micro_batches(meter)
+        sick = self._sick_micro_batches(losses)
         if self.accelerator.mixed_precision == "fp16" and not sick:
             return
         self.skipped += 1
@@ -46,17 +48,19 @@ class Health:
         if self.accelerator.is_main_process:
             print(f"step {step} skipped: its {what} is not finite ({self.skipped} of {allowed}); {rows}", flush=True)
 
-    def _sick_micro_batches(self, meter: Meter) -> list[tuple[int, int]]:
+    def _sick_micro_batches(self, losses: list[torch.Tensor]) -> list[tuple[int, int]]:
         """(process, micro-batch) wherever the loss is not finite."""
-        world, count = self.accelerator.num_processes, len(meter.losses)
+        world, count = self.accelerator.num_processes, len(losses)
         flags = [0.0] * (world * count)
-        for micro, loss in enumerate(meter.losses):
+        for micro, loss in enumerate(losses):
             flags[self.accelerator.process_index * count + micro] = float(not math.isfinite(float(loss)))
-        return [divmod(k, count) for k, flag in enumerate(on_host(self.accelerator, flags)) if flag]
+        return [divmod(k, count) for k, flag in enumerate(sum_on_hosts(self.accelerator, flags)) if flag]
 
     def _rows(self, step: int, sick: list[tuple[int, int]]) -> list[str]:
         """The rows of the sick micro-batches, or of the whole step where only the gradient is."""
         world, stream = self.accelerator.num_processes, self.stream
         where = sick or [(rank, micro) for rank in range(world) for micro in range(stream.accumulation)]
         found = [stream.rows.name(k) for rank, micro in where for k in stream.chosen(step - 1, micro, rank)]
-        return found[:NAMED] + ([f"and {len(found) - NAMED} more"] if len(found) > NAMED else [])
+        return found[:MAX_NAMED_ROWS] + (
+            [f"and {len(found) - MAX_NAMED_ROWS} more"] if len(found) > MAX_NAMED_ROWS else []
+        )

@@ -10,20 +10,29 @@ import torch
 from accelerate import Accelerator
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from accel_llm.backend.accelerator import asked_to, bare, global_sum, strategy
-from accel_llm.chat.span_tokenizer import decode
+from accel_llm.backend.accelerator import unwrap_model
+from accel_llm.backend.collectives import agree_on_requests, sum_over_processes
+from accel_llm.backend.strategy import strategy
+from accel_llm.chat.span_tokenizer import decode_tokens
+from accel_llm.chat.targets import IGNORED
 from accel_llm.config.options import TrainOptions
-from accel_llm.data.packing import collate_packed, collate_padded, pack
+from accel_llm.data.batches import collate, count_targets, total_weight
+from accel_llm.data.packing import pack
 from accel_llm.data.rows import Rows
-from accel_llm.data.stream import Start, to_device
-from accel_llm.model import attention
-from accel_llm.model.loading import pad_id
-from accel_llm.model.loss import count_targets, next_token_loss, total_weight
+from accel_llm.model.attention import stock_attention
+from accel_llm.model.generation import cut_at_stop, pad_left
+from accel_llm.model.loss import next_token_loss
+from accel_llm.model.tokenizer import pad_token_id
 from accel_llm.report.metrics import Meter
-from accel_llm.system.signals import Preempted, wishes
+from accel_llm.system.signals import Preempted, requested
+from accel_llm.training.loop import to_device
+from accel_llm.training.start import Start
 
-SAMPLES = 20
-Row = tuple[np.ndarray, np.ndarray]
+LOWER_IS_BETTER = {"eval/loss"}
+
+
+KEPT_SAMPLES = 20
+Ids = tuple[np.ndarray, np.ndarray]
 
 
 class Evaluation:
@@ -50,7 +59,7 @@ class Evaluation:
         if start.evaluate or (self.options.eval_on_start and start.step == 0):
             self.run(model, meter, start.step)
         if self.cut_short:
-            raise Preempted(wishes.stop or signal.SIGTERM, start.step)
+            raise Preempted(requested.stop or signal.SIGTERM, start.step)
 
     def when_due(self, model: Any, meter: Meter, step: int) -> None:
         every = self.options.eval_steps
@@ -62,12 +71,12 @@ class Evaluation:
             return
         try:
             with meter.pause_clock():
-                metrics = mean_loss(self.accelerator, model, self.rows, self.options, pad_id(self.tokenizer))
+                metrics = mean_loss(self.accelerator, model, self.rows, self.options, pad_token_id(self.tokenizer))
                 if asked := questions(self.rows, self.options.eval_generate):
                     size = self.options.per_device_eval_batch_size
                     scores, answers = exact_match(self.accelerator, model, self.tokenizer, asked, size, self.stop_ids)
                     metrics |= scores
-                    self.samples = [asdict(answer) for answer in answers[:SAMPLES]]
+                    self.samples = [asdict(answer) for answer in answers[:KEPT_SAMPLES]]
         except CutShort:
             self.cut_short = True
             return
@@ -80,12 +89,12 @@ class CutShort(Exception):
 
 
 def _go_on(accelerator: Accelerator) -> None:
-    if asked_to(accelerator)[0]:
+    if agree_on_requests(accelerator)[0]:
         raise CutShort
 
 
 @dataclass(frozen=True)
-class Answer:
+class GeneratedAnswer:
     """A generated answer beside the one in the data; both end with the end-of-turn token if they ended at all."""
 
     prompt: str
@@ -101,7 +110,6 @@ def mean_loss(
     accelerator: Accelerator, model: Any, rows: Rows, options: TrainOptions, pad_token_id: int
 ) -> dict[str, float]:
     """Mean next-token loss over every labelled token of `rows`, weighted as they are, and its exponential."""
-    empty: Row = (np.full(2, pad_token_id, np.int32), np.full(2, -100, np.int32))
     order, offsets = (
         pack(rows.lengths, options.max_length) if options.packing else (np.arange(len(rows)), np.arange(len(rows) + 1))
     )
@@ -113,19 +121,14 @@ def mean_loss(
         for first in range(0, len(offsets) - 1, size * world):
             _go_on(accelerator)
             mine = range(first + accelerator.process_index * size, first + (accelerator.process_index + 1) * size)
-            chosen = [k for b in mine if b < len(offsets) - 1 for k in order[offsets[b] : offsets[b + 1]]]
-            documents = [rows[int(k)] for k in chosen] or [empty]
-            weights = rows.weights_of(chosen)
-            if options.packing:
-                batch = collate_packed(documents, weights)
-            else:
-                batch = collate_padded(documents, pad_token_id, weights)
+            chosen = [int(k) for b in mine if b < len(offsets) - 1 for k in order[offsets[b] : offsets[b + 1]]]
+            batch = collate(rows, chosen, bool(options.packing), pad_token_id)
             batch = to_device(batch, accelerator.device)
             sums[0] += next_token_loss(model, batch)
             sums[1] += total_weight(batch)
             sums[2] += count_targets(batch["labels"])
     model.train()
-    total, weight, count = global_sum(accelerator, sums).tolist()
+    total, weight, count = sum_over_processes(accelerator, sums).tolist()
     loss = total / (weight or 1)
     return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0)), "eval/supervised_tokens": int(count)}
 
@@ -136,7 +139,7 @@ def questions(rows: Rows, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
     for ids, labels in (rows[k] for k in range(len(rows))):
         if len(found) == count:
             break
-        trained = np.flatnonzero(labels != -100)
+        trained = np.flatnonzero(labels != IGNORED)
         if len(trained) == 0:
             continue
         gaps = np.flatnonzero(np.diff(trained) > 1)
@@ -153,7 +156,7 @@ def exact_match(
     asked: list[tuple[np.ndarray, np.ndarray]],
     batch_size: int,
     stop_ids: list[int],
-) -> tuple[dict[str, float], list[Answer]]:
+) -> tuple[dict[str, float], list[GeneratedAnswer]]:
     """Answer each question greedily; the share of answers equal to the data's to the last token, end of turn included.
 
     Also `eval/stop_rate`, the share of answers that ended by themselves. The answers returned are this process's own.
@@ -163,41 +166,28 @@ def exact_match(
     settings = GenerationConfig(
         max_new_tokens=longest + 8, do_sample=False, eos_token_id=stop_ids, pad_token_id=tokenizer.pad_token_id
     )
-    inner = bare(accelerator, model)
+    inner = unwrap_model(accelerator, model)
     per_process = -(-len(asked) // accelerator.num_processes)
-    answers: list[Answer] = []
+    answers: list[GeneratedAnswer] = []
     stopped = 0
     inner.eval()
     # `generate` is not a wrapped forward: without autocast float32 adapter parts would meet bf16 activations.
-    with torch.no_grad(), accelerator.autocast(), attention.stock(inner):
+    with torch.no_grad(), accelerator.autocast(), stock_attention(inner):
         for first in range(0, per_process, batch_size):
             _go_on(accelerator)
             # A process with fewer questions repeats one, so that all make the same number of calls.
             batch = share[first : first + batch_size] or asked[:1]
-            inputs = _left_padded([prompt for prompt, _ in batch], pad_id(tokenizer), accelerator.device)
+            inputs = pad_left([prompt for prompt, _ in batch], pad_token_id(tokenizer), accelerator.device)
             output = inner.generate(**inputs, generation_config=settings, synced_gpus=strategy() in ("zero3", "fsdp2"))
             for (prompt, expected), made in zip(batch, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
                 if first < len(share):
-                    made, ended = _until_stop(made, stop_ids)
+                    made, ended = cut_at_stop(made, stop_ids)
                     stopped += ended
-                    answers.append(Answer(*(decode(tokenizer, ids) for ids in (prompt, expected, made))))
+                    answers.append(
+                        GeneratedAnswer(*(decode_tokens(tokenizer, ids) for ids in (prompt, expected, made)))
+                    )
     inner.train()
     right = sum(answer.right for answer in answers)
     totals = torch.tensor([right, stopped, len(answers)], dtype=torch.float64, device=accelerator.device)
-    right, stopped, count = global_sum(accelerator, totals).tolist()
+    right, stopped, count = sum_over_processes(accelerator, totals).tolist()
     return {"eval/exact_match": right / count, "eval/stop_rate": stopped / count}, answers
-
-
-def _until_stop(ids: list[int], stop_ids: list[int]) -> tuple[list[int], bool]:
-    end = next((k for k, token in enumerate(ids) if token in stop_ids), None)
-    return (ids, False) if end is None else (ids[: end + 1], True)
-
-
-def _left_padded(prompts: list[np.ndarray], pad: int, device: torch.device) -> dict[str, torch.Tensor]:
-    width = max(len(prompt) for prompt in prompts)
-    input_ids = torch.full((len(prompts), width), pad)
-    mask = torch.zeros((len(prompts), width), dtype=torch.int64)
-    for k, prompt in enumerate(prompts):
-        input_ids[k, width - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
-        mask[k, width - len(prompt) :] = 1
-    return {"input_ids": input_ids.to(device), "attention_mask": mask.to(device)}

@@ -8,17 +8,19 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from accel_llm.backend.accelerator import bare, global_sum, precision_of, strategy
+from accel_llm.backend.accelerator import local_part, unwrap_model, unwrap_optimizer
+from accel_llm.backend.collectives import sum_over_processes
+from accel_llm.backend.strategy import compute_dtype, resolve_precision, strategy
 from accel_llm.config.options import TrainOptions
 from accel_llm.errors import ConfigError
-from accel_llm.model import attention
-from accel_llm.model import loss as losses
-from accel_llm.model.vocabulary import ROWS
+from accel_llm.model.attention import check_isolation, unwrap_causal_lm
+from accel_llm.model.loss import check_loss
+from accel_llm.model.vocabulary import NEW_ROWS
 
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+INTEGERS_BY_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def take(accelerator: Accelerator, model: nn.Module, optimizer: Any, options: TrainOptions) -> dict[str, Any]:
+def preflight(accelerator: Accelerator, model: nn.Module, optimizer: Any, options: TrainOptions) -> dict[str, Any]:
     """Check the prepared model before it trains, and its gradients in the first step: what is trained is what was asked
     for, in the engine that the launch YAML names, sharded where it says so, with equal weights on all ranks, with the
     family's own loss, and with packed documents apart.
@@ -31,10 +33,9 @@ def take(accelerator: Accelerator, model: nn.Module, optimizer: Any, options: Tr
         RuntimeError: a library has set up something else than it was told.
     """
     # What matrix products run in: autocast's dtype, or the one DeepSpeed has cast the weights to.
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision_of(options), torch.float32)
-    dtype = torch.int8 if options.load_in_8bit else dtype
+    dtype = torch.int8 if options.load_in_8bit else compute_dtype(options)
     _check_engine(model)
-    _check_trained(bare(accelerator, model), options)
+    _check_trained(unwrap_model(accelerator, model), options)
     facts: dict[str, Any] = {}
     # Before the first forward: FSDP2 leaves what stands outside the layers whole until a backward pass.
     _watch_first_step(accelerator, model, optimizer, facts)
@@ -49,16 +50,16 @@ def take(accelerator: Accelerator, model: nn.Module, optimizer: Any, options: Tr
         "num_processes": accelerator.num_processes,
         "accumulation": accelerator.gradient_accumulation_steps,
         "device": str(accelerator.device),
-        "precision": precision_of(options),
+        "precision": resolve_precision(options),
         "engine": type(model).__name__,
-        "loss_path": losses.check(model, accelerator.device, dtype),
-        "parameters": parameters | {"each_process": global_sum(accelerator, torch.tensor(held)).tolist()},
+        "loss_path": check_loss(model, accelerator.device, dtype),
+        "parameters": parameters | {"each_process": sum_over_processes(accelerator, torch.tensor(held)).tolist()},
         "dtypes": {"trained": _dtypes(model, True), "frozen": _dtypes(model, False)},
         "weights_hash": _equal_hash(accelerator, model),
-        "attention": attention.causal_lm(model).config._attn_implementation,
+        "attention": unwrap_causal_lm(model).config._attn_implementation,
     }
     if options.packing:
-        attention.probe(model, accelerator.device, dtype)
+        check_isolation(model, accelerator.device, dtype)
     if strategy().startswith("zero"):
         plugin: Any = accelerator.state.deepspeed_plugin
         facts["deepspeed"] = json.loads(json.dumps(plugin.deepspeed_config, default=str))
@@ -81,7 +82,7 @@ def _check_engine(model: nn.Module) -> None:
 
 def _check_trained(model: nn.Module, options: TrainOptions) -> None:
     """All of the model with method full; else the adapter, and what was named to be trained beside it."""
-    parts = ["lora_", ".modules_to_save.", f".{ROWS}", *([".bias"] if options.lora_bias != "none" else [])]
+    parts = ["lora_", ".modules_to_save.", f".{NEW_ROWS}", *([".bias"] if options.lora_bias != "none" else [])]
     wrong = [
         name
         for name, parameter in model.named_parameters()
@@ -157,10 +158,10 @@ def _equal_hash(accelerator: Accelerator, model: nn.Module) -> str | None:
         return None
     total = torch.zeros((), dtype=torch.int64)
     for number, parameter in enumerate(model.parameters()):
-        bits = torch.hash_tensor(parameter.detach().contiguous().view(BITS[parameter.element_size()]))
+        bits = torch.hash_tensor(parameter.detach().contiguous().view(INTEGERS_BY_SIZE[parameter.element_size()]))
         # The order counts; int64 wraps around.
         total += bits.cpu().view(torch.int64) * (2 * number + 1)
-    everywhere = global_sum(accelerator, torch.stack([total, total * total]))
+    everywhere = sum_over_processes(accelerator, torch.stack([total, total * total]))
     mean, squares = total * accelerator.num_processes, total * total * accelerator.num_processes
     if everywhere.cpu().tolist() != [int(mean), int(squares)]:
         raise RuntimeError(f"the ranks hold different weights; rank {accelerator.process_index} has {int(total):x}")
@@ -169,7 +170,7 @@ def _equal_hash(accelerator: Accelerator, model: nn.Module) -> str | None:
 
 def _watch_first_step(accelerator: Accelerator, model: nn.Module, optimizer: Any, facts: dict[str, Any]) -> None:
     """See to it that the first step finds a gradient for all that is trained, and note in what dtypes it is taken."""
-    trained = [(name, p) for name, p in bare(accelerator, model).named_parameters() if p.requires_grad]
+    trained = [(name, p) for name, p in unwrap_model(accelerator, model).named_parameters() if p.requires_grad]
     seen = torch.zeros(len(trained), 2, dtype=torch.int64)  # 1 where there is a gradient, 1 where it is not all zero
     hooks = []
     if strategy().startswith("zero"):
@@ -181,7 +182,7 @@ def _watch_first_step(accelerator: Accelerator, model: nn.Module, optimizer: Any
         for k, (_, parameter) in enumerate(trained):
             if parameter.grad is not None:
                 _note(seen, k, parameter.grad)
-        found = global_sum(accelerator, seen).cpu()
+        found = sum_over_processes(accelerator, seen).cpu()
         without = [name for (name, _), (some, _) in zip(trained, found.tolist(), strict=True) if not some]
         zero = [name for (name, _), (some, more) in zip(trained, found.tolist(), strict=True) if some and not more]
         facts["first_step"] = {"gradients": len(trained) - len(without), "all_zero": len(zero), "without": without[:20]}
@@ -198,16 +199,13 @@ def _watch_first_step(accelerator: Accelerator, model: nn.Module, optimizer: Any
         for hook in hooks:
             hook.remove()
 
-    base = optimizer
-    while hasattr(base, "optimizer"):  # Accelerate's wrapper, and DeepSpeed's
-        base = base.optimizer
+    base = unwrap_optimizer(optimizer)
     hooks += [base.register_step_pre_hook(before), base.register_step_post_hook(after)]
 
 
 def _note(seen: torch.Tensor, k: int, gradient: Any) -> None:
-    local = gradient.to_local() if hasattr(gradient, "to_local") else gradient
     seen[k, 0] = 1
-    seen[k, 1] |= int(local.any())
+    seen[k, 1] |= int(local_part(gradient).any())
 
 
 def _moments(state: dict[str, Any]) -> list[torch.Tensor]:

@@ -13,10 +13,12 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from accel_llm.adapters import attach as adapter
+from accel_llm.adapters.attach import attach_adapter
+from accel_llm.adapters.saved import read_adapter_config, save_adapter
+from accel_llm.backend.strategy import PRECISION_DTYPES
 from accel_llm.config.options import TrainOptions
 from accel_llm.errors import ConfigError
-from accel_llm.model import loading as models
+from accel_llm.model.loading import load_model
 
 pytestmark = pytest.mark.usefixtures("quiet")
 IDS = torch.randint(600, (2, 20), generator=torch.Generator().manual_seed(3))
@@ -26,7 +28,7 @@ LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 def attached(base: Path, **options) -> PeftModel:
     settings = TrainOptions(model_name_or_path=str(base), packing=False, **options)
     torch.manual_seed(0)
-    return settled(adapter.attach(models.load_model(settings), settings), settings)
+    return settled(attach_adapter(load_model(settings), settings), settings)
 
 
 def trained(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -108,10 +110,10 @@ def test_all_that_is_trained_is_float32(make_model, tmp_path, dtype):
     assert kinds == {"lora", "bias", "weight"}
     assert {tensor.dtype for tensor in trained(model).values()} == {torch.float32}
     frozen = {p.dtype for p in model.parameters() if not p.requires_grad}
-    assert frozen == {models.DTYPES[dtype]}
+    assert frozen == {PRECISION_DTYPES[dtype]}
     head = model.get_submodule("base_model.model.lm_head.modules_to_save.default")
     assert torch.equal(
-        head.weight.to(models.DTYPES[dtype]), model.get_submodule("base_model.model.lm_head.original_module").weight
+        head.weight.to(PRECISION_DTYPES[dtype]), model.get_submodule("base_model.model.lm_head.original_module").weight
     )
 
 
@@ -162,14 +164,14 @@ OPTIONS = [
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_what_was_saved_is_what_comes_back(make_model, tmp_path, options, dtype):
-    base = make_model(tmp_path / "base", models.DTYPES[dtype], attention_bias=True)
+    base = make_model(tmp_path / "base", PRECISION_DTYPES[dtype], attention_bias=True)
     model = attached(base, precision=dtype, **options)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.05)
     state = trained(model)
-    adapter.save(model, tmp_path / "adapter", state, str(base))
+    save_adapter(model, tmp_path / "adapter", state, str(base))
     assert sorted(p.name for p in (tmp_path / "adapter").iterdir() if p.name != "README.md") == [
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -190,15 +192,15 @@ def test_the_base_is_recorded_where_it_can_be_found_again(tiny, tmp_path, monkey
     monkeypatch.chdir(tiny.parent)
     model = attached(Path(tiny.name))
     for name, recorded in ((tiny.name, str(tiny)), ("owner/model", "owner/model")):
-        adapter.save(model, tmp_path / "adapter", trained(model), name)
-        assert adapter.read_config(tmp_path / "adapter")["base_model_name_or_path"] == recorded
+        save_adapter(model, tmp_path / "adapter", trained(model), name)
+        assert read_adapter_config(tmp_path / "adapter")["base_model_name_or_path"] == recorded
 
 
 def test_the_saved_config_says_what_was_asked(tiny, tmp_path):
     model = attached(
         tiny, lora_r=6, lora_alpha=10.5, lora_dropout=0.1, use_rslora=True, use_dora=True, modules_to_save=["norm"]
     )
-    adapter.save(model, tmp_path, trained(model), str(tiny))
+    save_adapter(model, tmp_path, trained(model), str(tiny))
     saved = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
     asked = {"r": 6, "lora_alpha": 10.5, "lora_dropout": 0.1, "use_rslora": True, "use_dora": True, "bias": "none"}
     asked |= {"modules_to_save": ["norm"], "task_type": "CAUSAL_LM", "peft_type": "LORA"}

@@ -19,11 +19,11 @@ from transformers import (
     OPTConfig,
 )
 
-from accel_llm.adapters import compat as legacy
+from accel_llm.adapters.compat import SavedAdapter, build_peft_config, clean_settings, read_adapter
 from accel_llm.config.tool_options import MergeOptions
 from accel_llm.errors import ConfigError
-from accel_llm.merge import attached as graft
-from accel_llm.merge import merge
+from accel_llm.merge.attached import adapted_modules, check_mergeable, load_adapter
+from accel_llm.merge.merge import merge
 
 pytestmark = pytest.mark.usefixtures("quiet")
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -52,8 +52,8 @@ def adapter(folder: Path, settings: dict, state: dict[str, torch.Tensor] | None 
 def test_every_published_config_is_read_and_left_as_it_is(path, tmp_path):
     before = path.read_bytes()
     settings = json.loads(before)
-    cleaned, notes = legacy.clean(settings, path)
-    config = legacy.config_of(cleaned, path)
+    cleaned, notes = clean_settings(settings, path)
+    config = build_peft_config(cleaned, path)
     for key in ("r", "lora_alpha", "num_virtual_tokens", "task_type"):
         assert getattr(config, key, None) == settings.get(key)
     unknown = {"enable_lora", "merge_weights"} & settings.keys()
@@ -66,12 +66,12 @@ def test_every_published_config_is_read_and_left_as_it_is(path, tmp_path):
 @pytest.mark.parametrize("value", [None, True, {"use": "it"}])
 def test_keys_of_releases_to_come_are_set_aside_by_name(tmp_path, value):
     folder = adapter(tmp_path / "a", SETTINGS | {"lora_from_tomorrow": value, "peft_version": "0.99.0"})
-    assert legacy.read(folder).notes == (
+    assert read_adapter(folder).notes == (
         f"adapter_config.json: lora_from_tomorrow ({json.dumps(value)}) is a key of PEFT 0.99.0, unknown to PEFT "
         f"{peft.__version__}, and is set aside.",
     )
     folder = adapter(folder, SETTINGS | {"lora_from_tomorrow": value})
-    assert "is a key of another release of PEFT" in legacy.read(folder).notes[0]
+    assert "is a key of another release of PEFT" in read_adapter(folder).notes[0]
 
 
 def test_odd_values_are_understood(tmp_path):
@@ -82,11 +82,11 @@ def test_odd_values_are_understood(tmp_path):
         "loftq_config": {},
         "megatron_config": {},
     }
-    config = legacy.read(adapter(tmp_path / "a", SETTINGS | odd)).config
+    config = read_adapter(adapter(tmp_path / "a", SETTINGS | odd)).config
     assert (config.lora_dropout, config.fan_in_fan_out, config.inference_mode) == (0.0, False, True)
     minimal = {"r": 4, "lora_alpha": 8, "target_modules": "q_proj"}
-    assert legacy.read(adapter(tmp_path / "b", minimal)).config.peft_type == "LORA"
-    note = legacy.read(adapter(tmp_path / "c", SETTINGS | {"megatron_config": {"world": 8}})).notes[0]
+    assert read_adapter(adapter(tmp_path / "b", minimal)).config.peft_type == "LORA"
+    note = read_adapter(adapter(tmp_path / "c", SETTINGS | {"megatron_config": {"world": 8}})).notes[0]
     assert note.startswith("megatron_config of ") and note.endswith(
         "layers of Megatron are not in a model of transformers."
     )
@@ -102,8 +102,8 @@ def test_a_text_is_a_pattern_or_the_end_of_a_name(tiny, tmp_path, targets, adapt
     whole.save_pretrained(tmp_path / "a")
     path = tmp_path / "a" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": targets}))
-    wrapped = graft.load(AutoModelForCausalLM.from_pretrained(tiny), legacy.read(tmp_path / "a"))
-    assert len(graft.units(wrapped)) == adapted
+    wrapped = load_adapter(AutoModelForCausalLM.from_pretrained(tiny), read_adapter(tmp_path / "a"))
+    assert len(adapted_modules(wrapped)) == adapted
     ids = torch.arange(20)[None]
     assert torch.equal(wrapped(ids).logits, whole.eval()(ids).logits)
 
@@ -120,7 +120,7 @@ def test_a_text_is_a_pattern_or_the_end_of_a_name(tiny, tmp_path, targets, adapt
 )
 def test_names_of_unwrapped_weights_are_mapped(tmp_path, old):
     folder = adapter(tmp_path / "a", SETTINGS, {old: torch.ones(4, 4)})
-    assert list(legacy.read(folder).weights) == ["base_model.model.q_proj.lora_A.weight"]
+    assert list(read_adapter(folder).weights) == ["base_model.model.q_proj.lora_A.weight"]
 
 
 def test_saved_modules_with_the_name_of_their_wrapper_are_mapped(tmp_path):
@@ -129,7 +129,7 @@ def test_saved_modules_with_the_name_of_their_wrapper_are_mapped(tmp_path):
         "base_model.model.score.modules_to_save.default.weight": torch.ones(2, 4),
         "base_model.model.module_list.0.weight": torch.ones(1),
     }
-    assert legacy.read(adapter(tmp_path / "a", SETTINGS, state)).weights.keys() == {
+    assert read_adapter(adapter(tmp_path / "a", SETTINGS, state)).weights.keys() == {
         "base_model.model.q_proj.lora_A.weight",
         "base_model.model.score.weight",
         "base_model.model.module_list.0.weight",
@@ -156,7 +156,7 @@ def test_enable_lora_of_fused_projections_computes_what_it_did(enabled, tmp_path
         "merge_weights": False,
     }
     folder = adapter(tmp_path / "a", settings, {f"{name}A.weight": A, f"{name}B.weight": B})
-    read = legacy.read(folder)
+    read = read_adapter(folder)
     layer = peft.tuners.lora.Linear(
         torch.nn.Linear(width, 3 * width, bias=False),
         "default",
@@ -171,29 +171,29 @@ def test_enable_lora_of_fused_projections_computes_what_it_did(enabled, tmp_path
 
 def test_what_is_no_adapter_is_refused(tmp_path, tiny):
     folder = adapter(tmp_path / "a", SETTINGS, {"model.q_proj.weight": torch.ones(4, 4)})
-    assert refusal(lambda: legacy.read(folder)) == (
+    assert refusal(lambda: read_adapter(folder)) == (
         f"adapter: {folder} holds 1 weights and none of an adapter, such as base_model.model.model.q_proj.weight; weights of a "
         "model, averaged by hand or not, are no adapter: give adapters of their own folders to --adapter, several to combine "
         "them."
     )
     (folder / "adapter_model.safetensors").unlink()
-    assert refusal(lambda: legacy.read(folder)) == (
+    assert refusal(lambda: read_adapter(folder)) == (
         f"adapter: {folder} has no adapter_model.safetensors (it holds adapter_config.json)."
     )
     folder = adapter(tmp_path / "b", SETTINGS | {"peft_type": "LORAX"})
     assert f"is of peft_type 'LORAX', unknown to PEFT {peft.__version__}; known are " in refusal(
-        lambda: legacy.read(folder)
+        lambda: read_adapter(folder)
     )
     folder = adapter(tmp_path / "b", SETTINGS | {"task_type": "POETRY"})
-    assert "has task_type 'POETRY'; known are " in refusal(lambda: legacy.read(folder))
+    assert "has task_type 'POETRY'; known are " in refusal(lambda: read_adapter(folder))
     folder = adapter(
         tmp_path / "b", SETTINGS | {"init_lora_weights": "magic", "use_dora": "x", "r": 0, "layers_pattern": "l"}
     )
-    assert refusal(lambda: legacy.read(folder)).startswith(f"adapter: the settings of {folder} cannot be used (")
+    assert refusal(lambda: read_adapter(folder)).startswith(f"adapter: the settings of {folder} cannot be used (")
     (folder / "adapter_config.json").write_text("[]")
-    assert "holds a list, not the settings of an adapter" in refusal(lambda: legacy.read(folder))
+    assert "holds a list, not the settings of an adapter" in refusal(lambda: read_adapter(folder))
     folder = adapter(tmp_path / "c", SETTINGS, {"q_proj.lora_A.weight": torch.tensor([1.0, float("inf")])})
-    assert "cannot be merged, 1 of its weights hold NaN or infinity" in refusal(lambda: legacy.read(folder))
+    assert "cannot be merged, 1 of its weights hold NaN or infinity" in refusal(lambda: read_adapter(folder))
 
 
 class Trap:
@@ -207,10 +207,10 @@ def test_pickles_are_read_behind_a_flag_and_run_nothing(tmp_path, monkeypatch):
     state = load_file(folder / "adapter_model.safetensors")
     (folder / "adapter_model.safetensors").unlink()
     torch.save(state, folder / "adapter_model.bin")
-    assert refusal(lambda: legacy.read(folder)).startswith(f"allow_pickle: {folder / 'adapter_model.bin'} is a pickle")
-    assert legacy.read(folder, allow_pickle=True).weights.keys() == state.keys()
+    assert refusal(lambda: read_adapter(folder)).startswith(f"allow_pickle: {folder / 'adapter_model.bin'} is a pickle")
+    assert read_adapter(folder, allow_pickle=True).weights.keys() == state.keys()
     torch.save({"base_model.model.q_proj.lora_A.weight": Trap()}, folder / "adapter_model.bin")
-    assert refusal(lambda: legacy.read(folder, allow_pickle=True)).startswith(
+    assert refusal(lambda: read_adapter(folder, allow_pickle=True)).startswith(
         f"adapter: the weights of {folder} cannot be"
     )
     assert not (tmp_path / "sprung").exists()
@@ -235,7 +235,7 @@ def test_every_published_adapter_merges_into_a_base_of_its_shape(name, tmp_path)
     options = MergeOptions(
         adapter=[str(folder)], base=str(tmp_path / "base"), output_dir=str(tmp_path / "merged"), allow_pickle=True
     )
-    merged = merge.merge(options)
+    merged = merge(options)
     assert merged.modules == modules and merged.worst is not None and merged.worst < 1e-6
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
@@ -255,8 +255,8 @@ def test_every_published_adapter_merges_into_a_base_of_its_shape(name, tmp_path)
 @pytest.mark.parametrize("stem, kind", [("03_Langchain-Chatchat", "PREFIX_TUNING"), ("08_llm-tuning", "PROMPT_TUNING")])
 def test_methods_without_weights_to_add_are_refused_by_name(stem, kind, tmp_path):
     path = DATA / "adapter_configs" / f"{stem}.json"
-    cleaned, _ = legacy.clean(json.loads(path.read_text()), path)
-    found = legacy.Adapter(path, {}, legacy.config_of(cleaned, path), {}, ())
-    assert refusal(lambda: graft.check_mergeable(found)) == (
+    cleaned, _ = clean_settings(json.loads(path.read_text()), path)
+    found = SavedAdapter(path, {}, build_peft_config(cleaned, path), {}, ())
+    assert refusal(lambda: check_mergeable(found)) == (
         f"adapter: {path} cannot be merged, a {kind} adapter has no weights to add."
     )

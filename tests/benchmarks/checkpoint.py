@@ -90,14 +90,14 @@ def skip() -> float:
     from conftest import rows_of
 
     from accel_llm.config.options import TrainOptions
-    from accel_llm.data.stream import Start, Stream
+    from accel_llm.data.stream import Position, Stream
 
     lengths = np.random.default_rng(0).integers(16, 512, 100_000)
     ids = [5] * 512
     rows = rows_of((k + 1, ids[:length], ids[:length]) for k, length in enumerate(lengths.tolist()))
     options = TrainOptions(max_steps=2_000_000, max_length=2048, per_device_train_batch_size=4)
     since = time.perf_counter()
-    stream = Stream(rows, options, Start(Path(), step=1_000_000, rows=4_000_000), 0)
+    stream = Stream(rows, options, Position(step=1_000_000, rows=4_000_000), 0)
     next(stream.batches(1_000_000))
     return time.perf_counter() - since
 

@@ -7,6 +7,15 @@ Without files: generated conversations. Needs `pip install -e ".[bench]"`; the t
 
 import os
 
+from accel_llm.chat.template import configured_template
+from accel_llm.config.options import DataOptions
+from accel_llm.data.formats import Conversation, parse_row
+from accel_llm.data.packing import pack
+from accel_llm.data.prepare import encode_conversations
+from accel_llm.data.sources import as_source, read_source
+from accel_llm.demo.skills import demo_conversations
+from accel_llm.demo.tokenizer import build_demo_tokenizer
+
 # One core for both: the tokenizer's own threads are set when it is first used.
 os.environ |= {"RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "TRL_EXPERIMENTAL_SILENCE": "1"}
@@ -25,14 +34,6 @@ import transformers
 import trl
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from accel_llm.chat.template import template_of
-from accel_llm.config.options import DataOptions
-from accel_llm.data import prepare as encode
-from accel_llm.data import sources
-from accel_llm.data.formats import Conversation, parse_row
-from accel_llm.data.packing import pack
-from accel_llm.demo import skills as demo
-
 MAX_LENGTH = 2048
 
 
@@ -47,7 +48,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     datasets.disable_caching()
-    tokenizer = AutoTokenizer.from_pretrained(given.tokenizer) if given.tokenizer else demo.build_tokenizer()
+    tokenizer = AutoTokenizer.from_pretrained(given.tokenizer) if given.tokenizer else build_demo_tokenizer()
     with tempfile.TemporaryDirectory() as folder:
         print(f"{'file':44}{'rows':>8}{'tokens':>11}{'ours':>12}{'TRL ' + trl.__version__:>12}{'ratio':>8}")
         for name in given.files or [""]:
@@ -66,8 +67,8 @@ def main() -> None:
 def conversations(name: str, limit: int | None) -> list[list[dict]]:
     """Rows as plain chats: what both can read."""
     if not name:
-        return [row["messages"] for row in demo.conversations("train")[: limit or 20_000]]
-    rows = [parse_row(row.fields) for row in sources.read(sources.source_of(name))]
+        return [row["messages"] for row in demo_conversations("train")[: limit or 20_000]]
+    rows = [parse_row(row.fields) for row in read_source(as_source(name))]
     found = [
         [{"role": message["role"], "content": message["content"]} for message in row.messages]
         for row in rows
@@ -82,9 +83,9 @@ def time_ours(file: Path, tokenizer, folder: Path) -> tuple[int, float]:
     options = DataOptions(
         train_files=[str(file)], cache_dir=str(cache), max_length=MAX_LENGTH, overlong="truncate", max_lost=1.0
     )
-    template = template_of(tokenizer, options)
+    template = configured_template(tokenizer, options)
     start = time.perf_counter()
-    encoded = encode.conversations(options, 0, tokenizer, template)
+    encoded = encode_conversations(options, 0, tokenizer, template)
     pack(encoded.train.lengths, MAX_LENGTH, np.random.default_rng(0))
     return int(encoded.train.offsets[-1]), time.perf_counter() - start
 

@@ -9,7 +9,8 @@ from test_chat import byte_level, sentence_piece_like
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 from transformers import AutoTokenizer
 
-from accel_llm.chat.bpe_cache import Words, _for_ascii
+from accel_llm.chat import bpe_cache
+from accel_llm.chat.bpe_cache import BpeCache
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "tokenizers"
 GPT4 = (
@@ -43,7 +44,7 @@ def backend_of(cut: str = "gpt2", nfc: bool = False) -> Tokenizer:
 @pytest.mark.parametrize("cut", ["gpt2", "gpt4", "digits"])
 def test_words_give_the_ids_of_the_tokenizer(cut: str, nfc: bool) -> None:
     backend = backend_of(cut, nfc)
-    words = Words(backend)
+    words = BpeCache(backend)
     assert words.supported
     told = 0
 
@@ -66,7 +67,7 @@ def test_words_give_the_ids_of_real_tokenizers(name: str) -> None:
     backend = AutoTokenizer.from_pretrained(DATA / name).backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
-    words = Words(backend)
+    words = BpeCache(backend)
     assert words.supported
     for text in (
         "Hello, it's 2+2 = 4!\n\n  def f(x):\r\n\treturn x  \n",
@@ -88,16 +89,16 @@ def test_words_give_the_ids_of_real_tokenizers(name: str) -> None:
 
 
 def test_characters_that_engines_cut_differently_are_left_to_the_tokenizer() -> None:
-    words = Words(backend_of("gpt4"))
+    words = BpeCache(backend_of("gpt4"))
     assert words.encode("a\x1cb") is None or words.encode("a\x1cb") == backend_of("gpt4").encode("a\x1cb").ids
-    assert Words(backend_of("gpt4", nfc=True)).encode("e\u0301") is None  # it would be composed first
-    assert Words(backend_of("gpt4")).encode("e\u0301") is not None
+    assert BpeCache(backend_of("gpt4", nfc=True)).encode("e\u0301") is None  # it would be composed first
+    assert BpeCache(backend_of("gpt4")).encode("e\u0301") is not None
 
 
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("accel_llm.chat.bpe_cache._MOST_WORDS", 10)
     backend = backend_of()
-    words = Words(backend)
+    words = BpeCache(backend)
     for k in range(50):
         assert words.encode(f"word{k} x{k}") == backend.encode(f"word{k} x{k}").ids
         assert len(words._ids) <= 14
@@ -116,12 +117,12 @@ def test_other_kinds_of_tokenizers_are_not_served(change: str) -> None:
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     else:
         backend = sentence_piece_like([]).backend_tokenizer  # type: ignore[assignment]
-    assert not Words(backend).supported
+    assert not BpeCache(backend).supported
 
 
 def test_the_ascii_form_of_a_pattern() -> None:
-    assert _for_ascii(GPT4).pattern == GPT4.replace(r"\p{L}+", "[a-zA-Z]+").replace(
+    assert bpe_cache._for_ascii(GPT4).pattern == GPT4.replace(r"\p{L}+", "[a-zA-Z]+").replace(
         r"\p{N}{1,3}", "[0-9]{1,3}"
     ).replace(r"\p{L}\p{N}", "a-zA-Z0-9")
-    assert _for_ascii(r"[\p{Lu}\p{Lt}]+|\p{Lo}").pattern == r"[A-Z]+|(?!)"
-    assert _for_ascii(r"\p{Han}+").pattern == r"\p{Han}+"  # the other engine keeps it
+    assert bpe_cache._for_ascii(r"[\p{Lu}\p{Lt}]+|\p{Lo}").pattern == r"[A-Z]+|(?!)"
+    assert bpe_cache._for_ascii(r"\p{Han}+").pattern == r"\p{Han}+"  # the other engine keeps it

@@ -5,8 +5,8 @@ strings; it never renders a template. The specifications are themselves checked 
 The templates in `templates/` follow the published formats; long instructions about tools and default system messages
 are shortened. Control tokens are those of the family, in a tiny byte-level tokenizer.
 """
-# ruff: noqa: RUF001 (DeepSeek's control tokens are written with a fullwidth bar)
 
+# ruff: noqa: RUF001 (DeepSeek's control tokens are written with a fullwidth bar)
 import json
 import re
 from collections import Counter
@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from accel_llm.chat.template import Encoded, Encoding, Template, load_template
+from accel_llm.chat.template import EncodedConversation, EncodedRow, Template, load_template
 from accel_llm.errors import DataError
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
@@ -880,7 +880,7 @@ def loaded(name: str) -> tuple[PreTrainedTokenizerFast, Template]:
 # ---- how a mask is compared with a text
 
 
-def shown(tokenizer: PreTrainedTokenizerFast, row: Encoded) -> str:
+def shown(tokenizer: PreTrainedTokenizerFast, row: EncodedRow) -> str:
     """The row's text with ⟦ ⟧ around what is trained. Texts are differences of decoded beginnings: some decoders strip
     the first space."""
     assert all(label in (-100, token) for token, label in zip(row.input_ids, row.labels, strict=True))
@@ -899,7 +899,7 @@ def open_ended(text: str) -> str:
 
 
 def compare(
-    tokenizer: PreTrainedTokenizerFast, template: Template, chat: Chat, expected: str, encoding: Encoding
+    tokenizer: PreTrainedTokenizerFast, template: Template, chat: Chat, expected: str, encoding: EncodedConversation
 ) -> None:
     """Every assistant turn is trained or lost. Turns that touch each other are one run of labels."""
     assert expected.count("⟦") + sum(encoding.lost.values()) == sum(turn["role"] == "assistant" for turn in chat)

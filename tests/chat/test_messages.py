@@ -3,8 +3,26 @@ from typing import Any
 
 import pytest
 
-from accel_llm.chat import messages as reasons
-from accel_llm.chat.messages import check_order, read_messages, tools_of
+from accel_llm.chat.messages import (
+    ASSISTANT_FIRST,
+    BAD_WEIGHT,
+    BROKEN_TOOLS,
+    EMPTY_ANSWER,
+    IMAGES,
+    MISSING_VALUE,
+    NO_ANSWER,
+    NOT_JSON,
+    NOT_MESSAGES,
+    NOT_TEXT,
+    TOOL_OUT_OF_PLACE,
+    TWO_ASSISTANT_TURNS,
+    TWO_REASONINGS,
+    TWO_USER_TURNS,
+    UNKNOWN_ROLE,
+    check_order,
+    read_messages,
+    read_tools,
+)
 from accel_llm.errors import DataError
 
 USER = {"role": "user", "content": "q"}
@@ -172,196 +190,196 @@ def test_messages_may_be_json_text() -> None:
 
 
 BAD: dict[str, tuple[Any, str, str]] = {
-    "no list": (7, "messages: found 7, needs a list of messages that is not empty", reasons.NOT_MESSAGES),
-    "null": (None, "messages: found null, needs a list of messages that is not empty", reasons.NOT_MESSAGES),
-    "an empty list": ([], "messages: found [], needs a list of messages that is not empty", reasons.NOT_MESSAGES),
+    "no list": (7, "messages: found 7, needs a list of messages that is not empty", NOT_MESSAGES),
+    "null": (None, "messages: found null, needs a list of messages that is not empty", NOT_MESSAGES),
+    "an empty list": ([], "messages: found [], needs a list of messages that is not empty", NOT_MESSAGES),
     "text": (
         "hi",
         'messages: found "hi", which is not JSON (Expecting value: line 1 column 1 (char 0))',
-        reasons.NOT_JSON,
+        NOT_JSON,
     ),
     "a turn that is text": (
         ["hi"],
         'messages[0]: found "hi", needs an object with role and content',
-        reasons.NOT_MESSAGES,
+        NOT_MESSAGES,
     ),
     "unknown role": (
         [USER, {"from": "narrator", "value": "x"}],
         f'messages[1].from: unknown role "narrator", known are {ROLES}',
-        reasons.UNKNOWN_ROLE,
+        UNKNOWN_ROLE,
     ),
     "a role that is no text": (
         [{"role": ["user"], "content": "x"}],
         f'messages[0].role: unknown role ["user"], known are {ROLES}',
-        reasons.UNKNOWN_ROLE,
+        UNKNOWN_ROLE,
     ),
     "no role": (
         [{"content": "x"}],
         f"messages[0].role: missing (its keys: content), known are {ROLES}",
-        reasons.UNKNOWN_ROLE,
+        UNKNOWN_ROLE,
     ),
     "no content": (
         [{"role": "user"}],
         "messages[0].content: missing, needs text (its keys: role)",
-        reasons.MISSING_VALUE,
+        MISSING_VALUE,
     ),
     "null content": (
         [{"from": "human", "value": None}],
         "messages[0].value: found null, needs text (its keys: from, value)",
-        reasons.MISSING_VALUE,
+        MISSING_VALUE,
     ),
     "a null call": (
         [{"from": "function_call", "value": None}],
         "messages[0].value: found null, needs text (its keys: from, value)",
-        reasons.MISSING_VALUE,
+        MISSING_VALUE,
     ),
     "a number": (
         [USER, {"role": "assistant", "content": 3.3}],
         "messages[1].content: found 3.3, needs text (its keys: role, content)",
-        reasons.NOT_TEXT,
+        NOT_TEXT,
     ),
     "an object": (
         [{"role": "tool", "content": {"age": 31}}],
         'messages[0].content: found {"age": 31}, needs text (its keys: role, content)',
-        reasons.NOT_TEXT,
+        NOT_TEXT,
     ),
     "half a pair": (
         [{"human": "q", "assistant": None}],
         "messages[0].assistant: found null, needs text (its keys: human, assistant)",
-        reasons.MISSING_VALUE,
+        MISSING_VALUE,
     ),
     "an empty answer in a pair": (
         [{"human": "q", "assistant": " "}],
         "messages[0].assistant: the answer is empty, needs text (its keys: human, assistant)",
-        reasons.EMPTY_ANSWER,
+        EMPTY_ANSWER,
     ),
     "an empty answer": (
         [USER, {"from": "gpt", "value": " \n"}],
         "messages[1].value: the assistant's answer is empty, needs text to train on",
-        reasons.EMPTY_ANSWER,
+        EMPTY_ANSWER,
     ),
     "an answer of reasoning alone": (
         [assistant(content="", reasoning_content="t")],
         "messages[0].content: the assistant's answer is empty, needs text to train on",
-        reasons.EMPTY_ANSWER,
+        EMPTY_ANSWER,
     ),
     "an answer of no parts": (
         [assistant(content=[])],
         "messages[0].content: the assistant's answer is empty, needs text to train on",
-        reasons.EMPTY_ANSWER,
+        EMPTY_ANSWER,
     ),
     "reasoning that is no text": (
         [assistant(thinking=0)],
         "messages[0].thinking: found 0, needs text (its keys: role, content, thinking)",
-        reasons.NOT_TEXT,
+        NOT_TEXT,
     ),
     "two reasonings": (
         [assistant(thinking="t", reasoning_content="s")],
         "messages[0].reasoning_content: found several reasonings (its keys: role, content, thinking, "
         "reasoning_content), allowed: one",
-        reasons.TWO_REASONINGS,
+        TWO_REASONINGS,
     ),
     "a part that is text": (
         [{"role": "user", "content": ["q"]}],
         'messages[0].content[0]: found "q", needs an object with type and text',
-        reasons.NOT_TEXT,
+        NOT_TEXT,
     ),
     "a part without text": (
         [{"role": "user", "content": [{"type": "text"}]}],
         "messages[0].content[0].text: missing, needs text (its keys: type)",
-        reasons.MISSING_VALUE,
+        MISSING_VALUE,
     ),
     "an unknown part": (
         [{"role": "user", "content": [{"type": "refusal", "refusal": "x"}]}],
         'messages[0].content[0].type: found "refusal", allowed: text, reasoning, tool_call',
-        reasons.NOT_TEXT,
+        NOT_TEXT,
     ),
     "an image": (
         [{"role": "user", "content": [{"type": "text", "text": "q"}, {"type": "image_url", "image_url": {}}]}],
         'messages[0].content[1].type: found "image_url", but this program trains on text alone',
-        reasons.IMAGES,
+        IMAGES,
     ),
     "no calls, and no text either": (
         [assistant(content=None, tool_calls=[])],
         "messages[0].content: found null, needs text (its keys: role, content, tool_calls)",
-        reasons.MISSING_VALUE,
+        MISSING_VALUE,
     ),
     "no calls as JSON text, and no text either": (
         [{"role": "user", "content": None, "tool_calls": "[]"}],
         "messages[0].content: found null, needs text (its keys: role, content, tool_calls)",
-        reasons.MISSING_VALUE,
+        MISSING_VALUE,
     ),
     "a turn of no calls": (
         [{"from": "function_call", "value": "[]"}],
         "messages[0].value: the assistant's answer is empty, needs text to train on",
-        reasons.EMPTY_ANSWER,
+        EMPTY_ANSWER,
     ),
     "arguments that are a number": (
         [assistant(tool_calls=[{"name": "f", "arguments": 0}])],
         'messages[0].tool_calls: found the tool call {"name": "f", "arguments": 0}, needs an object with name and '
         "arguments (an object)",
-        reasons.BROKEN_TOOLS,
+        BROKEN_TOOLS,
     ),
     "a call that is not JSON": (
         [{"from": "function_call", "value": "add(1)"}],
         'messages[0].value: found "add(1)", which is not JSON (Expecting value: line 1 column 1 (char 0))',
-        reasons.NOT_JSON,
+        NOT_JSON,
     ),
     "a call without a name": (
         [{"from": "function_call", "value": "{}"}],
         "messages[0].value: found the tool call {}, needs an object with name and arguments (an object)",
-        reasons.BROKEN_TOOLS,
+        BROKEN_TOOLS,
     ),
     "a call that is a number": (
         [assistant(tool_calls=7)],
         "messages[0].tool_calls: found the tool call 7, needs an object with name and arguments (an object)",
-        reasons.BROKEN_TOOLS,
+        BROKEN_TOOLS,
     ),
     "arguments that are a list": (
         [assistant(tool_calls=[{"name": "f", "arguments": [1]}])],
         'messages[0].tool_calls: found the tool call {"name": "f", "arguments": [1]}, needs an object with name and '
         "arguments (an object)",
-        reasons.BROKEN_TOOLS,
+        BROKEN_TOOLS,
     ),
     "a user who calls": (
         [{**USER, "tool_calls": [CALL]}],
         "messages[0].tool_calls: found in a user turn, only an assistant turn can call tools",
-        reasons.BROKEN_TOOLS,
+        BROKEN_TOOLS,
     ),
     "an id that is no text": (
         [{"role": "tool", "content": "1", "tool_call_id": 0}],
         "messages[0].tool_call_id: found 0, needs text (its keys: role, content, tool_call_id)",
-        reasons.NOT_TEXT,
+        NOT_TEXT,
     ),
     "train that is no truth value": (
         [assistant(train="false")],
         'messages[0].train: found "false", allowed: true and false (context only)',
-        reasons.BAD_WEIGHT,
+        BAD_WEIGHT,
     ),
     "a negative weight": (
         [assistant(weight=-1)],
         "messages[0].weight: found -1, needs a number from 0 (context only) upwards",
-        reasons.BAD_WEIGHT,
+        BAD_WEIGHT,
     ),
     "no number as weight": (
         [assistant(weight=float("nan"))],
         "messages[0].weight: found NaN, needs a number from 0 (context only) upwards",
-        reasons.BAD_WEIGHT,
+        BAD_WEIGHT,
     ),
     "an infinite weight": (
         [assistant(loss_weight=float("inf"))],
         "messages[0].loss_weight: found Infinity, needs a number from 0 (context only) upwards",
-        reasons.BAD_WEIGHT,
+        BAD_WEIGHT,
     ),
     "a weight beyond all floats": (
         [assistant(weight=10**400)],
         f"messages[0].weight: found 1{'0' * 76}..., needs a number from 0 (context only) upwards",
-        reasons.BAD_WEIGHT,
+        BAD_WEIGHT,
     ),
     "a truth value as weight": (
         [assistant(weight=True)],
         "messages[0].weight: found true, needs a number from 0 (context only) upwards",
-        reasons.BAD_WEIGHT,
+        BAD_WEIGHT,
     ),
 }
 
@@ -406,35 +424,35 @@ def test_orders_that_are_right(messages: list[Any]) -> None:
 @pytest.mark.parametrize(
     ("messages", "sentence", "reason"),
     [
-        ([USER, USER, ASSISTANT], "order: two user turns in a row, turns must alternate", reasons.TWO_USER_TURNS),
-        ([USER, SYSTEM, USER], "order: two user turns in a row, turns must alternate", reasons.TWO_USER_TURNS),
+        ([USER, USER, ASSISTANT], "order: two user turns in a row, turns must alternate", TWO_USER_TURNS),
+        ([USER, SYSTEM, USER], "order: two user turns in a row, turns must alternate", TWO_USER_TURNS),
         (
             [USER, ASSISTANT, ASSISTANT],
             "order: two assistant turns in a row, turns must alternate",
-            reasons.TWO_ASSISTANT_TURNS,
+            TWO_ASSISTANT_TURNS,
         ),
         (
             [USER, CALLS, ASSISTANT],
             "order: two assistant turns in a row, turns must alternate",
-            reasons.TWO_ASSISTANT_TURNS,
+            TWO_ASSISTANT_TURNS,
         ),
         (
             [SYSTEM, ASSISTANT, USER],
             "order: an assistant turn opens the conversation, a user turn must be first",
-            reasons.ASSISTANT_FIRST,
+            ASSISTANT_FIRST,
         ),
         (
             [USER, TOOL, ASSISTANT],
             "order: a tool turn after a user turn, it must follow an assistant turn",
-            reasons.TOOL_OUT_OF_PLACE,
+            TOOL_OUT_OF_PLACE,
         ),
         (
             [SYSTEM, TOOL],
             "order: a tool turn opens the conversation, it must follow an assistant turn",
-            reasons.TOOL_OUT_OF_PLACE,
+            TOOL_OUT_OF_PLACE,
         ),
-        ([SYSTEM, USER], "order: no assistant turn to train on", reasons.NO_ANSWER),
-        ([], "order: no assistant turn to train on", reasons.NO_ANSWER),
+        ([SYSTEM, USER], "order: no assistant turn to train on", NO_ANSWER),
+        ([], "order: no assistant turn to train on", NO_ANSWER),
     ],
 )
 def test_orders_that_are_wrong(messages: list[Any], sentence: str, reason: str) -> None:
@@ -452,35 +470,35 @@ WRAPPED = {"type": "function", "function": TOOL_SCHEMA}
     [[TOOL_SCHEMA], [WRAPPED], json.dumps([TOOL_SCHEMA]), [json.dumps(WRAPPED)]],
 )
 def test_tools_in_every_spelling(tools: Any) -> None:
-    assert tools_of(tools) == [WRAPPED]
+    assert read_tools(tools) == [WRAPPED]
 
 
 @pytest.mark.parametrize("tools", [None, "", [], "[]", "null"])
 def test_no_tools(tools: Any) -> None:
-    assert tools_of(tools) is None
+    assert read_tools(tools) is None
 
 
 @pytest.mark.parametrize(
     ("tools", "sentence", "reason"),
     [
-        ({"name": "add"}, 'tools: found {"name": "add"}, needs a list of JSON schemas', reasons.BROKEN_TOOLS),
-        ("7", "tools: found 7, needs a list of JSON schemas", reasons.BROKEN_TOOLS),
-        ([TOOL_SCHEMA, None], "tools[1]: found null, needs a JSON schema", reasons.BROKEN_TOOLS),
+        ({"name": "add"}, 'tools: found {"name": "add"}, needs a list of JSON schemas', BROKEN_TOOLS),
+        ("7", "tools: found 7, needs a list of JSON schemas", BROKEN_TOOLS),
+        ([TOOL_SCHEMA, None], "tools[1]: found null, needs a JSON schema", BROKEN_TOOLS),
         (
             "add(x)",
             'tools: found "add(x)", which is not JSON (Expecting value: line 1 column 1 (char 0))',
-            reasons.NOT_JSON,
+            NOT_JSON,
         ),
         (
             ["add(x)"],
             'tools[0]: found "add(x)", which is not JSON (Expecting value: line 1 column 1 (char 0))',
-            reasons.NOT_JSON,
+            NOT_JSON,
         ),
     ],
 )
 def test_broken_tools(tools: Any, sentence: str, reason: str) -> None:
     with pytest.raises(DataError) as caught:
-        tools_of(tools)
+        read_tools(tools)
     assert (str(caught.value), caught.value.reason) == (sentence, reason)
 
 
@@ -498,4 +516,4 @@ def test_long_values_and_many_keys_are_shortened_in_messages() -> None:
 def test_json_nested_beyond_all_bounds_is_a_bad_row() -> None:
     with pytest.raises(DataError) as caught:
         read_messages("[" * 200_000, "messages")
-    assert caught.value.reason == reasons.NOT_JSON
+    assert caught.value.reason == NOT_JSON

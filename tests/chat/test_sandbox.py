@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 
-from accel_llm.chat import sandbox as limits
+from accel_llm.chat import sandbox
+from accel_llm.chat.sandbox import run_bounded
 from accel_llm.chat.stand_ins import StandIn
 from accel_llm.chat.template import load_template
 from accel_llm.config.options import DataOptions
-from accel_llm.data.prepare import conversations
+from accel_llm.data.prepare import encode_conversations
 from accel_llm.errors import ConfigError, DataError
 
 TAIL = """\
@@ -75,9 +76,9 @@ FAULTY = {
 @pytest.fixture
 def small(monkeypatch) -> Iterator[None]:
     """A budget that is used up quickly."""
-    monkeypatch.setattr(limits, "SECONDS", 0.2)
-    monkeypatch.setattr(limits, "MEMORY", 96 << 20)
-    monkeypatch.setattr(limits, "_memory", None)
+    monkeypatch.setattr(sandbox, "SECONDS", 0.2)
+    monkeypatch.setattr(sandbox, "MEMORY", 96 << 20)
+    monkeypatch.setattr(sandbox, "_memory", None)
     # The collector would go through all that other tests have left, at each of the millions of lists of some templates.
     gc.freeze()
     yield
@@ -112,8 +113,8 @@ def test_a_template_that_goes_on_for_ever_is_stopped(tokenizer, small, how):
 
 @pytest.mark.parametrize("how", MEMORY)
 def test_a_template_that_grows_without_end_is_stopped(tokenizer, small, monkeypatch, how):
-    monkeypatch.setattr(limits, "SECONDS", 20)
-    monkeypatch.setattr(limits, "STUCK", 60)
+    monkeypatch.setattr(sandbox, "SECONDS", 20)
+    monkeypatch.setattr(sandbox, "STUCK", 60)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM begins anew
     before, began = resident("VmRSS"), os.times().user
     assert refusal(tokenizer, MEMORY[how]).startswith(
@@ -150,7 +151,7 @@ def test_the_true_limits_stop_a_template_in_seconds(tokenizer):
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12 says so wherever there are threads
 def test_a_template_that_is_stuck_in_c_ends_its_process(tokenizer, small, monkeypatch, capfd):
-    monkeypatch.setattr(limits, "STUCK", 1)
+    monkeypatch.setattr(sandbox, "STUCK", 1)
     tokenizer.chat_template = COMPARED + TAIL
     child = multiprocessing.get_context("fork").Process(target=load_template, args=(tokenizer,))
     child.start()
@@ -213,11 +214,11 @@ def test_what_comes_out_comes_out_unchanged(small):
         raise DataError("no")
 
     with pytest.raises(DataError, match=r"^no$"):
-        limits.bounded(refuse)
-    assert limits.bounded(lambda: limits.bounded(max, 3, 4)) == 4
+        run_bounded(refuse)
+    assert run_bounded(lambda: run_bounded(max, 3, 4)) == 4
     assert resource.getrlimit(resource.RLIMIT_DATA) == USUAL and signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
     found = []
-    thread = threading.Thread(target=lambda: found.append(limits.bounded(max, 3, 4)))
+    thread = threading.Thread(target=lambda: found.append(run_bounded(max, 3, 4)))
     thread.start()
     thread.join()
     assert found == [4]
@@ -232,4 +233,4 @@ def test_a_worker_is_bounded_and_ends_the_run_with_the_sentence(tokenizer, tmp_p
         train_files=[str(rows)], cache_dir=str(tmp_path / "cache"), preprocessing_num_workers=2, on_bad_row="drop"
     )
     with pytest.raises(ConfigError, match=r"^chat_template: it was stopped when it took more than 3 seconds, which"):
-        conversations(options, 0, tokenizer, load_template(tokenizer))
+        encode_conversations(options, 0, tokenizer, load_template(tokenizer))

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_chat import CONTROL_TOKENS, CONVERSATIONS, MULTI, SOURCES, SYSTEM, byte_level, template_of
 
-from accel_llm.chat.stand_ins import StandIn, Trace, Untraceable, fill, formatted, replay, traceable
+from accel_llm.chat.stand_ins import StandIn, Trace, Untraceable, fill_in, formatted, replay, traceable
 
 CLOSED = "{%- macro unused() %}{%- endmacro %}"  # says nothing, and makes a template one that is never traced
 LOOP = "{%- for message in messages %}{{ message.role }}: {{ message.content }}</s>{%- endfor %}"
@@ -95,7 +95,7 @@ def test_a_pattern_is_left_where_an_answer_differs() -> None:
     assert isinstance(made, StandIn) and trace.texts == ["  yes ", "no", "yes"]
     assert second.strip() == "no" and trace.texts[3:] == []  # nothing to trim: the same text
     both = "<" + made + "|" + second + ">"
-    assert fill(both, trace.texts) == "<yes|no>" and formatted("100% " + str(both)) == ("100%% <%s|%s>", (2, 1))
+    assert fill_in(both, trace.texts) == "<yes|no>" and formatted("100% " + str(both)) == ("100%% <%s|%s>", (2, 1))
     assert replay(trace.asked, [" yes", "no"]) == [" yes", "no", "yes"]
     for texts in (["yes", "no"], [" ye s", "no"], [" yes", "xo"], [" yes", "n o"], [" yes", "n "]):
         assert replay(trace.asked, texts) is None, texts
@@ -104,7 +104,7 @@ def test_a_pattern_is_left_where_an_answer_differs() -> None:
 def test_parts_of_a_text_are_texts() -> None:
     trace = Trace(["a</think>b"])
     pieces = trace.stand_in(0).split("</think>")
-    assert len(pieces) == 2 and fill(pieces[1] + "!", trace.texts) == "b!"
+    assert len(pieces) == 2 and fill_in(pieces[1] + "!", trace.texts) == "b!"
     assert replay(trace.asked, ["1</think>2"]) == ["1</think>2", "1", "2"]
     assert replay(trace.asked, ["1</think>2</think>3"]) is None
 

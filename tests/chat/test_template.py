@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from accel_llm.chat.targets import NO_PROMPT, NOT_AFTER_PROMPT, REWRITTEN
-from accel_llm.chat.template import Encoded, Template, load_template
+from accel_llm.chat.template import EncodedRow, Template, load_template
 from accel_llm.errors import ConfigError, DataError
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -238,7 +238,7 @@ def template_of(tokenizer: PreTrainedTokenizerFast, source: str, tmp_path: Path)
     return load_template(tokenizer, str(path))
 
 
-def runs(tokenizer: PreTrainedTokenizerFast, row: Encoded) -> list[tuple[bool, str]]:
+def runs(tokenizer: PreTrainedTokenizerFast, row: EncodedRow) -> list[tuple[bool, str]]:
     """(trained, text) one after the other. Texts are differences of decoded beginnings: decoders strip the first space."""
     assert len(row.input_ids) == len(row.labels)
     assert all(label in (-100, token) for token, label in zip(row.input_ids, row.labels, strict=True))
@@ -251,11 +251,11 @@ def runs(tokenizer: PreTrainedTokenizerFast, row: Encoded) -> list[tuple[bool, s
     return found
 
 
-def shown(tokenizer: PreTrainedTokenizerFast, row: Encoded) -> str:
+def shown(tokenizer: PreTrainedTokenizerFast, row: EncodedRow) -> str:
     return "".join(f"⟦{text}⟧" if trained else text for trained, text in runs(tokenizer, row))
 
 
-def trained_texts(tokenizer: PreTrainedTokenizerFast, row: Encoded) -> list[str]:
+def trained_texts(tokenizer: PreTrainedTokenizerFast, row: EncodedRow) -> list[str]:
     return [text for trained, text in runs(tokenizer, row) if trained]
 
 

@@ -18,12 +18,13 @@ import torch
 from safetensors.torch import load_file
 from test_manifest import spoil
 
-from accel_llm.checkpoint import checkpoints as checkpoint
+from accel_llm.checkpoint import checkpoints as checkpoints_module
 from accel_llm.checkpoint.checkpoints import Checkpoints
 from accel_llm.errors import ConfigError, DataError
-from accel_llm.model import loss as losses
-from accel_llm.system import manifest
-from accel_llm.system import signals as interrupts
+from accel_llm.model import loss as loss_module
+from accel_llm.model.loss import next_token_loss
+from accel_llm.system.manifest import find_damage
+from accel_llm.system.signals import Preempted, handle_signal
 
 STEPS, STOP = 6, 3
 
@@ -141,7 +142,7 @@ def test_without_its_randomness_a_resumed_run_is_another_one(train, interrupt, t
     interrupt(STOP)
     with pytest.raises(Stopped):
         train(tmp_path / "parts", *LORA)
-    monkeypatch.setattr(checkpoint, "set_randomness", lambda state, device: None)
+    monkeypatch.setattr(checkpoints_module, "set_randomness", lambda state, device: None)
     assert not equal(weights(train(tmp_path / "parts", *LORA)), weights(whole))
 
 
@@ -172,7 +173,7 @@ def test_a_whole_checkpoint_is_there_at_every_instant(train, tmp_path, limit):
     def check() -> None:
         folders = list((run / "checkpoints").glob("step-*"))
         if folders:
-            whole = sum(manifest.broken(folder) is None for folder in folders)
+            whole = sum(find_damage(folder) is None for folder in folders)
             assert whole == len(folders)
             least[0] = min(least[0], whole)
             started.append(whole)
@@ -232,7 +233,7 @@ def test_nothing_that_holds_a_nan_is_saved(train, at_step, tmp_path, step, words
 
 @pytest.mark.parametrize("background", [False, True])
 def test_a_full_disk_is_one_sentence_and_the_checkpoint_before_stays(train, tmp_path, monkeypatch, background):
-    write, calls = checkpoint.pieces.write, iter(range(9))
+    write, calls = checkpoints_module.pieces.write, iter(range(9))
 
     def full(path: Path, kept: Any, *header: Any) -> Any:
         if next(calls) == 1:
@@ -240,7 +241,7 @@ def test_a_full_disk_is_one_sentence_and_the_checkpoint_before_stays(train, tmp_
             raise OSError(28, "No space left on device")
         return write(path, kept, *header)
 
-    monkeypatch.setattr(checkpoint.pieces, "write", full)
+    monkeypatch.setattr(checkpoints_module.pieces, "write", full)
     words = ("--save_steps", 2, *(["--save_async"] if background else []))
     with pytest.raises(ConfigError) as error:
         train(tmp_path / "run", *words)
@@ -255,7 +256,7 @@ def test_a_full_disk_is_one_sentence_and_the_checkpoint_before_stays(train, tmp_
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_sick_steps_are_skipped_up_to_a_number_and_then_named(train, tmp_path, monkeypatch, capsys, where):
-    original, sick = losses.next_token_loss, {3, 5}
+    original, sick = next_token_loss, {3, 5}
     calls = iter(range(1, 99))
 
     def loss_of(model: Any, batch: Any) -> torch.Tensor:
@@ -266,7 +267,7 @@ def test_sick_steps_are_skipped_up_to_a_number_and_then_named(train, tmp_path, m
             return loss * math.nan
         return loss + (0 * next(p for p in model.parameters() if p.requires_grad)).sum().sqrt()  # infinite slope at 0
 
-    monkeypatch.setattr(losses, "next_token_loss", loss_of)
+    monkeypatch.setattr(loss_module, "next_token_loss", loss_of)
     moved = []
     step = torch.optim.AdamW.step
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a, **k: moved.append(1) or step(self, *a, **k))
@@ -300,10 +301,10 @@ def test_a_step_without_a_target_changes_nothing(train, tmp_path, monkeypatch):
 
 def test_asked_to_stop_a_run_saves_says_so_and_goes_on_later(train, at_step, tmp_path):
     def ask(_: Any) -> None:
-        interrupts.heed(15)
+        handle_signal(15)
 
     at_step(4, ask, before=True)
-    with pytest.raises(interrupts.Preempted) as end:
+    with pytest.raises(Preempted) as end:
         train(tmp_path / "run", *LORA)
     assert (end.value.number, end.value.step) == (15, 4)
     run = status(tmp_path / "run")
@@ -313,7 +314,7 @@ def test_asked_to_stop_a_run_saves_says_so_and_goes_on_later(train, at_step, tmp
 
 
 def test_asked_to_save_a_run_saves_and_goes_on(train, at_step, tmp_path):
-    at_step(2, lambda _: interrupts.heed(10), before=True)
+    at_step(2, lambda _: handle_signal(10), before=True)
     run = train(tmp_path / "run", "--save_total_limit", 9)
     assert steps(run) == [2, 3, 6] and status(run)["status"] == "done"
 
@@ -327,11 +328,11 @@ def test_an_evaluation_that_was_cut_short_is_done_after_the_resume(train, chats,
 
     def loss_of(*given: Any) -> torch.Tensor:
         if next(calls) == 3:  # in the middle of the first evaluation
-            interrupts.heed(2)
+            handle_signal(2)
         return original(*given)
 
     monkeypatch.setattr(evaluate, "next_token_loss", loss_of)
-    with pytest.raises(interrupts.Preempted):
+    with pytest.raises(Preempted):
         train(tmp_path / "run", *words)
     assert status(tmp_path / "run")["step"] == 2 and [line["step"] for line in metrics(tmp_path / "run")] == [1, 2]
     run = train(tmp_path / "run", *words)
@@ -355,7 +356,7 @@ def test_a_damaged_newer_checkpoint_does_not_outlive_the_ones_to_come(train, int
     interrupt(3)
     with pytest.raises(Stopped):
         train(tmp_path / "run", "--save_steps", 1, "--save_total_limit", 1)
-    assert steps(tmp_path / "run") == [3] and manifest.broken(at(tmp_path / "run", 3)) is None
+    assert steps(tmp_path / "run") == [3] and find_damage(at(tmp_path / "run", 3)) is None
 
 
 def test_missing_state_is_an_error(train, interrupt, tmp_path):
@@ -369,7 +370,7 @@ def test_missing_state_is_an_error(train, interrupt, tmp_path):
     removed = next(name for name in kept if "|exp_avg|" in name)
     shutil.copytree(folder, tmp_path / "copy")
     facts = json.loads((folder / "manifest.json").read_text())
-    facts[path.name] = list(checkpoint.pieces.write(path, {n: t for n, t in kept.items() if n != removed}))
+    facts[path.name] = list(checkpoints_module.pieces.write(path, {n: t for n, t in kept.items() if n != removed}))
     (folder / "manifest.json").write_text(json.dumps(facts))
     with pytest.raises(ConfigError, match=rf"lacks 1 tensors \({re.escape(removed)}\)"):
         train(tmp_path / "run", *LORA)

@@ -7,32 +7,32 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from accel_llm.checkpoint import pieces
-from accel_llm.checkpoint.pieces import Owner, Piece, Reader
+from accel_llm.checkpoint.pieces import Piece, PieceReader, Share
 from accel_llm.errors import ConfigError
 from accel_llm.system.disk import sha256
+from accel_llm.system.tensors import SAVED_DTYPES, names_not_finite, write_tensors
 
 WEIGHTS = torch.arange(24, dtype=torch.float32) / 7
 
 
 def test_a_written_file_is_a_safetensors_file_with_the_hash_that_was_told(tmp_path: Path) -> None:
-    kinds = [dtype for dtype in pieces.DTYPES if dtype.is_floating_point]
+    kinds = [dtype for dtype in SAVED_DTYPES if dtype.is_floating_point]
     kept = {f"a.{k}|weight|0": WEIGHTS.to(dtype) for k, dtype in enumerate(kinds)}
     kept |= {"b|mask|whole": torch.tensor([[True, False, True]]), "b|state1|5": torch.arange(9, dtype=torch.uint8)[2:7]}
     kept |= {"c|weight|0": WEIGHTS.view(4, 6).T, "d|weight|0": torch.zeros(0)}
-    size, digest = pieces.write(tmp_path / "a.safetensors", kept)
+    size, digest = write_tensors(tmp_path / "a.safetensors", kept)
     assert (size, digest) == ((tmp_path / "a.safetensors").stat().st_size, sha256(tmp_path / "a.safetensors"))
     found = load_file(tmp_path / "a.safetensors")
     assert found.keys() == kept.keys()
     assert all(torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in kept.items())
 
 
-def reader_of(folder: Path, cuts: list[int]) -> Reader:
+def reader_of(folder: Path, cuts: list[int]) -> PieceReader:
     """`WEIGHTS` as written by several processes, cut at `cuts`."""
     bounds = [0, *cuts, len(WEIGHTS)]
     for rank, (start, stop) in enumerate(pairwise(bounds)):
         save_file({f"w|weight|{start}": WEIGHTS[start:stop].clone()}, folder / f"rank-{rank:05d}.safetensors")
-    return Reader(folder, sorted(folder.glob("*.safetensors")), {"w|step": 3}, ["w|weight|0"])
+    return PieceReader(folder, sorted(folder.glob("*.safetensors")), {"w|step": 3}, ["w|weight|0"])
 
 
 @pytest.mark.parametrize("cuts", [[], [12], [5, 6, 20]])
@@ -50,9 +50,9 @@ def test_any_range_is_read_from_any_cut(tmp_path: Path, cuts: list[int]) -> None
 def test_fields_come_in_the_order_in_which_they_were_written(tmp_path: Path) -> None:
     """A resumed run writes the same bytes as one that was never stopped."""
     names = ["momentum", "exp_avg_sq_row", "exp_avg_sq_col", "exp_avg", "a", "z", "weight"]
-    pieces.write(tmp_path / "a.safetensors", {f"w|{name}|0": WEIGHTS for name in names})
-    reader = Reader(tmp_path, [tmp_path / "a.safetensors"], {}, [])
-    assert reader.fields(Owner("w", WEIGHTS, WEIGHTS, [Piece("w", 0, 0, 24)])) == names[:-1]
+    write_tensors(tmp_path / "a.safetensors", {f"w|{name}|0": WEIGHTS for name in names})
+    reader = PieceReader(tmp_path, [tmp_path / "a.safetensors"], {}, [])
+    assert reader.fields(Share("w", WEIGHTS, WEIGHTS, [Piece("w", 0, 0, 24)])) == names[:-1]
 
 
 def test_what_is_missing_or_of_another_dtype_is_said(tmp_path: Path) -> None:
@@ -80,10 +80,10 @@ def test_what_is_no_safetensors_file_is_refused(tmp_path: Path, content: bytes) 
     path = tmp_path / "rank-00000.safetensors"
     path.write_bytes(content)
     with pytest.raises(ConfigError, match="is not a safetensors file"):
-        Reader(tmp_path, [path], {}, [])
+        PieceReader(tmp_path, [path], {}, [])
 
 
 def test_what_is_not_finite_is_named() -> None:
     kept = {"a": torch.ones(3), "b": torch.tensor([1.0, float("nan")]), "c": torch.tensor([-float("inf")])}
     kept |= {"d": torch.arange(3), "e": torch.zeros(0), "f": torch.tensor([3.4e38, 3.4e38]), "g": kept["b"].bfloat16()}
-    assert pieces.not_finite(kept) == ["b", "c", "g"]
+    assert names_not_finite(kept) == ["b", "c", "g"]

@@ -9,11 +9,11 @@ import pytest
 from safetensors.torch import load_file, save_file
 from test_checkpoint import Stopped, at, at_step, equal, interrupt, metrics, status, steps, train, weights
 
-from accel_llm.checkpoint import resume
+from accel_llm.checkpoint.resume import FIXED_OPTIONS, HARMLESS, PLACES, RUN_FILES, make_room
 from accel_llm.config.options import TrainOptions
-from accel_llm.data.stream import Start
 from accel_llm.errors import ConfigError
-from accel_llm.model import fingerprint
+from accel_llm.model.fingerprint import model_fingerprint
+from accel_llm.training.start import Start
 
 __all__ = ["at_step", "interrupt", "train"]  # fixtures
 STOP = 3
@@ -105,19 +105,19 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew_unless_that_i
 
 
 def test_a_process_killed_while_it_makes_room_leaves_a_run_that_can_be_started_again(tmp_path, monkeypatch):
-    for name in resume.OURS:
+    for name in RUN_FILES:
         (tmp_path / name).write_text("{}", encoding="utf-8")
     unlink, removed = Path.unlink, []
 
     def dying(path: Path, missing_ok: bool = False) -> None:
-        if len(removed) == len(resume.OURS) - 1:
+        if len(removed) == len(RUN_FILES) - 1:
             raise Stopped("the power went")
         removed.append(path.name)
         unlink(path, missing_ok=missing_ok)
 
     monkeypatch.setattr(Path, "unlink", dying)
     with pytest.raises(Stopped):
-        resume.make_room(Start(tmp_path))
+        make_room(Start(output_dir=tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 
@@ -174,8 +174,8 @@ def test_harmless_settings_pass_and_change_nothing(train, parted, tmp_path):
 
 
 def test_every_option_is_harmless_or_compared():
-    assert TrainOptions.model_fields.keys() | {"overfit"} >= resume.HARMLESS
-    assert not resume.HARMLESS & (set(resume.SHAPING) | resume.PLACES.keys())
+    assert TrainOptions.model_fields.keys() | {"overfit"} >= HARMLESS
+    assert not HARMLESS & (set(FIXED_OPTIONS) | PLACES.keys())
 
 
 def test_the_rows_of_a_step_may_be_cut_otherwise_but_must_be_as_many(train, parted, tmp_path):
@@ -227,6 +227,6 @@ def test_a_fingerprint_is_of_the_content_alone(tmp_path, tiny):
     copy = shutil.copytree(tiny, tmp_path / "copy")
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"transformers_version": "9.9", "_name_or_path": "x"}))
-    assert fingerprint.of_model(str(copy)) == fingerprint.of_model(str(tiny))
+    assert model_fingerprint(str(copy)) == model_fingerprint(str(tiny))
     (copy / "config.json").write_text(json.dumps(config | {"rope_theta": 5.0}))
-    assert fingerprint.of_model(str(copy)) != fingerprint.of_model(str(tiny))
+    assert model_fingerprint(str(copy)) != model_fingerprint(str(tiny))

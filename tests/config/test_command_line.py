@@ -3,17 +3,17 @@ import json
 import pytest
 from pydantic import ValidationError
 
-from accel_llm.config.command_line import parse, resolved, schema
-from accel_llm.config.options import OptimOptions, PretrainOptions, SftOptions, TrainOptions
+from accel_llm.config.command_line import parse_options, recipe_schema, resolved_options
+from accel_llm.config.options import OptimOptions, PretrainOptions, SftOptions
 from accel_llm.config.tool_options import ChatOptions, MergeOptions, ShowOptions
 from accel_llm.errors import ConfigError
 
 
-class Sft(TrainOptions, SftOptions):
+class Sft(SftOptions):
     """Script"""
 
 
-class Pretrain(PretrainOptions, TrainOptions):
+class Pretrain(PretrainOptions):
     """Script"""
 
 
@@ -22,12 +22,12 @@ class Show(Sft, ShowOptions):
 
 
 def sft(line: str = "", **defaults) -> Sft:
-    return parse(Sft, line.split(), defaults)
+    return parse_options(Sft, line.split(), defaults)
 
 
 def problems(options_class, line: str, **defaults) -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        parse(options_class, line.split(), defaults)
+        parse_options(options_class, line.split(), defaults)
     return caught.value.problems
 
 
@@ -220,8 +220,8 @@ ORIGIN = (
 
 
 def test_the_launch_script_that_the_project_grew_from():
-    options = parse(Pretrain, ORIGIN.split(), {"method": "full"})
-    assert {name: value for name, value in resolved(options).items() if name in options.model_fields_set} == {
+    options = parse_options(Pretrain, ORIGIN.split(), {"method": "full"})
+    assert {name: value for name, value in resolved_options(options).items() if name in options.model_fields_set} == {
         "config_name": "config",
         "tokenizer_name": "tokenizer",
         "precision": "bf16",
@@ -305,7 +305,7 @@ def test_a_flag_overrules_the_recipe_under_any_name(tmp_path):
 
 
 def test_a_script_takes_only_its_own_options():
-    options = parse(MergeOptions, ["--adapter", "a", "--output_dir", "b", "--dtype", "float32"])
+    options = parse_options(MergeOptions, ["--adapter", "a", "--output_dir", "b", "--dtype", "float32"])
     assert (options.adapter, options.dtype, options.verify) == (["a"], "float32", "modules")
     assert problems(MergeOptions, "--verify maybe --bf16") == [
         "bf16: no such option; --help lists them all",
@@ -313,19 +313,19 @@ def test_a_script_takes_only_its_own_options():
         "output_dir: it is required; give text",
         "verify: 'maybe' is not allowed; give modules, logits or none",
     ]
-    assert parse(ChatOptions, ["--model", "m", "--prompt=--hello there"]).prompt == "--hello there"
+    assert parse_options(ChatOptions, ["--model", "m", "--prompt=--hello there"]).prompt == "--hello there"
 
 
 def test_show_data_has_a_json_flag():
-    assert parse(Show, ["--json"]).json_lines
-    assert not parse(Show, []).json_lines
-    assert resolved(parse(Show, ["--json"]))["json"] is True
+    assert parse_options(Show, ["--json"]).json_lines
+    assert not parse_options(Show, []).json_lines
+    assert resolved_options(parse_options(Show, ["--json"]))["json"] is True
     assert problems(Show, "--jsn") == ["jsn: no such option; did you mean json?"]
 
 
 def test_help_shows_groups_descriptions_and_the_scripts_defaults(capsys):
     with pytest.raises(SystemExit) as ended:
-        parse(Sft, ["--help"], {"max_length": 77})
+        parse_options(Sft, ["--help"], {"max_length": 77})
     assert ended.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "Model: --model_name_or_path" in text
@@ -336,13 +336,13 @@ def test_help_shows_groups_descriptions_and_the_scripts_defaults(capsys):
 
 def test_the_resolved_config_is_json_that_parses_to_itself(tmp_path):
     options = sft("--method full --train_files a b --bf16 --optim lion")
-    written = json.loads(json.dumps(resolved(options)))
+    written = json.loads(json.dumps(resolved_options(options)))
     assert written["learning_rate"] == 2e-5 and written["precision"] == "bf16"
     assert Sft.model_validate(written) == options
 
 
 def test_schema_completes_a_recipe():
-    described = schema(Show)
+    described = recipe_schema(Show)
     assert described["additionalProperties"] is False
     assert {"json", "lora_r", "train_files"} <= described["properties"].keys()
     assert described["properties"]["max_length"] == {

@@ -10,7 +10,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_messages import BAD
 
-from accel_llm.chat import messages as reasons
+from accel_llm.chat import messages as messages_module
+from accel_llm.chat.messages import (
+    ASSISTANT_FIRST,
+    BAD_TOKENS,
+    BROKEN_TOOLS,
+    BROKEN_VARIABLES,
+    EMPTY_ANSWER,
+    EMPTY_TEXT,
+    IMAGES,
+    MISSING_VALUE,
+    NO_ANSWER,
+    NOT_JSON,
+    NOT_MESSAGES,
+    NOT_TEXT,
+    TEXT_ONLY,
+    TOOL_OUT_OF_PLACE,
+    TWO_ASSISTANT_TURNS,
+    TWO_USER_TURNS,
+    UNKNOWN_ROLE,
+    UNKNOWN_SHAPE,
+)
 from accel_llm.config.fields import DataFormat
 from accel_llm.data.formats import Conversation, Document, Tokenized, column_problems, parse_row
 from accel_llm.errors import ConfigError, DataError
@@ -200,7 +220,7 @@ def test_a_row_without_the_columns_of_data_format(data_format: DataFormat) -> No
     with pytest.raises(DataError) as caught:
         parse_row({"id": 7}, data_format)
     sentence = f"data_format {data_format}: the row has no {NEEDED[data_format]} (its keys: id)"
-    assert (str(caught.value), caught.value.reason) == (sentence, reasons.MISSING_VALUE)
+    assert (str(caught.value), caught.value.reason) == (sentence, MISSING_VALUE)
 
 
 def test_columns_name_the_columns_of_a_row() -> None:
@@ -254,7 +274,7 @@ def test_every_media_column_is_refused_by_name_unless_it_is_empty() -> None:
         with pytest.raises(DataError) as caught:
             parse_row({**row, column: ["a.png"]})
         assert str(caught.value) == f'{column}: found ["a.png"], but this program trains on text alone'
-        assert caught.value.reason == reasons.IMAGES
+        assert caught.value.reason == IMAGES
         for nothing in (None, [], ""):
             assert parse_row({**row, column: nothing}) == conversation(USER, ASSISTANT)
 
@@ -264,207 +284,207 @@ FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
     "no shape": (
         {"title": "x", "id": 1},
         f"unknown row shape: its keys: title, id, {KNOWN_SHAPES}",
-        reasons.UNKNOWN_SHAPE,
+        UNKNOWN_SHAPE,
     ),
-    "an empty row": ({}, f"unknown row shape: its keys: , {KNOWN_SHAPES}", reasons.UNKNOWN_SHAPE),
+    "an empty row": ({}, f"unknown row shape: its keys: , {KNOWN_SHAPES}", UNKNOWN_SHAPE),
     "half a shape": (
         {"instruction": "q"},
         f"unknown row shape: its keys: instruction, {KNOWN_SHAPES}",
-        reasons.UNKNOWN_SHAPE,
+        UNKNOWN_SHAPE,
     ),
     "a response that is not alone": (
         {"instruction": "q", "response": "a"},
         f"unknown row shape: its keys: instruction, response, {KNOWN_SHAPES}",
-        reasons.UNKNOWN_SHAPE,
+        UNKNOWN_SHAPE,
     ),
     "null messages": (
         {"messages": None},
         "messages: found null, needs a list of messages that is not empty",
-        reasons.NOT_MESSAGES,
+        NOT_MESSAGES,
     ),
     "a missing answer": (
         {"instruction": "q", "output": None},
         f"output: found null, needs text {ALPACA}",
-        reasons.MISSING_VALUE,
+        MISSING_VALUE,
     ),
     "a missing answer beside text": (
         {"instruction": "q", "output": None, "text": "t"},
         "output: found null, needs text (its keys: instruction, output, text)",
-        reasons.MISSING_VALUE,
+        MISSING_VALUE,
     ),
     "a missing question is no plain text": (
         {"query": None, "response": "a"},
         "query: found null, needs text (its keys: query, response)",
-        reasons.MISSING_VALUE,
+        MISSING_VALUE,
     ),
     "all missing": (
         {"prompt": None, "completion": None},
         "prompt: found null, needs text (its keys: prompt, completion)",
-        reasons.MISSING_VALUE,
+        MISSING_VALUE,
     ),
     "a number as question": (
         {"instruction": 7, "output": "a"},
         f"instruction: found 7, needs text {ALPACA}",
-        reasons.NOT_TEXT,
+        NOT_TEXT,
     ),
     "a number as answer": (
         {"instruction": "q", "output": 3.3},
         f"output: found 3.3, needs text {ALPACA}",
-        reasons.NOT_TEXT,
+        NOT_TEXT,
     ),
     "a list as answer": (
         {"question": "q", "answer": ["a", "b"]},
         'answer: found ["a", "b"], needs text (its keys: question, answer)',
-        reasons.NOT_TEXT,
+        NOT_TEXT,
     ),
     "a number as input": (
         {"instruction": "q", "output": "a", "input": 0},
         "input: found 0, needs text (its keys: instruction, output, input)",
-        reasons.NOT_TEXT,
+        NOT_TEXT,
     ),
     "a number as system": (
         {"system": 0, "query": "q", "response": "a"},
         "system: found 0, needs text (its keys: system, query, response)",
-        reasons.NOT_TEXT,
+        NOT_TEXT,
     ),
     "an empty answer": (
         {"instruction": "q", "output": " \n"},
         f"output: the answer is empty, needs text {ALPACA}",
-        reasons.EMPTY_ANSWER,
+        EMPTY_ANSWER,
     ),
     "an empty answer of a message": (
         {"messages": [USER, {"role": "assistant", "content": ""}]},
         "messages[1].content: the assistant's answer is empty, needs text to train on",
-        reasons.EMPTY_ANSWER,
+        EMPTY_ANSWER,
     ),
     "an empty answer in history": (
         {"query": "q", "response": "a", "history": [["q", ""]]},
         "history[0].answer: the answer is empty, needs text (its keys: question, answer)",
-        reasons.EMPTY_ANSWER,
+        EMPTY_ANSWER,
     ),
     "no pair in history": (
         {"query": "q", "response": "a", "history": [["q", "a"], ["q"]]},
         'history[1]: found ["q"], needs a pair [question, answer]',
-        reasons.NOT_MESSAGES,
+        NOT_MESSAGES,
     ),
     "history that is no list": (
         {"query": "q", "response": "a", "history": 7},
         "history: found 7, needs a list of pairs [question, answer]",
-        reasons.NOT_MESSAGES,
+        NOT_MESSAGES,
     ),
     "history that is not JSON": (
         {"query": "q", "response": "a", "history": "q, a"},
         'history: found "q, a", which is not JSON (Expecting value: line 1 column 1 (char 0))',
-        reasons.NOT_JSON,
+        NOT_JSON,
     ),
     "unknown role": (
         {"prompt": [{"role": "narrator", "content": "x"}], "completion": "a"},
         'prompt[0].role: unknown role "narrator", known are system, developer, user, human, assistant, gpt, bot, model, '
         "function_call, tool_call, tool, observation, function, tool_response, function_response",
-        reasons.UNKNOWN_ROLE,
+        UNKNOWN_ROLE,
     ),
     "a completion without an answer": (
         {"prompt": [USER, ASSISTANT], "completion": [USER_2]},
         "completion: no assistant turn to train on",
-        reasons.NO_ANSWER,
+        NO_ANSWER,
     ),
     "an empty completion": (
         {"prompt": [USER], "completion": []},
         "completion: found [], needs a list of messages that is not empty",
-        reasons.NOT_MESSAGES,
+        NOT_MESSAGES,
     ),
     "a completion that goes on with an answer": (
         {"prompt": [USER, ASSISTANT], "completion": [ASSISTANT_2]},
         "order: two assistant turns in a row, turns must alternate",
-        reasons.TWO_ASSISTANT_TURNS,
+        TWO_ASSISTANT_TURNS,
     ),
     "two questions": (
         {"messages": [USER, USER_2, ASSISTANT]},
         "order: two user turns in a row, turns must alternate",
-        reasons.TWO_USER_TURNS,
+        TWO_USER_TURNS,
     ),
     "an answer first": (
         {"system": "s", "conversations": turns(("gpt", "lost"), ("human", "q"), ("gpt", "a"))},
         "order: an assistant turn opens the conversation, a user turn must be first",
-        reasons.ASSISTANT_FIRST,
+        ASSISTANT_FIRST,
     ),
-    "no answer": ({"messages": [USER]}, "order: no assistant turn to train on", reasons.NO_ANSWER),
+    "no answer": ({"messages": [USER]}, "order: no assistant turn to train on", NO_ANSWER),
     "nothing but an empty system prompt": (
         {"messages": [{"role": "system", "content": ""}]},
         "order: no assistant turn to train on",
-        reasons.NO_ANSWER,
+        NO_ANSWER,
     ),
     "a result that nobody asked for": (
         {"messages": [USER, {"role": "tool", "content": "1"}, ASSISTANT]},
         "order: a tool turn after a user turn, it must follow an assistant turn",
-        reasons.TOOL_OUT_OF_PLACE,
+        TOOL_OUT_OF_PLACE,
     ),
     "tools that are no list": (
         {"messages": [USER, ASSISTANT], "tools": '{"name": "add"}'},
         'tools: found {"name": "add"}, needs a list of JSON schemas',
-        reasons.BROKEN_TOOLS,
+        BROKEN_TOOLS,
     ),
     "variables that are no object": (
         {"messages": [USER, ASSISTANT], "chat_template_kwargs": "[1]"},
         "chat_template_kwargs: found [1], needs an object of template variables",
-        reasons.BROKEN_VARIABLES,
+        BROKEN_VARIABLES,
     ),
     "variables that are not ours to give": (
         {"messages": [USER, ASSISTANT], "chat_template_kwargs": {"add_generation_prompt": True}},
         "chat_template_kwargs: add_generation_prompt is set by this program, not by a row",
-        reasons.BROKEN_VARIABLES,
+        BROKEN_VARIABLES,
     ),
     "an image in a message": (
         {"messages": [{"role": "user", "content": [{"type": "image"}]}, ASSISTANT]},
         'messages[0].content[0].type: found "image", but this program trains on text alone',
-        reasons.IMAGES,
+        IMAGES,
     ),
-    "an empty text": ({"text": " \n"}, "text: the text is empty (its keys: text)", reasons.EMPTY_TEXT),
-    "a text that is none": ({"text": 7}, "text: found 7, needs text (its keys: text)", reasons.NOT_TEXT),
+    "an empty text": ({"text": " \n"}, "text: the text is empty (its keys: text)", EMPTY_TEXT),
+    "a text that is none": ({"text": 7}, "text: found 7, needs text (its keys: text)", NOT_TEXT),
     "null input_ids": (
         {"input_ids": None},
         "input_ids: found null, needs a list of integers (its keys: input_ids)",
-        reasons.MISSING_VALUE,
+        MISSING_VALUE,
     ),
     "no input_ids": (
         {"input_ids": []},
         "input_ids: found [], needs a list of integers that is not empty",
-        reasons.BAD_TOKENS,
+        BAD_TOKENS,
     ),
     "truth values as input_ids": (
         {"input_ids": [1, True]},
         "input_ids: found [1, true], needs a list of integers that is not empty",
-        reasons.BAD_TOKENS,
+        BAD_TOKENS,
     ),
     "input_ids that are no integers": (
         {"input_ids": [1.0]},
         "input_ids: found [1.0], needs a list of integers that is not empty",
-        reasons.BAD_TOKENS,
+        BAD_TOKENS,
     ),
     "input_ids beyond all vocabularies": (
         {"input_ids": [2**31]},
         "input_ids: found [2147483648], needs a list of integers that is not empty",
-        reasons.BAD_TOKENS,
+        BAD_TOKENS,
     ),
     "a negative id": (
         {"input_ids": [1, -100]},
         "input_ids: found -100, needs token ids from 0 upwards",
-        reasons.BAD_TOKENS,
+        BAD_TOKENS,
     ),
     "labels of another length": (
         {"input_ids": [1, 2], "labels": [1]},
         "labels: found 1 for 2 input_ids, needs one for each",
-        reasons.BAD_TOKENS,
+        BAD_TOKENS,
     ),
     "a negative label": (
         {"input_ids": [1, 2], "labels": [-100, -1]},
         "labels: found -1, needs token ids, or -100 where nothing is trained",
-        reasons.BAD_TOKENS,
+        BAD_TOKENS,
     ),
     "padding": (
         {"input_ids": [1, 0], "attention_mask": [1, 0]},
         "attention_mask: found padding, needs rows as they are before they are padded",
-        reasons.BAD_TOKENS,
+        BAD_TOKENS,
     ),
 }
 
@@ -483,17 +503,17 @@ def test_columns_that_a_row_lacks() -> None:
     with pytest.raises(DataError) as caught:
         parse_row({"q": "q", "answer": "a"}, None, {"question": "query"})
     assert str(caught.value) == "columns: question is read from 'query', which is missing (its keys: q, answer)"
-    assert caught.value.reason == reasons.MISSING_VALUE
+    assert caught.value.reason == MISSING_VALUE
     with pytest.raises(DataError) as caught:
         parse_row({"messages": [USER, ASSISTANT]}, None, {"content": "utterance"})
     assert str(caught.value) == "columns: content is read from 'utterance', which no message of messages has"
-    assert caught.value.reason == reasons.MISSING_VALUE
+    assert caught.value.reason == MISSING_VALUE
 
 
 def test_every_reason_is_met() -> None:
-    every = {value for name, value in vars(reasons).items() if name.isupper() and isinstance(value, str)}
+    every = {value for name, value in vars(messages_module).items() if name.isupper() and isinstance(value, str)}
     met = {reason for _, _, reason in FAULTS.values()} | {reason for _, _, reason in BAD.values()}
-    assert every - met == {reasons.TEXT_ONLY}
+    assert every - met == {TEXT_ONLY}
 
 
 KEYS = st.sampled_from(
@@ -536,7 +556,7 @@ def test_a_row_is_parsed_or_refused_and_never_changed(
     try:
         parsed = parse_row(row, data_format, columns)
     except DataError as error:
-        assert error.reason in vars(reasons).values() and "\n" not in str(error)
+        assert error.reason in vars(messages_module).values() and "\n" not in str(error)
     else:
         if isinstance(parsed, Conversation):
             assert all(isinstance(message["content"], str) for message in parsed.messages)

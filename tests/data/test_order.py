@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from accel_llm.config.options import TrainOptions
-from accel_llm.data.order import arranged, mixed
+from accel_llm.data.order import arrange_epoch, mix_sources
 from accel_llm.data.packing import pack_in_order
 
 LENGTHS = np.random.default_rng(3).integers(1, 17, 200)
@@ -21,7 +21,7 @@ def options(**changes: Any) -> TrainOptions:
 
 
 def bins(epoch: int, **changes: Any) -> list[list[int]]:
-    found = arranged(ROWS, LENGTHS, options(**changes), epoch)
+    found = arrange_epoch(ROWS, LENGTHS, options(**changes), epoch)
     return [part.tolist() for part in np.split(found.order, found.offsets[1:-1])]
 
 
@@ -82,7 +82,7 @@ def test_packing_in_order_refuses_what_does_not_fit():
 
 def test_without_weights_every_row_comes_once():
     source = np.array([0, 0, 1])
-    assert mixed(source, [], 0).tolist() == mixed(source, [None, None], 0).tolist() == [0, 1, 2]
+    assert mix_sources(source, [], 0).tolist() == mix_sources(source, [None, None], 0).tolist() == [0, 1, 2]
 
 
 @settings(max_examples=150, deadline=None)
@@ -90,7 +90,7 @@ def test_without_weights_every_row_comes_once():
 def test_shares_are_as_the_weights_and_no_row_is_left_out(sources, seed):
     counts, weights = [count for count, _ in sources], [weight for _, weight in sources]
     source = np.repeat(np.arange(len(counts)), counts)
-    drawn = mixed(source, weights, seed)
+    drawn = mix_sources(source, weights, seed)
     times = np.bincount(drawn, minlength=len(source))
     assert times.min() >= 1
     for number, count in enumerate(counts):
@@ -98,4 +98,4 @@ def test_shares_are_as_the_weights_and_no_row_is_left_out(sources, seed):
         assert of_source.max() - of_source.min() <= 1
         wanted = weights[number] * max(c / w for c, w in zip(counts, weights, strict=True))
         assert abs(of_source.sum() - wanted) <= 1 and of_source.sum() >= count
-    assert drawn.tolist() == mixed(source, weights, seed).tolist()
+    assert drawn.tolist() == mix_sources(source, weights, seed).tolist()

@@ -4,7 +4,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from accel_llm.data.packing import IGNORED, collate_packed, collate_padded, pack
+from accel_llm.chat.targets import IGNORED
+from accel_llm.data.batches import collate_packed, collate_padded
+from accel_llm.data.packing import pack
 
 CORPORA = st.integers(1, 64).flatmap(
     lambda capacity: st.tuples(st.lists(st.integers(1, capacity), max_size=200), st.just(capacity))

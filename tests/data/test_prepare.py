@@ -15,9 +15,9 @@ from tokenizers import processors
 from accel_llm.chat.template import Template, load_template
 from accel_llm.config.options import DataOptions
 from accel_llm.data.encode import Chunk, Encoder, SourceRow, encode_chunk
-from accel_llm.data.prepare import conversations, texts
+from accel_llm.data.prepare import encode_conversations, encode_texts
 from accel_llm.data.rows import Rows
-from accel_llm.data.sources import Row
+from accel_llm.data.sources import RawRow
 from accel_llm.errors import ConfigError, DataError
 
 TOKENIZER = character_tokenizer()
@@ -52,7 +52,7 @@ def shown(ids: list[int] | np.ndarray, labels: list[int] | np.ndarray) -> str:
 def chunk_of(rows: list[dict[str, Any]], options: DataOptions, template: Template | None = CHATML) -> Chunk:
     """Rows 1, 2, ... of file and source `a`."""
     encoder = Encoder(options, TOKENIZER, template, ["a"], [(options.data_format, options.columns)])
-    return encode_chunk([SourceRow(0, 0, Row("a", number, row)) for number, row in enumerate(rows, 1)], encoder)
+    return encode_chunk([SourceRow(0, 0, RawRow("a", number, row)) for number, row in enumerate(rows, 1)], encoder)
 
 
 def pieces_of(chunk: Chunk) -> list[tuple[int, list[int], list[int]]]:
@@ -68,7 +68,7 @@ def all_shown(rows: Rows) -> list[str]:
 
 def encoded(folder: Path, rows: list[dict[str, Any]], seed: int = 0, **changes: Any):
     values: dict[str, Any] = {"train_files": [written(folder, rows)], "cache_dir": str(folder / "cache"), "max_lost": 1}
-    return conversations(DataOptions(**values | changes), seed, TOKENIZER, CHATML)
+    return encode_conversations(DataOptions(**values | changes), seed, TOKENIZER, CHATML)
 
 
 def bins(ledger, file: str) -> dict[str, tuple[int, int, int]]:
@@ -215,8 +215,8 @@ def test_a_template_that_refuses_a_row_makes_it_one_that_is_not_right(tmp_path):
     template, rows = load_template(TOKENIZER, str(jinja)), [conversation(TALK[:2]), conversation(TALK)]
     options = {"train_files": [written(tmp_path, rows)], "cache_dir": str(tmp_path / "cache"), "max_lost": 1}
     with pytest.raises(DataError, match=r"row 2: the chat template refuses this conversation: too long; on_bad_row"):
-        conversations(DataOptions(**options), 0, TOKENIZER, template)
-    data = conversations(DataOptions(**options, on_bad_row="drop"), 0, TOKENIZER, template)
+        encode_conversations(DataOptions(**options), 0, TOKENIZER, template)
+    data = encode_conversations(DataOptions(**options, on_bad_row="drop"), 0, TOKENIZER, template)
     assert bins(data.ledger, f"{tmp_path}/a.jsonl")["dropped: refused by the chat template"] == (1, 0, 0)
 
 
@@ -375,7 +375,7 @@ def test_worker_processes_change_nothing(tmp_path):
 
 def text_rows(folder: Path, rows: list[str], tokenizer=TOKENIZER, **changes: Any):
     values: dict[str, Any] = {"train_files": [written(folder, [{"text": row} for row in rows])], "max_lost": 1}
-    return texts(DataOptions(cache_dir=str(folder / "cache"), **values | changes), 0, tokenizer, "text")
+    return encode_texts(DataOptions(cache_dir=str(folder / "cache"), **values | changes), 0, tokenizer, "text")
 
 
 def with_bos(eos_too: bool = False):
@@ -423,9 +423,9 @@ def test_a_row_without_text_names_file_and_row(tmp_path):
     text_rows(tmp_path, ["x"])
     file = written(tmp_path, [{"text": "x"}, {"content": "y", "n": 1}])
     with pytest.raises(DataError, match=r"a\.jsonl, row 2: .*text.*content, n"):
-        texts(DataOptions(train_files=[file], cache_dir=str(tmp_path)), 0, TOKENIZER, "text")
+        encode_texts(DataOptions(train_files=[file], cache_dir=str(tmp_path)), 0, TOKENIZER, "text")
     file = written(tmp_path, [{"content": "y", "n": 1}])
-    data = texts(DataOptions(train_files=[file], cache_dir=str(tmp_path)), 0, TOKENIZER, "content")
+    data = encode_texts(DataOptions(train_files=[file], cache_dir=str(tmp_path)), 0, TOKENIZER, "content")
     assert all_shown(data.train) == ["y⟦</s>⟧"]
 
 
@@ -460,14 +460,16 @@ def variants(folder: Path) -> dict[str, str]:
     other = character_tokenizer()
     jinja = folder / "other.jinja"
     jinja.write_text(CHATML.source.replace("user", "human") + "{{- '' }}")
-    found["template"] = conversations(
+    found["template"] = encode_conversations(
         DataOptions(**values), 0, TOKENIZER, load_template(TOKENIZER, str(jinja))
     ).fingerprint
     other.add_tokens(["ab"])
-    found["vocabulary"] = conversations(DataOptions(**values), 0, other, load_template(other, "chatml")).fingerprint
+    found["vocabulary"] = encode_conversations(
+        DataOptions(**values), 0, other, load_template(other, "chatml")
+    ).fingerprint
     other = character_tokenizer()
     other.eos_token = "<|im_end|>"
-    found["eos"] = conversations(DataOptions(**values), 0, other, load_template(other, "chatml")).fingerprint
+    found["eos"] = encode_conversations(DataOptions(**values), 0, other, load_template(other, "chatml")).fingerprint
     return found
 
 

@@ -14,14 +14,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from accel_llm.data import readers
-from accel_llm.data.readers import READERS, File, kind_of, rows_of
+from accel_llm.data.readers import READERS, SourceFile, file_kind, read_rows
 from accel_llm.errors import DataError
 
 A, B, C = {"text": "é"}, {"text": "b", "n": 1}, {"text": "\u2028c"}
 LINES = "\n".join(json.dumps(row, ensure_ascii=False) for row in (A, B, C))
 
 
-def written(folder: Path, name: str, content: str | bytes) -> File:
+def written(folder: Path, name: str, content: str | bytes) -> SourceFile:
     path = folder / name
     content = content.encode() if isinstance(content, str) else content
     if name.endswith(".gz"):
@@ -29,11 +29,11 @@ def written(folder: Path, name: str, content: str | bytes) -> File:
     elif name.endswith(".zst"):
         content = pa.compress(content, codec="zstd", asbytes=True)
     path.write_bytes(content)
-    return File(path, name, *kind_of(name))
+    return SourceFile(path, name, *file_kind(name))
 
 
 def rows_in(folder: Path, name: str, content: str | bytes) -> list[dict[str, Any]]:
-    return list(rows_of(written(folder, name, content)))
+    return list(read_rows(written(folder, name, content)))
 
 
 @pytest.mark.parametrize("packing", ["", ".gz", ".zst"])
@@ -64,9 +64,9 @@ def test_a_single_object_is_a_file_of_one_row(tmp_path, name, indent):
     file = written(tmp_path, name, json.dumps(B, indent=indent))
     if name == "one.jsonl" and indent:
         with pytest.raises(DataError, match=r"^one\.jsonl, line 1: not JSON"):
-            list(rows_of(file))
+            list(read_rows(file))
     else:
-        assert list(rows_of(file)) == [B]
+        assert list(read_rows(file)) == [B]
 
 
 @pytest.mark.parametrize("packing", ["", ".gz", ".zst"])
@@ -122,7 +122,7 @@ PARQUET = [
 def test_parquet_gives_python_objects(tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "ROWS_AT_ONCE", 2)
     pq.write_table(pa.Table.from_pylist(PARQUET), tmp_path / "a.parquet")
-    assert list(rows_of(File(tmp_path / "a.parquet", "a", ".parquet", ""))) == PARQUET
+    assert list(read_rows(SourceFile(tmp_path / "a.parquet", "a", ".parquet", ""))) == PARQUET
 
 
 MIXED = [
@@ -138,7 +138,7 @@ def test_columns_of_mixed_types_come_back_as_they_were(tmp_path):
     features = datasets.Features({"arguments": datasets.Json(), "calls": datasets.List(call)})
     table = datasets.Dataset.from_list(MIXED, features=features).with_format("arrow")[:]
     pq.write_table(table, tmp_path / "a.parquet")
-    assert list(rows_of(File(tmp_path / "a.parquet", "a", ".parquet", ""))) == MIXED
+    assert list(read_rows(SourceFile(tmp_path / "a.parquet", "a", ".parquet", ""))) == MIXED
     assert table.to_pylist()[0]["arguments"] == '{"q":1}'  # what would be read otherwise
 
 
@@ -182,7 +182,7 @@ def test_a_broken_file_is_named_with_its_line(tmp_path, name, content, message, 
 
 def test_a_quote_that_is_never_closed_does_not_fill_the_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "LARGEST_CELL", 1000)
-    read = rows_of(written(tmp_path, "a.csv", 'a,b\nx,y\nx,"' + "y\n" * 2000))
+    read = read_rows(written(tmp_path, "a.csv", 'a,b\nx,y\nx,"' + "y\n" * 2000))
     assert next(read) == {"a": "x", "b": "y"}
     with pytest.raises(DataError, match=r"^a\.csv, line 3: not CSV \(field larger than field limit \(1000\)\)\.$"):
         next(read)
@@ -193,12 +193,12 @@ def test_a_packed_file_that_is_cut_off_or_damaged_is_no_shorter_file(tmp_path, p
     file = written(tmp_path, "a.jsonl" + packing, b"".join(b'{"n": %d}\n' % n for n in range(5000)))
     whole = file.path.read_bytes()
     file.path.write_bytes(whole + whole)  # parts one behind the other are one file
-    assert [row["n"] for row in rows_of(file)] == [*range(5000)] * 2
+    assert [row["n"] for row in read_rows(file)] == [*range(5000)] * 2
     wrong_sum = [whole[:-8] + bytes(4) + whole[-4:]] if packing == ".gz" else []
     for broken in (whole[:-1], whole[: len(whole) // 2], whole + b"x", LINES.encode(), *wrong_sum):
         file.path.write_bytes(broken)
         with pytest.raises(DataError, match=rf"^a\.jsonl\{packing}: cannot be read \(.+\)\.$"):
-            list(rows_of(file))
+            list(read_rows(file))
 
 
 def test_a_broken_parquet_file_is_named(tmp_path):
@@ -207,19 +207,19 @@ def test_a_broken_parquet_file_is_named(tmp_path):
     for broken in (b"", b"text\n", whole[:-20], whole[:4] + b"\xff" * 60 + whole[64:]):
         (tmp_path / "a.parquet").write_bytes(broken)
         with pytest.raises(DataError, match=r"^a: not a readable \.parquet file \(.+\)\.$"):
-            list(rows_of(File(tmp_path / "a.parquet", "a", ".parquet", "")))
+            list(read_rows(SourceFile(tmp_path / "a.parquet", "a", ".parquet", "")))
     pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "a.parquet")
     with pytest.raises(DataError, match=r"^a: the file has no rows\.$"):
-        list(rows_of(File(tmp_path / "a.parquet", "a", ".parquet", "")))
+        list(read_rows(SourceFile(tmp_path / "a.parquet", "a", ".parquet", "")))
 
 
 def test_a_file_that_may_not_be_read_is_named(tmp_path):
     with pytest.raises(DataError, match=r"^a: cannot be read \(No such file or directory\)\.$"):
-        list(rows_of(File(tmp_path / "a.jsonl", "a", ".jsonl", "")))
+        list(read_rows(SourceFile(tmp_path / "a.jsonl", "a", ".jsonl", "")))
 
 
 def test_rows_before_a_broken_line_were_whole(tmp_path):
-    read = rows_of(written(tmp_path, "a.jsonl", '{"a": 1}\n{"a": 2}\n{'))
+    read = read_rows(written(tmp_path, "a.jsonl", '{"a": 1}\n{"a": 2}\n{'))
     assert [next(read), next(read)] == [{"a": 1}, {"a": 2}]
     with pytest.raises(DataError, match="line 3"):
         next(read)
@@ -232,7 +232,7 @@ def test_a_file_larger_than_memory_is_read_line_by_line(tmp_path, name):
         lines = ["text", *(f"{n} " + "x" * 2000 for n in range(4000))]
     file = written(tmp_path, name, "\n".join(lines))  # 8 MB
     tracemalloc.start()
-    count = sum(1 for _ in rows_of(file))
+    count = sum(1 for _ in read_rows(file))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert count == 4000 and peak < 1e6
@@ -244,7 +244,7 @@ def test_a_parquet_file_larger_than_memory_is_read_page_by_page(tmp_path):
     options: dict[str, Any] = {"compression": "none", "use_dictionary": False, "row_group_size": 8000}
     pq.write_table(pa.table({"text": text}), tmp_path / "a.parquet", **options)
     before, most = pa.total_allocated_bytes(), 0
-    for n, row in enumerate(rows_of(File(tmp_path / "a.parquet", "a", ".parquet", ""))):
+    for n, row in enumerate(read_rows(SourceFile(tmp_path / "a.parquet", "a", ".parquet", ""))):
         assert row["text"] == text[n]
         most = max(most, pa.total_allocated_bytes() - before)
     assert n == 7999 and most < 8e6

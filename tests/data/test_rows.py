@@ -14,22 +14,22 @@ import numpy as np
 import pytest
 
 from accel_llm.config.options import DataOptions
-from accel_llm.data.rows import ARRAYS, Origin, Part, Writer, cache_folder, cached, load_rows
+from accel_llm.data.rows import ARRAYS, Origin, RowPart, RowWriter, cache_folder, cached_rows, load_rows
 from accel_llm.errors import DataError
 
 Row = tuple[int, list[int], list[int]]
 ENCODED: list[Row] = [(1, [5, 6, 7], [-100, 6, 7]), (4, [8], [-100]), (9, [2, 3], [-100, 3])]
 
 
-def part(encoded: list[Row], weights: list[float] | None = None) -> Part:
-    made = Part()
+def part(encoded: list[Row], weights: list[float] | None = None) -> RowPart:
+    made = RowPart()
     for number, ids, labels in encoded:
         made.add(array("i", ids), array("i", labels), weights and weights[: len(ids)], number, number % 2, 100 + number)
     return made
 
 
-def written(folder: Path, *parts: Part) -> Path:
-    with Writer(folder) as writer:
+def written(folder: Path, *parts: RowPart) -> Path:
+    with RowWriter(folder) as writer:
         for some in parts:
             writer.add(some)
     return folder
@@ -86,7 +86,7 @@ class Builder:
 def test_the_cache_is_built_once(tmp_path):
     build = Builder(ENCODED)
     for _ in range(2):
-        parts, facts = cached(tmp_path / "c" / "key", build)
+        parts, facts = cached_rows(tmp_path / "c" / "key", build)
         assert facts["rows"] == 3 and parts.keys() == {"train", "eval"}
         assert parts["train"].input_ids.tolist() == [5, 6, 7, 8, 2, 3] and parts["eval"].number.tolist() == [1]
     assert build.calls == 1
@@ -94,14 +94,14 @@ def test_the_cache_is_built_once(tmp_path):
 
 def test_another_key_never_meets_it(tmp_path):
     first, second = Builder(ENCODED), Builder(ENCODED[:2])
-    assert cached(tmp_path / "a", first)[1]["rows"] == 3
-    assert cached(tmp_path / "b", second)[1]["rows"] == 2
-    assert cached(tmp_path / "a", second)[1]["rows"] == 3
+    assert cached_rows(tmp_path / "a", first)[1]["rows"] == 3
+    assert cached_rows(tmp_path / "b", second)[1]["rows"] == 2
+    assert cached_rows(tmp_path / "a", second)[1]["rows"] == 3
     assert (first.calls, second.calls) == (1, 1)
 
 
 def test_parts_without_rows_survive(tmp_path):
-    parts, _ = cached(tmp_path / "a", Builder([]))
+    parts, _ = cached_rows(tmp_path / "a", Builder([]))
     assert len(parts["train"]) == 0 and parts["train"].lengths.tolist() == [] and parts["train"].source.tolist() == []
 
 
@@ -112,9 +112,9 @@ def test_a_build_that_fails_leaves_nothing_to_be_found(tmp_path, error):
         raise error
 
     with pytest.raises(type(error)):
-        cached(tmp_path / "key", build)
+        cached_rows(tmp_path / "key", build)
     assert [path.name for path in tmp_path.iterdir()] == ["key.lock"]
-    assert cached(tmp_path / "key", Builder(ENCODED))[1]["rows"] == 3
+    assert cached_rows(tmp_path / "key", Builder(ENCODED))[1]["rows"] == 3
 
 
 KILLED = """
@@ -133,13 +133,13 @@ def test_a_build_that_is_killed_is_built_again(tmp_path):
     assert done.returncode == -signal.SIGKILL
     left = tmp_path / "key.partial"
     assert not (tmp_path / "key").exists() and (left / "train" / "labels.bin").is_file()
-    parts, facts = cached(tmp_path / "key", Builder(ENCODED))
+    parts, facts = cached_rows(tmp_path / "key", Builder(ENCODED))
     assert facts["rows"] == 3 and parts.keys() == {"train", "eval"} and not left.exists()
 
 
 def test_those_that_come_at_once_build_once(tmp_path):
     build, found = Builder(ENCODED, seconds=0.2), []
-    threads = [threading.Thread(target=lambda: found.append(cached(tmp_path / "key", build))) for _ in range(4)]
+    threads = [threading.Thread(target=lambda: found.append(cached_rows(tmp_path / "key", build))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:

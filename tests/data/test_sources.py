@@ -15,7 +15,15 @@ import pytest
 from accel_llm.config.fields import Source
 from accel_llm.config.options import DataOptions
 from accel_llm.data import sources
-from accel_llm.data.sources import ALLOWED, Row, fingerprint, identity, problems, read, source_of
+from accel_llm.data.sources import (
+    ALLOWED_SOURCES,
+    RawRow,
+    as_source,
+    data_fingerprint,
+    read_source,
+    source_identity,
+    source_problems,
+)
 from accel_llm.errors import DataError
 
 REAL = Path(__file__).parents[3] / "shared" / "data"
@@ -28,18 +36,18 @@ def written(path: Path, *texts: str) -> Path:
 
 
 def texts(place: object, **about: Any) -> list[str]:
-    return [row.fields["text"] for row in read(Source(path=str(place), **about))]
+    return [row.fields["text"] for row in read_source(Source(path=str(place), **about))]
 
 
 def test_a_row_says_where_it_is_from(tmp_path):
     first, second = written(tmp_path / "a.jsonl", "x", "y"), written(tmp_path / "b.jsonl", "z")
-    assert list(read(source_of(str(tmp_path)))) == [
-        Row(str(first), 1, {"text": "x"}),
-        Row(str(first), 2, {"text": "y"}),
-        Row(str(second), 1, {"text": "z"}),
+    assert list(read_source(as_source(str(tmp_path)))) == [
+        RawRow(str(first), 1, {"text": "x"}),
+        RawRow(str(first), 2, {"text": "y"}),
+        RawRow(str(second), 1, {"text": "z"}),
     ]
     given = Source(path="a.jsonl", weight=2)
-    assert source_of(given) is given and source_of("a.jsonl") == Source(path="a.jsonl")
+    assert as_source(given) is given and as_source("a.jsonl") == Source(path="a.jsonl")
 
 
 @pytest.fixture
@@ -59,7 +67,7 @@ def folder(tmp_path) -> Path:
 
 def test_a_folder_is_all_files_below_it_sorted_but_for_hidden_ones(folder):
     assert texts(folder) == texts(f"{folder}/") == ["t", "y", "z", "b"]
-    assert next(read(source_of(str(folder)))).file == str(folder / "a" / "deep" / "t.csv")
+    assert next(read_source(as_source(str(folder)))).file == str(folder / "a" / "deep" / "t.csv")
 
 
 def test_a_hidden_folder_can_be_named(folder):
@@ -118,10 +126,10 @@ def saved(tmp_path_factory) -> Path:
 
 
 def test_a_saved_dataset_is_read_with_its_split(saved):
-    rows = list(read(Source(path=str(saved / "two"))))
-    assert rows[0] == Row(str(saved / "two"), 1, {"text": "0", "x": 0})
-    assert rows[599] == Row(str(saved / "two"), 600, {"text": "599", "x": {"a": 599}})
-    assert [tuple(row) for row in read(Source(path=str(saved / "two"), split="test"))] == [
+    rows = list(read_source(Source(path=str(saved / "two"))))
+    assert rows[0] == RawRow(str(saved / "two"), 1, {"text": "0", "x": 0})
+    assert rows[599] == RawRow(str(saved / "two"), 600, {"text": "599", "x": {"a": 599}})
+    assert [tuple(row) for row in read_source(Source(path=str(saved / "two"), split="test"))] == [
         (f"{saved}/two:test", 1, {"text": "7", "x": {"a": 7}}),
         (f"{saved}/two:test", 2, {"text": "3", "x": {"a": 3}}),
     ]
@@ -136,10 +144,10 @@ def test_a_damaged_saved_dataset_is_named(saved, tmp_path):
     datasets.load_from_disk(saved / "one").select([0]).save_to_disk(place)
     next(place.glob("*.arrow")).write_bytes(b"no arrow")
     with pytest.raises(DataError, match=rf"^{place}: cannot be read \(.+\)\.$"):
-        list(read(source_of(str(place))))
+        list(read_source(as_source(str(place))))
     (place / "state.json").write_text("{}", encoding="utf-8")
     with pytest.raises(DataError, match=r"state\.json is not what datasets saves \(KeyError: '_split'\)\.$"):
-        read(source_of(str(place)))
+        read_source(as_source(str(place)))
 
 
 @pytest.fixture(scope="module")
@@ -169,14 +177,14 @@ def offline(monkeypatch, tmp_path, cached_hub) -> None:
 
 
 def test_a_hub_dataset_is_read_with_its_configuration_and_split(offline):
-    assert list(read(Source(path="owner/talk", name="en"))) == [
-        Row("owner/talk:en", 1, {"text": "en 1"}),
-        Row("owner/talk:en", 2, {"text": "en 2"}),
+    assert list(read_source(Source(path="owner/talk", name="en"))) == [
+        RawRow("owner/talk:en", 1, {"text": "en 1"}),
+        RawRow("owner/talk:en", 2, {"text": "en 2"}),
     ]
     assert texts("owner/talk", name="zh", split="test") == ["zh test"]
     assert texts("owner/talk", name="zh", split="train[1:]") == ["zh 2"]
     parts: list[dict[str, Any]] = [{"name": "en"}, {"name": "zh"}, {"name": "en", "split": "test"}]
-    assert len({fingerprint(identity(Source(path="owner/talk", **part))) for part in parts}) == 3
+    assert len({data_fingerprint(source_identity(Source(path="owner/talk", **part))) for part in parts}) == 3
     revision = next(Path(datasets.config.HF_DATASETS_CACHE).glob("owner___talk/en/*/*/")).name
     assert texts("owner/talk", name="en", revision=revision) == ["en 1", "en 2"]
 
@@ -193,8 +201,8 @@ def test_a_hub_dataset_is_read_with_its_configuration_and_split(offline):
     ],
 )
 def test_what_the_hub_does_not_give_is_one_sentence(offline, source, label, said):
-    assert problems(DataOptions(train_files=[Source(**source)])) == []
-    for look in (lambda source: list(read(source)), identity):
+    assert source_problems(DataOptions(train_files=[Source(**source)])) == []
+    for look in (lambda source: list(read_source(source)), source_identity):
         with pytest.raises(DataError) as error:
             look(Source(**source))
         sentence = str(error.value)
@@ -245,19 +253,19 @@ def test_problems_names_every_mistake_at_once(tmp_path, saved, monkeypatch):
     for name in ("one", "two"):
         (tmp_path / name).symlink_to(saved / name)
     places = [Source(**place) if isinstance(place, dict) else place for place, _ in MISTAKES]
-    expected = [sentence.replace("{ALLOWED}", ALLOWED) for _, sentence in MISTAKES]
-    assert problems(DataOptions(train_files=places)) == [f"train_files: {sentence}" for sentence in expected]
-    assert problems(DataOptions(train_files=["a.jsonl"], eval_files=["a.md"])) == [
-        f"eval_files: a.md is of kind '.md'; name {ALLOWED}."
+    expected = [sentence.replace("{ALLOWED}", ALLOWED_SOURCES) for _, sentence in MISTAKES]
+    assert source_problems(DataOptions(train_files=places)) == [f"train_files: {sentence}" for sentence in expected]
+    assert source_problems(DataOptions(train_files=["a.jsonl"], eval_files=["a.md"])) == [
+        f"eval_files: a.md is of kind '.md'; name {ALLOWED_SOURCES}."
     ]
     for place, sentence in zip(places, expected, strict=True):
-        for look in (read, identity):  # without asking for problems first
+        for look in (read_source, source_identity):  # without asking for problems first
             with pytest.raises(DataError) as error:
-                look(source_of(place))
+                look(as_source(place))
             assert str(error.value) == sentence
     right = ["a.jsonl", "*.jsonl", Source(path="two", split="test"), Source(path="one", split="train"), "owner/name"]
-    assert problems(DataOptions(train_files=right)) == []
-    assert problems(DataOptions()) == [f"train_files: is missing; name at least one source: {ALLOWED}."]
+    assert source_problems(DataOptions(train_files=right)) == []
+    assert source_problems(DataOptions()) == [f"train_files: is missing; name at least one source: {ALLOWED_SOURCES}."]
 
 
 def test_identity_is_of_the_content_and_its_order(tmp_path, saved):
@@ -265,11 +273,14 @@ def test_identity_is_of_the_content_and_its_order(tmp_path, saved):
     written(tmp_path / "b.jsonl", "y")
 
     def now(**about: Any) -> str:
-        return fingerprint(identity(Source(path=str(tmp_path), **about)))
+        return data_fingerprint(source_identity(Source(path=str(tmp_path), **about)))
 
     first = now()
     assert now() == first == now(limit_rows=1, weight=2)
-    assert identity(Source(path=str(tmp_path)))[0] == (f"{tmp_path}/a.jsonl", fingerprint(tmp_path / "a.jsonl"))
+    assert source_identity(Source(path=str(tmp_path)))[0] == (
+        f"{tmp_path}/a.jsonl",
+        data_fingerprint(tmp_path / "a.jsonl"),
+    )
     seen = {first}
     written(tmp_path / "b.jsonl", "Y")
     seen.add(now())
@@ -280,22 +291,32 @@ def test_identity_is_of_the_content_and_its_order(tmp_path, saved):
     assert len(seen) == 4
     (tmp_path / "README.md").write_text("no rows", encoding="utf-8")
     assert now() in seen
-    parts = [identity(Source(path=str(saved / "two"), split=split)) for split in ("train", "test")]
+    parts = [source_identity(Source(path=str(saved / "two"), split=split)) for split in ("train", "test")]
     assert parts[0] != parts[1] and len(parts[0]) == 3
 
 
 def test_a_changed_byte_of_a_saved_dataset_is_another_source(saved, tmp_path):
     datasets.load_from_disk(saved / "one").select([0]).save_to_disk(tmp_path / "one")
-    before = identity(Source(path=str(tmp_path / "one")))
+    before = source_identity(Source(path=str(tmp_path / "one")))
     arrow = next((tmp_path / "one").glob("*.arrow"))
     arrow.write_bytes(arrow.read_bytes() + b"\0")
-    assert identity(Source(path=str(tmp_path / "one"))) != before
+    assert source_identity(Source(path=str(tmp_path / "one"))) != before
 
 
 def test_fingerprint_tells_parts_from_their_joint(tmp_path):
     (tmp_path / "a").write_bytes(b"x")
-    assert len({fingerprint("ab", "c"), fingerprint("a", "bc"), fingerprint("abc"), fingerprint(tmp_path / "a")}) == 4
-    assert fingerprint(tmp_path / "a") == fingerprint(tmp_path / "a")
+    assert (
+        len(
+            {
+                data_fingerprint("ab", "c"),
+                data_fingerprint("a", "bc"),
+                data_fingerprint("abc"),
+                data_fingerprint(tmp_path / "a"),
+            }
+        )
+        == 4
+    )
+    assert data_fingerprint(tmp_path / "a") == data_fingerprint(tmp_path / "a")
 
 
 @pytest.fixture
@@ -307,14 +328,14 @@ def piped(tmp_path, monkeypatch):
 
 
 def test_standard_input_is_kept_in_a_file_to_be_read_again(piped):
-    assert problems(DataOptions(train_files=["-"])) == []
-    assert list(read(source_of("-"))) == [
-        Row("standard input", 1, {"text": "x"}),
-        Row("standard input", 2, {"text": "y"}),
+    assert source_problems(DataOptions(train_files=["-"])) == []
+    assert list(read_source(as_source("-"))) == [
+        RawRow("standard input", 1, {"text": "x"}),
+        RawRow("standard input", 2, {"text": "y"}),
     ]
     assert texts("-", limit_rows=1) == ["x"]
     spool = next(piped.glob("*/*.jsonl"))
-    assert identity(source_of("-")) == [("standard input", fingerprint(spool))]
+    assert source_identity(as_source("-")) == [("standard input", data_fingerprint(spool))]
     assert spool.name.startswith(f"{os.getpid()}-") and str(hash(psutil.Process())) in spool.name
 
 
@@ -331,7 +352,7 @@ def test_what_runs_before_have_left_of_standard_input_is_removed(piped):
 
 
 def test_standard_input_without_rows_or_with_a_broken_one_is_named(piped, tmp_path):
-    list(read(source_of("-")))
+    list(read_source(as_source("-")))
     spool = next(piped.glob("*/*.jsonl"))
     spool.write_text("", encoding="utf-8")
     with pytest.raises(DataError, match=r"^standard input: the file has no rows\.$"):
@@ -346,9 +367,9 @@ def test_a_terminal_is_not_waited_for(monkeypatch):
     with os.fdopen(theirs) as terminal:
         monkeypatch.setattr(sys, "stdin", terminal)
         sentence = "- is standard input, and nothing is piped into it; give it JSON lines or name a file."
-        assert problems(DataOptions(train_files=["-"])) == [f"train_files: {sentence}"]
+        assert source_problems(DataOptions(train_files=["-"])) == [f"train_files: {sentence}"]
         with pytest.raises(DataError) as error:
-            read(source_of("-"))
+            read_source(as_source("-"))
         assert str(error.value) == sentence
     os.close(ours)
 
@@ -400,12 +421,12 @@ INSTRUCT = {
 @pytest.mark.skipif(not REAL.is_dir(), reason="needs the data kept beside the project")
 def test_real_files_give_all_their_rows():
     folder = REAL / "instruct"
-    counts = Counter(row.file for row in read(source_of(str(folder))))
+    counts = Counter(row.file for row in read_source(as_source(str(folder))))
     assert {str(Path(file).relative_to(folder)): count for file, count in counts.items()} == INSTRUCT
-    assert [row.fields for row in read(source_of(str(folder / "ms-swift" / "alpaca.csv")))] == [
+    assert [row.fields for row in read_source(as_source(str(folder / "ms-swift" / "alpaca.csv")))] == [
         {"system": "00000", "instruction": "11111", "input": "22222", "output": "3.3"},
         {"system": None, "instruction": "aaaaa", "input": None, "output": "ccccc"},
         {"system": None, "instruction": "AAAAA", "input": "BBBBB", "output": "CCCCC"},
     ]
-    assert sum(1 for _ in read(source_of(str(REAL / "seqcls" / "*.csv")))) == 7169
-    assert sum(1 for _ in read(source_of(str(REAL / "seqcls" / "SST-2" / "dev.tsv")))) == 872
+    assert sum(1 for _ in read_source(as_source(str(REAL / "seqcls" / "*.csv")))) == 7169
+    assert sum(1 for _ in read_source(as_source(str(REAL / "seqcls" / "SST-2" / "dev.tsv")))) == 872

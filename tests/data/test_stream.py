@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,8 @@ from conftest import rows_of
 
 from accel_llm.config.options import TrainOptions
 from accel_llm.data.rows import Rows
-from accel_llm.data.stream import Plan, Start, Stream, to_device
+from accel_llm.data.stream import Position, Stream, TrainingPlan
+from accel_llm.training.loop import to_device
 
 PAD = 0
 MAX_LENGTH = 16
@@ -56,7 +56,7 @@ class Cutting:
         monkeypatch.setenv("WORLD_SIZE", str(world))
         values = {"max_length": MAX_LENGTH, "per_device_train_batch_size": size, **options}
         begin = {"step": values.pop("first_step", 0), "rows": values.pop("first_row", 0)}
-        starts = [Start(Path(), rank=rank, world=world, **begin) for rank in range(world)]
+        starts = [Position(rank=rank, world=world, **begin) for rank in range(world)]
         self.ranks = [Stream(ROWS, TrainOptions(**values), start, PAD) for start in starts]
         self.plan, self.accumulation = self.ranks[0].plan, self.ranks[0].accumulation
 
@@ -147,7 +147,7 @@ def test_slots_that_the_processes_do_not_divide_stay_empty(monkeypatch):
 def test_the_last_step_is_not_filled_up_with_a_further_epoch(monkeypatch, packing):
     cutting = Cutting(monkeypatch, 2, 2, gradient_accumulation_steps=2, packing=packing, num_train_epochs=1)
     bins, plan = cutting.plan.bins, cutting.plan
-    assert bins % 8 and plan == Plan(bins, 8, bins, bins // 8 + 1)
+    assert bins % 8 and plan == TrainingPlan(bins, 8, bins, bins // 8 + 1)
     steps = list(cutting.steps())
     assert sorted(number for step in steps for number in step) == list(range(1, 51))
     used = [batch for batch in cutting.batches(plan.total_steps - 1) if met(batch)]
@@ -159,7 +159,7 @@ def test_the_last_step_is_not_filled_up_with_a_further_epoch(monkeypatch, packin
 
 def test_max_steps_cross_epochs(monkeypatch):
     cutting = Cutting(monkeypatch, 1, 8, packing=False, max_steps=25)
-    assert cutting.plan == Plan(50, 8, None, 25)
+    assert cutting.plan == TrainingPlan(50, 8, None, 25)
     steps = list(cutting.steps())
     assert [len(step) for step in steps] == [8] * 25
     counts = Counter(number for step in steps for number in step)
@@ -173,7 +173,7 @@ def test_max_steps_cross_epochs(monkeypatch):
 @pytest.mark.parametrize("epochs, rows, steps, reached", [(1.5, 75, 10, 1.5), (0.1, 5, 1, 0.1), (1e-4, 1, 1, 0.02)])
 def test_fractional_epochs(monkeypatch, epochs, rows, steps, reached):
     cutting = Cutting(monkeypatch, 2, 4, packing=False, num_train_epochs=epochs)
-    assert cutting.plan == Plan(50, 8, rows, steps) and cutting.plan.epoch(steps) == reached
+    assert cutting.plan == TrainingPlan(50, 8, rows, steps) and cutting.plan.epoch(steps) == reached
     seen = Counter(number for step in cutting.steps() for number in step)
     assert sum(seen.values()) == rows and max(seen.values()) == -(-rows // 50)
 

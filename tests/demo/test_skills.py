@@ -8,9 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoTokenizer
 
-from accel_llm.demo import skills as demo
+from accel_llm.demo.files import DEMO_BASE
+from accel_llm.demo.skills import (
+    CONVERSATIONS,
+    FAMILIES,
+    HELD_OUT_PERCENT,
+    demo_conversations,
+    demo_documents,
+    held_out,
+)
+from accel_llm.demo.tokenizer import CAPITALS, THINGS, WORDS, build_demo_tokenizer, demo_base_config
 
-TOKENIZER = demo.build_tokenizer()
+TOKENIZER = build_demo_tokenizer()
 
 
 def user_questions(rows: list[dict]) -> set[str]:
@@ -18,25 +27,25 @@ def user_questions(rows: list[dict]) -> set[str]:
 
 
 def test_conversations_depend_on_the_seed_alone():
-    assert demo.conversations("train", 3) == demo.conversations("train", 3)
-    assert demo.conversations("eval", 3) != demo.conversations("eval", 4)
-    assert list(demo.documents(3, 20)) == list(demo.documents(3, 20))
-    assert list(demo.documents(3, 20)) != list(demo.documents(4, 20))
+    assert demo_conversations("train", 3) == demo_conversations("train", 3)
+    assert demo_conversations("eval", 3) != demo_conversations("eval", 4)
+    assert list(demo_documents(3, 20)) == list(demo_documents(3, 20))
+    assert list(demo_documents(3, 20)) != list(demo_documents(4, 20))
 
 
 @pytest.mark.parametrize("split", ["train", "eval"])
 def test_every_family_appears_equally_often_and_no_row_twice(split):
-    rows = demo.conversations(split)
+    rows = demo_conversations(split)
     families = Counter(row["family"] for row in rows)
 
-    assert len(rows) == demo.CONVERSATIONS[split]
-    assert families == {family.__name__: len(rows) // len(demo.FAMILIES) for family in demo.FAMILIES}
+    assert len(rows) == CONVERSATIONS[split]
+    assert families == {family.__name__: len(rows) // len(FAMILIES) for family in FAMILIES}
     assert len({str(row["messages"]) for row in rows}) == len(rows)
 
 
 @pytest.mark.parametrize("split", ["train", "eval"])
 def test_rows_are_chats_that_end_with_a_short_answer(split):
-    rows = demo.conversations(split)
+    rows = demo_conversations(split)
     for row in rows:
         roles = [message["role"] for message in row["messages"]]
         turns = roles[1:] if roles[0] == "system" else roles
@@ -50,8 +59,8 @@ def worked_out(family: str, question: str, earlier: list[str]) -> str:
     """The right answer, from the question and the messages before it alone."""
     words = re.findall(r"\w+", question)
     numbers = [int(word) for word in words if word.isdigit()]
-    made_up = [word for word in words if word not in demo.WORDS and not word.isdigit()]
-    listed = [word for word in words if word in demo.THINGS]
+    made_up = [word for word in words if word not in WORDS and not word.isdigit()]
+    listed = [word for word in words if word in THINGS]
     match family:
         case "add":
             return str(sum(numbers))
@@ -70,50 +79,50 @@ def worked_out(family: str, question: str, earlier: list[str]) -> str:
         case "pick":
             return listed[0 if "first" in words else -1]
         case "capital":
-            return next(demo.CAPITALS[word] for word in words if word in demo.CAPITALS)
+            return next(CAPITALS[word] for word in words if word in CAPITALS)
         case "recall":
             return re.findall(rf"{made_up[0]} likes (\w+)", earlier[-2])[0]
     raise AssertionError(f"no rule for {family}")
 
 
 def test_answers_are_right():
-    for row in demo.conversations("train"):
+    for row in demo_conversations("train"):
         *earlier, question, answer = (message["content"] for message in row["messages"])
         assert answer == worked_out(row["family"], question, earlier), question
 
 
 def test_no_user_question_is_in_both_splits_whatever_the_seeds():
     for seed in range(2):
-        train, held_out = demo.conversations("train", seed), demo.conversations("eval", seed + 1)
+        train, held_out = demo_conversations("train", seed), demo_conversations("eval", seed + 1)
         assert not user_questions(train) & user_questions(held_out)
-    assert user_questions(demo.conversations("train", 0)) & user_questions(demo.conversations("train", 1))
+    assert user_questions(demo_conversations("train", 0)) & user_questions(demo_conversations("train", 1))
 
 
 def test_pretraining_documents_contain_nothing_held_out():
     words, additions, steps, lists = set(), set(), set(), set()
-    for page in demo.documents(0, 600):
+    for page in demo_documents(0, 600):
         words |= set(re.findall(r"[a-z]+", page.lower()))
         additions |= set(re.findall(r"(\d+) (?:\+|plus) (\d+)", page))
         steps |= set(re.findall(r"(?:after|before) (\d+)", page))
         lists |= set(re.findall(r"(?:first|last) of (\w+, \w+, \w+)", page))
-    made_up = {word for q in user_questions(demo.conversations("eval")) for word in re.findall(r"[a-z]+", q.lower())}
-    made_up = {word for word in made_up if demo.held_out(word)} - {word.lower() for word in demo.WORDS}
+    made_up = {word for q in user_questions(demo_conversations("eval")) for word in re.findall(r"[a-z]+", q.lower())}
+    made_up = {word for word in made_up if held_out(word)} - {word.lower() for word in WORDS}
 
     assert len(made_up) > 50 and not made_up & words
-    assert len(additions) > 500 and not any(demo.held_out(f"add {a} {b}") for a, b in additions)
-    assert len(steps) > 200 and not any(demo.held_out(f"step {number}") for number in steps)
-    assert len(lists) > 200 and not any(demo.held_out(f"pick {things}") for things in lists)
+    assert len(additions) > 500 and not any(held_out(f"add {a} {b}") for a, b in additions)
+    assert len(steps) > 200 and not any(held_out(f"step {number}") for number in steps)
+    assert len(lists) > 200 and not any(held_out(f"pick {things}") for things in lists)
 
 
 def test_pretraining_documents_never_show_the_chat_form():
-    pages = "\n".join(demo.documents(0, 600))
+    pages = "\n".join(demo_documents(0, 600))
     assert "<|im_end|>" in pages  # as something to copy
     assert not re.search(r"<\|im_start\|>(system|user|assistant)", pages)
 
 
 def test_the_share_of_held_out_items_is_as_stated():
-    share = 100 * sum(demo.held_out(f"step {number}") for number in range(10_000)) / 10_000
-    assert share == pytest.approx(demo.HELD_OUT_PERCENT, abs=1.5)
+    share = 100 * sum(held_out(f"step {number}") for number in range(10_000)) / 10_000
+    assert share == pytest.approx(HELD_OUT_PERCENT, abs=1.5)
 
 
 @given(st.text())
@@ -141,13 +150,13 @@ def test_chat_template_is_chatml():
 
 
 def test_the_shipped_base_is_small_and_is_the_one_this_module_describes():
-    shipped = AutoTokenizer.from_pretrained(demo.BASE)
-    config = AutoConfig.from_pretrained(demo.BASE)
+    shipped = AutoTokenizer.from_pretrained(DEMO_BASE)
+    config = AutoConfig.from_pretrained(DEMO_BASE)
 
-    assert (demo.BASE / "model.safetensors").stat().st_size <= 2_000_000
+    assert (DEMO_BASE / "model.safetensors").stat().st_size <= 2_000_000
     assert shipped.get_vocab() == TOKENIZER.get_vocab()
     assert shipped.chat_template == TOKENIZER.chat_template
     assert shipped("Say bako 37.<|im_end|>")["input_ids"] == TOKENIZER("Say bako 37.<|im_end|>")["input_ids"]
     ignored = ("architectures", "transformers_version", "dtype", "_name_or_path")
-    described = {k: v for k, v in demo.base_config().to_dict().items() if k not in ignored}
+    described = {k: v for k, v in demo_base_config().to_dict().items() if k not in ignored}
     assert {k: v for k, v in config.to_dict().items() if k not in ignored} == described

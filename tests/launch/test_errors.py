@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from accel_llm.backend import zero
+from accel_llm.backend.zero import build_deepspeed_plugin, deepspeed_settings
 from accel_llm.config.options import TrainOptions
-from accel_llm.data.sources import ALLOWED
-from accel_llm.errors import ConfigError, DataError, check, run
+from accel_llm.data.sources import ALLOWED_SOURCES
+from accel_llm.errors import ConfigError, DataError, raise_problems
+from accel_llm.system.exit import run_script
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}
 
@@ -45,9 +46,9 @@ def line(row: object) -> str:
 
 
 def test_check_raises_all_problems_or_nothing():
-    check([])
+    raise_problems([])
     with pytest.raises(ConfigError) as error:
-        check(["a: wrong.", "b: wrong."])
+        raise_problems(["a: wrong.", "b: wrong."])
     assert error.value.problems == ["a: wrong.", "b: wrong."] and str(error.value) == "a: wrong.\nb: wrong."
 
 
@@ -83,13 +84,13 @@ def test_missing_model_files_and_clashing_options_are_told_together(told, tmp_pa
         "eval_files",
     ]
     assert sentences[1].startswith(f"model_name_or_path: {tmp_path / 'nowhere'} does not exist; ")
-    assert sentences[2] == f"train_files: {tmp_path / 'a.jsonl'} does not exist; name {ALLOWED}."
+    assert sentences[2] == f"train_files: {tmp_path / 'a.jsonl'} does not exist; name {ALLOWED_SOURCES}."
     assert sentences[3].startswith(f"train_files: {tmp_path} ")
 
 
 def test_a_model_without_data_and_data_without_a_model(script, tiny, chats, tmp_path):
     for given, sentence in (
-        (("--model_name_or_path", tiny), f"train_files: is missing; name at least one source: {ALLOWED}."),
+        (("--model_name_or_path", tiny), f"train_files: is missing; name at least one source: {ALLOWED_SOURCES}."),
         (("--train_files", chats), "model_name_or_path: is missing; name a model folder or a hub id."),
     ):
         with pytest.raises(ConfigError) as error:
@@ -208,10 +209,10 @@ def test_what_the_launcher_says_where_an_inline_deepspeed_configuration_is_silen
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     monkeypatch.setenv("ACCELERATE_CONFIG_DS_FIELDS", "deepspeed_config_file,zero_stage,gradient_accumulation_steps")
-    assert zero.settings_in_force()["gradient_accumulation_steps"] == "auto"
-    assert zero.plugin(TrainOptions(), 2, cpu=True).gradient_accumulation_steps == 2
+    assert deepspeed_settings()["gradient_accumulation_steps"] == "auto"
+    assert build_deepspeed_plugin(TrainOptions(), 2, cpu=True).gradient_accumulation_steps == 2
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
-    assert zero.settings_in_force()["gradient_accumulation_steps"] == 4
+    assert deepspeed_settings()["gradient_accumulation_steps"] == 4
 
 
 def test_show_data_needs_a_tokenizer_alone_and_tells_the_same(script, tiny, chats, tmp_path, capsys):
@@ -258,7 +259,7 @@ def test_a_person_reads_the_sentences_alone_and_the_code_is_2(monkeypatch, capsy
     # `run` ends the process itself, past all that still waits.
     monkeypatch.setattr(os, "_exit", sys.exit)
     with pytest.raises(SystemExit) as ended:
-        run(main)
+        run_script(main)
     captured = capsys.readouterr()
     assert (ended.value.code, captured.out, captured.err) == (2, "", "error: a: wrong.\nerror: b: wrong.\n")
 
@@ -269,13 +270,13 @@ def test_ctrl_c_is_told_without_a_traceback(monkeypatch, capsys):
 
     monkeypatch.setattr(os, "_exit", sys.exit)
     with pytest.raises(SystemExit) as ended:
-        run(main)
+        run_script(main)
     assert (ended.value.code, capsys.readouterr().err) == (130, "interrupted\n")
 
 
 def test_a_bug_of_ours_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
-        run(lambda: print(1 / 0))
+        run_script(lambda: print(1 / 0))
 
 
 # One rank of two: it does what it is told after it has said that it is ready.

@@ -17,7 +17,7 @@ import yaml
 from peft import LoraConfig, get_peft_model
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from accel_llm.config.command_line import parse
+from accel_llm.config.command_line import parse_options
 from accel_llm.config.tool_options import ChatOptions, MergeOptions
 
 ROOT = Path(__file__).parents[2]
@@ -186,7 +186,7 @@ def test_scripts_stand_alone_and_shadow_nothing() -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_is_read_by_its_script_and_short(path: Path) -> None:
     name = "pretrain" if path.stem == "demo_base" else "sft"
-    assert parse(script(name).Options, ["--config", str(path)]).model_fields_set
+    assert parse_options(script(name).Options, ["--config", str(path)]).model_fields_set
     lines = path.read_text(encoding="utf-8").splitlines()
     assert 10 <= len(lines) <= 20
     assert max(map(len, lines)) <= 120
@@ -201,7 +201,7 @@ def test_every_family_has_a_recipe_for_every_size() -> None:
 @pytest.mark.parametrize(("family", "size"), FOR_A_GPU)
 def test_recipes_for_a_gpu_are_estimated_to_fit_it(family: str, size: int) -> None:
     path = ROOT / "launch" / "recipes" / f"{family}_{size}gb.yaml"
-    options = parse(script("sft").Options, ["--config", str(path), "--train_files", "chats.jsonl"])
+    options = parse_options(script("sft").Options, ["--config", str(path), "--train_files", "chats.jsonl"])
     assert re.match(FAMILIES[family], options.model_name_or_path)
     assert options.output_dir == f"output/{path.stem}"
     assert memory.estimate(options) < 0.92 * size
@@ -246,7 +246,7 @@ def test_shapes_are_those_of_the_published_models(name: str) -> None:
 
 def test_the_estimate_of_a_model_that_is_too_large_does_not_fit() -> None:
     recipe = ["--config", str(ROOT / "launch" / "recipes" / "qwen3_12gb.yaml")]
-    options = parse(script("sft").Options, [*recipe, "--model_name_or_path", "Qwen/Qwen3-14B"])
+    options = parse_options(script("sft").Options, [*recipe, "--model_name_or_path", "Qwen/Qwen3-14B"])
     assert memory.estimate(options) > 12
     # QLoRA's paper: double quantisation leaves 0.127 of the 0.5 bits a weight that the scales take.
     bits = memory.NF4 * 8
@@ -296,7 +296,7 @@ def test_documented_commands_parse(path: Path) -> None:
         name = Path(words[at]).stem
         options = {"merge": MergeOptions, "chat": ChatOptions}.get(name) or script(name).Options
         words = words[at + 1 : words.index(">")] if ">" in words else words[at + 1 :]
-        parse(options, [str(ROOT / word) if word.startswith("launch/recipes") else word for word in words])
+        parse_options(options, [str(ROOT / word) if word.startswith("launch/recipes") else word for word in words])
 
 
 def test_the_readme_sets_everything_up_in_two_commands() -> None:

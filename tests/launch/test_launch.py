@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from accel_llm.demo import skills as demo
+from accel_llm.demo.skills import demo_conversations
+from accel_llm.demo.tokenizer import build_demo_tokenizer
 
 ROOT = Path(__file__).parents[2]
 # Every pair of strategy and method is run by tests/proofs/matrix.py, by forks that train as a launch does to the last bit.
@@ -46,13 +47,13 @@ def metrics(folder: Path) -> list[dict]:
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random model on disk, and a ZeRO-3 config that shards even tensors as small as its."""
     folder = tmp_path_factory.mktemp("launch")
-    tokenizer = demo.build_tokenizer()
+    tokenizer = build_demo_tokenizer()
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=2, **shape))
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    rows = demo.conversations("train")[:400]
+    rows = demo_conversations("train")[:400]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     settings = json.loads((ROOT / "accelerate_configs" / "zero3.json").read_text(encoding="utf-8"))
     settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0

@@ -11,8 +11,8 @@ import kills
 import pytest
 import supervise
 
-from accel_llm.system import manifest
 from accel_llm.system.disk import sha256
+from accel_llm.system.manifest import seal_folder, write_part
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,9 +56,9 @@ def test_what_a_full_disk_should_not_lead_to_is_noticed(tmp_path: Path) -> None:
     part = whole.with_name("part")
     part.mkdir()
     (part / "state.json").touch()
-    manifest.part_of(part, 0, {"state.json": (0, sha256(part / "state.json"))})
+    write_part(part, 0, {"state.json": (0, sha256(part / "state.json"))})
     whole.rmdir()
-    manifest.seal(part, whole, [part / "part-00000.json"])
+    seal_folder(part, whole, [part / "part-00000.json"])
     trace.write_text("from 0\nstep 2\nsealed 2\n", encoding="utf-8")
     honest = (output, trace, "write /x", [2, 143], line, [line], 3.0)
     assert fulldisk.judged(*honest) == []

@@ -10,7 +10,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from accel_llm.config.tool_options import ExtractOptions, MergeOptions
 from accel_llm.errors import ConfigError
-from accel_llm.merge import extract, merge
+from accel_llm.merge import extract
+from accel_llm.merge.extract import Extracted, extract_adapter, low_rank
+from accel_llm.merge.merge import merge
 
 pytestmark = pytest.mark.usefixtures("quiet")
 
@@ -35,12 +37,12 @@ def tune(base: Path, target: Path, rank: int | None = None, also: tuple[str, ...
     return target
 
 
-def extracted(base: Path, model: Path, target: Path, **options) -> extract.Extracted:
-    return extract.extract(ExtractOptions(base=str(base), model=str(model), output_dir=str(target), **options))
+def extracted(base: Path, model: Path, target: Path, **options) -> Extracted:
+    return extract_adapter(ExtractOptions(base=str(base), model=str(model), output_dir=str(target), **options))
 
 
 def merged(base: Path, adapter: Path, target: Path) -> dict[str, torch.Tensor]:
-    merge.merge(MergeOptions(adapter=[str(adapter)], base=str(base), output_dir=str(target)))
+    merge(MergeOptions(adapter=[str(adapter)], base=str(base), output_dir=str(target)))
     return load_file(target / "model.safetensors")
 
 
@@ -76,12 +78,12 @@ def test_large_matrices_come_near_the_best_approximation(monkeypatch):
     change = torch.randn(200, 16, generator=generator) @ torch.randn(16, 150, generator=generator)
     change += 0.1 * torch.randn(200, 150, generator=generator)
     state = torch.random.get_rng_state()
-    left, right = extract.low_rank(change, 16)
+    left, right = low_rank(change, 16)
     assert torch.equal(torch.random.get_rng_state(), state)
     best = float(torch.linalg.svdvals(change)[16:].norm())
     assert left.shape == (200, 16) and right.shape == (16, 150)
     assert float((change - left @ right).norm()) < 1.001 * best
-    assert all(torch.equal(*pair) for pair in zip(extract.low_rank(change, 16), (left, right), strict=True))
+    assert all(torch.equal(*pair) for pair in zip(low_rank(change, 16), (left, right), strict=True))
 
 
 def test_what_is_no_linear_layer_is_told_or_saved_whole(tiny, tmp_path):

@@ -10,17 +10,19 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from accel_llm.config.tool_options import MergeOptions
-from accel_llm.demo import skills as demo
+from accel_llm.demo.tokenizer import build_demo_tokenizer
 from accel_llm.errors import ConfigError
-from accel_llm.merge import compare_logits as compare
-from accel_llm.merge import four_bit as quantized
-from accel_llm.merge import merge
-from accel_llm.merge import skeleton as layout
-from accel_llm.model import placement as shards
+from accel_llm.merge import compare_logits as compare_logits_module
+from accel_llm.merge import four_bit
+from accel_llm.merge.compare_logits import SAMPLE_TEXT, SAMPLE_TOKENS
+from accel_llm.merge.four_bit import unpack_4_bits
+from accel_llm.merge.merge import Merged, merge
+from accel_llm.merge.skeleton import read_model_config
+from accel_llm.model.quantization import keep_gradients, quantized_weights, round_to_4_bits
 
 pytestmark = [pytest.mark.usefixtures("quiet"), pytest.mark.filterwarnings("ignore")]  # bitsandbytes' own, on a CPU
 # What the comparison in its own process is made on.
-IDS = torch.tensor([demo.build_tokenizer()(compare.TEXT).input_ids[: compare.LENGTH]])
+IDS = torch.tensor([build_demo_tokenizer()(SAMPLE_TEXT).input_ids[:SAMPLE_TOKENS]])
 
 
 def four_bits(dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -31,7 +33,7 @@ def four_bits(dtype: torch.dtype) -> BitsAndBytesConfig:
 
 def loaded(folder: Path, **settings: Any) -> Any:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **settings)
-    shards.keep_gradients(model)
+    keep_gradients(model)
     return model
 
 
@@ -59,8 +61,8 @@ def trained(make_model, tmp_path) -> Any:
     return make
 
 
-def merged(adapter: Path, target: Path, **options: Any) -> merge.Merged:
-    return merge.merge(MergeOptions(**({"adapter": [str(adapter)], "output_dir": str(target)} | options)))
+def merged(adapter: Path, target: Path, **options: Any) -> Merged:
+    return merge(MergeOptions(**({"adapter": [str(adapter)], "output_dir": str(target)} | options)))
 
 
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
@@ -74,7 +76,7 @@ def test_merged_into_the_dequantised_weights_the_adapter_says_what_it_said_on_4_
     for way in ways:
         # Both errors are told whichever base was chosen, and they are those of the adapter on real 4-bit layers.
         options = MergeOptions(adapter=[str(adapter)], output_dir="-", merge_base=way)
-        differences = compare._compare(tmp_path / way, base, [adapter], options)
+        differences = compare_logits_module._compare(tmp_path / way, base, [adapter], options)
         assert differences["merged"] <= bound
         assert differences["original"] == pytest.approx(near["original"], rel=0.1)
         assert differences["dequantized"] <= bound
@@ -88,11 +90,11 @@ def test_weights_that_no_adapter_touches_are_dequantised_as_well(make_model, tmp
     get_peft_model(loaded(base), config).save_pretrained(tmp_path / "adapter")
     merged(tmp_path / "adapter", tmp_path / "merged", base=str(base), merge_base="dequantized")
     before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "merged"))
-    names = quantized.names_of(loaded(base))
+    names = quantized_weights(loaded(base))
     assert len(names) == 14 and not any(names.values())
     for name in before:
         if name in names and "q_proj" not in name:
-            assert torch.equal(after[name], quantized.rounded(before[name], False))
+            assert torch.equal(after[name], round_to_4_bits(before[name], False))
             assert not torch.equal(after[name], before[name])
         elif name not in names:
             assert torch.equal(after[name], before[name])
@@ -127,25 +129,25 @@ def test_a_base_that_is_stored_in_4_bits_is_unpacked(trained, tmp_path):
     ],
 )
 def test_other_quantised_bases_are_refused(make_model, tmp_path, settings, how):
-    config = layout.load_config(make_model(tmp_path / "base"), False)
+    config = read_model_config(make_model(tmp_path / "base"), False)
     config.quantization_config = settings
     with pytest.raises(
         ConfigError, match=rf"^base: its weights are quantised \({how}\); name the base model in 16 or 32 bits"
     ):
-        quantized.unpacked(quantized.Checkpoint({}, {}, {}), config, "dequantized")
+        unpack_4_bits(four_bit.Checkpoint({}, {}, {}), config, "dequantized")
 
 
 def test_transposed_weights_are_rounded_in_blocks_of_their_rows():
     weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(quantized.rounded(weight, True), quantized.rounded(weight.T.contiguous(), False).T)
-    assert not torch.equal(quantized.rounded(weight, True), quantized.rounded(weight, False))
-    assert distance(quantized.rounded(weight, False), weight) == pytest.approx(0.09, abs=0.03)
+    assert torch.equal(round_to_4_bits(weight, True), round_to_4_bits(weight.T.contiguous(), False).T)
+    assert not torch.equal(round_to_4_bits(weight, True), round_to_4_bits(weight, False))
+    assert distance(round_to_4_bits(weight, False), weight) == pytest.approx(0.09, abs=0.03)
 
 
 def test_the_adapter_on_dequantised_weights_is_the_adapter_on_4_bits(trained):
     base, adapter, expected = trained(torch.float32)
     model = loaded(base)
-    for name, turned in quantized.names_of(model).items():
+    for name, turned in quantized_weights(model).items():
         weight = model.get_parameter(name)
-        weight.data = quantized.rounded(weight.data, turned)
+        weight.data = round_to_4_bits(weight.data, turned)
     assert distance(logits(PeftModel.from_pretrained(model, adapter)), expected) < 1e-5

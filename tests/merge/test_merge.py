@@ -17,17 +17,20 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from accel_llm.adapters import attach as adapter
+from accel_llm.adapters.attach import attach_adapter
+from accel_llm.adapters.saved import save_adapter
 from accel_llm.chat.template import CHATML
-from accel_llm.config.command_line import parse
+from accel_llm.config.command_line import parse_options
 from accel_llm.config.options import TrainOptions
 from accel_llm.config.tool_options import MergeOptions
-from accel_llm.demo import skills as demo
+from accel_llm.demo.tokenizer import build_demo_tokenizer
 from accel_llm.errors import ConfigError
-from accel_llm.merge import merge, verify
-from accel_llm.merge import write as walk
-from accel_llm.model import fingerprint
-from accel_llm.model import loading as models
+from accel_llm.merge import verify
+from accel_llm.merge import write as write_module
+from accel_llm.merge.merge import Merged, merge
+from accel_llm.merge.write import write_merged
+from accel_llm.model.fingerprint import model_fingerprint
+from accel_llm.model.loading import load_model
 
 pytestmark = pytest.mark.usefixtures("quiet")
 IDS = torch.randint(600, (3, 40), generator=torch.Generator().manual_seed(7))
@@ -49,7 +52,7 @@ def make_adapter(tmp_path) -> Callable[..., Path]:
     def make(base: Path, **options) -> Path:
         settings = TrainOptions(model_name_or_path=str(base), packing=False, **options)
         torch.manual_seed(0)
-        model = settled(adapter.attach(models.load_model(settings), settings), settings)
+        model = settled(attach_adapter(load_model(settings), settings), settings)
         state = {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
@@ -57,8 +60,8 @@ def make_adapter(tmp_path) -> Callable[..., Path]:
                     parameter.add_(torch.randn_like(parameter) * 0.05)
                 state[name] = parameter.detach().clone()
         folder = tmp_path / "run" / "adapter"
-        adapter.save(model, folder, state, str(base), fingerprint.of_model(str(base)))
-        tokenizer = demo.build_tokenizer()
+        save_adapter(model, folder, state, str(base), model_fingerprint(str(base)))
+        tokenizer = build_demo_tokenizer()
         tokenizer.chat_template = "{# of the run #}" + str(tokenizer.chat_template)
         tokenizer.save_pretrained(folder)
         GenerationConfig(eos_token_id=[2, 0], pad_token_id=0).save_pretrained(folder)
@@ -67,8 +70,8 @@ def make_adapter(tmp_path) -> Callable[..., Path]:
     return make
 
 
-def merged(folder: Path, target: Path, **options) -> merge.Merged:
-    return merge.merge(MergeOptions(adapter=str(folder), output_dir=str(target), **options))  # type: ignore[arg-type]
+def merged(folder: Path, target: Path, **options) -> Merged:
+    return merge(MergeOptions(adapter=str(folder), output_dir=str(target), **options))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -209,7 +212,7 @@ def test_an_adapter_of_another_base_is_known_by_the_fingerprint(make_model, make
     state = load_file(other / "model.safetensors")
     save_file(state | {"model.norm.weight": torch.ones(32) * 2}, other / "model.safetensors", metadata={"format": "pt"})
     folder, target = make_adapter(base), tmp_path / "merged"
-    own, found = fingerprint.of_model(str(base)), fingerprint.of_model(str(other))
+    own, found = model_fingerprint(str(base)), model_fingerprint(str(other))
     sentence = (
         f"base: {other} is another model (fingerprint {found}) than the one that {folder} was trained on ({own}); name that "
         "one with --base, or set allow_other_base if it is the same, stored in another way."
@@ -298,8 +301,8 @@ def test_a_merge_that_differs_is_not_written(tiny, make_adapter, tmp_path, monke
         save_file(state, partial / "model.safetensors", metadata={"format": "pt"})
         return written
 
-    write = walk.write
-    monkeypatch.setattr(walk, "write", write_badly)
+    write = write_merged
+    monkeypatch.setattr(write_module, "write", write_badly)
     assert refusal(tmp_path / "new", folder) == (
         "verify: model.layers.0.mlp.up_proj.weight in model.safetensors is not what was written; nothing was kept."
     )
@@ -328,7 +331,7 @@ def test_nothing_half_written_stays_after_an_interruption(tiny, make_adapter, tm
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        merge.merge(options, interrupted)
+        merge(options, interrupted)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
@@ -377,7 +380,7 @@ def test_a_hub_id_that_cannot_be_had_is_told(tiny, make_adapter, tmp_path, monke
     field = name.split("/")[1]
     with pytest.raises(ConfigError, match=rf"^{field}: {name} is no folder, and no hub id that can be had \("):
         if field == "adapter":
-            merge.merge(MergeOptions(adapter=[name], output_dir=str(tmp_path / "merged")))
+            merge(MergeOptions(adapter=[name], output_dir=str(tmp_path / "merged")))
         else:
             merged(make_adapter(tiny), tmp_path / "merged", base=name)
 
@@ -385,16 +388,19 @@ def test_a_hub_id_that_cannot_be_had_is_told(tiny, make_adapter, tmp_path, monke
 def test_options_that_exclude_each_other_are_refused():
     def problems(*flags: str) -> str:
         with pytest.raises(ConfigError) as error:
-            parse(MergeOptions, ["--output_dir", "out", *flags])
+            parse_options(MergeOptions, ["--output_dir", "out", *flags])
         return str(error.value)
 
     assert "adapter_weights: 1 are given for 2 adapters" in problems("--adapter", "a", "b", "--adapter_weights", "0.5")
     assert "density: only several adapters use it" in problems("--adapter", "a", "--density", "0.5")
     assert "unmerge: takes one adapter out of a merged model; give base" in problems("--adapter", "a", "--unmerge")
-    options = parse(MergeOptions, ["--output_dir", "o", "--adapter", "a", "b", "--adapter_weights", "0.5", "-1"])
+    options = parse_options(
+        MergeOptions, ["--output_dir", "o", "--adapter", "a", "b", "--adapter_weights", "0.5", "-1"]
+    )
     assert options.adapter_weights == [0.5, -1.0] and options.max_shard_size == 50 * 10**9
     assert (
-        parse(MergeOptions, ["--adapter", "a", "--output_dir", "o", "--max_shard_size", "2GiB"]).max_shard_size == 2**31
+        parse_options(MergeOptions, ["--adapter", "a", "--output_dir", "o", "--max_shard_size", "2GiB"]).max_shard_size
+        == 2**31
     )
 
 

@@ -7,7 +7,8 @@ from peft.tuners.lora import Embedding, Linear
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from accel_llm.merge import one_module as fold
+from accel_llm.merge import one_module
+from accel_llm.merge.one_module import merge_module
 
 
 def layer(kind: str, rows: int, columns: int, rank: int, dtype: torch.dtype, **settings):
@@ -27,15 +28,15 @@ def layer(kind: str, rows: int, columns: int, rank: int, dtype: torch.dtype, **s
 @pytest.mark.parametrize("kind", ["linear", "conv1d", "embedding"])
 @pytest.mark.parametrize("rows, columns, rank", [(301, 64, 4), (1000, 768, 16), (96, 3000, 64), (50, 40, 1)])
 def test_parts_have_the_bits_of_the_whole(kind, dtype, rows, columns, rank, monkeypatch):
-    monkeypatch.setattr(fold, "PART", 2**14)
+    monkeypatch.setattr(one_module, "PART", 2**14)
     made = layer(kind, rows, columns, rank, dtype)
     base = made.get_base_layer().weight.data.clone()
     made.merge()
     expected = made.get_base_layer().weight.data.clone()
     made.get_base_layer().weight.data.copy_(base)
     made.merged_adapters.clear()
-    assert fold._splits(made)
-    plain = fold.fold(made, unmerge=False)
+    assert one_module._splits(made)
+    plain = merge_module(made, unmerge=False)
     assert plain is made.get_base_layer() and torch.equal(plain.weight, expected)
     assert not torch.equal(expected, base)
 
@@ -43,14 +44,14 @@ def test_parts_have_the_bits_of_the_whole(kind, dtype, rows, columns, rank, monk
     made.unmerge()
     unmerged = made.get_base_layer().weight.data.clone()
     made.get_base_layer().weight.data.copy_(expected)
-    assert torch.equal(fold.fold(made, unmerge=True).weight, unmerged)
+    assert torch.equal(merge_module(made, unmerge=True).weight, unmerged)
 
 
 def test_threads_are_given_back():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        fold.fold(layer("linear", 64, 32, 4, torch.float32), unmerge=False)
+        merge_module(layer("linear", 64, 32, 4, torch.float32), unmerge=False)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
@@ -58,4 +59,4 @@ def test_threads_are_given_back():
 
 @pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_bias": True}])
 def test_what_its_rows_share_is_merged_at_once(settings):
-    assert not fold._splits(layer("linear", 64, 32, 4, torch.float32, **settings))
+    assert not one_module._splits(layer("linear", 64, 32, 4, torch.float32, **settings))

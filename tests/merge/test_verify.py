@@ -12,7 +12,16 @@ from torch import nn
 
 from accel_llm.errors import ConfigError
 from accel_llm.merge import verify
-from accel_llm.system.weights import Spec, Writer
+from accel_llm.merge.verify import (
+    MODULE_BOUNDS,
+    merge_module_checked,
+    merged_output,
+    module_output,
+    read_back,
+    relative_difference,
+)
+from accel_llm.system.tensors import TensorSpec
+from accel_llm.system.weights import WeightWriter
 
 
 class Tiny(nn.Module):
@@ -37,8 +46,8 @@ def adapted(name: str, dtype: torch.dtype = torch.float32, **settings: Any) -> A
 @pytest.mark.parametrize("name", ["linear", "embedding", "conv", "line"])
 def test_a_merged_module_computes_what_it_did_within_the_bound(name, dtype):
     module = adapted(name, dtype)
-    plain, error = verify.fold_checked(module, name, unmerge=False)
-    assert plain is module.get_base_layer() and error is not None and 0 <= error < verify.MODULE_BOUNDS[dtype] / 3
+    plain, error = merge_module_checked(module, name, unmerge=False)
+    assert plain is module.get_base_layer() and error is not None and 0 <= error < MODULE_BOUNDS[dtype] / 3
     assert error > 0 or name == "embedding"
 
 
@@ -55,7 +64,7 @@ def test_a_module_that_is_merged_badly_is_refused(damage, monkeypatch):
 
     monkeypatch.setattr(verify, "fold", fold)
     with pytest.raises(ConfigError, match=r"^verify: linear merged computes something else than with its adapter, by "):
-        verify.fold_checked(module, "linear", unmerge=False)
+        merge_module_checked(module, "linear", unmerge=False)
 
 
 def test_experts_are_compared_by_the_sums_over_their_inputs():
@@ -76,23 +85,23 @@ def test_experts_are_compared_by_the_sums_over_their_inputs():
     )
     model: Any = get_peft_model(Model(), config)
     module = model.base_model.model.experts
-    assert verify.answer(module, None).keys() == {"up", "down"}
-    plain, error = verify.fold_checked(module, "experts", unmerge=False)
+    assert module_output(module, None).keys() == {"up", "down"}
+    plain, error = merge_module_checked(module, "experts", unmerge=False)
     assert isinstance(plain, Experts) and error is not None and 0 < error < 1e-6
     again: Any = get_peft_model(Model(), config)
     module = again.base_model.model.experts
-    before = verify.answer(module, None)
+    before = module_output(module, None)
     plain = module.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
     plain.down.data[2] += 0.01
-    assert verify.difference(verify.answer_merged(plain, module, None), before) > 1e-4
+    assert relative_difference(merged_output(plain, module, None), before) > 1e-4
 
 
 @pytest.fixture
 def written(tmp_path) -> Callable[[], tuple[Path, dict[str, int]]]:
     def write() -> tuple[Path, dict[str, int]]:
         state = {name: torch.randn(20, 10) for name in "abc"}
-        specs = {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
-        writer = Writer(tmp_path, specs, shard_size=1000, check=True)
+        specs = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
+        writer = WeightWriter(tmp_path, specs, shard_size=1000, check=True)
         for name, tensor in state.items():
             writer.write(name, tensor)
         writer.finish()
@@ -103,7 +112,7 @@ def written(tmp_path) -> Callable[[], tuple[Path, dict[str, int]]]:
 
 def test_files_are_read_again_and_hashed(written):
     folder, sums = written()
-    hashes = verify.read_back(folder, sums)
+    hashes = read_back(folder, sums)
     assert list(hashes) == [f"model-0000{k}-of-00003.safetensors" for k in (1, 2, 3)]
     assert all(len(digest) == 64 for digest in hashes.values())
 
@@ -124,13 +133,13 @@ def test_a_file_that_is_not_what_was_written_is_refused(written, how):
         save_file({"z": load_file(file)["b"]}, file)
         expected = "verify: z in model-00002-of-00003.safetensors is not what was written; nothing was kept."
     with pytest.raises(ConfigError) as error:
-        verify.read_back(folder, sums)
+        read_back(folder, sums)
     assert str(error.value) == expected
 
 
 def test_nan_is_a_difference_wherever_it_stands():
     zero, one, nan = torch.zeros(2), torch.ones(2), torch.full((2,), float("nan"))
-    assert verify.difference({"a": one, "b": one}, {"a": one, "b": one}) == 0
-    assert verify.difference({"a": one}, {"a": zero}) == pytest.approx(2**0.5)
+    assert relative_difference({"a": one, "b": one}, {"a": one, "b": one}) == 0
+    assert relative_difference({"a": one}, {"a": zero}) == pytest.approx(2**0.5)
     for found in ({"a": nan, "b": one}, {"a": one, "b": nan}):
-        assert not verify.difference(found, {"a": one, "b": one}) <= 1
+        assert not relative_difference(found, {"a": one, "b": one}) <= 1

@@ -25,8 +25,8 @@ from transformers import (
 
 from accel_llm.config.tool_options import MergeOptions
 from accel_llm.errors import ConfigError
-from accel_llm.merge import compare_logits as logits
-from accel_llm.merge import merge
+from accel_llm.merge import compare_logits as compare_logits_module
+from accel_llm.merge.merge import Merged, merge
 
 pytestmark = [
     pytest.mark.usefixtures("quiet"),
@@ -81,10 +81,10 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
-def merged(folder: Path, **options: Any) -> merge.Merged:
+def merged(folder: Path, **options: Any) -> Merged:
     target = options.pop("output_dir", folder / "merged")
     given = {"adapter": [str(folder / "adapter")], "base": str(folder / "base"), "output_dir": str(target)} | options
-    return merge.merge(MergeOptions(**given))
+    return merge(MergeOptions(**given))
 
 
 def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -204,7 +204,7 @@ def test_convolutions_have_the_bits_of_peft(tmp_path, task, dtype):
     assert_same(tensors(tmp_path / "merged"), tensors(tmp_path / "reference"))
     assert found.modules == 3 and found.worst is not None
     with pytest.raises(ConfigError, match=r"^verify: logits are compared on a text, and this is no model of text"):
-        logits._ids(tmp_path / "merged", base, False)  # type: ignore[arg-type]
+        compare_logits_module._ids(tmp_path / "merged", base, False)  # type: ignore[arg-type]
 
 
 def test_what_a_layer_of_peft_cannot_merge_is_refused_by_its_name(tmp_path):
@@ -464,7 +464,7 @@ def test_progress_is_told_in_bytes(tmp_path):
     options = MergeOptions(
         adapter=[str(tmp_path / "adapter")], base=str(tmp_path / "base"), output_dir=str(tmp_path / "merged")
     )
-    merge.merge(options, lambda done, total: told.append((done, total)))
+    merge(options, lambda done, total: told.append((done, total)))
     total = sum(tensor.numel() * 4 for tensor in tensors(tmp_path / "base").values())
     assert {entry[1] for entry in told} == {total}
     assert [done for done, _ in told] == sorted(done for done, _ in told) and told[-1] == (total, total)

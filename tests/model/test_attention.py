@@ -7,20 +7,29 @@ from test_losses import FAMILIES, random_rows, tiny_model
 from torch import nn
 from transformers import AttentionInterface
 
-from accel_llm.data.packing import collate_packed, collate_padded
+from accel_llm.data.batches import collate_packed, collate_padded
 from accel_llm.errors import ConfigError
 from accel_llm.model import attention
-from accel_llm.model import loss as losses
+from accel_llm.model.attention import (
+    PACKED_ATTENTION,
+    VARLEN_OPTIONS,
+    check_isolation,
+    enable_packing,
+    forward_arguments,
+    packed_attention,
+    stock_attention,
+)
+from accel_llm.model.loss import attach_loss, next_token_loss
 
 
 def alone(model, rows) -> list[torch.Tensor]:
     """Logits of each row by itself under transformers' own attention."""
-    with attention.stock(model):
+    with stock_attention(model):
         return [model(input_ids=torch.from_numpy(ids)[None], use_cache=False).logits[0] for ids, _ in rows]
 
 
 def in_one_row(model, rows) -> list[torch.Tensor]:
-    logits = model(**attention.model_kwargs(collate_packed(rows)), use_cache=False).logits[0]
+    logits = model(**forward_arguments(collate_packed(rows)), use_cache=False).logits[0]
     return list(logits.split([len(ids) for ids, _ in rows]))
 
 
@@ -28,14 +37,14 @@ def in_one_row(model, rows) -> list[torch.Tensor]:
 def test_packed_documents_are_computed_as_if_alone(family):
     rows = random_rows(5, 20)
     model = tiny_model(family)
-    losses.attach(model, 1024)
-    attention.enable(model)
+    attach_loss(model, 1024)
+    enable_packing(model)
     with torch.no_grad():
         for packed, single in zip(in_one_row(model, rows), alone(model, rows), strict=True):
             assert (packed - single).norm() <= 1e-5 * single.norm()
-        packed = losses.next_token_loss(model, collate_packed(rows))
-        with attention.stock(model):
-            singles = [losses.next_token_loss(model, collate_padded([row], 0)) for row in rows]
+        packed = next_token_loss(model, collate_packed(rows))
+        with stock_attention(model):
+            singles = [next_token_loss(model, collate_padded([row], 0)) for row in rows]
     torch.testing.assert_close(packed, sum(singles), rtol=1e-6, atol=0)
 
 
@@ -43,7 +52,7 @@ def test_packed_documents_are_computed_as_if_alone(family):
 def test_changing_one_document_moves_no_bit_of_another(family):
     rows = random_rows(5, 20)
     model = tiny_model(family)
-    attention.enable(model)
+    enable_packing(model)
     changed = [rows[0], (rows[1][0][::-1].copy(), rows[1][1]), *rows[2:]]
     with torch.no_grad():
         before, after = in_one_row(model, rows), in_one_row(model, changed)
@@ -61,7 +70,7 @@ def test_packed_documents_are_what_the_familys_eager_attention_gives(family):
     assert model.config._attn_implementation == "eager"
     with torch.no_grad():
         singles = [model(input_ids=torch.from_numpy(ids)[None], use_cache=False).logits[0] for ids, _ in rows]
-        attention.enable(model)
+        enable_packing(model)
         for packed, single in zip(in_one_row(model, rows), singles, strict=True):
             assert (packed - single).norm() <= 1e-5 * single.norm()
 
@@ -70,7 +79,7 @@ def test_packed_documents_are_what_the_familys_eager_attention_gives(family):
 def test_no_gradient_crosses_a_boundary(family):
     rows = random_rows(4, 12)
     model = tiny_model(family)
-    attention.enable(model)
+    enable_packing(model)
     embedded = []
     model.get_input_embeddings().register_forward_hook(lambda module, args, output: embedded.append(output))
     logits = in_one_row(model, rows)
@@ -82,8 +91,8 @@ def test_no_gradient_crosses_a_boundary(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_probe_passes_what_is_isolated(family):
     model = tiny_model(family)
-    attention.enable(model)
-    attention.probe(model.train(), "cpu", torch.float32)
+    enable_packing(model)
+    check_isolation(model.train(), "cpu", torch.float32)
     assert model.training
 
 
@@ -91,18 +100,18 @@ def leaking(module, query, key, value, mask, cu_seq_lens_q, **others):
     boundaries = cu_seq_lens_q[[0, -1]]
     longest = int(boundaries[-1])
     others["max_length_q"] = longest
-    return attention.packed_attention(module, query, key, value, mask, cu_seq_lens_q=boundaries, **others)
+    return packed_attention(module, query, key, value, mask, cu_seq_lens_q=boundaries, **others)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "granite"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_probe_catches_a_backend_that_ignores_boundaries(family, dtype, monkeypatch):
     model = tiny_model(family).to(dtype)
-    attention.enable(model)
-    attention.probe(model, "cpu", dtype)
-    monkeypatch.setitem(AttentionInterface._global_mapping, attention.NAME, leaking)
+    enable_packing(model)
+    check_isolation(model, "cpu", dtype)
+    monkeypatch.setitem(AttentionInterface._global_mapping, PACKED_ATTENTION, leaking)
     with pytest.raises(ConfigError, match=r"packing: true leaks in .*ForCausalLM|LMHeadModel.*: set packing: false"):
-        attention.probe(model, "cpu", dtype)
+        check_isolation(model, "cpu", dtype)
 
 
 def changed(**changes: Callable):
@@ -112,7 +121,7 @@ def changed(**changes: Callable):
         given = {"query": query, "key": key, "value": value, **others}
         given |= {name: change(given[name]) for name, change in changes.items()}
         query, key, value = (given.pop(name) for name in ("query", "key", "value"))
-        return attention.packed_attention(module, query, key, value, mask, **given)
+        return packed_attention(module, query, key, value, mask, **given)
 
     return attend
 
@@ -120,7 +129,7 @@ def changed(**changes: Callable):
 def seeing_the_future(module, query, key, value, mask, cu_seq_lens_q, **others):
     backwards = (cu_seq_lens_q[-1] - cu_seq_lens_q).flip(0)
     query, key, value = (tensor.flip(2) for tensor in (query, key, value))
-    output, _ = attention.packed_attention(module, query, key, value, mask, cu_seq_lens_q=backwards, **others)
+    output, _ = packed_attention(module, query, key, value, mask, cu_seq_lens_q=backwards, **others)
     return output.flip(1), None
 
 
@@ -149,11 +158,11 @@ BROKEN = {
 def test_probe_catches_a_backend_that_computes_something_else(fault, dtype, monkeypatch):
     family, backend = BROKEN[fault]
     model = tiny_model(family).to(dtype)
-    attention.enable(model)
-    attention.probe(model, "cpu", dtype)
-    monkeypatch.setitem(AttentionInterface._global_mapping, attention.NAME, backend)
+    enable_packing(model)
+    check_isolation(model, "cpu", dtype)
+    monkeypatch.setitem(AttentionInterface._global_mapping, PACKED_ATTENTION, backend)
     with pytest.raises(ConfigError, match=r"packing: true (leaks in|changes the results of) .*: set packing: false"):
-        attention.probe(model, "cpu", dtype)
+        check_isolation(model, "cpu", dtype)
 
 
 class RunningPositions(nn.Module):
@@ -170,9 +179,9 @@ class RunningPositions(nn.Module):
 @pytest.mark.parametrize("family", ["gpt2", "opt"])
 def test_probe_catches_positions_that_do_not_restart(family):
     model = RunningPositions(tiny_model(family))
-    attention.enable(model)
+    enable_packing(model)
     with pytest.raises(ConfigError, match="packing: true changes the results"):
-        attention.probe(model, "cpu", torch.float32)
+        check_isolation(model, "cpu", torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -187,24 +196,24 @@ def test_probe_catches_positions_that_do_not_restart(family):
 )
 def test_families_that_cannot_be_isolated_are_refused(family, options, reason):
     with pytest.raises(ConfigError, match=f"{reason}.*set packing: false"):
-        attention.enable(tiny_model(family, **options))
+        enable_packing(tiny_model(family, **options))
 
 
 def test_a_family_that_drops_the_boundaries_is_refused_by_the_probe():
     model = tiny_model("stablelm")
-    attention.enable(model)
+    enable_packing(model)
     with pytest.raises(ConfigError, match="StableLmAttention got none: set packing: false"):
-        attention.probe(model, "cpu", torch.float32)
+        check_isolation(model, "cpu", torch.float32)
 
 
 def test_without_boundaries_nothing_is_computed():
     model = tiny_model("llama")
-    attention.enable(model)
+    enable_packing(model)
     batch = collate_padded(random_rows(3, 9), 0)
     with pytest.raises(ConfigError, match="LlamaAttention got none"):
         model(input_ids=batch["input_ids"])
     with pytest.raises(ConfigError, match="LlamaAttention got an attention mask"):
-        model(**attention.model_kwargs(batch))
+        model(**forward_arguments(batch))
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21.2
@@ -213,13 +222,13 @@ def test_stock_generates_inside_any_wrapper_and_is_undone():
     options = {"max_new_tokens": 6, "do_sample": False}
     expected = tiny_model("gemma2").generate(**prompt, **options)
     base = tiny_model("gemma2")
-    attention.enable(base)
+    enable_packing(base)
     model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")).eval()
-    with pytest.raises(ZeroDivisionError), attention.stock(model):
+    with pytest.raises(ZeroDivisionError), stock_attention(model):
         assert model.generate(**prompt, **options).tolist() == expected.tolist()
         raise ZeroDivisionError
-    assert base.config._attn_implementation == attention.NAME
-    attention.probe(model, "cpu", torch.float32)
+    assert base.config._attn_implementation == PACKED_ATTENTION
+    check_isolation(model, "cpu", torch.float32)
     assert "attn_implementation" not in base.config.to_json_string()
 
 
@@ -248,7 +257,7 @@ def test_scores_are_what_the_definition_says(scaling, window, softcap, sinks):
     generator = torch.Generator().manual_seed(0)
     lengths = [5, 1, 7]
     query, key, value = (torch.randn(1, heads, 13, 8, generator=generator, dtype=torch.float64) for heads in (4, 2, 2))
-    found, _ = attention.packed_attention(
+    found, _ = packed_attention(
         nn.Module(),
         query.float(),
         key.float(),
@@ -270,7 +279,7 @@ def test_dropout_is_applied_to_weights_and_keeps_their_mean(softcap):
     value = torch.ones(1, 1, 40, 8)
     boundaries = torch.tensor([0, 40])
     torch.manual_seed(0)
-    found, _ = attention.packed_attention(
+    found, _ = packed_attention(
         nn.Module(), value, value, value, None, 0.5, softcap=softcap, cu_seq_lens_q=boundaries, max_length_q=40
     )
     assert found.std() > 0.05
@@ -281,7 +290,7 @@ def test_dropout_is_applied_to_weights_and_keeps_their_mean(softcap):
 def test_unknown_score_terms_are_refused(term):
     query = torch.zeros(1, 1, 4, 8)
     with pytest.raises(ConfigError, match=f"cannot honour {next(iter(term))}.*set packing: false"):
-        attention.packed_attention(
+        packed_attention(
             nn.Module(), query, query, query, None, cu_seq_lens_q=torch.tensor([0, 4]), max_length_q=4, **term
         )
 
@@ -289,7 +298,7 @@ def test_unknown_score_terms_are_refused(term):
 def on_cuda(query, key, value, boundaries, dtype, **options) -> list[torch.Tensor]:
     """Output and the three input gradients of one call, float32 on CPU."""
     inputs = [tensor.to("cuda", dtype).requires_grad_() for tensor in (query, key, value)]
-    output, _ = attention.packed_attention(
+    output, _ = packed_attention(
         nn.Module(),
         *inputs,
         None,
@@ -320,7 +329,7 @@ def test_variable_length_kernel_equals_one_document_at_a_time(dtype, kv_heads, s
     monkeypatch.setattr(attention, "_varlen_takes", lambda *_: False)
     single = on_cuda(*tensors, boundaries, dtype, scaling=scaling, sliding_window=window)
     exact = on_cuda(*tensors, boundaries, torch.float32, scaling=scaling, sliding_window=window)
-    options = attention.VARLEN_OPTIONS
+    options = VARLEN_OPTIONS
     assert taken == ((window is None or "window_size" in options) and (scaling == 64**-0.5 or "scale" in options))
     for found, other, truth in zip(fused, single, exact, strict=True):
         assert (found - truth).norm() <= 1.5 * (other - truth).norm() + 1e-3 * truth.norm()
@@ -332,14 +341,14 @@ def test_variable_length_kernel_equals_one_document_at_a_time(dtype, kv_heads, s
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_probe_passes_on_cuda(family, dtype):
     model = tiny_model(family).to("cuda", dtype)
-    attention.enable(model)
-    attention.probe(model, "cuda", dtype)
+    enable_packing(model)
+    check_isolation(model, "cuda", dtype)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_autocast_leaves_the_kernel_one_dtype():
     model = tiny_model("qwen3").cuda()
-    attention.enable(model)
+    enable_packing(model)
     with torch.autocast("cuda", torch.bfloat16):
-        attention.probe(model, "cuda", torch.bfloat16)
+        check_isolation(model, "cuda", torch.bfloat16)

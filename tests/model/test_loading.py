@@ -14,14 +14,18 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, ByT5Tokenizer, GenerationConfig
 
-from accel_llm.adapters import attach as adapter
+from accel_llm.adapters.attach import attach_adapter
 from accel_llm.config.options import PretrainOptions, TrainOptions
-from accel_llm.data.packing import collate_packed
+from accel_llm.data.batches import collate_packed
 from accel_llm.errors import ConfigError
-from accel_llm.model import attention
-from accel_llm.model import loading as models
-from accel_llm.model import loss as losses
-from accel_llm.model import placement as shards
+from accel_llm.model import placement
+from accel_llm.model.attention import PACKED_ATTENTION
+from accel_llm.model.generation import saveable_generation_config
+from accel_llm.model.loading import build_model, load_model, load_model_config, model_problems, stored_dtype
+from accel_llm.model.loss import attach_loss, next_token_loss
+from accel_llm.model.placement import place_weights
+from accel_llm.model.quantization import build_quantization_config
+from accel_llm.model.tokenizer import check_token_ids, configured_tokenizer, load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("quiet")
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -42,46 +46,46 @@ def test_what_is_no_model_is_named(tiny, tmp_path):
     bare = tmp_path / "bare"
     bare.mkdir()
     advice = "a model folder or a hub id (owner/name) is allowed."
-    assert models.problems(options(bare)) == [
+    assert model_problems(options(bare)) == [
         f"model_name_or_path: the folder {bare} has no config.json (it holds nothing); a model folder has one."
     ]
     (bare / "model.safetensors").touch()
-    assert models.problems(options(bare)) == [
+    assert model_problems(options(bare)) == [
         f"model_name_or_path: the folder {bare} has no config.json (it holds model.safetensors); a model folder has one."
     ]
     missing = tmp_path / "missing"
-    assert models.problems(options(missing)) == [f"model_name_or_path: {missing} does not exist; {advice}"]
-    assert models.problems(options("./missing")) == [f"model_name_or_path: ./missing does not exist; {advice}"]
-    assert models.problems(options("a/b/c")) == [f"model_name_or_path: a/b/c does not exist; {advice}"]
+    assert model_problems(options(missing)) == [f"model_name_or_path: {missing} does not exist; {advice}"]
+    assert model_problems(options("./missing")) == [f"model_name_or_path: ./missing does not exist; {advice}"]
+    assert model_problems(options("a/b/c")) == [f"model_name_or_path: a/b/c does not exist; {advice}"]
     weights = bare / "model.safetensors"
-    assert models.problems(options(weights)) == [f"model_name_or_path: {weights} is a file; {advice}"]
-    assert models.problems(options()) == ["model_name_or_path: is missing; name a model folder or a hub id."]
-    assert models.problems(options("owner/name")) == models.problems(options(tiny)) == []
+    assert model_problems(options(weights)) == [f"model_name_or_path: {weights} is a file; {advice}"]
+    assert model_problems(options()) == ["model_name_or_path: is missing; name a model folder or a hub id."]
+    assert model_problems(options("owner/name")) == model_problems(options(tiny)) == []
 
 
 @pytest.mark.parametrize("config", ['{"base_model_name_or_path": "b"}', "{broken"])
 def test_an_adapter_is_no_model(tiny, tmp_path, config):
     folder = copy(tiny, tmp_path)
     (folder / "adapter_config.json").write_text(config, encoding="utf-8")
-    assert models.problems(options(folder)) == [
+    assert model_problems(options(folder)) == [
         f"model_name_or_path: {folder} is an adapter, not a model; merge it first with launch/merge.py "
         f"--adapter {folder} --output_dir MODEL, or name its base model."
     ]
 
 
 def test_a_pretraining_config_is_checked_under_its_own_name(tmp_path):
-    class Options(PretrainOptions, TrainOptions):
+    class Options(PretrainOptions):
         pass
 
     missing = tmp_path / "missing"
-    assert models.problems(Options(config_name=str(missing))) == [
+    assert model_problems(Options(config_name=str(missing))) == [
         f"config_name: {missing} does not exist; a model folder or a hub id (owner/name) is allowed."
     ]
 
 
 def test_a_hub_id_without_a_network_is_a_sentence(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    for read in (models.load_config, models.tokenizer_of, models.load_model):
+    for read in (load_model_config, configured_tokenizer, load_model):
         with pytest.raises(ConfigError) as error:
             read(options("nobody/nothing"))
         sentence = str(error.value)
@@ -94,7 +98,7 @@ def test_a_hub_id_without_a_network_is_a_sentence(monkeypatch):
 def test_options_that_exclude_each_other_are_told_together_before_anything_is_read(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert models.problems(options("missing/", load_in_8bit=True, attn_implementation="eager")) == [
+    assert model_problems(options("missing/", load_in_8bit=True, attn_implementation="eager")) == [
         "load_in_8bit: fsdp2 cannot shard 8-bit weights, of which bitsandbytes keeps whole copies; use ddp.yaml, zero1.yaml or "
         "zero2.yaml, or method qlora.",
         "attn_implementation: eager does not keep packed documents apart; give auto or flash_attention_2, or set "
@@ -102,8 +106,8 @@ def test_options_that_exclude_each_other_are_told_together_before_anything_is_re
         "model_name_or_path: missing/ does not exist; a model folder or a hub id (owner/name) is allowed.",
     ]
     monkeypatch.delenv("ACCELERATE_USE_FSDP")
-    assert models.problems(options("o/n", load_in_8bit=True, attn_implementation="eager", packing=False)) == []
-    assert models.problems(options("o/n", method="qlora", attn_implementation="flash_attention_2")) == []
+    assert model_problems(options("o/n", load_in_8bit=True, attn_implementation="eager", packing=False)) == []
+    assert model_problems(options("o/n", method="qlora", attn_implementation="flash_attention_2")) == []
 
 
 # Configs and weights
@@ -122,15 +126,15 @@ def test_a_broken_config_is_a_sentence(tiny, tmp_path, config, reason):
     folder = copy(tiny, tmp_path)
     (folder / "config.json").write_text(config, encoding="utf-8")
     with pytest.raises(ConfigError) as error:
-        models.load_config(options(folder))
+        load_model_config(options(folder))
     assert str(error.value).startswith(f"model_name_or_path: {folder} cannot be loaded (")
     assert reason in str(error.value) and str(error.value).endswith(").") and "\n" not in str(error.value)
 
 
 def test_max_length_is_held_against_the_positions(tiny):
-    assert models.load_config(options(tiny), 256).max_position_embeddings == 256
+    assert load_model_config(options(tiny), 256).max_position_embeddings == 256
     with pytest.raises(ConfigError) as error:
-        models.load_config(options(tiny), 257)
+        load_model_config(options(tiny), 257)
     assert str(error.value) == ("max_length: 257 is beyond the model's 256 positions; set max_length to 256 or less.")
 
 
@@ -155,30 +159,28 @@ def test_weights_that_do_not_fill_the_model_are_refused(tiny, tmp_path, how):
         "none": "cannot be loaded (Error no file named model.safetensors",
     }.get(how, "cannot be loaded (Error while deserializing header")
     with pytest.raises(ConfigError) as error:
-        models.load_model(options(folder))
+        load_model(options(folder))
     assert str(error.value).startswith(f"model_name_or_path: {folder} {expected}")
 
 
 def test_every_weight_is_the_one_in_the_file(tiny):
-    state, model = load_file(tiny / "model.safetensors"), models.load_model(options(tiny))
+    state, model = load_file(tiny / "model.safetensors"), load_model(options(tiny))
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize("name, why", [("nonsense", "is not supported"), ("flash_attention_2", "FlashAttention2")])
 def test_an_attention_that_is_not_there_is_a_sentence(tiny, name, why):
     with pytest.raises(ConfigError, match=why) as error:
-        models.load_model(options(tiny, attn_implementation=name, packing=False))
+        load_model(options(tiny, attn_implementation=name, packing=False))
     assert str(error.value).startswith(f"model_name_or_path: {tiny} cannot be loaded (")
 
 
 def test_token_ids_beyond_the_vocabulary_are_refused(tiny):
-    config, tokenizer = models.load_config(options(tiny)), models.tokenizer_of(options(tiny))
-    models.check_token_ids([np.array([0, 605], dtype=np.int32)], config, tokenizer)
+    config, tokenizer = load_model_config(options(tiny)), configured_tokenizer(options(tiny))
+    check_token_ids([np.array([0, 605], dtype=np.int32)], config, tokenizer)
     config.vocab_size = 300
     with pytest.raises(ConfigError) as error:
-        models.check_token_ids(
-            [np.array([0], dtype=np.int32), np.array([5, 300, 299], dtype=np.int32)], config, tokenizer
-        )
+        check_token_ids([np.array([0], dtype=np.int32), np.array([5, 300, 299], dtype=np.int32)], config, tokenizer)
     token = tokenizer.convert_ids_to_tokens(300)
     assert str(error.value) == (
         f"tokenizer_name: the data holds token id 300 ({token!r}), but the model's vocabulary has 300 rows; "
@@ -196,7 +198,7 @@ def test_truncation_and_padding_of_a_saved_tokenizer_are_stripped(tiny, tmp_path
     backend.enable_padding(length=6, pad_id=0)
     backend.save(str(folder / "tokenizer.json"))
     assert len(Tokenizer.from_file(str(folder / "tokenizer.json")).encode("a long text").ids) == 6
-    tokenizer = models.load_tokenizer(str(folder))
+    tokenizer = load_tokenizer(str(folder))
     assert len(tokenizer("a long text")["input_ids"]) == len("a long text")
     tokenizer.save_pretrained(tmp_path / "saved")
     saved = json.loads((tmp_path / "saved" / "tokenizer.json").read_text(encoding="utf-8"))
@@ -208,9 +210,9 @@ def test_real_tokenizers_are_whole_and_have_a_pad_token(name):
     folder = DATA / "tokenizers" / name
     if not folder.is_dir():
         pytest.skip(f"{folder} is not here")
-    tokenizer = models.load_tokenizer(str(folder))
+    tokenizer = load_tokenizer(str(folder))
     assert tokenizer.backend_tokenizer.truncation is None and tokenizer.backend_tokenizer.padding is None
-    assert isinstance(models.pad_id(tokenizer), int)
+    assert isinstance(pad_token_id(tokenizer), int)
     assert len(tokenizer("word " * 5000)["input_ids"]) >= 5000
 
 
@@ -219,17 +221,17 @@ def test_a_missing_pad_token_is_the_end_token(tiny, tmp_path):
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps(settings | {"pad_token": None}), encoding="utf-8")
-    tokenizer = models.load_tokenizer(str(folder))
+    tokenizer = load_tokenizer(str(folder))
     assert tokenizer.pad_token == tokenizer.eos_token == "<|im_end|>"
     path.write_text(json.dumps(settings | {"pad_token": None, "eos_token": None}), encoding="utf-8")
-    tokenizer = models.load_tokenizer(str(folder))
-    assert (tokenizer.eos_token, models.pad_id(tokenizer)) == (None, 0)
+    tokenizer = load_tokenizer(str(folder))
+    assert (tokenizer.eos_token, pad_token_id(tokenizer)) == (None, 0)
 
 
 def test_a_slow_tokenizer_is_refused(tmp_path):
     ByT5Tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ConfigError) as error:
-        models.load_tokenizer(str(tmp_path))
+        load_tokenizer(str(tmp_path))
     assert str(error.value) == (
         f"tokenizer_name: {tmp_path} is not a fast tokenizer (no tokenizer.json); exact masks need its offsets."
     )
@@ -237,23 +239,23 @@ def test_a_slow_tokenizer_is_refused(tmp_path):
 
 def test_a_folder_without_a_tokenizer_is_a_sentence(tmp_path):
     with pytest.raises(ConfigError, match=f"^tokenizer_name: no tokenizer could be loaded from {tmp_path} "):
-        models.load_tokenizer(str(tmp_path))
+        load_tokenizer(str(tmp_path))
 
 
 def test_a_tokenizer_of_its_own_comes_before_the_models(tiny, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     tokenizer.add_tokens(["<new>"])
     tokenizer.save_pretrained(tmp_path)
-    assert "<new>" in models.tokenizer_of(options(tiny, tokenizer_name=str(tmp_path))).get_vocab()
-    assert "<new>" not in models.tokenizer_of(options(tiny)).get_vocab()
+    assert "<new>" in configured_tokenizer(options(tiny, tokenizer_name=str(tmp_path))).get_vocab()
+    assert "<new>" not in configured_tokenizer(options(tiny)).get_vocab()
 
 
 def test_the_home_folder_is_found_in_a_recipe_too(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     copy(tiny, tmp_path)
     named = options("~/copy")
-    assert models.problems(named) == [] and models.load_config(named).vocab_size == 606
-    assert models.tokenizer_of(named) and models.load_model(named)
+    assert model_problems(named) == [] and load_model_config(named).vocab_size == 606
+    assert configured_tokenizer(named) and load_model(named)
 
 
 # What is loaded
@@ -274,9 +276,9 @@ def test_weights_are_masters_when_trained_and_in_the_compute_dtype_when_frozen(
     make_model, tmp_path, stored, method, precision, expected
 ):
     chosen = options(make_model(tmp_path, stored), method=method, precision=precision)
-    model = models.load_model(chosen).requires_grad_(method == "full")
+    model = load_model(chosen).requires_grad_(method == "full")
     assert {p.dtype for p in settled(model, chosen).parameters()} == {expected}
-    assert models.stored_dtype(models.load_config(chosen)) == stored
+    assert stored_dtype(load_model_config(chosen)) == stored
 
 
 @pytest.mark.parametrize(
@@ -288,18 +290,18 @@ def test_weights_are_masters_when_trained_and_in_the_compute_dtype_when_frozen(
     ],
 )
 def test_who_keeps_the_masters_of_full_training_in_bf16(tiny, monkeypatch, strategy, master_weights, expected):
-    monkeypatch.setattr(shards, "strategy", lambda: strategy)
+    monkeypatch.setattr(placement, "strategy", lambda: strategy)
     chosen = options(tiny, method="full", precision="bf16", master_weights=master_weights)
     reset()
-    model = models.load_model(chosen)
-    shards.place(Accelerator(cpu=True, mixed_precision="bf16"), model, chosen)
+    model = load_model(chosen)
+    place_weights(Accelerator(cpu=True, mixed_precision="bf16"), model, chosen)
     reset()
     assert {parameter.dtype for parameter in model.parameters()} == {expected}
 
 
 def test_the_4_bit_base_is_nf4_doubly_quantised(tiny, make_model, tmp_path):
     chosen = options(tiny, method="qlora", precision="bf16")
-    model = settled(models.load_model(chosen), chosen)
+    model = settled(load_model(chosen), chosen)
     settings = model.config.quantization_config
     assert (settings.bnb_4bit_quant_type, settings.bnb_4bit_use_double_quant) == ("nf4", True)
     assert (settings.bnb_4bit_compute_dtype, settings.bnb_4bit_quant_storage) == (torch.bfloat16, torch.uint8)
@@ -307,29 +309,29 @@ def test_the_4_bit_base_is_nf4_doubly_quantised(tiny, make_model, tmp_path):
     assert type(weight).__name__ == "Params4bit" and weight.numel() == 64 * 32 // 2
     assert weight.quant_state.nested and weight.quant_state.quant_type == "nf4"
     # A sharded tensor must look like the floats that it is flattened with.
-    sharded = models.quantization_config(options(method="qlora"), torch.bfloat16, sharded=True)
+    sharded = build_quantization_config(options(method="qlora"), torch.bfloat16, sharded=True)
     assert sharded is not None and sharded.bnb_4bit_quant_storage == torch.bfloat16
-    assert models.quantization_config(options(method="lora"), torch.bfloat16, sharded=True) is None
+    assert build_quantization_config(options(method="lora"), torch.bfloat16, sharded=True) is None
 
 
 def test_the_8_bit_base_is_in_8_bits(tiny):
-    model = models.load_model(options(tiny, load_in_8bit=True))
+    model = load_model(options(tiny, load_in_8bit=True))
     assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.int8
 
 
 def gradients(tiny: Path, method: str, checkpointing: bool) -> dict[str, torch.Tensor]:
     chosen = options(tiny, method=method, gradient_checkpointing=checkpointing)
     torch.manual_seed(0)
-    model = models.load_model(chosen)
+    model = load_model(chosen)
     assert model.is_gradient_checkpointing == checkpointing and model.training
-    losses.attach(model, 64)
-    trained = model if method == "full" else adapter.attach(model, chosen)
+    attach_loss(model, 64)
+    trained = model if method == "full" else attach_adapter(model, chosen)
     rows = [np.arange(5, 30), np.arange(40, 50)]
     batch = {
         name: torch.as_tensor(value) if isinstance(value, np.ndarray) else value
         for name, value in collate_packed([(row, row) for row in rows]).items()
     }
-    losses.next_token_loss(trained, batch).backward()
+    next_token_loss(trained, batch).backward()
     return {name: p.grad for name, p in trained.named_parameters() if p.grad is not None}
 
 
@@ -342,19 +344,19 @@ def test_activation_checkpointing_leaves_the_gradients_as_they_are(tiny, method)
 
 
 def test_packing_switches_attention_only_where_it_was_left_to_us(tiny):
-    assert models.load_model(options(tiny)).config._attn_implementation == attention.NAME
-    assert models.load_model(options(tiny, packing=False)).config._attn_implementation == "sdpa"
+    assert load_model(options(tiny)).config._attn_implementation == PACKED_ATTENTION
+    assert load_model(options(tiny, packing=False)).config._attn_implementation == "sdpa"
     eager = options(tiny, packing=False, attn_implementation="eager")
-    assert models.load_model(eager).config._attn_implementation == "eager"
+    assert load_model(eager).config._attn_implementation == "eager"
 
 
 def test_fresh_weights_are_float32_and_seeded(tiny):
-    config = models.load_config(options(tiny))
+    config = load_model_config(options(tiny))
     torch.manual_seed(5)
-    first = models.build_model(config, options(tiny))
+    first = build_model(config, options(tiny))
     torch.manual_seed(5)
-    second = models.build_model(config, options(tiny))
-    assert first.dtype == torch.float32 and first.config._attn_implementation == attention.NAME
+    second = build_model(config, options(tiny))
+    assert first.dtype == torch.float32 and first.config._attn_implementation == PACKED_ATTENTION
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
@@ -362,9 +364,9 @@ def test_a_generation_config_that_cannot_be_saved_is_mended(tmp_path):
     greedy = GenerationConfig(do_sample=False, temperature=0.6, top_p=0.9, eos_token_id=2, repetition_penalty=1.1)
     with pytest.raises(ValueError, match="GenerationConfig is invalid"):
         greedy.save_pretrained(tmp_path)
-    models.saveable(greedy).save_pretrained(tmp_path)
+    saveable_generation_config(greedy).save_pretrained(tmp_path)
     saved = GenerationConfig.from_pretrained(tmp_path)
     assert (saved.temperature, saved.top_p, saved.eos_token_id, saved.repetition_penalty) == (None, None, 2, 1.1)
-    sampling = models.saveable(GenerationConfig(do_sample=True, temperature=0.6, top_p=0.9))
+    sampling = saveable_generation_config(GenerationConfig(do_sample=True, temperature=0.6, top_p=0.9))
     assert (sampling.do_sample, sampling.temperature, sampling.top_p) == (True, 0.6, 0.9)
-    assert models.saveable(None).to_dict() == GenerationConfig().to_dict()
+    assert saveable_generation_config(None).to_dict() == GenerationConfig().to_dict()

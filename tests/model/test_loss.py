@@ -12,11 +12,14 @@ from pydantic import ValidationError
 from torch.utils.checkpoint import checkpoint
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
+from accel_llm.chat.targets import IGNORED
 from accel_llm.config.options import TrainOptions
-from accel_llm.data.packing import IGNORED, collate_packed, collate_padded, pack
+from accel_llm.data.batches import collate_packed, collate_padded, count_targets, total_weight
+from accel_llm.data.packing import pack
 from accel_llm.errors import ConfigError
-from accel_llm.model import attention
-from accel_llm.model import loss as losses
+from accel_llm.model import loss as loss_module
+from accel_llm.model.attention import enable_packing
+from accel_llm.model.loss import attach_loss, check_loss, next_token_loss
 
 SIZES = {
     "vocab_size": 97,
@@ -121,7 +124,7 @@ def random_rows(number: int, longest: int, seed: int = 0) -> list[tuple[np.ndarr
 
 def family_loss(model: PreTrainedModel, batch: dict) -> torch.Tensor:
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
-    return type(model).forward(model, **inputs, use_cache=False).loss * losses.count_targets(batch["labels"])
+    return type(model).forward(model, **inputs, use_cache=False).loss * count_targets(batch["labels"])
 
 
 def gradients(model: PreTrainedModel, loss: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -142,7 +145,7 @@ def assert_close_in_norm(found: dict[str, torch.Tensor], expected: dict[str, tor
 def assert_the_familys(model: PreTrainedModel, batch: dict) -> None:
     """Loss and every gradient are those of the family's own forward, to 1e-6 in float32."""
     stock = family_loss(model, batch)
-    loss = losses.next_token_loss(model, batch)
+    loss = next_token_loss(model, batch)
     torch.testing.assert_close(loss, stock, rtol=1e-6, atol=0)
     assert_close_in_norm(gradients(model, loss), gradients(model, stock), 1e-6)
 
@@ -156,7 +159,7 @@ def is_tied(model: PreTrainedModel) -> bool:
 def test_own_loss_is_the_familys(family, tied):
     model = tiny_model(family, tie_word_embeddings=tied)
     assert is_tied(model) == tied
-    assert losses.attach(model, 1024) == "own"
+    assert attach_loss(model, 1024) == "own"
     for chunks in (1, 3):
         model.loss_chunks = chunks
         assert_the_familys(model, collate_padded(random_rows(4, 12), 0))
@@ -167,7 +170,7 @@ def test_own_loss_is_the_familys(family, tied):
 def test_a_family_that_treats_its_logits_in_a_way_of_its_own_takes_the_stock_path(family, tied):
     model = tiny_model(family, tie_word_embeddings=tied)
     assert is_tied(model) == tied
-    assert losses.attach(model, 1024) == "stock"
+    assert attach_loss(model, 1024) == "stock"
     assert_the_familys(model, collate_padded(random_rows(4, 12), 0))
 
 
@@ -183,12 +186,12 @@ def balanced_model(family: str, **options) -> PreTrainedModel:
 @pytest.mark.parametrize("family", BALANCED)
 def test_balance_loss_is_part_of_the_loss_where_the_config_asks_for_it(family):
     model = balanced_model(family)
-    assert losses.attach(model, 1024) == "stock"
+    assert attach_loss(model, 1024) == "stock"
     batch = collate_padded(random_rows(4, 12), 0)
     assert_the_familys(model, batch)
-    plain = losses.next_token_loss(model.eval(), batch)
+    plain = next_token_loss(model.eval(), batch)
     torch.testing.assert_close(plain, family_loss(tiny_model(family), batch), rtol=1e-6, atol=0)
-    assert losses.next_token_loss(model.train(), batch) > 1.01 * plain
+    assert next_token_loss(model.train(), batch) > 1.01 * plain
 
 
 def switch_loss(router_logits: list[torch.Tensor], top_k: int) -> float:
@@ -209,30 +212,30 @@ def switch_loss(router_logits: list[torch.Tensor], top_k: int) -> float:
 def test_balance_is_that_of_real_tokens_weighed_with_the_weight_of_the_targets(family, packed):
     rows, weights = weighted_rows()
     model = balanced_model(family)
-    losses.attach(model, 1024)
+    attach_loss(model, 1024)
     router_logits: list[torch.Tensor] = []
     for ids, _ in rows:
         router_logits += model(torch.from_numpy(ids)[None]).router_logits
     expected = 0.1 * switch_loss(router_logits, 2)
     if packed:
-        attention.enable(model)
+        enable_packing(model)
     batch = collate_packed(rows, weights) if packed else collate_padded(rows, 0, weights)
-    found = losses.next_token_loss(model, batch) - losses.next_token_loss(model.eval(), batch)
-    assert float(found / losses.total_weight(batch)) == pytest.approx(expected, rel=1e-5)
+    found = next_token_loss(model, batch) - next_token_loss(model.eval(), batch)
+    assert float(found / total_weight(batch)) == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_steps_balance_loss_is_the_mean_of_its_micro_batches_in_proportion_to_their_targets():
     model = balanced_model("qwen3_moe")
-    losses.attach(model, 1024)
+    attach_loss(model, 1024)
     rows = random_rows(12, 20)
     micro_batches = [collate_padded(part, 0) for part in (rows[:1], rows[1:4], rows[4:])]
-    counts = [losses.count_targets(batch["labels"]) for batch in micro_batches]
+    counts = [count_targets(batch["labels"]) for batch in micro_batches]
     means = [family_loss(model, batch) / count for batch, count in zip(micro_batches, counts, strict=True)]
     expected = sum(mean * count for mean, count in zip(means, counts, strict=True)) / sum(counts)
-    found = sum(losses.next_token_loss(model, batch) for batch in micro_batches) / sum(counts)
+    found = sum(next_token_loss(model, batch) for batch in micro_batches) / sum(counts)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
     assert len({int(count) for count in counts}) == 3
-    twice = sum(losses.next_token_loss(model, batch) for batch in [micro_batches[2]] * 2) / (2 * counts[2])
+    twice = sum(next_token_loss(model, batch) for batch in [micro_batches[2]] * 2) / (2 * counts[2])
     torch.testing.assert_close(twice, means[2], rtol=1e-6, atol=0)
 
 
@@ -241,15 +244,15 @@ def test_the_router_learns_balance_through_recomputed_layers_too():
     found = []
     for recompute in (False, True):
         model = balanced_model("mixtral")
-        losses.attach(model, 1024)
+        attach_loss(model, 1024)
         if recompute:
             recomputed = functools.partial(checkpoint, use_reentrant=False)
             model._set_gradient_checkpointing(gradient_checkpointing_func=recomputed)
-        found.append(gradients(model, losses.next_token_loss(model, batch)))
+        found.append(gradients(model, next_token_loss(model, batch)))
     assert_close_in_norm(found[1], found[0], 1e-6)
     plain = tiny_model("mixtral").train()
-    losses.attach(plain, 1024)
-    without = gradients(plain, losses.next_token_loss(plain, batch))
+    attach_loss(plain, 1024)
+    without = gradients(plain, next_token_loss(plain, batch))
     moved = [name for name in without if not torch.allclose(without[name], found[1][name], rtol=1e-3)]
     assert any("gate" in name for name in moved)
 
@@ -268,18 +271,18 @@ def test_a_loss_that_logits_do_not_give_is_refused():
     model = tiny_model("llama")
     model.__class__ = TwiceTheLoss
     with pytest.raises(ConfigError, match="TwiceTheLoss cannot be trained here"):
-        losses.attach(model, 1024)
+        attach_loss(model, 1024)
 
 
 def test_check_settles_the_path_of_a_model_that_could_not_be_tried_when_attached():
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(tiny_model("hyperclovax").config)
     empty.unread = True
-    assert losses.attach(empty, 1024) == "own"
+    assert attach_loss(empty, 1024) == "own"
     model = tiny_model("hyperclovax")
-    losses.attach(model, 1024)
+    attach_loss(model, 1024)
     model.loss_path = "own"
-    assert losses.check(model, "cpu", torch.float32) == "stock" == model.loss_path
+    assert check_loss(model, "cpu", torch.float32) == "stock" == model.loss_path
 
 
 @pytest.mark.parametrize("extra", [{}, {"label_smoothing": 0.2, "z_loss_coef": 0.1}], ids=["plain", "regularised"])
@@ -287,9 +290,9 @@ def test_check_settles_the_path_of_a_model_that_could_not_be_tried_when_attached
 @pytest.mark.parametrize("chunks", [1, 4])
 def test_no_label_gives_zero_and_zero_gradients(family, chunks, extra):
     model = balanced_model(family) if family in BALANCED else tiny_model(family).train()
-    losses.attach(model, 1024, **extra)
+    attach_loss(model, 1024, **extra)
     model.loss_chunks = chunks
-    loss = losses.next_token_loss(
+    loss = next_token_loss(
         model, collate_padded([(ids, np.full_like(ids, IGNORED)) for ids, _ in random_rows(2, 9)], 0)
     )
     loss.backward()
@@ -299,25 +302,25 @@ def test_no_label_gives_zero_and_zero_gradients(family, chunks, extra):
 
 
 def test_chunks_follow_from_capacity_and_the_head_is_used_as_often_whatever_the_labels(monkeypatch):
-    monkeypatch.setattr(losses, "LOGITS_BYTES", 97 * 4 * 100)
+    monkeypatch.setattr(loss_module, "LOGITS_BYTES", 97 * 4 * 100)
     model = tiny_model("llama")
-    losses.attach(model, 450)
+    attach_loss(model, 450)
     assert (model.loss_chunks, model.eval_loss_chunks) == (5, 0)
-    losses.attach(model, 450, 900)
+    attach_loss(model, 450, 900)
     assert (model.loss_chunks, model.eval_loss_chunks) == (5, 9)
     calls = []
     model.train().lm_head.register_forward_hook(lambda *_: calls.append(1))
     for rows in (random_rows(4, 12), [(np.array([3, 4]), np.array([IGNORED, 4]))]):
-        losses.next_token_loss(model, collate_padded(rows, 0)).backward()
+        next_token_loss(model, collate_padded(rows, 0)).backward()
     assert len(calls) == 2 * 5 * 2, "5 chunks, forward and backward"
     with torch.no_grad():
-        losses.next_token_loss(model.eval(), collate_padded(random_rows(4, 12), 0))
+        next_token_loss(model.eval(), collate_padded(random_rows(4, 12), 0))
     assert len(calls) == 20 + 9
 
 
 def test_generation_is_the_familys():
     model, attached = tiny_model("qwen3"), tiny_model("qwen3")
-    losses.attach(attached, 1024)
+    attach_loss(attached, 1024)
     prompts = {"input_ids": torch.tensor([[0, 0, 5, 6], [7, 8, 9, 10]])}
     prompts["attention_mask"] = (prompts["input_ids"] != 0).long()
     options = {"max_new_tokens": 8, "do_sample": False}
@@ -339,21 +342,21 @@ def test_peft_around_the_attached_model(config):
     base = tiny_model("llama")
     model = get_peft_model(base, config).eval()
     batch = collate_padded(random_rows(4, 12), 0)
-    expected = model(**batch).loss * losses.count_targets(batch["labels"])
-    losses.attach(base, 1024)
-    torch.testing.assert_close(losses.next_token_loss(model, batch), expected, rtol=1e-6, atol=0)
-    assert losses.check(model, "cpu", torch.float32) == "own"
+    expected = model(**batch).loss * count_targets(batch["labels"])
+    attach_loss(base, 1024)
+    torch.testing.assert_close(next_token_loss(model, batch), expected, rtol=1e-6, atol=0)
+    assert check_loss(model, "cpu", torch.float32) == "own"
 
 
 def test_accelerate_wraps_the_attached_forward_in_autocast():
     model = tiny_model("llama")
-    losses.attach(model, 1024)
+    attach_loss(model, 1024)
     batch = collate_padded(random_rows(4, 12), 0)
-    exact = losses.next_token_loss(model, batch)
+    exact = next_token_loss(model, batch)
     try:
         prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
-        loss = losses.next_token_loss(prepared, batch)
-        assert losses.check(prepared, "cpu", torch.bfloat16) == "own"
+        loss = next_token_loss(prepared, batch)
+        assert check_loss(prepared, "cpu", torch.bfloat16) == "own"
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
     assert loss.dtype == torch.float32 and loss != exact
@@ -361,7 +364,7 @@ def test_accelerate_wraps_the_attached_forward_in_autocast():
 
 
 def test_count_targets_leaves_out_the_first_token():
-    assert losses.count_targets(torch.tensor([[5, IGNORED, 7], [IGNORED, 8, 9]])) == 3
+    assert count_targets(torch.tensor([[5, IGNORED, 7], [IGNORED, 8, 9]])) == 3
 
 
 def reference_gradients(model: PreTrainedModel, rows: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, torch.Tensor]:
@@ -378,9 +381,9 @@ def reference_gradients(model: PreTrainedModel, rows: list[tuple[np.ndarray, np.
 def gradient_case(model: PreTrainedModel, micro_batches: list[dict]) -> dict[str, torch.Tensor]:
     """Gradients of one optimizer step as the training loop takes it, in one process."""
     model.train()
-    targets = sum(losses.count_targets(batch["labels"]) for batch in micro_batches)
+    targets = sum(count_targets(batch["labels"]) for batch in micro_batches)
     for batch in micro_batches:
-        (losses.next_token_loss(model, batch) / targets).backward()
+        (next_token_loss(model, batch) / targets).backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
@@ -398,14 +401,14 @@ def test_gradients_of_a_step_do_not_depend_on_how_it_is_cut(cut, chunks, reentra
     rows = random_rows(32, 24)
     model = tiny_model("qwen2", num_hidden_layers=1)
     expected = reference_gradients(model, rows)
-    losses.attach(model, 1024)
+    attach_loss(model, 1024)
     model.loss_chunks = chunks
     if reentrant is not None:
         recomputed = functools.partial(checkpoint, use_reentrant=reentrant)
         model._set_gradient_checkpointing(gradient_checkpointing_func=recomputed)
         model.enable_input_require_grads()
     if cut.startswith("packed"):
-        attention.enable(model)
+        enable_packing(model)
         micro_batches = packed_batches(rows, int(cut.removeprefix("packed-")))
     else:
         size = int(cut.split("x")[1])
@@ -434,17 +437,17 @@ def test_each_label_counts_its_weight(family, packed, chunks):
         targets, each = torch.from_numpy(labels[1:]), torch.from_numpy(each[1:]).double()
         terms = F.cross_entropy(logits, targets, reduction="none", ignore_index=IGNORED)
         expected, total = expected + float((terms * each).sum()), total + float(each[targets != IGNORED].sum())
-    assert losses.attach(model, 1024) == ("own" if family == "llama" else "stock")
+    assert attach_loss(model, 1024) == ("own" if family == "llama" else "stock")
     model.loss_chunks = chunks
     if packed:
-        attention.enable(model)
+        enable_packing(model)
     batch = collate_packed(rows, weights) if packed else collate_padded(rows, 0, weights)
-    assert float(losses.next_token_loss(model, batch)) == pytest.approx(expected, rel=1e-5)
-    assert float(losses.total_weight(batch)) == pytest.approx(total, rel=1e-12)
+    assert float(next_token_loss(model, batch)) == pytest.approx(expected, rel=1e-5)
+    assert float(total_weight(batch)) == pytest.approx(total, rel=1e-12)
     plain = {name: value for name, value in batch.items() if name != "weights"}
-    assert float(losses.total_weight(plain)) == int(losses.count_targets(batch["labels"])) != pytest.approx(total)
+    assert float(total_weight(plain)) == int(count_targets(batch["labels"])) != pytest.approx(total)
     ones = {**batch, "weights": torch.ones_like(batch["weights"])}
-    assert float(losses.next_token_loss(model, ones)) == pytest.approx(float(losses.next_token_loss(model, plain)))
+    assert float(next_token_loss(model, ones)) == pytest.approx(float(next_token_loss(model, plain)))
 
 
 # --- label smoothing and z-loss ---
@@ -487,14 +490,14 @@ def test_smoothing_and_z_loss_are_what_the_definition_says(family, packed, chunk
     weights = weights if weighted else [np.ones(len(ids), np.float32) for ids, _ in rows]
     model = tiny_model(family).train()
     expected, expected_gradients = defined_loss(model, rows, weights, smoothing, z_coef)
-    path = losses.attach(model, 1024, label_smoothing=smoothing, z_loss_coef=z_coef)
+    path = attach_loss(model, 1024, label_smoothing=smoothing, z_loss_coef=z_coef)
     assert path == ("stock" if family in STOCK else "own")
     model.loss_chunks = chunks
     if packed:
-        attention.enable(model)
+        enable_packing(model)
     given = weights if weighted else None
     batch = collate_packed(rows, given) if packed else collate_padded(rows, 0, given)
-    loss = losses.next_token_loss(model, batch)
+    loss = next_token_loss(model, batch)
     assert float(loss.detach()) == pytest.approx(expected, rel=2e-6)
     assert_close_in_norm({n: g.double() for n, g in gradients(model, loss).items()}, expected_gradients, 1e-5)
 
@@ -503,12 +506,12 @@ def test_smoothing_and_z_loss_are_what_the_definition_says(family, packed, chunk
 def test_smoothing_and_z_loss_act_in_training_only(extra):
     batch = collate_padded(random_rows(4, 12), 0)
     plain, model = tiny_model("llama"), tiny_model("llama")
-    losses.attach(plain, 1024)
-    assert losses.attach(model.train(), 1024, **extra) == "own"
-    assert losses.next_token_loss(model.eval(), batch) == losses.next_token_loss(plain, batch)
-    ratio = losses.next_token_loss(model.train(), batch) / losses.next_token_loss(plain.train(), batch)
+    attach_loss(plain, 1024)
+    assert attach_loss(model.train(), 1024, **extra) == "own"
+    assert next_token_loss(model.eval(), batch) == next_token_loss(plain, batch)
+    ratio = next_token_loss(model.train(), batch) / next_token_loss(plain.train(), batch)
     assert abs(ratio - 1) > 1e-3
-    assert losses.check(model, "cpu", torch.float32) == "own" and model.training
+    assert check_loss(model, "cpu", torch.float32) == "own" and model.training
 
 
 def test_a_model_that_says_nothing_has_the_same_loss_smoothed():
@@ -516,11 +519,11 @@ def test_a_model_that_says_nothing_has_the_same_loss_smoothed():
     with torch.no_grad():
         model.lm_head.weight.zero_()
     batch = collate_padded(random_rows(4, 12), 0)
-    count, log_z = float(losses.count_targets(batch["labels"])), float(np.log(97))
-    losses.attach(model, 1024, label_smoothing=0.4)
-    assert float(losses.next_token_loss(model, batch).detach()) == pytest.approx(count * log_z, rel=1e-6)
-    losses.attach(model, 1024, label_smoothing=0.4, z_loss_coef=0.5)
-    found = float(losses.next_token_loss(model, batch).detach())
+    count, log_z = float(count_targets(batch["labels"])), float(np.log(97))
+    attach_loss(model, 1024, label_smoothing=0.4)
+    assert float(next_token_loss(model, batch).detach()) == pytest.approx(count * log_z, rel=1e-6)
+    attach_loss(model, 1024, label_smoothing=0.4, z_loss_coef=0.5)
+    found = float(next_token_loss(model, batch).detach())
     assert found == pytest.approx(count * (log_z + 0.5 * log_z**2), rel=1e-6)
 
 
@@ -530,7 +533,7 @@ def test_smoothing_and_z_loss_keep_no_second_copy_of_the_logits(family):
     kept = []
     for extra in ({}, {"label_smoothing": 0.1, "z_loss_coef": 1e-3}):
         model = tiny_model(family).train()
-        losses.attach(model, 1024, **extra)
+        attach_loss(model, 1024, **extra)
         sizes: set[int] = set()
 
         def keep(tensor: torch.Tensor, sizes: set[int] = sizes) -> torch.Tensor:
@@ -539,7 +542,7 @@ def test_smoothing_and_z_loss_keep_no_second_copy_of_the_logits(family):
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = losses.next_token_loss(model, batch)
+            loss = next_token_loss(model, batch)
         kept.append(len(sizes))
         loss.backward()
     assert kept == [1, 1]

@@ -12,12 +12,13 @@ from conftest import settled
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from accel_llm.adapters import attach as adapter
+from accel_llm.adapters.attach import attach_adapter
 from accel_llm.config.options import TrainOptions
-from accel_llm.demo import skills as demo
-from accel_llm.merge import four_bit as quantized
-from accel_llm.model import loading as models
-from accel_llm.model import placement as shards
+from accel_llm.demo.tokenizer import build_demo_tokenizer
+from accel_llm.model import placement
+from accel_llm.model.loading import load_complete_model, load_model
+from accel_llm.model.quantization import build_quantization_config, quantized_weights, round_to_4_bits
+from accel_llm.system import memory
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/smaps")
 
@@ -38,7 +39,7 @@ def mapped_kb(folder: Path) -> int:
 
 
 def in_a_map(parameter: torch.Tensor) -> bool:
-    return any(low <= parameter.data_ptr() < high for low, high in shards._maps_of_checkpoints())
+    return any(low <= parameter.data_ptr() < high for low, high in memory._mapped_weight_files())
 
 
 @pytest.fixture
@@ -51,9 +52,9 @@ def large(make_model, tmp_path) -> Path:
 def test_nothing_is_read_until_it_is_settled_and_nothing_of_the_file_stays(large, method, quiet):
     size = sum(file.stat().st_size for file in large.glob("*.safetensors")) // 1024
     chosen = options(large, method=method)
-    model = models.load_model(chosen)
+    model = load_model(chosen)
     if method != "full":
-        model = adapter.attach(model, chosen)
+        model = attach_adapter(model, chosen)
     frozen = [p for p in model.parameters() if method == "full" or not p.requires_grad]
     assert all(in_a_map(parameter) for parameter in frozen)
     settled(model, chosen)
@@ -65,7 +66,7 @@ def test_what_is_settled_does_not_change_with_the_file(make_model, tmp_path):
     base = make_model(tmp_path / "base")
     before = load_file(base / "model.safetensors")
     chosen = options(base, method="full")
-    model = settled(models.load_model(chosen), chosen)
+    model = settled(load_model(chosen), chosen)
     with torch.no_grad():
         model.lm_head.weight.zero_()
     assert torch.equal(load_file(base / "model.safetensors")["lm_head.weight"], before["lm_head.weight"])
@@ -76,14 +77,14 @@ def test_what_is_settled_does_not_change_with_the_file(make_model, tmp_path):
 
 def test_tied_weights_stay_one(make_model, tmp_path):
     chosen = options(make_model(tmp_path, tie_word_embeddings=True), method="full")
-    model = settled(models.load_model(chosen), chosen)
+    model = settled(load_model(chosen), chosen)
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
 
 
 def eager(base: Path) -> torch.nn.Module:
     """transformers' own quantisation while loading."""
-    config = models.quantization_config(options(base, method="qlora"), torch.float32, sharded=False)
-    return models.load_whole(str(base), dtype=torch.float32, quantization_config=config)
+    config = build_quantization_config(options(base, method="qlora"), torch.float32, sharded=False)
+    return load_complete_model(str(base), dtype=torch.float32, quantization_config=config)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -92,11 +93,11 @@ def test_quantised_later_is_quantised_as_transformers_does(family, make_model, t
         base = make_model(tmp_path, torch.bfloat16, attention_bias=True)
     else:  # its layers hold their weights transposed
         torch.manual_seed(0)
-        base, tokenizer = tmp_path, demo.build_tokenizer()
+        base, tokenizer = tmp_path, build_demo_tokenizer()
         GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=64, n_layer=2, n_head=2)).save_pretrained(base)
         tokenizer.save_pretrained(base)
     chosen = options(base, method="qlora")
-    ours, theirs = settled(models.load_model(chosen), chosen), eager(base)
+    ours, theirs = settled(load_model(chosen), chosen), eager(base)
     assert ours.is_loaded_in_4bit and ours.config.quantization_config.load_in_4bit
     expected = dict(theirs.named_parameters())
     for name, parameter in ours.named_parameters():
@@ -115,20 +116,20 @@ def test_4_bit_layers_keep_their_gradient_after_an_evaluation_on_every_cpu(tiny,
     monkeypatch.setattr("bitsandbytes.nn.modules._convert_weight_packed_for_cpu", repacked)
     chosen = options(tiny, method="qlora", lora_dropout=0.0, init_lora_weights="gaussian")
     eager(tiny).save_pretrained(tmp_path / "stored")  # a model whose files are in 4 bits
-    model = settled(adapter.attach(models.load_model(chosen), chosen), chosen)
-    stored = models.load_whole(str(tmp_path / "stored"), dtype=torch.float32)
+    model = settled(attach_adapter(load_model(chosen), chosen), chosen)
+    stored = load_complete_model(str(tmp_path / "stored"), dtype=torch.float32)
     ids = torch.arange(12)[None]
     with torch.no_grad():
         model.eval()(input_ids=ids), stored.eval()(input_ids=ids)
     with pytest.raises(AssertionError, match="repacked"):  # a layer as its constructor leaves it
         Linear4bit(64, 64).to("cpu").eval()(torch.zeros(1, 64))
     model.train()(input_ids=ids, labels=ids).loss.backward()
-    plain = models.load_whole(str(tiny), dtype=torch.float32)
+    plain = load_complete_model(str(tiny), dtype=torch.float32)
     with torch.no_grad():
-        for name in quantized.names_of(plain):
+        for name in quantized_weights(plain):
             weight = plain.get_parameter(name)
-            weight.copy_(quantized.rounded(weight, False))
-    reference = adapter.attach(plain, options(tiny, lora_dropout=0.0, init_lora_weights="gaussian"))
+            weight.copy_(round_to_4_bits(weight, False))
+    reference = attach_adapter(plain, options(tiny, lora_dropout=0.0, init_lora_weights="gaussian"))
     ours = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     trained = {name: parameter for name, parameter in reference.named_parameters() if parameter.requires_grad}
     with torch.no_grad():
@@ -142,13 +143,13 @@ def test_4_bit_layers_keep_their_gradient_after_an_evaluation_on_every_cpu(tiny,
 @pytest.mark.parametrize("chosen", [{"use_dora": True}, {"init_lora_weights": "olora"}])
 def test_an_adapter_made_from_quantised_weights_finds_them(chosen, tiny, quiet):
     settings = options(tiny, method="qlora", **chosen)
-    model = settled(adapter.attach(models.load_model(settings), settings), settings)
+    model = settled(attach_adapter(load_model(settings), settings), settings)
     assert torch.isfinite(model(input_ids=torch.arange(12)[None]).logits).all()
 
 
 def test_a_family_s_float32_modules_stay_so_in_bf16(tiny):
     chosen = options(tiny, precision="bf16")
-    model = models.load_model(chosen).requires_grad_(False)
+    model = load_model(chosen).requires_grad_(False)
     model._keep_in_fp32_modules_strict = {"norm"}
     settled(model, chosen)
     kept = {name for name, parameter in model.named_parameters() if parameter.dtype == torch.float32}
@@ -156,7 +157,7 @@ def test_a_family_s_float32_modules_stay_so_in_bf16(tiny):
 
 
 def test_units_cover_every_weight_once_and_parts_come_before_the_whole(tiny):
-    model = models.load_model(options(tiny))
-    units = shards._units(model)
+    model = load_model(options(tiny))
+    units = placement._units(model)
     assert [type(unit).__name__ for unit in units] == ["LlamaDecoderLayer"] * 2 + ["Embedding", "LlamaForCausalLM"]
     assert len({id(p) for unit in units for p in unit.parameters()}) == len(list(model.parameters()))

@@ -18,18 +18,19 @@ from datasets.data_files import resolve_pattern
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Gemma3Config
 
-from accel_llm.config.command_line import parse
+from accel_llm.config.command_line import parse_options
 from accel_llm.config.fields import MOST_YAML, Source
 from accel_llm.config.options import SftOptions, TrainOptions
-from accel_llm.data import sources
+from accel_llm.data.sources import file_outside_hub, read_source
 from accel_llm.errors import ConfigError, DataError
-from accel_llm.model import loading as models
+from accel_llm.model.loading import OWN_IMPLEMENTATIONS, build_model, load_complete_model, load_model, load_model_config
+from accel_llm.model.tokenizer import configured_tokenizer, load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("quiet")
 SHA = "a" * 40
 
 
-class Options(SftOptions, TrainOptions):
+class Options(SftOptions):
     pass
 
 
@@ -102,13 +103,13 @@ def as_pickle(folder: Path, shards: int = 1) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("shards", [1, 2])
 def test_a_pickle_is_read_with_the_flag_alone(folder, tiny, shards):
     as_pickle(folder, shards)
-    sentence = refused(models.load_model, options(folder))
+    sentence = refused(load_model, options(folder))
     assert sentence == (
         f"model_name_or_path: {folder} has its weights as a pickle (pytorch_model.bin) and not as safetensors; a pickle is a "
         "program, so convert it where you trust it, or set allow_pickle: true, by which tensors alone are unpickled."
     )
     given = options(folder, allow_pickle=True)
-    ours, theirs = settled(models.load_model(given), given), settled(models.load_model(options(tiny)), options(tiny))
+    ours, theirs = settled(load_model(given), given), settled(load_model(options(tiny)), options(tiny))
     expected = theirs.state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in ours.state_dict().items())
 
@@ -116,7 +117,7 @@ def test_a_pickle_is_read_with_the_flag_alone(folder, tiny, shards):
 def test_the_flag_prefers_safetensors(folder, mark):
     torch.save({"a": Payload(mark)}, folder / "pytorch_model.bin")
     for allowed in (False, True):
-        models.load_model(options(folder, allow_pickle=allowed))
+        load_model(options(folder, allow_pickle=allowed))
     assert not mark.exists()
 
 
@@ -125,8 +126,8 @@ def test_a_pickle_that_is_a_program_is_never_run(folder, mark, zipped):
     as_pickle(folder)
     file = folder / "pytorch_model.bin"
     torch.save({"model.norm.weight": Payload(mark)}, file, _use_new_zipfile_serialization=zipped)
-    refused(models.load_model, options(folder))
-    sentence = refused(models.load_model, options(folder, allow_pickle=True))
+    refused(load_model, options(folder))
+    sentence = refused(load_model, options(folder, allow_pickle=True))
     assert sentence == f"model_name_or_path: {folder} cannot be loaded (its pickle holds more than tensors)."
     assert not mark.exists()
     torch.load(file, weights_only=False)
@@ -140,18 +141,18 @@ def test_a_repository_of_the_hub_is_looked_at_alike(tiny, tmp_path, mark, monkey
     (tmp_path / "models--o--n" / "refs" / "main").write_text(SHA, encoding="utf-8")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    models.load_model(options("o/n"))
+    load_model(options("o/n"))
     change(snapshot / "adapter_config.json", base_model_name_or_path=str(tiny))
-    assert refused(models.load_config, options("o/n")) == (
+    assert refused(load_model_config, options("o/n")) == (
         "model_name_or_path: o/n is an adapter, not a model; name its base model."
     )
     (snapshot / "adapter_config.json").unlink()
     as_pickle(snapshot)
-    assert "o/n has its weights as a pickle" in refused(models.load_model, options("o/n"))
-    assert models.load_model(options("o/n", allow_pickle=True)).num_parameters()
+    assert "o/n has its weights as a pickle" in refused(load_model, options("o/n"))
+    assert load_model(options("o/n", allow_pickle=True)).num_parameters()
     payload(snapshot, mark, "config.json", "AutoConfig")
     change(snapshot / "config.json", model_type="strange")
-    assert "o/n needs Python code of its own" in refused(models.load_config, options("o/n"))
+    assert "o/n needs Python code of its own" in refused(load_model_config, options("o/n"))
     assert not mark.exists()
 
 
@@ -175,7 +176,7 @@ def test_a_map_of_weights_stays_in_its_folder(folder, tiny, name):
     assert AutoModelForCausalLM.from_pretrained(folder).num_parameters()
     change(index, weight_map={**weights, "model.norm.weight": name})
     for allowed in (False, True):
-        assert refused(models.load_model, options(folder, allow_pickle=allowed)).startswith(
+        assert refused(load_model, options(folder, allow_pickle=allowed)).startswith(
             f"model_name_or_path: {folder} names "
         )
 
@@ -186,16 +187,16 @@ def test_a_map_of_weights_names_no_pickle(folder, mark):
     names = dict.fromkeys(load_file(folder / "a.safetensors"), "a.safetensors")
     index = folder / "model.safetensors.index.json"
     change(index, metadata={"total_size": 1}, weight_map=names)
-    assert models.load_model(options(folder)).num_parameters()
+    assert load_model(options(folder)).num_parameters()
     change(index, weight_map=names | {"model.norm.weight": "b.bin"})
-    assert refused(models.load_model, options(folder)) == (
+    assert refused(load_model, options(folder)) == (
         f"model_name_or_path: {folder} names 'b.bin' in its model.safetensors.index.json; .safetensors is allowed."
     )
     shutil.move(folder / "a.safetensors", folder / "model.safetensors")
     index.unlink()
     for named in ("adapter_model.bin", "../model.safetensors", "/model.safetensors"):
         change(folder / "config.json", transformers_weights=named)
-        assert f"{folder} names {named!r} in its config.json" in refused(models.load_model, options(folder))
+        assert f"{folder} names {named!r} in its config.json" in refused(load_model, options(folder))
     assert not mark.exists()
 
 
@@ -211,7 +212,7 @@ def test_a_safetensors_file_with_a_false_header_is_a_sentence(folder, how):
         second[1] += 1 << 40
     written = b"\xff" * 64 if how == "text" else json.dumps(header).encode()
     file.write_bytes(struct.pack("<Q", 1 << 62 if how == "length" else len(written)) + written + body)
-    assert refused(models.load_model, options(folder)).startswith(f"model_name_or_path: {folder} cannot be loaded (")
+    assert refused(load_model, options(folder)).startswith(f"model_name_or_path: {folder} cannot be loaded (")
 
 
 # Code that comes with a model
@@ -230,27 +231,27 @@ def payload(folder: Path, mark: Path, file: str, *names: str) -> None:
 def test_code_that_a_model_needs_is_refused_unasked(folder, mark, asked):
     payload(folder, mark, "config.json", "AutoConfig", "AutoModelForCausalLM")
     change(folder / "config.json", model_type="strange")
-    assert refused(models.load_config, options(folder)) == (
+    assert refused(load_model_config, options(folder)) == (
         f"model_name_or_path: {folder} needs Python code of its own (auto_map in its config.json), which is not run; read it, "
         "and if you trust it set trust_remote_code: true."
     )
-    refused(models.load_model, options(folder))
+    refused(load_model, options(folder))
     # A config of a family that has no causal LM of its own.
     change(folder / "config.json", model_type="clip")
-    refused(models.load_config, options(folder))
+    refused(load_model_config, options(folder))
     assert not asked and not mark.exists()
     change(folder / "config.json", model_type="llama", vision_config={"auto_map": {"AutoModel": "code.C"}})
-    assert "needs Python code of its own" in refused(models.load_config, options(folder))
+    assert "needs Python code of its own" in refused(load_model_config, options(folder))
 
 
 def test_code_of_a_family_that_transformers_has_is_passed_over(folder, tiny, mark, asked):
     """Phi-4-mini, for one, still names its own; to refuse it would be to urge people to run it."""
     payload(folder, mark, "config.json", "AutoConfig", "AutoModelForCausalLM", "AutoTokenizer")
     payload(folder, mark, "tokenizer_config.json", "AutoTokenizer")
-    model = models.load_model(options(folder))
+    model = load_model(options(folder))
     assert type(model).__module__ == "transformers.models.llama.modeling_llama"
-    assert models.build_model(models.load_config(options(folder)), options(folder)).num_parameters()
-    assert models.tokenizer_of(options(folder)).get_vocab() == models.tokenizer_of(options(tiny)).get_vocab()
+    assert build_model(load_model_config(options(folder)), options(folder)).num_parameters()
+    assert configured_tokenizer(options(folder)).get_vocab() == configured_tokenizer(options(tiny)).get_vocab()
     assert not asked and not mark.exists()
 
 
@@ -258,7 +259,7 @@ def test_code_is_run_with_the_flag(folder, mark):
     payload(folder, mark, "config.json", "AutoConfig")
     change(folder / "config.json", model_type="strange")
     with pytest.raises(ConfigError):
-        models.load_config(options(folder, trust_remote_code=True))
+        load_model_config(options(folder, trust_remote_code=True))
     assert mark.exists()
 
 
@@ -266,7 +267,7 @@ def test_code_that_a_tokenizer_needs_is_refused_unasked(folder, mark, asked):
     payload(folder, mark, "tokenizer_config.json", "AutoTokenizer")
     change(folder / "tokenizer_config.json", tokenizer_class="StrangeTokenizer")
     change(folder / "config.json", model_type="strange")
-    assert refused(models.load_tokenizer, str(folder)) == (
+    assert refused(load_tokenizer, str(folder)) == (
         f"tokenizer_name: {folder} needs Python code of its own (auto_map in its tokenizer_config.json), which is not run; "
         "read it, and if you trust it set trust_remote_code: true."
     )
@@ -277,28 +278,28 @@ def test_the_class_of_a_tokenizer_is_one(folder, mark, asked):
     payload(folder, mark, "config.json", "AutoModel")
     change(folder / "config.json", model_type="strange")
     change(folder / "tokenizer_config.json", tokenizer_class="AutoModel")
-    assert refused(models.load_tokenizer, str(folder)) == (
+    assert refused(load_tokenizer, str(folder)) == (
         f"tokenizer_name: {folder} names 'AutoModel' as its tokenizer_class; a tokenizer is allowed."
     )
     change(folder / "tokenizer_config.json", tokenizer_class="utils")
-    refused(models.load_tokenizer, str(folder))
+    refused(load_tokenizer, str(folder))
     change(folder / "tokenizer_config.json", tokenizer_class=None)
     change(folder / "config.json", tokenizer_class="AutoModel")
-    refused(models.load_tokenizer, str(folder))
+    refused(load_tokenizer, str(folder))
     assert not asked and not mark.exists()
 
 
 def test_no_other_config_or_tokenizer_outside_is_read(folder):
     for field, file, act in (
-        ("configuration_files", "config.json", models.load_config),
-        ("fast_tokenizer_files", "tokenizer_config.json", models.tokenizer_of),
+        ("configuration_files", "config.json", load_model_config),
+        ("fast_tokenizer_files", "tokenizer_config.json", configured_tokenizer),
     ):
         change(folder / file, **{field: ["config.4.0.0.json", "../tokenizer.4.0.json"]})
         assert f"{folder} names '../tokenizer.4.0.json' in its {file};" in refused(act, options(folder))
         change(folder / file, **{field: []})
     # transformers 5.23 reads no other vocabulary than the folder's, whatever the file says.
     change(folder / "tokenizer_config.json", tokenizer_file="/etc/passwd", vocab_file="/etc/passwd")
-    assert models.tokenizer_of(options(folder)).get_vocab()
+    assert configured_tokenizer(options(folder)).get_vocab()
 
 
 @pytest.mark.parametrize(
@@ -307,12 +308,12 @@ def test_no_other_config_or_tokenizer_outside_is_read(folder):
 def test_a_kernel_that_a_config_names_is_passed_over(folder, key):
     change(folder / "config.json", **{key: "o/kernel"})
     loaded = [
-        models.load_model(options(folder)),
-        models.load_whole(str(folder), "model"),
-        models.build_model(models.load_config(options(folder)), options(folder)),
+        load_model(options(folder)),
+        load_complete_model(str(folder), "model"),
+        build_model(load_model_config(options(folder)), options(folder)),
     ]
     assert {model.config._attn_implementation for model in loaded} == {"sdpa"}
-    chosen = models.load_model(options(folder, attn_implementation="eager"))
+    chosen = load_model(options(folder, attn_implementation="eager"))
     assert chosen.config._attn_implementation == "eager"
     if key != "_attn_implementation_internal":
         with pytest.raises((ImportError, ValueError)):
@@ -323,15 +324,15 @@ def test_a_kernel_for_a_part_of_a_model_is_passed_over():
     config = Gemma3Config(attn_implementation={"": "sdpa", "text_config": "o/kernel"})
     assert config.text_config._attn_implementation == "o/kernel"
     # What transformers 5.23 does with an argument that it is given beside a config.
-    config._attn_implementation = models.OWN_CHOICE["attn_implementation"]
+    config._attn_implementation = OWN_IMPLEMENTATIONS["attn_implementation"]
     assert config.text_config._attn_implementation is None
 
 
 def test_json_that_is_none_is_a_sentence(folder):
     for text in ("[" * 100_000, "[]", "7", '{"auto_map": 7}', '{"model_type": []}', '{"transformers_weights": [1]}'):
         (folder / "config.json").write_text(text, encoding="utf-8")
-        refused(models.load_config, options(folder))
-        refused(models.load_model, options(folder))
+        refused(load_model_config, options(folder))
+        refused(load_model, options(folder))
 
 
 def test_chat_reads_a_pickle_with_the_flag_alone(folder, script, capsys):
@@ -358,7 +359,7 @@ def test_chat_reads_a_pickle_with_the_flag_alone(folder, script, capsys):
 def test_a_tag_of_python_in_a_recipe_is_refused(tmp_path, mark, text):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(text.replace("MARK", str(mark)), encoding="utf-8")
-    sentence = refused(parse, Options, ["--config", str(recipe), "--model_name_or_path", "o/n"])
+    sentence = refused(parse_options, Options, ["--config", str(recipe), "--model_name_or_path", "o/n"])
     assert sentence.startswith(
         (f"config: {recipe}, line 1, is not YAML: could not determine", "chat_template_kwargs: ")
     )
@@ -383,13 +384,15 @@ BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 9
 def test_a_recipe_out_of_all_proportion_is_refused(tmp_path, text, reason):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(text, encoding="utf-8")
-    assert refused(parse, Options, ["--config", str(recipe)]).startswith(f"config: {recipe} cannot be read: {reason}")
+    assert refused(parse_options, Options, ["--config", str(recipe)]).startswith(
+        f"config: {recipe} cannot be read: {reason}"
+    )
 
 
 def test_aliases_of_a_sensible_recipe_are_understood(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("train_files: &files [a.jsonl]\neval_files: *files\nmodel_name_or_path: o/n\n", encoding="utf-8")
-    assert parse(Options, ["--config", str(recipe)]).eval_files == ["a.jsonl"]
+    assert parse_options(Options, ["--config", str(recipe)]).eval_files == ["a.jsonl"]
 
 
 # Data
@@ -405,7 +408,7 @@ def test_data_that_is_a_program_is_never_run(tmp_path, mark):
         ("code.py", "is of kind '.py'"),
         ("rows.jsonl", "line 1: not "),
     ):
-        assert reason in refused(lambda name=name: list(sources.read(Source(path=str(tmp_path / name)))))
+        assert reason in refused(lambda name=name: list(read_source(Source(path=str(tmp_path / name)))))
     with pytest.raises(RuntimeError, match=r"Dataset scripts are no longer supported"):
         datasets.load_dataset(str(script))
     assert not mark.exists()
@@ -416,19 +419,19 @@ def test_data_that_is_a_program_is_never_run(tmp_path, mark):
 def test_json_that_python_cannot_hold_is_a_sentence(tmp_path, text, kind):
     path = tmp_path / f"rows.{kind}"
     path.write_text(text, encoding="utf-8")
-    assert f"{path}, line 1: not JSON (" in refused(lambda: list(sources.read(Source(path=str(path)))))
+    assert f"{path}, line 1: not JSON (" in refused(lambda: list(read_source(Source(path=str(path)))))
 
 
 def test_a_saved_dataset_reads_its_own_files(tmp_path):
     secret, saved = tmp_path / "secret", tmp_path / "saved"
     datasets.Dataset.from_list([{"text": "secret"}]).save_to_disk(secret)
     datasets.DatasetDict({"train": datasets.Dataset.from_list([{"text": "own"}])}).save_to_disk(saved)
-    assert [row.fields for row in sources.read(Source(path=str(saved)))] == [{"text": "own"}]
+    assert [row.fields for row in read_source(Source(path=str(saved)))] == [{"text": "own"}]
     state = saved / "train" / "state.json"
     name = json.loads((secret / "state.json").read_text(encoding="utf-8"))["_data_files"][0]["filename"]
     for outside in (f"../../secret/{name}", str(secret / name), f"x/../../../secret/{name}"):
         change(state, _data_files=[{"filename": outside}])
-        assert refused(lambda: list(sources.read(Source(path=str(saved))))) == (
+        assert refused(lambda: list(read_source(Source(path=str(saved))))) == (
             f"{state} names {outside!r}; files of its own folder are allowed."
         )
     change(state, _data_files=[{"filename": f"../../secret/{name}"}])
@@ -440,7 +443,7 @@ def test_a_hub_dataset_reads_files_of_the_hub(tmp_path):
     own.write_text("a key", encoding="utf-8")
     # What datasets 5.2 makes of a name in the README of a repository.
     found = resolve_pattern(str(own), "hf://datasets/o/n@main")
-    assert found == [str(own)] and sources.off_the_hub(found) == str(own)
+    assert found == [str(own)] and file_outside_hub(found) == str(own)
     inside = ["hf://datasets/o/n@main/a.parquet", "zip://a.csv::hf://datasets/o/n@main/a.zip"]
-    assert sources.off_the_hub(inside) is None
-    assert sources.off_the_hub([*inside, "https://h/a.csv"]) == "https://h/a.csv"
+    assert file_outside_hub(inside) is None
+    assert file_outside_hub([*inside, "https://h/a.csv"]) == "https://h/a.csv"

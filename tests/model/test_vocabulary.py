@@ -25,15 +25,17 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from accel_llm.adapters import attach as adapter
+from accel_llm.adapters.attach import attach_adapter
+from accel_llm.adapters.saved import read_adapter_config, save_adapter
 from accel_llm.chat.template import load_template
 from accel_llm.config.options import TrainOptions
 from accel_llm.config.tool_options import MergeOptions
 from accel_llm.errors import ConfigError
-from accel_llm.merge import merge
-from accel_llm.model import loading as models
-from accel_llm.model import loss as losses
-from accel_llm.model import vocabulary
+from accel_llm.merge.merge import merge
+from accel_llm.model.loading import load_model
+from accel_llm.model.loss import attach_loss, next_token_loss
+from accel_llm.model.tokenizer import check_token_ids, load_tokenizer
+from accel_llm.model.vocabulary import add_missing_tokens, add_tokens, extend_vocabulary
 from accel_llm.training import export
 
 pytestmark = pytest.mark.usefixtures("quiet")
@@ -87,16 +89,16 @@ def load(base: Path, new: range = NEW, **options) -> tuple[torch.nn.Module, torc
     """As launch/sft.py does it: the model that trains, and the causal LM in it."""
     settings = TrainOptions(model_name_or_path=str(base), packing=False, **options)
     torch.manual_seed(0)
-    model = models.load_model(settings)
-    vocabulary.extend(model, new)
-    assert losses.attach(model, IDS.numel()) == "own"
-    trained = model if settings.method == "full" else adapter.attach(model, settings, new)
+    model = load_model(settings)
+    extend_vocabulary(model, new)
+    assert attach_loss(model, IDS.numel()) == "own"
+    trained = model if settings.method == "full" else attach_adapter(model, settings, new)
     return settled(trained, settings), model  # type: ignore
 
 
 def backward(model: torch.nn.Module) -> None:
     model.zero_grad()
-    losses.next_token_loss(model, BATCH).backward()
+    next_token_loss(model, BATCH).backward()
 
 
 def train(model: torch.nn.Module, steps: int = 4) -> None:
@@ -118,9 +120,9 @@ def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 def save(model, folder: Path, base: Path) -> Path:
     state = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    adapter.save(model, folder, state, str(base))
+    save_adapter(model, folder, state, str(base))
     tokenizer = bytes_tokenizer()
-    vocabulary.add_tokens(tokenizer, CHATML)
+    add_tokens(tokenizer, CHATML)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -129,7 +131,7 @@ def test_tokens_become_single_and_special_and_stay_so(tmp_path):
     tokenizer = bytes_tokenizer()
     text = "<|im_start|>user\nHi<|im_end|>\n"
     assert len(tokenizer(text).input_ids) == len(text)
-    assert vocabulary.add_tokens(tokenizer, CHATML) == NEW
+    assert add_tokens(tokenizer, CHATML) == NEW
     assert tokenizer.convert_tokens_to_ids(CHATML) == [257, 258]
     ids = tokenizer(text).input_ids
     assert ids[0] == 257 and ids[-2] == 258 and len(ids) == len("*user\nHi*\n")
@@ -142,10 +144,10 @@ def test_tokens_become_single_and_special_and_stay_so(tmp_path):
 
 def test_what_is_there_already_gets_no_new_id():
     tokenizer = bytes_tokenizer()
-    assert not vocabulary.add_tokens(tokenizer, [])
-    assert not vocabulary.add_tokens(tokenizer, ["<|endoftext|>", "A"])
-    assert vocabulary.add_tokens(tokenizer, ["A", "<|im_end|>"]) == range(257, 258)
-    assert vocabulary.add_tokens(tokenizer, CHATML) == range(258, 259)
+    assert not add_tokens(tokenizer, [])
+    assert not add_tokens(tokenizer, ["<|endoftext|>", "A"])
+    assert add_tokens(tokenizer, ["A", "<|im_end|>"]) == range(257, 258)
+    assert add_tokens(tokenizer, CHATML) == range(258, 259)
     assert tokenizer.convert_tokens_to_ids(CHATML) == [258, 257]
 
 
@@ -155,18 +157,18 @@ def test_missing_tokens_are_added_where_the_option_says_so():
         ({"chat_template": "chatml"}, range(257, 257), [None, None]),
     ):
         tokenizer = bytes_tokenizer()
-        assert vocabulary.add_missing(tokenizer, TrainOptions(**options)) == new
+        assert add_missing_tokens(tokenizer, TrainOptions(**options)) == new
         assert [tokenizer.get_vocab().get(token) for token in CHATML] == ids
     tokenizer = bytes_tokenizer()
-    vocabulary.add_tokens(tokenizer, CHATML)
-    assert not vocabulary.add_missing(tokenizer, TrainOptions(chat_template="chatml", add_tokens=True))
+    add_tokens(tokenizer, CHATML)
+    assert not add_missing_tokens(tokenizer, TrainOptions(chat_template="chatml", add_tokens=True))
 
 
 @pytest.mark.skipif(not DATA.exists(), reason="needs ../shared/data")
 @pytest.mark.parametrize("name, size", [("llama2", 32000), ("mistral-7b", 32000), ("phi-3-mini", 32011)])
 def test_real_tokenizers_get_chatml(name, size):
-    tokenizer = models.load_tokenizer(str(DATA / "tokenizers" / name))
-    assert vocabulary.add_tokens(tokenizer, CHATML) == range(size, size + 2)
+    tokenizer = load_tokenizer(str(DATA / "tokenizers" / name))
+    assert add_tokens(tokenizer, CHATML) == range(size, size + 2)
     template = load_template(tokenizer, "chatml")
     ids = template.prompt_ids([{"role": "user", "content": "Hi"}])
     assert (ids.count(size), ids.count(size + 1), template.turn_end_id) == (2, 1, size + 1)
@@ -221,7 +223,7 @@ def test_growing_leaves_the_random_numbers_alone(make):
     for new in (range(257, 257), NEW):
         model = AutoModelForCausalLM.from_pretrained(base)
         torch.manual_seed(3)
-        vocabulary.extend(model, new)
+        extend_vocabulary(model, new)
         assert torch.equal(torch.rand(2), expected)
 
 
@@ -239,7 +241,7 @@ def test_gradients_are_those_of_full_training(make, family, tied):
     whole, _ = load(base, method="full")
     single, inner = load(base, method="lora")
     inner.loss_chunks = 3  # type: ignore[assignment] # as a large vocabulary has them
-    expected, found = losses.next_token_loss(whole, BATCH), losses.next_token_loss(single, BATCH)
+    expected, found = next_token_loss(whole, BATCH), next_token_loss(single, BATCH)
     torch.testing.assert_close(found, expected)
     backward(whole)
     backward(single)
@@ -288,7 +290,7 @@ def test_adapter_in_plain_peft_and_merged_model_answer_as_the_trained_one(make, 
     folder = save(model, tmp_path / "adapter", base)
     embedding = {"llama": "model.embed_tokens", "gpt2": "transformer.wte", "gemma3": "model.embed_tokens"}[family]
     trained = [embedding] if tied else [embedding, "lm_head"]
-    assert adapter.read_config(folder)["trainable_token_indices"] == {name: [257, 258] for name in trained}
+    assert read_adapter_config(folder)["trainable_token_indices"] == {name: [257, 258] for name in trained}
     saved = load_file(folder / "adapter_model.safetensors")
     assert {name for name in saved if "lora_" not in name} == {
         f"base_model.model.{name}.token_adapter.trainable_tokens_delta" for name in trained
@@ -298,7 +300,7 @@ def test_adapter_in_plain_peft_and_merged_model_answer_as_the_trained_one(make, 
         plain.resize_token_embeddings(259)  # draws the new rows at random: the adapter's count
     assert distance(logits(PeftModel.from_pretrained(plain, folder)), expected) < 1e-5
 
-    result = merge.merge(MergeOptions(adapter=str(folder), output_dir=str(tmp_path / "merged")))
+    result = merge(MergeOptions(adapter=str(folder), output_dir=str(tmp_path / "merged")))
     assert result.worst is not None and result.worst < 1e-5
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert distance(logits(merged), expected) < 1e-5
@@ -331,7 +333,7 @@ def test_whole_matrices_in_modules_to_save_need_no_rows_of_their_own(make, tmp_p
     assert model.peft_config["default"].trainable_token_indices is None
     train(model)
     folder = save(model, tmp_path / "adapter", base)
-    merge.merge(MergeOptions(adapter=str(folder), output_dir=str(tmp_path / "merged")))
+    merge(MergeOptions(adapter=str(folder), output_dir=str(tmp_path / "merged")))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert merged.config.vocab_size == 259 and distance(logits(merged), logits(model)) < 1e-5
 
@@ -343,7 +345,7 @@ def test_a_whole_head_beside_single_rows(make, tmp_path):
     assert model.peft_config["default"].trainable_token_indices == {"model.embed_tokens": [257, 258]}
     train(model)
     folder = save(model, tmp_path / "adapter", base)
-    merge.merge(MergeOptions(adapter=str(folder), output_dir=str(tmp_path / "merged")))
+    merge(MergeOptions(adapter=str(folder), output_dir=str(tmp_path / "merged")))
     assert distance(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), logits(model)) < 1e-5
 
 
@@ -355,7 +357,7 @@ def test_an_adapter_of_plain_peft_with_its_own_matrices_merges(make, tmp_path):
         model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False)
     )
     wrapped.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
-    merge.merge(MergeOptions(adapter=str(tmp_path / "adapter"), output_dir=str(tmp_path / "merged")))
+    merge(MergeOptions(adapter=str(tmp_path / "adapter"), output_dir=str(tmp_path / "merged")))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert merged.config.vocab_size == 259 and distance(logits(merged), logits(wrapped)) < 1e-5
 
@@ -396,16 +398,16 @@ def test_a_model_without_a_plain_head_is_refused(make):
     model = AutoModelForCausalLM.from_pretrained(make("llama"))
     model.lm_head = torch.nn.Bilinear(2, 2, 2)
     with pytest.raises(ConfigError, match=r"^add_tokens: LlamaForCausalLM has no plain embedding and linear head"):
-        vocabulary.extend(model, NEW)
+        extend_vocabulary(model, NEW)
 
 
 def test_ids_of_new_tokens_are_no_mistake_of_the_data(make):
     base = make("llama")
     tokenizer, config = bytes_tokenizer(), AutoModelForCausalLM.from_pretrained(base).config
-    new = vocabulary.add_tokens(tokenizer, CHATML)
-    models.check_token_ids([IDS.numpy()], config, tokenizer, new)
+    new = add_tokens(tokenizer, CHATML)
+    check_token_ids([IDS.numpy()], config, tokenizer, new)
     with pytest.raises(ConfigError, match=r"token id 258 \('<\|im_end\|>'\), but the model's vocabulary has 257 rows"):
-        models.check_token_ids([IDS.numpy()], config, tokenizer)
+        check_token_ids([IDS.numpy()], config, tokenizer)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

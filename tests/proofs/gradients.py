@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from accel_llm.backend import accelerator as distributed
+from accel_llm.backend.accelerator import build_accelerator
 from accel_llm.config.options import TrainOptions
-from accel_llm.data.packing import collate_packed, collate_padded
-from accel_llm.model import attention
-from accel_llm.model import loss as losses
+from accel_llm.data.batches import collate_packed, collate_padded
+from accel_llm.model.attention import enable_packing
+from accel_llm.model.loss import attach_loss, next_token_loss
+from accel_llm.training.loop import total_targets, undo_averaging
 
 ROWS = 32
 
@@ -62,7 +63,7 @@ def reference() -> dict[str, torch.Tensor]:
 
 
 def main() -> None:
-    accelerator = distributed.build_accelerator(TrainOptions(precision="fp32"))
+    accelerator = build_accelerator(TrainOptions(precision="fp32"))
     expected, worst = reference(), {}
     world, rank = accelerator.num_processes, accelerator.process_index
     cases = [
@@ -73,9 +74,9 @@ def main() -> None:
     ]
     for size, packed, recompute, undo in [*cases, (1, True, False, False)]:
         net = model()
-        losses.attach(net, 4096)
+        attach_loss(net, 4096)
         if packed:
-            attention.enable(net)
+            enable_packing(net)
         if recompute:
             net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         prepared = accelerator.prepare(net.train())
@@ -84,11 +85,11 @@ def main() -> None:
         cut = [mine[i : i + each] for i in range(0, len(mine), each)]
         micro_batches = [collate_packed(part) if packed else collate_padded(part, 0) for part in cut]
         accelerator.gradient_accumulation_steps, accelerator.step = len(micro_batches), 0
-        targets = distributed.global_count(accelerator, micro_batches)
-        scale = distributed.undo_averaging(accelerator) if undo else 1
+        targets = total_targets(accelerator, micro_batches)
+        scale = undo_averaging(accelerator) if undo else 1
         for batch in micro_batches:
             with accelerator.accumulate(prepared):
-                accelerator.backward(losses.next_token_loss(prepared, batch) * scale / targets)
+                accelerator.backward(next_token_loss(prepared, batch) * scale / targets)
         errors = [
             float((p.grad - expected[n]).norm() / expected[n].norm())
             for n, p in net.named_parameters()

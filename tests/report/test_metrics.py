@@ -14,9 +14,10 @@ from conftest import rows_of
 from rich.console import Console
 
 from accel_llm.config.options import RunOptions
-from accel_llm.data.packing import collate_packed, collate_padded
-from accel_llm.data.stream import Plan, Start
+from accel_llm.data.batches import collate_packed, collate_padded
+from accel_llm.data.stream import TrainingPlan
 from accel_llm.report import display, metrics
+from accel_llm.report.display import coloured_row, show_stop_proof, trained_text
 from accel_llm.report.metrics import Meter
 
 ROW = (np.arange(5, 11), np.array([-100, -100, 7, 8, -100, 10]))  # 6 tokens, 3 targets
@@ -26,7 +27,7 @@ FILLER = (np.zeros(2, np.int64), np.full(2, -100))
 
 def meter_of(accelerator, folder: Path, first_step: int = 0, logging_steps: int = 3, total_steps: int = 8) -> Meter:
     options = RunOptions(output_dir=str(folder), logging_steps=logging_steps)
-    return Meter(accelerator, options, Plan(4, 2, None, total_steps), Start(folder, step=first_step))
+    return Meter(accelerator, options, TrainingPlan(4, 2, None, total_steps), first_step)
 
 
 def refuse(constant: str) -> None:
@@ -174,11 +175,11 @@ def test_trained_tokens_are_green_and_context_is_grey(tokenizer):
     text = "ask</s>answer</s>\n"
     ids = np.array(tokenizer(text)["input_ids"])
     labels = np.where((np.arange(len(ids)) >= 4) & (np.arange(len(ids)) < 11), ids, -100)
-    coloured = display.coloured(tokenizer, ids, labels)
+    coloured = coloured_row(tokenizer, ids, labels)
     assert coloured.plain == text
     shown = [(coloured.plain[span.start : span.end], span.style) for span in coloured.spans]
     assert shown == [("ask</s>", "bright_black"), ("answer</s>", "green"), ("\n", "bright_black")]
-    assert display.trained_text(tokenizer, ids, labels) == "answer</s>"
+    assert trained_text(tokenizer, ids, labels) == "answer</s>"
 
 
 END = 4  # <|im_end|>
@@ -188,7 +189,7 @@ def proof(accelerator, tokenizer, monkeypatch, documents: list[list[int]], turn_
     screen = io.StringIO()
     monkeypatch.setattr(display, "console", Console(file=screen, width=400))
     rows = rows_of((1, [9] * len(labels), labels) for labels in documents)
-    display.stop_proof(accelerator, rows, tokenizer, turn_end, [END, 2])
+    show_stop_proof(accelerator, rows, tokenizer, turn_end, [END, 2])
     return screen.getvalue().strip()
 
 

@@ -10,7 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from accel_llm.data.ledger import Ledger
-from accel_llm.report import page as report
+from accel_llm.report import page as page_module
+from accel_llm.report.page import write_report
 
 VOID = {"meta", "line"}  # `line` is written <line .../> inside an SVG
 HOSTILE = "</pre><script>alert(\"x\")</script> <|im_end|> & 'quoted'"
@@ -66,7 +67,7 @@ def written(folder: Path, run: dict[str, Any], lines: list[dict[str, Any]] | Non
     (folder / "run.json").write_text(json.dumps(run), encoding="utf-8")
     if lines is not None:
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    path = report.write(folder)
+    path = write_report(folder)
     assert path == folder / "report.html"
     return Page(path.read_text(encoding="utf-8"))
 
@@ -332,10 +333,10 @@ def test_a_page_that_cannot_be_made_leaves_the_old_one(tmp_path):
     before = (tmp_path / "report.html").read_bytes()
     (tmp_path / "run.json").write_text("{", encoding="utf-8")
     with pytest.raises(json.JSONDecodeError):
-        report.write(tmp_path)
+        write_report(tmp_path)
     (tmp_path / "run.json").unlink()
     with pytest.raises(FileNotFoundError):
-        report.write(tmp_path)
+        write_report(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
     assert (tmp_path / "report.html").read_bytes() == before
 
@@ -351,9 +352,9 @@ def test_the_balance_check_sees_what_is_not_balanced(html):
 @example([1.0, 1.0 + 2**-52], False)
 @example([5e-324], True)
 def test_ticks_enclose_the_values_and_tell_themselves_apart(values, from_zero):
-    low, high = report._spread([*values, *[0.0] * from_zero])
-    ticks = report._ticks((low, high))
+    low, high = page_module._spread([*values, *[0.0] * from_zero])
+    ticks = page_module._ticks((low, high))
     slack = 1e-8 * (high - low)
     assert 3 <= len(ticks) <= 6
     assert ticks[0] <= min(values) + slack and max(values) - slack <= ticks[-1]
-    assert len({report._figure(tick, 6) for tick in ticks}) == len(ticks)
+    assert len({page_module._figure(tick, 6) for tick in ticks}) == len(ticks)

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from accel_llm.report import record
-from accel_llm.system import disk
-from accel_llm.system import signals as interrupts
+from accel_llm.report.record import RECORDED_PACKAGES, Record, environment, recording
+from accel_llm.system.disk import write_atomically
+from accel_llm.system.signals import ONE_SIGNAL
 
 
 def read(folder: Path) -> dict:
@@ -21,7 +22,7 @@ def read(folder: Path) -> dict:
 
 def test_a_run_is_running_and_then_done(tmp_path):
     folder = tmp_path / "deep" / "out"
-    with record.recording(folder, True, options={"seed": 1}, ledger={"a": "ä"}) as run:
+    with recording(folder, True, {"options": {"seed": 1}, "ledger": {"a": "ä"}}) as run:
         during = read(folder)
         assert during["status"] == "running" and during["options"] == {"seed": 1} and during["ledger"] == {"a": "ä"}
         assert "ended" not in during and "error" not in during
@@ -34,23 +35,23 @@ def test_a_run_is_running_and_then_done(tmp_path):
 
 @pytest.mark.parametrize("error", [ValueError("the reason"), KeyboardInterrupt(), SystemExit(3)])
 def test_a_failure_keeps_its_reason_and_goes_on(tmp_path, error):
-    with pytest.raises(type(error)), record.recording(tmp_path, True, options={}):
+    with pytest.raises(type(error)), recording(tmp_path, True, {"options": {}}):
         raise error
     assert read(tmp_path)["status"] == "failed"
     assert read(tmp_path)["error"] == f"{type(error).__name__}: {error}"
 
 
 def test_only_the_main_process_writes(tmp_path):
-    with record.recording(tmp_path / "out", False, options={}) as run:
+    with recording(tmp_path / "out", False, {"options": {}}) as run:
         run.update(samples=[])
     assert not (tmp_path / "out").exists()
 
 
 def test_any_process_notes_its_failure_and_the_first_to_do_so_is_kept(monkeypatch, tmp_path):
-    main = record.Record(tmp_path, True)
+    main = Record(tmp_path, True)
     main.update(status="running", options={"seed": 1})
     monkeypatch.setenv("RANK", "1")
-    with pytest.raises(ValueError), record.recording(tmp_path, False):
+    with pytest.raises(ValueError), recording(tmp_path, False, {}):
         raise ValueError("first")
     failed = read(tmp_path)
     assert failed["status"] == "failed" and failed["error"] == "ValueError: first" and failed["failed_rank"] == 1
@@ -69,7 +70,7 @@ from pathlib import Path
 from accel_llm.system import signals as interrupts
 from accel_llm.report.record import recording
 interrupts.listen(Path(sys.argv[1]))
-with recording(Path(sys.argv[1]), sys.argv[2] == "main", options={}):
+with recording(Path(sys.argv[1]), sys.argv[2] == "main", {"options": {}}):
     lock = ctypes.create_string_buffer(64)
     print("running", flush=True)
     while True:
@@ -79,15 +80,15 @@ with recording(Path(sys.argv[1]), sys.argv[2] == "main", options={}):
 
 @pytest.mark.parametrize("which", ["main", "other"])
 def test_sigterm_is_noted_by_a_process_that_is_stuck_and_a_second_one_ends_it(tmp_path, which):
-    record.Record(tmp_path, True).update(status="running")
+    Record(tmp_path, True).update(status="running")
     with subprocess.Popen([sys.executable, "-c", STUCK, tmp_path, which], stdout=subprocess.PIPE, text=True) as stuck:
         assert stuck.stdout and stuck.stdout.readline() == "running\n"
         stuck.send_signal(signal.SIGTERM)
         wait_for(lambda: read(tmp_path)["status"] == "failed")
         assert read(tmp_path)["error"].startswith("SIGTERM: ")
-        time.sleep(interrupts.ONE_SIGNAL / 4)
+        time.sleep(ONE_SIGNAL / 4)
         stuck.send_signal(signal.SIGTERM)  # as a launcher sends on what everybody got
-        time.sleep(interrupts.ONE_SIGNAL)
+        time.sleep(ONE_SIGNAL)
         assert stuck.poll() is None
         stuck.send_signal(signal.SIGTERM)
         assert stuck.wait(5) == 128 + signal.SIGTERM
@@ -103,21 +104,21 @@ def wait_for(holds: Callable[[], bool]) -> None:
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     path = tmp_path / "run.json"
-    disk.write_atomically(path, "old")
+    write_atomically(path, "old")
     with pytest.raises(UnicodeEncodeError):
-        disk.write_atomically(path, "new \ud800")
+        write_atomically(path, "new \ud800")
     assert path.read_text(encoding="utf-8") == "old"
-    disk.write_atomically(path, "new")
+    write_atomically(path, "new")
     assert path.read_text(encoding="utf-8") == "new" and list(tmp_path.iterdir()) == [path]
 
 
 def test_the_environment_is_named_with_and_without_git(monkeypatch, tmp_path):
-    found = record.environment()
-    assert found["packages"]["torch"].startswith("2.") and found["packages"].keys() <= set(record.PACKAGES)
+    found = environment()
+    assert found["packages"]["torch"].startswith("2.") and found["packages"].keys() <= set(RECORDED_PACKAGES)
     head = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=Path(record.__file__).parent, capture_output=True, text=True, check=False
     )
     assert (found["git_commit"] or "").removesuffix("-dirty") == head.stdout.strip()
     # A slim image has none.
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert record.environment()["git_commit"] is None
+    assert environment()["git_commit"] is None

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from accel_llm.errors import ConfigError
-from accel_llm.system.folders import appearing, check_target
+from accel_llm.system.folders import check_output_dir, whole_folder
 
 
 def names(folder: Path) -> list[str]:
@@ -16,7 +16,7 @@ def names(folder: Path) -> list[str]:
 
 
 def write(target: Path, text: str) -> None:
-    with appearing(target) as partial:
+    with whole_folder(target) as partial:
         assert not (target / "new").exists()
         (partial / "new").write_text(text)
 
@@ -26,7 +26,7 @@ def test_a_folder_appears_when_the_block_has_ended(tmp_path):
     write(target, "1")
     assert names(target.parent) == ["b"] and (target / "new").read_text() == "1"
     (target / "other").touch()
-    with appearing(target) as partial:
+    with whole_folder(target) as partial:
         (partial / "new").write_text("2")
         assert (target / "new").read_text() == "1"
     assert names(target.parent) == ["b"] and names(target) == ["new"] and (target / "new").read_text() == "2"
@@ -36,7 +36,7 @@ def test_a_folder_appears_when_the_block_has_ended(tmp_path):
 def test_nothing_stays_of_a_block_that_was_ended(tmp_path, error):
     target = tmp_path / "target"
     for before in ([], ["target"]):
-        with pytest.raises(error), appearing(target) as partial:
+        with pytest.raises(error), whole_folder(target) as partial:
             (partial / "new").touch()
             raise error
         assert names(tmp_path) == before
@@ -61,10 +61,10 @@ def test_a_full_disk_is_told_in_a_sentence(tmp_path):
         pytest.raises(
             ConfigError, match=r"^output_dir: .*target could not be written: No space left on device; make room"
         ),
-        appearing(tmp_path / "target"),
+        whole_folder(tmp_path / "target"),
     ):
         raise OSError(errno.ENOSPC, "No space left on device")
-    with pytest.raises(PermissionError), appearing(tmp_path / "target"):
+    with pytest.raises(PermissionError), whole_folder(tmp_path / "target"):
         raise PermissionError(errno.EACCES, "Permission denied")
     assert names(tmp_path) == []
 
@@ -78,7 +78,7 @@ def test_what_a_killed_process_has_left_is_cleared(tmp_path):
     assert names(tmp_path) == ["target"]
     # Killed between the two renames: the earlier model is put back before anything else is done.
     target.rename(old)
-    with pytest.raises(ValueError, match="no"), appearing(target):
+    with pytest.raises(ValueError, match="no"), whole_folder(target):
         assert (target / "new").read_text() == "1"
         raise ValueError("no")
     assert names(tmp_path) == ["target"] and (target / "new").read_text() == "1"
@@ -86,17 +86,17 @@ def test_what_a_killed_process_has_left_is_cleared(tmp_path):
 
 def test_a_folder_that_holds_something_else_is_not_replaced(tmp_path):
     target, base = tmp_path / "target", tmp_path / "target" / "base"
-    check_target(target, [], False, "config.json")
+    check_output_dir(target, [], False, "config.json")
     target.touch()
     with pytest.raises(ConfigError, match="is a file; name a folder"):
-        check_target(target, [], True, "config.json")
+        check_output_dir(target, [], True, "config.json")
     target.unlink()
     base.mkdir(parents=True)
     with pytest.raises(ConfigError, match="holds the base that is read; name another folder"):
-        check_target(target, [("base", base)], True, "config.json")
+        check_output_dir(target, [("base", base)], True, "config.json")
     with pytest.raises(ConfigError, match="is not empty; name another folder, or set overwrite_output_dir"):
-        check_target(target, [], False, "config.json")
+        check_output_dir(target, [], False, "config.json")
     with pytest.raises(ConfigError, match="holds files that are no adapter"):
-        check_target(target, [], True, "adapter_config.json")
+        check_output_dir(target, [], True, "adapter_config.json")
     (target / "config.json").touch()
-    check_target(target, [], True, "config.json")
+    check_output_dir(target, [], True, "config.json")

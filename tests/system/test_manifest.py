@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from accel_llm.checkpoint.resume import newest
-from accel_llm.system import manifest
+from accel_llm.checkpoint.resume import newest_checkpoint
 from accel_llm.system.disk import sha256
+from accel_llm.system.manifest import find_damage, read_parts, remove_folder, seal_folder, write_part
 
 FILES = {"state.json": b'{"step": 3}', "rank-00000.safetensors": bytes(range(256)) * 4, "rank-00001.json": b"{}"}
 
@@ -20,12 +20,12 @@ def write(folder: Path) -> Path:
     for name, content in FILES.items():
         (partial / name).write_bytes(content)
     facts = {name: ((partial / name).stat().st_size, sha256(partial / name)) for name in FILES}
-    manifest.part_of(partial, 1, {"rank-00001.json": facts.pop("rank-00001.json")})
-    assert manifest.parts(partial, 2) is None
-    manifest.part_of(partial, 0, facts)
-    found = manifest.parts(partial, 2)
+    write_part(partial, 1, {"rank-00001.json": facts.pop("rank-00001.json")})
+    assert read_parts(partial, 2) is None
+    write_part(partial, 0, facts)
+    found = read_parts(partial, 2)
     assert found is not None and not folder.exists()
-    manifest.seal(partial, folder, found)
+    seal_folder(partial, folder, found)
     return folder
 
 
@@ -40,7 +40,7 @@ def test_a_sealed_folder_holds_its_files_and_the_manifest_alone(sealed: Path) ->
     folder = sealed / "step-00000006"
     assert sorted(path.name for path in folder.iterdir()) == sorted([*FILES, "manifest.json"])
     assert sorted(path.name for path in sealed.iterdir()) == ["step-00000003", "step-00000006"]
-    assert manifest.broken(folder) is None and newest(sealed, manifest.broken) == folder
+    assert find_damage(folder) is None and newest_checkpoint(sealed, find_damage) == folder
 
 
 def spoil(path: Path, how: str) -> None:
@@ -62,8 +62,8 @@ def test_a_damaged_file_is_named_and_an_older_checkpoint_taken(sealed: Path, cap
     folder = sealed / "step-00000006"
     spoil(folder / name, how)
     problem = f"lacks {name}" if how in ("missing", "a folder") else f"has a damaged {name}"
-    assert manifest.broken(folder) == problem
-    assert newest(sealed, manifest.broken) == sealed / "step-00000003"
+    assert find_damage(folder) == problem
+    assert newest_checkpoint(sealed, find_damage) == sealed / "step-00000003"
     assert capsys.readouterr().out == f"checkpoint {folder} {problem}; taking an older one\n"
 
 
@@ -72,16 +72,16 @@ def test_processes_share_the_reading_and_all_know_the_result(sealed: Path) -> No
     spoil(folder / "rank-00001.json", "flipped")
     found: list[list[float]] = []
     for rank in range(2):
-        manifest.broken(folder, rank, 2, lambda values: found.append(values) or values)
+        find_damage(folder, rank, 2, lambda values: found.append(values) or values)
     summed = [sum(column) for column in zip(*found, strict=True)]
     assert sorted(map(sum, found))[0] == 0.0  # one of them has seen nothing
     for rank in range(2):
-        assert manifest.broken(folder, rank, 2, lambda _: summed) == "has a damaged rank-00001.json"
+        assert find_damage(folder, rank, 2, lambda _: summed) == "has a damaged rank-00001.json"
 
 
 def test_without_a_whole_manifest_a_folder_is_no_checkpoint(sealed: Path) -> None:
     (sealed / "step-00000006" / "manifest.json").unlink()
-    assert manifest.broken(sealed / "step-00000006") == "is not a whole checkpoint (no manifest.json)"
+    assert find_damage(sealed / "step-00000006") == "is not a whole checkpoint (no manifest.json)"
     path = sealed / "step-00000003" / "manifest.json"
     for content in (
         '{"state.json": [1',
@@ -92,9 +92,9 @@ def test_without_a_whole_manifest_a_folder_is_no_checkpoint(sealed: Path) -> Non
         '{"/etc/passwd": [1, "a"]}',
     ):
         path.write_text(content, encoding="utf-8")
-        assert manifest.broken(path.parent) == "has a damaged manifest.json"
-    assert newest(sealed, manifest.broken) is None
-    assert manifest.broken(sealed / "step-00000009") == "does not exist"
+        assert find_damage(path.parent) == "has a damaged manifest.json"
+    assert newest_checkpoint(sealed, find_damage) is None
+    assert find_damage(sealed / "step-00000009") == "does not exist"
 
 
 def test_a_removed_folder_loses_its_name_first(sealed: Path, monkeypatch) -> None:
@@ -103,12 +103,12 @@ def test_a_removed_folder_loses_its_name_first(sealed: Path, monkeypatch) -> Non
 
     def interrupted(path: Path, **settings: bool) -> None:
         if path.exists():
-            assert not folder.exists() and manifest.broken(path) is None
+            assert not folder.exists() and find_damage(path) is None
             raise KeyboardInterrupt
         rmtree(path, **settings)
 
     monkeypatch.setattr(shutil, "rmtree", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        manifest.remove(folder)
-    assert newest(sealed, manifest.broken) == sealed / "step-00000006"
+        remove_folder(folder)
+    assert newest_checkpoint(sealed, find_damage) == sealed / "step-00000006"
     assert json.loads((sealed / "step-00000006" / "state.json").read_text()) == {"step": 3}

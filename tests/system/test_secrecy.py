@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from accel_llm.config.options import SftOptions, TrainOptions
-from accel_llm.report import display, record
-from accel_llm.report import page as report
-from accel_llm.system.secrecy import hidden
+from accel_llm.config.options import SftOptions
+from accel_llm.report import display
+from accel_llm.report.display import show_settings
+from accel_llm.report.page import write_report
+from accel_llm.report.record import recording
+from accel_llm.system.secrecy import hide_secrets
 
 KEY = 'a"b<c&d\ne/f+g'  # every way of writing it differs
 
@@ -20,12 +22,12 @@ KEY = 'a"b<c&d\ne/f+g'  # every way of writing it differs
 )
 def test_values_of_the_environment_are_hidden_however_they_are_written(monkeypatch, name):
     monkeypatch.setenv(name, KEY)
-    assert hidden(f"-{KEY}-{KEY}-") == "-***-***-"
-    assert hidden(json.dumps({"a": KEY})) == '{"a": "***"}'
-    assert hidden("a&quot;b&lt;c&amp;d\ne/f+g") == "***"
-    assert hidden("k:a%22b%3Cc%26d%0Ae%2Ff%2Bg") == "k:***"
+    assert hide_secrets(f"-{KEY}-{KEY}-") == "-***-***-"
+    assert hide_secrets(json.dumps({"a": KEY})) == '{"a": "***"}'
+    assert hide_secrets("a&quot;b&lt;c&amp;d\ne/f+g") == "***"
+    assert hide_secrets("k:a%22b%3Cc%26d%0Ae%2Ff%2Bg") == "k:***"
     monkeypatch.delenv(name)
-    assert hidden(KEY) == KEY
+    assert hide_secrets(KEY) == KEY
 
 
 @pytest.mark.parametrize(
@@ -33,7 +35,7 @@ def test_values_of_the_environment_are_hidden_however_they_are_written(monkeypat
 )
 def test_other_values_are_not(monkeypatch, name, value):
     monkeypatch.setenv(name, value)
-    assert hidden(f"it is {value}") == f"it is {value}"
+    assert hide_secrets(f"it is {value}") == f"it is {value}"
 
 
 @pytest.mark.parametrize(
@@ -51,12 +53,12 @@ def test_other_values_are_not(monkeypatch, name, value):
     ],
 )
 def test_addresses_keep_all_but_what_is_secret(text, shown):
-    assert hidden(text) == shown
-    assert hidden(shown) == shown
+    assert hide_secrets(text) == shown
+    assert hide_secrets(shown) == shown
 
 
 def test_neither_the_table_before_training_nor_the_report_shows_one(monkeypatch, tmp_path, capsys):
-    class Options(SftOptions, TrainOptions):
+    class Options(SftOptions):
         pass
 
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
@@ -67,11 +69,11 @@ def test_neither_the_table_before_training_nor_the_report_shows_one(monkeypatch,
         "chat_template_kwargs": {"page": "https://h/?token=x1y2z3"},
     }
     options = Options(model_name_or_path="o/n", **given)
-    display.settings(options)
+    show_settings(options)
     shown = capsys.readouterr().out
     run = {"status": "failed", "error": "OSError: s3://me:secret@host", "options": options.model_dump(mode="json")}
     (tmp_path / "run.json").write_text(json.dumps(run), encoding="utf-8")
-    page = report.write(tmp_path).read_text(encoding="utf-8")
+    page = write_report(tmp_path).read_text(encoding="utf-8")
     for text in (shown, page):
         assert "run of ***" in text and "s3://***@host" in text and "?token=***" in text
         assert not any(secret in text for secret in ("0123456789abcdef", "me:secret", "x1y2z3"))
@@ -88,6 +90,6 @@ def test_no_file_of_a_run_has_one(monkeypatch, tmp_path, tiny, chats, script, ca
     assert not [path for path in files if key.encode() in path.read_bytes() or b"abc1234" in path.read_bytes()]
     assert key not in capsys.readouterr().out
     assert json.loads((folder / "run.json").read_text())["options"]["run_name"] == "https://***@host/x?token=***"
-    with pytest.raises(ValueError), record.recording(folder, True):
+    with pytest.raises(ValueError), recording(folder, True, {}):
         raise ValueError(f"no access with {key}")
     assert json.loads((folder / "run.json").read_text())["error"] == "ValueError: no access with ***"

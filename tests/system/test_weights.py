@@ -9,8 +9,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from accel_llm.system import weights as tensors
-from accel_llm.system.weights import Spec, Writer, open_folder
+from accel_llm.system import weights
+from accel_llm.system.tensors import TensorSpec
+from accel_llm.system.weights import WeightWriter, open_weights
 
 STATE = {
     "whole": torch.arange(12, dtype=torch.float32).view(3, 4),
@@ -20,12 +21,12 @@ STATE = {
     "one": torch.tensor(2.5),
     "none": torch.zeros(0, 4, dtype=torch.float16),
 }
-SPECS = {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in STATE.items()}
+SPECS = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in STATE.items()}
 
 
 def test_what_safetensors_wrote_is_read(tmp_path):
     save_file(STATE, tmp_path / "model.safetensors")
-    found = open_folder(tmp_path)
+    found = open_weights(tmp_path)
     assert found.specs == SPECS
     for name, tensor in STATE.items():
         read = found.read(name)
@@ -36,7 +37,7 @@ def test_what_safetensors_wrote_is_read(tmp_path):
 
 
 def test_what_is_written_in_any_order_safetensors_reads_in_the_same_bytes(tmp_path):
-    writer = Writer(tmp_path, SPECS, shard_size=10**9, check=True)
+    writer = WeightWriter(tmp_path, SPECS, shard_size=10**9, check=True)
     for name in sorted(STATE, reverse=True):
         writer.write(name, STATE[name])
     writer.finish()
@@ -54,7 +55,7 @@ def test_files_are_split_where_the_next_tensor_would_not_fit(tmp_path):
     save_file(STATE, source / "model.safetensors")
     target = tmp_path / "target"
     target.mkdir()
-    writer, read = Writer(target, SPECS, shard_size=60, check=False), open_folder(source)
+    writer, read = WeightWriter(target, SPECS, shard_size=60, check=False), open_weights(source)
     for name in STATE:
         writer.copy(name, read.places[name])
     writer.finish()
@@ -62,7 +63,7 @@ def test_files_are_split_where_the_next_tensor_would_not_fit(tmp_path):
     assert index["weight_map"]["whole"] == "model-00001-of-00003.safetensors"
     assert index["weight_map"]["half"] == index["weight_map"]["counts"] == "model-00002-of-00003.safetensors"
     assert index["metadata"]["total_size"] == writer.written
-    again = open_folder(target)
+    again = open_weights(target)
     assert all(torch.equal(again.read(name), tensor) for name, tensor in STATE.items())
 
 
@@ -70,7 +71,7 @@ def test_equal_tensors_are_told_by_their_bits(tmp_path):
     save_file(
         {"a": torch.tensor([0.0]), "b": torch.tensor([0.0]), "c": torch.tensor([-0.0])}, tmp_path / "model.safetensors"
     )
-    found = open_folder(tmp_path)
+    found = open_weights(tmp_path)
     assert found.same("a", "b") and not found.same("a", "c")
 
 
@@ -90,7 +91,7 @@ def test_broken_folders_are_refused(tmp_path, how):
         if how == "pickle":
             torch.save(STATE, tmp_path / "pytorch_model.bin")
     with pytest.raises((SafetensorError, ValueError, FileNotFoundError)) as error:
-        open_folder(tmp_path)
+        open_weights(tmp_path)
     expected = {
         "index": "elsewhere.safetensors, which is not there",
         "pickle": "set allow_pickle",
@@ -101,7 +102,7 @@ def test_broken_folders_are_refused(tmp_path, how):
 
 def test_pickled_weights_are_read_when_that_was_allowed(tmp_path):
     torch.save(STATE, tmp_path / "pytorch_model.bin")
-    found = open_folder(tmp_path, allow_pickle=True)
+    found = open_weights(tmp_path, allow_pickle=True)
     assert found.specs == SPECS and not found.places
     assert all(torch.equal(found.read(name), tensor) for name, tensor in STATE.items())
 
@@ -112,11 +113,11 @@ def test_a_full_disk_is_found_out_before_anything_is_written(tmp_path, monkeypat
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(OSError, match="No space left"):
-        Writer(tmp_path, SPECS, 10**9, check=False)
+        WeightWriter(tmp_path, SPECS, 10**9, check=False)
 
 
 def test_an_error_while_writing_is_raised(tmp_path, monkeypatch):
-    writer = Writer(tmp_path, SPECS, 10**9, check=False)
+    writer = WeightWriter(tmp_path, SPECS, 10**9, check=False)
 
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -129,11 +130,11 @@ def test_an_error_while_writing_is_raised(tmp_path, monkeypatch):
 
 
 def test_large_tensors_are_copied_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(tensors, "CHUNK", 7)
+    monkeypatch.setattr(weights, "CHUNK", 7)
     save_file(STATE, tmp_path / "model.safetensors")
     target = tmp_path / "target"
     target.mkdir()
-    writer, read = Writer(target, SPECS, 10**9, check=True), open_folder(tmp_path)
+    writer, read = WeightWriter(target, SPECS, 10**9, check=True), open_weights(tmp_path)
     for name in STATE:
         writer.copy(name, read.places[name])
     writer.finish()

@@ -18,13 +18,14 @@ from conftest import character_tokenizer, rows_of
 from transformers import LlamaForCausalLM
 
 from accel_llm.config.options import TrainOptions
-from accel_llm.data.packing import collate_padded
+from accel_llm.data.batches import collate_padded
 from accel_llm.data.rows import Rows
-from accel_llm.data.stream import Plan, Start
-from accel_llm.model import attention
-from accel_llm.model import loss as losses
+from accel_llm.data.stream import TrainingPlan
+from accel_llm.model.attention import PACKED_ATTENTION, enable_packing, unwrap_causal_lm
+from accel_llm.model.loss import attach_loss, next_token_loss
 from accel_llm.report.metrics import Meter
-from accel_llm.training.evaluation import Answer, Evaluation, exact_match, mean_loss, questions
+from accel_llm.training.evaluation import Evaluation, GeneratedAnswer, exact_match, mean_loss, questions
+from accel_llm.training.start import Start
 
 EOS = 2
 MAX_LENGTH = 40
@@ -60,8 +61,8 @@ def test_mean_loss_equals_a_float64_reference(accelerator, tiny_llama, packing, 
     rows, model = random_rows(), tiny_llama()
     expected, count = reference(model, rows)
     if packing:
-        attention.enable(model)
-    losses.attach(model, MAX_LENGTH)
+        enable_packing(model)
+    attach_loss(model, MAX_LENGTH)
     options = TrainOptions(packing=packing, max_length=MAX_LENGTH, per_device_eval_batch_size=batch_size)
     found = mean_loss(accelerator, model.train(), rows, options, 0)
     assert found["eval/loss"] == pytest.approx(expected, rel=1e-6)
@@ -74,7 +75,7 @@ def test_mean_loss_equals_a_float64_reference(accelerator, tiny_llama, packing, 
 
 def test_dropout_is_off_while_evaluating(accelerator, tiny_llama):
     model = tiny_llama(attention_dropout=0.5)
-    losses.attach(model, MAX_LENGTH)
+    attach_loss(model, MAX_LENGTH)
     options = TrainOptions(packing=False, max_length=MAX_LENGTH)
     model.train()
     first, second = (mean_loss(accelerator, model, random_rows(), options, 0) for _ in range(2))
@@ -83,7 +84,7 @@ def test_dropout_is_off_while_evaluating(accelerator, tiny_llama):
 
 def test_a_loss_beyond_float_has_no_infinite_perplexity(accelerator, tiny_llama):
     model = tiny_llama()
-    losses.attach(model, MAX_LENGTH)
+    attach_loss(model, MAX_LENGTH)
     with torch.no_grad():
         model.lm_head.weight.mul_(1e6)
     found = mean_loss(accelerator, model, random_rows(), TrainOptions(packing=False, max_length=MAX_LENGTH), 0)
@@ -177,11 +178,11 @@ def test_padding_on_the_left_changes_no_answer(accelerator, tiny_llama, tokenize
     alone = generated(accelerator, model, tokenizer, asked, 1)
     assert len(set(alone)) == 5
     if packed:  # the attention of packed rows steps aside while generating, and is back afterwards
-        attention.enable(model)
-    losses.attach(model, MAX_LENGTH)
+        enable_packing(model)
+    attach_loss(model, MAX_LENGTH)
     for batch_size in (2, 5, 8):
         assert generated(accelerator, model, tokenizer, asked, batch_size) == alone
-    assert (model.config._attn_implementation == attention.NAME) == packed
+    assert (model.config._attn_implementation == PACKED_ATTENTION) == packed
     # This model would notice a padding token that it attends to.
     padded = [(np.concatenate([np.zeros(30 - len(prompt), np.int64), prompt]), answer) for prompt, answer in asked]
     assert generated(accelerator, model, tokenizer, padded, 5)[:4] != alone[:4]
@@ -194,11 +195,11 @@ def memorised(tiny_llama) -> tuple[LlamaForCausalLM, Rows]:
         for k, answer in enumerate([[20, 21], [22], [23, 24, 25], [26, 20]], 1)
     ]
     rows, model = rows_of(encoded), tiny_llama()
-    losses.attach(model, MAX_LENGTH)
+    attach_loss(model, MAX_LENGTH)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     batch = collate_padded([rows[k] for k in range(4)], 0)
     for _ in range(60):
-        losses.next_token_loss(model, batch).backward()
+        next_token_loss(model, batch).backward()
         optimizer.step()
         optimizer.zero_grad()
     return model, rows
@@ -214,11 +215,11 @@ def test_a_run_evaluates_when_due_and_writes_what_it_found(accelerator, tiny_lla
         eval_on_start=True,
         eval_generate=3,
     )
-    meter = Meter(accelerator, options, Plan(4, 4, 20, 5), Start(tmp_path))
+    meter = Meter(accelerator, options, TrainingPlan(4, 4, 20, 5))
     evaluation = Evaluation(accelerator, tokenizer, rows, options, [EOS])
-    evaluation.at_start(model, meter, Start(tmp_path, step=3))  # a resumed run has no start
+    evaluation.at_start(model, meter, Start(output_dir=tmp_path, step=3))  # a resumed run has no start
     assert not Path(tmp_path / "metrics.jsonl").exists()
-    evaluation.at_start(model, meter, Start(tmp_path))
+    evaluation.at_start(model, meter, Start(output_dir=tmp_path))
     for step in range(1, 6):
         if step == 5:
             with torch.no_grad():
@@ -235,19 +236,19 @@ def test_a_run_evaluates_when_due_and_writes_what_it_found(accelerator, tiny_lla
 
 def test_without_rows_or_questions_nothing_is_measured(accelerator, tiny_llama, tokenizer, tmp_path):
     options: dict[str, Any] = {"output_dir": str(tmp_path), "packing": False, "max_length": MAX_LENGTH}
-    meter = Meter(accelerator, TrainOptions(**options), Plan(4, 4, 4, 1), Start(tmp_path))
+    meter = Meter(accelerator, TrainOptions(**options), TrainingPlan(4, 4, 4, 1))
     Evaluation(accelerator, tokenizer, None, TrainOptions(**options), [EOS]).when_due(None, meter, 1)
     assert list(tmp_path.iterdir()) == []
     model = tiny_llama()
-    losses.attach(model, MAX_LENGTH)
+    attach_loss(model, MAX_LENGTH)
     Evaluation(accelerator, tokenizer, random_rows(), TrainOptions(**options), [EOS]).when_due(model, meter, 1)
     line = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert line.keys() == {"step", "eval/loss", "eval/perplexity", "eval/supervised_tokens"}
 
 
 def test_an_answer_is_right_only_as_a_whole():
-    assert Answer("q", "a</s>", "a</s>").right
-    assert not Answer("q", "a</s>", "a").right and not Answer("q", "a</s>", "a </s>").right
+    assert GeneratedAnswer("q", "a</s>", "a</s>").right
+    assert not GeneratedAnswer("q", "a</s>", "a").right and not GeneratedAnswer("q", "a</s>", "a </s>").right
 
 
 def uneven_rows(count: int, weighted: bool) -> Rows:
@@ -271,13 +272,13 @@ def evaluate_as_rank(rank: int, world: int, port: int, folder: Path) -> None:
     accelerator, tokenizer = Accelerator(cpu=True), character_tokenizer()
     assert accelerator.num_processes == world
     model: Any = LlamaForCausalLM.from_pretrained(folder / "random")
-    attention.enable(model)
-    losses.attach(model, MAX_LENGTH)
+    enable_packing(model)
+    attach_loss(model, MAX_LENGTH)
     model = accelerator.prepare(model)
     scores: list[dict[str, float]] = []
     answers = []
     for count, packing, weighted in CASES:
-        attention.causal_lm(model).set_attn_implementation(attention.NAME if packing else "sdpa")
+        unwrap_causal_lm(model).set_attn_implementation(PACKED_ATTENTION if packing else "sdpa")
         options = TrainOptions(packing=packing, max_length=MAX_LENGTH, per_device_eval_batch_size=2)
         scores.append(mean_loss(accelerator, model, uneven_rows(count, weighted), options, 0))
     model = accelerator.prepare(LlamaForCausalLM.from_pretrained(folder / "bigram"))

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config, 
 
 from accel_llm.chat.template import CHATML
 from accel_llm.config.options import TrainOptions
-from accel_llm.demo import skills as demo
-from accel_llm.model import loading as models
+from accel_llm.demo.tokenizer import build_demo_tokenizer
+from accel_llm.model.generation import build_generation_config, stop_token_ids
+from accel_llm.model.loading import load_model
 from accel_llm.training import export
 
 TOKENIZER_FILES = ["chat_template.jinja", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
@@ -101,13 +102,13 @@ def test_a_chosen_template_is_saved_and_its_end_stops(train, make_model, tmp_pat
 
 
 def test_no_stop_at_all_is_none(tiny):
-    model = models.load_model(TrainOptions(model_name_or_path=str(tiny), packing=False))
-    tokenizer = demo.build_tokenizer()
-    assert export.generation_config(model, tokenizer, []).eos_token_id is None
-    assert export.generation_config(model, tokenizer, [5]).eos_token_id == 5
+    model = load_model(TrainOptions(model_name_or_path=str(tiny), packing=False))
+    tokenizer = build_demo_tokenizer()
+    assert build_generation_config(model, tokenizer, []).eos_token_id is None
+    assert build_generation_config(model, tokenizer, [5]).eos_token_id == 5
     model.generation_config.eos_token_id = [9, 2]
-    assert export.stop_ids(model, tokenizer, 4) == [4, 9, 2]
-    assert export.stop_ids(model, tokenizer, None) == [9, 2]
+    assert stop_token_ids(model, tokenizer, 4) == [4, 9, 2]
+    assert stop_token_ids(model, tokenizer, None) == [9, 2]
 
 
 def test_buffers_that_are_part_of_the_model_are_written(tmp_path):

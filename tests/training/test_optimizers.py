@@ -15,13 +15,16 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM, get_scheduler
 
-from accel_llm.backend import accelerator as distributed
+from accel_llm.backend.accelerator import build_accelerator
 from accel_llm.config.options import MethodOptions, OptimOptions, TrainOptions
-from accel_llm.data.packing import collate_packed, collate_padded
+from accel_llm.data.batches import collate_packed, collate_padded
 from accel_llm.errors import ConfigError
-from accel_llm.model import attention
-from accel_llm.model import loss as losses
-from accel_llm.training import optimizers as optim
+from accel_llm.model.attention import enable_packing, forward_arguments, unwrap_causal_lm
+from accel_llm.model.loss import attach_loss, next_token_loss
+from accel_llm.model.neftune import neftune
+from accel_llm.training.optimizers import build_optimizer, check_optimizer, optimizer_in_force, parameter_groups
+from accel_llm.training.own_optimizers import RoundedAdamW, round_at_random
+from accel_llm.training.schedule import build_schedule, learning_rate_factor, warmup_steps
 
 # peft 0.21.2 reads the old name of a property of transformers 5.23.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -51,7 +54,7 @@ def step_with_gradient(model: nn.Module, optimizer: torch.optim.Optimizer, value
 
 
 def test_vectors_do_not_decay_and_matrices_do(model):
-    groups = optim.parameter_groups(model, OptimOptions(weight_decay=0.1))
+    groups = parameter_groups(model, OptimOptions(weight_decay=0.1))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     decayed, kept = ({names[id(parameter)] for parameter in group["params"]} for group in groups)
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
@@ -66,13 +69,13 @@ def test_only_trainable_parameters_are_taken_and_lora_plus_speeds_up_b(model):
 
     peft_model = with_adapter(model, use_dora=True)
     names = {id(parameter): name for name, parameter in peft_model.named_parameters()}
-    (plain, vectors) = optim.parameter_groups(peft_model, Adapter())
+    (plain, vectors) = parameter_groups(peft_model, Adapter())
     assert (plain["lr"], len(plain["params"]), len(vectors["params"])) == (2e-4, 4, 2)
 
     options = Adapter(loraplus_lr_ratio=16, learning_rate=1e-4, weight_decay=0.1)
     rates = {
         names[id(parameter)].split(".")[-3]: (group["lr"], group["weight_decay"])
-        for group in optim.parameter_groups(peft_model, options)
+        for group in parameter_groups(peft_model, options)
         for parameter in group["params"]
     }
     assert rates["lora_A"] == (1e-4, 0.1)
@@ -86,7 +89,7 @@ def test_a_parameter_sharded_by_zero3_keeps_its_kind():
     vector = nn.Parameter(torch.empty(0))
     vector.ds_shape = torch.Size([4])
     module = nn.ParameterDict({"matrix": matrix, "vector": vector})
-    groups = optim.parameter_groups(module, OptimOptions(weight_decay=0.1))
+    groups = parameter_groups(module, OptimOptions(weight_decay=0.1))
     assert [(group["params"][0] is matrix, group["weight_decay"]) for group in groups] == [(True, 0.1), (False, 0.0)]
 
 
@@ -96,7 +99,7 @@ def test_a_parameter_sharded_by_zero3_keeps_its_kind():
 @pytest.mark.parametrize("name", NAMES)
 def test_every_optimizer_descends_and_decays_only_matrices(model, name):
     options = OptimOptions(optim=name, learning_rate=1e-2, weight_decay=0.5)
-    optimizer = optim.build_optimizer(model, options, "cpu", "none")
+    optimizer = build_optimizer(model, options, "cpu", "none")
     before = copy.deepcopy(model.state_dict())
     step_with_gradient(model, optimizer, 0.0)
     for parameter_name, parameter in model.named_parameters():
@@ -116,7 +119,7 @@ def test_every_optimizer_descends_and_decays_only_matrices(model, name):
 
 def test_adamw_takes_the_steps_of_its_definition(model):
     options = OptimOptions(learning_rate=1e-2, weight_decay=0.1, adam_beta1=0.8, adam_beta2=0.9, adam_epsilon=1e-3)
-    optimizer = optim.build_optimizer(model, options, "cpu", "none")
+    optimizer = build_optimizer(model, options, "cpu", "none")
     weight = model.lm_head.weight.detach().clone()
     step_with_gradient(model, optimizer, 2.0)
     step_with_gradient(model, optimizer, -1.0)
@@ -131,7 +134,7 @@ def test_adamw_takes_the_steps_of_its_definition(model):
 
 
 def test_lion_steps_by_the_sign_with_its_own_second_decay(model):
-    optimizer = optim.build_optimizer(model, OptimOptions(optim="lion", learning_rate=1e-3), "cpu", "none")
+    optimizer = build_optimizer(model, OptimOptions(optim="lion", learning_rate=1e-3), "cpu", "none")
     before = model.lm_head.weight.detach().clone()
     step_with_gradient(model, optimizer, -5.0)
     torch.testing.assert_close(model.lm_head.weight.data, before + 1e-3)
@@ -140,14 +143,14 @@ def test_lion_steps_by_the_sign_with_its_own_second_decay(model):
 
 def test_paged_optimizers_are_the_plain_ones_without_cuda(model):
     for name, expected in [("paged_adamw", torch.optim.AdamW), ("paged_adamw_8bit", "AdamW8bit")]:
-        optimizer = optim.build_optimizer(model, OptimOptions(optim=name), "cpu", "none")
+        optimizer = build_optimizer(model, OptimOptions(optim=name), "cpu", "none")
         assert type(optimizer) is expected or type(optimizer).__name__ == expected
-    assert optim.optimizer_in_force(OptimOptions(optim="paged_adamw_8bit"), "cpu") == "adamw_8bit"
-    assert optim.optimizer_in_force(OptimOptions(optim="paged_adamw_8bit"), "cuda") == "paged_adamw_8bit"
+    assert optimizer_in_force(OptimOptions(optim="paged_adamw_8bit"), "cpu") == "adamw_8bit"
+    assert optimizer_in_force(OptimOptions(optim="paged_adamw_8bit"), "cuda") == "paged_adamw_8bit"
 
 
 def test_8_bit_state_is_8_bit_but_for_embeddings(model):
-    optimizer = optim.build_optimizer(model, OptimOptions(optim="adamw_8bit"), "cpu", "none")
+    optimizer = build_optimizer(model, OptimOptions(optim="adamw_8bit"), "cpu", "none")
     step_with_gradient(model, optimizer, 0.1)
     assert optimizer.state[model.lm_head.weight]["state1"].dtype == torch.uint8
     assert optimizer.state[model.model.embed_tokens.weight]["state1"].dtype == torch.float32
@@ -155,7 +158,7 @@ def test_8_bit_state_is_8_bit_but_for_embeddings(model):
 
 def test_an_adapter_whose_b_is_zero_moves_under_adafactor(model):
     peft_model = with_adapter(model)
-    optimizer = optim.build_optimizer(peft_model, OptimOptions(optim="adafactor", learning_rate=1e-3), "cpu", "none")
+    optimizer = build_optimizer(peft_model, OptimOptions(optim="adafactor", learning_rate=1e-3), "cpu", "none")
     step_with_gradient(peft_model, optimizer, 1.0)
     matrix = next(parameter for name, parameter in peft_model.named_parameters() if "lora_B" in name)
     torch.testing.assert_close(matrix.data, torch.full_like(matrix, -1e-3))
@@ -172,17 +175,17 @@ def test_an_adapter_whose_b_is_zero_moves_under_adafactor(model):
 )  # fmt: skip
 def test_what_an_engine_cannot_run_is_refused(model, name, engine, problem):
     with pytest.raises(ConfigError) as caught:
-        optim.build_optimizer(model, OptimOptions(optim=name), "cpu", engine)
+        build_optimizer(model, OptimOptions(optim=name), "cpu", engine)
     assert caught.value.problems == [problem]
-    optim.check_optimizer(OptimOptions(optim=name), "cpu", "none")
-    optim.check_optimizer(OptimOptions(optim="paged_adamw"), "cpu", engine)
+    check_optimizer(OptimOptions(optim=name), "cpu", "none")
+    check_optimizer(OptimOptions(optim="paged_adamw"), "cpu", engine)
 
 
 # --- Muon ---
 
 
 def test_muon_takes_hidden_matrices_and_adamw_the_rest(model):
-    optimizer = optim.build_optimizer(model, OptimOptions(optim="muon"), "cpu", "none")
+    optimizer = build_optimizer(model, OptimOptions(optim="muon"), "cpu", "none")
     (muon, muon_groups), (adamw, adamw_groups) = optimizer.parts
     assert isinstance(muon, torch.optim.Muon) and isinstance(adamw, torch.optim.AdamW)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -195,7 +198,7 @@ def test_muon_takes_hidden_matrices_and_adamw_the_rest(model):
 
 def test_muon_with_adamw_equals_the_two_apart(model):
     twin = copy.deepcopy(model)
-    together = optim.build_optimizer(model, OptimOptions(optim="muon", learning_rate=1e-2), "cpu", "none")
+    together = build_optimizer(model, OptimOptions(optim="muon", learning_rate=1e-2), "cpu", "none")
     hidden = [p for name, p in twin.named_parameters() if name.endswith("proj.weight")]
     others = [p for name, p in twin.named_parameters() if not name.endswith("proj.weight")]
     apart = [
@@ -222,12 +225,12 @@ def test_muon_resumes_from_its_state(model):
 
     batch = torch.arange(24)[None]
     options = OptimOptions(optim="muon", learning_rate=1e-2)
-    optimizer = optim.build_optimizer(model, options, "cpu", "none")
+    optimizer = build_optimizer(model, options, "cpu", "none")
     train(model, optimizer, 2)
     resumed, state = copy.deepcopy(model), copy.deepcopy(optimizer.state_dict())
     train(model, optimizer, 2)
 
-    fresh = optim.build_optimizer(resumed, options, "cpu", "none")
+    fresh = build_optimizer(resumed, options, "cpu", "none")
     fresh.load_state_dict(state)
     train(resumed, fresh, 2)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), resumed.parameters(), strict=True))
@@ -235,8 +238,8 @@ def test_muon_resumes_from_its_state(model):
 
 def test_muon_follows_the_schedule(model):
     options = OptimOptions(optim="muon", learning_rate=1.0, warmup_steps=3)
-    optimizer = optim.build_optimizer(model, options, "cpu", "none")
-    optim.build_schedule(optimizer, options, 10)
+    optimizer = build_optimizer(model, options, "cpu", "none")
+    build_schedule(optimizer, options, 10)
     optimizer.step()
     assert [group["lr"] for part, _ in optimizer.parts for group in part.param_groups] == [0.25] * 3
 
@@ -246,7 +249,7 @@ def test_muon_follows_the_schedule(model):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_optimizer_steps_on_cuda(model, name):
     model.cuda()
-    optimizer = optim.build_optimizer(model, OptimOptions(optim=name, learning_rate=1e-2), "cuda", "none")
+    optimizer = build_optimizer(model, OptimOptions(optim=name, learning_rate=1e-2), "cuda", "none")
     batch = torch.arange(24, device="cuda")[None]
     before = model(batch, labels=batch).loss.item()
     for _ in range(8):
@@ -282,10 +285,10 @@ COSINE = [math.cos(math.pi * share) / 2 + 0.5 for share in (0, 0.25, 0.5, 0.75, 
 )  # fmt: skip
 def test_learning_rate_at_every_step_of_six(model, options, shares):
     options = OptimOptions(**options, learning_rate=0.5)
-    assert [optim.lr_at(step, options, 6) for step in range(8)] == pytest.approx(shares)
+    assert [learning_rate_factor(step, options, 6) for step in range(8)] == pytest.approx(shares)
 
-    optimizer = optim.build_optimizer(model, options, "cpu", "none")
-    scheduler = optim.build_schedule(optimizer, options, 6)
+    optimizer = build_optimizer(model, options, "cpu", "none")
+    scheduler = build_schedule(optimizer, options, 6)
     rates = []
     for _ in range(8):
         rates.append(scheduler.get_last_lr()[0])
@@ -301,14 +304,14 @@ def test_after_warmup_the_schedules_are_those_of_transformers(name):
     reference = get_scheduler(name, optimizer, num_warmup_steps=20, num_training_steps=200, **extra)
     options = OptimOptions(lr_scheduler_type=name, **({} if name == "constant" else {"warmup_steps": 0.1}))
     shares = reference.lr_lambdas[0]
-    assert [optim.lr_at(step, options, 200) for step in range(20, 200)] == pytest.approx(
+    assert [learning_rate_factor(step, options, 200) for step in range(20, 200)] == pytest.approx(
         [shares(step) for step in range(20, 200)]
     )
 
 
 def test_warmup_is_steps_or_a_share():
     def length(total: int, **options) -> int:
-        return optim.warmup_length(OptimOptions(**options), total)
+        return warmup_steps(OptimOptions(**options), total)
 
     assert length(1000) == 30
     assert length(10) == 1
@@ -323,8 +326,8 @@ def test_every_group_keeps_its_ratio_through_the_schedule(model):
         pass
 
     options = Adapter(loraplus_lr_ratio=4, learning_rate=1.0, lr_scheduler_type="linear", warmup_steps=0)
-    optimizer = optim.build_optimizer(with_adapter(model), options, "cpu", "none")
-    scheduler = optim.build_schedule(optimizer, options, 4)
+    optimizer = build_optimizer(with_adapter(model), options, "cpu", "none")
+    scheduler = build_schedule(optimizer, options, 4)
     optimizer.step()
     scheduler.step()
     assert scheduler.get_last_lr() == [0.75, 3.0]
@@ -355,7 +358,7 @@ PACKED = {
 def test_noise_is_bounded_by_each_documents_length(model, adapted):
     model = with_adapter(model) if adapted else model
     model.train()
-    optim.neftune(model, alpha=5.0)
+    neftune(model, alpha=5.0)
     noise = noise_of(model, PACKED)[0]
     for document, length in [(noise[:64], 64), (noise[64:], 16)]:
         bound = 5.0 / math.sqrt(length * 64)
@@ -366,7 +369,7 @@ def test_noise_is_bounded_by_each_documents_length(model, adapted):
 
 def test_noise_of_padded_rows_counts_no_padding(model):
     model.train()
-    optim.neftune(model, alpha=5.0)
+    neftune(model, alpha=5.0)
     mask = torch.ones(2, 32, dtype=torch.long)
     mask[1, 8:] = 0
     noise = noise_of(model, {"input_ids": torch.arange(64).view(2, 32), "attention_mask": mask})
@@ -378,7 +381,7 @@ def test_noise_of_padded_rows_counts_no_padding(model):
 
 
 def test_noise_is_new_at_each_call_seeded_and_absent_in_evaluation(model):
-    optim.neftune(model.train(), alpha=5.0)
+    neftune(model.train(), alpha=5.0)
     torch.manual_seed(3)
     first, second = noise_of(model, PACKED), noise_of(model, PACKED)
     torch.manual_seed(3)
@@ -395,11 +398,11 @@ def noisy_model(
 ) -> nn.Module:
     """Training with every kind of noise, over a loss and packed rows as the scripts have them."""
     base = tiny_model(family, num_hidden_layers=1, attention_dropout=attention_dropout)
-    losses.attach(base, 1024)
+    attach_loss(base, 1024)
     adapter = LoraConfig(target_modules="all-linear", lora_dropout=lora_dropout, init_lora_weights=False)
     model = get_peft_model(base, adapter)
     if alpha:
-        optim.neftune(model, alpha)
+        neftune(model, alpha)
     return model.train()
 
 
@@ -411,8 +414,8 @@ def drawn_logits(model: nn.Module, packed: bool, seed: int) -> list[torch.Tensor
     """[COPIES, n, vocabulary] for each document of n tokens, the copies in one batch and each with its own noise."""
     rows = [(ids, ids) for ids in DOCUMENTS for _ in range(COPIES)]
     if packed:
-        attention.enable(model)
-    batch = attention.model_kwargs(collate_packed(rows) if packed else collate_padded(rows, 0))
+        enable_packing(model)
+    batch = forward_arguments(collate_packed(rows) if packed else collate_padded(rows, 0))
     torch.manual_seed(seed)
     with torch.no_grad():
         logits = model(**batch, use_cache=False).logits
@@ -461,14 +464,14 @@ def test_recomputed_layers_draw_their_noise_again(packed):
 
     def gradient(recompute: functools.partial | None) -> dict[str, torch.Tensor]:
         model = noisy_model()
-        causal = attention.causal_lm(model)
+        causal = unwrap_causal_lm(model)
         causal.loss_chunks = 3
         if packed:
-            attention.enable(model)
+            enable_packing(model)
         if recompute:
             causal._set_gradient_checkpointing(gradient_checkpointing_func=recompute)
         torch.manual_seed(1)
-        losses.next_token_loss(model, batch).backward()
+        next_token_loss(model, batch).backward()
         return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
     stored = gradient(None)
@@ -496,10 +499,10 @@ def draw_noise(model: nn.Module) -> torch.Tensor:
 def rank_of_two(rank: int, port: int, folder: Path) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    accelerator = distributed.build_accelerator(TrainOptions())
+    accelerator = build_accelerator(TrainOptions())
     assert accelerator.num_processes == 2
     model = noisy_model()
-    attention.enable(model)
+    enable_packing(model)
     model = accelerator.prepare(model)
     set_seed(42, device_specific=True)
     apart = draw_noise(accelerator.unwrap_model(model))
@@ -519,7 +522,7 @@ def test_ranks_draw_noise_of_their_own_from_one_distribution(tmp_path, monkeypat
     assert torch.equal(first_alike, second_alike), "it is the seed by rank that sets them apart"
 
     model = noisy_model()
-    attention.enable(model)
+    enable_packing(model)
     set_seed(42)
     alone = draw_noise(model)
     assert torch.equal(first, alone), "a single process is rank 0"
@@ -543,21 +546,21 @@ def test_values_are_rounded_to_a_neighbour_with_odds_that_keep_the_mean():
     generator = torch.Generator().manual_seed(0)
     for value in (1.0 + 2**-9, -3.3, 1e-20, 0.1):
         exact = torch.full((200_000,), value)
-        found = optim.rounded_at_random(exact, generator)
+        found = round_at_random(exact, generator)
         nearest = exact[:1].to(torch.bfloat16).float()
         gap = float(nearest.abs()) * 2**-7
         assert found.dtype == torch.bfloat16 and len(found.unique()) == 2
         assert float((found.float() - exact).abs().max()) <= gap
         assert abs(float(found.double().mean()) - float(exact[0].double())) < 0.01 * gap
     kept = torch.tensor([0.0, 1.0, -2.5, float("inf")])
-    assert torch.equal(optim.rounded_at_random(kept, generator).float(), kept)
+    assert torch.equal(round_at_random(kept, generator).float(), kept)
 
 
 def rounded(weight: torch.Tensor, steps: int, seed: int = 0, master_weights: str = "stochastic_rounding"):
     model = nn.Linear(*weight.shape[::-1], bias=False).to(weight.dtype)
     model.weight.data.copy_(weight)
     options = OptimOptions(learning_rate=1e-4, master_weights=master_weights)
-    optimizer = optim.build_optimizer(model, options, "cpu", "none", seed)
+    optimizer = build_optimizer(model, options, "cpu", "none", seed)
     for _ in range(steps):
         model.weight.grad = torch.ones_like(model.weight)
         optimizer.step()
@@ -585,7 +588,7 @@ def test_on_float32_weights_rounding_changes_nothing_but_the_last_bits_of_adamw(
     reference = nn.Parameter(start.clone())
     adamw = torch.optim.AdamW([reference], lr=1e-2, weight_decay=0.1)
     ours = nn.Parameter(start.clone())
-    optimizer = optim.RoundedAdamW([{"params": [ours], "weight_decay": 0.1, "lr": 1e-2}], (0.9, 0.999), 1e-8, 0)
+    optimizer = RoundedAdamW([{"params": [ours], "weight_decay": 0.1, "lr": 1e-2}], (0.9, 0.999), 1e-8, 0)
     for _ in range(5):
         gradient = torch.randn(16, 16)
         reference.grad, ours.grad = gradient.clone(), gradient.clone()
@@ -602,7 +605,7 @@ def test_a_resumed_run_rounds_alike():
     model = nn.Linear(8, 8, bias=False).to(torch.bfloat16)
     model.weight.data.copy_(half)
     options = OptimOptions(learning_rate=1e-4, master_weights="stochastic_rounding")
-    fresh = optim.build_optimizer(model, options, "cpu", "none", 0)
+    fresh = build_optimizer(model, options, "cpu", "none", 0)
     fresh.load_state_dict(optimizer.state_dict())
     for _ in range(3):
         model.weight.grad = torch.ones_like(model.weight)

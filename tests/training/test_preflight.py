@@ -5,17 +5,18 @@ import torch
 
 from accel_llm.config.options import TrainOptions
 from accel_llm.errors import ConfigError
-from accel_llm.model import loading as models
-from accel_llm.model import placement as shards
-from accel_llm.training import optimizers as optim
-from accel_llm.training import preflight as census
+from accel_llm.model.loading import load_model
+from accel_llm.model.placement import place_weights
+from accel_llm.training import preflight as preflight_module
+from accel_llm.training.optimizers import build_optimizer
+from accel_llm.training.preflight import preflight
 
 
 def prepared(accelerator, base, **given):
     options = TrainOptions(model_name_or_path=str(base), packing=False, precision="fp32", **given)
-    model = models.load_model(options)
-    shards.place(accelerator, model, options)
-    optimizer = optim.build_optimizer(model, options, "cpu", "none")
+    model = load_model(options)
+    place_weights(accelerator, model, options)
+    optimizer = build_optimizer(model, options, "cpu", "none")
     return *accelerator.prepare(model, optimizer), options
 
 
@@ -27,7 +28,7 @@ def step(accelerator, model, optimizer) -> None:
 
 def test_facts_before_and_after_the_first_step(accelerator, tiny):
     model, optimizer, options = prepared(accelerator, tiny, method="full")
-    facts = census.take(accelerator, model, optimizer, options)["accelerate"]
+    facts = preflight(accelerator, model, optimizer, options)["accelerate"]
     count = sum(parameter.numel() for parameter in model.parameters())
     counts = {"trainable": count, "total": count, "this_process": count, "each_process": [count]}
     assert facts["parameters"] == counts and facts["engine"] == "LlamaForCausalLM"
@@ -41,7 +42,7 @@ def test_facts_before_and_after_the_first_step(accelerator, tiny):
 
 def test_the_hash_is_that_of_the_weights_in_their_order(accelerator, tiny):
     model, *_ = prepared(accelerator, tiny, method="full")
-    first, again = (census._equal_hash(accelerator, model) for _ in range(2))
+    first, again = (preflight_module._equal_hash(accelerator, model) for _ in range(2))
     assert first == again and len(first) == 16
     layers = model.model.layers
     with torch.no_grad():
@@ -49,17 +50,17 @@ def test_the_hash_is_that_of_the_weights_in_their_order(accelerator, tiny):
         kept = a.clone()
         a.copy_(b)
         b.copy_(kept)
-    assert census._equal_hash(accelerator, model) != first
+    assert preflight_module._equal_hash(accelerator, model) != first
     with torch.no_grad():
         b.copy_(a)
         a.copy_(kept)
         a[0, 0] += 1e-6
-    assert census._equal_hash(accelerator, model) != first
+    assert preflight_module._equal_hash(accelerator, model) != first
 
 
 def test_what_gets_no_gradient_is_named_before_anything_moves(accelerator, tiny):
     model, optimizer, options = prepared(accelerator, tiny, method="full")
-    census.take(accelerator, model, optimizer, options)
+    preflight(accelerator, model, optimizer, options)
     before = model.lm_head.weight.clone()
     model.model.norm.weight.register_hook(lambda gradient: gradient * 0)
     layer = model.model.layers[1].self_attn.q_proj
@@ -80,15 +81,15 @@ def test_what_is_trained_must_be_what_was_asked_for(accelerator, tiny, method):
         options = options.model_copy(update={"method": "lora"})
     state, number = ("frozen", 1) if method == "full" else ("trained", 21)
     with pytest.raises(RuntimeError, match=f"method {method}: {number} parameters are {state}"):
-        census.take(accelerator, model, optimizer, options)
+        preflight(accelerator, model, optimizer, options)
 
 
 @pytest.mark.parametrize("wanted", ["ddp", "fsdp2", "zero2"])
 def test_another_engine_than_the_launch_asks_for_is_an_error(accelerator, tiny, monkeypatch, wanted):
     model, optimizer, options = prepared(accelerator, tiny, method="full")
-    monkeypatch.setattr(census, "strategy", lambda: wanted)
+    monkeypatch.setattr(preflight_module, "strategy", lambda: wanted)
     with pytest.raises(RuntimeError, match=f"asks for {wanted}, but the model was prepared as LlamaForCausalLM"):
-        census.take(accelerator, model, optimizer, options)
+        preflight(accelerator, model, optimizer, options)
 
 
 def test_check_only_takes_one_step_shows_what_is_in_force_and_keeps_nothing(script, tiny, chats, tmp_path, capsys):
