@@ -29,15 +29,10 @@ from accel_llm.training.evaluation import Evaluation
 from accel_llm.training.export import export_model
 from accel_llm.training.preflight import preflight
 
-DEMO = Path(__file__).parent / "recipes" / "demo.yaml"
-# Defaults of --overfit; a person's own value wins over each of them.
-BY_HEART = {"limit_rows": 64, "num_train_epochs": 60, "total_batch_size": 1, "learning_rate": 1e-3}
-BY_HEART |= {"lr_scheduler_type": "constant_with_warmup", "eval_generate": 8}
-
 
 def main() -> None:
     # What is asked for, and the machine that it runs on.
-    options = setup.read_options(Options, demo=DEMO, overfit=BY_HEART)
+    options = setup.read_options(Options, demo=Path(__file__).parent / "recipes" / "demo.yaml")
     accelerator = backend.build_accelerator(options)
 
     # Text becomes rows: which tokens are trained, and what became of every one.

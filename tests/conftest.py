@@ -2,60 +2,22 @@
 
 import importlib.util
 import json
-import random
 import string
 import sys
-from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from accelerate.state import AcceleratorState
+from support import ROOT, SPECIAL, character_tokenizer, reset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from accel_llm.backend.accelerator import quiet_libraries
-from accel_llm.backend.strategy import PRECISION_DTYPES, resolve_precision
-from accel_llm.data.rows import ARRAYS, Origin, RowPart, Rows
 from accel_llm.demo.skills import demo_conversations
 from accel_llm.demo.tokenizer import build_demo_tokenizer
-from accel_llm.model.placement import settle_weights
-from accel_llm.system.signals import requested
-
-ROOT = Path(__file__).parents[1]
-SPECIAL = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]  # ids 0 to 4
-
-
-def character_tokenizer() -> PreTrainedTokenizerFast:
-    """Every printable ASCII character is a token, so that ids can be counted by hand."""
-    vocabulary = {token: index for index, token in enumerate([*SPECIAL, *string.printable])}
-    backend: Any = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    backend.decoder = decoders.Fuse()
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
-
-
-def settled(model: Any, options: Any) -> Any:
-    """The weights of a loaded model read, cast and quantised as `shards.place` does in one process."""
-    compute = PRECISION_DTYPES[resolve_precision(options)]
-    settle_weights(model, list(model.modules()), compute, torch.device("cpu"))
-    return model
-
-
-def rows_of(encoded: Iterable[tuple[int, list[int], list[int]]], weights: list[list[float]] | None = None) -> Rows:
-    """Rows in memory from (row number, ids, labels)."""
-    part = RowPart()
-    for k, (number, ids, labels) in enumerate(encoded):
-        part.add(array("i", ids), array("i", labels), weights[k] if weights else None, number, 0, number)
-    arrays = {name: np.array(getattr(part, name), kind) for name, kind in ARRAYS.items()}
-    offsets = np.concatenate([[0], np.cumsum(arrays.pop("lengths"), dtype=np.int64)])
-    found = arrays.pop("weights")
-    return Rows(**arrays, offsets=offsets, weights=found if weights else None, origins=(Origin(0, "rows"),))
 
 
 @pytest.fixture
@@ -144,17 +106,6 @@ def chats(tmp_path_factory) -> Path:
 def quiet() -> None:
     """What libraries warn about themselves is silenced, as in every script."""
     quiet_libraries()
-
-
-def reset() -> None:
-    """As a fresh process: Accelerate keeps its state in classes."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    PartialState._reset_state()
-    requested.stop, requested.save = 0, False
-    torch.manual_seed(99)
-    np.random.seed(99)
-    random.seed(99)
 
 
 @pytest.fixture

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import accel_llm.system.chatter
+
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open

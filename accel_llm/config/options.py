@@ -304,6 +304,17 @@ class TrainOptions(ModelOptions, DataOptions, MethodOptions, OptimOptions, RunOp
     """What every training script takes."""
 
 
+# Defaults of `overfit`; a person's own value wins over each of them.
+OVERFIT_DEFAULTS = {
+    "limit_rows": 64,
+    "num_train_epochs": 60,
+    "total_batch_size": 1,
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "constant_with_warmup",
+    "eval_generate": 8,
+}
+
+
 class SftOptions(TrainOptions):
     """Supervised fine-tuning"""
 

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import accel_llm.system.chatter
+
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from bitsandbytes.nn.modules import Linear4bit, Params4bit

@@ -15,7 +15,7 @@ from accel_llm.backend.accelerator import quiet_libraries
 from accel_llm.backend.strategy import engine
 from accel_llm.chat.template import Template, configured_template
 from accel_llm.config.command_line import parse_options, resolved_options
-from accel_llm.config.options import PretrainOptions, SftOptions, TrainOptions
+from accel_llm.config.options import OVERFIT_DEFAULTS, PretrainOptions, SftOptions, TrainOptions
 from accel_llm.data.prepare import EncodedData, encode_conversations, encode_texts
 from accel_llm.data.sources import source_problems
 from accel_llm.demo.files import TrainOptionsT, parse_or_demo, resolve_demo
@@ -36,12 +36,11 @@ def read_options(
     options_class: type[TrainOptionsT],
     defaults: dict[str, Any] | None = None,
     demo: Path | None = None,
-    overfit: dict[str, Any] | None = None,
 ) -> TrainOptionsT:
     """The options of a training script from its command line and recipe, checked.
 
-    `defaults` are the script's own. `demo` is the recipe of a person who names no model, data or recipe. With the option
-    `overfit` the values in `overfit` are defaults as well. Options of an adapter that is continued are its own.
+    `defaults` are the script's own. `demo` is the recipe of a person who names no model, data or recipe. An
+    adapter that is continued brings its own options.
 
     Raises:
         ConfigError: an option, a model or a source of rows cannot be used; all problems are told at once.
@@ -50,8 +49,8 @@ def read_options(
         options = parse_or_demo(options_class, demo, sys.argv[1:])
     else:
         options = resolve_demo(parse_options(options_class, sys.argv[1:], defaults))
-    if overfit and isinstance(options, SftOptions) and options.overfit:
-        options = options.with_defaults(overfit)
+    if isinstance(options, SftOptions) and options.overfit:
+        options = options.with_defaults(OVERFIT_DEFAULTS)
     options = adopt_adapter_options(options)
     raise_problems(model_problems(options) + source_problems(options))
     quiet_libraries()

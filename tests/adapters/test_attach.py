@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import settled
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
+from support import settled
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from accel_llm.adapters.attach import attach_adapter

@@ -25,15 +25,16 @@ def build(folder: Path, layers: int, width: int) -> int:
     """A model on the disk; its number of parameters."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from accel_llm.demo import skills as demo
+    from accel_llm.demo.skills import demo_conversations
+    from accel_llm.demo.tokenizer import build_demo_tokenizer
 
-    tokenizer = demo.build_tokenizer()
+    tokenizer = build_demo_tokenizer()
     shape = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), num_attention_heads=8, **shape, **ids))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    rows = [{"messages": row["messages"]} for row in demo.conversations("train")[:64]]
+    rows = [{"messages": row["messages"]} for row in demo_conversations("train")[:64]]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return model.num_parameters()
 
@@ -87,7 +88,7 @@ def skip() -> float:
     """Seconds until the first batch after a million steps."""
     sys.path.insert(0, str(ROOT / "tests"))
     import numpy as np
-    from conftest import rows_of
+    from support import rows_of
 
     from accel_llm.config.options import TrainOptions
     from accel_llm.data.stream import Position, Stream

@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import pytest
-from test_masks import (
+from specification import (
     ALL_SHAPES,
     CHATML,
     IM,

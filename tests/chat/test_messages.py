@@ -2,40 +2,23 @@ import json
 from typing import Any
 
 import pytest
+from support import BAD, CALL, USER, assistant
 
 from accel_llm.chat.messages import (
     ASSISTANT_FIRST,
-    BAD_WEIGHT,
     BROKEN_TOOLS,
-    EMPTY_ANSWER,
-    IMAGES,
-    MISSING_VALUE,
     NO_ANSWER,
     NOT_JSON,
-    NOT_MESSAGES,
-    NOT_TEXT,
     TOOL_OUT_OF_PLACE,
     TWO_ASSISTANT_TURNS,
-    TWO_REASONINGS,
     TWO_USER_TURNS,
-    UNKNOWN_ROLE,
     check_order,
     read_messages,
     read_tools,
 )
 from accel_llm.errors import DataError
 
-USER = {"role": "user", "content": "q"}
 ASSISTANT = {"role": "assistant", "content": "a"}
-CALL = {"type": "function", "function": {"name": "add", "arguments": {"x": 1}}}
-ROLES = (
-    "system, developer, user, human, assistant, gpt, bot, model, function_call, tool_call, tool, observation, function, "
-    "tool_response, function_response"
-)
-
-
-def assistant(**fields: Any) -> dict[str, Any]:
-    return {"role": "assistant", "content": "a", **fields}
 
 
 @pytest.mark.parametrize(
@@ -187,201 +170,6 @@ def test_good_messages(case: str) -> None:
 
 def test_messages_may_be_json_text() -> None:
     assert read_messages(json.dumps([USER, ASSISTANT]), "messages") == [USER, ASSISTANT]
-
-
-BAD: dict[str, tuple[Any, str, str]] = {
-    "no list": (7, "messages: found 7, needs a list of messages that is not empty", NOT_MESSAGES),
-    "null": (None, "messages: found null, needs a list of messages that is not empty", NOT_MESSAGES),
-    "an empty list": ([], "messages: found [], needs a list of messages that is not empty", NOT_MESSAGES),
-    "text": (
-        "hi",
-        'messages: found "hi", which is not JSON (Expecting value: line 1 column 1 (char 0))',
-        NOT_JSON,
-    ),
-    "a turn that is text": (
-        ["hi"],
-        'messages[0]: found "hi", needs an object with role and content',
-        NOT_MESSAGES,
-    ),
-    "unknown role": (
-        [USER, {"from": "narrator", "value": "x"}],
-        f'messages[1].from: unknown role "narrator", known are {ROLES}',
-        UNKNOWN_ROLE,
-    ),
-    "a role that is no text": (
-        [{"role": ["user"], "content": "x"}],
-        f'messages[0].role: unknown role ["user"], known are {ROLES}',
-        UNKNOWN_ROLE,
-    ),
-    "no role": (
-        [{"content": "x"}],
-        f"messages[0].role: missing (its keys: content), known are {ROLES}",
-        UNKNOWN_ROLE,
-    ),
-    "no content": (
-        [{"role": "user"}],
-        "messages[0].content: missing, needs text (its keys: role)",
-        MISSING_VALUE,
-    ),
-    "null content": (
-        [{"from": "human", "value": None}],
-        "messages[0].value: found null, needs text (its keys: from, value)",
-        MISSING_VALUE,
-    ),
-    "a null call": (
-        [{"from": "function_call", "value": None}],
-        "messages[0].value: found null, needs text (its keys: from, value)",
-        MISSING_VALUE,
-    ),
-    "a number": (
-        [USER, {"role": "assistant", "content": 3.3}],
-        "messages[1].content: found 3.3, needs text (its keys: role, content)",
-        NOT_TEXT,
-    ),
-    "an object": (
-        [{"role": "tool", "content": {"age": 31}}],
-        'messages[0].content: found {"age": 31}, needs text (its keys: role, content)',
-        NOT_TEXT,
-    ),
-    "half a pair": (
-        [{"human": "q", "assistant": None}],
-        "messages[0].assistant: found null, needs text (its keys: human, assistant)",
-        MISSING_VALUE,
-    ),
-    "an empty answer in a pair": (
-        [{"human": "q", "assistant": " "}],
-        "messages[0].assistant: the answer is empty, needs text (its keys: human, assistant)",
-        EMPTY_ANSWER,
-    ),
-    "an empty answer": (
-        [USER, {"from": "gpt", "value": " \n"}],
-        "messages[1].value: the assistant's answer is empty, needs text to train on",
-        EMPTY_ANSWER,
-    ),
-    "an answer of reasoning alone": (
-        [assistant(content="", reasoning_content="t")],
-        "messages[0].content: the assistant's answer is empty, needs text to train on",
-        EMPTY_ANSWER,
-    ),
-    "an answer of no parts": (
-        [assistant(content=[])],
-        "messages[0].content: the assistant's answer is empty, needs text to train on",
-        EMPTY_ANSWER,
-    ),
-    "reasoning that is no text": (
-        [assistant(thinking=0)],
-        "messages[0].thinking: found 0, needs text (its keys: role, content, thinking)",
-        NOT_TEXT,
-    ),
-    "two reasonings": (
-        [assistant(thinking="t", reasoning_content="s")],
-        "messages[0].reasoning_content: found several reasonings (its keys: role, content, thinking, "
-        "reasoning_content), allowed: one",
-        TWO_REASONINGS,
-    ),
-    "a part that is text": (
-        [{"role": "user", "content": ["q"]}],
-        'messages[0].content[0]: found "q", needs an object with type and text',
-        NOT_TEXT,
-    ),
-    "a part without text": (
-        [{"role": "user", "content": [{"type": "text"}]}],
-        "messages[0].content[0].text: missing, needs text (its keys: type)",
-        MISSING_VALUE,
-    ),
-    "an unknown part": (
-        [{"role": "user", "content": [{"type": "refusal", "refusal": "x"}]}],
-        'messages[0].content[0].type: found "refusal", allowed: text, reasoning, tool_call',
-        NOT_TEXT,
-    ),
-    "an image": (
-        [{"role": "user", "content": [{"type": "text", "text": "q"}, {"type": "image_url", "image_url": {}}]}],
-        'messages[0].content[1].type: found "image_url", but this program trains on text alone',
-        IMAGES,
-    ),
-    "no calls, and no text either": (
-        [assistant(content=None, tool_calls=[])],
-        "messages[0].content: found null, needs text (its keys: role, content, tool_calls)",
-        MISSING_VALUE,
-    ),
-    "no calls as JSON text, and no text either": (
-        [{"role": "user", "content": None, "tool_calls": "[]"}],
-        "messages[0].content: found null, needs text (its keys: role, content, tool_calls)",
-        MISSING_VALUE,
-    ),
-    "a turn of no calls": (
-        [{"from": "function_call", "value": "[]"}],
-        "messages[0].value: the assistant's answer is empty, needs text to train on",
-        EMPTY_ANSWER,
-    ),
-    "arguments that are a number": (
-        [assistant(tool_calls=[{"name": "f", "arguments": 0}])],
-        'messages[0].tool_calls: found the tool call {"name": "f", "arguments": 0}, needs an object with name and '
-        "arguments (an object)",
-        BROKEN_TOOLS,
-    ),
-    "a call that is not JSON": (
-        [{"from": "function_call", "value": "add(1)"}],
-        'messages[0].value: found "add(1)", which is not JSON (Expecting value: line 1 column 1 (char 0))',
-        NOT_JSON,
-    ),
-    "a call without a name": (
-        [{"from": "function_call", "value": "{}"}],
-        "messages[0].value: found the tool call {}, needs an object with name and arguments (an object)",
-        BROKEN_TOOLS,
-    ),
-    "a call that is a number": (
-        [assistant(tool_calls=7)],
-        "messages[0].tool_calls: found the tool call 7, needs an object with name and arguments (an object)",
-        BROKEN_TOOLS,
-    ),
-    "arguments that are a list": (
-        [assistant(tool_calls=[{"name": "f", "arguments": [1]}])],
-        'messages[0].tool_calls: found the tool call {"name": "f", "arguments": [1]}, needs an object with name and '
-        "arguments (an object)",
-        BROKEN_TOOLS,
-    ),
-    "a user who calls": (
-        [{**USER, "tool_calls": [CALL]}],
-        "messages[0].tool_calls: found in a user turn, only an assistant turn can call tools",
-        BROKEN_TOOLS,
-    ),
-    "an id that is no text": (
-        [{"role": "tool", "content": "1", "tool_call_id": 0}],
-        "messages[0].tool_call_id: found 0, needs text (its keys: role, content, tool_call_id)",
-        NOT_TEXT,
-    ),
-    "train that is no truth value": (
-        [assistant(train="false")],
-        'messages[0].train: found "false", allowed: true and false (context only)',
-        BAD_WEIGHT,
-    ),
-    "a negative weight": (
-        [assistant(weight=-1)],
-        "messages[0].weight: found -1, needs a number from 0 (context only) upwards",
-        BAD_WEIGHT,
-    ),
-    "no number as weight": (
-        [assistant(weight=float("nan"))],
-        "messages[0].weight: found NaN, needs a number from 0 (context only) upwards",
-        BAD_WEIGHT,
-    ),
-    "an infinite weight": (
-        [assistant(loss_weight=float("inf"))],
-        "messages[0].loss_weight: found Infinity, needs a number from 0 (context only) upwards",
-        BAD_WEIGHT,
-    ),
-    "a weight beyond all floats": (
-        [assistant(weight=10**400)],
-        f"messages[0].weight: found 1{'0' * 76}..., needs a number from 0 (context only) upwards",
-        BAD_WEIGHT,
-    ),
-    "a truth value as weight": (
-        [assistant(weight=True)],
-        "messages[0].weight: found true, needs a number from 0 (context only) upwards",
-        BAD_WEIGHT,
-    ),
-}
 
 
 @pytest.mark.parametrize("case", BAD)

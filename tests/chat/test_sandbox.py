@@ -199,7 +199,7 @@ def test_texts_are_in_proportion_to_what_people_wrote(tokenizer, monkeypatch):
     growing = load_template(tokenizer)
     growing.encode(chat("here", "there"))
     plain.encode(chat("here", "there"))
-    assert plain._turns._patterns and not any(growing._turns._patterns.values())
+    assert plain._patterns._patterns and not any(growing._patterns._patterns.values())
 
 
 def test_a_long_conversation_is_no_template_that_hangs(tokenizer, small):

@@ -9,89 +9,31 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from support import (
+    CONTROL_TOKENS,
+    CONVERSATIONS,
+    MISTRAL,
+    MULTI,
+    QWEN3,
+    QWEN25,
+    SINGLE,
+    SOURCES,
+    SYSTEM,
+    ZEPHYR,
+    byte_level,
+    sentence_piece_like,
+    template_of,
+)
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from accel_llm.chat.targets import NO_PROMPT, NOT_AFTER_PROMPT, REWRITTEN
-from accel_llm.chat.template import EncodedRow, Template, load_template
+from accel_llm.chat.template import EncodedRow, load_template
 from accel_llm.errors import ConfigError, DataError
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs the shared data folder")
 
-SINGLE = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
-MULTI = [*SINGLE, {"role": "user", "content": "And 2+2?"}, {"role": "assistant", "content": "It is 4.\n\nSure."}]
-SYSTEM = [{"role": "system", "content": "Be brief."}, *MULTI]
-CONVERSATIONS = {"single": SINGLE, "multi": MULTI, "system": SYSTEM}
 
-QWEN25 = """\
-{%- if messages[0]['role'] == 'system' %}{{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}
-{%- else %}{{- '<|im_start|>system\\nYou are kind.<|im_end|>\\n' }}{%- endif %}
-{%- for message in messages %}
-{%- if not (loop.first and message.role == 'system') %}
-{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
-{%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
-
-QWEN3 = """\
-{%- for message in messages %}
-{%- set content = message.content.split('</think>')[-1].lstrip('\\n') if message.role == 'assistant' else message.content %}
-{%- if message.role == 'assistant' and loop.last %}
-{{- '<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n' + content + '<|im_end|>\\n' }}
-{%- else %}
-{{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>\\n' }}
-{%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}
-{%- if enable_thinking is defined and not enable_thinking %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}
-{%- endif %}"""
-
-LLAMA3 = """\
-{{- bos_token }}
-{%- for message in messages %}
-{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}"""
-
-MISTRAL = """\
-{%- if messages[0]['role'] == 'system' %}
-{%- set system = messages[0]['content'] | trim + '\\n\\n' %}{%- set messages = messages[1:] %}
-{%- else %}{%- set system = '' %}{%- endif %}
-{{- bos_token + system }}
-{%- for message in messages %}
-{%- if message['role'] == 'user' %}{{- '[INST] ' + message['content'] | trim + ' [/INST]' }}
-{%- elif message['role'] == 'assistant' %}{{- ' ' + message['content'] | trim + eos_token }}
-{%- else %}{{- raise_exception('Only user and assistant take turns!') }}{%- endif %}
-{%- endfor %}"""
-
-PHI3 = """\
-{%- for message in messages %}
-{{- '<|' + message['role'] + '|>\\n' + message['content'] | trim + '<|end|>\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|assistant|>\\n' }}{%- endif %}"""
-
-ZEPHYR = PHI3.replace("'<|end|>\\n'", "eos_token + '\\n'")
-
-GEMMA = """\
-{%- if messages[0]['role'] == 'system' %}
-{%- set system = messages[0]['content'] | trim + '\\n\\n' %}{%- set messages = messages[1:] %}
-{%- else %}{%- set system = '' %}{%- endif %}
-{%- for message in messages %}
-{%- set role = 'model' if message['role'] == 'assistant' else message['role'] %}
-{{- '<start_of_turn>' + role + '\\n' + (system if loop.first else '') + message['content'] | trim + '<end_of_turn>\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<start_of_turn>model\\n' }}{%- endif %}"""
-
-SOURCES = {
-    "qwen2.5": QWEN25,
-    "llama-3": LLAMA3,
-    "mistral": MISTRAL,
-    "phi-3": PHI3,
-    "zephyr": ZEPHYR,
-    "gemma": GEMMA,
-    "qwen3": QWEN3,
-}
 # The same formats as they are published, where they differ in nothing that the conversations above can show.
 FILES = {
     "llama-3": "llama-3-instruct",
@@ -99,15 +41,6 @@ FILES = {
     "phi-3": "phi-3",
     "zephyr": "zephyr",
     "gemma": "gemma-it",
-}
-CONTROL_TOKENS = {
-    "qwen2.5": ["<|im_start|>", "<|im_end|>"],
-    "qwen3": ["<|im_start|>", "<|im_end|>"],
-    "llama-3": ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
-    "mistral": [],
-    "phi-3": ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"],
-    "zephyr": [],
-    "gemma": ["<start_of_turn>", "<end_of_turn>"],
 }
 EXPECTED = {
     ("qwen2.5", "single"): [
@@ -194,48 +127,6 @@ EXPECTED = {
 @lru_cache
 def pretrained(name: str) -> PreTrainedTokenizerFast:
     return AutoTokenizer.from_pretrained(DATA / "tokenizers" / name)
-
-
-def byte_level(control_tokens: list[str], **options: object) -> PreTrainedTokenizerFast:
-    """A tiny GPT-2-like tokenizer; it merges line ends and spaces with what follows, as real ones do."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=330,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["<s>", "</s>", *control_tokens],
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(["user assistant\n\nHello. It is 4.\n\nSure.  Hi\n\n\nHi"] * 4, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", **options)
-
-
-def sentence_piece_like(control_tokens: list[str]) -> PreTrainedTokenizerFast:
-    """A tiny Llama-2-like tokenizer: a space before the text, bytes for what is unknown, no word borders."""
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<unk>", "<s>", "</s>", *control_tokens, *(f"<0x{byte:02X}>" for byte in range(256))],
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(["user assistant Hello. It is 4. Sure. Hi system | < >"] * 4, trainer)
-    # The trainer takes bytes only as special tokens, but they belong to the model alone.
-    state = json.loads(tokenizer.to_str())
-    state["added_tokens"] = [token for token in state["added_tokens"] if not token["content"].startswith("<0x")]
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(state)), bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
-
-
-def template_of(tokenizer: PreTrainedTokenizerFast, source: str, tmp_path: Path) -> Template:
-    path = tmp_path / "template.jinja"
-    path.write_text(source, encoding="utf-8")
-    return load_template(tokenizer, str(path))
 
 
 def runs(tokenizer: PreTrainedTokenizerFast, row: EncodedRow) -> list[tuple[bool, str]]:

@@ -16,93 +16,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_manifest import spoil
+from support import STEPS, STOP, Stopped, at, equal, metrics, spoil, status, steps, weights
 
 from accel_llm.checkpoint import checkpoints as checkpoints_module
-from accel_llm.checkpoint.checkpoints import Checkpoints
 from accel_llm.errors import ConfigError, DataError
 from accel_llm.model import loss as loss_module
 from accel_llm.model.loss import next_token_loss
 from accel_llm.system.manifest import find_damage
 from accel_llm.system.signals import Preempted, handle_signal
-
-STEPS, STOP = 6, 3
-
-
-class Stopped(BaseException):
-    """The end of a process, as far as one process can bring it about."""
-
-
-@pytest.fixture
-def train(script, tiny, chats) -> Callable[..., Path]:
-    def run(folder: Path, *more: object) -> Path:
-        common = ("--max_steps", STEPS, "--logging_steps", 1, "--save_steps", STOP, "--learning_rate", 1e-2)
-        rows = () if "--train_files" in more else ("--train_files", chats)
-        files = ("--model_name_or_path", tiny, *rows, "--output_dir", folder)
-        script("sft", *files, *common, "--max_length", 128, *more)
-        return folder
-
-    return run
-
-
-@pytest.fixture
-def at_step(monkeypatch) -> Callable[..., None]:
-    """`at_step(3, what)`: what was due at step 3 of the next run is done, and then `what`."""
-    when_due = Checkpoints.when_due
-
-    def register(last: int, what: Callable[[Any], None], before: bool = False) -> None:
-        def wrapped(self: Any, meter: Any, evaluation: Any, health: Any, step: int) -> None:
-            if before and step == last:
-                what(self)
-            when_due(self, meter, evaluation, health, step)
-            if not before and step == last:
-                what(self)
-
-        monkeypatch.setattr(Checkpoints, "when_due", wrapped)
-
-    return register
-
-
-@pytest.fixture
-def interrupt(at_step, monkeypatch) -> Callable[[int], None]:
-    """`interrupt(3)`: the next run ends after step 3, what was due at it done."""
-    when_due = Checkpoints.when_due
-
-    def stop(checkpoints: Any) -> None:
-        monkeypatch.setattr(Checkpoints, "when_due", when_due)
-        if checkpoints.writer:  # what is left of this process must not write on
-            checkpoints.writer.join()
-        raise Stopped("the power went")
-
-    return lambda last: at_step(last, stop)
-
-
-def steps(folder: Path) -> list[int]:
-    return sorted(int(path.name.removeprefix("step-")) for path in (folder / "checkpoints").iterdir())
-
-
-def at(folder: Path, step: int) -> Path:
-    return folder / "checkpoints" / f"step-{step:08d}"
-
-
-def metrics(folder: Path) -> list[dict]:
-    """What training computed, without what the clock and the memory said."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("tokens_per_second", "peak_memory_mb")} for line in lines]
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    (path,) = [*folder.glob("adapter/adapter_model.safetensors"), *folder.glob("model/model.safetensors")]
-    return load_file(path)
-
-
-def equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
-
-
-def status(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "run.json").read_text(encoding="utf-8"))
-
 
 LORA = ("--method", "lora", "--lora_dropout", 0.1)
 
@@ -233,7 +154,7 @@ def test_nothing_that_holds_a_nan_is_saved(train, at_step, tmp_path, step, words
 
 @pytest.mark.parametrize("background", [False, True])
 def test_a_full_disk_is_one_sentence_and_the_checkpoint_before_stays(train, tmp_path, monkeypatch, background):
-    write, calls = checkpoints_module.pieces.write, iter(range(9))
+    write, calls = checkpoints_module.write_tensors, iter(range(9))
 
     def full(path: Path, kept: Any, *header: Any) -> Any:
         if next(calls) == 1:
@@ -241,7 +162,7 @@ def test_a_full_disk_is_one_sentence_and_the_checkpoint_before_stays(train, tmp_
             raise OSError(28, "No space left on device")
         return write(path, kept, *header)
 
-    monkeypatch.setattr(checkpoints_module.pieces, "write", full)
+    monkeypatch.setattr(checkpoints_module, "write_tensors", full)
     words = ("--save_steps", 2, *(["--save_async"] if background else []))
     with pytest.raises(ConfigError) as error:
         train(tmp_path / "run", *words)
@@ -289,10 +210,10 @@ def test_sick_steps_are_skipped_up_to_a_number_and_then_named(train, tmp_path, m
 
 
 def test_a_step_without_a_target_changes_nothing(train, tmp_path, monkeypatch):
-    from accel_llm.backend import accelerator as distributed
+    from accel_llm.training import loop
 
-    count, calls = distributed.global_count, iter(range(1, 99))
-    monkeypatch.setattr(distributed, "global_count", lambda *given: 0.0 if next(calls) == 4 else count(*given))
+    count, calls = loop.total_targets, iter(range(1, 99))
+    monkeypatch.setattr(loop, "total_targets", lambda *given: 0.0 if next(calls) == 4 else count(*given))
     run = train(tmp_path / "run", "--save_steps", 1, "--save_total_limit", 9)
     three, four, five = (load_file(at(run, step) / "rank-00000.safetensors") for step in (3, 4, 5))
     assert equal(three, four) and not equal(four, five)
@@ -322,16 +243,16 @@ def test_asked_to_save_a_run_saves_and_goes_on(train, at_step, tmp_path):
 def test_an_evaluation_that_was_cut_short_is_done_after_the_resume(train, chats, tmp_path, monkeypatch):
     words = ("--eval_files", chats, "--eval_steps", 2, "--per_device_eval_batch_size", 1)
     whole = train(tmp_path / "whole", *words)
-    from accel_llm.training import evaluation as evaluate
+    from accel_llm.training import evaluation
 
-    original, calls = evaluate.next_token_loss, iter(range(99))
+    original, calls = evaluation.next_token_loss, iter(range(99))
 
     def loss_of(*given: Any) -> torch.Tensor:
         if next(calls) == 3:  # in the middle of the first evaluation
             handle_signal(2)
         return original(*given)
 
-    monkeypatch.setattr(evaluate, "next_token_loss", loss_of)
+    monkeypatch.setattr(evaluation, "next_token_loss", loss_of)
     with pytest.raises(Preempted):
         train(tmp_path / "run", *words)
     assert status(tmp_path / "run")["step"] == 2 and [line["step"] for line in metrics(tmp_path / "run")] == [1, 2]
@@ -370,7 +291,7 @@ def test_missing_state_is_an_error(train, interrupt, tmp_path):
     removed = next(name for name in kept if "|exp_avg|" in name)
     shutil.copytree(folder, tmp_path / "copy")
     facts = json.loads((folder / "manifest.json").read_text())
-    facts[path.name] = list(checkpoints_module.pieces.write(path, {n: t for n, t in kept.items() if n != removed}))
+    facts[path.name] = list(checkpoints_module.write_tensors(path, {n: t for n, t in kept.items() if n != removed}))
     (folder / "manifest.json").write_text(json.dumps(facts))
     with pytest.raises(ConfigError, match=rf"lacks 1 tensors \({re.escape(removed)}\)"):
         train(tmp_path / "run", *LORA)

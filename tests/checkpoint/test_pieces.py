@@ -10,13 +10,13 @@ from safetensors.torch import load_file, save_file
 from accel_llm.checkpoint.pieces import Piece, PieceReader, Share
 from accel_llm.errors import ConfigError
 from accel_llm.system.disk import sha256
-from accel_llm.system.tensors import SAVED_DTYPES, names_not_finite, write_tensors
+from accel_llm.system.tensors import DTYPE_NAMES, names_not_finite, write_tensors
 
 WEIGHTS = torch.arange(24, dtype=torch.float32) / 7
 
 
 def test_a_written_file_is_a_safetensors_file_with_the_hash_that_was_told(tmp_path: Path) -> None:
-    kinds = [dtype for dtype in SAVED_DTYPES if dtype.is_floating_point]
+    kinds = [dtype for dtype in DTYPE_NAMES if dtype.is_floating_point]
     kept = {f"a.{k}|weight|0": WEIGHTS.to(dtype) for k, dtype in enumerate(kinds)}
     kept |= {"b|mask|whole": torch.tensor([[True, False, True]]), "b|state1|5": torch.arange(9, dtype=torch.uint8)[2:7]}
     kept |= {"c|weight|0": WEIGHTS.view(4, 6).T, "d|weight|0": torch.zeros(0)}

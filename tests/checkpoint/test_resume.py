@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
-from test_checkpoint import Stopped, at, at_step, equal, interrupt, metrics, status, steps, train, weights
+from support import Stopped, at, equal, metrics, status, steps, weights
 
 from accel_llm.checkpoint.resume import FIXED_OPTIONS, HARMLESS, PLACES, RUN_FILES, make_room
 from accel_llm.config.options import TrainOptions
@@ -15,7 +15,6 @@ from accel_llm.errors import ConfigError
 from accel_llm.model.fingerprint import model_fingerprint
 from accel_llm.training.start import Start
 
-__all__ = ["at_step", "interrupt", "train"]  # fixtures
 STOP = 3
 Train = Callable[..., Path]
 

@@ -8,7 +8,7 @@ from typing import Any, get_args
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_messages import BAD
+from support import BAD
 
 from accel_llm.chat import messages as messages_module
 from accel_llm.chat.messages import (

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import character_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import character_tokenizer
 from tokenizers import processors
 
 from accel_llm.chat.template import Template, load_template

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import rows_of
+from support import rows_of
 
 from accel_llm.config.options import TrainOptions
 from accel_llm.data.rows import Rows

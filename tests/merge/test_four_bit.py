@@ -13,12 +13,12 @@ from accel_llm.config.tool_options import MergeOptions
 from accel_llm.demo.tokenizer import build_demo_tokenizer
 from accel_llm.errors import ConfigError
 from accel_llm.merge import compare_logits as compare_logits_module
-from accel_llm.merge import four_bit
 from accel_llm.merge.compare_logits import SAMPLE_TEXT, SAMPLE_TOKENS
 from accel_llm.merge.four_bit import unpack_4_bits
 from accel_llm.merge.merge import Merged, merge
 from accel_llm.merge.skeleton import read_model_config
 from accel_llm.model.quantization import keep_gradients, quantized_weights, round_to_4_bits
+from accel_llm.system.weights import WeightFiles
 
 pytestmark = [pytest.mark.usefixtures("quiet"), pytest.mark.filterwarnings("ignore")]  # bitsandbytes' own, on a CPU
 # What the comparison in its own process is made on.
@@ -134,7 +134,7 @@ def test_other_quantised_bases_are_refused(make_model, tmp_path, settings, how):
     with pytest.raises(
         ConfigError, match=rf"^base: its weights are quantised \({how}\); name the base model in 16 or 32 bits"
     ):
-        unpack_4_bits(four_bit.Checkpoint({}, {}, {}), config, "dequantized")
+        unpack_4_bits(WeightFiles({}, {}, {}), config, "dequantized")
 
 
 def test_transposed_weights_are_rounded_in_blocks_of_their_rows():

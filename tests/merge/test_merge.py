@@ -11,10 +11,10 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from conftest import settled
 from huggingface_hub import constants
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from support import settled
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from accel_llm.adapters.attach import attach_adapter

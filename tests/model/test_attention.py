@@ -3,7 +3,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from test_losses import FAMILIES, random_rows, tiny_model
+from support import FAMILIES, random_rows, tiny_model
 from torch import nn
 from transformers import AttentionInterface
 

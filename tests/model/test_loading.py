@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import reset, settled
 from safetensors.torch import load_file, save_file
+from support import reset, settled
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, ByT5Tokenizer, GenerationConfig
 
@@ -25,7 +25,7 @@ from accel_llm.model.loading import build_model, load_model, load_model_config, 
 from accel_llm.model.loss import attach_loss, next_token_loss
 from accel_llm.model.placement import place_weights
 from accel_llm.model.quantization import build_quantization_config
-from accel_llm.model.tokenizer import check_token_ids, configured_tokenizer, load_tokenizer
+from accel_llm.model.tokenizer import check_token_ids, configured_tokenizer, load_tokenizer, pad_token_id
 
 pytestmark = pytest.mark.usefixtures("quiet")
 DATA = Path(__file__).parents[3] / "shared" / "data"

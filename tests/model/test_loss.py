@@ -9,8 +9,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from pydantic import ValidationError
+from support import FAMILIES, STOCK, UNPACKABLE, random_rows, tiny_model
 from torch.utils.checkpoint import checkpoint
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from accel_llm.chat.targets import IGNORED
 from accel_llm.config.options import TrainOptions
@@ -21,105 +22,8 @@ from accel_llm.model import loss as loss_module
 from accel_llm.model.attention import enable_packing
 from accel_llm.model.loss import attach_loss, check_loss, next_token_loss
 
-SIZES = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-HEADS = {"head_dim": 8}
-WINDOW = {"sliding_window": 4}
-GPT = {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 64, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
-DEEPSEEK = {
-    "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 4, "v_head_dim": 8,
-    "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "moe_intermediate_size": 24,
-    "first_k_dense_replace": 1, "num_key_value_heads": 4,
-}  # fmt: skip
-FAMILIES: dict[str, dict] = {
-    "llama": {},
-    "qwen2": {**WINDOW, "use_sliding_window": True, "max_window_layers": 0},
-    "qwen3": HEADS,
-    "mistral": WINDOW,
-    "gemma": HEADS,
-    "gemma2": {**HEADS, **WINDOW, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0},
-    "gemma3_text": {**HEADS, **WINDOW, "final_logit_softcapping": 3.0},
-    "phi3": WINDOW,
-    "cohere": {"logit_scale": 0.3},
-    "cohere2": {**WINDOW, "logit_scale": 0.3},
-    "granite": {"logits_scaling": 4.0, "embedding_multiplier": 3.0, "attention_multiplier": 0.2},
-    "gpt2": GPT,
-    "gpt_neox": {},
-    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 16, "dropout": 0.0},
-    "olmo2": {},
-    "glm4": HEADS,
-    "starcoder2": WINDOW,
-    "mixtral": {"num_local_experts": 4},
-    "gpt_oss": {**HEADS, **WINDOW, **LOCAL_EXPERTS},
-    "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 24},
-    "qwen3_moe": {**EXPERTS, **HEADS},
-    "phi": {},
-    "smollm3": {"no_rope_layer_interval": 2},
-    "granitemoe": {**LOCAL_EXPERTS, "logits_scaling": 4.0, "embedding_multiplier": 3.0},
-    "deepseek_v3": DEEPSEEK,
-    "olmo3": WINDOW,
-    "olmoe": EXPERTS,
-    "phimoe": LOCAL_EXPERTS,
-    "exaone4": WINDOW,
-    "ernie4_5": HEADS,
-    "glm4_moe": {**EXPERTS, **HEADS, "n_routed_experts": 4, "first_k_dense_replace": 1},
-}
-UNPACKABLE: dict[str, dict] = {
-    "stablelm": {},
-    "falcon": {"num_kv_heads": 2},
-    "bloom": {"n_head": 4, "n_layer": 2},
-    "falcon_h1": {
-        "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_state": 8, "mamba_d_head": 8, "mamba_chunk_size": 16,
-        "lm_head_multiplier": 0.5,
-    },
-    "lfm2": {"layer_types": ["conv", "full_attention"], "block_ff_dim": 48},
-}  # fmt: skip
-STOCK: dict[str, dict] = {
-    "hyperclovax": {"logits_scaling": 2.0},  # multiplies where Granite divides, under the same name
-    "recurrent_gemma": {"logits_soft_cap": 3.0},  # a name of its own for the soft-cap
-    "modernbert-decoder": {},  # a layer between the hidden states and the projection to the vocabulary
-    "llama4_text": {
-        **HEADS,
-        "num_local_experts": 4,
-        "intermediate_size_mlp": 48,
-    },  # no decoder under the prefix it names
-}
 # Families that compute a balance loss of their experts; JetMoE is here for its own name of the coefficient
 BALANCED = ["mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "olmoe", "phimoe", "gpt_oss", "jetmoe"]
-
-
-def tiny_model(family: str, **options) -> PreTrainedModel:
-    """A float32 model whose random weights are so large that each part of it shows in the logits."""
-    sizes = {**FAMILIES, **UNPACKABLE, **STOCK, "jetmoe": {}}[family]
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**{**SIZES, **sizes, **options}))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.normal_(std=0.3 if parameter.ndim > 1 else 0.2)
-            if parameter.ndim == 1 and name.endswith("weight"):
-                parameter.add_(1)
-    return model.eval()
-
-
-def random_rows(number: int, longest: int, seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
-    rng = np.random.default_rng(seed)
-    rows = []
-    for length in rng.integers(2, longest + 1, number):
-        ids = rng.integers(3, 97, length)
-        rows.append((ids, np.where(rng.random(length) < 0.6, ids, IGNORED)))
-    return rows
 
 
 def family_loss(model: PreTrainedModel, batch: dict) -> torch.Tensor:

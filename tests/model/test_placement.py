@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
-from conftest import settled
 from safetensors.torch import load_file
+from support import settled
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from accel_llm.adapters.attach import attach_adapter

@@ -13,9 +13,9 @@ import datasets
 import huggingface_hub.constants
 import pytest
 import torch
-from conftest import settled
 from datasets.data_files import resolve_pattern
 from safetensors.torch import load_file
+from support import settled
 from transformers import AutoModelForCausalLM, Gemma3Config
 
 from accel_llm.config.command_line import parse_options

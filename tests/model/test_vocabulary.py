@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import settled
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from support import settled
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from transformers import (

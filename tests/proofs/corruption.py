@@ -66,7 +66,7 @@ def expected(file: str, damage: str) -> str:
 
 
 def looked_at(course: Course, work: Path, file: str, damage: str) -> Case:
-    """What `resume.newest` makes of it, in this process."""
+    """What `resume.newest_checkpoint` makes of it, in this process."""
     from accel_llm.checkpoint import resume
     from accel_llm.system import manifest
 
@@ -74,7 +74,7 @@ def looked_at(course: Course, work: Path, file: str, damage: str) -> Case:
     spoil(newest(output) / file, damage)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        taken = resume.newest(output / "checkpoints", manifest.broken)
+        taken = resume.newest_checkpoint(output / "checkpoints", manifest.find_damage)
     told = f"checkpoint {newest(output)} {expected(file, damage)}; taking an older one"
     wrong = [] if printed.getvalue().strip() == told else [f"told {printed.getvalue()!r}"]
     wrong += [] if taken == min((output / "checkpoints").glob("step-*")) else [f"took {taken}"]

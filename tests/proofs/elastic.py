@@ -50,19 +50,19 @@ def words_of(cell: Cell, work: Path, output: Path) -> list[str]:
 
 def keep_what_is_loaded(folder: Path) -> None:
     """Write weights and optimizer state of each process right after it has resumed."""
-    from accel_llm.checkpoint import pieces
-    from accel_llm.checkpoint import shares as owners
+    from accel_llm.checkpoint import shares
     from accel_llm.checkpoint.checkpoints import Checkpoints
+    from accel_llm.system.tensors import write_tensors
 
     resume = Checkpoints.resume
 
     def resumed(self: Any) -> None:
         resume(self)
-        found = owners.of_process(self.accelerator, self.model, self.optimizer)
-        tensors, numbers = owners.tensors(found, self.optimizer)
+        found = shares.local_shares(self.accelerator, self.model, self.optimizer)
+        tensors, numbers = shares.share_tensors(found, self.optimizer)
         folder.mkdir(exist_ok=True)
         rank = self.accelerator.process_index
-        pieces.write(folder / f"rank-{rank:05d}.safetensors", tensors)
+        write_tensors(folder / f"rank-{rank:05d}.safetensors", tensors)
         (folder / f"rank-{rank:05d}.json").write_text(json.dumps({"numbers": numbers}))
 
     Checkpoints.resume = resumed  # type: ignore[method-assign]

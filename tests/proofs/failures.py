@@ -30,7 +30,7 @@ LIMIT = 60  # seconds from the fault to the end of the launcher
 PATIENCE = 6  # seconds that a collective may take where the fault is `slow`
 # Where the fault strikes: module, function, the call of it that fails. One step has two micro-batches on each rank.
 PLACES = {
-    "start": ("accel_llm.model.loading", "problems", 1),
+    "start": ("accel_llm.model.loading", "model_problems", 1),
     "map": ("accel_llm.data.prepare", "encode_chunk", 2),
     "load": ("accel_llm.model.loading", "load_model", 1),
     "prepare": ("accelerate", "Accelerator.prepare", 1),
@@ -38,7 +38,7 @@ PLACES = {
     "backward": ("accelerate", "Accelerator.backward", 3),
     "evaluate": ("accel_llm.training.evaluation", "next_token_loss", 2),
     "save": ("accel_llm.checkpoint.checkpoints", "randomness", 2),
-    "export": ("accel_llm.training.export", "gather_state", 1),
+    "export": ("accel_llm.training.export", "gather_weights", 1),
 }
 STAGES = list(PLACES)
 # run.json is there from the first step on; a run that never came so far leaves no folder at all.
@@ -86,7 +86,7 @@ def inject() -> None:
     if os.environ["RANK"] != rank:
         if stage == "map":
             # The first to come encodes: it shall be the one that fails.
-            _patch("accel_llm.data.prepare", "conversations", _delayed)
+            _patch("accel_llm.data.prepare", "encode_conversations", _delayed)
         return
     module, name, call = PLACES[stage]
     calls = iter(range(1, sys.maxsize))
@@ -193,9 +193,9 @@ def _config(strategy: str, work: Path) -> Path:
 
 def halves(output: Path) -> list[str]:
     """What a reader of the output folder would take for a result though it is not whole; hidden names are no results."""
-    from accel_llm.system.manifest import broken
+    from accel_llm.system.manifest import find_damage
 
-    found = [str(path) for path in output.glob("checkpoints/[!.]*") if broken(path)]
+    found = [str(path) for path in output.glob("checkpoints/[!.]*") if find_damage(path)]
     for export, weights in (("adapter", "adapter_model.safetensors"), ("model", "model.safetensors")):
         wanted = (weights, "tokenizer.json", "generation_config.json")
         if (output / export).exists() and not all((output / export / name).is_file() for name in wanted):

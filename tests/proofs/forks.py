@@ -143,9 +143,9 @@ def be_rank(run: Run, config: Path, rank: int, port: int) -> None:
     sys.argv = [str(script_of(run)), *run.words]
     if run.sabotage:
         run.sabotage()
-    from accel_llm import errors
+    from accel_llm.system.exit import run_script
 
-    errors.run(importlib.import_module(run.script).main)
+    run_script(importlib.import_module(run.script).main)
 
 
 def be_launcher(run: Run, config: Path, port: int) -> None:

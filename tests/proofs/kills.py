@@ -53,8 +53,7 @@ def courses() -> list[Course]:
 
 def pausing() -> None:
     """In a rank: a pause after each file of a checkpoint, around its manifest and its renames, and within its removal."""
-    from accel_llm.checkpoint import checkpoints as checkpoint
-    from accel_llm.checkpoint import pieces
+    from accel_llm.checkpoint import checkpoints
     from accel_llm.system import manifest
 
     def slow(module: Any, name: str) -> None:
@@ -68,8 +67,8 @@ def pausing() -> None:
 
         setattr(module, name, paused)
 
-    slow(pieces, "write")
-    slow(checkpoint, "_write_json")
+    slow(checkpoints, "write_tensors")
+    slow(checkpoints, "_write_json")
     slow(manifest, "write_atomically")  # each process's part, and the manifest: then comes the rename
     slow(manifest.shutil, "rmtree")  # what is removed has lost its name by then
 

@@ -37,16 +37,16 @@ def rank_main(model_folder: str, method: str) -> None:
     """What a training script does up to prepare, measured."""
     import torch
 
-    from accel_llm.adapters import attach as adapter
-    from accel_llm.backend import accelerator as distributed
+    from accel_llm.adapters.attach import attach_adapter
+    from accel_llm.backend.accelerator import build_accelerator, quiet_libraries
     from accel_llm.config.options import TrainOptions
-    from accel_llm.model import loading as models
-    from accel_llm.model import loss as losses
-    from accel_llm.model import placement as shards
+    from accel_llm.model.loading import load_model
+    from accel_llm.model.loss import attach_loss
+    from accel_llm.model.placement import place_weights
 
     options = TrainOptions(model_name_or_path=model_folder, method=method)
-    distributed.quiet()
-    accelerator = distributed.build_accelerator(options)
+    quiet_libraries()
+    accelerator = build_accelerator(options)
     # Modules that are imported on the way are no weights.
     import bitsandbytes
     import peft
@@ -56,11 +56,11 @@ def rank_main(model_folder: str, method: str) -> None:
     _load_small(options, accelerator)
     before = resident("VmRSS")
     forget_peak()
-    model = models.load_model(options)
-    losses.attach(model, 2048)
+    model = load_model(options)
+    attach_loss(model, 2048)
     if method != "full":
-        model = adapter.attach(model, options)
-    shards.place(accelerator, model)
+        model = attach_adapter(model, options)
+    place_weights(accelerator, model, options)
     placed = resident("VmHWM")
     held = 0
     for parameter in model.parameters():

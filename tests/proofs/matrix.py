@@ -217,9 +217,9 @@ def prepare(work: Path) -> None:
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    from accel_llm.demo import skills as demo
+    from accel_llm.demo import skills, tokenizer
 
-    tokenizer = demo.build_tokenizer()
+    tokenizer = tokenizer.build_demo_tokenizer()
     torch.manual_seed(0)
     width = {
         "hidden_size": 64,
@@ -234,9 +234,11 @@ def prepare(work: Path) -> None:
     tokenizer.save_pretrained(work / "model")
 
     chats = [
-        encoded for row in demo.conversations("train")[:400] if len((encoded := chat(tokenizer, row))[1]) <= LENGTH
+        encoded
+        for row in skills.demo_conversations("train")[:400]
+        if len((encoded := chat(tokenizer, row))[1]) <= LENGTH
     ]
-    texts = [text(tokenizer, page[: 8 + 13 * k % 48]) for k, page in enumerate(demo.documents(0, 300))]
+    texts = [text(tokenizer, page[: 8 + 13 * k % 48]) for k, page in enumerate(skills.demo_documents(0, 300))]
     for script, rows in {"sft": chats, "pretrain": texts}.items():
         (work / f"{script}.jsonl").write_text("".join(json.dumps(row) + "\n" for row, *_ in rows), encoding="utf-8")
         save_file(float64_gradient(model, rows[:ROWS]), work / f"{script}-gradient.safetensors")

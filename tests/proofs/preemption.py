@@ -21,12 +21,12 @@ STEPS = 6
 # Where the signal comes: module, function, the call of it. A step has two micro-batches on each rank.
 PHASES = {
     "mapping": ("accel_llm.data.prepare", "encode_chunk", 1),
-    "loading": ("accel_llm.model.loading", "load_model", 1),
+    "loading": ("accel_llm.training.setup", "load_model", 1),
     "first step": ("accelerate", "Accelerator.backward", 1),
     "accumulation": ("accelerate", "Accelerator.backward", 5),
     "evaluation": ("accel_llm.training.evaluation", "next_token_loss", 2),
-    "save": ("accel_llm.system.manifest", "part_of", 1),
-    "export": ("accel_llm.training.export", "gather_state", 1),
+    "save": ("accel_llm.checkpoint.checkpoints", "write_part", 1),
+    "export": ("accel_llm.training.export", "gather_weights", 1),
 }
 BEFORE_TRAINING = ("mapping", "loading")
 

@@ -73,9 +73,9 @@ def stop_after(last: int) -> None:
 
 
 def without_randomness() -> None:
-    from accel_llm.checkpoint import checkpoints as checkpoint
+    from accel_llm.checkpoint import checkpoints
 
-    checkpoint.set_randomness = lambda *_: None  # type: ignore[assignment]
+    checkpoints.set_randomness = lambda *_: None  # type: ignore[assignment]
 
 
 def without_schedule() -> None:
@@ -92,9 +92,9 @@ def without_position() -> None:
 
 
 def without_moments() -> None:
-    from accel_llm.checkpoint import shares as owners
+    from accel_llm.checkpoint import shares
 
-    owners._allocated = lambda *_: {}  # type: ignore[assignment]
+    shares._allocated = lambda *_: {}  # type: ignore[assignment]
 
 
 CONTROLS = (without_randomness, without_schedule, without_position, without_moments)

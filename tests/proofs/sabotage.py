@@ -5,9 +5,9 @@ from typing import Any
 
 
 def averaging_left_in() -> None:
-    from accel_llm.backend import accelerator as distributed
+    from accel_llm.training import loop
 
-    distributed.undo_averaging = lambda accelerator: 1
+    loop.undo_averaging = lambda accelerator: 1
 
 
 def equal_data() -> None:
@@ -20,17 +20,16 @@ def equal_data() -> None:
 def leaking_document() -> None:
     import torch
 
-    from accel_llm.model import attention
-    from accel_llm.model import loss as losses
+    from accel_llm.model import attention, loss
 
-    honest = attention.model_kwargs
+    honest = attention.forward_arguments
 
     def one_document(batch: dict) -> dict:
         tokens = batch["input_ids"].numel()
         whole = {"cu_seqlens": torch.tensor([0, tokens], dtype=torch.int32), "max_seqlen": tokens}
         return honest(batch | whole if "cu_seqlens" in batch else batch)
 
-    attention.model_kwargs = losses.model_kwargs = one_document
+    attention.forward_arguments = loss.forward_arguments = one_document
 
 
 def whole_layer() -> None:
@@ -50,16 +49,16 @@ def whole_layer() -> None:
 
 def whole_tensors() -> None:
     """ZeRO-3 keeps what is small for it: here the projections of queries, keys and values."""
-    from accel_llm.backend import zero
+    from accel_llm.backend import strategy, zero
 
-    honest = zero.settings_in_force
+    honest = zero.deepspeed_settings
 
     def settings_in_force() -> dict[str, Any]:
         settings = honest()
         settings["zero_optimization"]["stage3_param_persistence_threshold"] = 5000
         return settings
 
-    zero.settings_in_force = settings_in_force
+    zero.deepspeed_settings = strategy.deepspeed_settings = settings_in_force
 
 
 # What is done to the ranks, in which cell, and what the verdict on it has to be (a pattern).

@@ -144,8 +144,8 @@ def until(happened: Callable[[], Any], pids: dict[int, int | None]) -> bool:
 
 def tracing(trace: Path) -> None:
     """In a rank: the main one notes what it goes on from, each step that it has done, and each checkpoint that is whole."""
+    from accel_llm.checkpoint import checkpoints
     from accel_llm.checkpoint.checkpoints import Checkpoints
-    from accel_llm.system import manifest
 
     if os.environ.get("RANK", "0") != "0":
         return
@@ -154,7 +154,7 @@ def tracing(trace: Path) -> None:
     def note(what: str, step: int) -> None:
         os.write(handle, f"{what} {step}\n".encode())
 
-    resume, when_due, seal = Checkpoints.resume, Checkpoints.when_due, manifest.seal
+    resume, when_due, seal = Checkpoints.resume, Checkpoints.when_due, checkpoints.seal_folder
 
     def resuming(self: Any) -> None:
         resume(self)
@@ -168,7 +168,7 @@ def tracing(trace: Path) -> None:
         seal(before, folder, found)
         note("sealed", int(folder.name.removeprefix("step-")))
 
-    Checkpoints.resume, Checkpoints.when_due, manifest.seal = resuming, noting, sealing  # type: ignore[method-assign]
+    Checkpoints.resume, Checkpoints.when_due, checkpoints.seal_folder = resuming, noting, sealing  # type: ignore[method-assign]
 
 
 def noted(trace: Path, what: str) -> list[int]:

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import rows_of
 from rich.console import Console
+from support import rows_of
 
 from accel_llm.config.options import RunOptions
 from accel_llm.data.batches import collate_packed, collate_padded

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from support import spoil
 
 from accel_llm.checkpoint.resume import newest_checkpoint
 from accel_llm.system.disk import sha256
@@ -41,19 +42,6 @@ def test_a_sealed_folder_holds_its_files_and_the_manifest_alone(sealed: Path) ->
     assert sorted(path.name for path in folder.iterdir()) == sorted([*FILES, "manifest.json"])
     assert sorted(path.name for path in sealed.iterdir()) == ["step-00000003", "step-00000006"]
     assert find_damage(folder) is None and newest_checkpoint(sealed, find_damage) == folder
-
-
-def spoil(path: Path, how: str) -> None:
-    data = path.read_bytes()
-    if how == "missing":
-        path.unlink()
-    elif how == "truncated":
-        path.write_bytes(data[:-1])
-    elif how == "flipped":
-        path.write_bytes(data[:1] + bytes([data[1] ^ 1]) + data[2:])
-    else:
-        path.unlink()
-        path.mkdir()
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from conftest import character_tokenizer, rows_of
+from support import character_tokenizer, rows_of
 from transformers import LlamaForCausalLM
 
 from accel_llm.config.options import TrainOptions

@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate.utils import set_seed
 from peft import LoraConfig, get_peft_model
-from test_losses import random_rows, tiny_model
+from support import random_rows, tiny_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM, get_scheduler
