@@ -76,8 +76,8 @@ FAULTY = {
 @pytest.fixture
 def small(monkeypatch) -> Iterator[None]:
     """A budget that is used up quickly."""
-    monkeypatch.setattr(sandbox, "SECONDS", 0.2)
-    monkeypatch.setattr(sandbox, "MEMORY", 96 << 20)
+    monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.2)
+    monkeypatch.setattr(sandbox, "MAX_MEMORY", 96 << 20)
     monkeypatch.setattr(sandbox, "_memory", None)
     # The collector would go through all that other tests have left, at each of the millions of lists of some templates.
     gc.freeze()
@@ -113,8 +113,8 @@ def test_a_template_that_goes_on_for_ever_is_stopped(tokenizer, small, how):
 
 @pytest.mark.parametrize("how", MEMORY)
 def test_a_template_that_grows_without_end_is_stopped(tokenizer, small, monkeypatch, how):
-    monkeypatch.setattr(sandbox, "SECONDS", 20)
-    monkeypatch.setattr(sandbox, "STUCK", 60)
+    monkeypatch.setattr(sandbox, "MAX_SECONDS", 20)
+    monkeypatch.setattr(sandbox, "STUCK_SECONDS", 60)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM begins anew
     before, began = resident("VmRSS"), os.times().user
     assert refusal(tokenizer, MEMORY[how]).startswith(
@@ -151,7 +151,7 @@ def test_the_true_limits_stop_a_template_in_seconds(tokenizer):
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12 says so wherever there are threads
 def test_a_template_that_is_stuck_in_c_ends_its_process(tokenizer, small, monkeypatch, capfd):
-    monkeypatch.setattr(sandbox, "STUCK", 1)
+    monkeypatch.setattr(sandbox, "STUCK_SECONDS", 1)
     tokenizer.chat_template = COMPARED + TAIL
     child = multiprocessing.get_context("fork").Process(target=load_template, args=(tokenizer,))
     child.start()

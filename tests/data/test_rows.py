@@ -120,18 +120,18 @@ def test_a_build_that_fails_leaves_nothing_to_be_found(tmp_path, error):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from accel_llm.data.rows import Writer, cached
+from accel_llm.data.rows import RowWriter, cached_rows
 def build(folder):
-    Writer(folder / "train")
+    RowWriter(folder / "train")
     os.kill(os.getpid(), signal.SIGKILL)
-cached(Path(sys.argv[1]), build)
+cached_rows(Path(sys.argv[1]), build)
 """
 
 
 def test_a_build_that_is_killed_is_built_again(tmp_path):
     done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "key")], env=os.environ, check=False)
     assert done.returncode == -signal.SIGKILL
-    left = tmp_path / "key.partial"
+    left = tmp_path / ".key.partial"
     assert not (tmp_path / "key").exists() and (left / "train" / "labels.bin").is_file()
     parts, facts = cached_rows(tmp_path / "key", Builder(ENCODED))
     assert facts["rows"] == 3 and parts.keys() == {"train", "eval"} and not left.exists()

@@ -375,7 +375,7 @@ def test_a_terminal_is_not_waited_for(monkeypatch):
 
 
 def test_processes_of_a_launch_share_one_pipe(tmp_path):
-    code = "from accel_llm.sources import read, source_of\nfor row in read(source_of('-')): print(row.fields['text'])"
+    code = "from accel_llm.data.sources import as_source, read_source\nfor row in read_source(as_source('-')): print(row.fields['text'])"
     lines = [f"{n} " + "x" * 100 for n in range(2000)]  # more than a pipe holds
     end, start = os.pipe()
     environment = {**os.environ, "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}

@@ -21,7 +21,7 @@ from accel_llm.config.command_line import parse_options
 from accel_llm.config.tool_options import ChatOptions, MergeOptions
 
 ROOT = Path(__file__).parents[2]
-PACKAGE = sorted((ROOT / "accel_llm").glob("*.py"))
+PACKAGE = sorted((ROOT / "accel_llm").rglob("*.py"))
 SCRIPTS = sorted((ROOT / "launch").glob("*.py"))
 YAMLS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 RECIPES = sorted((ROOT / "launch" / "recipes").glob("*"))
@@ -36,73 +36,9 @@ FAMILIES = {
 SIZES = (8, 12, 24, 80)  # GB of one GPU
 FOR_A_GPU = [(family, size) for family in FAMILIES for size in SIZES]
 
-# A module may import those that stand before it.
-ORDER = [
-    "disk",
-    "interrupts",
-    "secrecy",
-    "errors",
-    "manifest",
-    "fingerprint",
-    "pieces",
-    "limits",
-    "fields",
-    "options",
-    "tools",
-    "config",
-    "ledger",
-    "words",
-    "tokens",
-    "traces",
-    "turns",
-    "messages",
-    "formats",
-    "chat",
-    "packing",
-    "attention",
-    "losses",
-    "zero",
-    "distributed",
-    "shards",
-    "order",
-    "optim",
-    "readers",
-    "sources",
-    "data",
-    "chunks",
-    "encode",
-    "stream",
-    "vocabulary",
-    "census",
-    "strangers",
-    "models",
-    "metrics",
-    "evaluate",
-    "adapter",
-    "tensors",
-    "legacy",
-    "layout",
-    "fold",
-    "graft",
-    "verify",
-    "quantized",
-    "walk",
-    "logits",
-    "card",
-    "folder",
-    "merge",
-    "extract",
-    "export",
-    "health",
-    "owners",
-    "randomness",
-    "resume",
-    "checkpoint",
-    "record",
-    "report",
-    "display",
-    "demo",
-]
+# The floors of the house: a package imports those before it, and modules of its own without a circle.
+FLOORS = ["errors", "system", "config", "backend", "chat", "data", "model", "adapters", "demo", "report", "preference"]
+FLOORS += ["training", "checkpoint", "merge"]
 
 
 def script(name: str) -> ModuleType:
@@ -113,35 +49,92 @@ def script(name: str) -> ModuleType:
     return module
 
 
+def dotted(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+MODULES = {dotted(path): path for path in PACKAGE if path.stem != "__init__"}
+
+
 def imported(path: Path) -> set[str]:
-    """Names of accel_llm modules that a file imports, anywhere in it."""
-    found = set()
+    """Dotted names of the modules of accel_llm that a file imports, anywhere in it."""
+    names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module == "accel_llm":
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("accel_llm."):
-            found.add(str(node.module).split(".")[1])
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "accel_llm":
+            whole = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= {name if name in MODULES else str(node.module) for name in whole}
         elif isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("accel_llm.")}
-    return found
+            names |= {alias.name for alias in node.names if alias.name.startswith("accel_llm.")}
+    return names
 
 
-def test_every_module_has_its_place() -> None:
-    assert sorted(ORDER) == sorted(path.stem for path in PACKAGE if path.stem != "__init__")
+def floor(module: str) -> int:
+    return FLOORS.index(module.split(".")[1])
 
 
-@pytest.mark.parametrize("path", [path for path in PACKAGE if path.stem != "__init__"], ids=lambda path: path.stem)
-def test_imports_point_down(path: Path) -> None:
-    above = set(ORDER[ORDER.index(path.stem) :])
-    assert not imported(path) & above
+@pytest.mark.parametrize("module", MODULES)
+def test_packages_import_only_packages_below_them(module: str) -> None:
+    assert not {name for name in imported(MODULES[module]) if floor(name) > floor(module)}
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """The modules of a circle of imports, or nothing."""
+    done: set[str] = set()
+
+    def visit(module: str, path: list[str]) -> list[str]:
+        if module in path:
+            return path[path.index(module) :]
+        if module in done:
+            return []
+        for name in sorted(graph.get(module, ())):
+            if found := visit(name, [*path, module]):
+                return found
+        done.add(module)
+        return []
+
+    return next((found for module in graph if (found := visit(module, []))), [])
+
+
+def test_no_imports_go_round_in_a_circle() -> None:
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c"]
+    assert circle({module: imported(path) for module, path in MODULES.items()}) == []
 
 
 def test_imports_are_found_wherever_they_stand(tmp_path: Path) -> None:
     file = tmp_path / "module.py"
     file.write_text(
-        "def f():\n    from accel_llm import demo\n    import accel_llm.chat\n    from accel_llm.data import Rows\n"
+        "def f():\n    from accel_llm.chat import targets\n    import accel_llm.system.disk\n"
+        "    from accel_llm.data.rows import Rows\n"
     )
-    assert imported(file) == {"demo", "chat", "data"}
+    assert imported(file) == {"accel_llm.chat.targets", "accel_llm.system.disk", "accel_llm.data.rows"}
+
+
+def public_names(tree: ast.Module) -> set[str]:
+    """Functions, classes and constants that a module defines for others."""
+    names: set[str] = set()
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)}
+    return {name for name in names if not name.startswith("_")}
+
+
+def test_a_public_name_means_one_thing() -> None:
+    places: dict[str, list[str]] = {}
+    for module, path in MODULES.items():
+        for name in public_names(ast.parse(path.read_text(encoding="utf-8"))):
+            places.setdefault(name, []).append(module)
+    assert {name: where for name, where in places.items() if len(where) > 1} == {}
+
+
+def test_packages_say_what_they_are_for_and_nothing_else() -> None:
+    packages = [path for path in PACKAGE if path.stem == "__init__"]
+    assert {path.parent.name for path in packages} <= {*FLOORS, "accel_llm"}
+    for path in packages:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        assert ast.get_docstring(tree) and len(tree.body) == 1, path
 
 
 def loop_of(path: Path) -> str | None:
@@ -149,15 +142,26 @@ def loop_of(path: Path) -> str | None:
     return next((ast.dump(n) for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "train"), None)
 
 
+def names_of_ours(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    ours = [n for n in tree.body if isinstance(n, ast.ImportFrom) and (n.module or "").split(".")[0] == "accel_llm"]
+    return {alias.asname or alias.name for node in ours for alias in node.names}
+
+
 def test_training_loops_are_equal_and_fit_a_screen() -> None:
     loops = {path.stem: loop_of(path) for path in SCRIPTS if loop_of(path)}
     assert {"sft", "pretrain"} <= loops.keys()
     assert len(set(loops.values())) == 1
     for path in SCRIPTS:
-        assert path.read_text(encoding="utf-8").count("\n") <= 150, path
+        assert path.read_text(encoding="utf-8").count("\n") <= 120, path
+        assert len(names_of_ours(path)) <= 16, path
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.FunctionDef) and node.name == "train":
                 assert node.end_lineno and node.end_lineno - node.body[0].lineno + 1 <= 40, path
+                lines = next(n for n in node.body if isinstance(n, ast.For))
+                assert lines.end_lineno and lines.end_lineno - lines.lineno + 1 <= 25, path
+            if isinstance(node, ast.FunctionDef) and node.name == "main" and path.stem in loops:
+                assert node.end_lineno and node.end_lineno - node.lineno <= 45, path
 
 
 def test_modules_are_no_two_rooms() -> None:
@@ -169,7 +173,7 @@ def test_libraries_that_print_at_import_are_kept_quiet() -> None:
     loud_modules = [path for path in [*PACKAGE, *SCRIPTS] if loud.search(path.read_text(encoding="utf-8"))]
     assert loud_modules
     for path in loud_modules:
-        assert "\nimport accel_llm.chatter\n" in path.read_text(encoding="utf-8"), path
+        assert "\nimport accel_llm.system.chatter\n" in path.read_text(encoding="utf-8"), path
 
 
 def test_scripts_stand_alone_and_shadow_nothing() -> None:

@@ -73,7 +73,7 @@ def test_errors_are_those_of_the_best_approximation_of_the_rank(tiny, tmp_path):
 
 
 def test_large_matrices_come_near_the_best_approximation(monkeypatch):
-    monkeypatch.setattr(extract, "SMALL", 10)
+    monkeypatch.setattr(extract, "SMALL_MATRIX", 10)
     generator = torch.Generator().manual_seed(0)
     change = torch.randn(200, 16, generator=generator) @ torch.randn(16, 150, generator=generator)
     change += 0.1 * torch.randn(200, 150, generator=generator)

@@ -25,8 +25,7 @@ from accel_llm.config.options import TrainOptions
 from accel_llm.config.tool_options import MergeOptions
 from accel_llm.demo.tokenizer import build_demo_tokenizer
 from accel_llm.errors import ConfigError
-from accel_llm.merge import verify
-from accel_llm.merge import write as write_module
+from accel_llm.merge import merge as merge_module
 from accel_llm.merge.merge import Merged, merge
 from accel_llm.merge.write import write_merged
 from accel_llm.model.fingerprint import model_fingerprint
@@ -302,11 +301,11 @@ def test_a_merge_that_differs_is_not_written(tiny, make_adapter, tmp_path, monke
         return written
 
     write = write_merged
-    monkeypatch.setattr(write_module, "write", write_badly)
+    monkeypatch.setattr(merge_module, "write_merged", write_badly)
     assert refusal(tmp_path / "new", folder) == (
         "verify: model.layers.0.mlp.up_proj.weight in model.safetensors is not what was written; nothing was kept."
     )
-    monkeypatch.setattr(verify, "read_back", lambda partial, sums: {})
+    monkeypatch.setattr(merge_module, "read_back", lambda partial, sums: {})
     sentence = r"^verify: the merged model's logits differ from .* \(allowed for torch\.float32: 1e-04\); nothing was written\.$"
     with pytest.raises(ConfigError, match=sentence):
         merged(folder, target, overwrite_output_dir=True, verify="logits")

@@ -28,7 +28,7 @@ def layer(kind: str, rows: int, columns: int, rank: int, dtype: torch.dtype, **s
 @pytest.mark.parametrize("kind", ["linear", "conv1d", "embedding"])
 @pytest.mark.parametrize("rows, columns, rank", [(301, 64, 4), (1000, 768, 16), (96, 3000, 64), (50, 40, 1)])
 def test_parts_have_the_bits_of_the_whole(kind, dtype, rows, columns, rank, monkeypatch):
-    monkeypatch.setattr(one_module, "PART", 2**14)
+    monkeypatch.setattr(one_module, "MERGED_AT_ONCE", 2**14)
     made = layer(kind, rows, columns, rank, dtype)
     base = made.get_base_layer().weight.data.clone()
     made.merge()

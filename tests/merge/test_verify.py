@@ -62,7 +62,7 @@ def test_a_module_that_is_merged_badly_is_refused(damage, monkeypatch):
         base.weight.data *= damage or 1.0
         return base
 
-    monkeypatch.setattr(verify, "fold", fold)
+    monkeypatch.setattr(verify, "merge_module", fold)
     with pytest.raises(ConfigError, match=r"^verify: linear merged computes something else than with its adapter, by "):
         merge_module_checked(module, "linear", unmerge=False)
 

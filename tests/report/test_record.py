@@ -67,9 +67,9 @@ def test_any_process_notes_its_failure_and_the_first_to_do_so_is_kept(monkeypatc
 STUCK = """
 import ctypes, sys
 from pathlib import Path
-from accel_llm.system import signals as interrupts
+from accel_llm.system.signals import listen_for_signals
 from accel_llm.report.record import recording
-interrupts.listen(Path(sys.argv[1]))
+listen_for_signals(Path(sys.argv[1]))
 with recording(Path(sys.argv[1]), sys.argv[2] == "main", {"options": {}}):
     lock = ctypes.create_string_buffer(64)
     print("running", flush=True)

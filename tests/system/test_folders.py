@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from accel_llm.errors import ConfigError
-from accel_llm.system.folders import check_output_dir, whole_folder
+from accel_llm.system.folders import check_output_dir, whole_folder, whole_output
 
 
 def names(folder: Path) -> list[str]:
@@ -46,8 +46,8 @@ def test_nothing_stays_of_a_block_that_was_ended(tmp_path, error):
 def test_sigterm_ends_the_block_and_clears_it(tmp_path):
     program = f"""
 import os, pathlib, signal, time
-from accel_llm.system.folders import appearing
-with appearing(pathlib.Path({str(tmp_path / "target")!r})) as partial:
+from accel_llm.system.folders import whole_output
+with whole_output(pathlib.Path({str(tmp_path / "target")!r})) as partial:
     (partial / "new").touch()
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(60)
@@ -61,10 +61,10 @@ def test_a_full_disk_is_told_in_a_sentence(tmp_path):
         pytest.raises(
             ConfigError, match=r"^output_dir: .*target could not be written: No space left on device; make room"
         ),
-        whole_folder(tmp_path / "target"),
+        whole_output(tmp_path / "target"),
     ):
         raise OSError(errno.ENOSPC, "No space left on device")
-    with pytest.raises(PermissionError), whole_folder(tmp_path / "target"):
+    with pytest.raises(PermissionError), whole_output(tmp_path / "target"):
         raise PermissionError(errno.EACCES, "Permission denied")
     assert names(tmp_path) == []
 

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from accel_llm.system import weights
+from accel_llm.system import tensors
 from accel_llm.system.tensors import TensorSpec
 from accel_llm.system.weights import WeightWriter, open_weights
 
@@ -130,7 +130,7 @@ def test_an_error_while_writing_is_raised(tmp_path, monkeypatch):
 
 
 def test_large_tensors_are_copied_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(weights, "CHUNK", 7)
+    monkeypatch.setattr(tensors, "COPIED_AT_ONCE", 7)
     save_file(STATE, tmp_path / "model.safetensors")
     target = tmp_path / "target"
     target.mkdir()
