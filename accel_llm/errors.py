@@ -1,8 +1,8 @@
-"""The two mistakes a person can make, and how a script ends by them, by a signal or by a bug: one cause, told by one rank."""
+"""The two errors that a user can cause: wrong settings (`ConfigError`) and unusable data (`DataError`)."""
 
 
 class ConfigError(Exception):
-    """Settings that cannot work. `problems` holds one sentence each: the field, its value, what is allowed."""
+    """Settings that cannot work. Each of `problems` is one sentence: the option, its value and the remedy."""
 
     def __init__(self, *problems: str):
         super().__init__("\n".join(problems))
@@ -10,9 +10,9 @@ class ConfigError(Exception):
 
 
 class DataError(Exception):
-    """A row or file that cannot be used: the file, the row, the field, what was found and what is allowed.
+    """A row or file that cannot be used. The message names the file, the row, the field, its value and what is allowed.
 
-    `reason` says what is wrong in a few words that are the same for all rows with this fault, to count them by.
+    `reason` is a short description that is the same for all rows with this fault, so that they can be counted.
     """
 
     def __init__(self, message: str, reason: str = "not usable"):
@@ -21,6 +21,6 @@ class DataError(Exception):
 
 
 def raise_problems(problems: list[str]) -> None:
-    """Raises ConfigError with all of `problems` at once, if there are any."""
+    """Raise one ConfigError with all `problems`; do nothing if the list is empty."""
     if problems:
         raise ConfigError(*problems)

@@ -4,17 +4,18 @@ python launch/chat.py --model output
 python launch/chat.py --model merged --prompt "What is 3 + 4?"
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import accel_llm.system.chatter
 
 import torch
-from transformers import GenerationConfig, TextStreamer, set_seed
+from transformers import GenerationConfig, PreTrainedTokenizerFast, TextStreamer, set_seed
 
 from accel_llm.adapters.locate import check_bases, find_adapter, find_base
 from accel_llm.backend.accelerator import quiet_libraries
 from accel_llm.backend.strategy import PRECISION_DTYPES
-from accel_llm.chat.template import load_template
+from accel_llm.chat.template import Template, load_template
 from accel_llm.config.command_line import parse_options
 from accel_llm.config.tool_options import ChatOptions
 from accel_llm.errors import ConfigError
@@ -24,45 +25,64 @@ from accel_llm.model.tokenizer import load_tokenizer
 from accel_llm.system.exit import run_script
 
 
-def load(options: ChatOptions, device: str) -> tuple[Any, str]:
-    """The model (base + adapter where an adapter was named) and the folder its tokenizer comes from."""
-    dtype = PRECISION_DTYPES.get(options.precision) or (torch.float32 if device == "cpu" else "auto")
-    adapter = find_adapter(options.model)
-    if not (adapter / "adapter_config.json").is_file():
-        name = str(adapter / "model") if (adapter / "model" / "config.json").is_file() else options.model
-        check_model_name(name, "model")
-        arguments = {"allow_pickle": options.allow_pickle, "trust_remote_code": options.trust_remote_code}
-        return load_complete_model(name, "model", dtype=dtype, **arguments), name
-    base = find_base(adapter, options.base)
-    if not options.allow_other_base:
-        check_bases([adapter], base)
-    wrapped: Any = load_with_adapter(adapter, base, dtype, options.trust_remote_code, options.allow_pickle)
-    if (adapter / "generation_config.json").is_file():
-        wrapped.generation_config = GenerationConfig.from_pretrained(str(adapter))
-    return wrapped, str(adapter) if (adapter / "tokenizer_config.json").is_file() else base
-
-
 def main() -> None:
     options = parse_options(ChatOptions)
     quiet_libraries()
     set_seed(options.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, source = load(options, device)
+    model, tokenizer_source = load_model_or_adapter(options, device)
     model.to(device).eval()
-    tokenizer = load_tokenizer(source, trust_remote_code=options.trust_remote_code)
+    tokenizer = load_tokenizer(tokenizer_source, trust_remote_code=options.trust_remote_code)
     template = load_template(tokenizer, options.chat_template)
+    settings = generation_settings(model, tokenizer, template, options)
+    messages: list[dict[str, Any]] = [{"role": "system", "content": options.system}] if options.system else []
+    for question in read_questions(options):
+        messages.append({"role": "user", "content": question})
+        answer = generate_answer(model, tokenizer, template, messages, settings)
+        messages.append({"role": "assistant", "content": answer})
+
+
+def load_model_or_adapter(options: ChatOptions, device: str) -> tuple[Any, str]:
+    """Load the model, with its adapter if the options name one; return it and the source of its tokenizer."""
+    dtype = PRECISION_DTYPES.get(options.precision) or (torch.float32 if device == "cpu" else "auto")
+    adapter = find_adapter(options.model)
+    if not (adapter / "adapter_config.json").is_file():
+        # A run with method full has its model in the folder model/.
+        name = str(adapter / "model") if (adapter / "model" / "config.json").is_file() else options.model
+        check_model_name(name, "model")
+        arguments = {"allow_pickle": options.allow_pickle, "trust_remote_code": options.trust_remote_code}
+        return load_complete_model(name, "model", dtype=dtype, **arguments), name
+
+    base = find_base(adapter, options.base)
+    if not options.allow_other_base:
+        check_bases([adapter], base)
+    model: Any = load_with_adapter(adapter, base, dtype, options.trust_remote_code, options.allow_pickle)
+    if (adapter / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(str(adapter))
+    return model, str(adapter) if (adapter / "tokenizer_config.json").is_file() else base
+
+
+def generation_settings(
+    model: Any, tokenizer: PreTrainedTokenizerFast, template: Template, options: ChatOptions
+) -> GenerationConfig:
+    """Sampling, length and stop tokens: those of the model and the end of turn of the template.
+
+    Raises:
+        ConfigError: there is no stop token.
+    """
     stop = model.generation_config.eos_token_id
     stop_ids = {template.turn_end_id, *(stop if isinstance(stop, list) else [stop])} - {None}
     if not stop_ids:
-        raise ConfigError(f"model: {options.model} names no end token, so no answer would end.")
+        raise ConfigError(
+            f"model: {options.model} names no end token, so no answer would end; give a chat_template with one."
+        )
     sampling = {"do_sample": True, "temperature": options.temperature} if options.temperature else {"do_sample": False}
-    settings = GenerationConfig(
-        max_new_tokens=options.max_new_tokens,
-        eos_token_id=sorted(stop_ids),
-        pad_token_id=tokenizer.pad_token_id,
-        **sampling,
-    )
-    messages: list[dict[str, Any]] = [{"role": "system", "content": options.system}] if options.system else []
+    tokens = {"eos_token_id": sorted(stop_ids), "pad_token_id": tokenizer.pad_token_id}
+    return GenerationConfig(max_new_tokens=options.max_new_tokens, **tokens, **sampling)
+
+
+def read_questions(options: ChatOptions) -> Iterator[str]:
+    """The one question of `prompt`, or questions from the terminal until an empty line, Ctrl-D or Ctrl-C."""
     while True:
         try:
             question = options.prompt or input("you> ")
@@ -71,17 +91,26 @@ def main() -> None:
             return
         if not question.strip():
             return
-        messages.append({"role": "user", "content": question})
-        ids = torch.tensor([template.prompt_ids(messages)], device=device)
-        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        with torch.no_grad():
-            output = model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=streamer
-            )
-        answer = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
-        messages.append({"role": "assistant", "content": answer})
+        yield question
         if options.prompt:
             return
+
+
+def generate_answer(
+    model: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    template: Template,
+    messages: list[dict[str, Any]],
+    settings: GenerationConfig,
+) -> str:
+    """Print the answer to the last of `messages` while it is generated, and return it."""
+    ids = torch.tensor([template.prompt_ids(messages)], device=model.device)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    with torch.no_grad():
+        output = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=streamer
+        )
+    return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
 
 
 if __name__ == "__main__":

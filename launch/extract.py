@@ -12,7 +12,7 @@ from accel_llm.config.tool_options import ExtractOptions as Options
 from accel_llm.merge.extract import extract_adapter
 from accel_llm.system.exit import run_script
 
-SHOWN = 10  # layers, those with the largest error
+SHOWN_LAYERS = 10  # those with the largest error
 
 
 def main() -> None:
@@ -21,17 +21,20 @@ def main() -> None:
     console = Console(highlight=False, soft_wrap=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("extracting")
-        found = extract_adapter(options, lambda done, total: bar.update(task, completed=done, total=total))
-    worst = sorted(found.errors.items(), key=lambda entry: -entry[1])
-    console.print(f"{len(worst)} layers at rank {options.lora_r}; of their change this is lost:")
-    for name, error in worst[:SHOWN]:
+        result = extract_adapter(options, lambda done, total: bar.update(task, completed=done, total=total))
+
+    # The error of each layer, largest first.
+    layers = sorted(result.errors.items(), key=lambda entry: -entry[1])
+    console.print(f"{len(layers)} layers at rank {options.lora_r}; share of their change that is lost:")
+    for name, error in layers[:SHOWN_LAYERS]:
         console.print(f"  {error:7.2%}  {name}")
-    if len(worst) > SHOWN:
-        console.print(f"  at most {worst[SHOWN][1]:.2%} of each other")
-    for name, change in found.left.items():
-        console.print(f"  not in the adapter, though changed by {change:.2%}: {name} (modules_to_save takes it whole)")
+    if len(layers) > SHOWN_LAYERS:
+        console.print(f"  at most {layers[SHOWN_LAYERS][1]:.2%} in each of the other layers")
+
+    for name, change in result.uncovered_changes.items():
+        console.print(f"  not in the adapter, though changed by {change:.2%}: {name} (modules_to_save saves it whole)")
     console.print(
-        f"wrote {found.folder}; use it with: python launch/merge.py --adapter {found.folder} --output_dir merged"
+        f"wrote {result.folder}; use it with: python launch/merge.py --adapter {result.folder} --output_dir merged"
     )
 
 

@@ -7,19 +7,19 @@ python launch/merge.py --adapter output --base merged --unmerge --output_dir bas
 
 import os
 
-from accel_llm.backend.accelerator import quiet_libraries
-from accel_llm.config.command_line import parse_options
-from accel_llm.config.tool_options import MergeOptions
-from accel_llm.merge.merge import describe_base_errors, merge
-from accel_llm.merge.model_card import push_folder
-from accel_llm.system.exit import run_script
-
-# Read when torch is imported: large tensors get huge pages, or the system spends more time on handing out memory, page by
-# page, than PEFT spends on merging.
+# Large tensors get huge pages: otherwise the system spends more time on allocating memory page by page than PEFT spends
+# on merging. torch reads the variable, so it is set before the other imports.
 os.environ["THP_MEM_ALLOC_ENABLE"] = os.environ.get("THP_MEM_ALLOC_ENABLE", "1")
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+
+from accel_llm.backend.accelerator import quiet_libraries
+from accel_llm.config.command_line import parse_options
+from accel_llm.config.tool_options import MergeOptions
+from accel_llm.merge.merge import MergeResult, describe_base_errors, merge
+from accel_llm.merge.model_card import push_folder
+from accel_llm.system.exit import run_script
 
 
 def main() -> None:
@@ -30,23 +30,30 @@ def main() -> None:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("merging")
         merged = merge(options, lambda done, total: bar.update(task, completed=done, total=total))
+    show_result(console, options, merged)
+    if options.push_to_hub:
+        console.print(f"uploaded to {push_folder(merged.folder, options.push_to_hub)}")
+
+
+def show_result(console: Console, options: MergeOptions, merged: MergeResult) -> None:
+    """Print what was merged, how well it was verified, and how to use it."""
     for note in merged.notes:
         console.print(note)
-    what = "took {} out of" if options.unmerge else "merged {} into"
-    dtype = str(merged.dtype).removeprefix("torch.")
-    console.print(f"{what.format(' + '.join(options.adapter))} {merged.base} ({merged.modules} modules, {dtype})")
-    if merged.worst is not None:
-        console.print(f"verified: each module computes what it did with its adapter, within {merged.worst:.1e}")
+    adapters, dtype = " + ".join(options.adapter), str(merged.dtype).removeprefix("torch.")
+    action = f"took {adapters} out of" if options.unmerge else f"merged {adapters} into"
+    console.print(f"{action} {merged.base} ({merged.modules} modules, {dtype})")
+
+    # Verification of modules, then of whole models.
+    if merged.largest_error is not None:
+        console.print(f"verified: each module computes the same as before, within {merged.largest_error:.1e}")
     if "merged" in merged.differences:
         difference = merged.differences["merged"]
         console.print(f"verified: logits of the written model differ from base + adapter by {difference:.1e}")
-    for way, sentence in describe_base_errors(merged).items():
-        console.print(f"{way} base: {sentence}")
+    for base, sentence in describe_base_errors(merged).items():
+        console.print(f"{base} base: {sentence}")
     if "merge_base" in options.model_fields_set and options.verify != "logits":
-        console.print("what either base costs, original or dequantized, is told with: --verify logits")
+        console.print("to measure the error of both bases, original and dequantized, add: --verify logits")
     console.print(f"wrote {merged.folder}; ask it with: python launch/chat.py --model {merged.folder}")
-    if options.push_to_hub:
-        console.print(f"uploaded to {push_folder(merged.folder, options.push_to_hub)}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""Pretraining on plain text, from random weights (config_name) or further from given ones (model_name_or_path).
+"""Pretraining on plain text, from random weights (config_name) or those of a model (model_name_or_path).
 
-    accelerate launch --config_file accelerate_configs/cpu.yaml launch/pretrain.py --config launch/recipes/demo_base.yaml
+    accelerate launch --config_file accelerate_configs/cpu.yaml launch/pretrain.py \
+        --config launch/recipes/demo_base.yaml
     accelerate launch --config_file accelerate_configs/zero2.yaml launch/pretrain.py \
         --config_name Qwen/Qwen2.5-1.5B --tokenizer_name Qwen/Qwen2.5-1.5B --train_files text.jsonl --output_dir output
-
-`--help` lists all options.
 """
 
 from typing import Any
@@ -32,11 +31,11 @@ DEFAULTS = {"method": "full", "overlong": "split"}
 
 
 def main() -> None:
-    # What is asked for, and the machine that it runs on.
+    # Options, and the processes and devices to run on.
     options = setup.read_options(Options, DEFAULTS)
     accelerator = backend.build_accelerator(options)
 
-    # Text becomes rows, and the ledger says what became of every token.
+    # Encode text as rows of tokens with labels, and print the ledger and the plan.
     tokenizer = setup.configured_tokenizer(options)
     config = setup.read_config(options)
     data = setup.encode_documents(options, config, tokenizer)
@@ -44,23 +43,23 @@ def main() -> None:
     stream = Stream(data.train, options, start, setup.pad_token_id(tokenizer))
     display.show_plan(accelerator, options, tokenizer, data, stream.plan)
     if options.method != "full":
-        display.advise(accelerator, "An adapter takes in little new knowledge; method full is advised for pretraining.")
+        display.advise(accelerator, "An adapter learns little new knowledge; use method full for pretraining.")
     if options.dry_run:
         return
 
-    # The model is assembled once nothing about the data can fail any more.
+    # Data comes first, because its mistakes show quickly; only then weights are read.
     model = setup.assemble_model(accelerator, options, config)
     optimizer, scheduler = setup.optimizer_and_schedule(accelerator, model, options, stream.plan.total_steps)
     model, optimizer = backend.prepare(accelerator, model, optimizer)
 
-    # What is in force is checked before the first step; then a checkpoint, if there is one, replaces the first state.
+    # Check the settings in force. Then load the checkpoint, if there is one, over the first state.
     checks = preflight(accelerator, model, optimizer, options)
-    set_seed(options.seed, device_specific=True)  # dropout and noise differ from process to process
+    set_seed(options.seed, device_specific=True)  # each process draws its own dropout and noise
     checkpoints = Checkpoints(accelerator, model, optimizer, scheduler, options, start)
     checkpoints.resume()
     stop = setup.stop_tokens(model, tokenizer)
 
-    # The training itself; run.json says how it ended, whatever happens.
+    # Train and export. However this ends, run.json gets the status.
     with recording(options.output_dir, accelerator.is_main_process, setup.run_facts(options, data, checks)) as record:
         evaluation = Evaluation(accelerator, tokenizer, data.eval, options, stop)
         train(accelerator, model, optimizer, scheduler, stream, evaluation, checkpoints, options)
@@ -93,12 +92,12 @@ def train(
         targets = loop.total_targets(accelerator, micro_batches)
         losses, grad_norm = [], 0.0
         for batch in micro_batches:
-            if not targets:  # no process has a label in this step: there is nothing to learn
+            if not targets:  # no process has a label in this step, so there is nothing to learn
                 break
             batch = loop.to_device(batch, accelerator.device)
             with accelerator.accumulate(model):
-                loss = next_token_loss(model, batch)  # a sum over this process's labels
-                accelerator.backward(loss * undo_averaging / targets)
+                loss = next_token_loss(model, batch)  # the sum over the labels of this batch
+                accelerator.backward(loss * undo_averaging / targets)  # in total: the mean over the labels of the step
                 if accelerator.sync_gradients:
                     grad_norm = loop.clip_gradients(accelerator, model, options.max_grad_norm)
                 if loop.may_step(accelerator, grad_norm):

@@ -31,11 +31,11 @@ from accel_llm.training.preflight import preflight
 
 
 def main() -> None:
-    # What is asked for, and the machine that it runs on.
+    # Options, and the processes and devices to run on.
     options = setup.read_options(Options, demo=Path(__file__).parent / "recipes" / "demo.yaml")
     accelerator = backend.build_accelerator(options)
 
-    # Text becomes rows: which tokens are trained, and what became of every one.
+    # Encode conversations as rows of tokens with labels, and print the ledger and the plan.
     chat = setup.chat_tokenizer(options)
     config = setup.read_config(options)
     data = setup.encode_chats(options, config, chat)
@@ -45,20 +45,20 @@ def main() -> None:
     if options.dry_run:
         return
 
-    # The model is assembled once nothing about the data can fail any more.
+    # Data comes first, because its mistakes show quickly; only then weights are read.
     model = setup.assemble_model(accelerator, options, config, chat.new_tokens)
     optimizer, scheduler = setup.optimizer_and_schedule(accelerator, model, options, stream.plan.total_steps)
     model, optimizer = backend.prepare(accelerator, model, optimizer)
 
-    # What is in force is checked before the first step; then a checkpoint, if there is one, replaces the first state.
+    # Check the settings in force. Then load the checkpoint, if there is one, over the first state.
     checks = preflight(accelerator, model, optimizer, options)
-    set_seed(options.seed, device_specific=True)  # dropout and noise differ from process to process
+    set_seed(options.seed, device_specific=True)  # each process draws its own dropout and noise
     checkpoints = Checkpoints(accelerator, model, optimizer, scheduler, options, start)
     checkpoints.resume()
     stop = setup.stop_tokens(model, chat.tokenizer, chat.template)
     display.show_stop_proof(accelerator, data.train, chat.tokenizer, chat.template.turn_end_id, stop)
 
-    # The training itself; run.json says how it ended, whatever happens.
+    # Train and export. However this ends, run.json gets the status.
     with recording(options.output_dir, accelerator.is_main_process, setup.run_facts(options, data, checks)) as record:
         evaluation = Evaluation(accelerator, chat.tokenizer, data.eval, options, stop)
         train(accelerator, model, optimizer, scheduler, stream, evaluation, checkpoints, options)
@@ -70,7 +70,7 @@ def main() -> None:
     display.show_next_commands(accelerator, folder)
     accelerator.end_training()
     if options.overfit:
-        display.check_by_heart(accelerator, evaluation.samples)
+        display.check_overfit(accelerator, evaluation.samples)
 
 
 def train(
@@ -93,12 +93,12 @@ def train(
         targets = loop.total_targets(accelerator, micro_batches)
         losses, grad_norm = [], 0.0
         for batch in micro_batches:
-            if not targets:  # no process has a label in this step: there is nothing to learn
+            if not targets:  # no process has a label in this step, so there is nothing to learn
                 break
             batch = loop.to_device(batch, accelerator.device)
             with accelerator.accumulate(model):
-                loss = next_token_loss(model, batch)  # a sum over this process's labels
-                accelerator.backward(loss * undo_averaging / targets)
+                loss = next_token_loss(model, batch)  # the sum over the labels of this batch
+                accelerator.backward(loss * undo_averaging / targets)  # in total: the mean over the labels of the step
                 if accelerator.sync_gradients:
                     grad_norm = loop.clip_gradients(accelerator, model, options.max_grad_norm)
                 if loop.may_step(accelerator, grad_norm):

@@ -3,67 +3,69 @@
     python launch/show_data.py --model_name_or_path Qwen/Qwen3-0.6B --train_files chats.jsonl
     python launch/show_data.py --tokenizer_name Qwen/Qwen3-0.6B --train_files chats.jsonl --json > rows.jsonl
 
-Takes the data options of sft.py; reads the tokenizer, never the weights.
+It takes the data options of sft.py. It reads the tokenizer, never the weights.
 """
 
 import json
-import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerFast
 
-from accel_llm.backend.accelerator import quiet_libraries
 from accel_llm.chat.span_tokenizer import decode_tokens
 from accel_llm.chat.targets import IGNORED
-from accel_llm.chat.template import configured_template
 from accel_llm.config.options import SftOptions
 from accel_llm.config.tool_options import ShowOptions
 from accel_llm.data.prepare import encode_conversations
-from accel_llm.data.sources import source_problems
-from accel_llm.demo.files import parse_or_demo
-from accel_llm.errors import raise_problems
-from accel_llm.model.loading import model_problems
-from accel_llm.model.tokenizer import configured_tokenizer
-from accel_llm.model.vocabulary import add_missing_tokens
-from accel_llm.report.display import show_histogram, show_rows, trained_text
+from accel_llm.data.rows import Rows
+from accel_llm.report import display
 from accel_llm.report.metrics import console
 from accel_llm.system.exit import run_script
+from accel_llm.training import setup
+
+SHOWN_ROWS = 5
 
 
 class Options(ShowOptions, SftOptions):
-    """The options of sft.py, of which those about data count, and how to show them."""
+    """The options of sft.py, of which only those about data matter here, and the output format."""
 
 
 def main() -> None:
-    options = parse_or_demo(Options, Path(__file__).parent / "recipes" / "demo.yaml", sys.argv[1:])
-    # A tokenizer is all that is read of a model, so one with that alone will do.
-    raise_problems(source_problems(options) + ([] if options.tokenizer_name else model_problems(options)))
-    quiet_libraries()
-    tokenizer = configured_tokenizer(options)
-    add_missing_tokens(tokenizer, options)
-    template = configured_template(tokenizer, options)
-    encoded = encode_conversations(options, options.seed, tokenizer, template)
+    options = setup.read_data_options(Options, Path(__file__).parent / "recipes" / "demo.yaml")
+    chat = setup.chat_tokenizer(options)
+    data = encode_conversations(options, options.seed, chat.tokenizer, chat.template)
     if options.json_lines:
-        for k in range(len(encoded.train)):
-            ids, labels = encoded.train[k]
-            weights = encoded.train.weights_of([k])
-            row = {
-                "file": encoded.train.origins[encoded.train.origin[k]].file,
-                "row": int(encoded.train.number[k]),
-                "input_ids": ids.tolist(),
-                "labels": labels.tolist(),
-                "text": decode_tokens(tokenizer, ids.tolist()),
-                "trained_text": trained_text(tokenizer, ids, labels),
-            }
-            print(json.dumps(row | ({"weights": weights[0].tolist()} if weights else {}), ensure_ascii=False))
+        for row in json_rows(chat.tokenizer, data.train):
+            print(json.dumps(row, ensure_ascii=False))
         return
-    show_rows(tokenizer, encoded.train, 5)
-    trained = np.add.reduceat(
-        (np.asarray(encoded.train.labels) != IGNORED).astype(np.int64), encoded.train.offsets[:-1]
-    )
-    show_histogram("Tokens a row", encoded.train.lengths)
-    show_histogram("Share of a row that is trained", trained / encoded.train.lengths)
-    console.print(encoded.ledger.table())
+    display.show_rows(chat.tokenizer, data.train, SHOWN_ROWS)
+    display.show_histogram("Tokens a row", data.train.lengths)
+    display.show_histogram("Share of a row that is trained", trained_shares(data.train))
+    console.print(display.ledger_table(data.ledger))
+
+
+def json_rows(tokenizer: PreTrainedTokenizerFast, rows: Rows) -> Iterator[dict[str, Any]]:
+    """Each row with its origin, ids, labels and texts, and with its weights if the rows have any."""
+    for k in range(len(rows)):
+        ids, labels = rows[k]
+        row = {
+            "file": rows.origins[rows.origin[k]].file,
+            "row": int(rows.number[k]),
+            "input_ids": ids.tolist(),
+            "labels": labels.tolist(),
+            "text": decode_tokens(tokenizer, ids.tolist()),
+            "trained_text": display.trained_text(tokenizer, ids, labels),
+        }
+        weights = rows.label_weights([k])
+        yield row | ({"weights": weights[0].tolist()} if weights else {})
+
+
+def trained_shares(rows: Rows) -> np.ndarray:
+    """The share of trained tokens in each row: float64 [rows]."""
+    trained = (np.asarray(rows.labels) != IGNORED).astype(np.int64)
+    return np.add.reduceat(trained, rows.offsets[:-1]) / rows.lengths
 
 
 if __name__ == "__main__":

@@ -1,5 +1,10 @@
 """What several test files share: tokenizers, tiny models in memory and on disk, chat files, scripts in this process."""
 
+import os
+
+# Tiny tensors are computed faster by one thread, above all where two pytest processes share two cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import importlib.util
 import json
 import string

@@ -31,10 +31,12 @@ from accel_llm.chat.messages import (
 from accel_llm.chat.targets import IGNORED
 from accel_llm.chat.template import Template, load_template
 from accel_llm.data.rows import ARRAYS, Origin, RowPart, Rows
-from accel_llm.model.placement import settle_weights
-from accel_llm.system.signals import requested
+from accel_llm.model.placement import materialize_weights
+from accel_llm.system.signals import signal_requests
 
 ROOT = Path(__file__).parents[1]
+PAGE_FOLDERS = ("accel_llm", "accelerate_configs", "launch", "tests")
+PAGES = [ROOT / "README.md", *(page for name in PAGE_FOLDERS for page in sorted((ROOT / name).rglob("README.md")))]
 SPECIAL = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]  # ids 0 to 4
 SIZES = {
     "vocab_size": 97,
@@ -207,7 +209,7 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
 def settled(model: Any, options: Any) -> Any:
     """The weights of a loaded model read, cast and quantised as `shards.place` does in one process."""
     compute = PRECISION_DTYPES[resolve_precision(options)]
-    settle_weights(model, list(model.modules()), compute, torch.device("cpu"))
+    materialize_weights(model, list(model.modules()), compute, torch.device("cpu"))
     return model
 
 
@@ -227,7 +229,7 @@ def reset() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     PartialState._reset_state()
-    requested.stop, requested.save = 0, False
+    signal_requests.stop, signal_requests.save = 0, False
     torch.manual_seed(99)
     np.random.seed(99)
     random.seed(99)

@@ -1,4 +1,4 @@
-"""Adapters through PEFT: attach to a base model, and save."""
+"""Attaches a LoRA adapter to a base model with PEFT: a fresh one, or one that was trained before."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -13,14 +13,14 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from accel_llm.adapters.saved import ADAPTER_WEIGHTS, read_adapter_config, read_base_fingerprint
+from accel_llm.adapters.locate import describe_other_base
+from accel_llm.adapters.saved import ADAPTER_WEIGHTS, read_adapter_config
 from accel_llm.config.options import MethodOptions
 from accel_llm.errors import ConfigError, raise_problems
-from accel_llm.model.fingerprint import model_fingerprint
 from accel_llm.model.vocabulary import NEW_ROWS, PEFT_ROWS, train_new_rows
 from accel_llm.system.launcher import process_rank
 
-# Options, and what adapter_config.json calls them
+# Options that are taken over from an earlier adapter, and their keys in adapter_config.json.
 ADOPTED_OPTIONS = {
     "lora_r": "r",
     "lora_alpha": "lora_alpha",
@@ -33,7 +33,8 @@ ADOPTED_OPTIONS = {
 }
 
 
-def lora_config(options: MethodOptions) -> LoraConfig:
+def build_lora_config(options: MethodOptions) -> LoraConfig:
+    """Return PEFT's config for a fresh LoRA."""
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=options.lora_r,
@@ -49,85 +50,95 @@ def lora_config(options: MethodOptions) -> LoraConfig:
 
 
 def adopt_adapter_options(options: MethodOptions) -> Any:
-    """The options with the settings of the adapter that `adapter_name_or_path` names, if it names one.
+    """Return the options with the settings of the adapter in `adapter_name_or_path`, or unchanged if that is not set.
 
     Raises:
-        ConfigError: it is no LoRA with weights in safetensors, or the person gives other settings than it has.
+        ConfigError: the adapter is not a LoRA, its weights are not safetensors, or an option contradicts its settings.
     """
     name = options.adapter_name_or_path
     if name is None:
         return options
     folder = Path(name).expanduser()
-    found = read_adapter_config(folder)
-    if found.get("peft_type") != "LORA":
+    settings = read_adapter_config(folder)
+    if settings.get("peft_type") != "LORA":
         raise ConfigError(
-            f"adapter_name_or_path: {name} is a {found.get('peft_type')} adapter; only LORA can go on here."
+            f"adapter_name_or_path: {name} is a {settings.get('peft_type')} adapter; only a LORA can be trained on."
         )
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise ConfigError(f"adapter_name_or_path: {name} has no {ADAPTER_WEIGHTS}; only safetensors are read.")
-    values = {ours: found[theirs] for ours, theirs in ADOPTED_OPTIONS.items() if found.get(theirs) is not None}
-    given = {key: getattr(options, key) for key in values.keys() & options.model_fields_set - {"lora_dropout"}}
+
+    # Options that the user set must agree with the adapter; dropout may differ, it has no weights.
+    adopted = {option: settings[key] for option, key in ADOPTED_OPTIONS.items() if settings.get(key) is not None}
+    user_values = {
+        option: getattr(options, option) for option in adopted.keys() & options.model_fields_set - {"lora_dropout"}
+    }
     raise_problems(
         [
-            f"{key}: {value!r} is given, the adapter {name} has {values[key]!r}; leave it out."
-            for key, value in sorted(given.items())
-            if _comparable(value) != _comparable(values[key])
+            f"{option}: {value!r} is given, but the adapter {name} has {adopted[option]!r}; leave it out."
+            for option, value in sorted(user_values.items())
+            if _comparable(value) != _comparable(adopted[option])
         ]
     )
-    return options.with_defaults({key: value for key, value in values.items() if key not in given})
+    return options.with_defaults({option: value for option, value in adopted.items() if option not in user_values})
 
 
 def _comparable(value: Any) -> Any:
+    """The order of a list, of target modules for example, makes no difference."""
     return sorted(value) if isinstance(value, list) else value
 
 
 def attach_adapter(model: PreTrainedModel, options: MethodOptions, new_tokens: range = range(0)) -> PeftModel:
-    """Freeze `model` and add a trainable LoRA to it; what is trained is float32 whatever the base's dtype.
+    """Freeze `model` and add a trainable LoRA to it, in float32 whatever the dtype of the base is.
 
-    Of the vocabulary that the base shares with others, the rows of `new_tokens` alone are trained as well. It begins with
-    the weights of `adapter_name_or_path`, where that is given.
+    The vocabulary rows of `new_tokens` are trained too. If `adapter_name_or_path` is set, the LoRA starts with the
+    weights of that adapter.
 
     Raises:
-        ConfigError: targets or modules_to_save that the model does not have, or that leave no way to train those rows; or
-            the weights of the named adapter do not fit.
+        ConfigError: the model does not have the target modules or `modules_to_save`, the new rows cannot be trained
+            with them, or the weights of the earlier adapter do not fit.
     """
-    _check_names(model, options)
+    _check_module_names(model, options)
     try:
-        wrapped = get_peft_model(model, _config(options))
+        wrapped = get_peft_model(model, _peft_config(options))
     except ValueError as error:
         raise ConfigError(
-            f"lora_target_modules: {options.lora_target_modules!r} does not fit the model ({str(error).splitlines()[0]}); "
-            f"its linear layers are {_linear_layers(model)}."
+            f"lora_target_modules: {options.lora_target_modules!r} does not fit the model "
+            f"({str(error).splitlines()[0]}); its linear layers are {_linear_layers(model)}."
         ) from None
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
-            # PEFT 0.21 does so for the LoRA itself, but not for biases and modules_to_save: at usual learning rates a
-            # step is smaller than what bfloat16 can tell apart.
+            # PEFT 0.21 makes the LoRA itself float32, but not biases and modules_to_save. In bfloat16 they would not
+            # change: at usual learning rates a step is smaller than the distance to the next number.
             parameter.data = parameter.data.float()
-    trained: Any = wrapped.peft_config["default"]
-    trained.trainable_token_indices = train_new_rows(model, new_tokens) or None
+
+    adapter_config: Any = wrapped.peft_config["default"]
+    adapter_config.trainable_token_indices = train_new_rows(model, new_tokens) or None
     if options.adapter_name_or_path is not None:
-        _load(wrapped, options.adapter_name_or_path)
+        _load_weights(wrapped, options.adapter_name_or_path)
     return wrapped  # type: ignore[return-value]
 
 
-def _config(options: MethodOptions) -> Any:
-    """The LoRA's settings; those of a named adapter in full, for not all of them have an option here."""
+def _peft_config(options: MethodOptions) -> Any:
+    """The LoRA's config; an earlier adapter's is read as a whole, because not every setting has an option."""
     if options.adapter_name_or_path is None:
-        return lora_config(options)
-    found = PeftConfig.from_pretrained(str(Path(options.adapter_name_or_path).expanduser()))
-    changed = {"inference_mode": False, "lora_dropout": options.lora_dropout, "init_lora_weights": True}
-    return replace(found, **changed, trainable_token_indices=None)
+        return build_lora_config(options)
+    config = PeftConfig.from_pretrained(str(Path(options.adapter_name_or_path).expanduser()))
+    # First values do not matter, the earlier weights replace them; new rows are handled by train_new_rows.
+    changes = {"inference_mode": False, "lora_dropout": options.lora_dropout, "init_lora_weights": True}
+    return replace(config, **changes, trainable_token_indices=None)
 
 
-def _load(model: Any, name: str) -> None:
-    """Give a fresh LoRA the weights of an adapter's file, all of them and no others."""
-    folder, base = Path(name).expanduser(), model.config._name_or_path
-    expected = read_base_fingerprint(folder)
-    if expected and expected != (found := model_fingerprint(base)):
-        raise ConfigError(
-            f"adapter_name_or_path: {name} was trained on another base model (fingerprint {expected}) than {base} ({found})."
-        )
+def _load_weights(model: Any, name: str) -> None:
+    """Load an adapter's file into a fresh LoRA: every weight of the file, and every trained weight from it.
+
+    Raises:
+        ConfigError: the adapter was trained on another base, or names or shapes of the weights do not fit.
+    """
+    folder = Path(name).expanduser()
+    if problem := describe_other_base(folder, model.config._name_or_path):
+        raise ConfigError(f"adapter_name_or_path: {name} {problem}; set model_name_or_path to the adapter's own base.")
+
+    # What PEFT itself can load.
     weights = load_file(folder / ADAPTER_WEIGHTS)
     rows = {key: tensor for key, tensor in weights.items() if key.endswith(PEFT_ROWS)}
     try:
@@ -137,25 +148,33 @@ def _load(model: Any, name: str) -> None:
         raise ConfigError(f"adapter_name_or_path: {name} does not fit the model ({reason}).") from None
     parameters = dict(model.named_parameters())
     missing = {key for key in result.missing_keys if key in parameters and parameters[key].requires_grad}
+
+    # The rows of new tokens are parameters of ours, see model/vocabulary.py.
     for key, tensor in rows.items():
-        ours = key.removesuffix(PEFT_ROWS) + NEW_ROWS
-        if ours in parameters and parameters[ours].shape == tensor.shape:
+        parameter_name = key.removesuffix(PEFT_ROWS) + NEW_ROWS
+        if parameter_name in parameters and parameters[parameter_name].shape == tensor.shape:
             with torch.no_grad():
-                parameters[ours].copy_(tensor)
-            missing.discard(ours)
+                parameters[parameter_name].copy_(tensor)
+            missing.discard(parameter_name)
         else:
             result.unexpected_keys.append(key)
+
+    # PEFT says nothing about names that do not fit.
     problems = [f"{len(missing)} of its weights are missing ({min(missing)})"] if missing else []
     if result.unexpected_keys:
-        problems.append(f"{len(result.unexpected_keys)} have no place ({min(result.unexpected_keys)})")
+        problems.append(f"{len(result.unexpected_keys)} have no place in the model ({min(result.unexpected_keys)})")
     if problems:
         raise ConfigError(f"adapter_name_or_path: {name} does not fit the model: {'; '.join(problems)}.")
     if process_rank() == 0:
         print(f"going on from the adapter {name}; optimizer, schedule and data begin anew", flush=True)
 
 
-def _check_names(model: PreTrainedModel, options: MethodOptions) -> None:
-    """PEFT passes over a name that no module has as long as another one fits."""
+def _check_module_names(model: PreTrainedModel, options: MethodOptions) -> None:
+    """Check that each name in the options is a module: PEFT ignores a wrong name as long as another one fits.
+
+    Raises:
+        ConfigError: the model does not have one of them.
+    """
     modules = [name for name, _ in model.named_modules()]
     problems = []
     for field, names in (

@@ -1,4 +1,4 @@
-"""Finds an adapter and its base model, and checks that they belong together."""
+"""Finds an adapter and its base model, and checks that the adapter was trained on this base."""
 
 import re
 from pathlib import Path
@@ -11,12 +11,12 @@ from accel_llm.errors import ConfigError
 from accel_llm.model.fingerprint import model_fingerprint
 from accel_llm.model.loading import check_model_name, short_reason
 
-# Files of a hub model that a merge needs.
+# Files that a merge needs of a model on the hub.
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 
 
 def find_adapter(name: str) -> Path:
-    """The adapter itself, whether its folder was named or the output folder of the run that made it."""
+    """Return the adapter's folder; `name` is this folder or the output folder of the run that trained it."""
     folder = Path(name).expanduser()
     inner = folder / "adapter"
     if not (folder / "adapter_config.json").is_file() and (inner / "adapter_config.json").is_file():
@@ -24,41 +24,58 @@ def find_adapter(name: str) -> Path:
     return folder
 
 
-def find_base(adapter: Path, named: str | None, field: str = "base") -> str:
-    """The base model: the one named, else the one that adapter_config.json names.
+def find_base(adapter: Path, chosen: str | None, field: str = "base") -> str:
+    """Return the name of the base model: `chosen` if there is one, else the base in adapter_config.json.
 
     Raises:
-        ConfigError: it is nowhere to be found.
+        ConfigError: there is no name, or no such model.
     """
-    base = named or read_adapter_config(adapter).get("base_model_name_or_path")
+    base = chosen or read_adapter_config(adapter).get("base_model_name_or_path")
     if not base:
         raise ConfigError(f"{field}: {adapter} does not name its base model; say where it is.")
     try:
         check_model_name(base, field)
     except ConfigError as error:
-        if named:
+        if chosen:
             raise
+        # The user did not type this name: say where it comes from.
         reason = str(error).rstrip(".")
         raise ConfigError(f"{reason}; {adapter} names it as its base, say where it is with --base.") from None
     return base
 
 
+def describe_other_base(adapter: Path, base: str) -> str:
+    """Say that `adapter` was trained on another base model than `base`; empty if it was not, or has no fingerprint."""
+    expected = read_base_fingerprint(adapter)
+    if not expected:
+        return ""
+    fingerprint = model_fingerprint(base)
+    if fingerprint == expected:
+        return ""
+    return f"was trained on another base model (fingerprint {expected}) than {base} ({fingerprint})"
+
+
 def check_bases(adapters: list[Path], base: Path | str) -> None:
-    """Raises ConfigError when `base` is another model than the one that an adapter says it was trained on."""
-    for folder in adapters:
-        expected = read_base_fingerprint(folder)
-        if expected and expected != (found := model_fingerprint(str(base))):
+    """Check that all adapters were trained on `base`.
+
+    Raises:
+        ConfigError: one was trained on another model.
+    """
+    for adapter in adapters:
+        if problem := describe_other_base(adapter, str(base)):
             raise ConfigError(
-                f"base: {base} is another model (fingerprint {found}) than the one that {folder} was trained on "
-                f"({expected}); name that one with --base, or set allow_other_base if it is the same, stored in another way."
+                f"base: {adapter} {problem}; name its own base with --base, or set allow_other_base if this is the "
+                "same model, stored in another way."
             )
 
 
 def locate_folder(name: str, field: str, revision: str = "main", allow_pickle: bool = False) -> Path:
-    """The folder of a model or an adapter that is a folder, the folder of a run or a hub id.
+    """Return the local folder of a model or an adapter; `name` is a folder, the folder of a run, or a hub id.
+
+    A hub id is downloaded, unless it is in the cache.
 
     Raises:
-        ConfigError: a hub id that cannot be had.
+        ConfigError: it cannot be downloaded.
     """
     folder = find_adapter(name) if field == "adapter" else Path(name).expanduser()
     if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
@@ -68,5 +85,5 @@ def locate_folder(name: str, field: str, revision: str = "main", allow_pickle: b
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise ConfigError(
-            f"{field}: {name} is no folder, and no hub id that can be had ({short_reason(error)})."
+            f"{field}: {name} is not a folder, and as a hub id it cannot be downloaded ({short_reason(error)})."
         ) from None

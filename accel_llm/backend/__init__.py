@@ -1,1 +1,1 @@
-"""Where a run happens: strategies, the Accelerator, collectives, and every difference between backends with its reason."""
+"""Where a run happens: strategies, the Accelerator, collectives, and the differences between backends."""

@@ -30,9 +30,9 @@ MAX_CPU_PROCESSES = 8
 
 
 def quiet_libraries() -> None:
-    """Silence what libraries say about themselves; warnings about a run are ours to give."""
+    """Silence the messages of libraries about themselves; warnings about a run come from this project."""
     if use_cpu():
-        # DeepSpeed otherwise says at import that it found no accelerator.
+        # Otherwise DeepSpeed prints at import that it found no accelerator.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     for name in ("transformers", "accelerate", "datasets", "peft", "bitsandbytes", "httpx", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -43,71 +43,81 @@ def quiet_libraries() -> None:
     disable_progress_bar()
 
 
-def _prepare_cpu_fsdp() -> None:
-    # Accelerate 1.15 knows FSDP only for devices it calls MULTI_GPU and others, and ignores the plugin on a CPU
-    # without a word; torch's fully_shard itself runs over gloo.
+def _prepare_fsdp_on_cpu() -> None:
+    """Make Accelerate use FSDP on the CPU, with gloo."""
+    # Accelerate 1.15 silently ignores the FSDP plugin unless the state has a type such as MULTI_GPU. torch's
+    # fully_shard itself works with gloo.
     state = PartialState(backend="gloo")
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     PartialState._shared_state["device"] = torch.device("cpu")
     state.device = torch.device("cpu")
 
 
-def _check_recipe_decides(options: TrainOptions) -> None:
-    """What the launch YAML says of the recipe's part must be what the recipe says, or it would not be what is done."""
-    said, problems = os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), []
-    if said not in ("no", resolve_precision(options)):
+def _check_yaml_against_recipe(options: TrainOptions) -> None:
+    """Check that the launch YAML does not contradict the recipe in what the recipe decides.
+
+    Raises:
+        ConfigError: with one sentence for each contradiction.
+    """
+    yaml_precision, problems = os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), []
+    if yaml_precision not in ("no", resolve_precision(options)):
         problems.append(
-            f"mixed_precision: the launch YAML says {said}, the recipe's precision is {resolve_precision(options)}; remove it "
-            f"there, or set precision: {said} in the recipe."
+            f"mixed_precision: the launch YAML says {yaml_precision}, but the recipe's precision is "
+            f"{resolve_precision(options)}; remove it there, or set precision: {yaml_precision} in the recipe."
         )
     if strategy() == "fsdp2":
         if os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "false").lower() == "true":
             problems.append(
-                "fsdp_activation_checkpointing: the launch YAML sets it; remove it there and use gradient_checkpointing in "
-                "the recipe."
+                "fsdp_activation_checkpointing: the launch YAML sets it; remove it there and use "
+                "gradient_checkpointing in the recipe."
             )
         policy = os.environ.get("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")
         if policy != "TRANSFORMER_BASED_WRAP":
-            problems.append(f"fsdp_auto_wrap_policy: {policy} is not supported, only TRANSFORMER_BASED_WRAP is.")
-    # Each layer is read when its turn comes. Told of this, transformers would leave the weights of all ranks but one empty.
+            problems.append(f"fsdp_auto_wrap_policy: {policy} is not supported; set TRANSFORMER_BASED_WRAP.")
+    # Layers are read one by one (model/placement.py). If this were true, transformers would leave the weights empty on
+    # all ranks but one.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     raise_problems(problems)
 
 
 def build_accelerator(options: TrainOptions) -> Accelerator:
-    """The Accelerator of a training script: devices, precision, strategy and trackers; from here on signals are heeded.
+    """Build the Accelerator of a training script (devices, precision, strategy, trackers), and start to handle signals.
 
     Raises:
-        ConfigError: too many CPU processes, a DeepSpeed file that contradicts the recipe, a strategy the host cannot run.
+        ConfigError: too many CPU processes, a tracker that is not installed, or a launch YAML or DeepSpeed file that is
+            broken or contradicts the recipe.
     """
     listen_for_signals(None if options.dry_run else Path(options.output_dir))
-    cpu, wanted, accumulation = use_cpu(), strategy(), accumulation_steps(options)
+    cpu, launched_strategy, accumulation = use_cpu(), strategy(), accumulation_steps(options)
+
+    # Problems that can be found before anything starts.
     if cpu and world_size() > MAX_CPU_PROCESSES:
         raise ConfigError(
-            f"num_processes: {world_size()} processes on a machine without a GPU, at most {MAX_CPU_PROCESSES} help; "
+            f"num_processes: {world_size()} processes without a GPU, but at most {MAX_CPU_PROCESSES} are allowed; "
             f"add --num_processes {MAX_CPU_PROCESSES} after `accelerate launch`."
         )
     if missing := [name for name in options.report_to if find_spec(name) is None]:
-        raise ConfigError(
-            *(f'report_to: {name} is not installed; pip install -e ".[track]" brings it.' for name in missing)
-        )
-    _check_recipe_decides(options)
+        raise ConfigError(*(f'report_to: {name} is not installed; run pip install -e ".[track]".' for name in missing))
+    _check_yaml_against_recipe(options)
+
+    # What each strategy needs.
     arguments: dict[str, Any] = {}
-    if wanted.startswith("zero"):
+    if launched_strategy.startswith("zero"):
         if cpu:
             prepare_deepspeed_on_cpu()
-            # Without a named backend Accelerate 1.15 believes on every rank that it is alone.
+            # Without the name of a backend, Accelerate 1.15 assumes on every rank that there is only one process.
             arguments["kwargs_handlers"] = [InitProcessGroupKwargs(backend="gloo")]
         arguments["deepspeed_plugin"] = build_deepspeed_plugin(options, accumulation, cpu)
-    elif wanted == "fsdp2":
+    elif launched_strategy == "fsdp2":
         if cpu:
-            _prepare_cpu_fsdp()
+            _prepare_fsdp_on_cpu()
         arguments["fsdp_plugin"] = FullyShardedDataParallelPlugin()
         if arguments["fsdp_plugin"].fsdp_version != 2:
-            raise ConfigError("fsdp_version: only 2 is supported; FSDP1 is deprecated in PyTorch.")
+            raise ConfigError("fsdp_version: only 2 is supported, because PyTorch has deprecated FSDP1; set it to 2.")
     elif cpu:
         arguments["cpu"] = True
         os.environ.pop("ACCELERATE_USE_FSDP", None)
+
     accelerator = Accelerator(
         mixed_precision={"fp32": "no"}.get(resolve_precision(options), resolve_precision(options)),
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False),
@@ -118,62 +128,66 @@ def build_accelerator(options: TrainOptions) -> Accelerator:
         ),
         **arguments,
     )
-    _check_launched(accelerator, wanted)
+    _check_accelerator(accelerator, launched_strategy)
     return accelerator
 
 
-def _check_launched(accelerator: Accelerator, wanted: str) -> None:
-    """Accelerate can train N copies that never meet, or plain DDP instead of what the YAML says: better no run."""
-    kinds = {
+def _check_accelerator(accelerator: Accelerator, launched_strategy: str) -> None:
+    """Check that Accelerate set up the strategy and the processes of the launch YAML.
+
+    Otherwise it could silently train separate copies of the model, or plain DDP instead of what the YAML says.
+    """
+    allowed_types = {
         # A launcher's single process is a group of one.
         "single": {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU},
         "ddp": {DistributedType.MULTI_CPU, DistributedType.MULTI_GPU},
         "fsdp2": {DistributedType.FSDP},
-    }.get(wanted, {DistributedType.DEEPSPEED})
-    if accelerator.num_processes != world_size() or accelerator.distributed_type not in kinds:
+    }.get(launched_strategy, {DistributedType.DEEPSPEED})
+    if accelerator.num_processes != world_size() or accelerator.distributed_type not in allowed_types:
         raise RuntimeError(
-            f"launched as {wanted} with {world_size()} processes, but Accelerate set up "
+            f"launched as {launched_strategy} with {world_size()} processes, but Accelerate set up "
             f"{accelerator.distributed_type} with {accelerator.num_processes}"
         )
 
 
 def prepare(accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
-    """Accelerate's `prepare` of a model whose weights are where they belong, and of the optimizer over them."""
+    """Wrap model and optimizer with Accelerate's `prepare`. The weights are already on their devices, and sharded."""
     groups = [list(group["params"]) for group in optimizer.param_groups]
     if strategy() == "fsdp2":
-        # What Accelerate would wrap is wrapped, and under other class names than those it would look for.
+        # model/placement.py has already wrapped the layers, and their classes now have other names than Accelerate
+        # expects.
         plugin: Any = accelerator.state.fsdp_plugin
         plugin.auto_wrap_policy = always_wrap_policy
     model, prepared = accelerator.prepare(model, optimizer)
     if strategy() == "fsdp2":
-        # Accelerate 1.15 finds each parameter again by its address, and all empty shards of a rank have the same one.
+        # Accelerate 1.15 maps parameters by their address, but all empty shards of a rank have the same address.
         for group, parameters in zip(prepared.param_groups, groups, strict=True):
             group["params"] = parameters
     return model, prepared
 
 
 def unwrap_model(accelerator: Accelerator, model: torch.nn.Module) -> Any:
-    """The model itself, out of what `prepare` and PEFT did not make: the wrappers of DDP and DeepSpeed."""
+    """Return the model without the wrappers of DDP and DeepSpeed; PEFT's wrapper stays."""
     return accelerator.unwrap_model(model)
 
 
 def unwrap_optimizer(optimizer: Any) -> Any:
-    """The optimizer that steps, without the wrappers of Accelerate and DeepSpeed."""
+    """Return the inner optimizer, without the wrappers of Accelerate and DeepSpeed."""
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
 
 
 def local_part(tensor: Any) -> torch.Tensor:
-    """What this process holds of a tensor that FSDP2 has sharded; any other tensor as it is."""
+    """Return this process's part of a tensor that FSDP2 has sharded; any other tensor unchanged."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def gather_weights(accelerator: Accelerator, model: torch.nn.Module, trainable_only: bool) -> dict[str, torch.Tensor]:
-    """Whole parameters by name, on the CPU of the main process (an empty dict on the others).
+    """Return complete parameters by name, on the CPU of the main process; an empty dict on the others.
 
-    One parameter at a time, so no device ever holds more than one whole tensor beyond its own share. A collective: every
-    process must call it.
+    Every process must call it. Parameters are gathered one by one, so a device holds at most one complete tensor beside
+    its own share.
     """
     from torch.distributed.tensor import DTensor
 
@@ -191,6 +205,6 @@ def gather_weights(accelerator: Accelerator, model: torch.nn.Module, trainable_o
         else:
             whole = parameter.detach()
         if accelerator.is_main_process:
-            # A copy: a later training step must not change what is being written.
+            # A copy: the next training step must not change the tensors while they are written.
             state[name] = whole.to("cpu", copy=True).contiguous()
     return state

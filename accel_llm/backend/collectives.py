@@ -1,4 +1,7 @@
-"""Sums, maxima and barriers over all processes."""
+"""Sums, maxima and barriers over all processes.
+
+Numbers that only decide what happens next go through a gloo group of the CPUs, beside the device's own NCCL group.
+"""
 
 from functools import cache
 from typing import Any
@@ -7,51 +10,52 @@ import torch
 from accelerate import Accelerator
 
 from accel_llm.system.launcher import world_size
-from accel_llm.system.signals import requested
+from accel_llm.system.signals import signal_requests
 
 
 def agree_on_requests(accelerator: Accelerator) -> tuple[bool, bool]:
-    """Whether any process was asked to stop, and to save: all get the same answer (one all-reduce)."""
-    stop, save = sum_on_hosts(accelerator, [float(requested.stop > 0), float(requested.save)])
+    """Return (stop, save): whether a signal asked any process for it. All processes get the same answer."""
+    stop, save = sum_on_cpus(accelerator, [float(signal_requests.stop > 0), float(signal_requests.save)])
     return stop > 0, save > 0
 
 
-def sum_on_hosts(accelerator: Accelerator, values: list[float]) -> list[float]:
-    """The sums of `values` over all processes, added up by the CPUs: no device has to finish its work first."""
+def sum_on_cpus(accelerator: Accelerator, values: list[float]) -> list[float]:
+    """Return the sums of `values` over all processes. CPUs add them up, so no GPU has to finish its work first."""
     if accelerator.num_processes == 1:
         return values
-    summed = torch.tensor(values, dtype=torch.float64)
-    torch.distributed.all_reduce(summed, group=_host_group())
-    return summed.tolist()
+    sums = torch.tensor(values, dtype=torch.float64)
+    torch.distributed.all_reduce(sums, group=_cpu_group())
+    return sums.tolist()
 
 
 def wait_for_all() -> None:
-    """Wait until all processes are here."""
+    """Wait until all processes have reached this call."""
     if world_size() > 1 and torch.distributed.is_initialized():
-        torch.distributed.barrier(group=_host_group())
+        torch.distributed.barrier(group=_cpu_group())
 
 
 def max_over_processes(number: int, group: Any) -> int:
-    """The largest of all processes' numbers, among the CPUs of `group` (None: of the one that all use in turn)."""
+    """Return the largest `number` over all processes, through the CPU group `group` (None: the shared one)."""
     if world_size() == 1:
         return number
-    found = torch.tensor(number)
-    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=group or _host_group())
-    return int(found)
+    maximum = torch.tensor(number)
+    torch.distributed.all_reduce(maximum, torch.distributed.ReduceOp.MAX, group=group or _cpu_group())
+    return int(maximum)
 
 
-def new_host_group() -> Any:
-    """For a thread whose collectives must not meet those of the main one; None where a process is alone."""
+def new_cpu_group() -> Any:
+    """Create a CPU group for a thread, whose collectives must not mix with the main thread's; None for one process."""
     return torch.distributed.new_group(backend="gloo") if world_size() > 1 else None
 
 
 @cache
-def _host_group() -> Any:
-    return new_host_group()
+def _cpu_group() -> Any:
+    """The CPU group that all collectives of the main thread share."""
+    return new_cpu_group()
 
 
 def sum_over_processes(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
-    """The sum of `values` over all processes (one all-reduce)."""
+    """Return the sum of `values` over all processes, on the device (one all-reduce)."""
     values = values.to(accelerator.device)
     if accelerator.num_processes > 1:
         torch.distributed.all_reduce(values)

@@ -1,4 +1,4 @@
-"""What the launcher and the recipe ask for, known before an Accelerator exists."""
+"""Strategy, precision and batch sizes of the run, from launcher and recipe, before an Accelerator exists."""
 
 import os
 from typing import Literal
@@ -13,23 +13,23 @@ PRECISION_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch
 
 
 def use_cpu() -> bool:
-    """Whether this process trains on the CPU: the launch YAML says so, or there is no GPU."""
+    """Return whether this process trains on the CPU: the launch YAML says so, or there is no GPU."""
     return os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true" or not torch.cuda.is_available()
 
 
 def strategy() -> str:
-    """`single`, `ddp`, `fsdp2` or `zero1` .. `zero3`: what the launch YAML asked for, read from the launcher's environment."""
+    """Return the strategy of the launch YAML: `single`, `ddp`, `fsdp2` or `zero0` to `zero3`."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         return f"zero{deepspeed_settings()['zero_optimization'].get('stage', 0)}"
     sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    # One process on a CPU has nobody to share with; on a GPU FSDP2 runs with a single rank as well.
+    # One process on a CPU has no other process to share with; on a GPU FSDP2 also runs with a single rank.
     if sharded and (world_size() > 1 or not use_cpu()):
         return "fsdp2"
     return "ddp" if world_size() > 1 else "single"
 
 
 def resolve_precision(options: ModelOptions) -> str:
-    """`auto` resolved: bf16 where the device is good at it, fp16 on an older GPU, fp32 on a CPU."""
+    """Return `precision`, with `auto` resolved: bf16 if the GPU supports it, fp16 on an older GPU, fp32 on a CPU."""
     if options.precision != "auto":
         return options.precision
     if use_cpu():
@@ -39,25 +39,26 @@ def resolve_precision(options: ModelOptions) -> str:
 
 
 def compute_dtype(options: ModelOptions) -> torch.dtype:
-    """The dtype that matrix products run in."""
+    """Return the dtype of matrix products."""
     return PRECISION_DTYPES[resolve_precision(options)]
 
 
 def accumulation_steps(options: RunOptions) -> int:
-    """Micro-batches of one optimizer step on each process."""
+    """Return the number of micro-batches of one optimizer step on each process."""
     if options.total_batch_size is None:
         return options.gradient_accumulation_steps or 1
+    # Rounded up: the last micro-batch of a step may have empty slots.
     return -(-options.total_batch_size // (options.per_device_train_batch_size * world_size()))
 
 
 def rows_per_step(options: RunOptions) -> int:
-    """Rows of one optimizer step over all processes; slots beyond `total_batch_size` are filled with nothing."""
+    """Return the rows of one optimizer step over all processes; slots beyond `total_batch_size` stay empty."""
     slots = options.per_device_train_batch_size * accumulation_steps(options) * world_size()
     return options.total_batch_size or slots
 
 
 def engine() -> Literal["none", "deepspeed", "fsdp"]:
-    """What will step the optimizer; not every optimizer can be stepped by each."""
+    """Return the library that steps the optimizer. Not every optimizer works with each."""
     if strategy().startswith("zero"):
         return "deepspeed"
     return "fsdp" if strategy() == "fsdp2" else "none"

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO: the settings that the launch YAML names, checked and completed by the recipe."""
+"""DeepSpeed ZeRO: reads the settings of the launch YAML, checks them against the recipe and completes them."""
 
 import json
 import os
@@ -8,28 +8,34 @@ from typing import Any
 from accelerate.utils import DeepSpeedPlugin
 
 from accel_llm.config.options import TrainOptions
-from accel_llm.errors import ConfigError
+from accel_llm.errors import ConfigError, raise_problems
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def deepspeed_settings() -> dict[str, Any]:
-    """The DeepSpeed JSON that the launch YAML names, or the settings written into the YAML itself.
+    """Return the settings in the DeepSpeed JSON that the launch YAML names, or those in the YAML itself.
 
     Raises:
-        ConfigError: the file is missing or broken, or sets what the recipe decides.
+        ConfigError: the file is missing, is not JSON, or has no ZeRO stage.
     """
+    # Settings in the YAML itself.
     name = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if name == "none":
-        # What these fields say is in the settings now; Accelerate 1.15 would refuse them beside settings that it is given.
+        # Accelerate 1.15 refuses these fields beside settings that it gets as an argument. The settings below contain
+        # them.
         os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
         settings = DeepSpeedPlugin().deepspeed_config
-        # Where the YAML is silent the launcher says 1.
-        silent = settings.get("gradient_accumulation_steps") == 1
-        return settings | ({"gradient_accumulation_steps": "auto"} if silent else {})
+        # The launcher sets 1 if the YAML does not set it.
+        is_default = settings.get("gradient_accumulation_steps") == 1
+        return settings | ({"gradient_accumulation_steps": "auto"} if is_default else {})
+
+    # A JSON file, found from the current folder or from the checkout.
     path = next((p for p in (Path(name), CHECKOUT / name) if p.is_file()), None)
     if path is None:
-        raise ConfigError(f"deepspeed_config_file: {name} does not exist, neither here nor in {CHECKOUT}.")
+        raise ConfigError(
+            f"deepspeed_config_file: {name} does not exist here or in {CHECKOUT}; correct the path in the launch YAML."
+        )
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -39,8 +45,13 @@ def deepspeed_settings() -> dict[str, Any]:
     return settings
 
 
-def _check_recipe_decides(settings: dict[str, Any]) -> None:
-    """One place says how a run trains: a DeepSpeed file that says it too would silently win over the recipe."""
+def _check_against_recipe(settings: dict[str, Any]) -> None:
+    """Check that the DeepSpeed settings leave to the recipe what it decides: they would silently win over the recipe.
+
+    Raises:
+        ConfigError: with one sentence for each setting that belongs into the recipe.
+    """
+    # Settings that may only be "auto".
     recipe = {
         "gradient_accumulation_steps": "gradient_accumulation_steps",
         "gradient_clipping": "max_grad_norm",
@@ -48,10 +59,13 @@ def _check_recipe_decides(settings: dict[str, Any]) -> None:
         "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
     }
     problems = [
-        f'{key}: the DeepSpeed configuration says {settings[key]!r}; set it to "auto" there and use {ours} in the recipe.'
-        for key, ours in recipe.items()
+        f'{key}: the DeepSpeed configuration says {settings[key]!r}; set it to "auto" there and use {option} in the '
+        "recipe."
+        for key, option in recipe.items()
         if settings.get(key, "auto") != "auto"
     ]
+
+    # Settings that must be absent, and precision.
     for key, ours in {"optimizer": "optim", "scheduler": "lr_scheduler_type"}.items():
         if key in settings:
             problems.append(
@@ -62,30 +76,38 @@ def _check_recipe_decides(settings: dict[str, Any]) -> None:
             problems.append(
                 f'{key}: the DeepSpeed configuration enables it; set it to "auto" there and use precision: {key}.'
             )
-    if problems:
-        raise ConfigError(*problems)
+    raise_problems(problems)
 
 
 def build_deepspeed_plugin(options: TrainOptions, accumulation: int, cpu: bool) -> DeepSpeedPlugin:
+    """Return Accelerate's DeepSpeed plugin with the settings of the launch YAML, completed by the recipe.
+
+    Raises:
+        ConfigError: the settings are missing or broken, or contradict the recipe.
+    """
     settings = deepspeed_settings()
-    _check_recipe_decides(settings)
+    _check_against_recipe(settings)
     zero = settings["zero_optimization"]
+
+    # What the recipe decides.
     settings = settings | {
         "train_batch_size": "auto",
         "train_micro_batch_size_per_gpu": options.per_device_train_batch_size,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": options.max_grad_norm,
-        # Accelerate would otherwise replace the optimizer by DeepSpeedCPUAdam under offload, which needs a compiler.
+        # Otherwise, under offload, Accelerate 1.15 replaces the optimizer by DeepSpeedCPUAdam, which needs a compiler.
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
     }
+
+    # A CPU has neither pinned memory nor streams to overlap.
     if cpu:
-        # There is no pinned memory and no stream to overlap with on a CPU.
         for part in ("offload_optimizer", "offload_param"):
             if isinstance(zero.get(part), dict):
                 zero[part]["pin_memory"] = False
         zero["overlap_comm"] = False
-    # DeepSpeed reads whole numbers written 2e8 as floats and refuses them in places.
+
+    # DeepSpeed reads whole numbers such as 2e8 as floats, and refuses floats in some places.
     for key, value in zero.items():
         if isinstance(value, float) and value.is_integer():
             zero[key] = int(value)
@@ -93,9 +115,10 @@ def build_deepspeed_plugin(options: TrainOptions, accumulation: int, cpu: bool) 
 
 
 def prepare_deepspeed_on_cpu() -> None:
+    """Make DeepSpeed run on the CPU with gloo, without a compiler."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed.ops
 
-    # DeepSpeed 0.19.8 compiles a shared-memory collective on first use: a minute, and a C++ compiler that may not be
-    # there. Gloo gives the same sums.
+    # DeepSpeed 0.19.8 compiles a shared-memory collective at its first use. That takes a minute and needs a C++
+    # compiler; gloo gives the same sums.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -1,1 +1,1 @@
-"""Which tokens of a conversation are trained: messages, the chat template, targets, and exact token borders."""
+"""Conversations become token ids and labels: message formats, chat templates, loss masks and exact token borders."""

@@ -1,7 +1,8 @@
-"""Byte-level BPE word by word: the ids of a word are worked out once and remembered.
+"""For speed only: a cache of token ids by word. Without it the tokenizer itself gives the same ids, more slowly.
 
-Tokenizers of the GPT-2 kind (Llama 3, Qwen, SmolLM, Phi-4, OLMo, ...) cut a text into words by a regular expression and
-encode each word by itself. Text repeats its words, so looking them up costs a fraction of encoding them again.
+Byte-level BPE tokenizers of the GPT-2 kind (Llama 3, Qwen, SmolLM, Phi-4, OLMo, ...) split a text into words by a
+regular expression and encode each word by itself. Texts repeat their words, and a lookup is faster than encoding a word
+again.
 """
 
 import json
@@ -13,117 +14,127 @@ from typing import Any
 import regex
 from tokenizers import Tokenizer, models
 
-# What GPT-2's pre-tokenizer cuts by, built into tokenizers' ByteLevel.
+# The pattern of GPT-2's pre-tokenizer, which is built into the ByteLevel step of the library tokenizers.
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# The same for its Digits step, with and without `individual_digits`.
 _SINGLE_DIGITS, _DIGITS = r"\p{N}|[^\p{N}]+", r"\p{N}+|[^\p{N}]+"
 _ASCII_CLASSES = {r"\p{L}": "a-zA-Z", r"\p{N}": "0-9", r"\p{Lu}": "A-Z", r"\p{Ll}": "a-z"}
 _ASCII_CLASSES |= dict.fromkeys((r"\p{Lt}", r"\p{Lm}", r"\p{Lo}", r"\p{M}"), "")
-_MOST_WORDS = 1 << 19  # remembered at most, about 100 MB
+_MAX_WORDS = 1 << 19  # in the cache; they take about 100 MB
 
 
 class BpeCache:
-    """Encodes text that holds no added token, or says that it cannot."""
+    """Encodes texts without added tokens, if the tokenizer is of a supported kind (`supported`)."""
 
     def __init__(self, backend: Tokenizer):
         self._model: Any = backend.model
         self._normalizer: Any = backend.normalizer
         self._splitter: Any = backend.pre_tokenizer
-        kinds = [part["type"] for part in _parts_of(backend.normalizer, "normalizers")]
-        patterns = _patterns(_parts_of(backend.pre_tokenizer, "pretokenizers"))
+        normalizers = [step["type"] for step in _steps(backend.normalizer, "normalizers")]
+        patterns = _split_patterns(_steps(backend.pre_tokenizer, "pretokenizers"))
         bpe = isinstance(backend.model, models.BPE) and not backend.model.dropout
-        self.supported = bool(bpe and patterns and kinds in ([], ["NFC"]))
-        self._must_be_nfc = kinds == ["NFC"]
+        self.supported = bool(bpe and patterns and normalizers in ([], ["NFC"]))
+        self._must_be_nfc = normalizers == ["NFC"]
         self._patterns = [regex.compile(pattern) for pattern in patterns or []]
-        self._ascii_patterns: list[Any] = [_for_ascii(pattern) for pattern in patterns or []]
+        self._ascii_patterns: list[Any] = [_compile_for_ascii(pattern) for pattern in patterns or []]
         self._ids: dict[str, tuple[int, ...]] = {}
-        self._known_characters: set[str] = set()
-        self.supported = self.supported and self._get_to_know(set(map(chr, range(128))))
+        self._checked_characters: set[str] = set()
+        self.supported = self.supported and self._check_characters(set(map(chr, range(128))))
 
     def encode(self, text: str) -> list[int] | None:
-        """The ids of `text`; None where only the tokenizer itself can tell."""
+        """Return the ids of `text`; None if only the tokenizer itself can encode it."""
+        # A text that the tokenizer may split differently or would normalise is left to it.
         ascii_only = text.isascii()
         if not ascii_only:
-            if not self._known_characters.issuperset(text) and not self._get_to_know(set(text)):
+            if not self._checked_characters.issuperset(text) and not self._check_characters(set(text)):
                 return None
             if self._must_be_nfc and not unicodedata.is_normalized("NFC", text):
                 return None
-        words = _cut(text, self._ascii_patterns if ascii_only else self._patterns)
+        words = _split(text, self._ascii_patterns if ascii_only else self._patterns)
         if len("".join(words)) != len(text):
             return None
+        # Most texts have only words that are in the cache.
         try:
             return list(chain.from_iterable(map(self._ids.__getitem__, words)))
         except KeyError:
-            self._remember(words)
+            self._add_words(words)
             return list(chain.from_iterable(map(self._ids.__getitem__, words)))
 
-    def _remember(self, words: list[str]) -> None:
-        if len(self._ids) > _MOST_WORDS:
+    def _add_words(self, words: list[str]) -> None:
+        if len(self._ids) > _MAX_WORDS:
             self._ids.clear()
         for word in words:
             if word not in self._ids:
-                written = "".join(map(_LETTERS.__getitem__, word.encode("utf-8")))
-                # A tuple of numbers is nothing to the garbage collector, which would walk through half a million lists.
-                self._ids[word] = tuple(token.id for token in self._model.tokenize(written))
+                letters = "".join(map(_BYTE_LETTERS.__getitem__, word.encode("utf-8")))
+                # Tuples, because the garbage collector does not track tuples of integers; it would scan all lists.
+                self._ids[word] = tuple(token.id for token in self._model.tokenize(letters))
 
-    def _get_to_know(self, characters: set[str]) -> bool:
-        """Whether all of `characters` are cut here as the tokenizer cuts them: engines differ in what is a letter or a
-        space, by their Unicode version above all. Other than by such classes no pattern tells characters apart."""
-        for character in characters - self._known_characters:
+    def _check_characters(self, characters: set[str]) -> bool:
+        """Whether our patterns split all of `characters` as the tokenizer does.
+
+        Regular expression engines differ in what is a letter or a space, above all by their Unicode version. A pattern
+        can only distinguish characters by such classes, so a few neighbours of each character are enough to tell.
+        """
+        for character in characters - self._checked_characters:
             probe = f"a{character}a {character}{character} 1{character}1 .{character}. \n{character}\n '{character}"
             probe = unicodedata.normalize("NFC", probe) if self._must_be_nfc else probe
-            cut = [probe[start:end] for _, (start, end) in self._splitter.pre_tokenize_str(probe)]
-            if cut != _cut(probe, self._patterns) or (
+            words = [probe[start:end] for _, (start, end) in self._splitter.pre_tokenize_str(probe)]
+            if words != _split(probe, self._patterns) or (
                 self._normalizer and self._normalizer.normalize_str(probe) != probe
             ):
                 return False
-            if character.isascii() and cut != _cut(probe, self._ascii_patterns):
+            if character.isascii() and words != _split(probe, self._ascii_patterns):
                 self._ascii_patterns = self._patterns
-            self._known_characters.add(character)
+            self._checked_characters.add(character)
         return True
 
 
-def _cut(text: str, patterns: list[Any]) -> list[str]:
+def _split(text: str, patterns: list[Any]) -> list[str]:
     words: list[str] = patterns[0].findall(text)
     for pattern in patterns[1:]:
         words = list(chain.from_iterable(map(pattern.findall, words)))
     return words
 
 
-def _for_ascii(pattern: str) -> Any:
-    """The same for text of ASCII alone in the standard library's engine, which is twice as fast."""
-    within, written = False, ""
+def _compile_for_ascii(pattern: str) -> Any:
+    """Compile a pattern for ASCII text with the standard library's engine, which is twice as fast.
+
+    `regex` compiles patterns that the standard library does not understand.
+    """
+    in_brackets, ascii_pattern = False, ""
     for part in re.findall(r"\\p\{\w+\}|\\.|.", pattern, re.DOTALL):
-        within = {"[": True, "]": False}.get(part, within)
+        in_brackets = {"[": True, "]": False}.get(part, in_brackets)
         letters = _ASCII_CLASSES.get(part)
-        written += part if letters is None else letters if within else f"[{letters}]" if letters else "(?!)"
+        # A class without ASCII characters is left out of brackets; outside of them it matches nothing.
+        ascii_pattern += part if letters is None else letters if in_brackets else f"[{letters}]" if letters else "(?!)"
     try:
-        return re.compile(written, re.ASCII)
+        return re.compile(ascii_pattern, re.ASCII)
     except re.error:
         return regex.compile(pattern)
 
 
 def _byte_letters() -> list[str]:
-    """The character that stands for each byte in a byte-level vocabulary (Radford et al., 2019, GPT-2)."""
+    """Return the character for each byte in a byte-level vocabulary (Radford et al., 2019, GPT-2)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     letters = {byte: chr(byte) for byte in printable} | {byte: chr(256 + k) for k, byte in enumerate(others)}
     return [letters[byte] for byte in range(256)]
 
 
-_LETTERS = _byte_letters()
+_BYTE_LETTERS = _byte_letters()
 
 
-def _parts_of(component: Any, name: str) -> list[dict[str, Any]]:
-    """The steps of a normalizer or pre-tokenizer as its file has them."""
+def _steps(component: Any, name: str) -> list[dict[str, Any]]:
+    """Return the steps of a normalizer or pre-tokenizer, as tokenizer.json lists them under `name`."""
     if component is None:
         return []
     state = json.loads(component.__getstate__())
     return state[name] if state["type"] == "Sequence" else [state]
 
 
-def _patterns(steps: list[dict[str, Any]]) -> list[str] | None:
-    """What the pre-tokenizer cuts by, one after the other; None if it does more than that."""
-    found = []
+def _split_patterns(steps: list[dict[str, Any]]) -> list[str] | None:
+    """Return the patterns by which the pre-tokenizer splits, in order; None if it does anything else."""
+    patterns = []
     for index, step in enumerate(steps):
         last = index == len(steps) - 1
         if (
@@ -132,11 +143,11 @@ def _patterns(steps: list[dict[str, Any]]) -> list[str] | None:
             and not step["invert"]
             and "Regex" in step["pattern"]
         ):
-            found.append(step["pattern"]["Regex"])
+            patterns.append(step["pattern"]["Regex"])
         elif step["type"] == "Digits":
-            found.append(_SINGLE_DIGITS if step["individual_digits"] else _DIGITS)
+            patterns.append(_SINGLE_DIGITS if step["individual_digits"] else _DIGITS)
         elif step["type"] == "ByteLevel" and last and not step["add_prefix_space"]:
-            return [*found, _GPT2] if step.get("use_regex", True) else found
+            return [*patterns, _GPT2] if step.get("use_regex", True) else patterns
         else:
             return None
     return None

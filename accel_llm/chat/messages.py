@@ -1,6 +1,7 @@
-"""Messages as data sets write them -> as chat templates read them: role, text, reasoning, tool calls, weight.
+"""Converts messages from the spellings of data sets to the one that chat templates read.
 
-What is wrong is told as DataError, in one sentence without file or row number, and with one of the reasons below.
+Errors about a row are `DataError`s with one of the reasons below. Their text has no file, row number or full stop: the
+caller knows file and row and completes the sentence.
 """
 
 import json
@@ -12,7 +13,7 @@ from accel_llm.errors import DataError
 
 Message = dict[str, Any]
 
-# Why a row is refused, in words that the ledger counts by.
+# Reasons to refuse a row; the ledger counts refused rows by them.
 UNKNOWN_SHAPE = "unknown shape"
 MISSING_VALUE = "missing value"
 NOT_TEXT = "not text"
@@ -37,7 +38,7 @@ TEXT_ONLY = "this program trains on text alone"
 
 ROLES = {
     "system": "system",
-    "developer": "system",  # OpenAI's later word for it; most templates know the older one only
+    "developer": "system",  # OpenAI's newer name; most templates know only the older one
     "user": "user",
     "human": "user",
     "assistant": "assistant",
@@ -48,19 +49,19 @@ ROLES = {
     "tool_call": "assistant",
     "tool": "tool",
     "observation": "tool",
-    "function": "tool",  # OpenAI's first word for a result
+    "function": "tool",  # OpenAI's older name for a result
     "tool_response": "tool",
     "function_response": "tool",
 }
-# Roles whose text is a call, as JSON.
-_CALLERS = frozenset({"function_call", "tool_call"})
-# Qwen3 and most others read the first, gpt-oss the second; the third is what some servers answer with.
-_REASONING = ("reasoning_content", "thinking", "reasoning")
-_NONE = (None, "")  # how loaders fill what a message has not
+# Roles whose content is a tool call in JSON.
+_CALL_ROLES = frozenset({"function_call", "tool_call"})
+# Templates of Qwen3 and most others read the first, gpt-oss the second; some servers return the third.
+_REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+_EMPTY = (None, "")  # data loaders fill absent fields with these
 _MEDIA_PARTS = frozenset(
     {"image", "image_url", "input_image", "video", "video_url", "audio", "audio_url", "input_audio"}
 )
-# Fields of one message that `columns` can rename.
+# Fields of a message that the option `columns` can rename.
 MESSAGE_FIELDS = (
     *("role", "content", "human", "assistant", "reasoning_content", "tool_calls", "tool_call_id", "name"),
     *("train", "weight"),
@@ -68,14 +69,15 @@ MESSAGE_FIELDS = (
 
 
 def read_messages(turns: Any, field: str) -> list[Message]:
-    """The messages that `turns` (the value of column `field`: a list, or JSON text of one) says.
+    """Read the messages in `turns`, the value of column `field`: a list, or a list as JSON text.
 
-    Each has `role` (system, user, assistant, tool) and a text `content`, and where they are given `reasoning_content`
-    (the same again as `thinking`: no template reads both), `tool_calls`, `tool_call_id`, `name`, `train` (False: a turn
-    that is context only) and `weight` (of its loss, neither 0 nor 1). An empty system prompt is the same as none.
+    Each message has `role` (system, user, assistant, tool) and `content` (text). If the row has them, it also has
+    `reasoning_content` (copied to `thinking`: no template reads both), `tool_calls`, `tool_call_id`, `name`, `train`
+    (only if False: the turn is context) and `weight` (of its loss, if not 0 or 1). Empty system prompts are dropped.
 
-    Raises DataError: no list of messages, unknown role, a value that is missing or no text, an empty answer, a broken
-    tool call or weight, images.
+    Raises:
+        DataError: not a list of messages, an unknown role, a value that is missing or not text, an empty answer, a
+            broken tool call or weight, or an image.
     """
     turns = read_json(turns, field)
     if not isinstance(turns, list) or not turns:
@@ -90,44 +92,54 @@ def read_messages(turns: Any, field: str) -> list[Message]:
             if "human" in turn and "assistant" in turn and not (turn.get("role") or turn.get("from")):
                 messages += question_and_answer(turn, "human", "assistant")
                 continue
-            message = _message(turn)
+            message = _read_message(turn)
         except DataError as error:
             raise DataError(f"{field}[{index}].{error}", error.reason) from None
-        if not _joins_calls(messages, message, turn) and (message["role"] != "system" or message["content"]):
+        if not _append_calls(messages, message, turn) and (message["role"] != "system" or message["content"]):
             messages.append(message)
     return messages
 
 
 def check_order(messages: list[Message]) -> None:
-    """Raises DataError unless a user opens the conversation, turns alternate and an assistant speaks at all."""
-    before = ""
+    """Check that a user opens the conversation, that turns alternate and that there is an assistant turn.
+
+    System messages may stand anywhere; tool turns must follow an assistant or tool turn.
+
+    Raises:
+        DataError: the order is wrong.
+    """
+    previous = ""  # role of the last turn that is not a system message
     for message in messages:
         role = message["role"]
         if role == "system":
             continue
         if role == "tool":
-            if before not in ("assistant", "tool"):
-                place = f"after a {before} turn" if before else "opens the conversation"
+            if previous not in ("assistant", "tool"):
+                place = f"after a {previous} turn" if previous else "opens the conversation"
                 raise DataError(f"order: a tool turn {place}, it must follow an assistant turn", TOOL_OUT_OF_PLACE)
-        elif role == before:
+        elif role == previous:
             reason = TWO_USER_TURNS if role == "user" else TWO_ASSISTANT_TURNS
             raise DataError(f"order: {reason}, turns must alternate", reason)
-        elif not before and role == "assistant":
+        elif not previous and role == "assistant":
             raise DataError(
                 "order: an assistant turn opens the conversation, a user turn must be first", ASSISTANT_FIRST
             )
-        before = role
+        previous = role
     if all(message["role"] != "assistant" for message in messages):
         raise DataError("order: no assistant turn to train on", NO_ANSWER)
 
 
 def question_and_answer(fields: Mapping[str, Any], question: str, answer: str) -> list[Message]:
-    """Two messages from two fields; DataError if one is missing or no text, or the answer is empty."""
+    """Return a user message and an assistant message from two fields; raises as `read_text` and `read_answer` do."""
     return [{"role": "user", "content": read_text(fields, question)}, read_answer(fields, answer)]
 
 
 def read_answer(fields: Mapping[str, Any], field: str) -> Message:
-    """An assistant's message from one field; DataError if it is missing, empty or no text."""
+    """Return an assistant message from one field.
+
+    Raises:
+        DataError: the field is missing, empty or not text.
+    """
     answer = read_text(fields, field)
     if not answer or answer.isspace():
         raise DataError(f"{field}: the answer is empty, needs text ({show_keys(fields)})", EMPTY_ANSWER)
@@ -135,9 +147,12 @@ def read_answer(fields: Mapping[str, Any], field: str) -> Message:
 
 
 def read_tools(tools: Any) -> list[dict[str, Any]] | None:
-    """The `tools` column (a list of schemas, or JSON text of one) in the shape of OpenAI; None if it holds none.
+    """Return the column `tools` as a list of JSON schemas in OpenAI's format, or None if it is empty.
 
-    Raises DataError: anything else.
+    The column holds a list of schemas, or such a list as JSON text.
+
+    Raises:
+        DataError: the column holds something else.
     """
     tools = read_json(tools, "tools") or []
     if not isinstance(tools, list):
@@ -149,31 +164,34 @@ def read_tools(tools: Any) -> list[dict[str, Any]] | None:
     return [schema if "function" in schema else {"type": "function", "function": schema} for schema in schemas] or None
 
 
-def _message(turn: dict[str, Any]) -> Message:
-    spoken, role_field = turn.get("role"), "role"
-    if spoken is None and turn.get("from") is not None:
-        spoken, role_field = turn["from"], "from"
-    role = ROLES.get(spoken) if isinstance(spoken, str) else None
+def _read_message(turn: dict[str, Any]) -> Message:
+    # The role, under either of its two field names.
+    role_name, role_field = turn.get("role"), "role"
+    if role_name is None and turn.get("from") is not None:
+        role_name, role_field = turn["from"], "from"
+    role = ROLES.get(role_name) if isinstance(role_name, str) else None
     if role is None:
-        found = f"unknown role {show_value(spoken)}" if role_field in turn else f"missing ({show_keys(turn)})"
-        raise DataError(f"{role_field}: {found}, known are {', '.join(ROLES)}", UNKNOWN_ROLE)
+        problem = f"unknown role {show_value(role_name)}" if role_field in turn else f"missing ({show_keys(turn)})"
+        raise DataError(f"{role_field}: {problem}, known are {', '.join(ROLES)}", UNKNOWN_ROLE)
+    # The content: text, a tool call in JSON, or a list of typed parts.
     content, content_field = turn.get("content"), "content"
     if content is None and "value" in turn:
         content, content_field = turn["value"], "value"
     message: Message = {"role": role, "content": content}
-    if spoken in _CALLERS and content is not None:
+    if role_name in _CALL_ROLES and content is not None:
         message = {
             "role": role,
             "content": "",
-            "tool_calls": _tool_calls(read_json(content, content_field), content_field),
+            "tool_calls": _read_tool_calls(read_json(content, content_field), content_field),
         }
     elif isinstance(content, list):
-        message.update(_joined_parts(content, content_field))
+        message.update(_join_parts(content, content_field))
     if len(turn) > 2 or content is None:
         _add_fields(message, turn)
     if not isinstance(message["content"], str):
-        # Nothing beside calls is the one case in which a message may lack its text.
+        # A message may lack its text only if it calls tools.
         message["content"] = "" if content is None and "tool_calls" in message else read_text(turn, content_field)
+    # Only assistants may call tools, and they must write something.
     if role == "assistant":
         text = message["content"]
         if (not text or text.isspace()) and not message.get("tool_calls"):
@@ -183,8 +201,8 @@ def _message(turn: dict[str, Any]) -> Message:
     return message
 
 
-def _joined_parts(parts: list[Any], where: str) -> Message:
-    """Typed content parts as one message: texts joined, reasoning and tool calls in the fields templates read."""
+def _join_parts(parts: list[Any], where: str) -> Message:
+    """Return the texts, reasoning and tool calls of a list of typed parts, in the fields that templates read."""
     texts, thoughts, calls = [], [], []
     for index, part in enumerate(parts):
         if not isinstance(part, dict):
@@ -192,11 +210,11 @@ def _joined_parts(parts: list[Any], where: str) -> Message:
         kind = part.get("type")
         try:
             if kind == "text":
-                texts.append(_text_of_part(part, "text"))
+                texts.append(_part_text(part, "text"))
             elif kind in ("reasoning", "thinking"):
-                thoughts.append(_text_of_part(part, kind))
+                thoughts.append(_part_text(part, kind))
             elif kind == "tool_call":
-                calls.append(_tool_call(part.get("value"), "value"))
+                calls.append(_read_tool_call(part.get("value"), "value"))
             elif isinstance(kind, str) and kind in _MEDIA_PARTS:
                 raise DataError(f"type: found {show_value(kind)}, but {TEXT_ONLY}", IMAGES)
             else:
@@ -211,17 +229,18 @@ def _joined_parts(parts: list[Any], where: str) -> Message:
     return message
 
 
-def _text_of_part(part: dict[str, Any], kind: str) -> str:
-    """OpenAI names the field by the part's type, others `text` or `value`."""
+def _part_text(part: dict[str, Any], kind: str) -> str:
+    """Return the text of a part. OpenAI's field has the name of the part's type, others use `text` or `value`."""
     return read_text(part, next((field for field in (kind, "text", "value") if part.get(field) is not None), kind))
 
 
 def _add_fields(message: Message, turn: dict[str, Any]) -> None:
-    """What a message may have beside role and content, where it is given."""
+    """Add the optional fields that `turn` has: tool calls, reasoning, ids, names, weight."""
     calls = read_json(turn.get("tool_calls"), "tool_calls") or turn.get("function_call")
     if calls:
-        message["tool_calls"] = [*message.get("tool_calls", ()), *_tool_calls(calls, "tool_calls")]
-    thoughts = {read_text(turn, field) for field in _REASONING if turn.get(field) not in _NONE}
+        message["tool_calls"] = [*message.get("tool_calls", ()), *_read_tool_calls(calls, "tool_calls")]
+    # The reasoning may stand under several names, but must be the same text under each.
+    thoughts = {read_text(turn, field) for field in _REASONING_FIELDS if turn.get(field) not in _EMPTY}
     if "thinking" in message:
         thoughts.add(message["thinking"])
     if len(thoughts) > 1:
@@ -231,17 +250,17 @@ def _add_fields(message: Message, turn: dict[str, Any]) -> None:
     if thoughts:
         message["reasoning_content"] = message["thinking"] = thoughts.pop()
     for field in ("tool_call_id", "name"):
-        if turn.get(field) not in _NONE:
+        if turn.get(field) not in _EMPTY:
             message[field] = read_text(turn, field)
-    weight = _weight(turn)
+    weight = _read_weight(turn)
     if weight == 0:
         message["train"] = False
     elif weight != 1:
         message["weight"] = weight
 
 
-def _weight(turn: dict[str, Any]) -> float:
-    """How much the loss of a message counts: 1 unless `train`, `weight` or `loss_weight` say otherwise."""
+def _read_weight(turn: dict[str, Any]) -> float:
+    """Return the weight of a message's loss, from `train`, `weight` or `loss_weight`; the default is 1."""
     train = turn.get("train")
     if train not in (None, False, True):
         raise DataError(f"train: found {show_value(train)}, allowed: true and false (context only)", BAD_WEIGHT)
@@ -249,6 +268,7 @@ def _weight(turn: dict[str, Any]) -> float:
     weight = turn.get(field)
     if weight is None:
         return 1.0 if train in (None, True) else 0.0
+    # The last comparison refuses NaN, infinity and whole numbers too large for a float.
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight <= sys.float_info.max:
         raise DataError(
             f"{field}: found {show_value(weight)}, needs a number from 0 (context only) upwards", BAD_WEIGHT
@@ -256,23 +276,27 @@ def _weight(turn: dict[str, Any]) -> float:
     return float(weight) if train in (None, True) else 0.0
 
 
-def _joins_calls(messages: list[Message], message: Message, turn: dict[str, Any]) -> bool:
-    """Where calls are turns of their own, those that follow an assistant turn belong to it: it becomes one message."""
-    spoken = turn.get("role") or turn.get("from")
-    if spoken not in _CALLERS or not messages or messages[-1]["role"] != "assistant":
+def _append_calls(messages: list[Message], message: Message, turn: dict[str, Any]) -> bool:
+    """If `turn` is a tool call right after an assistant turn, add its calls to that turn; return whether it was.
+
+    Some data sets write each call as a turn of its own; templates want one message.
+    """
+    role_name = turn.get("role") or turn.get("from")
+    if role_name not in _CALL_ROLES or not messages or messages[-1]["role"] != "assistant":
         return False
+    # Turns with a weight or other fields of their own stay apart.
     if len(message) > 3 or not messages[-1].keys().isdisjoint(("train", "weight")):
         return False
     messages[-1]["tool_calls"] = [*messages[-1].get("tool_calls", ()), *message["tool_calls"]]
     return True
 
 
-def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
-    return [_tool_call(call, where) for call in (calls if isinstance(calls, list) else [calls])]
+def _read_tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
+    return [_read_tool_call(call, where) for call in (calls if isinstance(calls, list) else [calls])]
 
 
-def _tool_call(call: Any, where: str) -> dict[str, Any]:
-    """In the shape of OpenAI, but with the arguments as an object: that is what templates print or iterate."""
+def _read_tool_call(call: Any, where: str) -> dict[str, Any]:
+    """Return a call in OpenAI's format, but with the arguments as an object: templates print it or loop over it."""
     call = read_json(call, where)
     function = call.get("function") or call if isinstance(call, dict) else None
     name = function.get("name") if isinstance(function, dict) else None
@@ -284,27 +308,38 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
             f"{where}: found the tool call {show_value(call)}, needs an object with name and arguments (an object)",
             BROKEN_TOOLS,
         )
+    # Arguments that are not a JSON object stay text, and the template writes them as they are.
     if isinstance(arguments, str):
         try:
             parsed = json.loads(arguments)
         except (ValueError, RecursionError):
             parsed = None
         arguments = parsed if isinstance(parsed, dict) else arguments
-    made: dict[str, Any] = {"type": "function", "function": {"name": name, "arguments": arguments}}
-    return {"id": call["id"], **made} if isinstance(call.get("id"), str) and call["id"] else made
+    result: dict[str, Any] = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    return {"id": call["id"], **result} if isinstance(call.get("id"), str) and call["id"] else result
 
 
 def read_text(fields: Mapping[str, Any], field: str) -> str:
-    """The text of a field; DataError if it is missing or anything but text."""
+    """Return the text of a field.
+
+    Raises:
+        DataError: the field is missing or not text.
+    """
     value = fields.get(field)
     if isinstance(value, str):
         return value
-    found = f"found {show_value(value)}" if field in fields else "missing"
-    raise DataError(f"{field}: {found}, needs text ({show_keys(fields)})", MISSING_VALUE if value is None else NOT_TEXT)
+    problem = f"found {show_value(value)}" if field in fields else "missing"
+    raise DataError(
+        f"{field}: {problem}, needs text ({show_keys(fields)})", MISSING_VALUE if value is None else NOT_TEXT
+    )
 
 
 def read_json(value: Any, where: str) -> Any:
-    """What `value` says, if it is JSON text (the empty text says nothing), else itself; DataError if it is no JSON."""
+    """Parse `value` if it is text ("" gives None); return anything else unchanged.
+
+    Raises:
+        DataError: the text is not JSON; `where` names the field.
+    """
     if not isinstance(value, str):
         return value
     if not value:
@@ -316,15 +351,15 @@ def read_json(value: Any, where: str) -> Any:
 
 
 def show_value(value: Any) -> str:
-    """`value` in an error: as JSON, in one line of at most 80 characters."""
+    """Format `value` for an error message: JSON in one line of at most 80 characters."""
     try:
         text = json.dumps(value, ensure_ascii=False, default=lambda other: f"<{type(other).__name__}>")
-    except (TypeError, ValueError, RecursionError):  # keys that JSON has not, numbers or nesting beyond all bounds
+    except (TypeError, ValueError, RecursionError):  # a key, number or nesting that JSON cannot write
         text = f"<{type(value).__name__}>"
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 def show_keys(fields: Mapping[str, Any]) -> str:
-    """What a row or message has, for an error about what it has not: in one line of a bounded length."""
+    """Format the keys of a row or message for an error message: one line of at most 200 characters of names."""
     names = " ".join(", ".join(map(str, fields)).split())
     return "its keys: " + (names if len(names) <= 200 else names[:197] + "...")

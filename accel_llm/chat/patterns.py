@@ -1,4 +1,7 @@
-"""Speed only: the targets of a conversation's shape, learnt once and recalled. Without it every row is rendered turn by turn."""
+"""For speed only: reuses the target layout of conversations that have the same shape.
+
+Without this module every turn of every row is rendered (`targets.TargetFinder.lay_out`), with the same result.
+"""
 
 from collections.abc import Callable
 from itertools import accumulate, pairwise
@@ -8,18 +11,29 @@ from jinja2 import TemplateError
 
 from accel_llm.chat.messages import Message
 from accel_llm.chat.sandbox import MAX_GROWTH, begin_render
-from accel_llm.chat.stand_ins import Asked, Trace, Untraceable, fill_in, formatted, replay, traceable
+from accel_llm.chat.stand_ins import (
+    Question,
+    Trace,
+    Untraceable,
+    compile_traceable,
+    fill_stand_ins,
+    format_string,
+    replay,
+)
 from accel_llm.chat.targets import Render, Target, TargetLayout, TrainOn
 
-MAX_SHAPES, MAX_PATTERNS = 4096, 8  # remembered; what is beyond them is worked out each time
+MAX_SHAPES, MAX_PATTERNS = 4096, 8  # shapes in the cache, and patterns for each; others are worked out each time
 _PLAIN_FIELDS = {"role", "content", "reasoning_content", "thinking", "train", "weight"}
 
 
 class Pattern(NamedTuple):
-    """The layout of every conversation of one shape that answers `asked` alike. A row is cut into pieces, context and
-    target in turn, each of them written as `traces.formatted`; `weights` are those of the targets."""
+    """The target layout of all conversations of one shape whose texts give the same answers to `questions`.
 
-    asked: list[Asked]
+    A row is a list of pieces, context and target in turn, each a format string with the numbers of its texts
+    (`stand_ins.format_string`), and the weights of its targets. The other fields are those of `TargetLayout`.
+    """
+
+    questions: list[Question]
     rows: list[tuple[list[tuple[str, tuple[int, ...]]], list[float]]]
     lost: dict[str, int]
     shown_as_history: int
@@ -27,25 +41,25 @@ class Pattern(NamedTuple):
 
 
 class PatternCache:
-    """The layouts that one template gives to conversations, remembered by the shape of the conversation.
+    """The target layouts of one template, cached by the shape of the conversation.
 
-    `source` and `variables` are the template's, `find` works a layout out from renders (`TargetFinder.lay_out`).
+    `source` and `variables` are the template's; `lay_out` works a layout out from renders (`TargetFinder.lay_out`).
     """
 
-    def __init__(self, source: str, variables: dict[str, Any], find: Callable[..., TargetLayout]):
-        self._source, self._variables, self._lay_out = source, variables, find
+    def __init__(self, source: str, variables: dict[str, Any], lay_out: Callable[..., TargetLayout]):
+        self._source, self._variables, self._lay_out = source, variables, lay_out
         self._patterns: dict[Any, list[Pattern]] = {}
-        self._renders: dict[Any, list[tuple[list[Asked], str]]] = {}
+        self._renders: dict[Any, list[tuple[list[Question], str]]] = {}
 
     def recall(
         self, messages: list[Message], variables: dict[str, Any] | None, train_on: TrainOn, split_turns: bool
     ) -> TargetLayout | None:
-        """The layout of a conversation from a pattern learnt before; None if no pattern fits."""
+        """Return a conversation's layout from a cached pattern; None if no pattern fits."""
         texts = _texts(messages) if self._patterns else None
         if texts is None:
             return None
-        for pattern in self._patterns.get(_key(messages, variables, train_on, split_turns), ()):
-            layout = _filled(pattern, texts)
+        for pattern in self._patterns.get(_cache_key(messages, variables, train_on, split_turns), ()):
+            layout = _fill(pattern, texts)
             if layout is not None:
                 return layout
         return None
@@ -58,21 +72,23 @@ class PatternCache:
         train_on: TrainOn,
         split_turns: bool,
     ) -> TargetLayout | None:
-        """The layout of a conversation from a pattern that is learnt now and kept; None if no pattern can tell."""
+        """Return a conversation's layout from a new pattern, which is cached; None if it has no pattern."""
         texts = _texts(messages)
-        if texts is None or traceable(self._source) is None:
+        if texts is None or compile_traceable(self._source) is None:
             return None
-        key = _key(messages, variables, train_on, split_turns)
-        known = self._patterns.get(key, [])
-        if len(known) >= MAX_PATTERNS or (not known and len(self._patterns) >= MAX_SHAPES):
+
+        # Full caches learn nothing more.
+        key = _cache_key(messages, variables, train_on, split_turns)
+        patterns = self._patterns.get(key, [])
+        if len(patterns) >= MAX_PATTERNS or (not patterns and len(self._patterns) >= MAX_SHAPES):
             return None
-        pattern = self._learn(messages, texts, render, variables, train_on, split_turns)
+        pattern = self._make_pattern(messages, texts, render, variables, train_on, split_turns)
         if pattern is None:
             return None
-        self._patterns[key] = [*known, pattern]
-        return _filled(pattern, texts)
+        self._patterns[key] = [*patterns, pattern]
+        return _fill(pattern, texts)
 
-    def _learn(
+    def _make_pattern(
         self,
         messages: list[Message],
         texts: list[str],
@@ -83,66 +99,78 @@ class PatternCache:
     ) -> Pattern | None:
         trace = Trace(texts)
 
-        def traced(some: list[Message], add_generation_prompt: bool) -> str:
-            return self._traced(some, add_generation_prompt, variables, trace, len(texts))
+        def render_traced(some: list[Message], add_generation_prompt: bool) -> str:
+            return self._render_stand_ins(some, add_generation_prompt, variables, trace, len(texts))
 
-        stand_ins = _stand_ins(messages, trace)
+        # Lay the conversation out with stand-ins for its texts.
+        stand_ins = _with_stand_ins(messages, trace)
         try:
-            full = traced(stand_ins, False)
-            layout = self._lay_out(stand_ins, full, traced, train_on, split_turns)
+            full = render_traced(stand_ins, False)
+            layout = self._lay_out(stand_ins, full, render_traced, train_on, split_turns)
         except (Untraceable, TypeError):
             return None
-        rewritten = layout.lost or layout.shown_as_history or layout.without_reasoning or len(layout.rows) > 1
-        if len(trace.texts) > len(texts) and rewritten:
-            return None  # whether a made text equals another one is beyond a pattern
-        if not full or fill_in(full, trace.texts) != render(messages, False):
-            return None
-        rows = [(_cut(text, targets), [target.weight for target in targets]) for text, targets in layout.rows]
-        if any(sum(len(numbers) for _, numbers in pieces) > MAX_GROWTH * len(texts) for pieces, _ in rows):
-            return None  # filled in without bounds, long texts that are written again and again would be too much
-        return Pattern(trace.asked, rows, *layout[1:])
 
-    def _traced(
+        # Refuse what may not hold for other conversations of this shape.
+        unusual = layout.lost or layout.shown_as_history or layout.without_reasoning or len(layout.rows) > 1
+        if len(trace.texts) > len(texts) and unusual:
+            return None  # it may depend on whether a new text equals another one, which a pattern cannot express
+        if not full or fill_stand_ins(full, trace.texts) != render(messages, False):
+            return None
+        rows = [
+            (_split_at_targets(text, targets), [target.weight for target in targets]) for text, targets in layout.rows
+        ]
+        if any(sum(len(numbers) for _, numbers in pieces) > MAX_GROWTH * len(texts) for pieces, _ in rows):
+            return None  # it repeats texts, and a pattern is filled in without the limits that a render has
+        return Pattern(trace.questions, rows, *layout[1:])
+
+    def _render_stand_ins(
         self,
         messages: list[Message],
         add_generation_prompt: bool,
         variables: dict[str, Any] | None,
         trace: Trace,
-        given: int,
+        text_count: int,
     ) -> str:
-        """The text of stand-ins, "" if the template refuses them. Conversations begin alike, so a beginning that was
-        rendered before is remembered, as long as nothing was made of the `given` texts."""
-        template = traceable(self._source)
+        """Render messages of stand-ins; "" if the template refuses them.
+
+        Conversations often begin alike, so renders are cached, unless the template made new texts of the conversation's
+        `text_count` texts.
+        """
+        template = compile_traceable(self._source)
         if not messages or template is None:
             return ""
+
+        # A cached render, if its questions have the same answers here.
         key = _shape(messages), add_generation_prompt, repr(variables) if variables else None
-        known = self._renders.get(key, [])
-        for asked, text in known:
-            if trace.agrees(asked):
+        renders = self._renders.get(key, [])
+        for questions, text in renders:
+            if trace.agrees(questions):
                 return text
-        trace.touched.clear()
+
+        # A new render, whose questions are collected in `trace.recent`.
+        trace.recent.clear()
         values = {**self._variables, **(variables or {}), "tools": None, "documents": None}
         begin_render()
         try:
             text = template.render(messages=messages, add_generation_prompt=add_generation_prompt, **values)
         except TemplateError:
             text = ""
-        if len(trace.texts) == given and len(known) < MAX_PATTERNS and len(self._renders) < MAX_SHAPES:
-            self._renders.setdefault(key, []).append((list(trace.touched), text))
+        if len(trace.texts) == text_count and len(renders) < MAX_PATTERNS and len(self._renders) < MAX_SHAPES:
+            self._renders.setdefault(key, []).append((list(trace.recent), text))
         return text
 
 
-def _key(messages: list[Message], variables: dict[str, Any] | None, train_on: TrainOn, split_turns: bool) -> Any:
+def _cache_key(messages: list[Message], variables: dict[str, Any] | None, train_on: TrainOn, split_turns: bool) -> Any:
     return _shape(messages), train_on, split_turns, repr(variables) if variables else None
 
 
 def _shape(messages: list[Message]) -> tuple[tuple[Any, ...], ...]:
-    """What a template can tell apart without looking at a text."""
+    """Return everything that a template can distinguish without asking about a text."""
     return tuple([(m["role"], m.get("train"), m.get("weight"), "reasoning_content" in m) for m in messages])
 
 
 def _texts(messages: list[Message]) -> list[str] | None:
-    """What people wrote in `messages`, in order; None if there is more in them than texts."""
+    """Return the contents and reasonings of `messages`, in order; None if a message has anything else (tool calls)."""
     texts = []
     for message in messages:
         content = message["content"]
@@ -156,13 +184,13 @@ def _texts(messages: list[Message]) -> list[str] | None:
     return texts
 
 
-def _stand_ins(messages: list[Message], trace: Trace) -> list[Message]:
-    """`messages` with stand-ins for the texts of `_texts`."""
+def _with_stand_ins(messages: list[Message], trace: Trace) -> list[Message]:
+    """Return `messages` with stand-ins for the texts, numbered in the order of `_texts`."""
     changed, number = [], 0
     for message in messages:
         texts = {"content": trace.stand_in(number)}
-        if "reasoning_content" in message:
-            # transformers writes a thought under each name that templates read it by.
+        if "reasoning_content" in message:  # its text comes after the content's
+            # Templates read the reasoning under one of these two names.
             texts |= dict.fromkeys(("reasoning_content", "thinking"), trace.stand_in(number + 1))
             number += 1
         changed.append({**message, **texts})
@@ -170,20 +198,21 @@ def _stand_ins(messages: list[Message], trace: Trace) -> list[Message]:
     return changed
 
 
-def _cut(text: str, targets: list[Target]) -> list[tuple[str, tuple[int, ...]]]:
+def _split_at_targets(text: str, targets: list[Target]) -> list[tuple[str, tuple[int, ...]]]:
     borders = [0, *(border for target in targets for border in (target.start, target.end)), len(text)]
-    return [formatted(text[start:end]) for start, end in pairwise(borders)]
+    return [format_string(text[start:end]) for start, end in pairwise(borders)]
 
 
-def _filled(pattern: Pattern, texts: list[str]) -> TargetLayout | None:
-    """The layout of a conversation with these texts; None if it answers otherwise."""
-    every = replay(pattern.asked, texts)
-    if every is None:
+def _fill(pattern: Pattern, texts: list[str]) -> TargetLayout | None:
+    """Return the layout of a conversation with these texts; None if they give other answers than the pattern's."""
+    all_texts = replay(pattern.questions, texts)
+    if all_texts is None:
         return None
     rows = []
     for pieces, weights in pattern.rows:
-        written = [form % tuple([every[number] for number in numbers]) for form, numbers in pieces]
-        ends = list(accumulate(map(len, written)))
+        # Pieces of context and target alternate, so their ends are the starts and ends of the targets.
+        parts = [form % tuple([all_texts[number] for number in numbers]) for form, numbers in pieces]
+        ends = list(accumulate(map(len, parts)))
         targets = [Target(*target) for target in zip(ends[0::2], ends[1::2], weights, strict=False)]
-        rows.append(("".join(written), targets))
+        rows.append(("".join(parts), targets))
     return TargetLayout(rows, *pattern[2:])

@@ -1,8 +1,8 @@
-"""What a chat template may take: it is a program out of a stranger's file, so it runs on a budget.
+"""Limits the time and memory of a chat template, which is a program from an untrusted file.
 
-Jinja's sandbox keeps a template from files and Python's internals, not from loops without end or texts without end. There
-are too many ways to the latter (a product, a width, a list of lists of lists) to stop each one, so the process itself is
-bounded while a template is at work.
+Jinja's sandbox keeps a template away from files and from Python's internals. It does not stop endless loops or endless
+texts, and there are too many ways to build the latter (a product, a width, nested lists) to forbid each of them.
+Therefore the whole process gets limits while a template is running.
 """
 
 import faulthandler
@@ -20,125 +20,148 @@ from accel_llm.errors import ConfigError
 if sys.platform == "linux":
     import resource
 
-# Published templates have some thousands of characters and take milliseconds.
+# Published templates have a few thousand characters and take milliseconds.
 MAX_SECONDS, MAX_MEMORY, MAX_SOURCE = 3, 1 << 30, 1 << 17
-STUCK_SECONDS = 10  # seconds of CPU time in one call of C, where Python cannot be interrupted
-# A text is at most so many characters, or so many times those that people wrote.
+STUCK_SECONDS = 10  # seconds of CPU time inside one call of C code, which Python cannot interrupt
+# A rendered text may have this many characters, or this many times the characters of its conversation.
 FREE_OUTPUT, MAX_GROWTH = 1 << 20, 16
-FRESH_SECONDS = 0.1  # seconds for which a measurement of memory holds: it costs as much as a whole render
+FRESH_SECONDS = 0.1  # a memory measurement is used again for so long, because it costs as much as a render
 
-Given = ParamSpec("Given")
+Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
-class _Expired(BaseException):
-    """Not an Exception: Jinja passes over those where it tries whether something can be done."""
+class _RenderTimeout(BaseException):
+    """Raised when a render takes too long. Not an Exception, because Jinja catches those when it tries an operation."""
 
 
-class _Memory(NamedTuple):
-    measured: float  # time.monotonic()
-    usual: tuple[int, int]  # the limits, soft and hard, of this process
-    bounded: tuple[int, int]
+class _MemoryLimits(NamedTuple):
+    """The process's limits of its data segment, each as (soft, hard) in bytes."""
+
+    measured_at: float  # time.monotonic()
+    usual: tuple[int, int]
+    bounded: tuple[int, int]  # while a template is running
 
 
-class _Work:
-    """What is under way: whether something is, how many renders it has begun, and how many it had at the last tick."""
+class _Clock:
+    """State of the timer: is bounded code running, renders begun so far, and renders begun at the last tick."""
 
-    under_way = False
-    begun = seen = 0
-
-
-_memory: _Memory | None = None
+    running = False
+    renders = renders_at_tick = 0
 
 
-def run_bounded(act: Callable[Given, Result], /, *args: Given.args, **named: Given.kwargs) -> Result:
-    """`act(...)`, within MEMORY bytes beyond those in use; nothing in it may go on for SECONDS without a `begin`.
+_memory_limits: _MemoryLimits | None = None
 
-    Seconds are of CPU time, so that a machine which is busy or asleep costs no template its life; a render that hangs is
-    ended after one to two times as many. One that is stuck where no exception can be raised, as in the comparison of lists
-    of lists, ends the process by SIGPROF, with a traceback that names the template. Memory is bounded on Linux, time where
-    there are signals; neither outside the main thread, which alone gets them. Memory counts for all threads alike: no other
-    should allocate much meanwhile.
+
+def run_bounded(act: Callable[Arguments, Result], /, *args: Arguments.args, **options: Arguments.kwargs) -> Result:
+    """Return `act(*args, **options)`, with limits on the time of each render and on the memory of all of them.
+
+    A render may take MAX_SECONDS (it is stopped after one to two times as many), and the process may take MAX_MEMORY
+    bytes beyond those in use now. Seconds are CPU time, so that a busy machine stops no template. Code that Python
+    cannot interrupt, such as a comparison of nested lists, ends the process with SIGPROF after STUCK_SECONDS; the
+    traceback names the template.
+
+    Memory is limited on Linux only, and time only where Python has `signal.setitimer`. Outside the main thread there
+    are no limits, because only the main thread receives signals. The memory limit holds for all threads: the others
+    should allocate little meanwhile.
 
     Raises:
-        ConfigError: it takes more. What it had built is free again by then.
+        ConfigError: a limit was reached. The memory of `act` is free again by then.
     """
-    if _Work.under_way or threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
-        return act(*args, **named)
-    memory = _limit_of_memory()
-    _listen()
-    # The first of it counts from here, each other one from the tick that follows its beginning.
-    _Work.under_way, _Work.seen = True, _Work.begun + 1
+    if _Clock.running or threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        return act(*args, **options)
+
+    # Set the limits.
+    memory = _measure_memory()
+    _install_handlers()
+    # The first render counts from here, each later one from the first tick after it begins.
+    _Clock.running, _Clock.renders_at_tick = True, _Clock.renders + 1
     signal.setitimer(signal.ITIMER_VIRTUAL, MAX_SECONDS, MAX_SECONDS)
     signal.setitimer(signal.ITIMER_PROF, STUCK_SECONDS)
     if memory:
         resource.setrlimit(resource.RLIMIT_DATA, memory.bounded)
+
+    # Run, and take the limits away again whatever happens.
     try:
-        return act(*args, **named)
-    except _Expired:
-        wanted = f"{MAX_SECONDS} seconds"
+        return act(*args, **options)
+    except _RenderTimeout:
+        limit = f"{MAX_SECONDS} seconds"
     except MemoryError:
-        wanted = f"{MAX_MEMORY >> 20} MiB of memory"
+        limit = f"{MAX_MEMORY >> 20} MiB of memory"
     finally:
-        _Work.under_way = False
+        _Clock.running = False
         if memory:
             resource.setrlimit(resource.RLIMIT_DATA, memory.usual)
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.setitimer(signal.ITIMER_PROF, 0)
+    # Raised here and not above: inside `except` the traceback would still hold the memory of `act`.
     raise ConfigError(
-        f"chat_template: it was stopped when it took more than {wanted}, which no template needs for a conversation; "
-        "look into it, or give another one (chat_template: chatml | path/to/file.jinja)."
+        f"chat_template: it was stopped because it took more than {limit}, which no template needs for a conversation; "
+        "look into it, or use another one (chat_template: chatml | path/to/file.jinja)."
     )
 
 
 def begin_render() -> None:
-    """To be called before each render: a conversation of thousands of turns takes thousands of them."""
-    _Work.begun += 1
+    """Tell the clock that a new render begins. A conversation of thousands of turns takes thousands of renders."""
+    _Clock.renders += 1
 
 
 def check_template_size(source: str) -> None:
-    """Raises ConfigError where a template's source is too long to be one: its compilation cannot be interrupted."""
+    """Check the length of a template's source before it is compiled, because compilation cannot be interrupted.
+
+    Raises:
+        ConfigError: the source is implausibly long.
+    """
     if len(source) > MAX_SOURCE:
         raise ConfigError(
-            f"chat_template: its source is more than {MAX_SOURCE:,} characters long, and templates have some thousands; give "
-            "another one (chat_template: chatml | path/to/file.jinja)."
+            f"chat_template: its source is more than {MAX_SOURCE:,} characters long, but templates have a few "
+            "thousand; use another one (chat_template: chatml | path/to/file.jinja)."
         )
 
 
-def check_output_size(text: str, written: Any) -> None:
-    """Raises ConfigError where a template has made far more of what people wrote, `written`, than there was of it."""
-    if len(text) > FREE_OUTPUT and len(text) > MAX_GROWTH * len(repr(written)):
+def check_output_size(text: str, conversation: Any) -> None:
+    """Check that a rendered text is not far longer than its conversation (messages and tools).
+
+    Raises:
+        ConfigError: it is.
+    """
+    if len(text) > FREE_OUTPUT and len(text) > MAX_GROWTH * len(repr(conversation)):
         raise ConfigError(
-            f"chat_template: it wrote {len(text):,} characters for a conversation of {len(repr(written)):,}; look into it, "
-            "or give another one (chat_template: chatml | path/to/file.jinja)."
+            f"chat_template: it wrote {len(text):,} characters for a conversation of {len(repr(conversation)):,}; look "
+            "into it, or use another one (chat_template: chatml | path/to/file.jinja)."
         )
 
 
-@cache  # once a process: it takes longer than all else here together
-def _listen() -> None:
-    signal.signal(signal.SIGVTALRM, _tick)
-    # Written by C, without Python; then the signal's default ends the process.
+@cache  # once a process: it takes longer than the rest of this module
+def _install_handlers() -> None:
+    signal.signal(signal.SIGVTALRM, _on_tick)
+    # faulthandler writes the traceback from C, without Python; then the signal's default action ends the process.
     faulthandler.register(signal.SIGPROF, file=2, all_threads=False, chain=True)
 
 
-def _tick(number: int, frame: Any) -> None:
-    if not _Work.under_way:
+def _on_tick(number: int, frame: Any) -> None:
+    """Stop the render if it is the same one as at the last tick."""
+    if not _Clock.running:
         return
-    if _Work.begun == _Work.seen:
-        raise _Expired
-    _Work.seen = _Work.begun
-    signal.setitimer(signal.ITIMER_PROF, STUCK_SECONDS)  # it is not stuck
+    if _Clock.renders == _Clock.renders_at_tick:
+        raise _RenderTimeout
+    _Clock.renders_at_tick = _Clock.renders
+    signal.setitimer(signal.ITIMER_PROF, STUCK_SECONDS)  # Python code runs, so the process is not stuck in C
 
 
-def _limit_of_memory() -> _Memory | None:
-    """Limits of the data segment as it is now; of address space there may be terabytes, maps of files and of devices."""
-    global _memory
+def _measure_memory() -> _MemoryLimits | None:
+    """Return the limits of the data segment: as they are, and MAX_MEMORY above the present use. None if not on Linux.
+
+    The address space is no measure: maps of files and of devices can take terabytes of it.
+    """
+    global _memory_limits
     if sys.platform != "linux":
         return None
     now = time.monotonic()
-    if _memory is None or now - _memory.measured > FRESH_SECONDS:
+    if _memory_limits is None or now - _memory_limits.measured_at > FRESH_SECONDS:
         usual = resource.getrlimit(resource.RLIMIT_DATA)
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[5])
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[5])  # data and stack
         soft = pages * resource.getpagesize() + MAX_MEMORY
-        _memory = _Memory(now, usual, (soft if usual[0] < 0 else min(soft, usual[0]), usual[1]))
-    return _memory
+        # A limit below 0 means that there is none.
+        _memory_limits = _MemoryLimits(now, usual, (soft if usual[0] < 0 else min(soft, usual[0]), usual[1]))
+    return _memory_limits

@@ -1,4 +1,4 @@
-"""The tokenizer as inference uses it, with exact borders between what is context and what is trained."""
+"""Tokenises a text as inference would, with exact token borders between context and trained spans."""
 
 import hashlib
 import re
@@ -14,76 +14,85 @@ from transformers import PreTrainedTokenizerBase
 from accel_llm.chat.bpe_cache import BpeCache
 from accel_llm.errors import DataError
 
-# Unicode noncharacters: never part of a text that is meant to be read, and untouched by `trim`.
+# Marks around control tokens in people's text. They are Unicode noncharacters: no text contains them, and Jinja's
+# `trim` does not remove them.
 GUARD_OPEN, GUARD_CLOSE = "\ufdd0", "\ufdd1"
-SHORT_TEXT, MAX_SHORT_TEXTS = 16, 4096  # characters of texts whose ids are remembered, and how many of them
-_HALF = re.compile("[\ud800-\udfff]")
+SHORT_TEXT, MAX_SHORT_TEXTS = 16, 4096  # texts up to this many characters are cached, and this many of them
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _GUARDED = re.compile(f"{GUARD_OPEN}([^{GUARD_OPEN}{GUARD_CLOSE}]+){GUARD_CLOSE}")
-# Special tokens of some tokenizers, yet people write them in their data on purpose.
+# Some tokenizers have these as special tokens, but people write them in their data on purpose.
 _TAG = re.compile(r"</?(?:think|thinking|reasoning|answer|tool_calls?|tool_response|tools)>")
 
 
 class Span(NamedTuple):
-    """What is trained, in characters of a text or in tokens: [start, end)."""
+    """A trained span [start, end), in characters of a text or in tokens."""
 
     start: int
     end: int
 
 
 class SpanTokenizer:
-    """A fast tokenizer without all that its files may switch on: nothing is added, padded or cut.
+    """A fast tokenizer that adds, pads and truncates nothing, whatever its files switch on.
 
-    With `allow_special_in_text` control tokens in what people wrote are control tokens, not text.
+    Control tokens in people's text are tokenised as text, unless `allow_special_in_text` is set.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, allow_special_in_text: bool = False):
-        # A copy: files saved during a training run carry padding and truncation (and any padded call switches them on
-        # again), and the post-processor would report offsets without the space that belongs to a token.
+        # A copy, because any padded call switches padding and truncation on again in the original. Files saved during a
+        # training run have both, too. A post-processor would report offsets without the space that belongs to a token.
         backend: Any = tokenizer.backend_tokenizer
-        written: str = backend.to_str()
-        self.digest = hashlib.sha256(written.encode()).hexdigest()
-        self._backend = Tokenizer.from_str(written)
+        serialized: str = backend.to_str()
+        self.digest = hashlib.sha256(serialized.encode()).hexdigest()
+        self._backend = Tokenizer.from_str(serialized)
         self._backend.no_padding()
         self._backend.no_truncation()
         self._backend.post_processor = processors.Sequence([])
-        added = list(tokenizer.added_tokens_decoder.values())
-        self._literals = tuple(token.content for token in added)
-        self._swallows_spaces = tuple(token.content for token in added if token.rstrip)
-        self.added_pattern = _any_of(self._literals)
-        named = set(tokenizer.special_tokens_map.values())
+
+        # Added tokens, and the special ones among them that people's text must not contain.
+        added_tokens = list(tokenizer.added_tokens_decoder.values())
+        self._added_texts = tuple(token.content for token in added_tokens)
+        self._space_eaters = tuple(token.content for token in added_tokens if token.rstrip)
+        self.added_pattern = _any_of(self._added_texts)
+        named_tokens = set(tokenizer.special_tokens_map.values())
         control_tokens = [
             token.content
-            for token in added
+            for token in added_tokens
             if token.special
             and not allow_special_in_text
-            and (token.content in named or not _TAG.fullmatch(token.content))
+            and (token.content in named_tokens or not _TAG.fullmatch(token.content))
         ]
+        # A quick test that most texts pass: no first character of a control token, no mark, no surrogate.
         starts = "".join(sorted({re.escape(token[0]) for token in control_tokens}))
-        self._may_matter = re.compile(f"[{starts}{GUARD_OPEN}{GUARD_CLOSE}\ud800-\udfff]").search
+        self._needs_guard = re.compile(f"[{starts}{GUARD_OPEN}{GUARD_CLOSE}\ud800-\udfff]").search
         self._control = re.compile(_any_of(control_tokens))
+
+        # Faster ways to the same ids, where the tokenizer allows them.
         self._added = re.compile(f"({self.added_pattern})")
         self._added_ids = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
-        self._words = BpeCache(self._backend)
-        self._short: dict[str, list[int]] = {}
-        splits_plainly = not any(token.lstrip or token.rstrip or token.single_word for token in added)
-        self._words_alone = self._words.supported and splits_plainly
+        self._bpe_cache = BpeCache(self._backend)
+        self._short_texts: dict[str, list[int]] = {}
+        splits_plainly = not any(token.lstrip or token.rstrip or token.single_word for token in added_tokens)
+        self._uses_cache = self._bpe_cache.supported and splits_plainly
         self._newline_ids = self._ids("\n")
-        # SentencePiece-like tokenizers put a space before a text; others can be fed piece by piece.
+        # SentencePiece tokenizers put a space before a text, so their texts cannot be tokenised in pieces.
         self._cuts_freely = self._ids("\na") == self._newline_ids + self._ids("a")
 
-    def id_of(self, token: str) -> int | None:
+    def token_id(self, token: str) -> int | None:
+        """Return the id of `token`, or None if the vocabulary has no such token."""
         return self._backend.token_to_id(token)
 
     def is_single(self, token: str) -> bool:
+        """Whether the tokenizer keeps `token` in one piece."""
         return len(self._ids(token)) == 1
 
     def guard(self, value: Any) -> Any:
-        """Marks control tokens inside what people wrote, all through nested messages or tools, as text.
+        """Return `value` (text, or nested messages or tools) with each control token in a text marked as plain text.
 
-        Raises DataError where people wrote the marks themselves.
+        Raises:
+            DataError: a text contains the marks themselves, or half of a surrogate pair.
         """
         if isinstance(value, str):
-            if not self._may_matter(value):
+            if not self._needs_guard(value):
                 return value
             check_encodable(value)
             if GUARD_OPEN in value or GUARD_CLOSE in value:
@@ -99,21 +108,28 @@ class SpanTokenizer:
         return value
 
     def encode(self, text: str, spans: list[Span]) -> tuple[list[int], list[Span]]:
-        """Ids of `text` (marks of `guard` removed) and, for each span of characters in order, its span of tokens."""
+        """Return the token ids of `text` and, for each span of characters, its span of tokens.
+
+        `spans` are in order and do not overlap. The marks of `guard` are removed from the text.
+        """
         guarded = GUARD_OPEN in text and _GUARDED.search(text) is not None
         if not guarded and not (
-            self._cuts_freely and all(text.endswith(self._literals, 0, span.end) for span in spans)
+            self._cuts_freely and all(text.endswith(self._added_texts, 0, span.end) for span in spans)
         ):
             return self._encode_whole(text, spans)
-        # A target that ends with an added token can be cut out before tokenising: no offsets, a third of the time.
+
+        # Cut the text at the spans: context, target, context, ... Without offsets this takes a third of the time. It is
+        # exact because a target ends with an added token.
         cuts = [0]
         for span in spans:
-            cuts += [span.start, self._after_swallowed_spaces(text, span.end)]
+            cuts += [span.start, self._skip_eaten_spaces(text, span.end)]
         pieces = [text[start:end] for start, end in zip(cuts, [*cuts[1:], len(text)], strict=True)]
+
+        # Tokenise each piece; the lengths give the borders.
         if guarded:
             parts = [self._guarded_ids(piece, continued=index > 0) for index, piece in enumerate(pieces)]
-        elif self._words_alone:
-            parts = list(map(self._piece_ids, pieces))
+        elif self._uses_cache:
+            parts = list(map(self._cached_ids, pieces))
         else:
             parts = [part.ids for part in self._backend.encode_batch_fast(pieces, add_special_tokens=False)]
         borders = list(accumulate(map(len, parts)))
@@ -121,42 +137,47 @@ class SpanTokenizer:
             Span(*pair) for pair in zip(borders[0::2], borders[1::2], strict=False)
         ]
 
-    def _piece_ids(self, piece: str) -> list[int]:
+    def _cached_ids(self, piece: str) -> list[int]:
         ids: list[int] = []
         for index, part in enumerate(self._added.split(piece)):
-            if index % 2:
+            if index % 2:  # `split` gives text and added tokens in turn
                 ids.append(self._added_ids[part])
             elif part:
-                ids += self._short.get(part) or self._part_ids(part)
+                ids += self._short_texts.get(part) or self._plain_ids(part)
         return ids
 
-    def _part_ids(self, part: str) -> list[int]:
-        """Ids of a text without added tokens. Role names and line ends come again and again."""
-        ids = self._words.encode(part)
+    def _plain_ids(self, part: str) -> list[int]:
+        """Return the ids of a text without added tokens; short ones (role names, line ends) are cached."""
+        ids = self._bpe_cache.encode(part)
         ids = self._ids(part) if ids is None else ids
-        if len(part) <= SHORT_TEXT and len(self._short) < MAX_SHORT_TEXTS:
-            self._short[part] = ids
+        if len(part) <= SHORT_TEXT and len(self._short_texts) < MAX_SHORT_TEXTS:
+            self._short_texts[part] = ids
         return ids
 
     def _encode_whole(self, text: str, spans: list[Span], continued: bool = False) -> tuple[list[int], list[Span]]:
-        """One tokenisation with offsets. A token belongs where it begins; one that reaches from a prompt into a target
-        is not what inference would see there, so such a text is cut in two."""
+        """Tokenise the whole text with offsets; a token belongs to the span in which it begins.
+
+        Inference cannot produce a token that reaches from a prompt into a target, so such a text is cut at the target.
+        """
         ids, offsets = self._ids_and_offsets(text, continued)
         starts = [start for start, _ in offsets]
-        found: list[Span] = []
+        token_spans: list[Span] = []
         for index, span in enumerate(spans):
             first = bisect_left(starts, span.start)
             if first and offsets[first - 1][1] > span.start:
-                head, placed = self._encode_whole(text[: span.start], spans[:index], continued)
+                # This token crosses the border: encode the text before it and the text after it separately.
+                head, head_spans = self._encode_whole(text[: span.start], spans[:index], continued)
                 later = [Span(start - span.start, end - span.start) for start, end in spans[index:]]
-                tail, moved = self._encode_whole(text[span.start :], later, continued=True)
-                return head + tail, placed + [Span(len(head) + start, len(head) + end) for start, end in moved]
-            found.append(Span(first, bisect_left(starts, span.end)))
-        return ids, found
+                tail, tail_spans = self._encode_whole(text[span.start :], later, continued=True)
+                moved = [Span(len(head) + start, len(head) + end) for start, end in tail_spans]
+                return head + tail, head_spans + moved
+            token_spans.append(Span(first, bisect_left(starts, span.end)))
+        return ids, token_spans
 
     def _ids_and_offsets(self, text: str, continued: bool) -> tuple[list[int], list[tuple[int, int]]]:
-        """`continued`: the text goes on from another, so it must not get the space of a text's beginning."""
+        """Tokenise `text`. If it continues another text (`continued`), no space may be put before it."""
         if continued and not self._cuts_freely:
+            # The space goes before a line end, whose tokens are then removed.
             lead = len(self._newline_ids)
             encoding = self._backend.encode("\n" + text, add_special_tokens=False)
             if encoding.ids[:lead] == self._newline_ids:
@@ -167,20 +188,21 @@ class SpanTokenizer:
     def _guarded_ids(self, piece: str, continued: bool) -> list[int]:
         ids: list[int] = []
         for index, part in enumerate(_GUARDED.split(piece)):
-            written_by_person = index % 2 == 1
-            self._backend.encode_special_tokens = written_by_person
+            # `split` gives the template's text and people's control tokens in turn; only the latter become plain text.
+            is_guarded = index % 2 == 1
+            self._backend.encode_special_tokens = is_guarded
             part_ids, _ = self._ids_and_offsets(part, continued=continued or index > 0)
             self._backend.encode_special_tokens = False
-            if written_by_person and self.id_of(part) in part_ids:
+            if is_guarded and self.token_id(part) in part_ids:
                 raise DataError(
-                    f"content: {part!r} stands in the text, and the tokenizer knows it only as a control token"
+                    f"content: the tokenizer knows {part!r} only as a control token, so it cannot be in a text"
                 )
             ids += part_ids
         return ids
 
-    def _after_swallowed_spaces(self, text: str, end: int) -> int:
-        """Tokens such as Phi-3's `<|end|>` take the whitespace after them into themselves."""
-        if self._swallows_spaces and text.endswith(self._swallows_spaces, 0, end):
+    def _skip_eaten_spaces(self, text: str, end: int) -> int:
+        """Return the end of the whitespace that belongs to the token before `end` (Phi-3's `<|end|>` includes it)."""
+        if self._space_eaters and text.endswith(self._space_eaters, 0, end):
             return len(text) - len(text[end:].lstrip())
         return end
 
@@ -189,18 +211,23 @@ class SpanTokenizer:
 
 
 def check_encodable(text: str) -> None:
-    """Raises DataError for what JSON can say and no encoding can write."""
-    if half := _HALF.search(text):
-        raise DataError(f"found {half[0]!a} in the text, half of a surrogate pair, which is no character", "not text")
+    """Check that `text` can be written as UTF-8.
+
+    Raises:
+        DataError: it contains half of a surrogate pair, which JSON can express.
+    """
+    if match := _LONE_SURROGATE.search(text):
+        raise DataError(f"found {match[0]!a} in the text, half of a surrogate pair, which is no character", "not text")
 
 
 def _any_of(literals: Iterable[str]) -> str:
+    """Return a pattern that matches any of the texts, the longest first; nothing if there are none."""
     longest_first = sorted(literals, key=len, reverse=True)
     return "|".join(map(re.escape, longest_first)) or "(?!)"
 
 
 def decode_tokens(tokenizer: PreTrainedTokenizerBase, ids: list[int] | np.ndarray) -> str:
-    """The text of `ids`, special tokens included."""
+    """Return the text of `ids`, special tokens included."""
     text = tokenizer.decode(ids, skip_special_tokens=False)
     assert isinstance(text, str)
     return text

@@ -1,10 +1,12 @@
-"""A chat template's text as a pattern: worked out once for a kind of conversation, filled in for all others like it.
+"""For speed only: follows what a chat template does with texts. It serves `patterns` alone and can be removed with it.
 
-The template is rendered with stand-ins for what people wrote. A stand-in answers whatever the template asks of its text
-("does it hold </think>?") from the real text, and question and answer are kept; what the template makes of a text (its
-ends trimmed, a part of it) is a stand-in again. A pattern therefore holds for every conversation of the same shape
-whose texts give the same answers. What cannot be followed raises `Untraceable`, and templates that could look at a text
-behind a stand-in's back are recognised from their syntax tree and never traced.
+The template is rendered with stand-ins in place of people's texts. A stand-in consists of marks and holds no text. When
+the template asks something about it ("does it contain </think>?"), the real text answers, and question and answer are
+recorded. A text that the template makes of another one (trimmed, a part of it) is a stand-in again. So the render is a
+pattern: it holds for every conversation of the same shape whose texts give the same answers.
+
+An operation that cannot be recorded raises `Untraceable`. Templates that could read a text without asking its stand-in
+are recognised by their syntax tree and never rendered in this way.
 """
 
 import re
@@ -20,152 +22,166 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from accel_llm.chat.sandbox import FREE_OUTPUT
 
-MAX_QUESTIONS = 64  # characters that may come in place of a short text
-_STAND_IN = re.compile("\ufdd3(\\d+)\ufdd4")  # Unicode noncharacters
-_OF_DICTS = frozenset(dir(dict))
+MAX_REPLACEMENT_GROWTH = 64  # `replace` may put in at most so many more characters than it takes out
+_STAND_IN = re.compile("\ufdd3(\\d+)\ufdd4")  # the number of a text between two Unicode noncharacters
+_DICT_METHODS = frozenset(dir(dict))
+
+# Filters, tests and functions that ask stand-ins, or never see one.
 _FILTERS = {"trim", "length", "count", "default", "d", "string", "first", "last", "tojson", "upper", "lower", "title"}
 _FILTERS |= {"capitalize"}
 _TESTS = {"defined", "undefined", "none", "string", "mapping", "iterable", "boolean", "true", "false", "number"}
 _TESTS |= {"odd", "even", "divisibleby", "eq", "equalto", "==", "ne", "!="}
 _FUNCTIONS = {"namespace", "raise_exception", "strftime_now", "range"}
-_REFUSED = (nodes.Macro, nodes.FilterBlock, nodes.AssignBlock, nodes.Include, nodes.Import, nodes.FromImport)
-_REFUSED += (nodes.Extends, nodes.Block, nodes.ScopedEvalContextModifier)
+# These capture output as a new text, load other templates or change escaping: a text could be read without asking.
+_UNTRACEABLE_NODES = (nodes.Macro, nodes.FilterBlock, nodes.AssignBlock, nodes.Include, nodes.Import, nodes.FromImport)
+_UNTRACEABLE_NODES += (nodes.Extends, nodes.Block, nodes.ScopedEvalContextModifier)
 
 
 class Untraceable(Exception):
-    """The template does something with a text that a pattern cannot say."""
+    """The template does something with a text that a pattern cannot express."""
 
 
-class Asked(NamedTuple):
-    """`method(*arguments)` of the text that `marked` stands for gave `answer`; `made` are the stand-ins it gave."""
+class Question(NamedTuple):
+    """One question of a template, `marked.method(*arguments)`, and its answer.
+
+    `marked` is a text with marks in it; `number` is the number of the text that it stands for, or -1 if it is put
+    together from several. The answer is a plain value (`answer`), or one or more texts, which are added to the trace's
+    texts (`new_texts` says how many; 0 if the answer is the text itself, unchanged).
+    """
 
     marked: str
     method: str
     arguments: tuple[Any, ...]
     answer: Any
-    made: int  # how many texts came of it: they follow those that were there before
-    number: int  # of the text that `marked` is, -1 if it is put together
+    new_texts: int
+    number: int
 
 
 class Trace:
-    """What a template asked while it was rendered with stand-ins for `texts`, which grows by what it made of them."""
+    """Records the questions that a template asks while it is rendered with stand-ins for `texts`.
+
+    `texts` grows by the texts that the template makes of others.
+    """
 
     def __init__(self, texts: list[str]):
         self.texts = list(texts)
-        self.asked: list[Asked] = []
-        self.touched: dict[Asked, None] = {}  # what was asked since it was last emptied, known before or not
-        self._known: dict[tuple[str, str, tuple[Any, ...]], tuple[Asked, Any]] = {}
+        self.questions: list[Question] = []
+        self.recent: dict[Question, None] = {}  # questions since this was last emptied, repeated ones included
+        self._answers: dict[tuple[str, str, tuple[Any, ...]], tuple[Question, Any]] = {}
 
     def stand_in(self, index: int) -> "StandIn":
+        """Return the stand-in for the text of this number."""
         return StandIn(f"\ufdd3{index}\ufdd4", self)
 
     def ask(self, marked: str, method: str, arguments: tuple[Any, ...]) -> Any:
-        """The answer of the real text; texts in it are stand-ins, one that is unchanged is the same stand-in."""
+        """Return the answer of the real text. Texts in the answer are stand-ins; an unchanged text keeps its own."""
         if any(isinstance(argument, StandIn) for argument in arguments) or _multiplies(method, arguments):
             raise Untraceable(method)
         key = marked, method, arguments
-        if key not in self._known:
-            self._known[key] = self._answer(*key)
-            self.asked.append(self._known[key][0])
-        asked, answer = self._known[key]
-        self.touched[asked] = None
+        if key not in self._answers:
+            self._answers[key] = self._answer(*key)
+            self.questions.append(self._answers[key][0])
+        question, answer = self._answers[key]
+        self.recent[question] = None
         return answer
 
-    def _answer(self, marked: str, method: str, arguments: tuple[Any, ...]) -> tuple[Asked, Any]:
-        real, alone = fill_in(marked, self.texts), _STAND_IN.fullmatch(marked)
+    def _answer(self, marked: str, method: str, arguments: tuple[Any, ...]) -> tuple[Question, Any]:
+        real, alone = fill_stand_ins(marked, self.texts), _STAND_IN.fullmatch(marked)
         number = int(alone[1]) if alone else -1
         answer = _apply(real, method, arguments)
         if answer == real and isinstance(answer, str):
-            return Asked(marked, method, arguments, None, 0, number), StandIn(marked, self)
+            return Question(marked, method, arguments, None, 0, number), StandIn(marked, self)
         if isinstance(answer, str | list):
-            made = [answer] if isinstance(answer, str) else answer
+            new_texts = [answer] if isinstance(answer, str) else answer
             first = len(self.texts)
-            self.texts += made
-            stand_ins = [self.stand_in(first + k) for k in range(len(made))]
-            asked = Asked(marked, method, arguments, None, len(made), number)
-            return asked, stand_ins if isinstance(answer, list) else stand_ins[0]
-        return Asked(marked, method, arguments, answer, 0, number), answer
+            self.texts += new_texts
+            stand_ins = [self.stand_in(first + k) for k in range(len(new_texts))]
+            question = Question(marked, method, arguments, None, len(new_texts), number)
+            return question, stand_ins if isinstance(answer, list) else stand_ins[0]
+        return Question(marked, method, arguments, answer, 0, number), answer
 
-    def agrees(self, asked: Iterable[Asked]) -> bool:
-        """Whether the texts here give the answers of another rendering, which made no texts; they are asked as well."""
-        for known in asked:
-            self.ask(known.marked, known.method, known.arguments)
-            if self._known[known[:3]][0] != known:
+    def agrees(self, questions: Iterable[Question]) -> bool:
+        """Ask the questions of another render, which made no new texts; return whether all answers are the same."""
+        for question in questions:
+            self.ask(question.marked, question.method, question.arguments)
+            if self._answers[question[:3]][0] != question:
                 return False
         return True
 
 
-def replay(asked: list[Asked], texts: list[str]) -> list[str] | None:
-    """`texts` and what the template would make of them; None if one of its questions has another answer here, or if one
-    of these is so long that its render must be bounded."""
+def replay(questions: list[Question], texts: list[str]) -> list[str] | None:
+    """Return `texts` and the texts that the template would make of them.
+
+    None if one of the questions has another answer here, or if a new text is so long that its render must be bounded.
+    """
     texts = list(texts)
-    for marked, method, arguments, answer, made, number in asked:
-        real = texts[number] if number >= 0 else fill_in(marked, texts)
-        found = _apply(real, method, arguments)
-        if isinstance(found, list):
-            if len(found) != made:
+    for marked, method, arguments, answer, new_texts, number in questions:
+        real = texts[number] if number >= 0 else fill_stand_ins(marked, texts)
+        real_answer = _apply(real, method, arguments)
+        if isinstance(real_answer, list):
+            if len(real_answer) != new_texts:
                 return None
-            texts += found
-        elif isinstance(found, str):
-            if made != (found != real):
+            texts += real_answer
+        elif isinstance(real_answer, str):
+            if new_texts != (real_answer != real):  # a changed text in one conversation, an unchanged one in the other
                 return None
-            if len(found) > FREE_OUTPUT:
+            if len(real_answer) > FREE_OUTPUT:
                 return None
-            if made:
-                texts.append(found)
-        elif found != answer:
+            if new_texts:
+                texts.append(real_answer)
+        elif real_answer != answer:
             return None
     return texts
 
 
-def fill_in(marked: str, texts: list[str]) -> str:
-    """The real text that `marked` stands for."""
+def fill_stand_ins(marked: str, texts: list[str]) -> str:
+    """Return `marked` with the real texts in place of the marks."""
     parts: list[Any] = _STAND_IN.split(marked)
     parts[1::2] = [texts[int(index)] for index in parts[1::2]]
     return "".join(parts)
 
 
-def formatted(marked: str) -> tuple[str, tuple[int, ...]]:
-    """The text for the % operator, and the numbers of the texts that it takes."""
+def format_string(marked: str) -> tuple[str, tuple[int, ...]]:
+    """Return `marked` as a string for the % operator, and the numbers of the texts that go in."""
     numbers = tuple(int(number) for number in _STAND_IN.findall(marked))
     return _STAND_IN.sub("%s", marked.replace("%", "%%")), numbers
 
 
 def _apply(real: str, method: str, arguments: tuple[Any, ...]) -> Any:
-    if method == "__bool__":
+    if method == "__bool__":  # str has no such method
         return real != ""
     return getattr(real, method)(*arguments)
 
 
 def _multiplies(method: str, arguments: tuple[Any, ...]) -> bool:
-    """Whether a text may grow without measure: patterns are filled in without the bounds that a render has."""
-    return method == "replace" and len(arguments) > 1 and len(arguments[1]) > len(arguments[0]) + MAX_QUESTIONS
+    """Whether a text may grow without limit. Patterns are filled in without the limits that a render has."""
+    return method == "replace" and len(arguments) > 1 and len(arguments[1]) > len(arguments[0]) + MAX_REPLACEMENT_GROWTH
 
 
-def _asks(method: str) -> Callable[..., Any]:
+def _asking(method: str) -> Callable[..., Any]:
     def ask(self: "StandIn", *arguments: Any) -> Any:
         return self._trace.ask(str(self), method, arguments)
 
     return ask
 
 
-def _refuses(method: str) -> Callable[..., Any]:
-    def refuse(self: "StandIn", *arguments: Any, **named: Any) -> Any:
+def _refusing(method: str) -> Callable[..., Any]:
+    def refuse(self: "StandIn", *arguments: Any, **options: Any) -> Any:
         raise Untraceable(method)
 
     return refuse
 
 
 class StandIn(str):
-    """A text that is not there: its characters are marks, and every question goes to the real one."""
+    """A string of marks in place of a text. Its methods ask the real text, through the trace."""
 
-    # The sandbox shows a template no name that begins so.
+    # Jinja's sandbox hides attributes whose names begin with an underscore.
     _trace: Trace
 
     def __new__(cls, marked: str, trace: Trace) -> "StandIn":
-        made = super().__new__(cls, marked)
-        made._trace = trace
-        return made
+        stand_in = super().__new__(cls, marked)
+        stand_in._trace = trace
+        return stand_in
 
     def __add__(self, other: str) -> "StandIn":
         return StandIn(str(self) + str(other), self._trace)
@@ -177,33 +193,35 @@ class StandIn(str):
         return not self == other
 
 
-_ASKED = ("__contains__", "__eq__", "__len__", "__bool__", "startswith", "endswith", "find", "count", "isspace")
-_MADE = ("strip", "lstrip", "rstrip", "split", "rsplit", "replace", "upper", "lower", "title", "capitalize")
-_OWN = ("__new__", "__init__", "__str__", "__add__", "__radd__", "__ne__", "__class__", "__doc__", "__init_subclass__")
-_OWN += ("__getattribute__", "__setattr__", "__delattr__", "__subclasshook__", "__sizeof__", "__dir__", "__repr__")
+# Every method of str either asks the real text, or is defined above or harmless, or is refused.
+_VALUE_METHODS = ("__contains__", "__eq__", "__len__", "__bool__", "startswith", "endswith", "find", "count", "isspace")
+_TEXT_METHODS = ("strip", "lstrip", "rstrip", "split", "rsplit", "replace", "upper", "lower", "title", "capitalize")
+_SAFE_METHODS = ("__new__", "__init__", "__str__", "__add__", "__radd__", "__ne__", "__class__", "__doc__")
+_SAFE_METHODS += ("__init_subclass__", "__getattribute__", "__setattr__", "__delattr__", "__subclasshook__")
+_SAFE_METHODS += ("__sizeof__", "__dir__", "__repr__")
 for _method in dir(str):
-    if _method in _ASKED or _method in _MADE:
-        setattr(StandIn, _method, _asks(_method))
-    elif _method not in _OWN:
-        setattr(StandIn, _method, _refuses(_method))
-StandIn.__bool__ = _asks("__bool__")  # type: ignore[attr-defined]
-StandIn.__rmod__ = _refuses("__rmod__")  # type: ignore[attr-defined]
+    if _method in _VALUE_METHODS or _method in _TEXT_METHODS:
+        setattr(StandIn, _method, _asking(_method))
+    elif _method not in _SAFE_METHODS:
+        setattr(StandIn, _method, _refusing(_method))
+StandIn.__bool__ = _asking("__bool__")  # type: ignore[attr-defined]  # str has no method of this name
+StandIn.__rmod__ = _refusing("__rmod__")  # type: ignore[attr-defined]  # "%s" % stand_in asks its right side first
 
 
 @lru_cache
-def traceable(source: str) -> jinja2.Template | None:
-    """The template for stand-ins; None if it could look at a text without asking the stand-in."""
-    # transformers 5.23 has no public way to the environment with the tags and filters of chat templates.
+def compile_traceable(source: str) -> jinja2.Template | None:
+    """Compile a template for stand-ins. None if it could read a text without asking its stand-in."""
+    # transformers 5.23 has no public function for the environment with the tags and filters of chat templates.
     compiled = _compile_jinja_template(source)
     environment = compiled.environment.overlay()
     tree = environment.parse(source)
-    if not _asks_openly(tree):
+    if not _is_traceable(tree):
         return None
     tojson, get = environment.filters["tojson"], environment.getattr
 
     def get_fast(value: Any, name: str) -> Any:
-        # The sandbox's own way to these takes ten times as long, and finds the same.
-        if type(value) is dict and name not in _OF_DICTS:
+        # The sandbox's own lookup gives the same for these types, but takes ten times as long.
+        if type(value) is dict and name not in _DICT_METHODS:
             return value[name] if name in value else environment.undefined(obj=value, name=name)
         if isinstance(value, LoopContext | Namespace) and not name.startswith("_"):
             return getattr(value, name)
@@ -211,39 +229,44 @@ def traceable(source: str) -> jinja2.Template | None:
 
     environment.filters = {
         **environment.filters,
-        "tojson": lambda value, *rest, **named: tojson(_open(value), *rest, **named),
+        "tojson": lambda value, *rest, **options: tojson(_without_stand_ins(value), *rest, **options),
     }
     setattr(environment, "getattr", get_fast)  # noqa: B010, a method that is replaced on one object
     return environment.from_string(tree)
 
 
-def _open(value: Any) -> Any:
-    """`value`, which holds no stand-in: C code such as the JSON encoder reads a text without asking it."""
+def _without_stand_ins(value: Any) -> Any:
+    """Return `value` if it holds no stand-in. C code such as the JSON encoder reads a text without asking it.
+
+    Raises:
+        Untraceable: it holds one.
+    """
     if isinstance(value, StandIn):
         raise Untraceable("tojson")
     for item in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
-        _open(item)
+        _without_stand_ins(item)
     return value
 
 
-def _asks_openly(tree: nodes.Template) -> bool:
+def _is_traceable(tree: nodes.Template) -> bool:
+    """Whether every operation in the template asks stand-ins. `~` does not ask, so its result may only be output."""
     return not (
-        any(tree.find_all(_REFUSED))
+        any(tree.find_all(_UNTRACEABLE_NODES))
         or any(
             not isinstance(node.call, nodes.Call) or not isinstance(node.call.node, nodes.ExtensionAttribute)
             for node in tree.find_all(nodes.CallBlock)
         )
         or any(node.name not in _FILTERS for node in tree.find_all(nodes.Filter))
         or any(node.name not in _TESTS for node in tree.find_all(nodes.Test))
-        or not all(map(_is_open_call, tree.find_all(nodes.Call)))
-        or not all(map(_is_open_search, tree.find_all(nodes.Compare)))
+        or not all(map(_is_traceable_call, tree.find_all(nodes.Call)))
+        or not all(map(_is_traceable_comparison, tree.find_all(nodes.Compare)))
         or sum(1 for _ in tree.find_all(nodes.Concat))
         != sum(isinstance(node, nodes.Concat) for output in tree.find_all(nodes.Output) for node in output.nodes)
     )
 
 
-def _is_open_call(call: nodes.Call) -> bool:
-    """A known function, or a method that gets nothing but constants."""
+def _is_traceable_call(call: nodes.Call) -> bool:
+    """Whether this calls a function from our list, or a method with constant arguments only."""
     if isinstance(call.node, nodes.ExtensionAttribute):
         return True
     if isinstance(call.node, nodes.Name):
@@ -252,8 +275,8 @@ def _is_open_call(call: nodes.Call) -> bool:
     return isinstance(call.node, nodes.Getattr) and constants and not (call.kwargs or call.dyn_args or call.dyn_kwargs)
 
 
-def _is_open_search(compare: nodes.Compare) -> bool:
-    """`x in y` asks y; x is asked only where y is a list."""
+def _is_traceable_comparison(compare: nodes.Compare) -> bool:
+    """Whether `x in y` asks x: only y is asked, unless y is a list. Other comparisons are traceable."""
     return all(
         operand.op not in ("in", "notin")
         or isinstance(compare.expr, nodes.Const)

@@ -1,16 +1,15 @@
-"""Checkpoints: whole or absent, written while training waits or goes on, rotated, and continued to the last bit.
+"""Saves and loads checkpoints. A checkpoint folder exists complete or not at all, and a resumed run is bit-equal.
 
 A checkpoint is the folder `checkpoints/step-XXXXXXXX`:
 
-    state.json                 step, position in the data, options and fingerprints: the same on all processes
-    rank-00000.json            one process's generators, its sums since the last line of metrics, single optimizer values
-    rank-00000.safetensors     what this process holds of the trained weights and of the optimizer's state (`pieces`)
+    state.json                 step, position in the data, options and fingerprints, shared by all processes
+    rank-00000.json            one process's random generators, its sums since the last metrics line, optimizer counters
+    rank-00000.safetensors     this process's ranges of the trained weights and of the optimizer's state (see pieces.py)
     manifest.json              size and SHA-256 of every file; written last, then one rename makes the folder appear
 """
 
 import contextlib
 import json
-import math
 import os
 import shutil
 import signal
@@ -23,27 +22,35 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 
-from accel_llm.backend.collectives import agree_on_requests, max_over_processes, new_host_group, wait_for_all
+from accel_llm.backend.collectives import agree_on_requests, max_over_processes, new_cpu_group, wait_for_all
 from accel_llm.checkpoint.pieces import PieceReader, Share
-from accel_llm.checkpoint.randomness import randomness, set_randomness
-from accel_llm.checkpoint.resume import make_room, rank_file
-from accel_llm.checkpoint.shares import fill_weights, load_shares, local_shares, share_tensors
+from accel_llm.checkpoint.randomness import generator_states, set_generator_states
+from accel_llm.checkpoint.resume import read_rank_state, remove_obsolete_files
+from accel_llm.checkpoint.shares import (
+    fill_weights,
+    load_shares,
+    local_shares,
+    loss_scale_state,
+    refresh_model_weights,
+    set_loss_scale_state,
+    share_tensors,
+)
 from accel_llm.config.command_line import resolved_options
 from accel_llm.config.options import TrainOptions
 from accel_llm.errors import ConfigError
 from accel_llm.report.metrics import Meter
 from accel_llm.system.disk import disk_errno, disk_failure, sha256, sync_to_disk
 from accel_llm.system.exit import DISK_ADVICE
-from accel_llm.system.manifest import find_damage, read_parts, remove_folder, seal_folder, write_part
-from accel_llm.system.signals import Preempted, note_all_saved, note_nothing_to_lose, requested
-from accel_llm.system.tensors import names_not_finite, write_tensors
+from accel_llm.system.manifest import find_damage, find_parts, remove_folder, seal_folder, write_part
+from accel_llm.system.signals import Preempted, ignore_further_signals, signal_requests, stop_deferring_signals
+from accel_llm.system.tensors import find_nonfinite, write_tensors
 from accel_llm.training.bad_steps import BadSteps
-from accel_llm.training.evaluation import LOWER_IS_BETTER, Evaluation
+from accel_llm.training.evaluation import Evaluation, find_new_best
 from accel_llm.training.start import Start
 
 
 class Checkpoints:
-    """All that a run saves and takes up again, and when. Every process makes the same calls."""
+    """Decides when a run saves, writes and rotates checkpoints, and loads one. Every process makes the same calls."""
 
     def __init__(
         self,
@@ -57,70 +64,62 @@ class Checkpoints:
         self.accelerator, self.model, self.optimizer, self.scheduler = accelerator, model, optimizer, scheduler
         self.options, self.start = options, start
         self.folder = Path(options.output_dir) / "checkpoints"
-        self.best, self.saved = start.best, start.step
+        self.best, self.saved_step = start.best, start.step
+        # For save_async: the thread that writes, its error, and the copies that it writes from.
         self.writer: threading.Thread | None = None
-        self.group = new_host_group() if options.save_async else None
-        self.failed: BaseException | None = None
+        self.writer_error: BaseException | None = None
         self.buffers: dict[str, torch.Tensor] = {}
+        # The thread needs a process group of its own: training uses the default one at the same time.
+        self.group = new_cpu_group() if options.save_async else None
 
     def resume(self) -> None:
-        """Bring model, optimizer, schedule and generators to the state of the checkpoint, and make `output_dir` ready."""
+        """Load the checkpoint that the run starts from, if any, and remove what the run replaces in `output_dir`."""
         if self.start.folder is not None:
             self._load(self.start.folder)
         wait_for_all()
         if self.accelerator.is_main_process:
-            make_room(self.start)
+            remove_obsolete_files(self.start)
         wait_for_all()
 
-    def when_due(self, meter: Meter, evaluation: Evaluation, health: BadSteps, step: int) -> None:
-        """Save every `save_steps`, at the end, when this is the best so far, and when somebody asks for it by a signal.
+    def when_due(self, meter: Meter, evaluation: Evaluation, bad_steps: BadSteps, step: int) -> None:
+        """Save every `save_steps`, at the last step, at the best evaluation so far, and when a signal asks for it.
 
         Raises:
-            Preempted: the run was asked to stop, and is saved.
+            Preempted: a signal asked the run to stop; it has been saved.
             ConfigError: a checkpoint could not be written, or would hold a NaN.
         """
         self._check_writer()
-        stop, wish = agree_on_requests(self.accelerator)
-        better, last = self._is_better(evaluation, step), step == meter.plan.total_steps
+        stop, save = agree_on_requests(self.accelerator)
+        best = find_new_best(self.options.metric_for_best_model, evaluation, step, self.best)
+        self.best, last = best or self.best, step == meter.plan.total_steps
         every = self.options.save_steps
-        if stop or wish or better or last or (every and step % every == 0):
-            requested.save = False
+        if stop or save or best or last or (every and step % every == 0):
+            signal_requests.save = False
             with meter.pause_clock():
                 self._save(
-                    meter, evaluation, health, step, in_background=self.options.save_async and not (stop or last)
+                    meter, evaluation, bad_steps, step, in_background=self.options.save_async and not (stop or last)
                 )
         if stop:
             meter.close()
-            note_all_saved()
-            raise Preempted(requested.stop or signal.SIGTERM, step)
-
-    def _is_better(self, evaluation: Evaluation, step: int) -> bool:
-        name = self.options.metric_for_best_model
-        if name is None or evaluation.step != step:
-            return False
-        value = evaluation.metrics[name]
-        sign = 1 if name in LOWER_IS_BETTER else -1
-        if not math.isfinite(value) or (self.best is not None and sign * value >= sign * self.best[1]):
-            return False
-        self.best = (step, value)
-        return True
+            ignore_further_signals()
+            raise Preempted(signal_requests.stop or signal.SIGTERM, step)
 
     def finish(self) -> int:
-        """Training is over: take the weights of the best checkpoint, if that was asked for. The step that they are of.
+        """End of training: load the best checkpoint if metric_for_best_model asks for it. Returns the weights' step.
 
         Raises:
-            ConfigError: its files are no longer what was written.
+            ConfigError: the files of the best checkpoint were damaged after they were written.
         """
-        note_nothing_to_lose()
-        if self.best is None or self.best[0] == self.saved:
-            return self.saved
+        stop_deferring_signals()
+        if self.best is None or self.best[0] == self.saved_step:
+            return self.saved_step
         folder = self._folder(self.best[0])
         if problem := find_damage(folder):
             raise ConfigError(f"metric_for_best_model: the best checkpoint, {folder}, {problem}.")
-        reader = _reader(folder)
-        for owner in local_shares(self.accelerator, self.model, self.optimizer):
-            fill_weights(owner, reader)
-        self._refresh()
+        reader = _open_checkpoint(folder)
+        for share in local_shares(self.accelerator, self.model, self.optimizer):
+            fill_weights(share, reader)
+        refresh_model_weights(self.optimizer)
         return self.best[0]
 
     def _folder(self, step: int) -> Path:
@@ -128,58 +127,62 @@ class Checkpoints:
 
     # --- saving ------------------------------------------------------------------------------------------------------
 
-    def _save(self, meter: Meter, evaluation: Evaluation, health: BadSteps, step: int, in_background: bool) -> None:
+    def _save(self, meter: Meter, evaluation: Evaluation, bad_steps: BadSteps, step: int, in_background: bool) -> None:
         self._finish_writer()
-        if step == self.saved:
+        if step == self.saved_step:
             return
         folder, main = self._folder(step), self.accelerator.is_main_process
         partial = folder.with_name(f".{folder.name}.partial")
-        with self._told(step):
+
+        # Collect everything that is saved while training waits.
+        with self._cleaning_up_errors(step):
             if main:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
             wait_for_all()
-            tensors, values = self._mine()
-            values |= {"meter": meter.state(), "randomness": randomness(self.accelerator.device)}
-            shared = self._shared(meter, evaluation, health, step) if main else None
+            tensors, values = self._local_state()
+            values |= {"meter": meter.state(), "randomness": generator_states(self.accelerator.device)}
+            shared = self._shared_state(meter, evaluation, bad_steps, step) if main else None
             if in_background:
                 tensors = self._snapshot(tensors)
+
+        # Write it now, or in a thread while training goes on.
         arguments = (step, partial, folder, tensors, values, shared)
         if in_background:
             self.writer = threading.Thread(target=self._write_in_background, args=arguments)
             self.writer.start()
         else:
-            with self._told(step):
+            with self._cleaning_up_errors(step):
                 self._write(*arguments)
             wait_for_all()
-        self.saved = step
+        self.saved_step = step
 
-    def _mine(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """What this process has to write: tensors, and what is not one."""
-        if self.accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP) or (
-            self.accelerator.is_main_process
-        ):
-            found = local_shares(self.accelerator, self.model, self.optimizer)
-            tensors, numbers = share_tensors(found, self.optimizer)
-        else:  # a copy of what the main process has
+    def _local_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """The tensors that this process writes, and its values for JSON."""
+        sharded = self.accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
+        if sharded or self.accelerator.is_main_process:
+            shares = local_shares(self.accelerator, self.model, self.optimizer)
+            tensors, numbers = share_tensors(shares, self.optimizer)
+        else:  # under DDP the main process has the same tensors and writes them
             tensors, numbers = {}, {}
         return tensors, {"numbers": numbers, "tensors": list(tensors)}
 
-    def _shared(self, meter: Meter, evaluation: Evaluation, health: BadSteps, step: int) -> dict[str, Any]:
+    def _shared_state(self, meter: Meter, evaluation: Evaluation, bad_steps: BadSteps, step: int) -> dict[str, Any]:
+        """The content of state.json."""
         return {
             "step": step,
             "rows": meter.plan.rows_at(step),
             "processes": self.accelerator.num_processes,
             "options": resolved_options(self.options),
             "identity": self.start.identity,
-            "scale": _state_of(self._scale()),
+            "scale": loss_scale_state(self.accelerator, self.optimizer),
             "best": self.best,
             "evaluate": evaluation.cut_short,
-            "skipped": health.skipped,
+            "skipped": bad_steps.skipped,
         }
 
     def _snapshot(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Copies that training does not change, in memory that is kept from one checkpoint to the next."""
+        """Copy tensors so that training cannot change them. The memory is kept and reused by the next checkpoint."""
         for name, tensor in tensors.items():
             if name not in self.buffers:
                 pinned = tensor.device.type == "cuda"
@@ -198,52 +201,58 @@ class Checkpoints:
         values: dict[str, Any],
         shared: dict[str, Any] | None,
     ) -> None:
-        """Write this process's files; when all have, the main one makes the folder appear and removes old ones.
+        """Write this process's files. The main process then waits for all, shows the folder, and removes old ones.
 
         Raises:
-            OSError: the disk failed this process or another one; all of them raise it.
-            ConfigError: there is a NaN in it.
+            OSError: the disk failed on this process or on another one; all of them raise it.
+            ConfigError: a tensor holds a NaN or an infinity.
         """
-        if sick := names_not_finite(tensors):
+        if nonfinite := find_nonfinite(tensors):
             raise ConfigError(
-                f"checkpoints: after step {step} {len(sick)} tensors hold a NaN or an infinity ({', '.join(sick[:3])}), so it "
-                "is not saved; the checkpoints before it are whole. Lower learning_rate, or look at the data."
+                f"checkpoints: after step {step} {len(nonfinite)} tensors hold a NaN or an infinity "
+                f"({', '.join(nonfinite[:3])}), so it is not saved; the earlier checkpoints are intact. Lower "
+                "learning_rate, or look at the data."
             )
+        # A disk that fails on one process stops all of them: no rank may wait for files that never come.
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        number, error = 0, None
+        number, disk_error = 0, None
         try:
             _write_files(partial, rank, tensors, values, shared)
-        except Exception as failed:
-            if not (number := disk_errno(failed)):
+        except Exception as error:
+            if not (number := disk_errno(error)):
                 raise
-            error = failed
+            disk_error = error
         if number := max_over_processes(number, self.group):
-            raise error or OSError(number, os.strerror(number))
+            raise disk_error or OSError(number, os.strerror(number))
         if rank:
             return
-        while (found := read_parts(partial, world)) is None:
+        while (parts := find_parts(partial, world)) is None:
             time.sleep(0.02)
-        seal_folder(partial, folder, found)
-        best = self.best[0] if self.best else None
-        old = sorted(path for path in self.folder.glob("step-*") if path.name <= folder.name)
-        for path in old[: -self.options.save_total_limit]:
-            if best is None or path != self._folder(best):
+        seal_folder(partial, folder, parts)
+        self._remove_old(folder)
+
+    def _remove_old(self, newest: Path) -> None:
+        """Remove all checkpoints but the last `save_total_limit` ones and the best one."""
+        best = self._folder(self.best[0]) if self.best else None
+        folders = sorted(path for path in self.folder.glob("step-*") if path.name <= newest.name)
+        for path in folders[: -self.options.save_total_limit]:
+            if path != best:
                 remove_folder(path)
 
     def _write_in_background(self, *arguments: Any) -> None:
         try:
             self._write(*arguments)
         except BaseException as error:
-            self.failed = error
+            self.writer_error = error
 
     def _check_writer(self) -> None:
-        """Raises what went wrong in the background."""
-        if self.failed is not None:
-            with self._told(self.saved):
-                raise self.failed
+        """Raise the error of the thread that writes, if it had one."""
+        if self.writer_error is not None:
+            with self._cleaning_up_errors(self.saved_step):
+                raise self.writer_error
 
     def _finish_writer(self) -> None:
-        """Wait until what is written in the background is whole, on all processes."""
+        """Wait until the checkpoint that is being written is complete on all processes."""
         if self.writer is not None:
             self.writer.join()
             self._check_writer()
@@ -251,18 +260,18 @@ class Checkpoints:
             wait_for_all()
 
     @contextlib.contextmanager
-    def _told(self, step: int) -> Any:
-        """A disk that fails is told in a sentence; nothing half-written stays where there is any way to remove it."""
+    def _cleaning_up_errors(self, step: int) -> Any:
+        """If the block fails, remove the unfinished checkpoint. An error of the disk becomes a ConfigError."""
         try:
             yield
         except Exception as error:
-            # Not by the others: who still writes there would fail by that, and tell it instead of the cause.
+            # Main process only: removing files under a rank that still writes would hide the real error.
             if self.accelerator.is_main_process:
                 folder = self._folder(step)
                 shutil.rmtree(folder.with_name(f".{folder.name}.partial"), ignore_errors=True)
-            if told := disk_failure(error):
+            if reason := disk_failure(error):
                 raise ConfigError(
-                    f"checkpoints: step {step} could not be written: {DISK_ADVICE.format(told)}"
+                    f"checkpoints: step {step} could not be written: {DISK_ADVICE.format(reason)}"
                 ) from error
             raise
 
@@ -270,23 +279,21 @@ class Checkpoints:
 
     def _load(self, folder: Path) -> None:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        reader = _reader(folder)
-        found = local_shares(self.accelerator, self.model, self.optimizer)
-        _check_same_names(folder, found, reader)
-        load_shares(found, self.optimizer, reader)
-        self._refresh()
+        reader = _open_checkpoint(folder)
+        shares = local_shares(self.accelerator, self.model, self.optimizer)
+        _check_parameter_names(folder, shares, reader)
+        load_shares(shares, self.optimizer, reader)
+        refresh_model_weights(self.optimizer)
         self._set_schedule(state["step"])
-        if self.accelerator.scaler is not None:
-            self._scale().load_state_dict(state["scale"])
-        elif self._scale() is not None:
-            vars(self._scale()).update(state["scale"])
+        set_loss_scale_state(self.accelerator, self.optimizer, state["scale"])
         if self.start.same_processes:
-            set_randomness(rank_file(folder, self.accelerator.process_index)["randomness"], self.accelerator.device)
-        else:
+            local = read_rank_state(folder, self.accelerator.process_index)
+            set_generator_states(local["randomness"], self.accelerator.device)
+        else:  # another number of processes cannot use the saved generators
             set_seed(hash((self.options.seed, self.start.step)) % 2**31, device_specific=True)
 
     def _set_schedule(self, step: int) -> None:
-        """The schedule is a pure function of the options and of the step."""
+        """Set the learning rates of a step. They depend only on the options and the step, so they are not saved."""
         self.scheduler.last_epoch = step
         rates = [
             rate * rule(step) for rate, rule in zip(self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True)
@@ -295,33 +302,11 @@ class Checkpoints:
             group["lr"] = rate
         self.scheduler._last_lr = rates
 
-    def _scale(self) -> Any:
-        """What scales the loss in fp16: Accelerate's, or DeepSpeed's; None where nothing does."""
-        return self.accelerator.scaler or getattr(getattr(self.optimizer, "optimizer", None), "loss_scaler", None)
-
-    def _refresh(self) -> None:
-        """Give the weights that DeepSpeed computes with the values of its float32 ones."""
-        engine: Any = getattr(self.optimizer, "optimizer", None)
-        if hasattr(engine, "single_partition_of_fp32_groups"):
-            engine.update_lp_params()
-        elif hasattr(engine, "fp32_partitioned_groups_flat"):
-            engine._partition_all_parameters()
-            for k in range(len(engine.fp32_partitioned_groups_flat)):
-                engine._reassign_or_swap_out_partitioned_parameters(k)
-            # Small ones are kept whole on every process.
-            if engine.persistent_parameters:
-                engine.persistent_parameters[0].all_gather(engine.persistent_parameters)
-
-
-def _state_of(scale: Any) -> dict[str, Any]:
-    """What a loss scaler has learnt: torch's tells it, DeepSpeed's has plain attributes."""
-    return scale.state_dict() if hasattr(scale, "state_dict") else dict(vars(scale)) if scale is not None else {}
-
 
 def _write_files(
     partial: Path, rank: int, tensors: dict[str, torch.Tensor], values: dict[str, Any], shared: dict[str, Any] | None
 ) -> None:
-    """What one process has to write, and the list of it."""
+    """Write one process's files, then the list of them for the manifest."""
     files = {}
     for name, content in {f"rank-{rank:05d}.json": values, "state.json": shared}.items():
         if content is not None:
@@ -333,12 +318,13 @@ def _write_files(
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> tuple[int, str]:
+    """Write a file and force it to the disk. Returns its size in bytes and its SHA-256."""
     path.write_text(json.dumps(content), encoding="utf-8")
     sync_to_disk(path)
     return path.stat().st_size, sha256(path)
 
 
-def _reader(folder: Path) -> PieceReader:
+def _open_checkpoint(folder: Path) -> PieceReader:
     numbers: dict[str, Any] = {}
     expected: list[str] = []
     for path in sorted(folder.glob("rank-*.json")):
@@ -348,11 +334,11 @@ def _reader(folder: Path) -> PieceReader:
     return PieceReader(folder, sorted(folder.glob("rank-*.safetensors")), numbers, expected)
 
 
-def _check_same_names(folder: Path, found: list[Share], reader: PieceReader) -> None:
-    """What is trained here is what was saved: each process sees the names of what it holds."""
-    unknown = {piece.name for owner in found for piece in owner.pieces} - reader.names().keys()
+def _check_parameter_names(folder: Path, shares: list[Share], reader: PieceReader) -> None:
+    """Refuse a checkpoint that lacks a parameter that is trained here."""
+    unknown = {piece.name for share in shares for piece in share.pieces} - reader.parameter_sizes().keys()
     if unknown:
         raise ConfigError(
-            f"resume_from_checkpoint: {folder} holds other weights than this run trains ({min(unknown)} is not there); the "
-            "method or model differs."
+            f"resume_from_checkpoint: {folder} holds other weights than this run trains ({min(unknown)} is not there); "
+            "the method or model differs."
         )

@@ -1,7 +1,7 @@
-"""Ranges of the elements of tensors, in safetensors files: written one after the other, read where they are wanted.
+"""Reads ranges of saved tensors from safetensors files, straight into the tensors that need them.
 
-A checkpoint keeps what is trained as flat ranges, named `parameter|field|first element`. Whoever reads takes the ranges that
-it needs, from whichever files have them, straight into their place.
+A checkpoint stores each trained tensor as flat ranges of its elements, named `parameter|field|first element`. A process
+that loads reads only the ranges that it needs, from whichever files hold them.
 """
 
 import json
@@ -19,7 +19,7 @@ WEIGHT, WHOLE = "weight", "whole"
 
 
 class Piece(NamedTuple):
-    """`size` elements of the parameter `name` from element `start` on, at `offset` in the tensor of their owner."""
+    """`size` elements of the parameter `name`, beginning at its element `start`. They lie at `offset` in a share."""
 
     name: str
     start: int
@@ -28,7 +28,7 @@ class Piece(NamedTuple):
 
 
 class Share(NamedTuple):
-    """What the optimizer steps as one tensor: `key` in its state, `flat` its elements on this process as one dimension."""
+    """One tensor that the optimizer steps: `key` in its state, and `flat`, this process's elements in one dimension."""
 
     name: str
     key: torch.Tensor
@@ -36,8 +36,8 @@ class Share(NamedTuple):
     pieces: list[Piece]
 
 
-class Entry(NamedTuple):
-    """A tensor in a file: where its elements are, which of its parameter they are, and how it was shaped."""
+class StoredTensor(NamedTuple):
+    """A tensor in a file: where its bytes begin, its shape, and which elements of its parameter it holds."""
 
     path: Path
     position: int  # in bytes
@@ -48,7 +48,17 @@ class Entry(NamedTuple):
 
 
 class PieceReader:
-    """The pieces in the safetensors files of a checkpoint, read where they are needed and nowhere kept."""
+    """Reads pieces out of the safetensors files of a checkpoint. It keeps the headers in memory, never the tensors.
+
+    Args:
+        folder: the checkpoint, for error messages.
+        paths: its safetensors files.
+        numbers: single values of the optimizer by `parameter|field`, such as a count of steps.
+        expected: names of all tensors that the files must hold.
+
+    Raises:
+        ConfigError: a file is not a safetensors file, or tensors are missing.
+    """
 
     def __init__(self, folder: Path, paths: list[Path], numbers: dict[str, Any], expected: list[str]):
         self.folder = folder
@@ -56,101 +66,112 @@ class PieceReader:
         for key, value in numbers.items():
             name, field = key.rsplit("|", 1)
             self.numbers.setdefault(name, {})[field] = value
-        self.entries: dict[tuple[str, str], list[Entry]] = {}
-        self.whole: dict[str, Entry] = {}
+        self.ranges: dict[tuple[str, str], list[StoredTensor]] = {}
+        self.whole: dict[str, StoredTensor] = {}
         missing = set(expected)
         for path in paths:
-            for key, entry in _entries(path):
+            for key, stored in _read_header(path):
                 missing.discard(key)
                 name, field, start = key.rsplit("|", 2)
                 if start == WHOLE:
-                    self.whole[f"{name}|{field}"] = entry
+                    self.whole[f"{name}|{field}"] = stored
                 else:
-                    self.entries.setdefault((name, field), []).append(entry._replace(start=int(start)))
+                    self.ranges.setdefault((name, field), []).append(stored._replace(start=int(start)))
         if missing:
             raise ConfigError(f"resume_from_checkpoint: {folder} lacks {len(missing)} tensors ({min(missing)}).")
 
-    def names(self) -> dict[str, int]:
-        """Every parameter that is saved, with its number of elements."""
-        return {name: sum(e.size for e in found) for (name, field), found in self.entries.items() if field == WEIGHT}
+    def parameter_sizes(self) -> dict[str, int]:
+        """Number of saved elements of each parameter by name."""
+        return {
+            name: sum(stored.size for stored in ranges)
+            for (name, field), ranges in self.ranges.items()
+            if field == WEIGHT
+        }
 
-    def fields(self, owner: Share) -> list[str]:
-        """What the optimizer had for each element of any of the owner's parameters, in the order in which it was saved."""
-        names = {piece.name for piece in owner.pieces}
-        return list(dict.fromkeys(field for name, field in self.entries if name in names and field != WEIGHT))
+    def fields(self, share: Share) -> list[str]:
+        """Names of the optimizer's per-element state of a share, in the order in which they were saved."""
+        names = {piece.name for piece in share.pieces}
+        return list(dict.fromkeys(field for name, field in self.ranges if name in names and field != WEIGHT))
 
-    def dtype(self, owner: Share, field: str) -> torch.dtype:
-        return next(self.entries[piece.name, field][0].dtype for piece in owner.pieces if self.has(piece.name, field))
+    def dtype(self, share: Share, field: str) -> torch.dtype:
+        return next(self.ranges[piece.name, field][0].dtype for piece in share.pieces if self.has(piece.name, field))
 
-    def numbers_of(self, owner: Share) -> dict[str, Any]:
-        """The single numbers of an owner, such as its count of steps: all its parameters have the same."""
-        return next((self.numbers[piece.name] for piece in owner.pieces if piece.name in self.numbers), {})
+    def share_numbers(self, share: Share) -> dict[str, Any]:
+        """The single values of a share, such as its count of steps. All parameters of a share have the same values."""
+        return next((self.numbers[piece.name] for piece in share.pieces if piece.name in self.numbers), {})
 
     def has(self, name: str, field: str) -> bool:
-        return (name, field) in self.entries
+        return (name, field) in self.ranges
 
     def fill(self, piece: Piece, field: str, flat: torch.Tensor) -> None:
-        """Read a piece into its place in the owner's `flat` elements.
+        """Read a piece into its place in `flat`, the elements of its share.
 
         Raises:
-            ConfigError: the checkpoint lacks some of it, or holds it in another dtype.
+            ConfigError: the checkpoint lacks some of its elements, or has them in another dtype.
         """
         stop, filled = piece.start + piece.size, 0
-        for entry in self.entries.get((piece.name, field), ()):
-            first, last = max(piece.start, entry.start), min(stop, entry.start + entry.size)
+        # Each stored range gives the elements that it has in common with the piece.
+        for stored in self.ranges.get((piece.name, field), ()):
+            first, last = max(piece.start, stored.start), min(stop, stored.start + stored.size)
             if first < last:
                 at = piece.offset + first - piece.start
-                self._read(entry, first - entry.start, flat[at : at + last - first], f"{piece.name} ({field})")
+                self._read(stored, first - stored.start, flat[at : at + last - first], f"{piece.name} ({field})")
                 filled += last - first
         if filled != piece.size:
             raise ConfigError(
                 f"resume_from_checkpoint: {self.folder} holds {filled} of {piece.size} elements of {piece.name} ({field})."
             )
 
-    def _read(self, entry: Entry, first: int, into: torch.Tensor, what: str) -> None:
-        if entry.dtype != into.dtype:
-            raise ConfigError(f"resume_from_checkpoint: {self.folder} has {what} in {entry.dtype}, not {into.dtype}.")
-        buffer = into if into.device.type == "cpu" and into.is_contiguous() else torch.empty_like(into, device="cpu")
-        with entry.path.open("rb") as file:
-            file.seek(entry.position + first * into.element_size())
-            if file.readinto(tensor_bytes(buffer)) != into.numel() * into.element_size():
-                raise ConfigError(f"resume_from_checkpoint: {entry.path} ends too soon.")
-        if buffer is not into:
-            into.copy_(buffer)
+    def _read(self, stored: StoredTensor, first: int, target: torch.Tensor, label: str) -> None:
+        """Fill `target` with the elements of a stored tensor from element `first` on."""
+        if stored.dtype != target.dtype:
+            raise ConfigError(
+                f"resume_from_checkpoint: {self.folder} has {label} in {stored.dtype}, not {target.dtype}."
+            )
+        # A file is read straight into CPU memory; other tensors need a copy in between.
+        direct = target.device.type == "cpu" and target.is_contiguous()
+        buffer = target if direct else torch.empty_like(target, device="cpu")
+        with stored.path.open("rb") as file:
+            file.seek(stored.position + first * target.element_size())
+            if file.readinto(tensor_bytes(buffer)) != target.numel() * target.element_size():
+                raise ConfigError(f"resume_from_checkpoint: {stored.path} is cut short.")
+        if buffer is not target:
+            target.copy_(buffer)
 
-    def read_whole(self, owner: Share, field: str, device: torch.device) -> torch.Tensor:
-        """State that is no number for each element.
+    def read_whole(self, share: Share, field: str, device: torch.device) -> torch.Tensor:
+        """Read state that has no value per element, such as the scales of 8-bit blocks.
 
         Raises:
-            ConfigError: the processes held other parts of the optimizer's state when it was saved.
+            ConfigError: the state was saved by another number of processes, which held other parts of it.
         """
-        entry = self.whole.get(f"{owner.name}|{field}")
-        if entry is None:
+        stored = self.whole.get(f"{share.name}|{field}")
+        if stored is None:
             raise ConfigError(
-                f"optim: its state in {self.folder} is in blocks of the processes that saved it; resume with the same "
+                f"optim: {self.folder} holds its state in blocks of the processes that saved it; resume with the same "
                 "number of processes and the same launch YAML."
             )
-        tensor = torch.empty(entry.shape, dtype=entry.dtype)
-        self._read(entry, 0, tensor.view(-1), f"{owner.name} ({field})")
+        tensor = torch.empty(stored.shape, dtype=stored.dtype)
+        self._read(stored, 0, tensor.view(-1), f"{share.name} ({field})")
         return tensor.to(device)
 
 
-def _entries(path: Path) -> Iterator[tuple[str, Entry]]:
-    """The header of a safetensors file.
+def _read_header(path: Path) -> Iterator[tuple[str, StoredTensor]]:
+    """Read the header of a safetensors file: each tensor's name and place.
 
     Raises:
-        ConfigError: it is not one.
+        ConfigError: the file is not a safetensors file.
     """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         try:
             header = json.loads(file.read(min(length, MAX_HEADER)))
-            ends = [about["data_offsets"][1] for about in header.values()]
+            ends = [entry["data_offsets"][1] for entry in header.values()]
+            # The size of the file shows whether it is complete, before anything is read from it.
             if 8 + length + max(ends, default=0) != path.stat().st_size:
                 raise ValueError
-            for name, about in header.items():
-                position = 8 + length + about["data_offsets"][0]
-                size = math.prod(about["shape"])
-                yield name, Entry(path, position, DTYPES_BY_NAME[about["dtype"]], about["shape"], 0, size)
+            for name, entry in header.items():
+                position = 8 + length + entry["data_offsets"][0]
+                size = math.prod(entry["shape"])
+                yield name, StoredTensor(path, position, DTYPES_BY_NAME[entry["dtype"]], entry["shape"], 0, size)
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ConfigError(f"resume_from_checkpoint: {path} is not a safetensors file.") from None

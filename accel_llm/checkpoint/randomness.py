@@ -1,4 +1,4 @@
-"""The state of every generator that training draws from, as JSON: there is nothing to unpickle."""
+"""Saves and restores the random number generators that training uses, as JSON, so that loading needs no pickle."""
 
 import random
 from typing import Any
@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 
-def randomness(device: torch.device) -> dict[str, Any]:
-    """Every generator that training draws from, as JSON."""
+def generator_states(device: torch.device) -> dict[str, Any]:
+    """The state of every generator that training draws from (torch, NumPy, Python, CUDA), ready for JSON."""
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
     state = {
         "torch": torch.get_rng_state().numpy().tobytes().hex(),
@@ -20,10 +20,12 @@ def randomness(device: torch.device) -> dict[str, Any]:
     return state
 
 
-def set_randomness(state: dict[str, Any], device: torch.device) -> None:
+def set_generator_states(state: dict[str, Any], device: torch.device) -> None:
+    """Restore what `generator_states` returned, also after it went through JSON."""
     torch.set_rng_state(_from_hex(state["torch"]))
     kind, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((kind, np.array(keys, np.uint32), position, has_gauss, cached))
+    # JSON made lists of Python's tuples.
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     if device.type == "cuda":

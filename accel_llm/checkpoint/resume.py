@@ -1,4 +1,4 @@
-"""Where a run begins: what an output folder may be used for, which checkpoint is continued, and whether it is of this run."""
+"""Decides where a run starts: may it use its output folder, which checkpoint does it continue, do settings match?"""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from accelerate import Accelerator
 
-from accel_llm.backend.collectives import sum_on_hosts
+from accel_llm.backend.collectives import sum_on_cpus
 from accel_llm.backend.strategy import rows_per_step
 from accel_llm.config.command_line import resolved_options
 from accel_llm.config.options import DataOptions, RunOptions, TrainOptions
@@ -24,82 +24,78 @@ from accel_llm.system.launcher import process_rank
 from accel_llm.system.manifest import find_damage, remove_folder
 from accel_llm.training.start import Start
 
-# What a run leaves in its folder. run.json is removed last: without it the rest would be taken for somebody else's.
+# Files of a run in its folder. run.json is removed last: without it the other files would look like somebody else's.
 RUN_FILES = ("metrics.jsonl", "checkpoints", "adapter", "model", "report.html", "logs", "run.json")
-# Options that shape the saved state: with another value it has no place to go.
+# Options that shape the saved state: a checkpoint cannot be loaded under another value.
 FIXED_OPTIONS = (
-    "method",
-    "optim",
-    "lora_r",
-    "lora_bias",
-    "lora_target_modules",
-    "modules_to_save",
-    "use_dora",
-    "add_tokens",
-)
-FIXED_OPTIONS += ("master_weights",)
-# They change where, how fast and with how many words a run goes, but not one number of its training. How a step's rows are
-# shared out is one of them: how many rows it has is compared.
-HARMLESS = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "allow_changed", "adapter_name_or_path"}
-HARMLESS |= {"logging_steps", "save_steps", "save_total_limit", "save_async", "report_to", "run_name", "dry_run"}
-HARMLESS |= {"check_only", "eval_steps", "eval_on_start", "eval_generate", "per_device_eval_batch_size", "cache_dir"}
-HARMLESS |= {"preprocessing_num_workers", "gradient_checkpointing", "metric_for_best_model", "max_skipped_steps"}
-HARMLESS |= {"per_device_train_batch_size", "gradient_accumulation_steps", "total_batch_size", "max_lost"}
-HARMLESS |= {"on_bad_row", "trust_remote_code", "overfit"}
-# The model and the data are known by what is in them, wherever they lie.
-PLACES = {"model_name_or_path": "base", "config_name": "base", "tokenizer_name": "data", "revision": "base"}
-PLACES |= {"train_files": "data", "eval_files": "data", "chat_template": "data"}
+    "method", "optim", "lora_r", "lora_bias", "lora_target_modules", "modules_to_save", "use_dora", "add_tokens",
+    "master_weights",
+)  # fmt: skip
+# Options that change where, how fast and how verbosely a run works, but not one number of its training. The split of a
+# step's rows over processes and micro-batches is among them; the number of rows in a step is compared separately.
+HARMLESS_OPTIONS = {
+    "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "allow_changed", "adapter_name_or_path",
+    "logging_steps", "save_steps", "save_total_limit", "save_async", "report_to", "run_name", "dry_run", "check_only",
+    "eval_steps", "eval_on_start", "eval_generate", "per_device_eval_batch_size", "cache_dir", "trust_remote_code",
+    "preprocessing_num_workers", "gradient_checkpointing", "metric_for_best_model", "max_skipped_steps", "overfit",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "total_batch_size", "max_lost", "on_bad_row",
+}  # fmt: skip
+# Options that say where model and data are. A fingerprint of the content (base or data) decides, not the place.
+LOCATION_OPTIONS = {
+    "model_name_or_path": "base", "config_name": "base", "revision": "base",
+    "tokenizer_name": "data", "train_files": "data", "eval_files": "data", "chat_template": "data",
+}  # fmt: skip
 DESCRIPTIONS = {"base": ("model_name_or_path", "the model with the fingerprint"), "data": ("train_files", "the rows")}
 DATA_OPTIONS = set(DataOptions.model_fields)
 
 
 def run_identity(options: TrainOptions, rows: Rows) -> dict[str, Any]:
-    """What makes a run this run, beside its options: the model's and the rows' fingerprints and the rows of a step."""
+    """Identify a run beyond its options: fingerprints of the model and of the rows, and the rows in a step."""
     config = getattr(options, "config_name", None)
     base = model_fingerprint(str(config or options.model_name_or_path), options.revision)
-    digest = hashlib.sha256(str([as_source(place).weight for place in options.train_files]).encode())
+    digest = hashlib.sha256(str([as_source(source).weight for source in options.train_files]).encode())
     for array in (rows.digest, rows.offsets, rows.source):
         digest.update(np.ascontiguousarray(array).tobytes())
     return {"base": base, "data": digest.hexdigest()[:16], "total_batch_size": rows_per_step(options)}
 
 
 def find_start(accelerator: Accelerator, options: TrainOptions, rows: Rows) -> Start:
-    """Decide from `output_dir` and `resume_from_checkpoint` where to begin; every process comes to the same answer.
+    """Decide from `output_dir` and `resume_from_checkpoint` where to start. Every process gets the same answer.
 
-    Nothing is written or removed yet: that is left to `Checkpoints.resume`, when model, adapter and backend have held.
+    Nothing is written or removed yet. `Checkpoints.resume` does that, after model, adapter and backend are set up.
 
     Raises:
-        ConfigError: the folder holds a finished run, something foreign or checkpoints of which none holds, or the named
-            checkpoint does not hold or is of another run.
+        ConfigError: the folder holds a finished run, other files, or only damaged checkpoints; or the named checkpoint
+            is damaged or belongs to another run.
     """
-    folder, named = Path(options.output_dir).expanduser(), options.resume_from_checkpoint
+    folder, choice = Path(options.output_dir).expanduser(), options.resume_from_checkpoint
     rank, world = accelerator.process_index, accelerator.num_processes
-    whole = partial(find_damage, rank=rank, world=world, add_up=partial(sum_on_hosts, accelerator))
+    find_problem = partial(find_damage, rank=rank, world=world, add_up=partial(sum_on_cpus, accelerator))
     _check_usable(folder, options)
     checkpoint = None
-    if named not in ("auto", "none"):
-        checkpoint = Path(named).expanduser()
-        if problem := whole(checkpoint):
-            raise ConfigError(f"resume_from_checkpoint: {named} {problem}.")
-        _check_apart(folder, checkpoint, options.overwrite_output_dir)
-    elif named == "auto" and not options.overwrite_output_dir:
-        checkpoint = newest_checkpoint(folder / "checkpoints", whole)
+    if choice not in ("auto", "none"):
+        checkpoint = Path(choice).expanduser()
+        if problem := find_problem(checkpoint):
+            raise ConfigError(f"resume_from_checkpoint: {choice} {problem}.")
+        _check_no_other_run(folder, checkpoint, options.overwrite_output_dir)
+    elif choice == "auto" and not options.overwrite_output_dir:
+        checkpoint = newest_checkpoint(folder / "checkpoints", find_problem)
         if checkpoint is None and any((folder / "checkpoints").glob("step-*")):
             raise ConfigError(
-                f"resume_from_checkpoint: auto: none of the checkpoints in {folder / 'checkpoints'} is whole; repair one, or "
-                "set resume_from_checkpoint: none to start anew."
+                f"resume_from_checkpoint: auto: none of the checkpoints in {folder / 'checkpoints'} is intact; repair "
+                "one, or set resume_from_checkpoint: none to start anew."
             )
-    # Nobody may write before everybody has looked.
+    # No process may write before all have read the folder.
     accelerator.wait_for_everyone()
     fresh = Start(output_dir=folder, identity=run_identity(options, rows), rank=rank, world=world)
-    return fresh if checkpoint is None else _continued(fresh, checkpoint, options)
+    return fresh if checkpoint is None else _continue_from(fresh, checkpoint, options)
 
 
 def _check_usable(folder: Path, options: RunOptions) -> None:
-    """Refuse an output_dir that holds something else than a run that may be continued."""
+    """Refuse an output_dir that holds a finished run, or files that are not a run."""
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output_dir: {folder} is a file; name a folder.")
-    # Hidden is what a killed process was writing.
+    # Hidden files were left by a killed process.
     if options.overwrite_output_dir or not any(path for path in folder.glob("*") if path.name[0] != "."):
         return
     try:
@@ -112,12 +108,13 @@ def _check_usable(folder: Path, options: RunOptions) -> None:
         ) from None
     if status == "done":
         raise ConfigError(
-            f"output_dir: {folder} holds a finished run; name another folder, or set overwrite_output_dir to start anew."
+            f"output_dir: {folder} holds a finished run; name another folder, or set overwrite_output_dir to start "
+            "anew."
         )
 
 
-def _check_apart(folder: Path, checkpoint: Path, overwrite: bool) -> None:
-    """A checkpoint from elsewhere starts a run of its own; another run's folder would have to be emptied for it."""
+def _check_no_other_run(folder: Path, checkpoint: Path, overwrite: bool) -> None:
+    """Refuse a checkpoint of another folder if this folder holds checkpoints too: they would have to be removed."""
     own = checkpoint.resolve().parent == (folder / "checkpoints").resolve()
     if not own and not overwrite and any((folder / "checkpoints").glob("step-*")):
         raise ConfigError(
@@ -126,46 +123,48 @@ def _check_apart(folder: Path, checkpoint: Path, overwrite: bool) -> None:
         )
 
 
-def newest_checkpoint(folder: Path, problem_of: Callable[[Path], str | None]) -> Path | None:
-    """The newest checkpoint that holds; broken ones are named and passed over."""
-    found = sorted(folder.glob("step-*"))
-    for path in reversed(found):
-        problem = problem_of(path)
+def newest_checkpoint(folder: Path, find_problem: Callable[[Path], str | None]) -> Path | None:
+    """The newest intact checkpoint in `folder`, or None. Damaged ones are reported and skipped."""
+    paths = sorted(folder.glob("step-*"))
+    for path in reversed(paths):
+        problem = find_problem(path)
         if problem is None:
             return path
         if process_rank() == 0:
-            print(f"checkpoint {path} {problem}{'; taking an older one' if path != found[0] else ''}", flush=True)
+            print(f"checkpoint {path} {problem}{'; taking an older one' if path != paths[0] else ''}", flush=True)
     return None
 
 
-def make_room(found: Start) -> None:
-    """Remove what this run replaces: all that is ours of another run, or the checkpoints after the one it continues."""
-    checkpoints = found.output_dir / "checkpoints"
-    obsolete = [found.output_dir / name for name in RUN_FILES]
-    if found.folder is not None and found.folder.resolve().parent == checkpoints.resolve():
-        # Rotation keeps the newest by name, and these would outlive the ones that are still to come.
+def remove_obsolete_files(start: Start) -> None:
+    """Remove what this run replaces: the files of another run, or the checkpoints after the one that it continues."""
+    checkpoints = start.output_dir / "checkpoints"
+    obsolete = [start.output_dir / name for name in RUN_FILES]
+    if start.folder is not None and start.folder.resolve().parent == checkpoints.resolve():
+        # Rotation keeps the highest step numbers: these would push out the checkpoints that are still to come.
         obsolete = []
         for path in checkpoints.glob("step-*"):
-            if path.name > found.folder.name:
+            if path.name > start.folder.name:
                 remove_folder(path)
-    # What a killed process was writing: a checkpoint, an export, run.json.
+    # A killed process may have left an unfinished checkpoint, export or run.json.
     for path in [
         *checkpoints.glob(".*.partial"),
-        *found.output_dir.glob(".*.partial"),
-        *found.output_dir.glob(".*.old"),
+        *start.output_dir.glob(".*.partial"),
+        *start.output_dir.glob(".*.old"),
         *obsolete,
     ]:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    found.output_dir.mkdir(parents=True, exist_ok=True)
+    start.output_dir.mkdir(parents=True, exist_ok=True)
 
 
-def _continued(fresh: Start, checkpoint: Path, options: TrainOptions) -> Start:
+def _continue_from(fresh: Start, checkpoint: Path, options: TrainOptions) -> Start:
+    """The start of a run that continues `checkpoint`."""
     state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-    changed = _check_same(checkpoint, state, options, fresh.identity)
-    # Whoever is here takes on the sums of those who are not.
-    meters = [rank_file(checkpoint, saved)["meter"] for saved in range(fresh.rank, state["processes"], fresh.world)]
+    changed = _compare_options(checkpoint, state, options, fresh.identity)
+    # With fewer processes than before, each one adds up the sums of several.
+    ranks = range(fresh.rank, state["processes"], fresh.world)
+    meters = [read_rank_state(checkpoint, rank)["meter"] for rank in ranks]
     sums = [sum(column) for column in zip(*meters, strict=True)] if meters else [0.0] * 5
-    found = replace(
+    start = replace(
         fresh,
         folder=checkpoint,
         step=state["step"],
@@ -177,54 +176,61 @@ def _continued(fresh: Start, checkpoint: Path, options: TrainOptions) -> Start:
         evaluate=state["evaluate"],
         changed=tuple(changed),
     )
-    if found.rank == 0:
-        _say(found, state["processes"])
-    return found
+    if start.rank == 0:
+        _print_start(start, state["processes"])
+    return start
 
 
-def rank_file(checkpoint: Path, rank: int) -> dict[str, Any]:
+def read_rank_state(checkpoint: Path, rank: int) -> dict[str, Any]:
+    """The JSON values that one process saved."""
     return json.loads((checkpoint / f"rank-{rank:05d}.json").read_text(encoding="utf-8"))
 
 
-def _say(found: Start, saved_by: int) -> None:
-    print(f"going on from {found.folder}, step {found.step}", flush=True)
-    if not found.same_processes:
+def _print_start(start: Start, processes: int) -> None:
+    """Say which checkpoint is continued and what differs; `processes` is how many saved it."""
+    print(f"resuming from {start.folder}, step {start.step}", flush=True)
+    if not start.same_processes:
         print(
-            f"saved by {saved_by} processes, continued by {found.world}: the same rows and the exact state, but dropout and "
-            "noise are drawn anew",
+            f"saved by {processes} processes, continued by {start.world}: the same rows and the exact state, but "
+            "dropout and noise are drawn anew",
             flush=True,
         )
-    for name in found.changed:
+    for name in start.changed:
         print(f"allowed to differ from the checkpoint: {name}", flush=True)
 
 
-def _check_same(checkpoint: Path, state: dict[str, Any], options: TrainOptions, mine: dict[str, Any]) -> list[str]:
-    """The options that differ from the checkpoint's and are allowed to.
+def _compare_options(
+    checkpoint: Path, state: dict[str, Any], options: TrainOptions, identity: dict[str, Any]
+) -> list[str]:
+    """Names of the options that differ from the checkpoint's and are allowed to.
 
     Raises:
-        ConfigError: some differ that are not allowed to, or never can.
+        ConfigError: options differ that may not, or that are not named in allow_changed.
     """
-    now, then = resolved_options(options), state["options"]
-    differ = [name for name in now if name in then and now[name] != then[name] and name not in HARMLESS]
-    moved = {kind for kind in ("base", "data") if mine[kind] != state["identity"][kind]}
-    # Another place is no difference as long as the same is there; what has changed in its place is one.
-    differ = [name for name in differ if PLACES.get(name) is None or PLACES[name] in moved]
-    problems = {name: (f"{then[name]!r}", f"{now[name]!r}") for name in differ}
-    for kind in moved:
-        # An option that differs explains it better.
-        explained = {name for name in differ if PLACES.get(name) == kind or (kind == "data" and name in DATA_OPTIONS)}
-        if not explained:
-            name, what = DESCRIPTIONS[kind]
-            problems[name] = (f"{what} {state['identity'][kind]}", mine[kind])
-    if state["identity"]["total_batch_size"] != mine["total_batch_size"]:
-        problems["total_batch_size"] = (state["identity"]["total_batch_size"], mine["total_batch_size"])
+    now, before = resolved_options(options), state["options"]
+    differ = [name for name in now if name in before and now[name] != before[name] and name not in HARMLESS_OPTIONS]
+    changed_content = {kind for kind in ("base", "data") if identity[kind] != state["identity"][kind]}
+    # Another path is fine as long as the content is the same.
+    differ = [
+        name for name in differ if LOCATION_OPTIONS.get(name) is None or LOCATION_OPTIONS[name] in changed_content
+    ]
+    problems = {name: (f"{before[name]!r}", f"{now[name]!r}") for name in differ}
+
+    # Content that changed at the same path is named by its fingerprint, unless a changed option explains it already.
+    for kind in changed_content:
+        if not any(LOCATION_OPTIONS.get(name) == kind or (kind == "data" and name in DATA_OPTIONS) for name in differ):
+            name, description = DESCRIPTIONS[kind]
+            problems[name] = (f"{description} {state['identity'][kind]}", identity[kind])
+    if state["identity"]["total_batch_size"] != identity["total_batch_size"]:
+        problems["total_batch_size"] = (state["identity"]["total_batch_size"], identity["total_batch_size"])
+
     allowed = set(options.allow_changed) - set(FIXED_OPTIONS)
     raise_problems(
         [
-            f"{name}: {checkpoint} was saved with {was}, this run has {found}; give the same, "
+            f"{name}: {checkpoint} was saved with {old}, this run has {new}; give the same, "
             + ("" if name in FIXED_OPTIONS else f"allow it by allow_changed: {name}, ")
             + "or resume_from_checkpoint: none."
-            for name, (was, found) in problems.items()
+            for name, (old, new) in problems.items()
             if name not in allowed
         ]
     )

@@ -1,7 +1,8 @@
-"""What each engine holds of the trained weights and of the optimizer's state: the one form in which all are saved.
+"""Each process's share of the trained weights and of the optimizer's state, in one form for all backends.
 
-Whatever an engine does with a parameter, a process holds a range of its elements: all of them under DDP, some rows under
-FSDP2, a stretch of DeepSpeed's flat partitions. So what one engine has saved another one can load, on any number of processes.
+Every backend leaves a process with ranges of the elements of parameters: all elements under DDP, some rows under FSDP2,
+a part of a flat partition under DeepSpeed. So a checkpoint of one backend can be loaded by another one, on any number of
+processes. What DeepSpeed needs beyond that (its copies of the weights, its loss scale) is at the end of this file.
 """
 
 import math
@@ -19,29 +20,29 @@ from accel_llm.system.tensors import DTYPE_NAMES, DTYPES_BY_NAME
 
 
 def local_shares(accelerator: Accelerator, model: Any, optimizer: Any) -> list[Share]:
-    """All that is trained on this process.
+    """This process's shares of everything that is trained.
 
     Raises:
         ConfigError: DeepSpeed runs without ZeRO.
     """
     if accelerator.distributed_type == DistributedType.FSDP:
         _reshard(model)
-    named = unwrap_model(accelerator, model).named_parameters()
-    names = {parameter: name for name, parameter in named if parameter.requires_grad}
+    parameters = unwrap_model(accelerator, model).named_parameters()
+    names = {parameter: name for name, parameter in parameters if parameter.requires_grad}
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         engine = optimizer.optimizer
         if hasattr(engine, "fp32_partitioned_groups_flat"):
-            return list(_of_zero3(engine, names, accelerator.process_index))
+            return list(_zero3_shares(engine, names, accelerator.process_index))
         if hasattr(engine, "single_partition_of_fp32_groups"):
-            return list(_of_zero2(engine, names, accelerator.process_index))
+            return list(_zero2_shares(engine, names, accelerator.process_index))
         raise ConfigError(
-            "zero_optimization.stage: 0 keeps no checkpoints here; give stage 1, 2 or 3, or use ddp.yaml."
+            "zero_optimization.stage: 0 cannot be saved in checkpoints; set stage 1, 2 or 3, or use ddp.yaml."
         )
-    return [_of_parameter(parameter, name) for parameter, name in names.items()]
+    return [_parameter_share(parameter, name) for parameter, name in names.items()]
 
 
 def _reshard(model: torch.nn.Module) -> None:
-    """After a forward pass without a backward one FSDP2 has whole parameters in the place of some shards."""
+    """After a forward pass without a backward pass FSDP2 holds whole parameters in place of some shards."""
     from torch.distributed.fsdp import FSDPModule
 
     for module in model.modules():
@@ -49,8 +50,8 @@ def _reshard(model: torch.nn.Module) -> None:
             module.reshard()
 
 
-def _of_parameter(parameter: Any, name: str) -> Share:
-    """A whole parameter, or the rows of it that FSDP2 leaves here."""
+def _parameter_share(parameter: Any, name: str) -> Share:
+    """A whole parameter, or the rows of it that FSDP2 keeps on this process."""
     from torch.distributed.tensor import DTensor
 
     if not isinstance(parameter, DTensor):
@@ -58,24 +59,25 @@ def _of_parameter(parameter: Any, name: str) -> Share:
     local = local_part(parameter.detach())
     rows, width = parameter.shape[0], parameter.shape[1:].numel()
     mesh = parameter.device_mesh
-    # fully_shard cuts as torch.chunk does: equal numbers of rows, the last ranks with fewer or none.
+    # fully_shard cuts like torch.chunk: equal numbers of rows, the last ranks get fewer or none.
     start = min(mesh.get_local_rank() * math.ceil(rows / mesh.size()), rows) * width
     return Share(f"{name}@{mesh.get_local_rank()}", parameter, local.view(-1), [Piece(name, start, 0, local.numel())])
 
 
-def _of_zero2(engine: Any, names: dict[Any, str], rank: int) -> Iterator[Share]:
-    """ZeRO-1 and 2: each group of parameters is one flat tensor, and each process has one stretch of it."""
+def _zero2_shares(engine: Any, names: dict[Any, str], rank: int) -> Iterator[Share]:
+    """ZeRO-1 and 2: each group of parameters is one flat tensor, and each process owns one range of it."""
     for k, flat in enumerate(engine.single_partition_of_fp32_groups):
         pieces = []
         for parameter in engine.bit16_groups[k]:
-            if (here := parameter._hp_mapping) is not None:
-                whole, part = here.lp_fragment_address, here.hp_fragment_address
-                pieces.append(Piece(names[parameter], whole.start, part.start, part.numel))
+            # None: this process owns no element of the parameter.
+            if (mapping := parameter._hp_mapping) is not None:
+                in_parameter, in_flat = mapping.lp_fragment_address, mapping.hp_fragment_address
+                pieces.append(Piece(names[parameter], in_parameter.start, in_flat.start, in_flat.numel))
         yield Share(f"group {k}@{rank}", flat, flat.detach().view(-1), pieces)
 
 
-def _of_zero3(engine: Any, names: dict[Any, str], rank: int) -> Iterator[Share]:
-    """ZeRO-3: each process has an equal stretch of each parameter, the last one padded."""
+def _zero3_shares(engine: Any, names: dict[Any, str], rank: int) -> Iterator[Share]:
+    """ZeRO-3: each process owns an equal range of each parameter; the last range is padded."""
     for k, flat in enumerate(engine.fp32_partitioned_groups_flat):
         pieces = []
         for parameter in engine.fp16_groups[k]:
@@ -85,95 +87,136 @@ def _of_zero3(engine: Any, names: dict[Any, str], rank: int) -> Iterator[Share]:
         yield Share(f"group {k}@{rank}", flat, flat.detach().view(-1), pieces)
 
 
-def share_tensors(found: list[Share], optimizer: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Weights and optimizer state of this process: what can be told by elements as flat tensors, and single numbers.
+def share_tensors(shares: list[Share], optimizer: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Weights and optimizer state of this process: flat tensors, and single numbers.
 
-    The names of tensors are `parameter|field|first element`, those of numbers `parameter|field`. State that is no number
-    for each element, such as the scales of 8-bit blocks, is kept as it is, as `owner|field|whole`.
+    Tensors are named `parameter|field|first element`, numbers `parameter|field`. State without one value per element,
+    such as the scales of 8-bit blocks, is saved as it is, named `share|field|whole`.
     """
-    kept: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
     numbers: dict[str, Any] = {}
-    every = unwrap_optimizer(optimizer).state
-    for owner in found:
-        flats = {WEIGHT: owner.flat}
-        for field, value in every.get(owner.key, {}).items():
+    states = unwrap_optimizer(optimizer).state
+    for share in shares:
+        flats = {WEIGHT: share.flat}
+        # The state of a share is sorted by its form: a number, one value per element, or anything else.
+        for field, value in states.get(share.key, {}).items():
             if not isinstance(value, torch.Tensor) or not value.ndim:
-                numbers |= {f"{piece.name}|{field}": _number(value) for piece in owner.pieces}
-            elif (local := local_part(value)).numel() == owner.flat.numel():
+                numbers |= {f"{piece.name}|{field}": _number_to_json(value) for piece in share.pieces}
+            elif (local := local_part(value)).numel() == share.flat.numel():
                 flats[field] = local.detach().view(-1)
             else:
-                kept[f"{owner.name}|{field}|{WHOLE}"] = local.detach()
-        for name, start, offset, size in owner.pieces:
-            kept |= {f"{name}|{field}|{start}": flat[offset : offset + size] for field, flat in flats.items() if size}
-    return kept, numbers
+                tensors[f"{share.name}|{field}|{WHOLE}"] = local.detach()
+        for name, start, offset, size in share.pieces:
+            tensors |= {
+                f"{name}|{field}|{start}": flat[offset : offset + size] for field, flat in flats.items() if size
+            }
+    return tensors, numbers
 
 
-def _number(value: Any) -> Any:
-    """For JSON: a number as it is, a tensor of one as [dtype, whether it is on the CPU, number]."""
+def _number_to_json(value: Any) -> Any:
+    """A plain number stays as it is; a tensor of one number becomes [dtype, is it on the CPU, number]."""
     if isinstance(value, torch.Tensor):
         return [DTYPE_NAMES[value.dtype], value.device.type == "cpu", value.item()]
     return value
 
 
-def load_shares(found: list[Share], optimizer: Any, reader: PieceReader) -> None:
-    """Bring weights and optimizer state to what `reader` has.
-
-    Raises:
-        ConfigError: it holds other parameters than are trained here, or lacks some of their state.
-    """
-    base = unwrap_optimizer(optimizer)
-    for owner in found:
-        fill_weights(owner, reader)
-        state = _allocated(base, owner, reader)
-        for field, value in list(state.items()):
-            if isinstance(value, torch.Tensor) and value.ndim:
-                local = local_part(value)
-                if local.numel() == owner.flat.numel():
-                    for piece in owner.pieces:
-                        if reader.has(piece.name, field):
-                            reader.fill(piece, field, local.view(-1))
-                else:
-                    local.copy_(reader.read_whole(owner, field, local.device))
-        for field, value in reader.numbers_of(owner).items():
-            state[field] = _as_it_was(value, owner.flat.device)
-
-
-def fill_weights(owner: Share, reader: PieceReader) -> None:
-    for piece in owner.pieces:
-        reader.fill(piece, WEIGHT, owner.flat)
-
-
-def _allocated(base: Any, owner: Share, reader: PieceReader) -> dict[str, Any]:
-    """The optimizer's state of an owner, as its first step would make it; empty where there was none."""
-    fields, state = reader.fields(owner), base.state[owner.key]
-    if not fields and not any(key.rsplit("|", 1)[0] == owner.name for key in reader.whole):
-        return state
-    if hasattr(base, "init_state"):
-        # bitsandbytes decides by the size of a tensor how many bits its state has, and whether it is paged.
-        base.check_overrides()
-        group, place = _place(base, owner.key)
-        base.init_state(base.param_groups[group], owner.key, group, place)
-        return state
-    for field in fields:
-        state[field] = torch.zeros_like(owner.key, dtype=reader.dtype(owner, field), requires_grad=False)
-    for key, entry in reader.whole.items():
-        name, field = key.rsplit("|", 1)
-        if name == owner.name:
-            state[field] = torch.empty(entry.shape, dtype=entry.dtype, device=owner.flat.device)
-    return state
-
-
-def _place(base: Any, key: torch.Tensor) -> tuple[int, int]:
-    """Indices of the group and of the parameter in it."""
-    for group, settings in enumerate(base.param_groups):
-        for place, parameter in enumerate(settings["params"]):
-            if parameter is key:
-                return group, place
-    raise RuntimeError("the optimizer does not step what it keeps state of")
-
-
-def _as_it_was(value: Any, device: torch.device) -> Any:
+def _number_from_json(value: Any, device: torch.device) -> Any:
     if not isinstance(value, list):
         return value
     dtype, on_cpu, number = value
     return torch.tensor(number, dtype=DTYPES_BY_NAME[dtype], device="cpu" if on_cpu else device)
+
+
+def load_shares(shares: list[Share], optimizer: Any, reader: PieceReader) -> None:
+    """Load weights and optimizer state of this process from a checkpoint.
+
+    Raises:
+        ConfigError: the checkpoint holds other parameters than are trained here, or lacks some of their state.
+    """
+    inner = unwrap_optimizer(optimizer)
+    for share in shares:
+        fill_weights(share, reader)
+        state = _allocate_state(inner, share, reader)
+        for field, value in list(state.items()):
+            if isinstance(value, torch.Tensor) and value.ndim:
+                local = local_part(value)
+                if local.numel() == share.flat.numel():
+                    for piece in share.pieces:
+                        if reader.has(piece.name, field):
+                            reader.fill(piece, field, local.view(-1))
+                else:
+                    local.copy_(reader.read_whole(share, field, local.device))
+        for field, value in reader.share_numbers(share).items():
+            state[field] = _number_from_json(value, share.flat.device)
+
+
+def fill_weights(share: Share, reader: PieceReader) -> None:
+    """Load the weights of one share, without the optimizer's state."""
+    for piece in share.pieces:
+        reader.fill(piece, WEIGHT, share.flat)
+
+
+def _allocate_state(optimizer: Any, share: Share, reader: PieceReader) -> dict[str, Any]:
+    """Create the optimizer's state of a share as its first step would. Empty if the checkpoint has no state for it."""
+    fields, state = reader.fields(share), optimizer.state[share.key]
+    if not fields and not any(key.rsplit("|", 1)[0] == share.name for key in reader.whole):
+        return state
+    if hasattr(optimizer, "init_state"):
+        # bitsandbytes decides by the size of a tensor how many bits its state has, and whether it is paged.
+        optimizer.check_overrides()
+        group, index = _parameter_position(optimizer, share.key)
+        optimizer.init_state(optimizer.param_groups[group], share.key, group, index)
+        return state
+    for field in fields:
+        state[field] = torch.zeros_like(share.key, dtype=reader.dtype(share, field), requires_grad=False)
+    for key, stored in reader.whole.items():
+        name, field = key.rsplit("|", 1)
+        if name == share.name:
+            state[field] = torch.empty(stored.shape, dtype=stored.dtype, device=share.flat.device)
+    return state
+
+
+def _parameter_position(optimizer: Any, key: torch.Tensor) -> tuple[int, int]:
+    """Index of the parameter's group, and its index in that group."""
+    for group, settings in enumerate(optimizer.param_groups):
+        for index, parameter in enumerate(settings["params"]):
+            if parameter is key:
+                return group, index
+    raise RuntimeError("the optimizer has state of a parameter that it does not step")
+
+
+def refresh_model_weights(optimizer: Any) -> None:
+    """Copy DeepSpeed's float32 weights into the weights that the model computes with. Other backends need nothing."""
+    engine: Any = getattr(optimizer, "optimizer", None)
+    if hasattr(engine, "single_partition_of_fp32_groups"):
+        engine.update_lp_params()
+    elif hasattr(engine, "fp32_partitioned_groups_flat"):
+        engine._partition_all_parameters()
+        for k in range(len(engine.fp32_partitioned_groups_flat)):
+            engine._reassign_or_swap_out_partitioned_parameters(k)
+        # DeepSpeed keeps small parameters whole on every process.
+        if engine.persistent_parameters:
+            engine.persistent_parameters[0].all_gather(engine.persistent_parameters)
+
+
+def loss_scale_state(accelerator: Accelerator, optimizer: Any) -> dict[str, Any]:
+    """State of the fp16 loss scaler, for JSON; empty if the loss is not scaled."""
+    scaler = _loss_scaler(accelerator, optimizer)
+    if scaler is None:
+        return {}
+    # torch's scaler has a method for it, DeepSpeed's has plain attributes.
+    return scaler.state_dict() if hasattr(scaler, "state_dict") else dict(vars(scaler))
+
+
+def set_loss_scale_state(accelerator: Accelerator, optimizer: Any, state: dict[str, Any]) -> None:
+    """Restore what `loss_scale_state` returned."""
+    scaler = _loss_scaler(accelerator, optimizer)
+    if accelerator.scaler is not None:
+        scaler.load_state_dict(state)
+    elif scaler is not None:
+        vars(scaler).update(state)
+
+
+def _loss_scaler(accelerator: Accelerator, optimizer: Any) -> Any:
+    """The object that scales the loss in fp16: Accelerate's or DeepSpeed's, None if nothing does."""
+    return accelerator.scaler or getattr(getattr(optimizer, "optimizer", None), "loss_scaler", None)

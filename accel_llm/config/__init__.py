@@ -1,1 +1,1 @@
-"""What can be set: options, their types, the command line, and the names that other trainers use."""
+"""Settings: the options, their types, the command line, and the option names of other trainers."""

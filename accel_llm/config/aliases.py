@@ -1,6 +1,6 @@
-"""Names and values of other trainers, and what each becomes or is answered with here."""
+"""Option names and values of other trainers: which option of ours they mean, or what to do instead."""
 
-# Other trainers' names for an option that takes the same values here.
+# Other trainers' names for our options; the values are the same.
 RENAMED_OPTIONS = {
     **dict.fromkeys(["block_size", "max_seq_length", "max_seq_len", "cutoff_len", "model_max_length"], "max_length"),
     **dict.fromkeys(["train_file", "train_data", "data_path", "data_files"], "train_files"),
@@ -19,7 +19,7 @@ RENAMED_OPTIONS = {
     "template": "chat_template",
 }
 TORCH_DTYPES = {"bfloat16": ("precision", "bf16"), "float16": ("precision", "fp16"), "float32": ("precision", "fp32")}
-# Other trainers' switches: the values that have a meaning here, as (option, value), or None where it is so anyway.
+# Other trainers' switches: their values as (our option, its value), or None if the value changes nothing here.
 TRANSLATED_VALUES: dict[str, dict[str, tuple[str, str | bool] | None]] = {
     "bf16": {"true": ("precision", "bf16"), "false": None},
     "fp16": {"true": ("precision", "fp16"), "false": None},
@@ -35,26 +35,26 @@ TRANSLATED_VALUES: dict[str, dict[str, tuple[str, str | bool] | None]] = {
     "logging_strategy": {"steps": None},
     "save_strategy": {"steps": None},
 }
-# Names that mean nothing here: what to do instead.
+# Names without an option of ours, and values of switches that are not listed above: the remedy.
 ANSWERED_OPTIONS = {
-    "deepspeed": "DeepSpeed comes from the launcher: accelerate launch --config_file accelerate_configs/zero2.yaml",
-    "fsdp": "FSDP comes from the launcher: accelerate launch --config_file accelerate_configs/fsdp2.yaml",
-    "fsdp_config": "FSDP comes from the launcher: accelerate launch --config_file accelerate_configs/fsdp2.yaml",
-    "num_processes": "processes come from the launcher: accelerate launch --num_processes",
-    "local_rank": "ranks come from the launcher: accelerate launch --config_file accelerate_configs/ddp.yaml",
-    "use_cpu": "the device comes from the launcher: accelerate launch --config_file accelerate_configs/cpu.yaml",
-    "logging_dir": "metrics are written to metrics.jsonl in output_dir; report_to names trackers that get them too",
-    "do_train": "training is what the script does; dry_run stops before it",
-    "do_eval": "evaluation runs where eval_files or eval_share gives rows; eval_steps says how often",
-    "evaluation_strategy": "eval_steps says how often to evaluate; eval_files or eval_share on what",
-    "eval_strategy": "eval_steps says how often to evaluate; eval_files or eval_share on what",
-    "logging_strategy": "logging_steps says how often to log",
-    "save_strategy": "save_steps says how often to save; without it the end is saved",
+    "deepspeed": "start with `accelerate launch --config_file accelerate_configs/zero2.yaml`",
+    "fsdp": "start with `accelerate launch --config_file accelerate_configs/fsdp2.yaml`",
+    "fsdp_config": "start with `accelerate launch --config_file accelerate_configs/fsdp2.yaml`",
+    "num_processes": "start with `accelerate launch --num_processes`",
+    "local_rank": "the launcher sets it; start with `accelerate launch --config_file accelerate_configs/ddp.yaml`",
+    "use_cpu": "start with `accelerate launch --config_file accelerate_configs/cpu.yaml`",
+    "logging_dir": "metrics.jsonl in output_dir has the metrics; report_to names trackers that get them too",
+    "do_train": "the script always trains; dry_run stops before training",
+    "do_eval": "eval_files or eval_share turns evaluation on; eval_steps sets how often it runs",
+    "evaluation_strategy": "eval_files or eval_share turns evaluation on; eval_steps sets how often it runs",
+    "eval_strategy": "eval_files or eval_share turns evaluation on; eval_steps sets how often it runs",
+    "logging_strategy": "logging_steps sets how often metrics are logged",
+    "save_strategy": "save_steps sets how often checkpoints are saved; without it only the end is saved",
     "lr_scheduler_kwargs": "min_lr_rate and decay_share shape the schedule",
-    "validation_split_percentage": "eval_share holds out a share, 0.05 for 5 percent",
-    "bf16": "it is true or false here; precision takes auto, bf16, fp16 or fp32",
-    "fp16": "it is true or false here; precision takes auto, bf16, fp16 or fp32",
-    "mixed_precision": "precision takes auto, bf16, fp16 or fp32",
-    "load_in_4bit": "it is true or false here; method qlora trains on a 4-bit base",
-    "use_peft": "it is true or false here; method takes full, lora or qlora",
+    "validation_split_percentage": "eval_share holds out a share of the rows, such as 0.05 for 5 percent",
+    "bf16": "give true or false, or use precision: auto, bf16, fp16 or fp32",
+    "fp16": "give true or false, or use precision: auto, bf16, fp16 or fp32",
+    "mixed_precision": "use precision: auto, bf16, fp16 or fp32",
+    "load_in_4bit": "give true or false, or use method: qlora",
+    "use_peft": "give true or false, or use method: full, lora or qlora",
 }

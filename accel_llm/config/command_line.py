@@ -1,7 +1,7 @@
-"""Command line and recipe to one checked object: class default < script default < `--config recipe.yaml` < flag.
+"""Reads command line and recipe into one checked object: class default < script default < recipe (--config) < flag.
 
-The option names are the fields of the groups in `options`. Everything that is wrong is reported at once, one sentence
-for each problem. Names that other trainers use are understood where they mean the same, or answered with ours.
+The option names are the fields of the groups in `options`. All problems are reported at once, one sentence each. Option
+names of other trainers (`aliases`) are translated if they mean the same here; otherwise the problem names our option.
 """
 
 import difflib
@@ -22,9 +22,9 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from accel_llm.config.aliases import ANSWERED_OPTIONS, RENAMED_OPTIONS, TRANSLATED_VALUES
-from accel_llm.config.fields import MOST_YAML, read_yaml
+from accel_llm.config.fields import MAX_YAML_CHARACTERS, read_yaml
 from accel_llm.config.options import Options
-from accel_llm.errors import ConfigError
+from accel_llm.errors import ConfigError, raise_problems
 from accel_llm.system.secrecy import hide_secrets
 
 OptionsT = TypeVar("OptionsT", bound=Options)
@@ -33,47 +33,53 @@ OptionsT = TypeVar("OptionsT", bound=Options)
 def parse_options(
     options_class: type[OptionsT], argv: Sequence[str] | None = None, defaults: dict[str, Any] | None = None
 ) -> OptionsT:
-    """Reads the flags in `argv` (default: the command line) and the recipe they name into one checked object.
+    """Read the flags in `argv` (default: the command line) and the recipe that they name into one checked object.
 
-    `defaults` are a script's own defaults by field name; they do not count as set by the person.
-    Raises ConfigError with every problem. `--help` prints the options and ends the program.
+    `defaults` are a script's own defaults by field name; they do not count as set by the user. `--help` prints the
+    options and ends the program.
+
+    Raises:
+        ConfigError: with one sentence for each problem.
     """
+    # Flags first: they name the recipe.
     defaults = defaults or {}
     flags, problems = _read_flags(sys.argv[1:] if argv is None else argv, options_class)
     if "help" in flags:
         print(_help(options_class, defaults))
         raise SystemExit(0)
 
+    # Names of other trainers become ours; then values and rules are checked.
     recipe = _read_recipe(str(flags.pop("config"))) if "config" in flags else {}
-    in_recipe, wrong_recipe = _translate(recipe, options_class)
-    in_flags, wrong_flags = _translate(flags, options_class)
-    options, wrong_values = _check(options_class, defaults, in_recipe | in_flags)
+    recipe_values, recipe_problems = _translate(recipe, options_class)
+    flag_values, flag_problems = _translate(flags, options_class)
+    options, value_problems = _check(options_class, defaults, recipe_values | flag_values)
 
-    problems += wrong_recipe + wrong_flags + wrong_values
+    problems += recipe_problems + flag_problems + value_problems
     if problems or options is None:
         raise ConfigError(*dict.fromkeys(problems))
     return options
 
 
 def resolved_options(options: Options) -> dict[str, Any]:
-    """Every option with the value in force, ready for JSON and without secrets: it is written to files and sent to trackers."""
+    """Return every option with its value in force as plain JSON values, without secrets, for files and trackers."""
     return json.loads(hide_secrets(json.dumps(options.model_dump(mode="json", by_alias=True))))
 
 
 def recipe_schema(options_class: type[Options]) -> dict[str, Any]:
-    """JSON schema of a script's recipe, for editors."""
+    """Return the JSON schema of a script's recipe, which editors use to complete and check it."""
     return options_class.model_json_schema(by_alias=True)
 
 
 def _read_flags(argv: Sequence[str], options_class: type[Options]) -> tuple[dict[str, Any], list[str]]:
-    """`--name`, `--name value ...` and `--name=value` as name -> True, text or list of texts; and what fits nowhere.
+    """Read `--name`, `--name value ...` and `--name=value` as {name: True, text or list of texts}; return problems too.
 
-    A repeated option is overruled by its last value, as command lines go; a repeated list grows.
+    If an option is repeated, its last value counts; only lists and mappings grow.
     """
     fields = _fields(options_class)
     flags: dict[str, list[str]] = {}
     problems, name = [], None
     for token in argv:
+        # Each `--name` starts an option; the words after it are its values.
         if token == "-h" or token.startswith("--"):
             name, equals, value = token.lstrip("-").partition("=")
             name = {"h": "help"}.get(name, name).replace("-", "_")
@@ -81,42 +87,49 @@ def _read_flags(argv: Sequence[str], options_class: type[Options]) -> tuple[dict
             grows = field is not None and get_origin(field.annotation) in (list, dict)
             flags[name] = (flags.get(name, []) if grows else []) + ([value] if equals else [])
         elif name is None:
-            problems.append(f"{token!r} follows no option; a recipe is given as --config {token}")
+            problems.append(f"{token!r} does not belong to an option; a recipe is given as --config {token}.")
         else:
             flags[name].append(token)
+
+    # An option without a value is True, one value is a text, several are a list.
     if "config" in flags and len(flags["config"]) != 1:
-        problems.append(f"config: {flags.pop('config')} is not allowed; give one YAML file")
+        problems.append(f"config: {flags.pop('config')} is not allowed; give one YAML file.")
     return {name: (values if values[1:] else values[0]) if values else True for name, values in flags.items()}, problems
 
 
 def _read_recipe(path: str) -> dict[str, Any]:
-    """Top-level keys and values of a YAML file."""
+    """Return the options in a YAML file as {name: value}."""
     try:
         with Path(path).open(encoding="utf-8") as file:
-            node, values = read_yaml(file.read(MOST_YAML + 1))
+            node, values = read_yaml(file.read(MAX_YAML_CHARACTERS + 1))
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ConfigError(f"config: {path}, line {line}, is not YAML: {error.problem}") from None
+        raise ConfigError(f"config: {path}, line {line}, is not YAML: {error.problem}.") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(f"config: {path} cannot be read: {reason}") from None
+        raise ConfigError(f"config: {path} cannot be read: {reason}.") from None
     if values is None:
         return {}
     if not isinstance(node, yaml.MappingNode):
-        raise ConfigError(f"config: {path} holds a {type(values).__name__}; a recipe is lines of `option: value`")
+        raise ConfigError(
+            f"config: {path} holds a {type(values).__name__}; a recipe consists of lines `option: value`."
+        )
+
+    # YAML itself keeps the last value of a repeated key without a word.
     keys = Counter(str(key.value).replace("-", "_") for key, _ in node.value)
-    if twice := [f"{key}: given {count} times in {path}; give it once" for key, count in keys.items() if count > 1]:
-        raise ConfigError(*twice)
+    problems = [f"{key}: given {count} times in {path}; give it once." for key, count in keys.items() if count > 1]
+    raise_problems(problems)
     return {str(key).replace("-", "_"): value for key, value in values.items()}
 
 
-def _translate(given: dict[str, Any], options_class: type[Options]) -> tuple[dict[str, Any], list[str]]:
-    """Names of one source, ours and other trainers', to our names; and a sentence for each that has no meaning."""
+def _translate(raw: dict[str, Any], options_class: type[Options]) -> tuple[dict[str, Any], list[str]]:
+    """Translate the names in `raw` (a recipe or flags) to our options; return the values and the problems."""
     fields = _fields(options_class)
     values: dict[str, Any] = {}
     problems = []
-    for name, value in given.items():
-        option, meant = RENAMED_OPTIONS.get(name, name), value
+    for name, value in raw.items():
+        # Find our option and its value.
+        option, our_value = RENAMED_OPTIONS.get(name, name), value
         word = str(value).lower()
         if name in fields:
             option = name
@@ -124,74 +137,77 @@ def _translate(given: dict[str, Any], options_class: type[Options]) -> tuple[dic
             translation = TRANSLATED_VALUES[name][word]
             if translation is None:
                 continue
-            option, meant = translation
+            option, our_value = translation
         elif name in ANSWERED_OPTIONS:
-            problems.append(f"{name}: {_shown(value)} has no meaning here; {ANSWERED_OPTIONS[name]}")
+            problems.append(f"{name}: {_format_value(value)} has no meaning here; {ANSWERED_OPTIONS[name]}.")
             continue
+
+        # Two names may mean the same option.
         if option not in fields:
-            problems.append(_unknown(name, list(fields)))
-        elif option in values and values[option] != meant:
+            problems.append(_unknown_option(name, list(fields)))
+        elif option in values and values[option] != our_value:
             problems.append(
-                f"{name}: {_shown(value)} and another value for {option} are both given; give {option} once"
+                f"{name}: {_format_value(value)} contradicts another value of {option}; give {option} once."
             )
         else:
-            values[option] = meant
+            values[option] = our_value
     return values, problems
 
 
 def _check(
-    options_class: type[OptionsT], defaults: dict[str, Any], given: dict[str, Any]
+    options_class: type[OptionsT], defaults: dict[str, Any], user_values: dict[str, Any]
 ) -> tuple[OptionsT | None, list[str]]:
-    """The object, or none, and what is wrong: values by themselves, then the rules between those that are right."""
-    values, problems, options = defaults | given, [], None
+    """Return the checked object (None if a required option is missing) and the problems, of values and of rules."""
+    values, problems, options = defaults | user_values, [], None
     try:
         options = options_class.model_validate(values)
     except ValidationError as error:
         fields = _fields(options_class)
-        wrong = {str(item["loc"][0]): item for item in error.errors()}
-        problems = [_sentence(name, item, values, fields[name]) for name, item in wrong.items()]
-        # A required option that is missing leaves nothing to ask the rules about.
-        if wrong.keys() <= values.keys():
-            options = options_class.model_validate({k: v for k, v in values.items() if k not in wrong})
+        errors = {str(item["loc"][0]): item for item in error.errors()}
+        problems = [_problem(name, item, values, fields[name]) for name, item in errors.items()]
+        # The rules are still checked, with the defaults of the wrong options. Required options have no default.
+        if errors.keys() <= values.keys():
+            options = options_class.model_validate({k: v for k, v in values.items() if k not in errors})
     if options is None:
         return None, problems
-    options.model_fields_set.difference_update(defaults.keys() - given.keys())
+    # Defaults of the script must not count as set by the user.
+    options.model_fields_set.difference_update(defaults.keys() - user_values.keys())
     return options, problems + options.problems()
 
 
-def _sentence(name: str, error: ErrorDetails, values: dict[str, Any], field: FieldInfo) -> str:
+def _problem(name: str, error: ErrorDetails, values: dict[str, Any], field: FieldInfo) -> str:
     if error["type"] == "value_error":
-        return f"{name}: {error.get('ctx', {})['error']}"
+        return f"{name}: {error.get('ctx', {})['error']}."
     if error["type"] == "missing":
-        return f"{name}: it is required; give {_allowed(field)}"
-    return f"{name}: {_shown(values[name])} is not allowed; give {_allowed(field)}"
+        return f"{name}: it is required; give {_allowed_values(field)}."
+    return f"{name}: {_format_value(values[name])} is not allowed; give {_allowed_values(field)}."
 
 
 def _fields(options_class: type[Options]) -> dict[str, FieldInfo]:
-    """Fields by the name that a person types."""
+    """Return the fields by the name that the user types."""
     return {field.alias or name: field for name, field in options_class.model_fields.items()}
 
 
-def _unknown(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"{name}: no such option; " + (f"did you mean {near[0]}?" if near else "--help lists them all")
+def _unknown_option(name: str, options: list[str]) -> str:
+    matches = difflib.get_close_matches(name, options, n=1)
+    return f"{name}: no such option; " + (f"did you mean {matches[0]}?" if matches else "--help lists all options.")
 
 
-def _shown(value: Any) -> str:
-    """A value as a person wrote it; an option without a value reads as true."""
+def _format_value(value: Any) -> str:
+    """Return a value as the user wrote it; an option without a value is true."""
     if isinstance(value, bool):
         return "true (or no value)" if value else "false"
-    shown = "null" if value is None else repr(value)
-    return shown if len(shown) <= 300 else f"{shown[:300]} ..."
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 300 else f"{text[:300]} ..."
 
 
-def _allowed(field: FieldInfo) -> str:
-    """The values that a field takes, in words."""
-    ranges = [words for item in field.metadata if (words := _range(item))]
-    return _kind(field.annotation, " and".join(ranges))
+def _allowed_values(field: FieldInfo) -> str:
+    """Return the values that a field takes, in words."""
+    ranges = [words for item in field.metadata if (words := _describe_range(item))]
+    return _describe_type(field.annotation, " and".join(ranges))
 
 
-def _range(constraint: Any) -> str:
+def _describe_range(constraint: Any) -> str:
     match constraint:
         case Ge(ge=bound):
             return f" of at least {bound}"
@@ -204,7 +220,8 @@ def _range(constraint: Any) -> str:
     return ""
 
 
-def _kind(annotation: Any, ranges: str = "") -> str:
+def _describe_type(annotation: Any, ranges: str = "") -> str:
+    """Return in words what an annotation allows: choices, pairs, lists, alternatives or one of the plain types."""
     args = get_args(annotation)
     if get_origin(annotation) is Literal:
         return " or ".join([", ".join(map(str, args[:-1])), str(args[-1])] if len(args) > 1 else map(str, args))
@@ -213,33 +230,36 @@ def _kind(annotation: Any, ranges: str = "") -> str:
     if get_origin(annotation) is list:
         return "any of " + ", ".join(get_args(args[0])) if get_origin(args[0]) is Literal else "one or several texts"
     if get_origin(annotation) in (Union, types.UnionType):
-        return ", or ".join("none" if arg is type(None) else _kind(arg, ranges) for arg in args)
+        return ", or ".join("none" if arg is type(None) else _describe_type(arg, ranges) for arg in args)
     return {bool: "true or false", int: f"a whole number{ranges}", float: f"a number{ranges}", str: "text"}[annotation]
 
 
 def _help(options_class: type[Options], defaults: dict[str, Any]) -> str:
-    """Every option under the title of its group, with what it takes and its default."""
+    """Return the text of --help: every option under the title of its group, with its values and its default."""
     width = min(shutil.get_terminal_size().columns, 110)
-    lines = ["Options (--name value, or name: value in the YAML file of --config):"]
+    lines = ["Options: --name value on the command line, or name: value in the YAML file (recipe) of --config."]
     for group in options_class.__mro__:
+        # Only the options that the group itself adds.
         if not issubclass(group, Options):
             continue
         inherited = {
             name for parent in group.__mro__[1:] if issubclass(parent, Options) for name in parent.model_fields
         }
-        own = [(name, field) for name, field in group.model_fields.items() if name not in inherited]
-        lines += ["", f"{(group.__doc__ or '').strip()}:"] if own else []
-        for name, field in own:
+        own_fields = [(name, field) for name, field in group.model_fields.items() if name not in inherited]
+        lines += ["", f"{(group.__doc__ or '').strip()}:"] if own_fields else []
+
+        # Two parts for each: its name, and its description with values and default.
+        for name, field in own_fields:
             default = defaults.get(name, field.get_default(call_default_factory=True))
-            shown = "required" if field.is_required() else f"default: {_plain(default)}"
-            text = f"{field.description}. Takes {_allowed(field)} ({shown})."
+            default_text = "required" if field.is_required() else f"default: {_format_default(default)}"
+            text = f"{field.description}. Takes {_allowed_values(field)} ({default_text})."
             lines.append(f"  --{field.alias or name}")
             lines += textwrap.wrap(text, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines)
 
 
-def _plain(value: Any) -> str:
-    """A default as one types it."""
+def _format_default(value: Any) -> str:
+    """Return a default as the user would type it."""
     if value is None or value in ([], {}):
         return "none"
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""What an option can be made of: the base of all option groups, and the types that take a value as people write it."""
+"""The base class of all option groups, and the types of options. The types accept values as people write them."""
 
 import re
 from typing import Annotated, Any, Literal, get_args
@@ -7,119 +7,125 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from typing_extensions import Self
 
-MOST_YAML = 1 << 16  # characters of a recipe, as it stands and with all that its aliases stand for
+MAX_YAML_CHARACTERS = 1 << 16  # of a recipe, before and after its YAML aliases are expanded
 
 
-def _listed(value: Any) -> Any:
-    """One value where a list is expected is a list of one; `none` and `false` are the empty list."""
+def _as_list(value: Any) -> Any:
+    """Wrap a single value in a list; `none` and `false` mean the empty list."""
     if value is None or value is False or value in ("none", ["none"]):
         return []
     return [value] if isinstance(value, str | int | float) else value
 
 
-def _also(**names: str) -> BeforeValidator:
-    """Takes other names for the same values, those that torch and Transformers use."""
+def _accept_names(**names: str) -> BeforeValidator:
+    """Accept other names of the same values, such as those of torch and Transformers."""
     return BeforeValidator(lambda value: names.get(value, value) if isinstance(value, str) else value)
 
 
-def _pairs(value: Any) -> Any:
-    """`name=value name=value`, or the same as a YAML mapping in one text; values are YAML, so `false` is no text."""
+def _parse_pairs(value: Any) -> Any:
+    """Read `name=value name=value`, or a YAML mapping in one text. Values are YAML: `false` is a truth value."""
     texts = [value] if isinstance(value, str) else value
     if value is None or value is False or texts in (["none"], ["null"]):
         return {}
     if not isinstance(texts, list):
         return value
+
+    # Each text is one pair, or a whole mapping.
     pairs: dict[Any, Any] = {}
     for text in texts:
-        name, equals, written = str(text).partition("=")
-        part = _yaml(str(text)) if str(text).lstrip().startswith("{") else {name.strip(): _yaml(written)}
+        name, equals, value_text = str(text).partition("=")
+        part = _parse_yaml(str(text)) if str(text).lstrip().startswith("{") else {name.strip(): _parse_yaml(value_text)}
         if not (isinstance(part, dict) and (equals or str(text).lstrip().startswith("{"))):
-            raise ValueError(f"{text!r} is no pair; give name=value, or a mapping")
+            raise ValueError(f"{text!r} is not a pair; give name=value, or a mapping")
         pairs |= part
     return pairs
 
 
 def read_yaml(text: str) -> tuple[yaml.Node | None, Any]:
-    """The node and the value of a YAML text that holds plain values; any other tag is an error of YAML.
+    """Parse a YAML text of plain values; return its node and its value. Tags of Python objects are refused.
 
     Raises:
-        yaml.YAMLError: it is none, or is out of all proportion for options.
+        yaml.YAMLError: the text is not YAML, or far too long or too deep for options.
     """
-    too_long = yaml.YAMLError(f"it is more than {MOST_YAML:,} characters long")
-    if len(text) > MOST_YAML:
+    too_long = yaml.YAMLError(f"it is more than {MAX_YAML_CHARACTERS:,} characters long")
+    if len(text) > MAX_YAML_CHARACTERS:
         raise too_long
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-        # One anchor that stands in another, and so on, makes gigabytes of a few lines.
-        if node and _size(node, {}) > MOST_YAML:
+        # Anchors within anchors can turn a few lines into gigabytes.
+        if node and _node_size(node, {}) > MAX_YAML_CHARACTERS:
             raise too_long
         return node, yaml.safe_load(text)
     except RecursionError:
         raise yaml.YAMLError("its values are nested too deep") from None
-    except ValueError as error:  # of a date or a whole number that is none
+    except ValueError as error:  # an invalid date or integer
         raise yaml.YAMLError(str(error)) from None
 
 
-def _size(node: yaml.Node, known: dict[int, int]) -> int:
-    """Characters of a node with all that its aliases stand for; one that holds itself has too many."""
-    if id(node) not in known:
-        known[id(node)] = MOST_YAML
+def _node_size(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """Return the approximate number of characters of a node with its aliases expanded; `sizes` caches them by node."""
+    if id(node) not in sizes:
+        # A node that contains itself meets this number, which is too large.
+        sizes[id(node)] = MAX_YAML_CHARACTERS
         parts = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
-        inside = len(parts) if isinstance(node, yaml.ScalarNode) else sum(_size(part, known) for part in parts)
-        known[id(node)] = 1 + inside
-    return known[id(node)]
+        inside = len(parts) if isinstance(node, yaml.ScalarNode) else sum(_node_size(part, sizes) for part in parts)
+        sizes[id(node)] = 1 + inside
+    return sizes[id(node)]
 
 
-def _yaml(text: str) -> Any:
+def _parse_yaml(text: str) -> Any:
     try:
         return read_yaml(text)[1]
     except yaml.YAMLError:
         raise ValueError(f"{text[:200]!r} is not YAML") from None
 
 
-def _sources(value: Any) -> Any:
-    """Places as texts or mappings; a mapping may come as text from the command line."""
-    places = _listed([value] if isinstance(value, dict) else value)
+def _parse_sources(value: Any) -> Any:
+    """Read sources: paths, or mappings with the fields of `Source` (on the command line a text: {path: ...})."""
+    places = _as_list([value] if isinstance(value, dict) else value)
     if not isinstance(places, list):
         return places
-    places = [_yaml(place) if isinstance(place, str) and place.startswith("{") else place for place in places]
-    return [_source(place) if isinstance(place, dict) else place for place in places]
+    places = [_parse_yaml(place) if isinstance(place, str) and place.startswith("{") else place for place in places]
+    return [_build_source(place) if isinstance(place, dict) else place for place in places]
 
 
-def _source(fields: dict[str, Any]) -> "Source":
+def _build_source(fields: dict[str, Any]) -> "Source":
     try:
         return Source(**fields)
     except ValidationError as error:
-        wrong = error.errors()[0]
-        name = str(wrong["loc"][0]) if wrong["loc"] else "path"
-        known = ", ".join(Source.model_fields)
+        # One sentence for the first problem: pydantic's own text would name classes of this module.
+        first = error.errors()[0]
+        name = str(first["loc"][0]) if first["loc"] else "path"
+        names = ", ".join(Source.model_fields)
         if name not in Source.model_fields:
-            raise ValueError(f"a source has no {name!r}; it takes {known}") from None
-        if wrong["type"] == "missing":
-            raise ValueError(f"a source without path, found {fields!r}; it takes {known}") from None
-        raise ValueError(f"{name} of a source: {fields[name]!r} is not allowed: {wrong['msg']}") from None
+            raise ValueError(f"a source has no field {name!r}; give any of {names}") from None
+        if first["type"] == "missing":
+            raise ValueError(f"the source {fields!r} has no path; give path, and any of {names}") from None
+        raise ValueError(f"{name} of a source: {fields[name]!r} is not allowed ({first['msg']})") from None
 
 
-def _packing(value: Any) -> Any:
-    """true is `per_epoch`, false is none."""
+def _parse_packing(value: Any) -> Any:
+    """Read a truth value: true means `per_epoch`, false means none."""
     return {"true": "per_epoch", "false": None, "none": None}.get(str(value).lower(), value)
 
 
-def _resume(value: Any) -> Any:
-    """Transformers also takes a truth value: true is `auto`, false is `none`."""
+def _parse_resume(value: Any) -> Any:
+    """Read a truth value as Transformers does: true means `auto`, false means `none`."""
     text = str(value).lower()
     return {"true": "auto", "false": "none", "none": "none"}.get(text, value)
 
 
-def _target_modules(value: Any) -> Any:
-    """Plain module names are a list, also when one string holds them; anything else in a string is a pattern.
+def _parse_target_modules(value: Any) -> Any:
+    """Read plain module names as a list, also from one string; any other string is a regular expression.
 
-    PEFT matches a string against the whole dotted name of a module, so a bare `q_proj` would match nothing.
+    PEFT matches a string against the whole dotted name of a module, so the string `q_proj` would match nothing.
     """
     if isinstance(value, list) and len(value) == 1 and not re.fullmatch(r"[\w.]+", str(value[0])):
-        value = value[0]  # a flag gives a list; one dotted name stays a list of names
+        value = value[0]  # a flag gives a list; a single dotted name stays a list
     if not isinstance(value, str) or value == "all-linear":
         return value
+
+    # A string: names with commas between them, or a regular expression.
     names = [name.strip() for name in value.split(",")]
     if all(name.isidentifier() for name in names):
         return names
@@ -130,13 +136,13 @@ def _target_modules(value: Any) -> Any:
     return value
 
 
-def _bytes(value: Any) -> Any:
-    """Bytes, or a number with a unit as Transformers takes it: 500MB, 5GB, 2GiB."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B", str(value).strip(), re.IGNORECASE)
-    if found is None:
+def _parse_size(value: Any) -> Any:
+    """Read a number of bytes, or a number with a unit as Transformers writes it: 500MB, 5GB, 2GiB."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B", str(value).strip(), re.IGNORECASE)
+    if match is None:
         return value
-    power = " KMGT".index(found[2].upper() or " ")
-    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+    power = " KMGT".index(match[2].upper() or " ")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
 
 
 DataFormat = Literal[
@@ -145,7 +151,7 @@ DataFormat = Literal[
 
 
 class Source(BaseModel):
-    """A place that rows come from, with what is said about it alone; see the options of the same names."""
+    """One source of rows and its own settings, which mean the same as the options of the same names."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, coerce_numbers_to_str=True)
 
@@ -160,32 +166,35 @@ class Source(BaseModel):
 
     @property
     def label(self) -> str:
-        """How the ledger names it."""
+        """The name of the source in the ledger."""
         parts = (self.path, self.name, None if self.split == "train" else self.split)
         return ":".join(part for part in parts if part)
 
 
-Sources = Annotated[list[str | Source], BeforeValidator(_sources, json_schema_input_type=str | list[str | Source])]
-Columns = Annotated[dict[str, str], BeforeValidator(_pairs, json_schema_input_type=dict[str, str])]
-Variables = Annotated[dict[str, Any], BeforeValidator(_pairs, json_schema_input_type=dict[str, Any])]
+# Types of options that accept more than one spelling of a value.
+Sources = Annotated[
+    list[str | Source], BeforeValidator(_parse_sources, json_schema_input_type=str | list[str | Source])
+]
+Columns = Annotated[dict[str, str], BeforeValidator(_parse_pairs, json_schema_input_type=dict[str, str])]
+Variables = Annotated[dict[str, Any], BeforeValidator(_parse_pairs, json_schema_input_type=dict[str, Any])]
 Packing = Annotated[
     Literal["per_epoch", "static"] | None,
-    BeforeValidator(_packing, json_schema_input_type=bool | Literal["per_epoch", "static"] | None),
+    BeforeValidator(_parse_packing, json_schema_input_type=bool | Literal["per_epoch", "static"] | None),
 ]
-Texts = Annotated[list[str], BeforeValidator(_listed, json_schema_input_type=str | list[str])]
-Size = Annotated[int, Field(ge=1), BeforeValidator(_bytes, json_schema_input_type=int | str)]
-Numbers = Annotated[list[float], BeforeValidator(_listed, json_schema_input_type=float | list[float])]
+Texts = Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=str | list[str])]
+Size = Annotated[int, Field(ge=1), BeforeValidator(_parse_size, json_schema_input_type=int | str)]
+Numbers = Annotated[list[float], BeforeValidator(_as_list, json_schema_input_type=float | list[float])]
 Trackers = Annotated[
     list[Literal["tensorboard", "wandb", "trackio", "swanlab"]],
-    BeforeValidator(_listed, json_schema_input_type=str | list[str]),
+    BeforeValidator(_as_list, json_schema_input_type=str | list[str]),
 ]
 Precision = Annotated[
     Literal["auto", "bf16", "fp16", "fp32"],
-    _also(bfloat16="bf16", float16="fp16", half="fp16", float32="fp32", float="fp32"),
+    _accept_names(bfloat16="bf16", float16="fp16", half="fp16", float32="fp32", float="fp32"),
 ]
 Optimizer = Annotated[
     Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "lion", "adafactor", "sgd", "muon"],
-    _also(
+    _accept_names(
         adamw_torch="adamw",
         adamw_torch_fused="adamw",
         adamw_bnb_8bit="adamw_8bit",
@@ -193,14 +202,14 @@ Optimizer = Annotated[
         lion_32bit="lion",
     ),
 ]
-
-
-Resume = Annotated[str, BeforeValidator(_resume)]
-TargetModules = Annotated[list[str] | str, BeforeValidator(_target_modules, json_schema_input_type=str | list[str])]
+Resume = Annotated[str, BeforeValidator(_parse_resume)]
+TargetModules = Annotated[
+    list[str] | str, BeforeValidator(_parse_target_modules, json_schema_input_type=str | list[str])
+]
 
 
 class Options(BaseModel):
-    """What all groups share: nothing unknown, nothing changed later, no NaN, rules that are asked for their problems."""
+    """Base of all option groups: unknown names and NaN are refused, and values cannot be changed later."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -215,31 +224,37 @@ class Options(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _plain_values(cls, value: Any, info: ValidationInfo) -> Any:
-        """`none` and `null` in text are nothing where nothing is allowed, and a truth value is not a number."""
+    def _read_words(cls, value: Any, info: ValidationInfo) -> Any:
+        """Read the words `none` and `null` where an option may be none; refuse a truth value for a number."""
+        # Which types the field accepts.
         annotation = cls.model_fields[info.field_name or ""].annotation
         kinds = get_args(annotation) or (annotation,)
         if type(None) in kinds and value in ("none", "null"):
             return None
-        # pydantic reads true as 1; as a word it is no number.
+        # pydantic would read true as the number 1, but it refuses the word "true".
         numeric = (int in kinds or float in kinds) and bool not in kinds
         return str(value).lower() if isinstance(value, bool) and numeric else value
 
     def problems(self) -> list[str]:
-        """One sentence for each rule between fields that does not hold; a group adds its own to those above it."""
+        """Check the rules between options; return one sentence for each problem. Each group adds its own rules."""
         return []
 
     def with_defaults(self, values: dict[str, Any]) -> Self:
-        """A copy with `values` in place of everything that the person has not set."""
+        """Return a copy in which `values` replace those options that the user did not set."""
         unset = {name: value for name, value in values.items() if name not in self.model_fields_set}
         return self.model_copy(update=unset)
 
-    def _misplaced(self, uses: dict[str, tuple[str, ...]], choice: str) -> list[str]:
-        """Options set by the person that the value of `choice` leaves without effect."""
-        chosen = getattr(self, choice)
-        set_here = [name for name in uses if name in self.model_fields_set and getattr(self, name) not in (None, False)]
+    def _without_effect(self, uses: dict[str, tuple[str, ...]], choice: str) -> list[str]:
+        """Return a problem for each option that the user set, but that the value of the option `choice` does not use.
+
+        `uses` lists for each option the values of `choice` that use it.
+        """
+        value = getattr(self, choice)
+        set_names = [
+            name for name in uses if name in self.model_fields_set and getattr(self, name) not in (None, False)
+        ]
         return [
-            f"{name}: only {choice} {' or '.join(uses[name])} uses it, {choice} is {chosen}"
-            for name in set_here
-            if chosen not in uses[name]
+            f"{name}: only {choice} {' or '.join(uses[name])} uses it, but {choice} is {value}; remove it."
+            for name in set_names
+            if value not in uses[name]
         ]

@@ -1,4 +1,4 @@
-"""Options of the scripts that do not train: merging, extracting an adapter, asking a model, looking at rows."""
+"""Options of the scripts that do not train: merge, extract an adapter, chat with a model, show rows."""
 
 from typing import Literal
 
@@ -12,64 +12,75 @@ class MergeOptions(Options):
 
     adapter: Texts = Field(
         min_length=1,
-        description="Folder or hub id of the adapter, or folder of the run that made it; several are combined",
+        description="Folder or hub id of the adapter, or the folder of its run; several adapters are combined",
     )
     output_dir: str = Field(description="Folder for the merged model")
-    base: str | None = Field(None, description="Folder or hub id of the base model; none: the one the adapter names")
-    revision: str = Field("main", description="Branch, tag or commit of a hub base model")
+    base: str | None = Field(
+        None, description="Folder or hub id of the base model; none: the one that the adapter names"
+    )
+    revision: str = Field("main", description="Branch, tag or commit of a base model on the hub")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Of the weights, merged and written; auto: as the base has them"
+        "auto", description="Number format of the merged weights; auto: that of the base"
     )
     merge_base: Literal["original", "dequantized"] = Field(
         "original",
-        description="Of an adapter trained on 4 bits: merge into the base's own weights, or into those 4 bits",
+        description="For an adapter trained on 4 bits: merge into the base's own weights, or into the 4-bit ones",
     )
     allow_other_base: bool = Field(
-        False,
-        description="Take a base with another fingerprint than the adapter's: the same model stored in another way",
+        False, description="Accept a base with another fingerprint, for the same model stored in another way"
     )
-    scale: float = Field(1.0, description="Factor on all that the adapter adds")
-    adapter_weights: Numbers = Field(default_factory=list, description="One for each of several adapters; none: 1 each")
+    scale: float = Field(1.0, description="Factor of the weights that the adapter adds")
+    adapter_weights: Numbers = Field(
+        default_factory=list, description="Weight of each of several adapters; none: 1 for each"
+    )
     combination_type: Literal["cat", "linear", "ties", "dare_linear", "dare_ties"] = Field(
-        "cat", description="How several adapters become one; cat: the weighted sum of what they add, exactly"
+        "cat", description="How several adapters become one; cat: the exact weighted sum of the weights they add"
     )
-    density: float = Field(0.5, gt=0, le=1, description="Share of values that ties and dare keep")
-    seed: int = Field(42, ge=0, lt=2**32, description="Of what dare drops")
-    unmerge: bool = Field(False, description="Take the adapter out of base, a model that it was merged into")
+    density: float = Field(0.5, gt=0, le=1, description="Share of the values that ties and dare keep")
+    seed: int = Field(42, ge=0, lt=2**32, description="Seed of the values that dare drops")
+    unmerge: bool = Field(False, description="Remove the adapter from base, which is a model that it was merged into")
     verify: Literal["modules", "logits", "none"] = Field(
-        "modules", description="What is compared: each module and the files; or the whole model's logits as well"
+        "modules",
+        description="What is checked; modules: each module and the files; logits: the logits of the whole model too",
     )
-    max_shard_size: Size = Field(50 * 10**9, description="Largest weights file, such as 5GB")
+    max_shard_size: Size = Field(50 * 10**9, description="Maximum size of a file of weights, such as 5GB")
     overwrite_output_dir: bool = Field(False, description="Replace the model that output_dir holds")
-    allow_pickle: bool = Field(False, description="Read weights from .bin files, which are pickles (tensors only)")
+    allow_pickle: bool = Field(
+        False, description="Read weights from .bin files (pickle) if there are no safetensors; only tensors are read"
+    )
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model")
-    push_to_hub: str | None = Field(None, description="Hub id to upload the merged model to, as a private repository")
+    push_to_hub: str | None = Field(
+        None, description="Hub id of a private repository to which the merged model is uploaded"
+    )
 
     def problems(self) -> list[str]:
-        found = super().problems()
+        problems = super().problems()
         count = len(self.adapter)
         if self.adapter_weights and len(self.adapter_weights) != count:
-            found.append(
-                f"adapter_weights: {len(self.adapter_weights)} are given for {count} adapters; give one for each"
+            problems.append(
+                f"adapter_weights: {len(self.adapter_weights)} are given for {count} adapters; give one for each."
             )
         if count == 1:
-            set_here = self.model_fields_set & {"adapter_weights", "combination_type", "density", "seed"}
-            found += [f"{name}: only several adapters use it, one is given" for name in sorted(set_here)]
+            unused = self.model_fields_set & {"adapter_weights", "combination_type", "density", "seed"}
+            problems += [
+                f"{name}: only several adapters use it, but one is given; remove it." for name in sorted(unused)
+            ]
         if self.unmerge and (count > 1 or self.base is None):
             what = "one adapter" if count > 1 else "base, the merged model"
-            found.append(f"unmerge: takes one adapter out of a merged model; give {what}")
-        return found
+            problems.append(f"unmerge: it removes one adapter from a merged model; give {what}.")
+        return problems
 
 
 class ExtractOptions(Options):
     """Extract"""
 
     model: str = Field(description="Folder or hub id of the tuned model")
-    base: str = Field(description="Folder or hub id of the model that it was tuned from")
+    base: str = Field(description="Folder or hub id of the model from which it was tuned")
     output_dir: str = Field(description="Folder for the adapter")
     lora_r: int = Field(16, ge=1, description="Rank of the adapter")
     modules_to_save: Texts = Field(
-        default_factory=list, description="Modules saved whole, by name: what changed and is no linear layer"
+        default_factory=list,
+        description="Names of modules that are saved completely: those that changed and are not linear layers",
     )
     overwrite_output_dir: bool = Field(False, description="Replace the adapter that output_dir holds")
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model")
@@ -78,27 +89,28 @@ class ExtractOptions(Options):
 class ChatOptions(Options):
     """Chat"""
 
-    model: str = Field(description="Folder or hub id of a model, or the folder of an adapter or a run")
-    base: str | None = Field(None, description="Base model of an adapter; none: the one the adapter names")
+    model: str = Field(description="Folder or hub id of a model, or the folder of an adapter or of a run")
+    base: str | None = Field(None, description="Base model of an adapter; none: the one that the adapter names")
     allow_other_base: bool = Field(
-        False,
-        description="Take a base with another fingerprint than the adapter's: the same model stored in another way",
+        False, description="Accept a base with another fingerprint, for the same model stored in another way"
     )
-    prompt: str | None = Field(None, description="One question to answer; none: ask at the terminal")
-    system: str | None = Field(None, description="System message")
-    max_new_tokens: int = Field(256, ge=1, description="Tokens of an answer at most")
-    temperature: float = Field(0.0, ge=0, description="Of the sampling; 0: the most likely token")
-    chat_template: str | None = Field(None, description="chatml or a .jinja file, in place of the tokenizer's own")
-    precision: Precision = Field("auto", description="Of the weights; auto: as stored, float32 on CPU")
-    seed: int = Field(42, ge=0, lt=2**32, description="Of the sampling")
+    prompt: str | None = Field(None, description="One question to answer; none: a chat at the terminal")
+    system: str | None = Field(None, description="System message of the chat")
+    max_new_tokens: int = Field(256, ge=1, description="Maximum number of tokens in an answer")
+    temperature: float = Field(0.0, ge=0, description="Temperature of the sampling; 0: always the most likely token")
+    chat_template: str | None = Field(
+        None, description="Chat template: chatml, or a .jinja file; none: the tokenizer's own"
+    )
+    precision: Precision = Field("auto", description="Number format of the weights; auto: as stored, or fp32 on a CPU")
+    seed: int = Field(42, ge=0, lt=2**32, description="Seed of the sampling")
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model")
     allow_pickle: bool = Field(
-        False, description="Read weights from a pickle (.bin) where there are no safetensors; only tensors are taken"
+        False, description="Read weights from .bin files (pickle) if there are no safetensors; only tensors are read"
     )
 
 
 class ShowOptions(Options):
     """Show data"""
 
-    # `json` is a method of every pydantic model, so only the option has that name.
-    json_lines: bool = Field(False, alias="json", description="Print one JSON object a row and nothing else")
+    # Every pydantic model has a method `json`, so the field needs another name than the option.
+    json_lines: bool = Field(False, alias="json", description="Print one JSON object for each row and nothing else")

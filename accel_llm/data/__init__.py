@@ -1,1 +1,1 @@
-"""From files to batches: sources, formats, the ledger, encoding, packing, order, and the endless stream."""
+"""From files to batches: sources, row formats, the ledger, encoding, the cache, packing, order, and micro-batches."""

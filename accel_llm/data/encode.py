@@ -1,4 +1,4 @@
-"""Rows as they were read -> encoded rows, some hundreds at a time: parsed, masked, cut to length, each one counted."""
+"""Encode some hundred rows at a time: parse, tokenize, mask, cut to length, and count everything in the ledger."""
 
 import hashlib
 from array import array
@@ -13,23 +13,23 @@ from accel_llm.chat.targets import IGNORED
 from accel_llm.chat.template import EncodedRow, Template
 from accel_llm.config.fields import DataFormat
 from accel_llm.config.options import DataOptions
-from accel_llm.data.formats import Conversation, Document, Tokenized, parse_row
+from accel_llm.data.formats import Conversation, Document, TokenizedRow, parse_row
 from accel_llm.data.ledger import TRAINED, Ledger
 from accel_llm.data.rows import RowPart
 from accel_llm.data.sources import RawRow
 from accel_llm.errors import DataError
 
 NOTHING_TRAINED = "dropped: nothing to train"
-SPLIT_NOTE = "The template rewrites history: turns that it shows differently later train in rows of their own."
+SPLIT_NOTE = "The template shows some answers differently once others follow: these also train in rows of their own."
 HISTORY_NOTE = (
-    "The template writes something before an answer only while it is the last (an empty think block, say): earlier turns "
-    "are trained without it, as history shows them; split_turns trains each as the last."
+    "The template writes something before an answer only while it is the last (for example an empty think block): "
+    "earlier answers are trained without it, as the template shows them; split_turns trains each as the last one."
 )
 REASONING_NOTE = "Some answers have reasoning that the template does not write: they are trained without it."
 
 
 class SourceRow(NamedTuple):
-    """A row with where it came from: `source` is an index of `Encoder.formats`, `origin` one of the run's origins."""
+    """A row and where it came from: `source` is an index into `Encoder.formats`, `origin` the number of its origin."""
 
     source: int
     origin: int
@@ -38,70 +38,77 @@ class SourceRow(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoder:
-    """What turns rows into tokens; it can be sent to a worker. Without a template rows are documents or tokens."""
+    """Everything needed to encode rows; it can be sent to a worker process.
+
+    Without a template the rows are documents or token ids, and a conversation is an error.
+    """
 
     options: DataOptions
     tokenizer: PreTrainedTokenizerFast
     template: Template | None
-    labels: list[str]  # of each source, as the ledger names it
-    formats: list[tuple[DataFormat | None, dict[str, str]]]  # of each source: data_format and columns
+    labels: list[str]  # for each source: its name in the ledger
+    formats: list[tuple[DataFormat | None, dict[str, str]]]  # for each source: data_format and columns
 
 
 @dataclass
 class Chunk:
-    """Encoded rows of some source rows, and what became of those."""
+    """The encoded rows of some source rows, and the ledger of these source rows."""
 
     part: RowPart = field(default_factory=RowPart)
     ledger: Ledger = field(default_factory=Ledger)
-    lengths: Counter[int] = field(default_factory=Counter)
-    turns: int = 0
+    lengths: Counter[int] = field(default_factory=Counter)  # tokens of a row before it is cut -> rows
+    turns: int = 0  # assistant turns
 
 
 def encode_chunk(rows: list[SourceRow], encoder: Encoder) -> Chunk:
-    """Encode `rows`; those that are not right are dropped and counted where `on_bad_row` says so.
+    """Encode `rows`. With `on_bad_row: drop` a bad row is left out and counted.
 
     Raises:
-        DataError: a row that is not right, or one that is too long where `overlong` is error, naming file and row.
+        DataError: a bad row, or with `overlong: error` a row that is too long; the message names file and row.
     """
-    chunk, whole = Chunk(), []
+    chunk, parsed_rows = Chunk(), []
     for row in rows:
         try:
-            whole.append((row, _encode(row, encoder, chunk)))
+            parsed_rows.append((row, _encode(row, encoder, chunk)))
         except DataError as error:
-            _refuse(row, error, encoder, chunk)
-    documents = [(row, found) for row, found in whole if isinstance(found, Document)]
-    ids = iter(_documents([document.text for _, document in documents], encoder.tokenizer))
-    for row, found in whole:
-        for encoded in [next(ids)] if isinstance(found, Document) else found:
-            _fit(chunk, row, encoded, encoder)
+            _drop_or_raise(row, error, encoder, chunk)
+
+    # All documents are tokenized in one call, which is faster. The rows keep their order.
+    texts = [parsed.text for _, parsed in parsed_rows if isinstance(parsed, Document)]
+    documents = iter(_encode_documents(texts, encoder.tokenizer))
+    for row, parsed in parsed_rows:
+        for encoded in [next(documents)] if isinstance(parsed, Document) else parsed:
+            _add_row(chunk, row, encoded, encoder)
     return chunk
 
 
 def _encode(row: SourceRow, encoder: Encoder, chunk: Chunk) -> list[EncodedRow] | Document:
-    """The encoded rows of one row; a document is left for all to be tokenised together."""
+    """Return the encoded rows of one row. A document is returned as text; `encode_chunk` tokenizes it."""
     options, template = encoder.options, encoder.template
-    found = parse_row(row.row.fields, *encoder.formats[row.source])
-    if isinstance(found, Tokenized):
-        return [EncodedRow(found.input_ids, found.labels)]
-    if isinstance(found, Document):
-        check_encodable(found.text)
-        return found
+    parsed = parse_row(row.row.fields, *encoder.formats[row.source])
+    if isinstance(parsed, TokenizedRow):
+        return [EncodedRow(parsed.input_ids, parsed.labels)]
+    if isinstance(parsed, Document):
+        check_encodable(parsed.text)
+        return parsed
     if template is None:
         raise DataError("found a conversation, but pretraining takes plain text; train it with launch/sft.py", "a chat")
-    return _conversation(row, found, template, options, encoder.labels[row.source], chunk)
+    return _encode_conversation(parsed, template, options, encoder.labels[row.source], chunk)
 
 
-def _conversation(
-    row: SourceRow, found: Conversation, template: Template, options: DataOptions, label: str, chunk: Chunk
+def _encode_conversation(
+    conversation: Conversation, template: Template, options: DataOptions, label: str, chunk: Chunk
 ) -> list[EncodedRow]:
+    """Encode one conversation, and note in the ledger whatever the template did not write as the row has it."""
     encoding = template.encode(
-        found.messages,
+        conversation.messages,
         options.train_on,
-        found.tools,
+        conversation.tools,
         options.split_turns,
         options.train_on_eos,
-        found.variables or None,
+        conversation.variables or None,
     )
+
     for reason, turns in encoding.lost.items():
         chunk.ledger.skip_turns(reason, turns)
     if len(encoding.rows) > 1:
@@ -110,87 +117,100 @@ def _conversation(
         chunk.ledger.note(HISTORY_NOTE)
     if encoding.without_reasoning:
         chunk.ledger.note(REASONING_NOTE)
-    chunk.turns += sum([message["role"] == "assistant" for message in found.messages])
+
+    chunk.turns += sum([message["role"] == "assistant" for message in conversation.messages])
     if not encoding.rows:
         chunk.ledger.read(label)
         chunk.ledger.count(label, NOTHING_TRAINED)
     return encoding.rows
 
 
-def _refuse(row: SourceRow, error: DataError, encoder: Encoder, chunk: Chunk) -> None:
-    where = f"{row.row.file}, row {row.row.number}"
+def _drop_or_raise(row: SourceRow, error: DataError, encoder: Encoder, chunk: Chunk) -> None:
+    """Treat a bad row as `on_bad_row` says.
+
+    Raises:
+        DataError: with `on_bad_row: error`, naming file and row.
+    """
+    location = f"{row.row.file}, row {row.row.number}"
     if encoder.options.on_bad_row == "error":
-        raise DataError(f"{where}: {error}; on_bad_row: drop leaves such rows out.", error.reason) from None
+        raise DataError(f"{location}: {error}; on_bad_row: drop leaves such rows out.", error.reason) from None
     label = encoder.labels[row.source]
     chunk.ledger.read(label)
     chunk.ledger.count(label, f"dropped: {error.reason}")
-    chunk.ledger.example(error.reason, f"{where}: {error}")
+    chunk.ledger.example(error.reason, f"{location}: {error}")
 
 
-def _documents(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> list[EncodedRow]:
-    """Plain texts, trained whole, each ended by the end-of-text token."""
+def _encode_documents(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> list[EncodedRow]:
+    """Tokenize plain texts; all tokens are trained, and each text ends with the end-of-text token."""
     if not texts:
         return []
     end = tokenizer.eos_token_id
-    found = tokenizer(texts)["input_ids"]
-    whole = [ids if end is None or ids[-1:] == [end] else [*ids, end] for ids in found]
-    return [EncodedRow(ids, ids) for ids in whole]
+    # Some tokenizers have no end-of-text token, others add it themselves.
+    documents = [ids if end is None or ids[-1:] == [end] else [*ids, end] for ids in tokenizer(texts)["input_ids"]]
+    return [EncodedRow(ids, ids) for ids in documents]
 
 
-def _fit(chunk: Chunk, row: SourceRow, encoded: EncodedRow, encoder: Encoder) -> None:
-    """Put one encoded row in the chunk as `overlong` says, and count where each of its tokens went."""
+def _add_row(chunk: Chunk, row: SourceRow, encoded: EncodedRow, encoder: Encoder) -> None:
+    """Add one encoded row to the chunk, shortened as `overlong` says, and count each of its tokens in the ledger."""
     options, label = encoder.options, encoder.labels[row.source]
-    # Nothing stands before a first token that could predict it: it is context, whatever it was.
+
+    # The first token is always context: no token comes before it that could predict it.
     ids, labels, weights = encoded.input_ids, encoded.labels, encoded.weights
     labels = labels if labels[:1] == [IGNORED] else [IGNORED, *labels[1:]]
-    ledger, length, supervised = chunk.ledger, len(ids), _labelled(labels)
+    ledger, length, supervised = chunk.ledger, len(ids), _count_labels(labels)
     chunk.lengths[length] += 1
     ledger.read(label, 1, supervised, length - supervised)
     if not supervised:
         ledger.count(label, NOTHING_TRAINED, 1, 0, length)
         return
-    packed = array("i", ids)
-    digest = int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little")
+
+    # A row that fits is added whole.
+    id_array = array("i", ids)
+    digest = int.from_bytes(hashlib.blake2b(id_array, digest_size=8).digest(), "little")
     if length <= options.max_length:
-        chunk.part.add(packed, array("i", labels), weights, row.row.number, row.origin, digest)
+        chunk.part.add(id_array, array("i", labels), weights, row.row.number, row.origin, digest)
         ledger.count(label, TRAINED, 1, supervised, length - supervised)
         return
+
     too_long = f"longer than max_length={options.max_length}"
     if options.overlong == "error":
         raise DataError(
             f"{row.row.file}, row {row.row.number}: {length} tokens are {too_long}; raise it, or set overlong: drop, "
             "truncate or split."
         )
-    spans = _spans(labels, options)
+    spans = _spans_to_train(labels, options)
     if not spans:
         ledger.count(label, f"dropped: {too_long}", 1, supervised, length - supervised)
         return
+
+    # Add the pieces; the tokens that are in no piece were cut.
     trained = context = 0
     for start, end in spans:
-        # Likewise the first token of a piece: a label that it had is cut off.
-        kept = [IGNORED, *labels[start + 1 : end]]
+        # The first token of a piece is context, too: its label counts as cut.
+        piece_labels = [IGNORED, *labels[start + 1 : end]]
         piece_weights = weights if weights is None else weights[start:end]
-        chunk.part.add(packed[start:end], array("i", kept), piece_weights, row.row.number, row.origin, digest)
-        trained += _labelled(kept)
-        context += end - start - _labelled(labels[start:end])
+        chunk.part.add(id_array[start:end], array("i", piece_labels), piece_weights, row.row.number, row.origin, digest)
+        trained += _count_labels(piece_labels)
+        context += end - start - _count_labels(labels[start:end])
     ledger.count(label, TRAINED, 1, trained, context)
     ledger.count(label, f"cut: {too_long}", 0, supervised - trained, length - supervised - context)
 
 
-def _labelled(labels: list[int]) -> int:
+def _count_labels(labels: list[int]) -> int:
     return len(labels) - labels.count(IGNORED)
 
 
-def _spans(labels: list[int], options: DataOptions) -> list[tuple[int, int]]:
-    """The parts [start, end) of a row that is too long that are kept."""
+def _spans_to_train(labels: list[int], options: DataOptions) -> list[tuple[int, int]]:
+    """Return the parts [start, end) of a row longer than `max_length` that are trained, as `overlong` says."""
     size, length = options.max_length, len(labels)
     if options.overlong == "split":
+        # Pieces of equal size; a piece without a label is left out.
         pieces = [(start, min(start + size, length)) for start in range(0, length, size)]
-        return [(start, end) for start, end in pieces if _labelled(labels[start + 1 : end])]
+        return [(start, end) for start, end in pieces if _count_labels(labels[start + 1 : end])]
     if options.overlong == "truncate":
         if IGNORED not in labels[1 : size + 1]:
             return [(0, size)]
-        # The longest beginning that ends with a whole trained turn, so that no answer loses its end token.
+        # The longest start of the row that ends with a complete trained turn, so that no answer loses its end token.
         ends = [k + 1 for k in range(size) if labels[k] != IGNORED and labels[k + 1] == IGNORED]
         return [(0, ends[-1])] if ends else []
     return []

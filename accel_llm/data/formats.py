@@ -1,6 +1,6 @@
-"""A row of any known dataset shape -> a conversation, a document of plain text, or token ids.
+"""Parse a row of any known dataset shape into a conversation, a document of plain text, or token ids.
 
-What is wrong with a row is told as DataError, in one sentence without file or row number; see `messages` for reasons.
+A bad row raises DataError: one sentence without file and row number, and a reason from `accel_llm.chat.messages`.
 """
 
 from collections.abc import Iterable, Mapping
@@ -28,40 +28,41 @@ from accel_llm.chat.messages import (
     show_keys,
     show_value,
 )
+from accel_llm.chat.targets import IGNORED
 from accel_llm.config.fields import DataFormat
 from accel_llm.errors import ConfigError, DataError
 
 
 class Conversation(NamedTuple):
-    """`tools`: JSON schemas in the shape of OpenAI; `variables`: the row's own for the chat template."""
+    """A chat, with the tools and the template variables of its row."""
 
     messages: list[Message]
-    tools: list[dict[str, Any]] | None
-    variables: dict[str, Any]
+    tools: list[dict[str, Any]] | None  # JSON schemas as OpenAI writes them
+    variables: dict[str, Any]  # `chat_template_kwargs` of the row
 
 
 class Document(NamedTuple):
-    """Plain text, trained whole."""
+    """Plain text; all of it is trained."""
 
     text: str
 
 
-class Tokenized(NamedTuple):
-    """`labels[k]` belongs to `input_ids[k]` (unshifted), -100 where it is not trained."""
+class TokenizedRow(NamedTuple):
+    """Token ids; `labels[k]` belongs to `input_ids[k]` (unshifted) and is IGNORED where it is not trained."""
 
     input_ids: list[int]
     labels: list[int]
 
 
 class Shape(NamedTuple):
-    """A format, and the columns that tell it on sight (a format of one column: the same twice)."""
+    """A format and the two columns by which it is recognised; a format with one column names it twice."""
 
     data_format: DataFormat
     first: str
     second: str
 
 
-# In the order in which they are looked for: a row may keep what it was made from.
+# The first match counts, so finished forms come first: a row may still have the columns that it was made from.
 _SHAPES = (
     Shape("tokenized", "input_ids", "input_ids"),
     Shape("messages", "messages", "messages"),
@@ -73,18 +74,18 @@ _SHAPES = (
     Shape("question_answer", "question", "answer"),
     Shape("text", "text", "text"),
 )
-_SHAPES_OF: dict[DataFormat | None, tuple[Shape, ...]] = {
+_SHAPES_BY_FORMAT: dict[DataFormat | None, tuple[Shape, ...]] = {
     None: _SHAPES,
     **{shape.data_format: tuple(other for other in _SHAPES if other[0] == shape.data_format) for shape in _SHAPES},
 }
-_OF_CONVERSATIONS = ("system", "tools", "chat_template_kwargs")
-# What `columns` can name.
+_CONVERSATION_COLUMNS = ("system", "tools", "chat_template_kwargs")
+# The fields that `columns` can rename.
 _COLUMNS: dict[DataFormat, tuple[str, ...]] = {
-    "messages": ("messages", "conversations", "conversation", *_OF_CONVERSATIONS, *MESSAGE_FIELDS),
-    "alpaca": ("instruction", "input", "output", "history", *_OF_CONVERSATIONS),
-    "prompt_completion": ("prompt", "completion", "history", *_OF_CONVERSATIONS, *MESSAGE_FIELDS),
-    "query_response": ("query", "response", "history", *_OF_CONVERSATIONS),
-    "question_answer": ("question", "answer", "history", *_OF_CONVERSATIONS),
+    "messages": ("messages", "conversations", "conversation", *_CONVERSATION_COLUMNS, *MESSAGE_FIELDS),
+    "alpaca": ("instruction", "input", "output", "history", *_CONVERSATION_COLUMNS),
+    "prompt_completion": ("prompt", "completion", "history", *_CONVERSATION_COLUMNS, *MESSAGE_FIELDS),
+    "query_response": ("query", "response", "history", *_CONVERSATION_COLUMNS),
+    "question_answer": ("question", "answer", "history", *_CONVERSATION_COLUMNS),
     "text": ("text",),
     "tokenized": ("input_ids", "labels", "attention_mask"),
 }
@@ -93,83 +94,96 @@ _KNOWN_SHAPES = (
     "instruction/output (optional: input), prompt/completion, query/response, question/answer (optional for all: "
     "system, history), text, response alone, input_ids (optional: labels)"
 )
-_MEDIA = frozenset({"image", "images", "video", "videos", "audio", "audios"})
-_RESERVED = ("messages", "tools", "add_generation_prompt")
-_TOO_LARGE = 2**31
+_MEDIA_COLUMNS = frozenset({"image", "images", "video", "videos", "audio", "audios"})
+_RESERVED_VARIABLES = ("messages", "tools", "add_generation_prompt")
+_MAX_TOKEN_ID = 2**31 - 1  # ids are stored as int32
 
 
 def column_problems(columns: Mapping[str, str], data_format: DataFormat | None = None) -> list[str]:
-    """One sentence for each field that `columns` renames and no shape has (with `data_format`: that shape has not)."""
+    """Return one sentence for each field that `columns` renames but `data_format` (None: any format) does not have."""
     formats: Iterable[DataFormat] = [data_format] if data_format else _COLUMNS
-    known = list(dict.fromkeys(column for name in formats for column in _COLUMNS[name]))
-    of_format = f" of data_format {data_format}" if data_format else ""
+    fields = list(dict.fromkeys(column for name in formats for column in _COLUMNS[name]))
+    format_text = f" of data_format {data_format}" if data_format else ""
     return [
-        f"columns: {field}={column}, but {field!r} is no field{of_format}, known are {', '.join(known)}"
+        f"columns: {field}={column}, but {field!r} is not a field{format_text}; the fields are {', '.join(fields)}."
         for field, column in columns.items()
-        if field not in known
+        if field not in fields
     ]
 
 
 def parse_row(
     row: Mapping[str, Any], data_format: DataFormat | None = None, columns: Mapping[str, str] = {}
-) -> Conversation | Document | Tokenized:
-    """What `row` says, in the shape `data_format`, or in the one recognised on sight. `row` itself is left alone.
+) -> Conversation | Document | TokenizedRow:
+    """Parse `row` as `data_format`, or as the format that its columns show. `row` is not changed.
 
-    `columns` says from which column of the row, or key of a message, a field is read: {"instruction": "question"}. A
-    value of None is none, as loaders fill missing columns with it; an empty system prompt, input or history is none,
-    too. Of a prompt that is a list of messages the answers are context (`train` False).
+    `columns` maps a field to the column of the row, or to the key of a message, that holds it: {"instruction":
+    "question"}. None counts as missing, because loaders fill missing columns with it. An empty system prompt, input or
+    history counts as missing, too. If the prompt is a list of messages, its answers are context (`train` False).
 
     Raises:
-        DataError: the row is not right, with one of the reasons in `messages`.
-        ConfigError: `columns` names a field that no shape has.
+        DataError: the row is bad; `reason` is one of those in `accel_llm.chat.messages`.
+        ConfigError: `columns` names an unknown field.
     """
-    inner: dict[str, str] = {}
+    # Rename the columns, and find the format.
+    message_keys: dict[str, str] = {}
     if columns:
-        row, inner = _renamed_columns(row, columns, data_format)
-    if not _MEDIA.isdisjoint(row):
+        row, message_keys = _rename_columns(row, columns, data_format)
+    if not _MEDIA_COLUMNS.isdisjoint(row):
         _refuse_media(row)
-    shape = _shape_of(row, data_format)
+    shape = _find_shape(row, data_format)
+
     if shape.data_format == "text":
-        return Document(_document(row, shape.first))
+        return Document(_read_document(row, shape.first))
     if shape.data_format == "tokenized":
-        return _tokenized(row)
+        return _read_tokens(row)
+
+    # All other formats are conversations.
     if shape.data_format == "messages":
-        messages = read_messages(_turns(row[shape.first], shape.first, inner), shape.first)
+        messages = read_messages(_rename_keys(row[shape.first], shape.first, message_keys), shape.first)
     elif shape.first == "prompt" and (isinstance(row["prompt"], list) or isinstance(row["completion"], list)):
-        messages = _prompted(row, shape, inner)
+        messages = _read_prompt_and_completion(row, shape, message_keys)
     else:
-        messages = _paired(row, shape)
+        messages = _read_pair(row, shape)
     system = _optional_text(row, "system")
     if system and not (messages and messages[0]["role"] == "system"):
         messages.insert(0, {"role": "system", "content": system})
     check_order(messages)
     tools, variables = row.get("tools"), row.get("chat_template_kwargs")
-    return Conversation(messages, read_tools(tools) if tools else None, _variables(variables) if variables else {})
+    return Conversation(messages, read_tools(tools) if tools else None, _read_variables(variables) if variables else {})
 
 
-def _shape_of(row: Mapping[str, Any], data_format: DataFormat | None) -> Shape:
-    """The first shape whose columns are all there and not all None, so that a row with half of one is seen as such."""
-    shapes = _SHAPES_OF[data_format]
+def _find_shape(row: Mapping[str, Any], data_format: DataFormat | None) -> Shape:
+    """Return the first shape that has both columns in the row, with a value in at least one of them.
+
+    A row with a value in one column is taken as this shape, so that the error names the value that is missing.
+    """
+    shapes = _SHAPES_BY_FORMAT[data_format]
     for shape in shapes:
         first, second = shape.first, shape.second
         if first in row and second in row and (row[first] is not None or row[second] is not None):
             return shape
+
+    # A row of one response is plain text. A shape without any value is the last choice.
     filled = [column for column, value in row.items() if value is not None]
     if filled == ["response"] and data_format in (None, "text"):
         return Shape("text", "response", "response")
     for shape in shapes:
         if shape.first in row and shape.second in row:
             return shape
+
     if data_format is None:
         raise DataError(f"unknown row shape: {show_keys(row)}, known shapes are {_KNOWN_SHAPES}", UNKNOWN_SHAPE)
+    # Each shape of `data_format`, as the columns that it needs.
     needed = " or ".join(" and ".join(dict.fromkeys((shape.first, shape.second))) for shape in shapes)
     raise DataError(f"data_format {data_format}: the row has no {needed} ({show_keys(row)})", MISSING_VALUE)
 
 
-def _paired(row: Mapping[str, Any], shape: Shape) -> list[Message]:
+def _read_pair(row: Mapping[str, Any], shape: Shape) -> list[Message]:
+    """Read a question and its answer, with the turns of `history` before them."""
     history = row.get("history")
-    messages = _history(history) if history else []
+    messages = _read_history(history) if history else []
     messages += question_and_answer(row, shape.first, shape.second)
+    # The input of alpaca follows its instruction, in the same user turn.
     if shape.data_format == "alpaca" and (extra := _optional_text(row, "input")):
         question = messages[-2]
         question["content"] = "\n".join(filter(None, (question["content"], extra)))
@@ -180,7 +194,7 @@ def _optional_text(row: Mapping[str, Any], field: str) -> str:
     return "" if row.get(field) is None else read_text(row, field)
 
 
-def _history(history: Any) -> list[Message]:
+def _read_history(history: Any) -> list[Message]:
     history = read_json(history, "history")
     if not isinstance(history, list | tuple):
         raise DataError(f"history: found {show_value(history)}, needs a list of pairs [question, answer]", NOT_MESSAGES)
@@ -193,116 +207,128 @@ def _history(history: Any) -> list[Message]:
         try:
             messages += question_and_answer({"question": turn[0], "answer": turn[1]}, "question", "answer")
         except DataError as error:
+            # Name the pair as well as the field in it.
             raise DataError(f"history[{index}].{error}", error.reason) from None
     return messages
 
 
-def _prompted(row: Mapping[str, Any], shape: Shape, inner: Mapping[str, str]) -> list[Message]:
-    """Lists of messages, or one list and one text, whose completion is trained and whose prompt is context."""
+def _read_prompt_and_completion(row: Mapping[str, Any], shape: Shape, message_keys: Mapping[str, str]) -> list[Message]:
+    """Read two lists of messages, or one list and one text. The completion is trained, the prompt is context."""
     prompt, completion = row[shape.first], row[shape.second]
     if isinstance(prompt, list):
-        messages = [_context(message) for message in read_messages(_turns(prompt, "prompt", inner), "prompt")]
+        prompt = read_messages(_rename_keys(prompt, "prompt", message_keys), "prompt")
+        messages = [_as_context(message) for message in prompt]
     else:
         messages: list[Message] = [{"role": "user", "content": read_text(row, "prompt")}]
     if not isinstance(completion, list):
         return [*messages, read_answer(row, "completion")]
-    answers = read_messages(_turns(completion, "completion", inner), "completion")
+    answers = read_messages(_rename_keys(completion, "completion", message_keys), "completion")
     if all(message["role"] != "assistant" for message in answers):
         raise DataError("completion: no assistant turn to train on", NO_ANSWER)
     return messages + answers
 
 
-def _context(message: Message) -> Message:
+def _as_context(message: Message) -> Message:
+    """Return the message so that it is not trained."""
     if message["role"] != "assistant":
         return message
     return {**{field: value for field, value in message.items() if field != "weight"}, "train": False}
 
 
-def _document(row: Mapping[str, Any], field: str) -> str:
+def _read_document(row: Mapping[str, Any], field: str) -> str:
     text = read_text(row, field)
     if not text or text.isspace():
         raise DataError(f"{field}: the text is empty ({show_keys(row)})", EMPTY_TEXT)
     return text
 
 
-def _tokenized(row: Mapping[str, Any]) -> Tokenized:
-    ids = _numbers(row, "input_ids")
+def _read_tokens(row: Mapping[str, Any]) -> TokenizedRow:
+    """Read token ids; without `labels` all of them are trained."""
+    ids = _read_integers(row, "input_ids")
     if min(ids) < 0:
         raise DataError(f"input_ids: found {min(ids)}, needs token ids from 0 upwards", BAD_TOKENS)
     mask = row.get("attention_mask")
-    if mask is not None and 0 in _numbers(row, "attention_mask"):
-        raise DataError("attention_mask: found padding, needs rows as they are before they are padded", BAD_TOKENS)
+    if mask is not None and 0 in _read_integers(row, "attention_mask"):
+        raise DataError("attention_mask: found padding, needs rows without padding", BAD_TOKENS)
     if row.get("labels") is None:
-        return Tokenized(ids, list(ids))
-    labels = _numbers(row, "labels")
+        return TokenizedRow(ids, list(ids))
+
+    labels = _read_integers(row, "labels")
     if len(labels) != len(ids):
         raise DataError(f"labels: found {len(labels)} for {len(ids)} input_ids, needs one for each", BAD_TOKENS)
     if min(labels) < 0:
-        wrong = next((label for label in labels if label < 0 and label != -100), None)
-        if wrong is not None:
-            raise DataError(f"labels: found {wrong}, needs token ids, or -100 where nothing is trained", BAD_TOKENS)
-    return Tokenized(ids, labels)
+        bad_label = next((label for label in labels if label < 0 and label != IGNORED), None)
+        if bad_label is not None:
+            raise DataError(
+                f"labels: found {bad_label}, needs token ids, or {IGNORED} where nothing is trained", BAD_TOKENS
+            )
+    return TokenizedRow(ids, labels)
 
 
-def _numbers(row: Mapping[str, Any], field: str) -> list[int]:
-    """A column of token ids or of what belongs to them, not empty; a list of its own."""
+def _read_integers(row: Mapping[str, Any], field: str) -> list[int]:
+    """Return a copy of the integers in a column: token ids, labels or a mask."""
     numbers = row[field]
     if numbers is None:
         raise DataError(f"{field}: found null, needs a list of integers ({show_keys(row)})", MISSING_VALUE)
-    # set(map(type)) is the quickest look at each of some thousand numbers; true and false are no numbers.
-    if not isinstance(numbers, list | tuple) or set(map(type, numbers)) != {int} or max(numbers) >= _TOO_LARGE:
-        raise DataError(f"{field}: found {show_value(numbers)}, needs a list of integers that is not empty", BAD_TOKENS)
+    # set(map(type)) is the fastest way to check thousands of numbers; unlike isinstance it tells bool from int.
+    if not isinstance(numbers, list | tuple) or set(map(type, numbers)) != {int} or max(numbers) > _MAX_TOKEN_ID:
+        raise DataError(f"{field}: found {show_value(numbers)}, needs a list of one or more integers", BAD_TOKENS)
     return list(numbers)
 
 
-def _variables(variables: Any) -> dict[str, Any]:
+def _read_variables(variables: Any) -> dict[str, Any]:
+    """Read the variables that a row sets for the chat template."""
     variables = read_json(variables, "chat_template_kwargs")
     if not isinstance(variables, dict):
-        found = show_value(variables)
-        raise DataError(f"chat_template_kwargs: found {found}, needs an object of template variables", BROKEN_VARIABLES)
-    reserved = [name for name in _RESERVED if name in variables]
+        value = show_value(variables)
+        raise DataError(f"chat_template_kwargs: found {value}, needs an object of template variables", BROKEN_VARIABLES)
+    reserved = [name for name in _RESERVED_VARIABLES if name in variables]
     if reserved:
         raise DataError(f"chat_template_kwargs: {reserved[0]} is set by this program, not by a row", BROKEN_VARIABLES)
+    # Loaders fill keys that a row does not have with None.
     return {name: value for name, value in variables.items() if value is not None}
 
 
 def _refuse_media(row: Mapping[str, Any]) -> None:
     for column in row:
-        if column in _MEDIA and row[column]:
+        if column in _MEDIA_COLUMNS and row[column]:
             raise DataError(f"{column}: found {show_value(row[column])}, but {TEXT_ONLY}", IMAGES)
 
 
-def _renamed_columns(
+def _rename_columns(
     row: Mapping[str, Any], columns: Mapping[str, str], data_format: DataFormat | None
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """The row under our names, and those of `columns` that are about the keys of its messages."""
+    """Return the row with columns under our names, and the entries of `columns` that rename keys of its messages."""
     problems = column_problems(columns, data_format)
     if problems:
         raise ConfigError(*problems)
-    inner = {field: column for field, column in columns.items() if field in MESSAGE_FIELDS}
-    outer = {field: column for field, column in columns.items() if field not in inner}
-    for field, column in outer.items():
+
+    # Fields of messages are keys inside the row; all other fields are columns of it.
+    message_keys = {field: column for field, column in columns.items() if field in MESSAGE_FIELDS}
+    row_columns = {field: column for field, column in columns.items() if field not in message_keys}
+    for field, column in row_columns.items():
         if column not in row:
             raise DataError(
                 f"columns: {field} is read from {column!r}, which is missing ({show_keys(row)})", MISSING_VALUE
             )
-    return _renamed(row, outer), inner
+    return _rename(row, row_columns), message_keys
 
 
-def _renamed(fields: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    taken = set(names.values())
-    kept = {name: value for name, value in fields.items() if name not in taken}
-    return {**kept, **{name: fields[theirs] for name, theirs in names.items() if theirs in fields}}
+def _rename(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """Return `values` with each name of `names` in place of the name that it maps to."""
+    old_names = set(names.values())
+    others = {name: value for name, value in values.items() if name not in old_names}
+    return {**others, **{name: values[old_name] for name, old_name in names.items() if old_name in values}}
 
 
-def _turns(turns: Any, field: str, inner: Mapping[str, str]) -> Any:
-    """`turns` with the keys of its messages under our names."""
+def _rename_keys(turns: Any, field: str, message_keys: Mapping[str, str]) -> Any:
+    """Return `turns` with the keys of its messages under our names."""
     turns = read_json(turns, field)
-    if not inner or not isinstance(turns, list):
+    if not message_keys or not isinstance(turns, list):
         return turns
+    # A message may lack an optional key, but these keys must be in some message.
     for name in ("role", "content", "human", "assistant"):
-        if name in inner and not any(isinstance(turn, dict) and inner[name] in turn for turn in turns):
-            raise DataError(
-                f"columns: {name} is read from {inner[name]!r}, which no message of {field} has", MISSING_VALUE
-            )
-    return [_renamed(turn, inner) if isinstance(turn, dict) else turn for turn in turns]
+        key = message_keys.get(name)
+        if key is not None and not any(isinstance(turn, dict) and key in turn for turn in turns):
+            raise DataError(f"columns: {name} is read from {key!r}, which no message of {field} has", MISSING_VALUE)
+    return [_rename(turn, message_keys) if isinstance(turn, dict) else turn for turn in turns]

@@ -1,54 +1,77 @@
-"""Which documents share a row, and how documents become a batch of tensors."""
+"""Packing: which documents share a row.
 
+`pack` gives the result of the textbook algorithm, best-fit decreasing. It works on counts of equal lengths for speed
+alone and may be replaced by a loop over single documents (`best_fit_decreasing` in tests/data/test_packing.py).
+"""
+
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 
 class Bins(NamedTuple):
-    """Documents grouped by row: row `b` holds the documents `order[offsets[b]:offsets[b + 1]]`."""
+    """Documents grouped into rows: row `b` holds the documents `order[offsets[b]:offsets[b + 1]]`."""
 
     order: np.ndarray  # int64 [documents], document indices
     offsets: np.ndarray  # int64 [bins + 1]
 
 
-def pack(lengths: np.ndarray, capacity: int, rng: np.random.Generator | None = None) -> Bins:
-    """Assign documents of `lengths` tokens to rows of at most `capacity` tokens, best-fit decreasing.
+def pack(lengths: Sequence[int] | np.ndarray, capacity: int, rng: np.random.Generator | None = None) -> Bins:
+    """Assign documents of `lengths` tokens to rows of at most `capacity` tokens, by best-fit decreasing.
 
-    The work is done on the count of each length, so its cost follows `capacity` and not the corpus, and the number of
-    rows depends on the counts alone. `rng` shuffles which document of a length goes where and the order of the rows;
-    without it equal inputs in equal order give equal rows. Raises ValueError for a length outside 1..capacity.
+    The cost grows with `capacity` and with the number of different lengths, hardly with the number of documents. `rng`
+    shuffles the order of the rows, and which of the documents of one length goes where. `rng` does not
+    change the number of rows. Without `rng` equal lengths in equal order give equal rows.
+
+    Raises:
+        ValueError: a length is outside 1..capacity.
     """
-    lengths = np.asarray(lengths, np.int64)
-    if len(lengths) and not 1 <= lengths.min() <= lengths.max() <= capacity:
-        raise ValueError(f"lengths run from {lengths.min()} to {lengths.max()}, allowed are 1 to capacity={capacity}")
+    lengths = _check_lengths(lengths, capacity)
     counts = np.bincount(lengths, minlength=capacity + 1)
     groups = _best_fit(counts, capacity)
-    order, sizes = _place(groups, _by_length(lengths, capacity, rng), np.cumsum(counts) - counts)
+    order, sizes = _fill_bins(groups, _sort_by_length(lengths, capacity, rng), np.cumsum(counts) - counts)
     offsets = np.concatenate([[0], np.cumsum(sizes)])
     if rng is None:
         return Bins(order, offsets)
+
+    # Shuffle the rows: shift every document by the distance that its row moves.
     shuffle = rng.permutation(len(sizes))
-    shuffled = np.concatenate([[0], np.cumsum(sizes[shuffle])])
-    shift = np.repeat(offsets[:-1][shuffle] - shuffled[:-1], sizes[shuffle])
-    return Bins(order[np.arange(len(order)) + shift], shuffled)
+    shuffled_offsets = np.concatenate([[0], np.cumsum(sizes[shuffle])])
+    shift = np.repeat(offsets[:-1][shuffle] - shuffled_offsets[:-1], sizes[shuffle])
+    return Bins(order[np.arange(len(order)) + shift], shuffled_offsets)
 
 
-def pack_in_order(lengths: np.ndarray, capacity: int) -> Bins:
-    """Assign documents to rows of at most `capacity` tokens in the order in which they come: a row takes the next ones
-    until one does not fit. Raises ValueError for a length outside 1..capacity."""
-    lengths = np.asarray(lengths, np.int64)
-    if len(lengths) and not 1 <= lengths.min() <= lengths.max() <= capacity:
-        raise ValueError(f"lengths run from {lengths.min()} to {lengths.max()}, allowed are 1 to capacity={capacity}")
+def pack_in_order(lengths: Sequence[int] | np.ndarray, capacity: int) -> Bins:
+    """Assign documents to rows of at most `capacity` tokens in their order: a row ends when the next one does not fit.
+
+    Raises:
+        ValueError: a length is outside 1..capacity.
+    """
+    lengths = _check_lengths(lengths, capacity)
     ends = np.concatenate([[0], np.cumsum(lengths)])
     offsets = [0]
     while offsets[-1] < len(lengths):
+        # The last document that ends within `capacity` tokens from the start of this row.
         offsets.append(int(np.searchsorted(ends, ends[offsets[-1]] + capacity, "right")) - 1)
     return Bins(np.arange(len(lengths)), np.array(offsets, np.int64))
 
 
-def _by_length(lengths: np.ndarray, capacity: int, rng: np.random.Generator | None) -> np.ndarray:
-    # numpy's stable sort is a radix sort, linear in the documents, for 16-bit keys only
+def _check_lengths(lengths: Sequence[int] | np.ndarray, capacity: int) -> np.ndarray:
+    """Return `lengths` as int64 [documents].
+
+    Raises:
+        ValueError: a length is outside 1..capacity.
+    """
+    lengths = np.asarray(lengths, np.int64)
+    if len(lengths) and not 1 <= lengths.min() <= lengths.max() <= capacity:
+        raise ValueError(f"lengths run from {lengths.min()} to {lengths.max()}, allowed are 1 to capacity={capacity}")
+    return lengths
+
+
+def _sort_by_length(lengths: np.ndarray, capacity: int, rng: np.random.Generator | None) -> np.ndarray:
+    """Return document indices, shortest first; `rng` shuffles documents of equal length."""
+    # numpy sorts 16-bit keys by radix sort, in linear time; larger keys take longer.
     keys = lengths.astype(np.uint16 if capacity < 2**16 else np.int64)
     if rng is None:
         return np.argsort(keys, kind="stable")
@@ -57,49 +80,61 @@ def _by_length(lengths: np.ndarray, capacity: int, rng: np.random.Generator | No
 
 
 def _best_fit(counts: np.ndarray, capacity: int) -> list[tuple[int, tuple]]:
-    """Groups of bins filled alike: (bins, contents), contents being a chain (length, documents a bin, contents) or ().
+    """Return groups (bins, contents) of bins with equal contents; `counts[n]` is the number of documents of n tokens.
 
-    One document goes to the fullest bin that takes it, and that bin then is the fullest that takes the next document
-    of this length, so a bin is always filled with as many as fit before the next one is touched.
+    `contents` is a linked list (length, documents per bin, rest), or () at its end. Best fit puts one document into the
+    fullest bin that it fits into. That bin is then also the fullest one for the next document of this length. So a bin
+    takes as many of them as fit before the next bin is used, and equal bins can be filled together.
     """
-    groups: list[list[tuple[int, tuple]]] = [[] for _ in range(capacity + 1)]  # by the space left in their bins
-    spaces = 0  # bit s is set where groups[s] is not empty: the best fit is the lowest bit from `length` upwards
+    groups: list[list[tuple[int, tuple]]] = [[] for _ in range(capacity + 1)]  # groups[s]: bins with s tokens left
+    spaces = 0  # bit s is set if groups[s] is not empty; the best fit is the lowest bit from `length` upwards
     for length in np.flatnonzero(counts)[::-1].tolist():
         documents = int(counts[length])
         while documents:
+            # Take the fullest bins with room for this length, or open as many new bins as the documents fill.
             fitting = spaces >> length
             space = length + (fitting & -fitting).bit_length() - 1 if fitting else capacity
-            each = min(space // length, documents)
-            bins, contents = groups[space].pop() if fitting else (documents // each, ())
-            filled = min(bins, documents // each)
+            per_bin = min(space // length, documents)
+            bins, contents = groups[space].pop() if fitting else (documents // per_bin, ())
+
+            # Fill as many of them as there are documents for, and put the other bins back.
+            filled = min(bins, documents // per_bin)
             if filled < bins:
                 groups[space].append((bins - filled, contents))
             elif fitting and not groups[space]:
                 spaces ^= 1 << space
-            groups[space - each * length].append((filled, (length, each, contents)))
-            spaces |= 1 << (space - each * length)
-            documents -= filled * each
+            groups[space - per_bin * length].append((filled, (length, per_bin, contents)))
+            spaces |= 1 << (space - per_bin * length)
+            documents -= filled * per_bin
     return [group for same_space in groups for group in same_space]
 
 
-def _place(groups: list[tuple[int, tuple]], by_length: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Document indices bin after bin, int64 [documents], and documents a bin, int64 [bins]."""
+def _fill_bins(
+    groups: list[tuple[int, tuple]], by_length: np.ndarray, starts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the document indices bin after bin, int64 [documents], and the documents in each bin, int64 [bins].
+
+    `by_length` are document indices sorted by length; those of length n begin at `starts[n]`.
+    """
     order = np.empty(len(by_length), np.int64)
-    following = starts.tolist()  # for each length, where its next unplaced document stands in by_length
+    next_documents = starts.tolist()  # for each length: where its first unused document stands in by_length
     sizes, end = [], 0
     for bins, contents in groups:
+        # The linked list of this group's contents, as (length, documents per bin).
         items = []
         while contents:
-            length, each, contents = contents
-            items.append((length, each))
-        size = sum(each for _, each in items)
+            length, per_bin, contents = contents
+            items.append((length, per_bin))
+        size = sum(per_bin for _, per_bin in items)
+
+        # All bins of the group at once: a row of `block` is a bin, and each item fills some columns of it.
         block = order[end : end + bins * size].reshape(bins, size)
         column = 0
-        for length, each in items:
-            first = following[length]
-            following[length] = first + bins * each
-            block[:, column : column + each] = by_length[first : first + bins * each].reshape(bins, each)
-            column += each
+        for length, per_bin in items:
+            first = next_documents[length]
+            next_documents[length] = first + bins * per_bin
+            block[:, column : column + per_bin] = by_length[first : first + bins * per_bin].reshape(bins, per_bin)
+            column += per_bin
         end += bins * size
         sizes.append(size)
     return order, np.repeat(np.array(sizes, np.int64), np.array([bins for bins, _ in groups], np.int64))

@@ -1,4 +1,4 @@
-"""Sources -> encoded rows, with the ledger of what became of each; done once by one process, then read from the cache."""
+"""Encode all sources into rows and a ledger. One process does this once; after that the rows come from the cache."""
 
 import itertools
 import multiprocessing
@@ -23,60 +23,53 @@ from accel_llm.config.fields import DataFormat, Source
 from accel_llm.config.options import DataOptions
 from accel_llm.data.encode import NOTHING_TRAINED, Chunk, Encoder, SourceRow, encode_chunk
 from accel_llm.data.formats import column_problems
-from accel_llm.data.ledger import TRAINED, Ledger
+from accel_llm.data.ledger import TRAINED, Ledger, is_lost
 from accel_llm.data.order import mix_sources
 from accel_llm.data.rows import Rows, RowWriter, cache_folder, cached_rows, load_rows
 from accel_llm.data.sources import as_source, data_fingerprint, read_source, source_identity
-from accel_llm.errors import ConfigError, DataError
+from accel_llm.errors import ConfigError, DataError, raise_problems
 
-CACHE_VERSION = 3  # of the encoding: a change of what a row becomes must not meet an old cache
-ROWS_AT_A_TIME = 256  # rows encoded, and sent to a worker, at once
-HELD_OUT = "held out"
-# What shapes an encoding, beside the rows themselves, the tokenizer and the template.
-CACHE_OPTIONS = (
-    "max_length",
-    "overlong",
-    "train_on",
-    "train_on_eos",
-    "split_turns",
-    "limit_rows",
-    "eval_share",
-    "on_bad_row",
+CACHE_VERSION = 3  # raise it with every change of the encoding, so that no old cache is used
+ROWS_PER_CHUNK = 256  # rows that are encoded together, and sent to a worker together
+HELD_OUT = "held out"  # the bin of rows that `eval_share` takes for evaluation
+# The options that change the encoding, beside the rows themselves, the tokenizer and the template.
+CACHE_OPTIONS = ("max_length", "overlong", "train_on", "train_on_eos", "split_turns", "limit_rows", "eval_share")
+CACHE_OPTIONS += ("on_bad_row", "data_format", "columns", "allow_special_in_text")
+NO_TURN_END_NOTE = (
+    "The template does not close turns, so no end token is trained, and the model does not learn to stop."
 )
-CACHE_OPTIONS += ("data_format", "columns", "allow_special_in_text")
-NO_END_NOTE = "The template closes no turn, so no end token is trained and answers will not stop by it."
-DATED_NOTE = "The template writes the date: rows keep that of the day on which they were encoded."
+DATE_NOTE = "The template writes the date: rows keep the date of the day on which they were encoded."
 
 
 @dataclass(frozen=True)
 class EncodedData:
-    """What `encode` returns: rows to train and to evaluate on (None without any), the ledger of the training sources."""
+    """Rows to train and to evaluate on, and the ledger of the training sources."""
 
     train: Rows
-    eval: Rows | None
+    eval: Rows | None  # None without evaluation sources and `eval_share`
     ledger: Ledger
-    fingerprint: str
+    fingerprint: str  # name of the cache entry
 
     @property
     def token_ids(self) -> list[np.ndarray]:
-        """The ids of all rows, flat: one array to train on, one to evaluate on."""
+        """The token ids of all rows, int32 [tokens]: an array to train on and, if there is one, to evaluate on."""
         return [part.input_ids for part in (self.train, self.eval) if part is not None]
 
 
 def encode_conversations(
     options: DataOptions, seed: int, tokenizer: PreTrainedTokenizerFast, template: Template
 ) -> EncodedData:
-    """Encode chats (and whatever else the sources hold) with `template`; see `encode`."""
+    """Encode chats with `template`; the sources may also hold plain text and token ids. See `encode_sources`."""
     encoded = encode_sources(options, seed, tokenizer, template)
     if template.turn_end is None:
-        encoded.ledger.note(NO_END_NOTE)
+        encoded.ledger.note(NO_TURN_END_NOTE)
     if "strftime_now" in template.source:
-        encoded.ledger.note(DATED_NOTE)
+        encoded.ledger.note(DATE_NOTE)
     return encoded
 
 
 def encode_texts(options: DataOptions, seed: int, tokenizer: PreTrainedTokenizerFast, column: str) -> EncodedData:
-    """Encode plain text that stands in `column`; see `encode`."""
+    """Encode the plain text in `column`. See `encode_sources`."""
     columns = options.columns if column == "text" else {**options.columns, "text": column}
     update = {"columns": columns, "data_format": options.data_format or "text"}
     return encode_sources(options.model_copy(update=update), seed, tokenizer, None)
@@ -85,39 +78,44 @@ def encode_texts(options: DataOptions, seed: int, tokenizer: PreTrainedTokenizer
 def encode_sources(
     options: DataOptions, seed: int, tokenizer: PreTrainedTokenizerFast, template: Template | None
 ) -> EncodedData:
-    """Encode the training and evaluation sources, or take them from the cache.
+    """Encode the training and evaluation sources, or load them from the cache.
 
     Raises:
-        DataError: a source or row that cannot be used, or nothing left to train or evaluate on.
-        ConfigError: more than `max_lost` of the rows or of their supervised tokens would be lost, or columns that no
-            shape has.
+        DataError: a source or row cannot be used, or no row is left to train or to evaluate on.
+        ConfigError: more than `max_lost` of the rows, supervised tokens or turns would be lost, or `columns` names an
+            unknown field.
     """
-    train, evaluated = ([as_source(place) for place in places] for places in (options.train_files, options.eval_files))
+    # Check the options that need no data.
+    train, evaluation = ([as_source(place) for place in places] for places in (options.train_files, options.eval_files))
     formats: list[tuple[DataFormat | None, dict[str, str]]] = [
         (source.data_format or options.data_format, {**options.columns, **source.columns})
-        for source in (*train, *evaluated)
+        for source in (*train, *evaluation)
     ]
-    if wrong := [problem for data_format, columns in formats for problem in column_problems(columns, data_format)]:
-        raise ConfigError(*dict.fromkeys(wrong))
-    encoder = Encoder(options, tokenizer, template, [source.label for source in (*train, *evaluated)], formats)
-    key = _key(options, seed, tokenizer, template, train, evaluated)
-    parts, facts = cached_rows(cache_folder(options) / key, partial(_build, encoder, seed, train, evaluated))
+    problems = [problem for data_format, columns in formats for problem in column_problems(columns, data_format)]
+    raise_problems(list(dict.fromkeys(problems)))
+
+    # Encode, or load the rows from the cache.
+    encoder = Encoder(options, tokenizer, template, [source.label for source in (*train, *evaluation)], formats)
+    key = _cache_key(options, seed, tokenizer, template, train, evaluation)
+    parts, facts = cached_rows(cache_folder(options) / key, partial(_encode_into, encoder, seed, train, evaluation))
+
+    # Check that enough is left.
     ledger = Ledger.from_dict(facts["ledger"])
     ledger.balance()
-    check_lost(ledger, facts["lengths"], options)
-    check_turns(ledger, facts["turns"], options)
+    check_lost_share(ledger, facts["lengths"], options)
+    check_lost_turns(ledger, facts["turns"], options)
     if not len(parts["train"]):
         raise DataError(f"train_files: no row is left to train on ({', '.join(source.label for source in train)}).")
     if "eval" in parts and not len(parts["eval"]):
-        named = ", ".join(source.label for source in evaluated)
-        asked = f"eval_share: {options.eval_share}" if options.eval_share else f"eval_files: {named}"
-        raise DataError(f"{asked} leaves no row to evaluate on; give more rows, or none of the two options.")
+        labels = ", ".join(source.label for source in evaluation)
+        option = f"eval_share: {options.eval_share}" if options.eval_share else f"eval_files: {labels}"
+        raise DataError(f"{option} leaves no row to evaluate on; give more rows, or leave the option out.")
     _note_shares(ledger, parts["train"], train, seed)
     return EncodedData(parts["train"], parts.get("eval"), ledger, key)
 
 
 def _note_shares(ledger: Ledger, rows: Rows, sources: list[Source], seed: int) -> None:
-    """What the weights come to, row by row and token by token."""
+    """Note the share of each source in the rows and tokens of an epoch; a source with a weight must have a row left."""
     weights, counts = [source.weight for source in sources], np.bincount(rows.source, minlength=len(sources))
     if None in weights:
         return
@@ -126,143 +124,161 @@ def _note_shares(ledger: Ledger, rows: Rows, sources: list[Source], seed: int) -
             raise DataError(
                 f"train_files: {source.label} has a weight of {source.weight}, but no row to train on is left."
             )
-    drawn = mix_sources(rows.source, weights, seed)
-    of_source, lengths = rows.source[drawn], rows.lengths[drawn]
-    told = [
-        f"{source.label} {(of_source == k).mean():.1%} of the rows ({(of_source == k).sum():,} drawn from {counts[k]:,}) "
-        f"and {lengths[of_source == k].sum() / lengths.sum():.1%} of the tokens"
-        for k, source in enumerate(sources)
-    ]
-    ledger.note(f"Mixed by weight: an epoch is {'; '.join(told)}.")
+
+    epoch = mix_sources(rows.source, weights, seed)
+    source_numbers, lengths = rows.source[epoch], rows.lengths[epoch]
+    shares = []
+    for k, source in enumerate(sources):
+        mask = source_numbers == k
+        shares.append(
+            f"{source.label} {mask.mean():.1%} of the rows ({mask.sum():,} drawn from {counts[k]:,}) "
+            f"and {lengths[mask].sum() / lengths.sum():.1%} of the tokens"
+        )
+    ledger.note(f"Mixed by weight: an epoch is {'; '.join(shares)}.")
 
 
-def _key(
+def _cache_key(
     options: DataOptions,
     seed: int,
     tokenizer: PreTrainedTokenizerFast,
     template: Template | None,
     train: list[Source],
-    evaluated: list[Source],
+    evaluation: list[Source],
 ) -> str:
-    """A name for all that shapes the encoding. Weights do not: they say how often a row is drawn."""
+    """Return a name made from everything that changes the encoding. The weights of sources do not change it."""
     places = [
         [(source.model_copy(update={"weight": None}), source_identity(source)) for source in sources]
-        for sources in (train, evaluated)
+        for sources in (train, evaluation)
     ]
-    # Which token is the bos or eos is not in the backend.
+    # The backend does not say which tokens are bos and eos, so the special tokens are added.
     backend: Any = tokenizer.backend_tokenizer
-    written = template.tokenizer_digest if template else backend.to_str()
-    writing = (written, sorted(tokenizer.special_tokens_map.items()))
+    backend_digest = template.tokenizer_digest if template else backend.to_str()
+    tokenization = (backend_digest, sorted(tokenizer.special_tokens_map.items()))
     chat = template and (template.source, sorted(options.chat_template_kwargs.items()))
     versions = CACHE_VERSION, transformers.__version__, tokenizers.__version__
-    drawn = seed if options.eval_share else None
-    return data_fingerprint(versions, writing, chat, places, drawn, [getattr(options, name) for name in CACHE_OPTIONS])
+    split_seed = seed if options.eval_share else None
+    values = [getattr(options, name) for name in CACHE_OPTIONS]
+    return data_fingerprint(versions, tokenization, chat, places, split_seed, values)
 
 
-class _Origins(dict[tuple[int, str], int]):
-    """(source, file) -> number, given when first asked for."""
+class _OriginNumbers(dict[tuple[int, str], int]):
+    """Numbers from 0 for each (source, file), in the order in which they are first looked up."""
 
     def __missing__(self, origin: tuple[int, str]) -> int:
         self[origin] = len(self)
         return self[origin]
 
 
-def _build(encoder: Encoder, seed: int, train: list[Source], evaluated: list[Source], folder: Path) -> dict[str, Any]:
-    """Encode everything into `folder`; at no time more than some chunks of rows are in memory."""
-    options, origins = encoder.options, _Origins()
-    ledgers = {"train": Ledger()} | ({"eval": Ledger()} if evaluated or options.eval_share else {})
+def _encode_into(
+    encoder: Encoder, seed: int, train: list[Source], evaluation: list[Source], folder: Path
+) -> dict[str, Any]:
+    """Encode all sources into `folder`, and return facts for JSON. Only a few chunks are in memory at a time."""
+    options, origins = encoder.options, _OriginNumbers()
+    ledgers = {"train": Ledger()} | ({"eval": Ledger()} if evaluation or options.eval_share else {})
     lengths: Counter[int] = Counter()
     turns = 0
+
+    # Write the chunks as they come.
     with ExitStack() as stack:
         writers = {name: stack.enter_context(RowWriter(folder / name)) for name in ledgers}
-        tasks = _tasks(encoder, seed, train, evaluated, origins, ledgers["train"])
-        for name, chunk in _encoded(tasks, encoder):
+        tasks = _chunk_rows(encoder, seed, train, evaluation, origins, ledgers["train"])
+        for name, chunk in _encode_chunks(tasks, encoder):
             writers[name].add(chunk.part)
             ledgers[name].merge(chunk.ledger)
             if name == "train":
                 lengths.update(chunk.lengths)
                 turns += chunk.turns
+
+    # Note what a reader of the ledger should know.
     ledger = ledgers["train"]
     if options.limit_rows:
         ledger.note(f"limit_rows: at most the first {options.limit_rows:,} rows were read.")
     if "eval" in ledgers:
-        _note_lost(ledger, ledgers["eval"])
-        _note_shared(ledger, *(load_rows(folder / name, origins) for name in ledgers))
-    shares = (50, 95, 99, 100)
-    every = np.repeat(list(lengths.keys()) or [0], list(lengths.values()) or [1])
-    by_share = dict(zip(map(str, shares), np.percentile(every, shares).astype(int).tolist(), strict=True))
-    return {"ledger": ledger.to_dict(), "lengths": by_share, "turns": turns, "origins": list(origins)}
+        _note_lost_evaluation_rows(ledger, ledgers["eval"])
+        _note_common_rows(ledger, *(load_rows(folder / name, origins) for name in ledgers))
+
+    # Percentiles of the lengths, for the message of `check_lost_share`.
+    percents = (50, 95, 99, 100)
+    all_lengths = np.repeat(list(lengths.keys()) or [0], list(lengths.values()) or [1])
+    percentiles = dict(zip(map(str, percents), np.percentile(all_lengths, percents).astype(int).tolist(), strict=True))
+    return {"ledger": ledger.to_dict(), "lengths": percentiles, "turns": turns, "origins": list(origins)}
 
 
-def _tasks(
-    encoder: Encoder, seed: int, train: list[Source], evaluated: list[Source], origins: _Origins, ledger: Ledger
+def _chunk_rows(
+    encoder: Encoder, seed: int, train: list[Source], evaluation: list[Source], origins: _OriginNumbers, ledger: Ledger
 ) -> Iterator[tuple[str, list[SourceRow]]]:
-    """Rows to encode, some at a time, with the name of the part that they belong to."""
+    """Yield (part, rows): the rows to encode, up to ROWS_PER_CHUNK at a time, for the part "train" or "eval"."""
     options = encoder.options
     waiting: dict[str, list[SourceRow]] = {"train": [], "eval": []}
 
-    def numbered(sources: list[Source], first: int) -> Iterator[SourceRow]:
+    def read_sources(sources: list[Source], first: int) -> Iterator[SourceRow]:
         for number, source in enumerate(sources, first):
             for row in read_source(source):
-                # An evaluation source is no source of the run: it has no weight and no share.
+                # Evaluation sources have no weight and no share; in the origin of a row they are all number -1.
                 yield SourceRow(number, origins[number if not first else -1, row.file], row)
 
-    rows = itertools.islice(numbered(train, 0), options.limit_rows)
-    for row in itertools.chain(rows, numbered(evaluated, len(train)) if evaluated else ()):
+    rows = itertools.islice(read_sources(train, 0), options.limit_rows)
+    for row in itertools.chain(rows, read_sources(evaluation, len(train)) if evaluation else ()):
         name = "train" if row.source < len(train) else "eval"
-        if name == "train" and options.eval_share and _draw(seed, row) < options.eval_share:
+
+        # Hold out a share of the training rows.
+        if name == "train" and options.eval_share and _draw_share(seed, row) < options.eval_share:
             name = "eval"
             ledger.read(encoder.labels[row.source])
             ledger.count(encoder.labels[row.source], HELD_OUT)
+
         waiting[name].append(row)
-        if len(waiting[name]) == ROWS_AT_A_TIME:
+        if len(waiting[name]) == ROWS_PER_CHUNK:
             yield name, waiting[name]
             waiting[name] = []
-    yield from ((name, some) for name, some in waiting.items() if some)
+    yield from ((name, chunk_rows) for name, chunk_rows in waiting.items() if chunk_rows)
 
 
-def _note_lost(ledger: Ledger, evaluated: Ledger) -> None:
-    """Rows to evaluate on are no part of the ledger of training; those that are lost are told all the same."""
-    for label, bins in evaluated.bins.items():
+def _note_lost_evaluation_rows(ledger: Ledger, evaluation: Ledger) -> None:
+    """Note lost evaluation rows in the ledger of training, which does not count rows to evaluate on."""
+    for label, bins in evaluation.bins.items():
         for name, amount in bins.items():
             if name != TRAINED:
                 ledger.note(f"Evaluation, {label}: {amount['rows']:,} rows and {amount['supervised']:,} tokens {name}.")
 
 
-def _note_shared(ledger: Ledger, train: Rows, evaluated: Rows) -> None:
-    """Rows that are trained on flatter an evaluation: they are counted and named."""
-    shared = np.flatnonzero(np.isin(evaluated.digest, train.digest))
-    if len(shared):
-        named = []
-        for k in shared[:3].tolist():
-            twin = int(np.flatnonzero(train.digest == evaluated.digest[k])[0])
-            named.append(f"{evaluated.name(k)} = {train.name(twin)}")
+def _note_common_rows(ledger: Ledger, train: Rows, evaluation: Rows) -> None:
+    """Count and name evaluation rows that are also trained: they make an evaluation look better than it is."""
+    common = np.flatnonzero(np.isin(evaluation.digest, train.digest))
+    if len(common):
+        pairs = []
+        for k in common[:3].tolist():
+            twin = int(np.flatnonzero(train.digest == evaluation.digest[k])[0])
+            pairs.append(f"{evaluation.name(k)} = {train.name(twin)}")
         ledger.note(
-            f"{len(shared):,} of {len(evaluated):,} rows to evaluate on are trained on as well: {'; '.join(named)}"
-            + ("; ..." if len(shared) > 3 else ".")
+            f"{len(common):,} of {len(evaluation):,} rows to evaluate on are trained on as well: {'; '.join(pairs)}"
+            + ("; ..." if len(common) > 3 else ".")
         )
 
 
-def _draw(seed: int, row: SourceRow) -> float:
-    """A number in [0, 1) that depends on seed, file name and row number alone."""
+def _draw_share(seed: int, row: SourceRow) -> float:
+    """Return a number in [0, 1) that depends only on the seed, the name of the file and the number of the row."""
     return zlib.crc32(f"{seed} {Path(row.row.file).name} {row.row.number}".encode()) / 2**32
 
 
-def _encoded(tasks: Iterator[tuple[str, list[SourceRow]]], encoder: Encoder) -> Iterator[tuple[str, Chunk]]:
-    """The chunks of `tasks` in their order, made here or by `preprocessing_num_workers` processes."""
+def _encode_chunks(tasks: Iterator[tuple[str, list[SourceRow]]], encoder: Encoder) -> Iterator[tuple[str, Chunk]]:
+    """Encode `tasks` in this process or in `preprocessing_num_workers` workers; the order stays the same."""
     workers = encoder.options.preprocessing_num_workers or 1
+
+    # With one worker or one task the rows are encoded here, because starting workers takes longer.
     first = list(itertools.islice(tasks, workers))
     tasks = itertools.chain(first, tasks)
     if len(first) <= 1:
         yield from ((name, encode_chunk(rows, encoder)) for name, rows in tasks)
         return
-    # Not fork: by now this process has threads of torch and of a process group.
+
+    # Not fork: this process already has threads of torch and of a process group.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _install, (encoder,)) as pool, _workers_alive():
-        # A few tasks ahead and no more: a million rows must not wait in memory.
+    with ProcessPoolExecutor(workers, context, _set_worker_encoder, (encoder,)) as pool, _explain_broken_pool():
+        # Only a few tasks are submitted ahead, so that a million rows do not wait in memory.
         running: deque[tuple[str, Future[Chunk]]] = deque()
         for name, rows in tasks:
-            running.append((name, pool.submit(_encode_installed, rows)))
+            running.append((name, pool.submit(_encode_in_worker, rows)))
             if len(running) > 2 * workers:
                 name, chunk = running.popleft()
                 yield name, chunk.result()
@@ -270,38 +286,46 @@ def _encoded(tasks: Iterator[tuple[str, list[SourceRow]]], encoder: Encoder) -> 
 
 
 @contextmanager
-def _workers_alive() -> Iterator[None]:
+def _explain_broken_pool() -> Iterator[None]:
+    """Turn the death of a worker into a ConfigError with a remedy."""
     try:
         yield
     except BrokenProcessPool:
         raise ConfigError(
-            "preprocessing_num_workers: a worker was ended from outside, which happens when memory is short (give fewer), or "
-            "it was stuck in the chat template (lines above name <template> then)."
+            "preprocessing_num_workers: a worker was killed, because memory ran out (give fewer workers) or the chat "
+            "template did not come to an end (then the lines above name <template>)."
         ) from None
 
 
-def _install(encoder: Encoder) -> None:
-    """Once a worker and not once a chunk: a tokenizer takes longer to unpickle than a chunk to encode."""
-    global _installed
-    _installed = encoder
+def _set_worker_encoder(encoder: Encoder) -> None:
+    """Keep the encoder in this worker: unpickling a tokenizer takes longer than encoding a chunk."""
+    global _worker_encoder
+    _worker_encoder = encoder
 
 
-def _encode_installed(rows: list[SourceRow]) -> Chunk:
-    return encode_chunk(rows, _installed)
+def _encode_in_worker(rows: list[SourceRow]) -> Chunk:
+    return encode_chunk(rows, _worker_encoder)
 
 
-def check_lost(ledger: Ledger, lengths: dict[str, int], options: DataOptions) -> None:
-    """Raises ConfigError when more than `max_lost` of rows or supervised tokens would be lost."""
+def check_lost_share(ledger: Ledger, lengths: dict[str, int], options: DataOptions) -> None:
+    """Check that at most `max_lost` of the rows and of the supervised tokens are lost. `lengths`: percentile -> tokens.
+
+    Raises:
+        ConfigError: more would be lost; the message names the reasons and a remedy.
+    """
     rows, supervised = ledger.lost_share()
     if max(rows, supervised) <= options.max_lost:
         return
+
+    # The reasons, with the number of rows over all sources.
     lost: dict[str, int] = {}
     for bins in ledger.bins.values():
         for name, amount in bins.items():
-            if name.startswith(("dropped", "cut")):
+            if is_lost(name):
                 lost[name] = lost.get(name, 0) + amount["rows"]
     reasons = [f"{name} ({count:,} rows)" if count else name for name, count in lost.items()]
     reasons += [f"{turns:,} turns without a label because {reason}" for reason, turns in ledger.turns.items()]
+
     if lost.keys() == {NOTHING_TRAINED}:
         remedy = "look at train_on, chat_template and the rows themselves"
     else:
@@ -315,8 +339,12 @@ def check_lost(ledger: Ledger, lengths: dict[str, int], options: DataOptions) ->
     )
 
 
-def check_turns(ledger: Ledger, turns: int, options: DataOptions) -> None:
-    """Raises ConfigError when more than `max_lost` of the assistant turns would train nothing for the template's sake."""
+def check_lost_turns(ledger: Ledger, turns: int, options: DataOptions) -> None:
+    """Check that the template leaves at most `max_lost` of the assistant turns, `turns` in all, without a label.
+
+    Raises:
+        ConfigError: more turns would train nothing.
+    """
     lost = ledger.turns
     share = sum(lost.values()) / max(turns, 1)
     if share > options.max_lost:

@@ -1,6 +1,6 @@
-"""One file of any kind -> rows, one by one.
+"""Read the rows of one file, whatever its kind, one by one.
 
-Only a .json list is held in memory whole; everything else may be larger than memory.
+Only a .json list is loaded as a whole; every other file may be larger than memory.
 """
 
 import csv
@@ -17,72 +17,80 @@ import pyarrow.parquet as pq
 
 from accel_llm.errors import DataError
 
-PACKINGS = {".gz": "gzip", ".zst": "zstd"}
-ROWS_AT_ONCE = 256
-# A quote that is never closed makes one cell of the rest of the file; so large a cell is that mistake.
-LARGEST_CELL = 1 << 27
-# Beside what is no JSON: numbers of thousands of digits, and values nested too deep.
-READ_ERRORS = (ValueError, RecursionError)
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+ROWS_PER_BATCH = 256  # rows of a .parquet file or dataset that are in memory together
+# A quote that is never closed turns the rest of the file into one cell. A larger cell is taken for this mistake.
+MAX_CELL_CHARACTERS = 1 << 27
+# Text that is not JSON, numbers of thousands of digits (both ValueError), and values that are nested too deep.
+JSON_ERRORS = (ValueError, RecursionError)
 
 
 class SourceFile(NamedTuple):
+    """A file to read rows from."""
+
     path: Path
-    shown: str  # how a person knows it
-    kind: str  # one of READERS
-    packing: str  # one of PACKINGS, or nothing
+    label: str  # its name in messages
+    kind: str  # a key of READERS
+    compression: str  # a key of COMPRESSIONS, or the empty string
 
 
 def read_rows(file: SourceFile) -> Iterator[dict[str, Any]]:
-    """The rows of one file in their order.
+    """Yield the rows of one file in their order.
 
-    Cells of .csv and .tsv are text, an empty one is None; a line of .txt is a row with one field `text`.
+    Cells of .csv and .tsv are text, and an empty cell is None. A line of .txt is a row with one field, `text`.
 
     Raises:
-        DataError: a file without rows, or a broken one (with its line).
+        DataError: the file has no rows, or is broken; the message names the line.
     """
     empty = True
     for row in READERS[file.kind](file):
         empty = False
         yield row
     if empty:
-        raise DataError(f"{file.shown}: the file has no rows.")
+        raise DataError(f"{file.label}: the file has no rows.")
 
 
 def file_kind(name: str) -> tuple[str, str]:
-    """(Kind, packing) by the ends of a name; either may be the empty string."""
+    """Return (kind, compression) from the suffixes of a file name; each may be the empty string."""
     suffixes = [suffix.lower() for suffix in Path(name).suffixes]
-    packing = suffixes.pop() if suffixes and suffixes[-1] in PACKINGS else ""
-    return suffixes[-1] if suffixes else "", packing
+    compression = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSIONS else ""
+    return suffixes[-1] if suffixes else "", compression
 
 
 def is_readable(name: str) -> bool:
-    kind, packing = file_kind(name)
-    return kind in READERS and not (kind == ".parquet" and packing)
+    """Tell by its name whether rows can be read from a file. A compressed .parquet file cannot be read."""
+    kind, compression = file_kind(name)
+    return kind in READERS and not (kind == ".parquet" and compression)
 
 
 @contextmanager
 def _open(file: SourceFile) -> Iterator[BinaryIO]:
-    """The bytes of a file, unpacked. A file that is cut off or damaged is a DataError, not an early end."""
+    """Open a file as a stream of its decompressed bytes.
+
+    Raises:
+        DataError: the file cannot be read, or its compressed content is damaged or incomplete.
+    """
     try:
-        if file.packing:
-            unpacked: Any = pa.input_stream(str(file.path), compression=PACKINGS[file.packing])
-            with io.BufferedReader(unpacked) as stream:
+        if file.compression:
+            decompressed: Any = pa.input_stream(str(file.path), compression=COMPRESSIONS[file.compression])
+            with io.BufferedReader(decompressed) as stream:
                 yield stream
         else:
             with file.path.open("rb") as stream:
                 yield stream
     except OSError as error:
-        raise DataError(f"{file.shown}: cannot be read ({error.strerror or error}).") from None
+        raise DataError(f"{file.label}: cannot be read ({error.strerror or error}).") from None
 
 
 def _lines(file: SourceFile) -> Iterator[tuple[int, str]]:
-    """(Line number from 1, line with its end)."""
+    """Yield (line number from 1, line with its line break)."""
     with _open(file) as lines:
         for number, line in enumerate(lines, 1):
             try:
+                # A file may start with a byte order mark.
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError:
-                raise DataError(f"{file.shown}, line {number}: not UTF-8 text.") from None
+                raise DataError(f"{file.label}, line {number}: not UTF-8 text.") from None
 
 
 def _read_text(file: SourceFile) -> Iterator[dict[str, Any]]:
@@ -97,15 +105,16 @@ def _read_jsonl(file: SourceFile) -> Iterator[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except READ_ERRORS as error:
-            raise DataError(f"{file.shown}, line {number}: not JSON ({_words(error)}).") from None
+        except JSON_ERRORS as error:
+            raise DataError(f"{file.label}, line {number}: not JSON ({_error_text(error)}).") from None
         if not isinstance(row, dict):
-            raise DataError(f"{file.shown}, line {number}: is a {type(row).__name__}, must be an object.")
+            raise DataError(f"{file.label}, line {number}: is a {type(row).__name__}, must be an object.")
         yield row
 
 
 def _read_json(file: SourceFile) -> Iterator[dict[str, Any]]:
-    """A list of objects, one object, or objects one a line, which are common under the name .json."""
+    """Read a list of objects, one object, or one object per line, which many files named .json hold."""
+    # If the first line is a whole object, the file has one object per line and need not be loaded as a whole.
     first = next((line for _, line in _lines(file) if line.strip()), "")
     if first.lstrip().startswith("{") and _is_json(first):
         yield from _read_jsonl(file)
@@ -116,66 +125,73 @@ def _read_json(file: SourceFile) -> Iterator[dict[str, Any]]:
             rows = json.loads(content.decode("utf-8-sig"))
         except UnicodeDecodeError as error:
             line = content.count(b"\n", 0, error.start) + 1
-            raise DataError(f"{file.shown}, line {line}: not UTF-8 text.") from None
-        except READ_ERRORS as error:
+            raise DataError(f"{file.label}, line {line}: not UTF-8 text.") from None
+        except JSON_ERRORS as error:
             line = getattr(error, "lineno", 1)
-            raise DataError(f"{file.shown}, line {line}: not JSON ({_words(error)}).") from None
-        del content
+            raise DataError(f"{file.label}, line {line}: not JSON ({_error_text(error)}).") from None
+        del content  # the text of a large file need not stay in memory beside its rows
+
+        # One object is a list of one row.
         rows = [rows] if isinstance(rows, dict) else rows
         if not isinstance(rows, list):
-            found = type(rows).__name__
-            raise DataError(f"{file.shown}: holds one {found}; a list of objects, or one object a line, is needed.")
+            kind = type(rows).__name__
+            raise DataError(f"{file.label}: holds one {kind}, must hold a list of objects or one object per line.")
         for number, row in enumerate(rows, 1):
             if not isinstance(row, dict):
-                raise DataError(f"{file.shown}, row {number}: is a {type(row).__name__}, must be an object.")
+                raise DataError(f"{file.label}, row {number}: is a {type(row).__name__}, must be an object.")
             yield row
 
 
-def _words(error: Exception) -> str:
+def _error_text(error: Exception) -> str:
     return error.msg if isinstance(error, json.JSONDecodeError) else str(error)
 
 
 def _is_json(text: str) -> bool:
     try:
         json.loads(text)
-    except READ_ERRORS:
+    except JSON_ERRORS:
         return False
     return True
 
 
 def _read_table(file: SourceFile, delimiter: str) -> Iterator[dict[str, Any]]:
-    """Rows below a header. Strict: else a quote that is not closed would swallow all rows behind it, unseen."""
-    csv.field_size_limit(LARGEST_CELL)
+    """Read the rows below a header line.
+
+    Without strict mode a quote that is never closed would swallow all rows after it, and nobody would notice.
+    """
+    csv.field_size_limit(MAX_CELL_CHARACTERS)
     reader = csv.reader((line for _, line in _lines(file)), delimiter=delimiter, strict=True)
     header: list[str] = []
-    line = 1  # on which the row begins; a quoted cell may go over several
+    line = 1  # where the row begins; a quoted cell may span several lines
     try:
         for cells in reader:
             if not cells or (len(cells) == 1 and cells[0].isspace()):
-                pass  # a blank line; an empty cell in quotes is none
+                pass  # a blank line; a line with one empty cell in quotes is not blank
             elif not header:
                 header = [cell.strip() for cell in cells]
-                twice = next((name for name in header if header.count(name) > 1), None)
-                if twice is not None:
-                    raise DataError(f"{file.shown}, line {line}: the header names the column {twice!r} twice.")
+                duplicate = next((name for name in header if header.count(name) > 1), None)
+                if duplicate is not None:
+                    raise DataError(f"{file.label}, line {line}: the header names the column {duplicate!r} twice.")
             elif len(cells) != len(header):
-                found = f"has {len(cells)} cells, must have {len(header)} as the header has"
-                raise DataError(f"{file.shown}, line {line}: {found} ({', '.join(header)}).")
+                raise DataError(
+                    f"{file.label}, line {line}: has {len(cells)} cells, must have {len(header)} as the header has "
+                    f"({', '.join(header)})."
+                )
             else:
                 yield {name: cell or None for name, cell in zip(header, cells, strict=True)}
             line = reader.line_num + 1
     except csv.Error as error:
-        raise DataError(f"{file.shown}, line {line}: not {file.kind[1:].upper()} ({error}).") from None
+        raise DataError(f"{file.label}, line {line}: not {file.kind[1:].upper()} ({error}).") from None
 
 
 def _read_parquet(file: SourceFile) -> Iterator[dict[str, Any]]:
     try:
-        # So pages are read as they are needed; by default pyarrow 26 holds a row group, which may be the whole file.
+        # These settings read page by page. By default pyarrow 26 loads a row group, which may be the whole file.
         with pq.ParquetFile(file.path, buffer_size=1 << 20, pre_buffer=False) as table:
-            for batch in table.iter_batches(ROWS_AT_ONCE):
+            for batch in table.iter_batches(ROWS_PER_BATCH):
                 yield from plain_values(batch)
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise DataError(f"{file.shown}: not a readable .parquet file ({' '.join(str(error).split())}).") from None
+        raise DataError(f"{file.label}: not a readable .parquet file ({' '.join(str(error).split())}).") from None
 
 
 READERS: dict[str, Callable[[SourceFile], Iterator[dict[str, Any]]]] = {
@@ -189,22 +205,26 @@ READERS: dict[str, Callable[[SourceFile], Iterator[dict[str, Any]]]] = {
 
 
 def plain_values(batch: pa.RecordBatch | pa.Table) -> list[dict[str, Any]]:
-    """Arrow rows as Python objects. Columns of mixed types are JSON texts inside; to_pylist leaves them texts."""
+    """Convert Arrow rows to Python values.
+
+    Arrow stores columns of mixed types as JSON text, which `to_pylist` returns as text; here it is parsed.
+    """
     rows = batch.to_pylist()
     for field in batch.schema:
         if "arrow.json" in str(field.type):
             for row in rows:
-                row[field.name] = _parsed(row[field.name], field.type)
+                row[field.name] = _parse_json(row[field.name], field.type)
     return rows
 
 
-def _parsed(value: Any, kind: pa.DataType) -> Any:
+def _parse_json(value: Any, kind: pa.DataType) -> Any:
+    """Parse the JSON text in a value of Arrow type `kind`, at any depth."""
     if value is None:
         return None
     if isinstance(kind, pa.JsonType):
         return json.loads(value)
     if pa.types.is_struct(kind):
-        return {field.name: _parsed(value[field.name], field.type) for field in kind}
+        return {field.name: _parse_json(value[field.name], field.type) for field in kind}
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        return [_parsed(item, kind.value_type) for item in value]
+        return [_parse_json(item, kind.value_type) for item in value]
     return value

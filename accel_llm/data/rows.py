@@ -1,4 +1,4 @@
-"""Encoded rows in flat arrays that are written as they come and read from a cache, memory-mapped."""
+"""Encoded rows in flat arrays: written to a cache as they come, and read from it memory-mapped."""
 
 import json
 import os
@@ -13,14 +13,14 @@ from filelock import FileLock
 from huggingface_hub.constants import HF_HOME
 
 from accel_llm.config.options import DataOptions
-from accel_llm.system.folders import whole_folder
+from accel_llm.system.folders import atomic_folder
 
-# The arrays of a part (train, eval), each a file of plain numbers: their C type, as `array` and NumPy name it.
+# The arrays of a part (train or eval), each a file of plain numbers, and their type as `array` and NumPy name it.
 ARRAYS = {"input_ids": "i", "labels": "i", "weights": "f", "lengths": "i", "number": "q", "origin": "i", "digest": "Q"}
 
 
 class Origin(NamedTuple):
-    """Where a row was read: its file, and which of the run's sources that belongs to (-1: an evaluation source)."""
+    """Where rows were read from: the number of the training source (-1: an evaluation source), and the file."""
 
     source: int
     file: str
@@ -28,15 +28,15 @@ class Origin(NamedTuple):
 
 @dataclass
 class RowPart:
-    """Encoded rows, one after the other; row k has `lengths[k]` tokens. `weights` is empty where every label counts 1."""
+    """Encoded rows in memory, one after the other; row k has `lengths[k]` tokens."""
 
     input_ids: array = field(default_factory=lambda: array("i"))
     labels: array = field(default_factory=lambda: array("i"))
-    weights: array = field(default_factory=lambda: array("f"))
+    weights: array = field(default_factory=lambda: array("f"))  # empty if every label counts 1
     lengths: array = field(default_factory=lambda: array("i"))
-    number: array = field(default_factory=lambda: array("q"))  # of the row in its file, from 1
-    origin: array = field(default_factory=lambda: array("i"))
-    digest: array = field(default_factory=lambda: array("Q"))  # of the whole row's ids, to find rows that are shared
+    number: array = field(default_factory=lambda: array("q"))  # the row's number in its file, from 1
+    origin: array = field(default_factory=lambda: array("i"))  # number of an Origin
+    digest: array = field(default_factory=lambda: array("Q"))  # hash of the ids before any cut, to find equal rows
 
     def add(
         self,
@@ -47,6 +47,8 @@ class RowPart:
         origin: int,
         digest: int,
     ) -> None:
+        """Append one row. `labels` and `weights` have a value for each of `input_ids`; None: every label counts 1."""
+        # The first row with weights adds a 1 for each label of the rows before it.
         if weights is not None and not self.weights:
             self.weights.extend([1.0] * len(self.labels))
         if weights is not None or self.weights:
@@ -60,20 +62,23 @@ class RowPart:
 
 
 class RowWriter:
-    """Appends parts to the files of one folder, so that no more than a part is ever in memory."""
+    """Append parts to the files of one folder, so that only one part is in memory at a time."""
 
     def __init__(self, folder: Path):
         folder.mkdir(parents=True)
         self._files = {name: (folder / f"{name}.bin").open("wb") for name in ARRAYS}
-        self._tokens = self._weighted = 0
+        self._tokens = 0  # written so far
+        self._weighted_tokens = 0  # written so far to the file of weights
 
     def add(self, part: RowPart) -> None:
+        """Write the rows of `part` after those of the parts before."""
+        # The first part with weights adds a 1 for each label of the parts before it.
         weights = part.weights
-        if weights and not self._weighted:
+        if weights and not self._weighted_tokens:
             np.ones(self._tokens, np.float32).tofile(self._files["weights"])
-        if not weights and self._weighted:
+        if not weights and self._weighted_tokens:
             weights = array("f", [1.0]) * len(part.labels)
-        self._weighted += len(weights)
+        self._weighted_tokens += len(weights)
         self._tokens += len(part.labels)
         for name, file in self._files.items():
             (weights if name == "weights" else getattr(part, name)).tofile(file)
@@ -82,7 +87,7 @@ class RowWriter:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Everything is on the disk after this: a cache that is there is whole."""
+        """Force everything to the disk, so that a cache that exists is complete."""
         for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())
@@ -91,15 +96,18 @@ class RowWriter:
 
 @dataclass(frozen=True)
 class Rows:
-    """Encoded rows in flat arrays, memory-mapped from the cache: row k is tokens `offsets[k]:offsets[k + 1]`."""
+    """Encoded rows in flat arrays, memory-mapped from the cache: row k has the tokens `offsets[k]:offsets[k + 1]`.
+
+    `rows[k]` returns (ids, labels) of row k, each int32 [n].
+    """
 
     input_ids: np.ndarray  # int32 [tokens]
-    labels: np.ndarray  # int32 [tokens], -100 where not trained, unshifted
+    labels: np.ndarray  # int32 [tokens], unshifted, IGNORED where not trained
     offsets: np.ndarray  # int64 [rows + 1]
     number: np.ndarray  # int64 [rows], the row's number in its file (from 1), for messages
-    origin: np.ndarray  # int32 [rows], index of `origins`
-    digest: np.ndarray  # uint64 [rows], equal where the ids of the rows are
-    weights: np.ndarray | None  # float32 [tokens], how much each label counts; None where each counts 1
+    origin: np.ndarray  # int32 [rows], index into `origins`
+    digest: np.ndarray  # uint64 [rows], hash of the ids before any cut, to find equal rows
+    weights: np.ndarray | None  # float32 [tokens], how much each label counts; None: every label counts 1
     origins: tuple[Origin, ...]
 
     def __len__(self) -> int:
@@ -111,53 +119,57 @@ class Rows:
 
     @property
     def lengths(self) -> np.ndarray:
+        """Tokens of each row, int64 [rows]."""
         return np.diff(self.offsets)
 
     @property
     def source(self) -> np.ndarray:
-        """int64 [rows]: which of the run's sources each row came from."""
+        """The number of each row's training source (-1: an evaluation source), int64 [rows]."""
         return np.array([origin.source for origin in self.origins], np.int64)[self.origin]
 
-    def weights_of(self, chosen: list[int]) -> list[np.ndarray] | None:
-        """How much each label of the chosen rows counts, float32 [tokens] for each; None where each counts 1."""
-        if self.weights is None or not chosen:
+    def label_weights(self, indices: list[int]) -> list[np.ndarray] | None:
+        """Return for each row of `indices` how much its labels count, float32 [n]; None if every label counts 1."""
+        if self.weights is None or not indices:
             return None
-        return [self.weights[int(self.offsets[k]) : int(self.offsets[k + 1])] for k in chosen]
+        return [self.weights[int(self.offsets[k]) : int(self.offsets[k + 1])] for k in indices]
 
     def name(self, k: int) -> str:
+        """Return file and number of row k, as messages name it."""
         return f"{self.origins[self.origin[k]].file}, row {self.number[k]}"
 
 
 def load_rows(folder: Path, origins: Iterable[tuple[int, str]]) -> Rows:
-    """The rows that a `Writer` wrote in `folder`."""
-    arrays = {name: _mapped(folder / f"{name}.bin", kind) for name, kind in ARRAYS.items()}
+    """Load the rows that a `RowWriter` wrote to `folder`; `origins` are pairs (source, file)."""
+    arrays = {name: _map_file(folder / f"{name}.bin", kind) for name, kind in ARRAYS.items()}
     offsets = np.concatenate([[0], np.cumsum(arrays.pop("lengths"), dtype=np.int64)])
     weights = arrays.pop("weights")
-    named = tuple(Origin(source, file) for source, file in origins)
-    return Rows(**arrays, offsets=offsets, weights=weights if len(weights) else None, origins=named)
+    row_origins = tuple(Origin(source, file) for source, file in origins)
+    return Rows(**arrays, offsets=offsets, weights=weights if len(weights) else None, origins=row_origins)
 
 
-def _mapped(path: Path, kind: str) -> np.ndarray:
+def _map_file(path: Path, kind: str) -> np.ndarray:
     # NumPy cannot map an empty file.
     return np.memmap(path, kind, "r") if path.stat().st_size else np.zeros(0, kind)
 
 
 def cache_folder(options: DataOptions) -> Path:
+    """Return the folder that holds all caches: `cache_dir`, or `accel_llm` in the folder of Hugging Face."""
     return Path(options.cache_dir or Path(HF_HOME) / "accel_llm").expanduser()
 
 
 def cached_rows(folder: Path, build: Callable[[Path], dict[str, Any]]) -> tuple[dict[str, Rows], dict[str, Any]]:
-    """The parts (train, eval) that `build` writes into the folder it is given, and the facts that it returns.
+    """Load the parts (train, eval) and the facts in `folder`; if it does not exist, `build` makes them first.
 
-    The first process to come builds; others wait on a file lock, never in a collective that could time out. The folder
-    appears by one rename, so a killed build leaves no broken cache.
+    `build` writes the parts into the folder that it gets, and returns the facts. The first process builds. The others
+    wait on a file lock, not in a collective operation, which could time out. The folder appears by one rename, so a
+    build that is killed leaves no broken cache.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():
-            with whole_folder(folder) as partial:
-                facts = build(partial)
-                (partial / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+            with atomic_folder(folder) as new_folder:
+                facts = build(new_folder)
+                (new_folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
     facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
     parts = {part.name: load_rows(part, facts["origins"]) for part in sorted(folder.iterdir()) if part.is_dir()}
     return parts, facts

@@ -1,1 +1,1 @@
-"""The embedded default: a tiny tokenizer, a tiny base model and generated conversations."""
+"""The demo that every script uses by default: a tiny tokenizer, a tiny base model and generated conversations."""

@@ -1,4 +1,4 @@
-"""The demo as files: its base model, data and recipe where a person named none."""
+"""Write the demo to files, and use its model, data and recipe when a script gets none."""
 
 import json
 import os
@@ -14,46 +14,54 @@ from accel_llm.demo.tokenizer import build_demo_tokenizer, demo_base_config
 from accel_llm.system.disk import write_atomically
 
 TrainOptionsT = TypeVar("TrainOptionsT", bound=TrainOptions)
-DEMO_NAME = "demo"
+DEMO_NAME = "demo"  # the value of an option that stands for the demo's model or data
 DEMO_BASE = Path(__file__).parents[1] / "demo_base"
 
 
 def resolve_demo(options: TrainOptionsT) -> TrainOptionsT:
-    """Replace the name `demo` by files: the shipped base as model, generated conversations or texts as data."""
+    """Replace the value `demo` by paths: the shipped base as model, generated conversations or texts as data."""
     folder = cache_folder(options)
-    found: dict[str, Any] = {}
+    changes: dict[str, Any] = {}
+
+    # The model, or the config to build it from.
     if options.model_name_or_path == DEMO_NAME:
-        found["model_name_or_path"] = str(DEMO_BASE)
+        changes["model_name_or_path"] = str(DEMO_BASE)
     if isinstance(options, PretrainOptions) and options.config_name == DEMO_NAME:
-        found["config_name"] = _write_shape(folder / f"demo-shape-{os.getpid()}")
+        # One folder for each process, because `save_pretrained` does not write in one step.
+        changes["config_name"] = _write_base_config(folder / f"demo-shape-{os.getpid()}")
+
+    # The data.
     if options.train_files == [DEMO_NAME]:
         if isinstance(options, PretrainOptions):
-            found["train_files"] = [
-                _write(folder / "demo-text.jsonl", ({"text": t} for t in demo_documents(0, DOCUMENTS)))
-            ]
+            documents = ({"text": text} for text in demo_documents(0, DOCUMENTS))
+            changes["train_files"] = [_write_rows(folder / "demo-text.jsonl", documents)]
         else:
-            found["train_files"] = [_write(folder / "demo-train.jsonl", demo_conversations("train"))]
+            changes["train_files"] = [_write_rows(folder / "demo-train.jsonl", demo_conversations("train"))]
     if options.eval_files == [DEMO_NAME]:
-        found["eval_files"] = [_write(folder / "demo-eval.jsonl", demo_conversations("eval"))]
-    return options.model_copy(update=found)
+        changes["eval_files"] = [_write_rows(folder / "demo-eval.jsonl", demo_conversations("eval"))]
+    return options.model_copy(update=changes)
 
 
-def _write(path: Path, rows: Iterable[dict[str, Any]]) -> str:
-    """Every process writes the same bytes, each to a file of its own that then takes the name."""
+def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> str:
+    """Write JSON lines in one step, since every process writes this file, all with the same bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return str(path)
 
 
-def _write_shape(folder: Path) -> str:
-    """The config and tokenizer that the base is built from: nothing of the shipped folder goes into a rebuild."""
+def _write_base_config(folder: Path) -> str:
+    """Write the config and tokenizer to build the base from, so that a rebuild uses nothing of the shipped folder."""
     demo_base_config().save_pretrained(folder)
     build_demo_tokenizer().save_pretrained(folder)
     return str(folder)
 
 
-def parse_or_demo(options_class: type[TrainOptionsT], recipe: Path, argv: list[str]) -> TrainOptionsT:
-    """The options of a script; its demo recipe's where the person named no model, data or recipe."""
+def parse_options_or_demo(options_class: type[TrainOptionsT], recipe: Path, argv: list[str]) -> TrainOptionsT:
+    """Parse the options of a script; without a model, data and `--config` its demo `recipe` is used.
+
+    Raises:
+        ConfigError: an option is unknown or has a value that is not allowed.
+    """
     options = parse_options(options_class, argv)
     if "--config" not in argv and options.model_name_or_path is None and not options.train_files:
         options = parse_options(options_class, ["--config", str(recipe), *argv])

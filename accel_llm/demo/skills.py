@@ -1,8 +1,8 @@
-"""The embedded default: a tiny tokenizer, the shape of its base model, and self-made text and conversations.
+"""The skills that the demo teaches, as generated conversations and plain text.
 
-Every skill is one small function that draws a `Task`. Pretraining reads the task's facts (plain prose); fine-tuning
-reads its turns (chat). Whether a task is held out is decided by a hash of its operands, so neither the conversations
-of the train split nor the pretraining documents can ever contain a question of the eval split.
+Each skill is a small function that draws a `Task`. Pretraining reads the prose of a task, and fine-tuning its chat
+turns. A hash of the items in a task decides whether it is held out. So neither the conversations of the train split nor
+the pretraining documents can contain a question of the eval split.
 """
 
 import random
@@ -12,10 +12,9 @@ from zlib import crc32
 
 from accel_llm.demo.tokenizer import CAPITALS, SPECIAL_TOKENS, THINGS, WORDS
 
-DOCUMENTS = 60_000
-CONVERSATIONS = {"train": 6000, "eval": 240}
-HELD_OUT_PERCENT = 20
-
+DOCUMENTS = 60_000  # for pretraining
+CONVERSATIONS = {"train": 6000, "eval": 240}  # for fine-tuning
+HELD_OUT_PERCENT = 20  # of all items
 
 SYSTEM_PROMPTS = ("You are a helpful assistant.", "Answer with one word or number only.", "Give short answers.")
 
@@ -23,21 +22,22 @@ SYSTEM_PROMPTS = ("You are a helpful assistant.", "Answer with one word or numbe
 class Task(NamedTuple):
     """One drawn instance of a skill."""
 
-    items: tuple[str, ...]  # what is asked about; a task belongs to a split only if all its items do
-    turns: tuple[tuple[str, str], ...]  # (user, assistant); the last answer is the one that is checked
-    prose: str  # plain text that the last answer continues
+    items: tuple[str, ...]  # the things it asks about; a task is in a split only if all its items are
+    turns: tuple[tuple[str, str], ...]  # (user, assistant); only the last answer is checked
+    prose: str  # the question as plain text; the last answer continues it
 
 
-def held_out(item: str) -> bool:
-    """Whether an item belongs to the eval split: a property of the item alone, the same in every run and version."""
+def is_held_out(item: str) -> bool:
+    """Tell whether an item is in the eval split. It depends on the item alone, so it is the same in every run."""
     return crc32(item.encode()) % 100 < HELD_OUT_PERCENT
 
 
-def made_up_word(rng: random.Random, longest: int = 6) -> str:
-    """A word that can be said aloud and that the tokenizer has to spell."""
+def invent_word(rng: random.Random, longest: int = 6) -> str:
+    """Draw a word of 3 to `longest` letters that can be spoken and is not in the vocabulary, so it must be spelled."""
     while True:
         length = rng.randint(3, longest)
         word = "".join(rng.choice("aeiou" if i % 2 else "bdfgklmnprstvz") for i in range(length))
+        # A word of the vocabulary would be one token.
         if not {word, word.capitalize()} & WORDS.keys():
             return word
 
@@ -66,19 +66,19 @@ def step(rng: random.Random) -> Task:
 
 def sort(rng: random.Random) -> Task:
     digits = [str(rng.randint(0, 9)) for _ in range(rng.randint(3, 4))]
-    given, answer = " ".join(digits), " ".join(sorted(digits))
-    question = rng.choice((f"Sort {given}.", f"Write {given} in order."))
-    return Task((f"sort {given}",), ((question, answer),), rng.choice((f"{given} in order", f"Sort {given}")))
+    numbers, answer = " ".join(digits), " ".join(sorted(digits))
+    question = rng.choice((f"Sort {numbers}.", f"Write {numbers} in order."))
+    return Task((f"sort {numbers}",), ((question, answer),), rng.choice((f"{numbers} in order", f"Sort {numbers}")))
 
 
 def repeat(rng: random.Random) -> Task:
-    word = made_up_word(rng)
+    word = invent_word(rng)
     question = rng.choice((f"Repeat the word {word}.", f"Say {word}."))
     return Task((word,), ((question, word),), rng.choice((f"the word {word}", f"Say {word}")))
 
 
 def reverse(rng: random.Random) -> Task:
-    word = made_up_word(rng, longest=5)
+    word = invent_word(rng, longest=5)
     question = rng.choice(
         (f"Spell {word} backwards.", f"What is {word} spelled backwards?", f"Reverse the word {word}.")
     )
@@ -86,7 +86,7 @@ def reverse(rng: random.Random) -> Task:
 
 
 def letter(rng: random.Random) -> Task:
-    word, side = made_up_word(rng), rng.choice(("first", "last"))
+    word, side = invent_word(rng), rng.choice(("first", "last"))
     answer = word[0] if side == "first" else word[-1]
     question = rng.choice((f"What is the {side} letter of {word}?", f"Give me the {side} letter of the word {word}."))
     return Task((word,), ((question, answer),), f"the {side} letter of {word}")
@@ -94,9 +94,9 @@ def letter(rng: random.Random) -> Task:
 
 def pick(rng: random.Random) -> Task:
     things, side = rng.sample(THINGS, 3), rng.choice(("first", "last"))
-    answer, given = things[0] if side == "first" else things[-1], ", ".join(things)
-    question = rng.choice((f"Which comes {side}: {given}?", f"Name the {side} of the list {given}."))
-    return Task((f"pick {given}",), ((question, answer),), f"the {side} of {given}")
+    answer, listing = things[0] if side == "first" else things[-1], ", ".join(things)
+    question = rng.choice((f"Which comes {side}: {listing}?", f"Name the {side} of the list {listing}."))
+    return Task((f"pick {listing}",), ((question, answer),), f"the {side} of {listing}")
 
 
 def capital(rng: random.Random) -> Task:
@@ -112,72 +112,79 @@ def capital(rng: random.Random) -> Task:
 
 
 def recall(rng: random.Random) -> Task:
-    names = [made_up_word(rng).capitalize() for _ in range(rng.randint(1, 2))]
+    names = [invent_word(rng).capitalize() for _ in range(rng.randint(1, 2))]
     likes = dict(zip(names, rng.sample(THINGS, len(names)), strict=True))
-    told = " and ".join(f"{name} likes {thing}" for name, thing in likes.items())
+    facts = " and ".join(f"{name} likes {thing}" for name, thing in likes.items())
     name = rng.choice(names)
     question = rng.choice((f"What does {name} like?", f"Tell me what {name} likes."))
-    turns = ((f"My friend {told}.", "OK."), (question, likes[name]))
-    return Task(tuple(name.lower() for name in names), turns, f"{told}.\nwhat {name} likes")
+    turns = ((f"My friend {facts}.", "OK."), (question, likes[name]))
+    return Task(tuple(name.lower() for name in names), turns, f"{facts}.\nwhat {name} likes")
 
 
 FAMILIES = (add, chain, step, sort, repeat, reverse, letter, pick, capital, recall)
 
 
-def draw(family: Callable[[random.Random], Task], rng: random.Random, split: Literal["train", "eval"]) -> Task:
-    """A task of `family` all of whose items belong to `split`."""
+def draw_task(family: Callable[[random.Random], Task], rng: random.Random, split: Literal["train", "eval"]) -> Task:
+    """Draw tasks of `family` until all items of one are in `split`, and return it."""
     while True:
         task = family(rng)
-        if all(held_out(item) == (split == "eval") for item in task.items):
+        if all(is_held_out(item) == (split == "eval") for item in task.items):
             return task
 
 
 def demo_conversations(split: Literal["train", "eval"], seed: int = 0) -> list[dict]:
-    """Chat rows `{"messages": [...], "family": name}`; every family appears equally often, no row appears twice.
+    """Generate chat rows `{"messages": [...], "family": name}`, each family equally often and no row twice.
 
-    A quarter of the rows has a system prompt, a third begins with a task of another family before the one that gives
-    the row its name and its last, checked answer. No user question of one split occurs in the other, whatever the seeds.
+    A quarter of the rows has a system prompt. A third begins with a task of any family; after it comes the task that
+    gives the row its family and its last answer. No user question of one split occurs in the other, whatever the seeds
+    are.
     """
     rng = random.Random(f"{split} {seed}")
     rows, seen = [], set()
     while len(rows) < CONVERSATIONS[split]:
         family = FAMILIES[len(rows) % len(FAMILIES)]
         messages = []
+
+        # Draw the system prompt, the first task and the task of the family.
         if rng.random() < 0.25:
             messages.append({"role": "system", "content": rng.choice(SYSTEM_PROMPTS)})
-        turns = draw(rng.choice(FAMILIES), rng, split).turns if rng.random() < 0.33 else ()
-        for user, assistant in turns + draw(family, rng, split).turns:
+        turns = draw_task(rng.choice(FAMILIES), rng, split).turns if rng.random() < 0.33 else ()
+        for user, assistant in turns + draw_task(family, rng, split).turns:
             messages.append({"role": "user", "content": user})
             messages.append({"role": "assistant", "content": assistant})
+
         if str(messages) not in seen:
             seen.add(str(messages))
             rows.append({"messages": messages, "family": family.__name__})
     return rows
 
 
-def stretch(rng: random.Random) -> Task:
-    """Nothing to be asked about: words and characters of all kinds, said twice, so that copying is learned early.
+def copy_text(rng: random.Random) -> Task:
+    """Draw words and characters of all kinds, to be written twice, so that the base learns early to copy.
 
-    It shows the base every token of the vocabulary. The embeddings of tokens that no text holds all drift the same way,
-    and an adapter could then not tell the end of a turn from any other of them.
+    This shows the base every token of the vocabulary. Tokens that are in no text would get embeddings that all drift in
+    the same direction, and an adapter could not tell the end of a turn from the other ones.
     """
+    # Characters of one, two and three bytes in UTF-8.
     symbols = "".join(chr(rng.randint(33, rng.choice((0x7E, 0x7FF, 0xD7FF)))) for _ in range(2))
     text = " ".join([*rng.sample(list(WORDS), rng.randint(1, 3)), rng.choice((symbols, symbols, *SPECIAL_TOKENS[1:]))])
     return Task((), (("", text),), text)
 
 
 def demo_documents(seed: int, count: int) -> Iterator[str]:
-    """`count` pages of plain pretraining text: notes that end in an answer, and some of them again.
+    """Generate `count` pages of plain text for pretraining: notes that end with an answer, some of them repeated.
 
-    Nothing held out is on them, except for capitals: a capital cannot be worked out, so the base has to have read it
-    and fine-tuning only has to bring it out. Adding and remembering take longest to learn and are seen more often.
+    They contain no item of the eval split except capitals: nobody can work out a capital, so the base must have read
+    it, and fine-tuning only teaches to answer with it. Addition and recall take longest to learn, so they appear more
+    often.
     """
     rng = random.Random(f"documents {seed}")
     for _ in range(count):
         notes: list[str] = []
         for _ in range(rng.randint(4, 12)):
-            family = rng.choice((*FAMILIES, add, recall, recall, stretch))
-            task = family(rng) if family is capital else draw(family, rng, "train")
+            # Names in this tuple more than once are drawn more often.
+            family = rng.choice((*FAMILIES, add, recall, recall, copy_text))
+            task = family(rng) if family is capital else draw_task(family, rng, "train")
             notes.append(task.prose + rng.choice((": ", "\n")) + task.turns[-1][1])
             if rng.random() < 0.15:
                 notes.append(rng.choice(notes))

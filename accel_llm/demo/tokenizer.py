@@ -1,4 +1,4 @@
-"""The demo's tokenizer and the shape of its base model."""
+"""The tokenizer of the demo and the config of its base model."""
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast
@@ -26,22 +26,27 @@ OTHER_WORDS = (
 )
 THINGS = THING_WORDS.split()
 CAPITALS = {country: city for country, city in (pair.split() for pair in CAPITAL_WORDS.split(", "))}
-WORDS = dict.fromkeys([*OTHER_WORDS.split(), *THINGS, *CAPITALS, *CAPITALS.values()])  # ordered, each once
+WORDS = dict.fromkeys(
+    [*OTHER_WORDS.split(), *THINGS, *CAPITALS, *CAPITALS.values()]
+)  # a dict keeps the order and holds each once
 
 
 def build_demo_tokenizer() -> PreTrainedTokenizerFast:
-    """256 bytes, the words of the demo and three special tokens; any UTF-8 text round-trips.
+    """Build a tokenizer of 256 bytes, the words of the demo and three special tokens; any UTF-8 text round-trips.
 
-    A listed word is one token with or without the space before it; everything else, numbers and made-up words above
-    all, is spelled byte by byte, so that a model this small can see the digits and letters it has to work on.
+    A word of the demo is one token, with or without a space before it. Everything else, above all numbers and invented
+    words, is spelled byte by byte, so that a model this small can see the digits and letters that it works on.
     """
+    # The vocabulary, in the order of the token ids.
     tokens = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokens += [space + word for word in WORDS for space in ("", "Ġ") if len(space + word) > 1]
-    # Without merges a pre-token is either in the vocabulary as a whole (ignore_merges) or falls apart into bytes.
+
+    # Without merges a word is one token if it is in the vocabulary (ignore_merges); otherwise it is split into bytes.
     bpe = models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[], ignore_merges=True)
     backend = Tokenizer(bpe)
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
+
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token=END_OF_TEXT,
@@ -56,7 +61,7 @@ def build_demo_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def demo_base_config() -> PretrainedConfig:
-    """The shape of the shipped base model: under 500,000 parameters, so that float32 weights stay under 2 MB."""
+    """Return the config of the shipped base model: fewer than 500,000 parameters, less than 2 MB in float32."""
     return LlamaConfig(
         vocab_size=len(build_demo_tokenizer()),
         hidden_size=96,

@@ -1,4 +1,4 @@
-"""A merged model's logits beside those of base and adapter, in a process of its own that loads it as anybody would."""
+"""Compares the logits of a merged model with those of base and adapter, in a fresh process with plain transformers."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from accel_llm.merge.verify import LOGIT_BOUNDS
 from accel_llm.model.loading import LOADING_ERRORS, short_reason
 from accel_llm.system.exit import run_script
 
-SAMPLE_TOKENS = 256  # tokens compared at most
+SAMPLE_TOKENS = 256  # at most this many tokens are compared
 SAMPLE_TEXT = """The ferry left at seven, twenty minutes late, with eleven passengers and a crate of lemons on deck. Nobody spoke
 until the lighthouse. "You can see both coasts from here," the captain said, "but only in October."
 
@@ -38,40 +38,40 @@ Die Rechnung kam am Montag, zwei Tage nach der Lieferung. Elle l'a payée sans l
 
 
 def compare_logits(folder: Path, source: Path, adapters: list[Path], options: MergeOptions) -> dict[str, float]:
-    """Relative differences |found - expected| / |expected| of logits on a text, computed in a fresh process.
+    """Relative differences |actual - expected| / |expected| of logits on a sample text, computed in a fresh process.
 
-    `merged`: of the model written in `folder` from base and adapter. Where merge_base is set, also `original` and
-    `dequantized`: of the adapter merged into the base's own weights, and into its 4-bit weights in 16 bits, from the
-    adapter on the 4-bit base that it was trained on.
+    `merged`: the model in `folder`, compared with base and adapter. If merge_base is set, also `original` and
+    `dequantized`: the adapter merged into the base's own weights, and into its dequantised 4-bit weights, both compared
+    with the adapter on the 4-bit base that it was trained on.
 
     Raises:
-        ConfigError: the written model cannot be loaded by plain transformers, or differs beyond the bound of its dtype.
+        ConfigError: plain transformers cannot load the written model, or its logits differ beyond rounding.
     """
-    package = str(Path(__file__).parents[2])
-    paths = [package, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    root = str(Path(__file__).parents[2])
+    paths = [root, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     arguments = [str(folder), str(source), json.dumps([str(adapter) for adapter in adapters])]
     arguments.append(json.dumps(options.model_dump(exclude_unset=True)))
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "accel_llm.merge.compare_logits", *arguments],
         capture_output=True,
         text=True,
         check=False,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)},
     )
-    if done.returncode == 2:
-        raise ConfigError(*done.stderr.replace("error: ", "").splitlines()[-1:])
-    if done.returncode < 0:
+    if process.returncode == 2:
+        raise ConfigError(*process.stderr.replace("error: ", "").splitlines()[-1:])
+    if process.returncode < 0:
         raise ConfigError(
-            f"verify: the process that compares logits was ended by signal {-done.returncode}, most often for want of memory, "
-            "which it needs for two whole models; set verify: modules."
+            f"verify: the process that compares logits was killed by signal {-process.returncode}, most often because "
+            "memory ran out: it loads two whole models; set verify: modules."
         )
-    if done.returncode:
-        raise RuntimeError(f"comparing logits failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
+    if process.returncode:
+        raise RuntimeError(f"comparing logits failed:\n{process.stderr}")
+    return json.loads(process.stdout.splitlines()[-1])
 
 
 def main() -> None:
-    """Prints the differences as JSON; the arguments are those of `check`."""
+    """Print the differences as JSON. The command line holds the arguments of `compare_logits`."""
     quiet_libraries()
     folder, source, adapters, options = (
         Path(sys.argv[1]),
@@ -85,27 +85,28 @@ def main() -> None:
 def _compare(folder: Path, source: Path, folders: list[Path], options: MergeOptions) -> dict[str, float]:
     adapters = [read_adapter(adapter, options.allow_pickle) for adapter in folders]
     task = adapters[0].config.task_type
-    model = _plain(folder, task, options)
-    ids = _ids(folder, model, options.trust_remote_code)
-    found, dtype = _logits(model, ids), model.dtype
+    model = _load_plain(folder, task, options)
+    ids = _sample_ids(folder, model, options.trust_remote_code)
+    actual, dtype = _logits(model, ids), model.dtype
     del model
     if options.unmerge:
-        expected = _logits(_plain(source, task, options), ids)
-        found = _logits(_adapted(adapters, folder, options), ids)
+        # The adapter on the unmerged model must answer as the merged model that it was taken out of.
+        expected = _logits(_load_plain(source, task, options), ids)
+        actual = _logits(_load_adapted(adapters, folder, options), ids)
     else:
-        expected = _logits(_adapted(adapters, source, options), ids)
-    relative, bound = _relative(found, expected), LOGIT_BOUNDS[dtype]
+        expected = _logits(_load_adapted(adapters, source, options), ids)
+    relative, bound = _relative_error(actual, expected), LOGIT_BOUNDS[dtype]
     if not relative <= bound:
         raise ConfigError(
             f"verify: the merged model's logits differ from the adapter's by {relative:.1e} (allowed for {dtype}: "
             f"{bound:.0e}); nothing was written."
         )
-    more = _of_bases(adapters, source, options, ids) if "merge_base" in options.model_fields_set else {}
-    return {"merged": relative} | more
+    base_errors = _base_errors(adapters, source, options, ids) if "merge_base" in options.model_fields_set else {}
+    return {"merged": relative} | base_errors
 
 
-def _plain(folder: Path, task: str | None, options: MergeOptions) -> PreTrainedModel:
-    """The model as plain transformers loads it."""
+def _load_plain(folder: Path, task: str | None, options: MergeOptions) -> PreTrainedModel:
+    """Load a model with plain transformers."""
     loader = model_class(read_model_config(folder, options.trust_remote_code), task)
     remote = {"trust_remote_code": True} if options.trust_remote_code else {}
     try:
@@ -116,46 +117,53 @@ def _plain(folder: Path, task: str | None, options: MergeOptions) -> PreTrainedM
         ) from None
 
 
-def _adapted(adapters: list[SavedAdapter], source: Path, options: MergeOptions) -> Any:
-    """Base and adapter as PEFT runs them, scaled and combined as they were merged."""
+def _load_adapted(adapters: list[SavedAdapter], source: Path, options: MergeOptions) -> Any:
+    """Load the base with the adapters on it, unmerged, scaled and combined as the options say."""
     plan = plan_merge(options, adapters, source, lazy=False)
-    for name, tensor in plan.made.replaced.items():
-        getattr(*plan.made.owners[name]).data = tensor.to(plan.specs[name].dtype)
-    for _, module in adapted_modules(plan.made.wrapped) if options.scale != 1 else []:
+    attached = plan.attached
+    for name, tensor in attached.replacements.items():
+        getattr(*attached.owners[name]).data = tensor.to(plan.specs[name].dtype)
+    for _, module in adapted_modules(attached.wrapped) if options.scale != 1 else []:
         scale_module(module, options.scale)
-    return plan.made.wrapped
+    return attached.wrapped
 
 
-def _of_bases(adapters: list[SavedAdapter], source: Path, options: MergeOptions, ids: torch.Tensor) -> dict[str, float]:
-    """How far merging into the base's own weights, and into the dequantised ones, takes the logits from the adapter's own.
+def _base_errors(
+    adapters: list[SavedAdapter], source: Path, options: MergeOptions, ids: torch.Tensor
+) -> dict[str, float]:
+    """Relative error of the logits after merging into the original base, and into the dequantised one.
 
-    Those are of the adapter on a 4-bit base, which computes with the dequantised weights.
+    Both are compared with the adapter on its 4-bit base. That base computes with the dequantised weights.
     """
     dequantized = options.model_copy(update={"merge_base": "dequantized"})
-    expected = _logits(_adapted(adapters, source, dequantized), ids)
-    stored = getattr(read_model_config(source, options.trust_remote_code), "quantization_config", None)
-    found = {}
-    for way in ("dequantized",) if stored else ("original", "dequantized"):
-        wrapped = _adapted(adapters, source, options.model_copy(update={"merge_base": way}))
+    expected = _logits(_load_adapted(adapters, source, dequantized), ids)
+    in_4_bits = getattr(read_model_config(source, options.trust_remote_code), "quantization_config", None)
+    errors = {}
+    for way in ("dequantized",) if in_4_bits else ("original", "dequantized"):
+        wrapped = _load_adapted(adapters, source, options.model_copy(update={"merge_base": way}))
         for _, module in adapted_modules(wrapped):
             with torch.no_grad():
                 module.merge()
-        found[way] = _relative(_logits(wrapped, ids), expected)
-    return found
+        errors[way] = _relative_error(_logits(wrapped, ids), expected)
+    return errors
 
 
-def _ids(folder: Path, model: PreTrainedModel, trust_remote_code: bool) -> torch.Tensor:
-    """A text in the model's own tokens [1, tokens]; random tokens where it has no tokenizer."""
+def _sample_ids(folder: Path, model: PreTrainedModel, trust_remote_code: bool) -> torch.Tensor:
+    """Token ids [1, tokens] of the sample text, or random ones if the model has no tokenizer."""
     config = model.config.get_text_config()
     if not hasattr(config, "vocab_size"):
-        raise ConfigError("verify: logits are compared on a text, and this is no model of text; set verify: modules.")
+        raise ConfigError(
+            "verify: logits are compared on a text, but this is not a language model; set verify: modules."
+        )
     length = min(SAMPLE_TOKENS, getattr(config, "max_position_embeddings", SAMPLE_TOKENS) or SAMPLE_TOKENS)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
         ids = torch.tensor([tokenizer(SAMPLE_TEXT).input_ids[:length]])
     except LOADING_ERRORS:
         ids = torch.empty(1, 0)
-    if not ids.numel():  # of some families transformers makes a tokenizer without a vocabulary when there is none
+    if (
+        not ids.numel()
+    ):  # for some families transformers builds a tokenizer with an empty vocabulary if files are missing
         ids = torch.randint(config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
     return ids % config.vocab_size
 
@@ -167,8 +175,8 @@ def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return (result.logits if "logits" in result else result[0]).float()
 
 
-def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
+def _relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A LoRA adapter out of a tuned model and its base: the best low-rank part of what has changed, layer by layer."""
+"""Extracts a LoRA adapter from a tuned model and its base: for each layer the best low-rank part of the change."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -29,42 +29,50 @@ from accel_llm.merge.skeleton import (
 )
 from accel_llm.model.fingerprint import model_fingerprint
 from accel_llm.model.loading import check_model_name, short_reason
-from accel_llm.system.folders import check_output_dir, whole_output
+from accel_llm.system.folders import atomic_output, check_output_dir
 from accel_llm.system.tensors import TensorSpec, write_tensors
 from accel_llm.system.weights import WeightFiles, open_weights
 
-SMALL_MATRIX = 1024  # the shorter side up to which all singular values are computed
-OVERSAMPLING, ITERATIONS = 16, 4  # of the randomised decomposition, for larger matrices
+SMALL_MATRIX = 1024  # up to this length of the shorter side all singular values are computed
+OVERSAMPLING, ITERATIONS = 16, 4  # settings of the randomised decomposition for larger matrices
 
 
-class Extracted(NamedTuple):
-    """`errors` are |change - B A| / |change| by layer; `left` is |change| / |base| of what changed and is not covered."""
+class ExtractResult(NamedTuple):
+    """The extracted adapter, and what it loses.
+
+    `errors`: |change - B A| / |change| of each layer. `uncovered_changes`: |change| / |base| of each weight that
+    changed but is not in the adapter.
+    """
 
     folder: Path
     errors: dict[str, float]
-    left: dict[str, float]
+    uncovered_changes: dict[str, float]
 
 
-class ModelSide(NamedTuple):
-    """A model's weights, and how they are read."""
+class ModelReader(NamedTuple):
+    """Reads the weights of a model one at a time."""
 
     checkpoint: WeightFiles
-    laid: Skeleton
+    skeleton: Skeleton
     specs: dict[str, TensorSpec]
 
     def load(self, name: str) -> torch.Tensor:
-        made = load_group(self.laid.model, self.laid.groups[name], self.checkpoint, self.specs)
-        return made[name].float()
+        """One weight in float32, by its name in the model."""
+        weights = load_group(self.skeleton.model, self.skeleton.groups[name], self.checkpoint, self.specs)
+        return weights[name].float()
 
 
 def extract_adapter(
     options: ExtractOptions, progress: Callable[[int, int], None] = lambda done, total: None
-) -> Extracted:
-    """Write the adapter; `output_dir` appears whole or not at all.
+) -> ExtractResult:
+    """Extract the adapter and write it. `output_dir` appears complete or not at all.
+
+    `progress` is called with the number of weights done and the number of weights in all.
 
     Raises:
-        ConfigError: a model that is not there, two models of different shape, or two that do not differ.
+        ConfigError: a model does not exist, or the two models have different shapes or equal weights.
     """
+    # Open both models and check them before anything is written.
     target = Path(options.output_dir).expanduser().resolve()
     for name, field in ((options.base, "base"), (options.model, "model")):
         check_model_name(name, field)
@@ -72,22 +80,25 @@ def extract_adapter(
     check_output_dir(
         target, [*zip(("base", "model"), folders, strict=True)], options.overwrite_output_dir, "adapter_config.json"
     )
-    base, tuned = (_side(folder, field, options) for folder, field in zip(folders, ("base", "model"), strict=True))
+    base, tuned = (
+        _open_model(folder, field, options) for folder, field in zip(folders, ("base", "model"), strict=True)
+    )
     _check_shapes(base, tuned)
-    with whole_output(target) as partial:
-        state, errors, left = _changes(base, tuned, options, progress)
+
+    with atomic_output(target) as partial:
+        state, errors, uncovered = _extract_changes(base, tuned, options, progress)
         if not state:
             raise ConfigError(f"model: {options.model} has the weights of {options.base}; there is nothing to extract.")
         local = Path(options.base).expanduser()
-        model = base.laid.model
+        model = base.skeleton.model
         LoraConfig(
-            task_type=_task(model),
+            task_type=_task_type(model),
             base_model_name_or_path=str(local.resolve()) if local.is_dir() else options.base,
             r=options.lora_r,
             lora_alpha=options.lora_r,
             target_modules=sorted(errors),
-            # By their whole names: by the end of one PEFT would take others as well, with `norm` each layer's.
-            modules_to_save=sorted(_whole(model, options)) or None,
+            # Full names: PEFT would match the ends of names too, so that `norm` would select the norms of all layers.
+            modules_to_save=sorted(_modules_saved_whole(model, options)) or None,
             fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in errors),
             rank_pattern={name: len(state[f"{PEFT_PREFIX}{name}.lora_A.weight"]) for name in errors},
             alpha_pattern={name: len(state[f"{PEFT_PREFIX}{name}.lora_A.weight"]) for name in errors},
@@ -97,81 +108,81 @@ def extract_adapter(
             partial / ADAPTER_WEIGHTS, state, {"format": "pt", BASE_FINGERPRINT: model_fingerprint(str(folders[0]))}
         )
         copy_tokenizer(folders[1], folders[0], partial)
-    return Extracted(target, errors, left)
+    return ExtractResult(target, errors, uncovered)
 
 
-def _task(model: PreTrainedModel) -> str:
+def _task_type(model: PreTrainedModel) -> str:
     return "SEQ_CLS" if type(model).__name__.endswith("ForSequenceClassification") else "CAUSAL_LM"
 
 
-def _side(folder: Path, field: str, options: ExtractOptions) -> ModelSide:
+def _open_model(folder: Path, field: str, options: ExtractOptions) -> ModelReader:
     try:
         checkpoint = open_weights(folder)
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"{field}: {folder} cannot be read ({short_reason(error)}).") from None
     config = read_model_config(folder, options.trust_remote_code)
-    laid = build_skeleton(config, None, checkpoint, "auto", options.trust_remote_code, lazy=True)
-    return ModelSide(checkpoint, laid, parameter_specs(laid.model))
+    skeleton = build_skeleton(config, None, checkpoint, "auto", options.trust_remote_code, lazy=True)
+    return ModelReader(checkpoint, skeleton, parameter_specs(skeleton.model))
 
 
-def _check_shapes(base: ModelSide, tuned: ModelSide) -> None:
+def _check_shapes(base: ModelReader, tuned: ModelReader) -> None:
+    """Refuse two models whose weights have different names or shapes."""
     problems = []
-    if strange := base.specs.keys() ^ tuned.specs.keys():
-        problems.append(f"model: it has other weights than its base, such as {min(strange)}.")
-    wrong = [name for name in base.specs.keys() & tuned.specs if base.specs[name].shape != tuned.specs[name].shape]
-    if wrong:
-        first = min(wrong)
+    if unmatched := base.specs.keys() ^ tuned.specs.keys():
+        problems.append(f"model: it has other weights than its base, such as {min(unmatched)}.")
+    common = base.specs.keys() & tuned.specs
+    misshapen = [name for name in common if base.specs[name].shape != tuned.specs[name].shape]
+    if misshapen:
+        first = min(misshapen)
         problems.append(
-            f"model: {len(wrong)} of its weights have another shape than the base's, such as {first}, "
+            f"model: {len(misshapen)} of its weights have another shape than the base's, such as {first}, "
             f"{tuned.specs[first].shape} for {base.specs[first].shape}."
         )
     raise_problems(problems)
 
 
-def _changes(
-    base: ModelSide, tuned: ModelSide, options: ExtractOptions, progress: Callable[[int, int], None]
+def _extract_changes(
+    base: ModelReader, tuned: ModelReader, options: ExtractOptions, progress: Callable[[int, int], None]
 ) -> tuple[dict[str, torch.Tensor], dict[str, float], dict[str, float]]:
-    """The adapter's weights, the error of each layer, and what is not covered."""
+    """Weights of the adapter, the error of each layer, and the relative change of weights that it does not cover."""
     state: dict[str, torch.Tensor] = {}
-    errors, left = {}, {}
-    names = [name for name in saved_names(base.laid.model) if base.specs[name].dtype.is_floating_point]
-    whole = _whole(base.laid.model, options)
+    errors, uncovered = {}, {}
+    names = [name for name in saved_names(base.skeleton.model) if base.specs[name].dtype.is_floating_point]
+    saved_whole = _modules_saved_whole(base.skeleton.model, options)
     for done, name in enumerate(names):
         progress(done, len(names))
-        first, second = base.load(name), tuned.load(name)
-        change = second - first
+        before, after = base.load(name), tuned.load(name)
+        change = after - before
         key, _, attribute = name.rpartition(".")
-        module = base.laid.model.get_submodule(key)
-        if key in whole:
-            state[f"{PEFT_PREFIX}{name}"] = second.to(tuned.specs[name].dtype)
+        module = base.skeleton.model.get_submodule(key)
+        if key in saved_whole:
+            state[f"{PEFT_PREFIX}{name}"] = after.to(tuned.specs[name].dtype)
         elif not change.any():
             continue
         elif isinstance(module, nn.Linear | Conv1D) and attribute == "weight":
             change = change.T if isinstance(module, Conv1D) else change
-            left_factor, right_factor = low_rank(change, options.lora_r)
-            state[f"{PEFT_PREFIX}{key}.lora_A.weight"], state[f"{PEFT_PREFIX}{key}.lora_B.weight"] = (
-                right_factor,
-                left_factor,
-            )
-            errors[key] = float((change - left_factor @ right_factor).norm() / change.norm())
+            lora_b, lora_a = low_rank_factors(change, options.lora_r)
+            state[f"{PEFT_PREFIX}{key}.lora_A.weight"] = lora_a
+            state[f"{PEFT_PREFIX}{key}.lora_B.weight"] = lora_b
+            errors[key] = float((change - lora_b @ lora_a).norm() / change.norm())
         else:
-            left[name] = float(change.norm() / first.norm())
+            uncovered[name] = float(change.norm() / before.norm())
     progress(len(names), len(names))
-    return state, errors, left
+    return state, errors, uncovered
 
 
-def _whole(model: PreTrainedModel, options: ExtractOptions) -> set[str]:
+def _modules_saved_whole(model: PreTrainedModel, options: ExtractOptions) -> set[str]:
+    """Full names of the modules that modules_to_save selects by the ends of their names."""
     names = [name for name, _ in model.named_modules()]
-    return {
-        name for name in names if any(name == saved or name.endswith(f".{saved}") for saved in options.modules_to_save)
-    }
+    return {name for name in names if any(name == end or name.endswith(f".{end}") for end in options.modules_to_save)}
 
 
-def low_rank(change: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """B [rows, r] and A [r, columns] whose product is the nearest of that rank to `change` [rows, columns].
+def low_rank_factors(change: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors B [rows, r] and A [r, columns]. Their product is the best rank-r approximation of `change` [rows, columns].
 
-    By the singular values (Eckart and Young 1936), of large matrices by a randomised decomposition with power iterations
-    (Halko, Martinsson and Tropp 2011), whose seed is fixed. Each of B and A takes the square root of a singular value.
+    The approximation keeps the largest singular values (Eckart and Young 1936). Large matrices use a randomised
+    decomposition with power iterations and a fixed seed (Halko, Martinsson and Tropp 2011). B and A each take the
+    square root of every singular value.
     """
     rank = min(rank, *change.shape)
     if min(change.shape) <= SMALL_MATRIX:

@@ -1,4 +1,4 @@
-"""Weights of a 4-bit base in 16 bits: as bitsandbytes computes with them, or as they are stored in a 4-bit model's files."""
+"""Reads the weights of a 4-bit bitsandbytes model as 16-bit weights, the values that it computes with."""
 
 from functools import partial
 from typing import Any
@@ -18,12 +18,12 @@ QUANT_STATE = ".quant_state.bitsandbytes__"
 
 
 def unpack_4_bits(checkpoint: WeightFiles, config: PreTrainedConfig, merge_base: str) -> WeightFiles:
-    """A checkpoint that has the weights of a 4-bit model in the dtype that they were quantised from.
+    """Let a 4-bit checkpoint return its weights in the dtype that they were quantised from.
 
-    `config` then says nothing of 4 bits any more. A checkpoint that is not quantised is returned as it is.
+    The entry about quantisation is removed from `config`. A checkpoint without quantised weights is returned as it is.
 
     Raises:
-        ConfigError: it is quantised in another way, or weights of 16 bits were asked for.
+        ConfigError: the weights are quantised in another way, or merge_base asks for the original ones.
     """
     settings: Any = getattr(config, "quantization_config", None)
     if settings is None:
@@ -35,27 +35,34 @@ def unpack_4_bits(checkpoint: WeightFiles, config: PreTrainedConfig, merge_base:
         raise ConfigError(f"base: its weights are quantised ({how}); name the base model in 16 or 32 bits with --base.")
     if merge_base == "original":
         raise ConfigError(
-            "merge_base: original, but the base has its weights in 4 bits alone; set merge_base: dequantized, or name the "
-            "base model in 16 bits with --base."
+            "merge_base: original needs the base's original weights, but the base holds only 4-bit ones; set "
+            "merge_base: dequantized, or name the base model in 16 bits with --base."
         )
-    del config.quantization_config  # type: ignore[attr-defined] # looked at above
+    del config.quantization_config  # type: ignore[attr-defined] # getattr above found it
+    # The tensors that belong to each packed weight: its quantisation state and scales.
     packed = {name.split(QUANT_STATE)[0]: name for name in checkpoint.specs if QUANT_STATE in name}
-    extra = {name for name in checkpoint.specs if any(name.startswith(f"{weight}.") for weight in _stems(name, packed))}
+    extra = {
+        name
+        for name in checkpoint.specs
+        if any(name.startswith(f"{weight}.") for weight in _packed_prefixes(name, packed))
+    }
+
+    # A packed weight is unpacked when it is read; all other tensors are read as before.
     specs = {name: spec for name, spec in checkpoint.specs.items() if name not in extra}
     readers = {name: checkpoint.readers[name] for name in specs}
     for weight, state in packed.items():
-        stored = unpack_tensor_to_dict(checkpoint.read(state))
-        specs[weight] = TensorSpec(getattr(torch, stored["dtype"]), tuple(stored["shape"]))
+        original = unpack_tensor_to_dict(checkpoint.read(state))
+        specs[weight] = TensorSpec(getattr(torch, original["dtype"]), tuple(original["shape"]))
         parts = sorted(name for name in extra if name.startswith(f"{weight}."))
         readers[weight] = partial(_unpack, checkpoint, weight, parts)
     places = {name: place for name, place in checkpoint.places.items() if name in specs and name not in packed}
     return WeightFiles(specs, readers, places)
 
 
-def _stems(name: str, packed: dict[str, str]) -> list[str]:
-    """The packed weight that `name` belongs to: a prefix of it up to a dot."""
-    pieces = name.split(".")
-    return [stem for k in range(1, len(pieces)) if (stem := ".".join(pieces[:k])) in packed]
+def _packed_prefixes(name: str, packed: dict[str, str]) -> list[str]:
+    """Prefixes of `name`, up to a dot, that are names of packed weights."""
+    parts = name.split(".")
+    return [prefix for k in range(1, len(parts)) if (prefix := ".".join(parts[:k])) in packed]
 
 
 def _unpack(checkpoint: WeightFiles, weight: str, parts: list[str]) -> torch.Tensor:

@@ -1,8 +1,8 @@
-"""An adapter and its base become one standalone model, shard by shard and module by module, and it is proved.
+"""Merges adapters into their base model, module by module, and verifies the result.
 
-Safetensors are read and written as streams. A module that an adapter changes is put together in memory, with its weights
-and the adapter's, merged by PEFT's own layer, written, and given up before the next; all other weights are copied as they
-are. So memory is bounded by the largest module that is merged, not by the model.
+Safetensors files are read and written as streams. For each module that an adapter changes, the weights of base and
+adapter are loaded, merged by PEFT's own layer, written, and freed before the next module. All other weights are copied
+byte by byte. So the largest merged module bounds the memory, not the size of the model.
 """
 
 from collections.abc import Callable
@@ -27,118 +27,130 @@ from accel_llm.merge.verify import read_back
 from accel_llm.merge.write import write_merged
 from accel_llm.model.loading import load_complete_model
 from accel_llm.model.vocabulary import adapter_vocabulary_size, extend_vocabulary
-from accel_llm.system.folders import check_output_dir, whole_output
+from accel_llm.system.folders import atomic_output, check_output_dir
 from accel_llm.system.memory import returning_freed_memory
 
 
 @dataclass(frozen=True)
-class Merged:
-    """What was written, and what was proved of it; None where it was not looked at.
+class MergeResult:
+    """What a merge wrote and verified.
 
-    `modules` were merged, `worst` is the largest relative error of one, `hashes` the SHA-256 of each weights file, `notes`
-    are sentences for the person, `differences` those of `logits.check`.
+    `modules`: number of merged modules. `largest_error`: largest relative error of a module, None if not verified.
+    `hashes`: SHA-256 of each weights file. `notes`: sentences for the user. `differences`: see `compare_logits`.
     """
 
     folder: Path
     base: str
     dtype: torch.dtype
     modules: int
-    worst: float | None
+    largest_error: float | None
     hashes: dict[str, str]
     notes: tuple[str, ...]
     differences: dict[str, float]
 
 
-def merge(options: MergeOptions, progress: Callable[[int, int], None] = lambda done, total: None) -> Merged:
-    """Merge and write; `output_dir` appears whole by one rename, or not at all. `progress` is told bytes done and in all.
+def merge(options: MergeOptions, progress: Callable[[int, int], None] = lambda done, total: None) -> MergeResult:
+    """Merge adapters into a base and write a standalone model. `output_dir` appears complete or not at all.
+
+    `progress` is called with the bytes written and the bytes in all.
 
     Raises:
-        ConfigError: no adapter, no base, an adapter that does not fit, a used output_dir, or a merge that differs.
+        ConfigError: adapter or base are missing or do not fit, output_dir is in use, or the merged model differs.
     """
+    # Find and check everything that is read before anything is written.
     target = Path(options.output_dir).expanduser().resolve()
     folders = [locate_folder(name, "adapter", allow_pickle=options.allow_pickle) for name in options.adapter]
-    named = {str(read_adapter_config(folder).get("base_model_name_or_path")) for folder in folders}
-    if options.base is None and len(named) > 1:
+    bases = {str(read_adapter_config(folder).get("base_model_name_or_path")) for folder in folders}
+    if options.base is None and len(bases) > 1:
         raise ConfigError(
-            f"base: the adapters name different ones ({', '.join(sorted(named))}); say which with --base."
+            f"base: the adapters name different bases ({', '.join(sorted(bases))}); choose one with --base."
         )
     base = find_base(folders[0], options.base)
-    used = [*(("adapter", folder) for folder in folders), ("base", Path(base).expanduser())]
-    check_output_dir(target, used, options.overwrite_output_dir, "config.json")
+    sources = [*(("adapter", folder) for folder in folders), ("base", Path(base).expanduser())]
+    check_output_dir(target, sources, options.overwrite_output_dir, "config.json")
     adapters = [read_adapter(folder, options.allow_pickle) for folder in folders]
     for adapter in adapters:
         check_mergeable(adapter)
     source = locate_folder(base, "base", options.revision, options.allow_pickle)
     if not (options.allow_other_base or options.unmerge):
         check_bases(folders, source)
-    with whole_output(target) as partial:
-        merged = _build(options, adapters, base, source, partial, progress)
-    return replace(merged, folder=target)
+
+    with atomic_output(target) as partial:
+        result = _write_model(options, adapters, base, source, partial, progress)
+    return replace(result, folder=target)
 
 
-def _build(
+def _write_model(
     options: MergeOptions,
     adapters: list[SavedAdapter],
     base: str,
     source: Path,
     folder: Path,
     progress: Callable[[int, int], None],
-) -> Merged:
-    """The whole model in `folder`, verified."""
+) -> MergeResult:
+    """Write the complete model into `folder`, and verify it."""
     with returning_freed_memory():
         plan = plan_merge(options, adapters, source)
-        written = write_merged(plan, folder, options, progress)
-    hashes = read_back(folder, written.sums) if options.verify != "none" else {}
-    own, model = adapters[0].folder, plan.layout.model
-    write_config_files(model, own, source, folder, options.trust_remote_code)
-    notes = [copy_tokenizer(own, source, folder), *(note for adapter in adapters for note in adapter.notes)]
+        weights = write_merged(plan, folder, options, progress)
+    hashes = read_back(folder, weights.checksums) if options.verify != "none" else {}
+
+    # Files beside the weights come from the first adapter, or else from the base.
+    first, model = adapters[0].folder, plan.skeleton.model
+    write_config_files(model, first, source, folder, options.trust_remote_code)
+    notes = [copy_tokenizer(first, source, folder), *(note for adapter in adapters for note in adapter.notes)]
+
     folders = [adapter.folder for adapter in adapters]
     differences = compare_logits(folder, source, folders, options) if options.verify == "logits" else {}
-    merged = Merged(folder, base, model.dtype, written.modules, written.worst, hashes, tuple(notes), differences)
-    done = "taken out of it" if options.unmerge else "merged into it"
-    write_card(folder, base, source, folders, done, _facts(merged, options), hashes)
-    return merged
+    result = MergeResult(
+        folder, base, model.dtype, weights.modules, weights.largest_error, hashes, tuple(notes), differences
+    )
+    action = "taken out of it" if options.unmerge else "merged into it"
+    write_card(folder, base, source, folders, action, _card_facts(result, options), hashes)
+    return result
 
 
-def _facts(merged: Merged, options: MergeOptions) -> list[str]:
-    """What was done and proved, for the model card."""
-    dtype = str(merged.dtype).removeprefix("torch.")
-    facts = [f"{merged.modules} modules {'un' * options.unmerge}merged in {dtype}"]
+def _card_facts(result: MergeResult, options: MergeOptions) -> list[str]:
+    """Sentences for the model card: what was done, and what was verified."""
+    dtype = str(result.dtype).removeprefix("torch.")
+    facts = [f"{result.modules} modules {'un' * options.unmerge}merged in {dtype}"]
     if options.scale != 1:
         facts.append(f"scaled by {options.scale:g}")
     if len(options.adapter) > 1:
         weights = ", ".join(f"{weight:g}" for weight in options.adapter_weights or [1.0] * len(options.adapter))
         facts.append(f"combined by {options.combination_type}, weights {weights}")
-    if merged.worst is not None:
-        facts.append(f"each module compared with its adapted one: relative difference at most {merged.worst:.1e}")
-    if "merged" in merged.differences:
-        relative = merged.differences["merged"]
+    if result.largest_error is not None:
+        facts.append(
+            f"each module compared with its adapted one: relative difference at most {result.largest_error:.1e}"
+        )
+    if "merged" in result.differences:
+        relative = result.differences["merged"]
         facts.append(f"logits compared with those of base and adapter: relative difference {relative:.1e}")
-    facts += [f"{way} base: {sentence}" for way, sentence in describe_base_errors(merged).items()]
+    facts += [f"{way} base: {sentence}" for way, sentence in describe_base_errors(result).items()]
     return facts
 
 
-def describe_base_errors(merged: Merged) -> dict[str, str]:
-    """What merging into either base costs an adapter that was trained on 4 bits, where it was computed."""
-    ways = {way: merged.differences[way] for way in ("original", "dequantized") if way in merged.differences}
+def describe_base_errors(result: MergeResult) -> dict[str, str]:
+    """For an adapter trained on 4 bits: a sentence about the error of merging into each base, if it was computed."""
+    errors = {way: result.differences[way] for way in ("original", "dequantized") if way in result.differences}
     return {
-        way: f"merged logits differ from the adapter's own, on 4 bits, by {error:.1e}" for way, error in ways.items()
+        way: f"merged logits differ from those of the adapter on its 4-bit base by {error:.1e}"
+        for way, error in errors.items()
     }
 
 
 def load_with_adapter(
     adapter: Path, base: str, dtype: torch.dtype | str, trust_remote_code: bool, allow_pickle: bool = False
 ) -> PeftModel:
-    """The base model with the adapter on it, every weight of both in use, and a row for each token the adapter added.
+    """Load the base model with the adapter on it, with embedding rows for the tokens that the adapter added.
 
     Raises:
-        ConfigError: one of them cannot be loaded, or they are not made for each other.
+        ConfigError: one of them cannot be loaded, or the adapter does not fit the base.
     """
-    found = read_adapter(adapter, allow_pickle)
-    task = found.config.task_type
+    saved = read_adapter(adapter, allow_pickle)
+    task = saved.config.task_type
     if task not in (None, "CAUSAL_LM"):
-        raise ConfigError(f"adapter: {adapter} was trained for {task}; only adapters of causal LMs are taken.")
+        raise ConfigError(f"adapter: {adapter} was trained for {task}; only adapters of causal LMs can be loaded.")
     model = load_complete_model(base, "base", allow_pickle, dtype=dtype, trust_remote_code=trust_remote_code)
     rows = model.config.get_text_config().vocab_size
-    extend_vocabulary(model, range(rows, adapter_vocabulary_size(model, found.settings, found.weights)))
-    return load_adapter(model, found)
+    extend_vocabulary(model, range(rows, adapter_vocabulary_size(model, saved.settings, saved.weights)))
+    return load_adapter(model, saved)

@@ -1,4 +1,4 @@
-"""What stands in a model folder beside the weights: tokenizer and template, generation config, code, and the model card."""
+"""Writes the files beside the weights of a merged model: tokenizer and template, configs, code, and the model card."""
 
 import platform
 import shutil
@@ -14,7 +14,7 @@ from accel_llm.model.generation import saveable_generation_config
 from accel_llm.model.loading import LOADING_ERRORS, short_reason
 from accel_llm.system.disk import sha256
 
-# Files of tokenizers and processors as transformers names them; they are copied as they are.
+# Files of tokenizers and processors, copied unchanged.
 TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -30,57 +30,64 @@ CARD_PACKAGES = ("torch", "transformers", "peft", "safetensors")
 
 
 def copy_tokenizer(adapter: Path, base: Path, target: Path) -> str:
-    """Copy the tokenizer of the adapter's folder, or else of the base's, and say which in a sentence."""
-    for what, folder in (("adapter", adapter), ("base", base)):
-        # A vocabulary alone, or a template, is no tokenizer.
+    """Copy the tokenizer from the adapter's folder, or else from the base's. Returns a sentence that says which."""
+    for role, folder in (("adapter", adapter), ("base", base)):
+        # A vocabulary or a template alone does not make a tokenizer.
         if (folder / "tokenizer_config.json").is_file() or (folder / "tokenizer.json").is_file():
             for file in sorted({file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)}):
                 if file.is_dir():
                     shutil.copytree(file, target / file.name)
                 else:
                     shutil.copyfile(file, target / file.name)
-            return f"tokenizer: of the {what} ({folder})"
-    return "tokenizer: there is none, in the adapter's folder or the base's"
+            return f"tokenizer: of the {role} ({folder})"
+    return "tokenizer: neither the adapter's folder nor the base's has one"
 
 
 def write_config_files(model: PreTrainedModel, adapter: Path, base: Path, target: Path, code: bool) -> None:
-    """Write config.json and, for a model that generates, generation_config.json; with `code` the base's Python files."""
+    """Write config.json and, for a model that generates text, generation_config.json.
+
+    `code` also copies the base's Python files.
+
+    Raises:
+        ConfigError: a generation_config.json cannot be read.
+    """
     model.config.save_pretrained(str(target))
     if model.can_generate():
         own = next((folder for folder in (adapter, base) if (folder / "generation_config.json").is_file()), None)
         try:
             settings = GenerationConfig.from_pretrained(str(own)) if own else model.generation_config
         except LOADING_ERRORS as error:
-            raise ConfigError(
-                f"generation_config: {own} holds one that cannot be read ({short_reason(error)})."
-            ) from None
+            raise ConfigError(f"generation_config: the file in {own} cannot be read ({short_reason(error)}).") from None
         saveable_generation_config(settings).save_pretrained(str(target))
     for file in sorted(base.glob("*.py")) if code else []:
         shutil.copyfile(file, target / file.name)
 
 
 def write_card(
-    target: Path, base: str, source: Path, adapters: list[Path], done: str, facts: list[str], hashes: dict[str, str]
+    target: Path, base: str, source: Path, adapters: list[Path], action: str, facts: list[str], hashes: dict[str, str]
 ) -> None:
-    """Write README.md: base, adapters and their hashes, what was done, the hashes of the weights written, versions.
+    """Write the model card, README.md: base and adapters with hashes, facts about the merge, versions of libraries.
 
-    `base` is what the person called the base, `source` its folder; `done` says what was done with the
-    adapters.
+    `base` is the base's name as the user gave it, `source` its folder. `action` completes the sentence "base with 2
+    adapters ...".
     """
+    # The header that the hub reads.
     hub = base if not Path(base).expanduser().exists() else None
     lines = ["---", "library_name: transformers"]
     lines += [f"base_model: {hub}", "base_model_relation: finetune"] if hub else []
     lines += ["tags:", "- merge", "---", "", f"# {target.name.removeprefix('.').removesuffix('.partial')}", ""]
+
+    # The sentence, the table of hashes, and the facts.
     lines += [
-        f"`{hub or _short(Path(base))}` with {len(adapters)} adapter{'s' * (len(adapters) > 1)} {done}.",
+        f"`{hub or _short_path(Path(base))}` with {len(adapters)} adapter{'s' * (len(adapters) > 1)} {action}.",
         "",
         "| | SHA-256 |",
         "|-|-|",
-        f"| base `{hub or _short(Path(base))}`, fingerprint | {model_fingerprint(str(source))} |",
+        f"| base `{hub or _short_path(Path(base))}`, fingerprint | {model_fingerprint(str(source))} |",
     ]
     for adapter in adapters:
         weights = sorted(adapter.glob("adapter_model.*"))
-        lines += [f"| adapter `{_short(adapter)}`, {file.name} | {sha256(file)} |" for file in weights]
+        lines += [f"| adapter `{_short_path(adapter)}`, {file.name} | {sha256(file)} |" for file in weights]
     lines += [f"| {name} | {digest} |" for name, digest in hashes.items()]
     lines += ["", *(f"- {fact}" for fact in facts), ""]
     versions = [f"{name} {version(name)}" for name in CARD_PACKAGES]
@@ -88,20 +95,22 @@ def write_card(
     (target / "README.md").write_text("\n".join(lines), encoding="utf-8")
 
 
-def _short(folder: Path) -> str:
-    """The end of a path: a card goes out to others, whom the rest is no business of."""
+def _short_path(folder: Path) -> str:
+    """The last two parts of a path. A card is published, and the rest of the path is private."""
     return "/".join(folder.resolve().parts[-2:])
 
 
 def push_folder(folder: Path, name: str) -> str:
-    """Upload a model folder to the hub as `name`, a private repository if it is new; its address.
+    """Upload a model folder to the hub as `name`, as a private repository if it is new. Returns its address.
 
     Raises:
-        ConfigError: the hub cannot be reached, or does not let us in.
+        ConfigError: the hub cannot be reached, or refuses the upload.
     """
     api = HfApi()
     try:
         api.create_repo(name, private=True, exist_ok=True)
         return str(api.upload_folder(repo_id=name, folder_path=folder))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"push_to_hub: {folder} is written, but {name} was not ({short_reason(error)}).") from None
+        raise ConfigError(
+            f"push_to_hub: {folder} is written, but not uploaded to {name} ({short_reason(error)})."
+        ) from None

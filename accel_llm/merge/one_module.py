@@ -1,4 +1,4 @@
-"""An adapted module becomes a plain one: merged, unmerged or scaled, by PEFT's own layer."""
+"""Merges, unmerges or scales the adapter of one module, with the code of PEFT's own layer."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,22 +14,23 @@ from torch import nn
 
 from accel_llm.errors import ConfigError
 
-MERGED_AT_ONCE = 2**17  # elements: as float32 half a MiB, so that what PEFT makes of a part stays in a core's cache
+# SPEED ONLY: elements of a weight that are merged at once. In float32 they take half a MiB, which fits a core's cache.
+ELEMENTS_PER_PART = 2**17
 
 
 def merge_module(module: Any, unmerge: bool) -> nn.Module:
-    """The plain module that an adapted one becomes when its adapter is merged, by PEFT's own code.
+    """Merge the adapter of a module with PEFT's own code, and return the plain module.
 
-    With `unmerge` its base is taken for one that the adapter was merged into, and the adapter is taken out of it.
+    `unmerge` expects a base that the adapter was merged into, and takes the adapter out of it.
 
     Raises:
-        ValueError: PEFT cannot.
+        ValueError: PEFT cannot merge or unmerge this module.
     """
-    if _splits(module):
-        _in_parts(module, partial(_unfold, module) if unmerge else module.merge)
+    if _rows_are_independent(module):
+        _run_by_rows(module, partial(_unmerge, module) if unmerge else module.merge)
         return module.get_base_layer()
     if unmerge:
-        _unfold(module)
+        _unmerge(module)
         return plain_module(module)
     if hasattr(module, "unload_and_optionally_merge_module"):
         return module.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
@@ -37,43 +38,45 @@ def merge_module(module: Any, unmerge: bool) -> nn.Module:
     return module.get_base_layer()
 
 
-def _unfold(module: Any) -> None:
+def _unmerge(module: Any) -> None:
     if isinstance(module, AuxiliaryTrainingWrapper) or getattr(module, "use_dora", {}).get(module.active_adapters[0]):
-        raise ValueError("what it replaced or normalised in the base is in no file")
+        raise ValueError("the base's weights that it replaced or normalised are in no file")
     while isinstance(module, BaseTunerLayer):
         module.merged_adapters = list(module.active_adapters)
         module.unmerge()
         module = module.base_layer  # type: ignore[attr-defined] # every layer has one
 
 
-def _splits(module: Any) -> bool:
-    """Whether a plain LoRA, whose rows have nothing to do with one another."""
+def _rows_are_independent(module: Any) -> bool:
+    """Whether the module is a plain LoRA, whose rows can be merged separately."""
     if type(module) not in (Linear, Embedding) or len(module.active_adapters) != 1:
         return False
     name = module.active_adapters[0]
     return name not in module.lora_variant and not module.lora_bias.get(name)
 
 
-def _in_parts(layer: Any, step: Callable[[], None]) -> None:
-    """Take `step` for some rows of the layer after the other, each as if they were all that it has.
+def _run_by_rows(layer: Any, step: Callable[[], None]) -> None:
+    """SPEED AND MEMORY ONLY: call `step` for a few rows at a time. One call `step()` gives the same bits.
 
-    PEFT 0.21 merges in float32, in six times the memory of a weight in bfloat16 beside it, and most of its time goes into
-    touching that. Each number comes out of the same operations in the same order as when they are merged at once.
+    PEFT 0.21 merges in float32 and needs six times the memory of a bfloat16 weight for it; most of its time goes into
+    touching that memory. While `step` runs, the layer's tensors are views of the rows whose turn it is.
     """
+    # Which dimension of the adapter's factor and of the weight counts the rows.
     name, base = layer.active_adapters[0], layer.get_base_layer()
     if isinstance(layer, Embedding):
         factor, across = layer.lora_embedding_A[name], 1
     else:
         factor, across = layer.lora_B[name].weight, 0
-    turned = not isinstance(layer, Embedding) and layer.fan_in_fan_out
+    transposed = not isinstance(layer, Embedding) and layer.fan_in_fan_out
     full, whole, threads = factor.data, base.weight.data, torch.get_num_threads()
     count = full.shape[across]
-    rows = max(16, MERGED_AT_ONCE * count // max(1, whole.numel()))
+
+    rows = max(16, ELEMENTS_PER_PART * count // max(1, whole.numel()))
     try:
-        torch.set_num_threads(1)  # a part is less work than waking another core up
+        torch.set_num_threads(1)  # waking another core takes longer than the work on a few rows
         for start in range(0, count, rows):
             factor.data = full.narrow(across, start, min(rows, count - start))
-            base.weight.data = whole.narrow(int(turned), start, min(rows, count - start))
+            base.weight.data = whole.narrow(int(transposed), start, min(rows, count - start))
             layer.merged_adapters.clear()
             step()
     finally:
@@ -82,10 +85,10 @@ def _in_parts(layer: Any, step: Callable[[], None]) -> None:
 
 
 def scale_module(module: nn.Module, factor: float) -> None:
-    """Scale what an adapted module adds.
+    """Multiply what the adapter adds to the module by `factor`.
 
     Raises:
-        ConfigError: it does not add, it replaces or rotates.
+        ConfigError: the adapter is not a LoRA; it replaces or rotates the weights instead of adding to them.
     """
     layers = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
     if (
@@ -93,12 +96,13 @@ def scale_module(module: nn.Module, factor: float) -> None:
         or not all(isinstance(layer, LoraLayer) for layer in layers)
         or isinstance(module, AuxiliaryTrainingWrapper)
     ):
-        raise ConfigError(f"scale: {factor} is for LoRA alone, which adds to the weights; leave it out here.")
+        raise ConfigError(f"scale: {factor} works with LoRA only, which adds to the weights; remove scale.")
     for layer in layers:
         layer.scaling.update({name: value * factor for name, value in layer.scaling.items()})  # type: ignore[union-attr]
 
 
 def plain_module(module: Any) -> Any:
+    """The module of the base model inside all of PEFT's wrappers."""
     while isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
         module = module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module.get_base_layer()
     return module

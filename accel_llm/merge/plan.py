@@ -1,4 +1,4 @@
-"""What a merge will write: the base without its weights, the adapters on it, the names and shapes of the result."""
+"""Plans a merge: the base without its weights, the adapters attached to it, names and shapes of the merged weights."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -21,74 +21,85 @@ from accel_llm.system.weights import WeightFiles, open_weights
 
 
 class MergePlan(NamedTuple):
-    """A model to be written: `specs` of all its parameters and buffers, `names` of those that are saved.
+    """The model that a merge writes.
 
-    `low` are names of weights that are taken as a 4-bit base has them, with whether they are stored transposed.
+    `specs`: dtype and shape of all its parameters and buffers. `names`: those that are saved. `four_bit`: names of
+    weights to round to 4 bits and back before they are merged, and whether each is stored transposed.
     """
 
     source: Path
     checkpoint: WeightFiles
-    layout: Skeleton
-    made: AttachedAdapters
+    skeleton: Skeleton
+    attached: AttachedAdapters
     specs: dict[str, TensorSpec]
     names: list[str]
-    low: dict[str, bool]
+    four_bit: dict[str, bool]
 
 
 def plan_merge(
     options: MergeOptions, adapters: list[SavedAdapter], source: Path, lazy: bool | None = None
 ) -> MergePlan:
-    """The base in the folder `source` without its weights, with the adapters attached; not `lazy`: with its weights.
+    """Attach the adapters to the base in the folder `source`.
+
+    `lazy` leaves the base's weights out of memory; None chooses it whenever the adapters allow it.
 
     Raises:
-        ConfigError: a base that cannot be read, or that the adapters are not for.
+        ConfigError: the base cannot be read, or the adapters do not fit it.
     """
+    # Read the config and the headers of the weights.
     config = read_model_config(source, options.trust_remote_code)
     task = adapters[0].config.task_type
-    if labels := _labels(adapters[0]):
+    if labels := _count_labels(adapters[0]):
         config.num_labels = labels
     try:
         checkpoint = open_weights(source, options.allow_pickle)
-        stored = checkpoint.specs.keys()
+        stored_names = checkpoint.specs.keys()
         checkpoint = unpack_4_bits(checkpoint, config, options.merge_base)
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"base: {source} cannot be read ({short_reason(error)}).") from None
     _check_base(source, checkpoint)
+
+    # Attach the adapters. A lazy attempt that turns out to be impossible is repeated with the weights in memory.
     lazy = can_be_lazy(adapters) if lazy is None else lazy
-    rounds = options.merge_base == "dequantized" and stored == checkpoint.specs.keys()
-    made = None
-    while made is None:
-        laid = build_skeleton(config, task, checkpoint, options.dtype, options.trust_remote_code, lazy)
-        extend_vocabulary(laid.model, _new_rows(laid.model, adapters))
-        specs, names = parameter_specs(laid.model), saved_names(laid.model)
-        low = quantized_weights(laid.model) if rounds else {}
-        for name, turned in () if lazy else low.items():
-            weight = laid.model.get_parameter(name)
-            weight.data = round_to_4_bits(weight.data, turned)
-        made = attach_adapters(laid, adapters, lazy)
+    in_4_bits = stored_names != checkpoint.specs.keys()
+    rounds_weights = options.merge_base == "dequantized" and not in_4_bits
+    attached = None
+    while attached is None:
+        skeleton = build_skeleton(config, task, checkpoint, options.dtype, options.trust_remote_code, lazy)
+        model = skeleton.model
+        extend_vocabulary(model, _new_rows(model, adapters))
+        specs, names = parameter_specs(model), saved_names(model)
+        four_bit = quantized_weights(model) if rounds_weights else {}
+        for name, transposed in () if lazy else four_bit.items():
+            weight = model.get_parameter(name)
+            weight.data = round_to_4_bits(weight.data, transposed)
+        attached = attach_adapters(skeleton, adapters, lazy)
         lazy = False
     if len(adapters) > 1:
         weights = options.adapter_weights or [1.0] * len(adapters)
-        combine_adapters(made, weights, options.combination_type, options.density, options.seed)
-    if untie_head(laid.model, made):
-        head = plain_module(laid.model.get_output_embeddings())
-        own = {name for name, (module, _) in made.owners.items() if module is head}
-        names = [name for name in specs if name in own or name in names]
-    _settle_config(laid.model)
-    return MergePlan(source, checkpoint, laid, made, specs, names, low)
+        combine_adapters(attached, weights, options.combination_type, options.density, options.seed)
+
+    # Embedding and head may become two matrices; then both are saved.
+    if untie_head(skeleton.model, attached):
+        head = plain_module(skeleton.model.get_output_embeddings())
+        head_names = {name for name, (module, _) in attached.owners.items() if module is head}
+        names = [name for name in specs if name in head_names or name in names]
+    _update_config(skeleton.model)
+    return MergePlan(source, checkpoint, skeleton, attached, specs, names, four_bit)
 
 
 def _check_base(source: Path, checkpoint: WeightFiles) -> None:
-    strange = [name for name in checkpoint.specs if name.startswith(PEFT_PREFIX) or ".lora_" in name]
-    if strange:
+    """Refuse a base whose files hold weights of an adapter."""
+    adapter_weights = [name for name in checkpoint.specs if name.startswith(PEFT_PREFIX) or ".lora_" in name]
+    if adapter_weights:
         raise ConfigError(
-            f"base: {source} holds weights of an adapter, such as {min(strange)}; a state dict put together by hand is no "
-            "model: name the base model, and the adapter's own folder with --adapter."
+            f"base: {source} holds weights of an adapter, such as {min(adapter_weights)}, so it is not a base model; "
+            "name the base model, and the adapter's own folder with --adapter."
         )
 
 
-def _labels(adapter: SavedAdapter) -> int | None:
-    """How many classes the head has that the adapter was trained with, if it has one whole."""
+def _count_labels(adapter: SavedAdapter) -> int | None:
+    """Number of classes of the classification head in the adapter's file, or None if it holds no head."""
     if adapter.config.task_type not in ("SEQ_CLS", "TOKEN_CLS"):
         return None
     heads = [f"{PEFT_PREFIX}{name}.weight" for name in ("score", "classifier", "classifier.out_proj")]
@@ -96,14 +107,15 @@ def _labels(adapter: SavedAdapter) -> int | None:
 
 
 def _new_rows(model: PreTrainedModel, adapters: list[SavedAdapter]) -> range:
-    if not hasattr(model.config.get_text_config(), "vocab_size"):  # not of text
+    """Ids of the tokens that the adapters added to the base's vocabulary."""
+    if not hasattr(model.config.get_text_config(), "vocab_size"):  # not a language model
         return range(0)
-    wanted = max(adapter_vocabulary_size(model, adapter.settings, adapter.weights) for adapter in adapters)
-    return range(model.config.get_text_config().vocab_size, wanted)
+    size = max(adapter_vocabulary_size(model, adapter.settings, adapter.weights) for adapter in adapters)
+    return range(model.config.get_text_config().vocab_size, size)
 
 
-def _settle_config(model: PreTrainedModel) -> None:
-    """What `save_pretrained` writes into the config of a model, and whether embedding and head are one."""
+def _update_config(model: PreTrainedModel) -> None:
+    """Set the config values that `save_pretrained` would set, and whether embedding and head are tied."""
     ends = [
         plain_module(end) for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None
     ]

@@ -1,7 +1,7 @@
-"""A model without its weights, and how the tensors of a checkpoint become its parameters and go back into files.
+"""Builds a model without its weights, and converts tensors between the form in files and the form in the model.
 
-transformers 5 renames, splits, stacks and transposes weights of many families between the files and the model (the
-experts of a mixture in one tensor, above all). It does so here with the same code, for a few tensors at a time.
+For many families transformers 5 renames, splits, stacks and transposes weights when it loads and saves them: above all
+it stacks the experts of a mixture into one tensor. This module calls the same code for a few tensors at a time.
 """
 
 from collections import defaultdict
@@ -34,7 +34,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from accel_llm.errors import ConfigError
-from accel_llm.model.loading import LOADING_ERRORS, short_reason
+from accel_llm.model.loading import LOADING_ERRORS, describe_shape_mismatch, short_reason
 from accel_llm.model.untrusted import check_untrusted_config
 from accel_llm.system.tensors import TensorSpec
 from accel_llm.system.weights import WeightFiles
@@ -50,9 +50,9 @@ TASKS: dict[str | None, Any] = {
 
 
 class WeightGroup(NamedTuple):
-    """Tensors of the checkpoint that become parameters of the model together, most often one that becomes one.
+    """Tensors in the files (`sources`) that become parameters of the model (`targets`) together, usually one and one.
 
-    `patterns` say for each source which of the converter's inputs it is.
+    `patterns` tell for each source which of the converter's inputs it is.
     """
 
     sources: tuple[str, ...]
@@ -62,9 +62,10 @@ class WeightGroup(NamedTuple):
 
 
 class Skeleton(NamedTuple):
-    """`model` is on the meta device, `groups` has the origin of each of its parameters and buffers by name.
+    """A model without its weights.
 
-    `missing` are names that the checkpoint has nothing for, though it should.
+    `groups`: where each parameter and buffer comes from, by its name in the model. `missing`: names that the checkpoint
+    should hold, but does not.
     """
 
     model: PreTrainedModel
@@ -73,7 +74,11 @@ class Skeleton(NamedTuple):
 
 
 def read_model_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
-    """Raises ConfigError when the folder's config.json cannot be read."""
+    """Read config.json of a model folder.
+
+    Raises:
+        ConfigError: it cannot be read, or asks for code without trust_remote_code.
+    """
     check_untrusted_config(str(folder), "base", "main", trust_remote_code)
     try:
         return AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
@@ -82,10 +87,10 @@ def read_model_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig
 
 
 def model_class(config: PreTrainedConfig, task: str | None) -> Any:
-    """What loads a model for `task`; an adapter that names none is for the architecture that the base is of."""
+    """The class that loads a model for `task`. Without a task it is the base's own architecture."""
     if task is None:
-        named = getattr(transformers, (config.architectures or [""])[0], None)
-        return named or AutoModelForCausalLM
+        own_class = getattr(transformers, (config.architectures or [""])[0], None)
+        return own_class or AutoModelForCausalLM
     return TASKS[task]
 
 
@@ -97,24 +102,24 @@ def build_skeleton(
     trust_remote_code: bool,
     lazy: bool,
 ) -> Skeleton:
-    """The model for `task`, and where each of its weights comes from; `lazy` leaves them on the meta device.
+    """Build the model for `task`, and find where each of its weights comes from.
 
-    Otherwise they are maps of the files, which take no memory until they are read.
+    `lazy` leaves the weights on the meta device. Otherwise they are memory-mapped, and take no memory until read.
 
     Raises:
-        ConfigError: the checkpoint is of another model.
+        ConfigError: the checkpoint belongs to another model.
     """
     loader = model_class(config, task)
     with torch.device("meta"):
-        # Only the family's own class, which code that comes with the model may define, takes tensors by name.
-        whole = hasattr(loader, "from_config")
-        build = loader.from_config if whole else loader._from_config
-        family = type(build(deepcopy(config), **({"trust_remote_code": trust_remote_code} if whole else {})))
+        # `from_pretrained(None, state_dict=...)` needs the model's own class, which remote code may define.
+        is_auto_class = hasattr(loader, "from_config")
+        build = loader.from_config if is_auto_class else loader._from_config
+        own_class = type(build(deepcopy(config), **({"trust_remote_code": trust_remote_code} if is_auto_class else {})))
     try:
-        model, report = family.from_pretrained(
+        model, report = own_class.from_pretrained(
             None,
             config=deepcopy(config),
-            state_dict=_placeholders(checkpoint.specs) if lazy else checkpoint.mapped(),
+            state_dict=_empty_tensors(checkpoint.specs) if lazy else checkpoint.mapped(),
             dtype=dtype,
             device_map={"": "meta"} if lazy else None,
             output_loading_info=True,
@@ -122,24 +127,24 @@ def build_skeleton(
         )
     except LOADING_ERRORS as error:
         raise ConfigError(f"base: cannot be loaded ({short_reason(error)}).") from None
-    if mismatched := sorted(
-        f"{key} {tuple(found)} for {tuple(wanted)}" for key, found, wanted in report["mismatched_keys"]
-    ):
-        raise ConfigError(
-            f"base: does not fill the model: {len(mismatched)} weights have another shape ({', '.join(mismatched[:3])})."
-        )
-    groups = _groups(model, checkpoint.specs)
+    if mismatch := describe_shape_mismatch(report):
+        raise ConfigError(f"base: does not fill the model: {mismatch}.")
+    groups = _group_weights(model, checkpoint.specs)
     if lazy:
-        _tie_equals(model, groups, checkpoint)
+        _tie_equal_weights(model, groups, checkpoint)
+    # All names of a tied parameter share the group of the one that the files hold.
     for names in tied_names(model):
-        found = next((groups[name] for name in names if name in groups), None)
-        if found is not None:
-            groups |= {name: found._replace(targets=(name,)) for name in names if name not in groups}
+        group = next((groups[name] for name in names if name in groups), None)
+        if group is not None:
+            groups |= {name: group._replace(targets=(name,)) for name in names if name not in groups}
     return Skeleton(model.eval(), groups, frozenset(report["missing_keys"]))
 
 
-def _tie_equals(model: PreTrainedModel, groups: dict[str, WeightGroup], checkpoint: WeightFiles) -> None:
-    """Tie what the files have twice with the same values, as loading does; transformers 5.23 leaves it on the meta device."""
+def _tie_equal_weights(model: PreTrainedModel, groups: dict[str, WeightGroup], checkpoint: WeightFiles) -> None:
+    """Tie weights that the files hold twice with equal values, as `from_pretrained` does.
+
+    transformers 5.23 cannot compare values on the meta device, and leaves such weights untied.
+    """
     for name, other in list((model.all_tied_weights_keys or {}).items()):
         if not {name, other} <= groups.keys() or model.get_parameter(name) is model.get_parameter(other):
             continue
@@ -152,34 +157,33 @@ def _tie_equals(model: PreTrainedModel, groups: dict[str, WeightGroup], checkpoi
             model.all_tied_weights_keys.pop(name)
 
 
-def _placeholders(specs: dict[str, TensorSpec]) -> dict[str, torch.Tensor]:
+def _empty_tensors(specs: dict[str, TensorSpec]) -> dict[str, torch.Tensor]:
     return {name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for name, spec in specs.items()}
 
 
 def tied_names(model: nn.Module) -> list[list[str]]:
-    """Names of parameters that are one, the embedding's and the head's most often."""
+    """Groups of names that belong to one parameter, usually the embedding's and the head's."""
     names = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names[parameter].append(name)
-    return [found for found in names.values() if len(found) > 1]
+    return [group for group in names.values() if len(group) > 1]
 
 
 def saved_names(model: PreTrainedModel) -> list[str]:
-    """Names of the parameters and buffers that are saved: of tied ones only the one that loading expects."""
-    state = {name: tensor for name, tensor in model.state_dict().items() if name not in _ignored(model)}
+    """Names of the parameters and buffers that are saved. A tied parameter is saved once."""
+    ignored = set(model._keys_to_ignore_on_save or [])
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in ignored}
     return list(remove_tied_weights_from_state_dict(state, model))
 
 
-def _ignored(model: PreTrainedModel) -> set[str]:
-    return set(model._keys_to_ignore_on_save or [])
-
-
-def _groups(model: PreTrainedModel, specs: dict[str, TensorSpec]) -> dict[str, WeightGroup]:
-    """By each target's name, as transformers' own loading pairs them (core_model_loading, 5.23)."""
+def _group_weights(model: PreTrainedModel, specs: dict[str, TensorSpec]) -> dict[str, WeightGroup]:
+    """The group of each parameter by its name, paired as transformers pairs them (core_model_loading, 5.23)."""
     conversions = get_model_conversion_mapping(model)
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-    of_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    converter_by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+
+    # Find the first parameter that each tensor becomes, and the pattern that it matches.
     state, prefix = model.state_dict(), model.base_model_prefix
     collected: dict[str, list[tuple[str, str | None]]] = defaultdict(list)
     for source in sorted(specs, key=dot_natural_key):
@@ -188,57 +192,59 @@ def _groups(model: PreTrainedModel, specs: dict[str, TensorSpec]) -> dict[str, W
             name, pattern = rename_source_key(source, [], [], prefix, state)
         if name in state:
             collected[name].append((source, pattern))
+
+    # Convert empty tensors to learn all parameters that a group becomes.
     groups = {}
-    for first, found in collected.items():
-        pattern = found[0][1]
+    for first, entries in collected.items():
+        pattern = entries[0][1]
         if pattern is None:
-            groups[first] = WeightGroup((found[-1][0],), (first,), (first,), None)
+            groups[first] = WeightGroup((entries[-1][0],), (first,), (first,), None)
             continue
-        sources, patterns = zip(*found, strict=True)
-        group = WeightGroup(sources, patterns, (first,), of_pattern[pattern])
-        targets = tuple(convert_group(model, group, [_placeholders(specs)[source] for source in group.sources]))
+        sources, patterns = zip(*entries, strict=True)
+        group = WeightGroup(sources, patterns, (first,), converter_by_pattern[pattern])
+        targets = tuple(convert_group(model, group, [_empty_tensors(specs)[source] for source in group.sources]))
         groups |= dict.fromkeys(targets, group._replace(targets=targets))
     return groups
 
 
 def convert_group(model: PreTrainedModel, group: WeightGroup, tensors: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The parameters that `tensors`, those of the group's sources, become, by name."""
+    """Convert `tensors`, those of the group's sources, to the parameters that they become, by name."""
     if group.converter is None:
         return {group.targets[0]: tensors[0]}
     converter = deepcopy(group.converter)
     for source, pattern, tensor in zip(group.sources, group.patterns, tensors, strict=True):
         converter.add_tensor(group.targets[0], source, pattern, tensor)  # type: ignore[arg-type]
-    made = converter.convert(group.targets[0], model=model, config=model.config)
-    return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
+    parameters = converter.convert(group.targets[0], model=model, config=model.config)
+    return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in parameters.items()}
 
 
 def parameter_specs(model: PreTrainedModel) -> dict[str, TensorSpec]:
-    """Dtype and shape of each parameter and buffer that files may hold."""
+    """Dtype and shape of each parameter and buffer that can be saved, by name."""
     return {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
 
 
 def load_group(
     model: PreTrainedModel, group: WeightGroup, checkpoint: WeightFiles, specs: dict[str, TensorSpec]
 ) -> dict[str, torch.Tensor]:
-    """The parameters of a group as they are loaded: in the dtypes and shapes of `specs`.
+    """Load the parameters of a group by name, in the dtypes and shapes of `specs`.
 
-    Rows that the checkpoint does not have are the mean of all others, as `vocabulary.extend` makes them.
+    Rows that the checkpoint lacks become the mean of the other rows, as `extend_vocabulary` makes them.
     """
     dtype = specs[group.targets[0]].dtype
     tensors = [checkpoint.read(source) for source in group.sources]
     tensors = [tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in tensors]
-    made = convert_group(model, group, tensors)
+    parameters = convert_group(model, group, tensors)
     del tensors
-    return {name: _extended(tensor, specs[name].shape) for name, tensor in made.items()}
+    return {name: _add_rows(tensor, specs[name].shape) for name, tensor in parameters.items()}
 
 
-def _extended(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+def _add_rows(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     if tensor.shape == shape or tensor.ndim == 0 or tensor.shape[0] >= shape[0]:
         return tensor
     mean = tensor.mean(0, dtype=torch.float32).to(tensor.dtype)
     return torch.cat([tensor, mean.expand(shape[0] - tensor.shape[0], *tensor.shape[1:])])
 
 
-def revert_names(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Parameters as they stand in files, by the names that they have there."""
+def file_tensors(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Convert parameters to the form and the names that they have in files."""
     return revert_weight_conversion(model, tensors)

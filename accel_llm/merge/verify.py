@@ -1,4 +1,4 @@
-"""Proof that a merged model is what base and adapter are together: module by module, byte by byte, and by its logits."""
+"""Verifies a merge: each merged module computes what the adapted one did, and each written byte is read back."""
 
 import hashlib
 import math
@@ -16,24 +16,24 @@ from transformers.pytorch_utils import Conv1D
 
 from accel_llm.errors import ConfigError
 from accel_llm.merge.one_module import merge_module, plain_module
-from accel_llm.system.tensors import COPIED_AT_ONCE, tensor_places
+from accel_llm.system.tensors import COPY_BLOCK_SIZE, tensor_places
 
-# Largest |merged W x - adapter layer(x)| / |adapter layer(x)| that rounding explains: of a module in its own dtype.
+# Largest |merged W x - adapted layer(x)| / |adapted layer(x)| that rounding explains, by the module's dtype.
 MODULE_BOUNDS = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
-# The same of a whole model's logits.
+# The same for the logits of a whole model.
 LOGIT_BOUNDS = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 PROBE_ROWS = 8
 
 
 def probe_input(module: Any) -> torch.Tensor | None:
-    """Random input for a module, drawn from a fixed seed; None for kinds whose input is not one tensor."""
+    """Random input for a module, drawn with a fixed seed. None if the module's input is not a single tensor."""
     base: Any = plain_module(module)
     generator = torch.Generator().manual_seed(0)
     if isinstance(base, nn.Embedding):
         ids = torch.randint(base.num_embeddings, (64,), generator=generator)
         if isinstance(module, TrainableTokensWrapper):
-            trained = [torch.tensor(found) for found in module.token_adapter.token_indices.values()]
-            ids = torch.cat([ids, *trained])
+            trained_ids = [torch.tensor(indices) for indices in module.token_adapter.token_indices.values()]
+            ids = torch.cat([ids, *trained_ids])
         return ids
     weight = getattr(base, "weight", None)
     if weight is None or isinstance(module, ParamWrapper | ModulesToSaveWrapper):
@@ -51,49 +51,51 @@ def probe_input(module: Any) -> torch.Tensor | None:
 
 
 def module_output(module: Any, x: torch.Tensor | None) -> dict[str, torch.Tensor]:
-    """What a module computes of `x`; the sums over its inputs where it holds adapted parameters of a mixture instead."""
+    """Output of an adapted module for `x`. Without `x`: its adapted parameters times random vectors, by name."""
     with torch.no_grad():
         if x is not None:
             return {"": module(x).float()}
-        return {name: _adapted(layer) for name, layer in _parameters(module).items()}
+        return {name: _adapted_product(layer) for name, layer in _parameter_layers(module).items()}
 
 
 def merged_output(module: Any, adapted: Any, x: torch.Tensor | None) -> dict[str, torch.Tensor]:
-    """The same of the plain module that `adapted` has become."""
+    """The same for `module`, the plain module that `adapted` became."""
     with torch.no_grad():
         if x is not None:
             return {"": module(x).float()}
-        return {name: _sums(getattr(module, name), _input(getattr(module, name))) for name in _parameters(adapted)}
+        weights = {name: getattr(module, name) for name in _parameter_layers(adapted)}
+        return {name: _product(weight, _random_vectors(weight)) for name, weight in weights.items()}
 
 
-def _parameters(module: Any) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _parameter_layers(module: Any) -> dict[str, Any]:
+    """PEFT's layers on single parameters, such as the experts of a mixture, by the parameter's name."""
+    layers: dict[str, Any] = {}
     while isinstance(module, ParamWrapper):
-        found[module.parameter_name] = module
+        layers[module.parameter_name] = module
         module = module.base_layer
-    return found
+    return layers
 
 
-def _input(weight: torch.Tensor) -> torch.Tensor:
-    """Random [..., width, 1] for a weight [..., rows, width], one for each expert."""
+def _random_vectors(weight: torch.Tensor) -> torch.Tensor:
+    """Random [..., width, 1] for a weight [..., rows, width]: one vector for each expert."""
     shape = (*weight.shape[:-2], weight.shape[-1], 1)
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
-def _sums(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    # In the weight's own dtype: a copy of all experts in float32 would be the largest thing in memory.
+def _product(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    # In the weight's own dtype: a float32 copy of all experts would be the largest tensor in memory.
     return (weight @ x.to(weight.dtype)).float()
 
 
-def _adapted(layer: Any) -> torch.Tensor:
-    """W x + scaling B (A x) of the parameter that `layer` adapts; no product of B and A is made."""
+def _adapted_product(layer: Any) -> torch.Tensor:
+    """W x + scaling B (A x) for the parameter that `layer` adapts, without the large product B A."""
     weight = layer.get_param()
-    x = _input(weight)
-    result = _sums(weight, x)
+    x = _random_vectors(weight)
+    result = _product(weight, x)
     for name in layer.active_adapters:
         if name in layer.lora_A:
             left, right = layer.lora_B[name].weight.float(), layer.lora_A[name].weight.float()
-            if weight.ndim == 3:
+            if weight.ndim == 3:  # PEFT keeps the factors of all experts in one matrix
                 experts = layer.num_experts
                 right = right.reshape(experts, -1, right.shape[-1])
                 left = left.reshape(left.shape[0], -1, experts).permute(2, 0, 1)
@@ -103,26 +105,26 @@ def _adapted(layer: Any) -> torch.Tensor:
     return result
 
 
-def relative_difference(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    """The largest |found - expected| / |expected| of the tensors; NaN where there is one in them."""
-    worst = 0.0
-    for name, wanted in expected.items():
-        scale = float(wanted.norm())
-        relative = float((found[name] - wanted).norm()) / (scale or 1.0)
-        if not relative <= worst:
-            worst = relative
-        if math.isnan(worst):
+def relative_difference(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """The largest |actual - expected| / |expected| of the tensors. NaN if a tensor holds a NaN."""
+    largest = 0.0
+    for name, tensor in expected.items():
+        scale = float(tensor.norm())
+        relative = float((actual[name] - tensor).norm()) / (scale or 1.0)
+        if not relative <= largest:  # also true for NaN
+            largest = relative
+        if math.isnan(largest):
             break
-    return worst
+    return largest
 
 
 def merge_module_checked(module: Any, name: str, unmerge: bool) -> tuple[nn.Module, float | None]:
-    """The plain module that an adapted one becomes, and the relative difference of what the two compute.
+    """Merge a module. Returns the plain module, and the relative difference of its output from the adapted one's.
 
-    None for a module that is replaced whole, or whose kind of input is not known.
+    The difference is None if the module is replaced whole, or if its kind of input is not known.
 
     Raises:
-        ConfigError: they differ beyond the bound of the module's dtype.
+        ConfigError: the outputs differ by more than rounding explains.
     """
     x, dtype = probe_input(module), _dtype(module)
     before = merged_output(plain_module(module), module, x) if unmerge else module_output(module, x)
@@ -131,7 +133,7 @@ def merge_module_checked(module: Any, name: str, unmerge: bool) -> tuple[nn.Modu
     if not before:
         return plain, None
     relative = relative_difference(after, before)
-    _check(name, relative, dtype)
+    _check_difference(name, relative, dtype)
     return plain, relative
 
 
@@ -139,20 +141,22 @@ def _dtype(module: Any) -> torch.dtype:
     return next((weight.dtype for weight in plain_module(module).parameters()), torch.float32)
 
 
-def _check(name: str, relative: float, dtype: torch.dtype) -> None:
+def _check_difference(name: str, relative: float, dtype: torch.dtype) -> None:
     bound = MODULE_BOUNDS[dtype]
     if not relative <= bound:
         raise ConfigError(
-            f"verify: {name} merged computes something else than with its adapter, by {relative:.1e} (allowed for {dtype}: "
-            f"{bound:.0e}); nothing was written."
+            f"verify: {name} merged computes something else than with its adapter, by {relative:.1e} (allowed for "
+            f"{dtype}: {bound:.0e}); nothing was written."
         )
 
 
-def read_back(folder: Path, sums: dict[str, int]) -> dict[str, str]:
-    """Read the safetensors files in `folder` again: their SHA-256 by name.
+def read_back(folder: Path, checksums: dict[str, int]) -> dict[str, str]:
+    """Read the safetensors files in `folder` again. Returns their SHA-256 by file name.
+
+    `checksums` are the CRC-32 of the bytes that were meant to be written, by tensor.
 
     Raises:
-        ConfigError: a tensor is not there, or does not have the CRC-32 in `sums` that it was written with.
+        ConfigError: a tensor is missing, or its bytes have another CRC-32.
     """
     hashes, seen = {}, set()
     for file in sorted(folder.glob("*.safetensors")):
@@ -164,13 +168,13 @@ def read_back(folder: Path, sums: dict[str, int]) -> dict[str, str]:
             for name, place in tensors:
                 total, left = 0, place.spec.size
                 while left:
-                    part = stream.read(min(COPIED_AT_ONCE, left))
+                    part = stream.read(min(COPY_BLOCK_SIZE, left))
                     digest.update(part)
                     total, left = zlib.crc32(part, total), left - len(part)
-                if total != sums.get(name):
+                if total != checksums.get(name):
                     raise ConfigError(f"verify: {name} in {file.name} is not what was written; nothing was kept.")
                 seen.add(name)
         hashes[file.name] = digest.hexdigest()
-    if lost := sorted(sums.keys() - seen):
-        raise ConfigError(f"verify: {len(lost)} weights are in no file, such as {lost[0]}; nothing was kept.")
+    if missing := sorted(checksums.keys() - seen):
+        raise ConfigError(f"verify: {len(missing)} weights are in no file, such as {missing[0]}; nothing was kept.")
     return hashes

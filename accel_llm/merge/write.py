@@ -1,4 +1,4 @@
-"""The walk over a model's weights: what an adapter changes is merged module by module, all else is copied as it lies."""
+"""Writes the merged weights: adapted modules are merged one at a time, all other weights are copied byte by byte."""
 
 import warnings
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from accel_llm.errors import ConfigError
 from accel_llm.merge.attached import adapted_modules, fill_pending, put_tensor
 from accel_llm.merge.one_module import merge_module, plain_module, scale_module
 from accel_llm.merge.plan import MergePlan
-from accel_llm.merge.skeleton import WeightGroup, load_group, revert_names
+from accel_llm.merge.skeleton import WeightGroup, file_tensors, load_group
 from accel_llm.merge.verify import merge_module_checked
 from accel_llm.model.loading import short_reason
 from accel_llm.model.quantization import round_to_4_bits
@@ -25,107 +25,123 @@ from accel_llm.system.tensors import TensorSpec
 from accel_llm.system.weights import WeightWriter
 
 
-class Written(NamedTuple):
-    """`modules` were merged, `worst` is the largest relative error of one (None: none was looked at)."""
+class WriteResult(NamedTuple):
+    """Number of merged modules, their largest relative error (None: not verified), and the CRC-32 of each tensor."""
 
     modules: int
-    worst: float | None
-    sums: dict[str, int]
+    largest_error: float | None
+    checksums: dict[str, int]
 
 
-def write_merged(plan: MergePlan, folder: Path, options: MergeOptions, progress: Callable[[int, int], None]) -> Written:
-    """Write the weights of the merged model into `folder`, telling `progress` the bytes written and in all.
+def write_merged(
+    plan: MergePlan, folder: Path, options: MergeOptions, progress: Callable[[int, int], None]
+) -> WriteResult:
+    """Write the weights of the merged model into `folder`. `progress` is called with bytes written and bytes in all.
 
     Raises:
-        ConfigError: a module cannot be merged, or merged it computes something else.
+        ConfigError: a module cannot be merged, or computes something else once it is merged.
     """
-    outputs = _outputs(plan)
+    outputs = _plan_outputs(plan)
     specs = {name: spec for output in outputs.values() for name, spec in output.specs.items()}
     writer = WeightWriter(folder, specs, options.max_shard_size, options.verify != "none")
-    total, errors, ready = sum(spec.size for spec in specs.values()), [], {}
+    total, errors = sum(spec.size for spec in specs.values()), []
+    ready: dict[str, torch.Tensor] = {}  # merged, but not written: other weights of the same group are still missing
     try:
-        found = adapted_modules(plan.made.wrapped)
-        modules = len(found)
-        while found:
-            key, module = found.pop(0)  # so that nothing here keeps what was merged
+        # Merge the adapted modules, and write each as soon as its group is complete.
+        modules = adapted_modules(plan.attached.wrapped)
+        count = len(modules)
+        while modules:
+            key, module = modules.pop(0)  # drops the reference, so that a merged module is freed
             names = [name for name in plan.specs if name.startswith(f"{key}.")]
             if not any(name in outputs for name in names):
-                continue  # the head of tied ones, whose new rows are the embedding's
+                continue  # tied head: its new rows are written with the embedding
             results, error = _merge_module(plan, key, module, names, options, writer.wait)
             errors += [error] if error is not None else []
             ready |= {name: tensor for name, tensor in results.items() if name in outputs}
             del module, results
-            _write_whole(plan, outputs, ready, writer)
-            progress(writer.written, total)
-        ready |= {name: plan.made.replaced[name].to(plan.specs[name].dtype) for name in plan.made.replaced}
-        while ready:  # weights that stand in one tensor with others in the files
+            _write_complete(plan, outputs, ready, writer)
+            progress(writer.bytes_written, total)
+
+        # Write whole base weights that an adapter's file holds, and merged weights that share a tensor in the files
+        # with weights that were not merged: those are loaded from the base.
+        replacements = plan.attached.replacements
+        ready |= {name: tensor.to(plan.specs[name].dtype) for name, tensor in replacements.items()}
+        while ready:
             group = outputs[next(iter(ready))].group
-            ready = _load(plan, group) | ready
-            _write_whole(plan, outputs, ready, writer)
+            ready = _load_weights(plan, group) | ready
+            _write_complete(plan, outputs, ready, writer)
+
+        # Copy everything that no adapter changes.
         for output in list(outputs.values()):
             if not writer.has(output.specs):
-                _write_untouched(plan, output, writer)
-                progress(writer.written, total)
+                _write_unchanged(plan, output, writer)
+                progress(writer.bytes_written, total)
         writer.finish()
-        progress(writer.written, total)
+        progress(writer.bytes_written, total)
     finally:
         writer.close()
-    return Written(modules, max(errors, default=None), writer.sums)
+    return WriteResult(count, max(errors, default=None), writer.checksums)
 
 
-class Output(NamedTuple):
-    """A group of parameters, and the tensors in the files that they are written as."""
+class OutputGroup(NamedTuple):
+    """A group of parameters, and the tensors that they become in the files."""
 
     group: WeightGroup
     specs: dict[str, TensorSpec]
 
 
-def _outputs(plan: MergePlan) -> dict[str, Output]:
-    """By the name of each parameter that is saved.
+def _plan_outputs(plan: MergePlan) -> dict[str, OutputGroup]:
+    """The output group of each saved parameter, by the parameter's name.
 
     Raises:
-        ConfigError: neither the base nor the adapter has it.
+        ConfigError: a parameter is neither in the base nor in the adapter.
     """
-    outputs: dict[str, Output] = {}
-    saved = tuple(
-        f"{key}." for key, module in adapted_modules(plan.made.wrapped) if isinstance(module, ModulesToSaveWrapper)
+    skeleton = plan.skeleton
+    outputs: dict[str, OutputGroup] = {}
+    saved_whole = tuple(
+        f"{key}." for key, module in adapted_modules(plan.attached.wrapped) if isinstance(module, ModulesToSaveWrapper)
     )
     for name in plan.names:
-        if name in outputs or (name not in plan.layout.groups and name not in plan.layout.missing):
-            continue  # what no loading misses is not needed
-        group = plan.layout.groups.get(name) or WeightGroup((), (), (name,), None)
-        if not group.sources and not name.startswith(saved) and name not in plan.made.replaced:
-            missing = sorted(name for name in plan.layout.missing if not name.startswith(saved))
+        if name in outputs or (name not in skeleton.groups and name not in skeleton.missing):
+            continue  # absent from the files, and from_pretrained does not miss it
+        group = skeleton.groups.get(name) or WeightGroup((), (), (name,), None)
+        if not group.sources and not name.startswith(saved_whole) and name not in plan.attached.replacements:
+            missing = sorted(name for name in skeleton.missing if not name.startswith(saved_whole))
             raise ConfigError(
-                f"base: {plan.source} does not fill the model: {len(missing)} weights are missing ({', '.join(missing[:3])})."
+                f"base: {plan.source} does not fill the model: {len(missing)} weights are missing "
+                f"({', '.join(missing[:3])})."
             )
-        shapes = {target: plan.specs[target] for target in group.targets}
-        empty = {target: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for target, spec in shapes.items()}
-        results = revert_names(plan.layout.model, empty)
+        # Convert empty tensors to learn the names and shapes in the files.
+        targets = {target: plan.specs[target] for target in group.targets}
+        empty = {target: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for target, spec in targets.items()}
+        results = file_tensors(skeleton.model, empty)
         specs = {result: TensorSpec(tensor.dtype, tuple(tensor.shape)) for result, tensor in results.items()}
-        outputs |= dict.fromkeys(group.targets, Output(group, specs))
+        outputs |= dict.fromkeys(group.targets, OutputGroup(group, specs))
     return outputs
 
 
 def _merge_module(
-    plan: MergePlan, key: str, module: Any, names: list[str], options: MergeOptions, until_free: Callable[[], None]
+    plan: MergePlan, key: str, module: Any, names: list[str], options: MergeOptions, wait_for_writer: Callable[[], None]
 ) -> tuple[dict[str, torch.Tensor], float | None]:
-    """The weights of one merged module by name, and how far it is from the adapted one (None: not looked at).
+    """Merge one module: its weights by name, and its relative difference from the adapted one (None: not verified).
 
-    `names` are those of its weights in the base. Merging is what takes most memory, so `until_free` is called before it.
+    `names` are its weights in the base. Merging needs the most memory, so `wait_for_writer` is called first.
 
     Raises:
-        ConfigError: PEFT cannot merge it, or what it computes has changed.
+        ConfigError: PEFT cannot merge the module, or what it computes has changed.
     """
-    made = plan.made
+    # Bring the weights of the base and of the adapter into memory.
+    attached = plan.attached
     if not isinstance(module, ModulesToSaveWrapper):
         _fill_base(plan, names)
-        _fill_computed(plan, plain_module(module))
-    fill_pending(made, [name for name in made.pending if name.startswith(f"{PEFT_PREFIX}{key}.")])
+        _fill_computed_buffers(plan, plain_module(module))
+    fill_pending(attached, [name for name in attached.pending if name.startswith(f"{PEFT_PREFIX}{key}.")])
     if options.scale != 1:
         scale_module(module, options.scale)
+
+    # Merge with PEFT's own code.
     error = None
-    until_free()
+    wait_for_writer()
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -135,84 +151,90 @@ def _merge_module(
                 plain, error = merge_module_checked(module, key, options.unmerge)
     except (ValueError, NotImplementedError, RuntimeError, TypeError, AttributeError) as reason:
         raise ConfigError(
-            f"adapter: {key} cannot be {'un' * options.unmerge}merged, a {made.wrapped.peft_type.value} layer of PEFT "
-            f"refuses it ({short_reason(reason)})."
+            f"adapter: {key} cannot be {'un' * options.unmerge}merged, a {attached.wrapped.peft_type.value} layer of "
+            f"PEFT refuses it ({short_reason(reason)})."
         ) from None
+
+    # The plain module takes the place of the adapted one; only its shape is kept.
     results = {f"{key}.{name}": tensor for name, tensor in plain.state_dict().items()}
-    if {name: tuple(tensor.shape) for name, tensor in results.items()} != {
-        name: plan.specs[name].shape for name in names
-    }:
-        raise ConfigError(f"adapter: {key} cannot be merged, it becomes a module of other weights than the base's.")
+    shapes = {name: tuple(tensor.shape) for name, tensor in results.items()}
+    if shapes != {name: plan.specs[name].shape for name in names}:
+        raise ConfigError(
+            f"adapter: {key} cannot be merged, its merged weights have other names or shapes than the base's."
+        )
     parent, _, attribute = key.rpartition(".")
-    setattr(plan.layout.model.get_submodule(parent), attribute, plain.to("meta"))
+    setattr(plan.skeleton.model.get_submodule(parent), attribute, plain.to("meta"))
     return {name: tensor.to(plan.specs[name].dtype) for name, tensor in results.items()}, error
 
 
 def _fill_base(plan: MergePlan, names: list[str]) -> None:
-    """Put the base's weights of these names in place, in memory of their own."""
-    made, left = plan.made, set(names)
+    """Put the base's weights of these names into the model, in memory of their own."""
+    attached, left = plan.attached, set(names)
     for name in names:
         if name not in left:
             continue
-        module, attribute = made.owners[name]
+        module, attribute = attached.owners[name]
         old = getattr(module, attribute)
-        if name in made.replaced:
-            loaded = {name: made.replaced.pop(name).to(plan.specs[name].dtype, copy=True)}
+        if name in attached.replacements:
+            weights = {name: attached.replacements.pop(name).to(plan.specs[name].dtype, copy=True)}
         elif old.device.type == "meta":
-            loaded = _load(plan, plan.layout.groups[name])
-        else:  # loaded as a map of the file, and perhaps changed since by the way that the adapter began
-            loaded = {name: old.detach().clone()}
+            weights = _load_weights(plan, plan.skeleton.groups[name])
+        else:  # memory-mapped from the file, and perhaps changed when the adapter was initialised
+            weights = {name: old.detach().clone()}
             release_pages(old)
-        for target in left & loaded.keys():
-            put_tensor(*made.owners[target], loaded.pop(target))
+        # A group may hold weights of other modules too; they are loaded again when their turn comes.
+        for target in left & weights.keys():
+            put_tensor(*attached.owners[target], weights.pop(target))
             left.remove(target)
 
 
-def _fill_computed(plan: MergePlan, base: Any) -> None:
-    """Buffers that no file holds, such as the scale of Gemma 3's embeddings: by the code that transformers has for them."""
+def _fill_computed_buffers(plan: MergePlan, base: Any) -> None:
+    """Compute buffers that no file holds, such as the scale of Gemma 3's embeddings, with transformers' own code."""
     empty = [name for name, buffer in base.named_buffers(recurse=False) if buffer.device.type == "meta"]
     for name in empty:
         base._buffers[name] = torch.empty_like(base._buffers[name], device="cpu")
     if empty:
+        # `_init_weights` would overwrite the weights as well, so they are put aside on the meta device.
         weights = dict(base._parameters)
         base._parameters.update({name: weight.to("meta") for name, weight in weights.items() if weight is not None})
-        plan.layout.model._init_weights(base)
+        plan.skeleton.model._init_weights(base)
         base._parameters.update(weights)
 
 
-def _load(plan: MergePlan, group: WeightGroup) -> dict[str, torch.Tensor]:
-    """The base's weights of a group, by name, as the adapter is merged into them."""
-    made = load_group(plan.layout.model, group, plan.checkpoint, plan.specs)
+def _load_weights(plan: MergePlan, group: WeightGroup) -> dict[str, torch.Tensor]:
+    """Load the base's weights of a group by name, rounded to 4 bits and back where the plan says so."""
+    weights = load_group(plan.skeleton.model, group, plan.checkpoint, plan.specs)
     return {
-        name: round_to_4_bits(tensor, plan.low[name]) if name in plan.low else tensor for name, tensor in made.items()
+        name: round_to_4_bits(tensor, plan.four_bit[name]) if name in plan.four_bit else tensor
+        for name, tensor in weights.items()
     }
 
 
-def _write_whole(
-    plan: MergePlan, outputs: dict[str, Output], ready: dict[str, torch.Tensor], writer: WeightWriter
+def _write_complete(
+    plan: MergePlan, outputs: dict[str, OutputGroup], ready: dict[str, torch.Tensor], writer: WeightWriter
 ) -> None:
-    """Write and drop the parameters in `ready` whose whole group is there."""
+    """Write the parameters in `ready` whose group is complete, and remove them from `ready`."""
     for name in list(ready):
         targets = outputs[name].group.targets
         if name in ready and all(target in ready for target in targets):
-            tensors = revert_names(plan.layout.model, {target: ready.pop(target) for target in targets})
+            tensors = file_tensors(plan.skeleton.model, {target: ready.pop(target) for target in targets})
             for result in list(tensors):
                 writer.write(result, tensors.pop(result))
 
 
-def _write_untouched(plan: MergePlan, output: Output, writer: WeightWriter) -> None:
-    """Copy the bytes where the files have the tensors as they are to be written, else convert them there and back."""
+def _write_unchanged(plan: MergePlan, output: OutputGroup, writer: WeightWriter) -> None:
+    """Copy the bytes if the base's files hold the tensors exactly as they are written, else load and convert them."""
     group, places = output.group, plan.checkpoint.places
-    same = group.sources if group.converter is None else output.specs
-    pairs = dict(zip(output.specs, same, strict=False))
+    sources = group.sources if group.converter is None else output.specs
+    pairs = dict(zip(output.specs, sources, strict=False))
     if (
         len(pairs) == len(group.sources)
-        and not plan.low.keys() & set(group.targets)
+        and not plan.four_bit.keys() & set(group.targets)
         and all(source in places and places[source].spec == output.specs[name] for name, source in pairs.items())
     ):
         for name, source in pairs.items():
             writer.copy(name, places[source])
         return
-    tensors = _load(plan, group)
-    for name, tensor in revert_names(plan.layout.model, tensors).items():
+    weights = _load_weights(plan, group)
+    for name, tensor in file_tensors(plan.skeleton.model, weights).items():
         writer.write(name, tensor)

@@ -1,4 +1,4 @@
-"""Documents in one packed row never see each other: an attention implementation for transformers, and its proof."""
+"""Attention for packed rows: documents in one row do not see each other, and a test on the model itself proves it."""
 
 import inspect
 import sys
@@ -17,25 +17,26 @@ from accel_llm.errors import ConfigError
 PACKED_ATTENTION = "packed"
 REMEDY = "set packing: false"
 
-# torch 2.10 and 2.11 know neither scale, window_size nor enable_gqa and take is_causal; from 2.12 the window says causal
+# torch 2.10 and 2.11 have `is_causal`, but no `scale`, `window_size`, `enable_gqa`; since 2.12 the window says causal.
 VARLEN_OPTIONS = frozenset(inspect.signature(varlen_attn).parameters)
 VARLEN_MAX_HEAD_DIM = 256
 
-# Relative distances of logits that rounding explains, by what the matrix products run in (int8: an 8-bit base). Packed
-# against alone, other kernels sum in another order; changing one document changes nothing for the others, but for
-# bitsandbytes' 8-bit products, which treat a column apart when any token of the row is an outlier in it.
+# Relative differences of logits that rounding explains, by the dtype of the matrix products (int8: an 8-bit base).
+# PACKED: a packed row and a single document use different kernels, which sum in a different order.
+# LEAK: changing one document should change nothing in the others. Only bitsandbytes' 8-bit products change: they treat
+# a column separately if any token of the row is an outlier in it.
 PACKED_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1, torch.int8: 1e-1}
 LEAK_TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-4, torch.bfloat16: 2e-3, torch.int8: 5e-2}
 
-# What a layer may be without its computation crossing a document boundary that attention alone is told of
+# Kinds of layers in which only attention mixes tokens. Only attention knows where a document ends.
 ISOLATED_LAYERS = {"full_attention", "sliding_attention", "dense", "sparse", "moe"}
 
 
 def forward_arguments(batch: dict) -> dict:
-    """What the model's forward needs of a packed or padded batch, labels left out.
+    """Return the arguments of the model's forward for a packed or padded batch, without labels.
 
-    A packed batch's boundaries travel under the names of transformers' FlashAttentionKwargs, which models hand down
-    to every attention call, checkpointed or not.
+    The boundaries of a packed batch get the names of transformers' FlashAttentionKwargs: models pass these on to every
+    attention call, with and without gradient checkpointing.
     """
     if "cu_seqlens" not in batch:
         return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
@@ -51,41 +52,49 @@ def forward_arguments(batch: dict) -> dict:
 
 
 def unwrap_causal_lm(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside whatever wraps it: PEFT, DDP, a DeepSpeed engine, a compiled module."""
+    """Return the transformers model inside its wrappers: PEFT, DDP, a DeepSpeed engine, a compiled module."""
     return next(module for module in model.modules() if isinstance(module, PreTrainedModel))
 
 
 def packing_obstacle(model: nn.Module) -> str | None:
-    """Why this model cannot train on packed rows, or None where nothing speaks against it (`probe` then tries)."""
+    """Return the reason why this model cannot train on packed rows, or None (`check_isolation` then tests it)."""
     inner = unwrap_causal_lm(model)
     config = inner.config.get_text_config()
     source = inspect.getsource(sys.modules[type(inner).__module__])
     kinds = set(getattr(config, "layer_types", None) or [])
+
+    # Our function is called only by families that look attention up in transformers' table of implementations.
     if "ALL_ATTENTION_FUNCTIONS" not in source:
         return f"{type(inner).__name__} computes attention outside transformers' AttentionInterface"
+    # Linear attention and convolutions carry state over document boundaries.
     if mixing := kinds - ISOLATED_LAYERS:
         return (
             f"{type(inner).__name__} has layers of kind {', '.join(sorted(mixing))}, which mix neighbouring documents"
         )
+    # We build no mask, so the family must pass its window to the attention call as well.
     sliding = "sliding_attention" in kinds or getattr(config, "sliding_window", None)
     if sliding and "create_sliding_window_causal_mask" in source and "sliding_window=" not in source:
-        return f"{type(inner).__name__} tells the attention mask alone about its sliding window"
+        return f"{type(inner).__name__} passes its sliding window to the attention mask only"
     return None
 
 
 def enable_packing(model: nn.Module) -> None:
-    """Switch the model to isolated documents; raises ConfigError for a family that cannot be switched.
+    """Switch the model to attention that keeps the documents of a packed row apart.
 
-    From here on every forward needs the boundaries of `model_kwargs`; generation runs inside `stock(model)`.
+    From now on every forward needs the document boundaries, see `forward_arguments`. Run generation and padded batches
+    inside `with stock_attention(model)`.
+
+    Raises:
+        ConfigError: the model's family does not support it.
     """
     if reason := packing_obstacle(model):
-        raise ConfigError(f"packing: true does not work with this model, {reason}: {REMEDY}")
+        raise ConfigError(f"packing: true does not work with this model: {reason}; {REMEDY}.")
     unwrap_causal_lm(model).set_attn_implementation(PACKED_ATTENTION)
 
 
 @contextmanager
 def stock_attention(model: nn.Module) -> Iterator[None]:
-    """transformers' own attention for as long as it lasts: for generation, padded batches and comparison."""
+    """Use transformers' own attention inside the `with` block: for generation, padded batches and comparison."""
     inner = unwrap_causal_lm(model)
     if inner.config._attn_implementation != PACKED_ATTENTION:
         yield
@@ -112,49 +121,58 @@ def packed_attention(
     max_length_q: int | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention inside each document of one packed row of T tokens, as transformers calls it.
+    """Compute causal attention inside each document of one packed row of T tokens, called by transformers.
 
     query [1, heads, T, head_dim], key and value [1, kv_heads, T, head_dim] -> [1, T, heads, head_dim of value].
-    `sliding_window` counts the token itself, `softcap` is Gemma 2's tanh cap on the scores, `s_aux` [heads] are
-    gpt-oss' sink logits. Raises ConfigError without boundaries and for score terms that it does not know.
+    `sliding_window` includes the token itself, `softcap` is Gemma 2's tanh cap on the scores, `s_aux` [heads] are the
+    sink logits of gpt-oss.
+
+    Raises:
+        ConfigError: the boundaries are missing, or the model passes a score term that is not implemented here.
     """
-    _refuse_unknown(module, attention_mask, cu_seq_lens_q, kwargs)
+    _check_arguments(module, attention_mask, cu_seq_lens_q, kwargs)
     assert cu_seq_lens_q is not None and max_length_q is not None
     if torch.is_autocast_enabled(query.device.type):
-        # rotary embeddings and float32 norms leave queries or keys in float32; the kernels want one dtype
+        # Rotary embeddings and float32 norms leave queries or keys in float32, but the kernels need one dtype.
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     window = sliding_window if sliding_window is not None and sliding_window < max_length_q else None
     plain = softcap is None and s_aux is None
-    if plain and not dropout and _varlen_takes(query, scaling, window):
-        return _varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling, window), None
+
+    # Fast path: one kernel for the whole row.
+    if plain and not dropout and _varlen_supports(query, scaling, window):
+        return _varlen_attention(query, key, value, cu_seq_lens_q, max_length_q, scaling, window), None
+
+    # Otherwise one document at a time.
     lengths = cu_seq_lens_q.diff().tolist()
     documents = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
     if plain:
-        outputs = [_sdpa(*document, dropout, scaling, window) for document in documents]
+        outputs = [_sdpa_attention(*document, dropout, scaling, window) for document in documents]
     else:
         dropout = dropout if module.training else 0.0
-        outputs = [_eager(*document, dropout, scaling, window, softcap, s_aux) for document in documents]
+        outputs = [_eager_attention(*document, dropout, scaling, window, softcap, s_aux) for document in documents]
     return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None
 
 
-def _refuse_unknown(
+def _check_arguments(
     module: nn.Module, mask: torch.Tensor | None, boundaries: torch.Tensor | None, others: dict
 ) -> None:
     if boundaries is None or mask is not None:
-        found = "an attention mask" if mask is not None else "none"
+        reason = "an attention mask" if mask is not None else "no boundaries"
         raise ConfigError(
-            f"packing: true needs the document boundaries in every attention call, {type(module).__name__} got {found}: "
-            f"{REMEDY} (generation and padded batches run inside attention.stock(model))"
+            f"packing: true needs the document boundaries in every attention call, but {type(module).__name__} got "
+            f"{reason}; {REMEDY} (generation and padded batches run inside stock_attention(model))."
         )
+
+    # Terms that change the scores; leaving one out without a word would train a different model.
     terms = [name for name in ("position_bias", "indices", "block_indices", "sinks") if others.get(name) is not None]
     if others.get("is_causal") is False:
         terms.append("is_causal=False")
     if terms:
-        raise ConfigError(f"packing: true cannot honour {', '.join(terms)} of {type(module).__name__}: {REMEDY}")
+        raise ConfigError(f"packing: true does not support {', '.join(terms)} of {type(module).__name__}; {REMEDY}.")
 
 
-def _varlen_takes(query: torch.Tensor, scaling: float | None, window: int | None) -> bool:
+def _varlen_supports(query: torch.Tensor, scaling: float | None, window: int | None) -> bool:
     head_dim = query.shape[-1]
     return (
         query.is_cuda
@@ -166,7 +184,7 @@ def _varlen_takes(query: torch.Tensor, scaling: float | None, window: int | None
     )
 
 
-def _varlen(
+def _varlen_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -176,6 +194,7 @@ def _varlen(
     window: int | None,
 ) -> torch.Tensor:
     """[1, T, heads, head_dim of value] from torch's variable-length flash kernel, one launch for the whole row."""
+    # Options have changed between torch releases, see VARLEN_OPTIONS.
     options: dict = {"scale": scaling} if "scale" in VARLEN_OPTIONS else {}
     if "window_size" in VARLEN_OPTIONS:
         options["window_size"] = (-1 if window is None else window - 1, 0)
@@ -185,15 +204,17 @@ def _varlen(
         options["enable_gqa"] = query.shape[1] != key.shape[1]
     else:
         key, value = _repeat_heads(query, key), _repeat_heads(query, value)
+
     value_dim = value.shape[-1]
-    if value_dim < query.shape[-1]:  # multi-head latent attention: the kernel knows one head_dim
+    if value_dim < query.shape[-1]:  # multi-head latent attention, but the kernel supports only one head_dim
         value = F.pad(value, (0, query.shape[-1] - value_dim))
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    output: torch.Tensor = varlen_attn(query, key, value, boundaries, boundaries, longest, longest, **options)  # type: ignore
+    places = boundaries, boundaries, longest, longest  # of queries and keys alike
+    output: torch.Tensor = varlen_attn(query, key, value, *places, **options)  # type: ignore
     return output[None, ..., :value_dim]
 
 
-def _sdpa(
+def _sdpa_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -201,21 +222,22 @@ def _sdpa(
     scaling: float | None,
     window: int | None,
 ) -> torch.Tensor:
-    """One document through torch's fused attention.
+    """Attention of one document by torch's fused kernel.
 
-    A call a document beat both a padded [documents, heads, longest, head_dim] batch (1.1 to 10 times) and one masked
-    row (2 to 20 times) on CPU, for 40 short documents as for one long one, forward and backward.
+    On a CPU one call per document was 1.1 to 10 times faster than a padded [documents, heads, longest, head_dim] batch
+    and 2 to 20 times faster than one masked row, for 40 short documents and for one long one, forward and backward.
     """
     length = query.shape[2]
     on_cpu = query.device.type == "cpu"
-    if not on_cpu:  # with enable_gqa, CUDA's float32 kernels fall back to materialised scores
+    if not on_cpu:  # with enable_gqa, CUDA has no fused float32 kernel and stores the full score matrix
         key, value = _repeat_heads(query, key), _repeat_heads(query, value)
     banded = window is not None and length > window
     return F.scaled_dot_product_attention(
         query,
         key,
         value,
-        attn_mask=_visible(length, window, query.device) if banded else None,
+        # A mask excludes is_causal, so build one only if the window is shorter than the document.
+        attn_mask=_visible_keys(length, window, query.device) if banded else None,
         is_causal=not banded,
         dropout_p=dropout,
         scale=scaling,
@@ -223,7 +245,7 @@ def _sdpa(
     )
 
 
-def _eager(
+def _eager_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -233,21 +255,21 @@ def _eager(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """One document with its scores in sight, for what no fused kernel computes; memory grows with length squared."""
+    """Attention of one document with explicit scores, for terms that no fused kernel has; memory is O(length^2)."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = (query @ _repeat_heads(query, key).transpose(2, 3) * scale).float()
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    scores = scores.masked_fill(~_visible(query.shape[2], window, query.device), float("-inf"))
-    if sinks is not None:  # one more score a head that takes its share of the softmax and has no value
+    scores = scores.masked_fill(~_visible_keys(query.shape[2], window, query.device), float("-inf"))
+    if sinks is not None:  # one extra score per head: it takes part in the softmax, but has no value
         sink = sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
         scores = torch.cat([scores, sink], dim=-1)
     weights = scores.softmax(-1).to(value.dtype)[..., : query.shape[2]]
     return F.dropout(weights, dropout) @ _repeat_heads(query, value)
 
 
-def _visible(length: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """bool [length, length]: which keys (columns) a query (row) of one document sees."""
+def _visible_keys(length: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """bool [length, length]: the keys (columns) that each query (row) of one document sees."""
     visible = torch.ones(length, length, dtype=torch.bool, device=device).tril()
     return visible if window is None else visible.triu(1 - window)
 
@@ -257,25 +279,30 @@ def _repeat_heads(query: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.repeat_interleave(groups, dim=1) if groups > 1 else tensor
 
 
-def no_mask(*, attention_mask: torch.Tensor | None = None, **_) -> torch.Tensor | None:
-    """The boundaries say all that a mask would, without its T x T elements; padding is passed on to be refused."""
+def packed_attention_mask(*, attention_mask: torch.Tensor | None = None, **_) -> torch.Tensor | None:
+    """Build no T x T mask: the boundaries replace it. A padding mask is passed on; `packed_attention` refuses it."""
     return attention_mask
 
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)
-AttentionMaskInterface.register(PACKED_ATTENTION, no_mask)
+AttentionMaskInterface.register(PACKED_ATTENTION, packed_attention_mask)
 
 
 @torch.no_grad()
 def check_isolation(model: nn.Module, device: torch.device | str, dtype: torch.dtype) -> None:
-    """Prove on the model as it will train that packed documents are isolated; raises ConfigError where they are not.
+    """Test on the model, exactly as it will train, that packed documents are isolated.
 
-    Three documents in one row must give the logits that each gives alone under transformers' own attention, and must
-    keep theirs when the first one is changed. `dtype` is what the matrix products run in, autocast and quantised
-    weights included. Every rank runs the same 5 forwards, so it may stand where a forward is a collective.
+    Three documents in one row must give the same logits as each alone under transformers' own attention, and the logits
+    of the last two must not change when the first one does. `dtype` is the dtype of the matrix products (of autocast,
+    if it is on). Every rank runs the same 5 forwards, so this also works where a forward is a collective.
+
+    Raises:
+        ConfigError: packing changes the logits, or a document changes the logits of another.
     """
     inner, training = unwrap_causal_lm(model), model.training
     model.eval()
+
+    # 2 packed forwards and 3 single ones.
     documents = _random_documents(inner.config.get_text_config().vocab_size, device)
     with _narrow_windows(model):
         packed = _packed_logits(model, documents)
@@ -283,23 +310,25 @@ def check_isolation(model: nn.Module, device: torch.device | str, dtype: torch.d
         with stock_attention(model):
             alone = [model(input_ids=document[None], use_cache=False).logits[0].float() for document in documents]
     model.train(training)
+
     where = f"{type(inner).__name__} with attention {inner.config._attn_implementation!r}"
-    leak, difference = _distance(changed[1:], packed[1:]), _distance(packed, alone)
+    leak, difference = _relative_distance(changed[1:], packed[1:]), _relative_distance(packed, alone)
     if leak > LEAK_TOLERANCE[dtype]:
         raise ConfigError(
-            f"packing: true leaks in {where}: changing one document moves the logits of others in its row by "
-            f"{leak:.1e} of their size, allowed is {LEAK_TOLERANCE[dtype]:.0e}: {REMEDY}"
+            f"packing: true leaks in {where}: changing one document changes the logits of others in its row by "
+            f"{leak:.1e} (relative; allowed is {LEAK_TOLERANCE[dtype]:.0e}); {REMEDY}."
         )
     if difference > PACKED_TOLERANCE[dtype]:
         raise ConfigError(
-            f"packing: true changes the results of {where}: packed logits are {difference:.1e} of their size away "
-            f"from those of single documents, allowed is {PACKED_TOLERANCE[dtype]:.0e}: {REMEDY}"
+            f"packing: true changes the results of {where}: the logits of packed and of single documents differ by "
+            f"{difference:.1e} (relative; allowed is {PACKED_TOLERANCE[dtype]:.0e}); {REMEDY}."
         )
 
 
 @contextmanager
 def _narrow_windows(model: nn.Module) -> Iterator[None]:
-    """Sliding windows of 4 tokens: one as wide as the documents of the probe would not show in them."""
+    """Set sliding windows to 4 tokens: most windows are longer than the test's documents and would have no effect."""
+    # Some families read the window from the config at each forward, others from the attention module.
     holders: list[Any] = [unwrap_causal_lm(model).config.get_text_config(), *model.modules()]
     windows = [(holder, getattr(holder, "sliding_window", None)) for holder in holders]
     windows = [(holder, window) for holder, window in windows if isinstance(window, int) and window > 0]
@@ -330,8 +359,8 @@ def _packed_logits(model: nn.Module, documents: list[torch.Tensor]) -> list[torc
     return list(model(**forward_arguments(batch), use_cache=False).logits[0].float().split(lengths))
 
 
-def _distance(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
-    """The largest relative distance of a document's logits, less each position's mean (softmax ignores it)."""
+def _relative_distance(logits: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    """The largest relative difference over the documents; sizes are taken without the mean, which softmax ignores."""
     return max(
-        float((a - b).norm() / (b - b.mean(-1, keepdim=True)).norm()) for a, b in zip(found, expected, strict=True)
+        float((a - b).norm() / (b - b.mean(-1, keepdim=True)).norm()) for a, b in zip(logits, expected, strict=True)
     )

@@ -1,4 +1,4 @@
-"""A model folder's weights and config as a few digits: the same wherever the folder lies, another for another model."""
+"""A short fingerprint of a model's weights and config: it does not depend on where the folder is."""
 
 import hashlib
 import json
@@ -7,15 +7,16 @@ from pathlib import Path
 from transformers.utils.hub import cached_file
 
 SAMPLE_BYTES = 1024  # bytes read of each tensor
-MAX_SAMPLES = 4096  # tensors of a file that are looked at
-MAX_HEADER_BYTES = 2**27  # bytes
+MAX_SAMPLES = 4096  # at most so many tensors of a file are read
+MAX_HEADER_BYTES = 2**27  # at most so many bytes of a safetensors header are read
+PICKLE_SAMPLES = 64  # a .bin file is sampled at so many places
 
 
 def model_fingerprint(name: str, revision: str = "main") -> str:
-    """16 hexadecimal digits of a model folder or a hub id that has been loaded.
+    """Return 16 hexadecimal digits for a model folder, or for a hub id that is already in the local cache.
 
-    They follow from the config, from the names, shapes and dtypes of all weights and from a kilobyte out of the middle of
-    each: two models of one shape differ there, and tens of gigabytes need not be read.
+    The fingerprint covers the config, the names, shapes and dtypes of all weights, and one kilobyte from the middle of
+    each tensor. That is enough to tell two models of one shape apart without reading tens of gigabytes.
     """
     folder = Path(name).expanduser()
     if not folder.is_dir():
@@ -23,37 +24,42 @@ def model_fingerprint(name: str, revision: str = "main") -> str:
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         if path.name == "config.json":
-            digest.update(_config(path))
+            digest.update(_config_bytes(path))
         elif path.suffix == ".safetensors":
             _add_safetensors(digest, path)
         elif path.suffix == ".bin":
-            _add_sampled(digest, path, 0, path.stat().st_size, 64)
+            _add_samples(digest, path, 0, path.stat().st_size, PICKLE_SAMPLES)
     return digest.hexdigest()[:16]
 
 
-def _config(path: Path) -> bytes:
-    """Without what says only who wrote it."""
+def _config_bytes(path: Path) -> bytes:
+    """The config as sorted JSON, without the keys that only say who wrote the file."""
     settings = json.loads(path.read_text(encoding="utf-8"))
-    about = {"_name_or_path", "transformers_version"}
-    return json.dumps({key: value for key, value in settings.items() if key not in about}, sort_keys=True).encode()
+    ignored_keys = {"_name_or_path", "transformers_version"}
+    settings = {key: value for key, value in settings.items() if key not in ignored_keys}
+    return json.dumps(settings, sort_keys=True).encode()
 
 
 def _add_safetensors(digest: "hashlib._Hash", path: Path) -> None:
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        text = file.read(min(length, MAX_HEADER_BYTES))
-        digest.update(text)
+        # The header holds the names, shapes, dtypes and byte ranges of all tensors.
+        header_length = int.from_bytes(file.read(8), "little")
+        header = file.read(min(header_length, MAX_HEADER_BYTES))
+        digest.update(header)
         try:
-            spans = [about["data_offsets"] for name, about in json.loads(text).items() if name != "__metadata__"]
-        except ValueError:  # for whoever loads it to say
+            entries = json.loads(header).items()
+            spans = [entry["data_offsets"] for name, entry in entries if name != "__metadata__"]
+        except ValueError:  # the header is broken; loading the model will report it
             return
+
+        # One sample from the middle of each tensor, or of every n-th where there are very many.
         spans.sort()
         for start, stop in spans[:: -(-len(spans) // MAX_SAMPLES) or 1]:
-            file.seek(8 + length + start + max(0, (stop - start - SAMPLE_BYTES) // 2))
+            file.seek(8 + header_length + start + max(0, (stop - start - SAMPLE_BYTES) // 2))
             digest.update(file.read(min(SAMPLE_BYTES, stop - start)))
 
 
-def _add_sampled(digest: "hashlib._Hash", path: Path, start: int, stop: int, count: int) -> None:
+def _add_samples(digest: "hashlib._Hash", path: Path, start: int, stop: int, count: int) -> None:
     digest.update(str(stop - start).encode())
     with path.open("rb") as file:
         for k in range(count):

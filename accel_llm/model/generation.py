@@ -1,4 +1,4 @@
-"""Where an answer stops, and the generation config that is saved."""
+"""Generation: where an answer stops, how prompts are padded, and the generation config that is saved."""
 
 import numpy as np
 import torch
@@ -10,9 +10,10 @@ SAMPLING_VALUES = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p
 
 
 def saveable_generation_config(settings: GenerationConfig | None) -> GenerationConfig:
-    """A copy that can be saved: without the sampling values of a model that says it does not sample.
+    """Return a copy of `settings` that transformers can save.
 
-    Many published models hold such values. transformers 5 loads them, and raises when a changed copy is saved.
+    If the model does not sample, its sampling values are removed. Many published models have such values: transformers
+    5.23 loads them, but raises an error when a changed copy is saved.
     """
     copy = GenerationConfig.from_dict(settings.to_dict() if settings else {})
     if not copy.do_sample:
@@ -22,11 +23,13 @@ def saveable_generation_config(settings: GenerationConfig | None) -> GenerationC
 
 
 def cut_at_stop(ids: list[int], stop_ids: list[int]) -> tuple[list[int], bool]:
+    """Return the ids up to and including the first stop token, and whether there was one."""
     end = next((k for k, token in enumerate(ids) if token in stop_ids), None)
     return (ids, False) if end is None else (ids[: end + 1], True)
 
 
 def pad_left(prompts: list[np.ndarray], pad: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """Stack prompts (ids [n]) to `input_ids` and `attention_mask`, int64 [prompts, longest], padded on the left."""
     width = max(len(prompt) for prompt in prompts)
     input_ids = torch.full((len(prompts), width), pad)
     mask = torch.zeros((len(prompts), width), dtype=torch.int64)
@@ -37,18 +40,18 @@ def pad_left(prompts: list[np.ndarray], pad: int, device: torch.device) -> dict[
 
 
 def stop_token_ids(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, turn_end_id: int | None) -> list[int]:
-    """The tokens that end generation: the end of a turn first, then what the model's own config and tokenizer name."""
-    named = getattr(unwrap_causal_lm(model).generation_config, "eos_token_id", None)
-    listed = named if isinstance(named, list) else [named]
-    return list(
-        dict.fromkeys(token for token in (turn_end_id, *listed, tokenizer.eos_token_id) if isinstance(token, int))
-    )
+    """Return the tokens that end generation: the end of a turn, then the model's own, then the tokenizer's."""
+    eos_token_id = getattr(unwrap_causal_lm(model).generation_config, "eos_token_id", None)
+    model_ids = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
+    candidates = (turn_end_id, *model_ids, tokenizer.eos_token_id)
+    # A dict drops repeated ids and keeps the order.
+    return list(dict.fromkeys(token for token in candidates if isinstance(token, int)))
 
 
 def build_generation_config(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, stop: list[int]
 ) -> GenerationConfig:
-    """The generation config to save: the model's own, ending at `stop`."""
+    """Return the generation config to save: the model's own, with the stop tokens `stop`."""
     settings = saveable_generation_config(model.generation_config)
     settings.eos_token_id = stop[0] if len(stop) == 1 else stop or None
     settings.pad_token_id = tokenizer.pad_token_id

@@ -1,4 +1,4 @@
-"""Tokenizers and causal language models: found, checked, loaded for the strategy in force, never half-read."""
+"""Loads a causal language model and its config, after checking that everything is there and fits together."""
 
 import os
 import re
@@ -18,83 +18,83 @@ from transformers import (
 )
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from accel_llm.backend.strategy import PRECISION_DTYPES, resolve_precision, strategy
+from accel_llm.backend.strategy import compute_dtype, resolve_precision, strategy
 from accel_llm.config.options import ModelOptions, PretrainOptions, TrainOptions
 from accel_llm.errors import ConfigError
 from accel_llm.model.attention import enable_packing
 from accel_llm.model.loss import attach_loss
-from accel_llm.model.placement import settle_weights
-from accel_llm.model.quantization import build_quantization_config, keep_gradients, quantize_later
+from accel_llm.model.placement import materialize_weights
+from accel_llm.model.quantization import build_quantization_config, keep_gradients, prepare_4bit_layers
 from accel_llm.model.untrusted import check_untrusted_config, check_untrusted_weights
 
 HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
-# What loading a model that is not there, not whole or not known ends in.
+# Errors of transformers, safetensors and torch for a model that is missing, damaged or unknown.
 LOADING_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, RecursionError)
 LOADING_ERRORS += (SafetensorError, StrictDataclassError, UnpicklingError)
-# A config.json may name any attention or experts, kernels from the hub too; what is taken is chosen here.
+# A config.json can name an implementation of attention or experts, even a kernel on the hub. These override it.
 OWN_IMPLEMENTATIONS: dict[str, Any] = {"attn_implementation": None, "experts_implementation": None}
 
 
 def model_problems(options: ModelOptions) -> list[str]:
-    """One sentence for each model or tokenizer that is not there or cannot be used so, before anything is read."""
-    found = _cannot(options) if isinstance(options, TrainOptions) else []
+    """Return one sentence for each problem with the model's name and options, before any file is read."""
+    problems = _option_problems(options) if isinstance(options, TrainOptions) else []
     names = {"model_name_or_path": options.model_name_or_path}
     if isinstance(options, PretrainOptions):
         names["config_name"] = options.config_name
     elif options.model_name_or_path is None:
-        return [*found, "model_name_or_path: is missing; name a model folder or a hub id."]
+        return [*problems, "model_name_or_path: is missing; name a model folder or a hub id."]
     for field, name in names.items():
         try:
             if name is not None:
                 check_model_name(name, field)
         except ConfigError as error:
-            found += error.problems
-    return found
+            problems += error.problems
+    return problems
 
 
-def _cannot(options: TrainOptions) -> list[str]:
-    """Options of a model that exclude each other, or what the launch YAML asks for."""
-    found = []
+def _option_problems(options: TrainOptions) -> list[str]:
+    """Model options that exclude each other, or that do not work under the launch YAML's strategy."""
+    problems = []
     if options.load_in_8bit and strategy() in ("zero3", "fsdp2"):
-        found.append(
+        problems.append(
             f"load_in_8bit: {strategy()} cannot shard 8-bit weights, of which bitsandbytes keeps whole copies; use "
             "ddp.yaml, zero1.yaml or zero2.yaml, or method qlora."
         )
     if options.master_weights == "stochastic_rounding":
         if strategy().startswith("zero"):
-            found.append("master_weights: DeepSpeed keeps float32 copies in any case; use ddp.yaml or fsdp2.yaml.")
+            problems.append("master_weights: DeepSpeed always keeps float32 copies; use ddp.yaml or fsdp2.yaml.")
         if resolve_precision(options) != "bf16":
-            found.append(
-                f"master_weights: stochastic_rounding is for weights in bf16, precision is {resolve_precision(options)} here; "
-                "set precision: bf16, or master_weights: float32."
+            problems.append(
+                "master_weights: stochastic_rounding is for weights in bf16, but precision is "
+                f"{resolve_precision(options)}; set precision: bf16, or master_weights: float32."
             )
-    chosen = options.attn_implementation
-    if options.packing and chosen not in ("auto", "sdpa") and not chosen.startswith("flash_attention"):
-        found.append(
-            f"attn_implementation: {chosen} does not keep packed documents apart; give auto or flash_attention_2, or "
-            "set packing: false."
+    attention = options.attn_implementation
+    if options.packing and attention not in ("auto", "sdpa") and not attention.startswith("flash_attention"):
+        problems.append(
+            f"attn_implementation: {attention} does not keep packed documents apart; give auto or flash_attention_2, "
+            "or set packing: false."
         )
-    return found
+    return problems
 
 
 def check_model_name(name: str, field: str = "model_name_or_path") -> None:
-    """Refuse what is no model before anything is read.
+    """Check that `name` can be a model: a folder with config.json, or the form of a hub id.
 
     Raises:
-        ConfigError: a path that does not exist, a folder without config.json, an adapter folder.
+        ConfigError: the path does not exist or is a file, or the folder has no config.json or holds an adapter.
     """
     path = Path(name).expanduser()
     if (path / "adapter_config.json").is_file():
-        # transformers 5 would load base + LoRA from it with nothing trainable, silently.
+        # transformers 5.23 would load the base with the LoRA on it, nothing of it trainable, without a word.
         raise ConfigError(
             f"{field}: {name} is an adapter, not a model; merge it first with "
             f"launch/merge.py --adapter {name} --output_dir MODEL, or name its base model."
         )
     if path.is_dir():
         if not (path / "config.json").is_file():
-            found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
+            file_names = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
             raise ConfigError(
-                f"{field}: the folder {name} has no config.json (it holds {found}); a model folder has one."
+                f"{field}: the folder {name} has no config.json (it holds {file_names}); a model folder has one."
             )
     elif path.exists():
         raise ConfigError(f"{field}: {name} is a file; a model folder or a hub id (owner/name) is allowed.")
@@ -102,8 +102,12 @@ def check_model_name(name: str, field: str = "model_name_or_path") -> None:
         raise ConfigError(f"{field}: {name} does not exist; a model folder or a hub id (owner/name) is allowed.")
 
 
-def _source(options: ModelOptions) -> str:
-    """The model folder or hub id that a run starts from, be it weights or a config alone."""
+def model_source(options: ModelOptions) -> str:
+    """Return the model folder or hub id that a run starts from: a model with weights, or only a config.
+
+    Raises:
+        ConfigError: none is named.
+    """
     name = (
         options.config_name
         if isinstance(options, PretrainOptions) and options.config_name
@@ -115,20 +119,20 @@ def _source(options: ModelOptions) -> str:
 
 
 def stored_dtype(config: PreTrainedConfig) -> torch.dtype:
-    """The dtype of the weights as they lie in the model folder."""
+    """Return the dtype of the weights in the model folder."""
     return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
 
 
 def load_model_config(options: ModelOptions, max_length: int | None = None) -> PreTrainedConfig:
-    """The model's config alone, for the checks that must come before any weight is read.
+    """Load only the model's config, for the checks that come before any weight is read.
 
     Raises:
-        ConfigError: no model was named, it is not one, or `max_length` is beyond its positions.
+        ConfigError: no model is named, its config cannot be loaded, or it has fewer than `max_length` positions.
     """
-    name = _source(options)
+    name = model_source(options)
     arguments = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
-    check_untrusted_config(_located(name), "model_name_or_path", **arguments)
-    config = _read(AutoConfig.from_pretrained, name, "model_name_or_path", **arguments)
+    check_untrusted_config(expand_home(name), "model_name_or_path", **arguments)
+    config = _load_from(AutoConfig.from_pretrained, name, "model_name_or_path", **arguments)
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if max_length is not None and isinstance(limit, int) and 0 < limit < max_length:
         raise ConfigError(
@@ -138,15 +142,15 @@ def load_model_config(options: ModelOptions, max_length: int | None = None) -> P
 
 
 def load_model(options: TrainOptions) -> PreTrainedModel:
-    """The causal LM as memory maps of its files: `shards.place` reads, casts, quantises and shards them layer by layer.
+    """Load the causal LM with its weights still memory-mapped; `place_weights` reads them layer by layer.
 
-    An 8-bit base is read here, quantised while it is read.
+    Only an 8-bit base is read here; transformers quantises it while it loads.
 
     Raises:
-        ConfigError: it cannot be loaded, its weights do not fill it, or it cannot keep packed documents apart.
+        ConfigError: the model cannot be loaded, weights are missing, or it cannot keep packed documents apart.
     """
-    compute = PRECISION_DTYPES[resolve_precision(options)]
-    # Only weights that are loaded in the dtype that they are stored in can be maps.
+    # A weight stays memory-mapped only if it is loaded in the dtype of the file.
+    compute = compute_dtype(options)
     arguments: dict[str, Any] = {"dtype": compute if options.load_in_8bit else "auto"}
     quantization = build_quantization_config(options, compute, strategy() in ("zero3", "fsdp2"))
     if options.load_in_8bit:
@@ -155,52 +159,57 @@ def load_model(options: TrainOptions) -> PreTrainedModel:
         arguments["attn_implementation"] = options.attn_implementation
     arguments |= {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
     arguments["allow_pickle"] = options.allow_pickle
-    # Under its spell transformers would share out an empty model first, and read the whole checkpoint on rank 0.
+
+    # While Accelerate's DeepSpeed config is set, transformers shards an empty model and reads every file on rank 0.
     unset_hf_deepspeed_config()
     model = load_complete_model(str(options.model_name_or_path), **arguments)
     model.unread = True  # type: ignore[assignment]
+
+    # 4-bit layers wait for `place_weights`, except where PEFT computes an adapter's first values from their weights.
     if quantization and not options.load_in_8bit:
-        quantize_later(model, quantization)
+        prepare_4bit_layers(model, quantization)
         if options.use_dora or isinstance(options.init_lora_weights, str):
-            # Their first values are made from the quantised weights.
-            settle_weights(model, list(model.modules()), compute, torch.device("cpu"))
+            materialize_weights(model, list(model.modules()), compute, torch.device("cpu"))
     return configure_for_training(model, options)
 
 
 def load_complete_model(
     name: str, field: str = "model_name_or_path", allow_pickle: bool = False, **arguments: Any
 ) -> PreTrainedModel:
-    """A causal LM whose every weight comes from its files, whatever `from_pretrained` takes in `arguments`.
+    """Load a causal LM and check that every weight came from its files; `arguments` go to `from_pretrained`.
 
-    Weights that are a pickle are read with `allow_pickle` alone, and where there are no safetensors.
+    A pickle is read only with `allow_pickle`, and only if there are no safetensors.
 
     Raises:
-        ConfigError: it cannot be loaded, or its weights do not fill the model; transformers would draw the rest.
+        ConfigError: the model cannot be loaded, or a weight is missing or has the wrong shape (transformers would
+            initialise it at random).
     """
+    # Nothing in the files may run code or lead out of the folder.
     revision, trusted = arguments.get("revision", "main"), arguments.get("trust_remote_code", False)
-    check_untrusted_config(_located(name), field, revision, trusted)
-    check_untrusted_weights(_located(name), field, revision, allow_pickle)
+    check_untrusted_config(expand_home(name), field, revision, trusted)
+    check_untrusted_weights(expand_home(name), field, revision, allow_pickle)
     arguments = OWN_IMPLEMENTATIONS | arguments
-    # transformers 5.23 takes safetensors first where None is given; what is left goes to torch.load with weights_only.
+    # With None transformers 5.23 prefers safetensors and reads anything else by torch.load with weights_only.
     arguments |= {"use_safetensors": None if allow_pickle else True, "weights_only": True}
-    # Beside a pickle of the hub it asks a service in the background to convert it.
+    # For a pickle from the hub transformers 5.23 asks a web service in the background to convert it.
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
-    # Given beside a config that is loaded already they win over what it names; else `_attn_implementation` in it would.
-    given = {"revision": revision, "trust_remote_code": trusted}
-    arguments |= given | {"config": _read(AutoConfig.from_pretrained, name, field, **given)}
-    # With mismatched shapes transformers raises without saying which; in its report they have names.
+    # Pass the config already loaded: only then do our implementations win over `_attn_implementation` in config.json.
+    hub_arguments = {"revision": revision, "trust_remote_code": trusted}
+    arguments |= hub_arguments | {"config": _load_from(AutoConfig.from_pretrained, name, field, **hub_arguments)}
+
+    # transformers' own error does not name the weights of a wrong shape; its loading report does.
     arguments |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    model, report = _read(AutoModelForCausalLM.from_pretrained, name, field, **arguments)
-    _check_filled(report, name, field)
+    model, report = _load_from(AutoModelForCausalLM.from_pretrained, name, field, **arguments)
+    _check_complete(report, name, field)
     keep_gradients(model)
     return model
 
 
 def configure_for_training(model: PreTrainedModel, options: TrainOptions) -> PreTrainedModel:
-    """What training needs of a freshly loaded or built model: isolation of documents, checkpointing, the loss.
+    """Prepare a freshly loaded or built model for training: packed attention, gradient checkpointing, our loss.
 
     Raises:
-        ConfigError: packing with a family that cannot keep documents apart, or no exact loss could be had.
+        ConfigError: the model cannot keep packed documents apart, or our loss does not equal its own.
     """
     if options.packing and options.attn_implementation in ("auto", "sdpa"):
         enable_packing(model)
@@ -212,42 +221,47 @@ def configure_for_training(model: PreTrainedModel, options: TrainOptions) -> Pre
 
 
 def build_model(config: PreTrainedConfig, options: TrainOptions) -> PreTrainedModel:
-    """A causal LM with fresh weights (float32; seeded by the caller)."""
-    chosen = dict(OWN_IMPLEMENTATIONS)
+    """Build a causal LM with random float32 weights; the caller sets the seed."""
+    implementations = dict(OWN_IMPLEMENTATIONS)
     if options.attn_implementation != "auto":
-        chosen["attn_implementation"] = options.attn_implementation
-    # Not said, transformers 5.23 asks at the terminal.
+        implementations["attn_implementation"] = options.attn_implementation
+    # Without trust_remote_code as an argument, transformers 5.23 asks at the terminal.
     trusted = options.trust_remote_code
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trusted, **chosen)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trusted, **implementations)
     return configure_for_training(model, options)
 
 
-def _read(loader: Any, name: str, field: str, **arguments: Any) -> Any:
+def _load_from(loader: Any, name: str, field: str, **arguments: Any) -> Any:
     try:
-        return loader(_located(name), **arguments)
+        return loader(expand_home(name), **arguments)
     except LOADING_ERRORS as error:
         raise ConfigError(f"{field}: {name} cannot be loaded ({short_reason(error)}).") from None
 
 
-def _located(name: str) -> str:
-    """`~` stands for the home folder in a recipe as well, where no shell replaces it."""
+def expand_home(name: str) -> str:
+    """Replace a leading `~` by the home folder: in a recipe no shell does it."""
     return str(Path(name).expanduser()) if name.startswith("~") else name
 
 
-def _check_filled(report: dict[str, Any], name: str, field: str) -> None:
+def _check_complete(report: dict[str, Any], name: str, field: str) -> None:
     problems = []
     if missing := sorted(report["missing_keys"]):
         problems.append(f"{len(missing)} weights are missing ({', '.join(missing[:3])})")
-    if mismatched := sorted(
-        f"{key} {tuple(found)} for {tuple(wanted)}" for key, found, wanted in report["mismatched_keys"]
-    ):
-        problems.append(f"{len(mismatched)} have another shape ({', '.join(mismatched[:3])})")
+    if mismatch := describe_shape_mismatch(report):
+        problems.append(mismatch)
     if problems:
         raise ConfigError(f"{field}: {name} does not fill the model: {'; '.join(problems)}.")
 
 
+def describe_shape_mismatch(report: dict[str, Any]) -> str:
+    """Say which weights of transformers' loading report have another shape than the model's; empty if none has."""
+    mismatches = report["mismatched_keys"]
+    texts = sorted(f"{name} {tuple(shape)} for {tuple(expected)}" for name, shape, expected in mismatches)
+    return f"{len(texts)} weights have another shape ({', '.join(texts[:3])})" if texts else ""
+
+
 def short_reason(error: Exception) -> str:
-    """A library's message on one line, short enough to stand in a sentence."""
+    """Return a library's error message on one line, short enough to be part of a sentence."""
     if isinstance(error, UnpicklingError):
-        return "its pickle holds more than tensors"  # torch's own advice is to unpickle it all the same
+        return "its pickle holds more than tensors"  # torch's own text advises to unpickle the file anyway
     return textwrap.shorten(str(error).rstrip(". \n"), 300, placeholder=" ...") or type(error).__name__

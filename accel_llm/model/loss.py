@@ -18,13 +18,16 @@ from accel_llm.errors import ConfigError
 from accel_llm.model.attention import forward_arguments, stock_attention, unwrap_causal_lm
 
 LossPath = Literal["own", "stock"]
-LOGITS_BYTES = 512 * 2**20  # float32 logits held at once: where more would be needed, the projection goes in chunks
+LOGITS_BYTES = 512 * 2**20  # of float32 logits in memory at once; for more, the vocabulary is projected in chunks
 LOSS_TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-3, torch.int8: 2e-3}  # relative
 
 
 def next_token_loss(model: nn.Module, batch: dict) -> torch.Tensor:
-    """Sum, float32 [], of the cross-entropies of a batch's labelled tokens, each times its weight where the batch has
-    `weights`; `model` may be wrapped, see `attach`."""
+    """Return the sum of the cross-entropies of all labelled tokens of a batch, float32 [].
+
+    `batch` is packed or padded, see data/batches.py. With `weights` in it, each term is multiplied by its token's
+    weight. Call `attach_loss` on the model first; after that it may be wrapped (PEFT, DDP, DeepSpeed, FSDP2).
+    """
     weights = {"weights": batch["weights"]} if "weights" in batch else {}
     return model(**forward_arguments(batch), labels=batch["labels"], use_cache=False, **weights).loss
 
@@ -36,22 +39,25 @@ def attach_loss(
     label_smoothing: float = 0.0,
     z_loss_coef: float = 0.0,
 ) -> LossPath:
-    """Give the causal LM a forward that answers `labels` with the SUM of their cross-entropies, and nothing else.
+    """Replace the forward of a causal LM: with `labels` it returns the SUM of their cross-entropies and no logits.
 
-    Without `labels` the forward is the family's own. It is bound to the instance before PEFT wraps it and before it
-    is prepared, so that the loss is computed inside the forward of DDP, DeepSpeed and FSDP2. `tokens_per_batch`, the
-    most tokens of a micro-batch, sets the number of chunks in which the vocabulary is projected; evaluation may have
-    larger batches.
+    Without `labels` the forward stays the family's own. Call this before PEFT wraps the model and before
+    `accelerator.prepare`: then the loss is computed inside the forward of DDP, DeepSpeed and FSDP2. `tokens_per_batch`
+    is the largest number of tokens in a micro-batch. It sets the number of chunks in which the vocabulary is projected;
+    evaluation may have larger batches.
 
-    Three terms join the cross-entropies in training mode, and in that mode only: label smoothing and z-loss, see
-    `_regularised`, and, where the config asks for `output_router_logits`, the experts' balance loss, see `_stock_loss`.
+    In training mode, and only there, up to three terms are added: label smoothing and z-loss (see `_regularised_terms`)
+    and, if the config sets `output_router_logits`, the balance loss of the experts (see `_stock_loss`).
 
-    Returns the path in force. "own" projects labelled positions only, chunk by chunk; "stock" asks the family's
-    forward for the logits of those positions, where the own path differs from the family's loss. Weights that are
-    sharded or not yet there cannot be tried here: `check` settles it after prepare.
+    Returns the path in use. "own" projects only labelled positions, chunk by chunk. "stock" takes the logits of those
+    positions from the family's forward; it is used where the own path does not give the family's loss. Weights that
+    are sharded or not loaded yet cannot be tested here: then call `check_loss` after `accelerator.prepare`.
+
+    Raises:
+        ConfigError: neither path gives the family's loss.
     """
 
-    # transformers' generate reads from the signature which inputs the model takes
+    # `wraps` keeps the signature: transformers' generate reads from it which inputs the model takes.
     @functools.wraps(type(model).forward)
     def forward(
         self: PreTrainedModel,
@@ -65,33 +71,37 @@ def attach_loss(
         path = LOSS_PATHS[self.loss_path]  # type: ignore
         return CausalLMOutputWithPast(loss=path(self, *args, labels=labels, weights=weights, **kwargs))  # type: ignore
 
+    # The settings live on the model, where every wrapper finds them.
     bytes_per_token = model.config.get_text_config().vocab_size * 4
     model.loss_chunks = max(1, -(-tokens_per_batch * bytes_per_token // LOGITS_BYTES))  # type: ignore
     model.eval_loss_chunks = -(-(tokens_per_eval_batch or 0) * bytes_per_token // LOGITS_BYTES)  # type: ignore
     model.label_smoothing, model.z_loss_coef = label_smoothing, z_loss_coef  # type: ignore
-    model.loss_path = _paths(model)[0]  # type: ignore
+    model.loss_path = _candidate_paths(model)[0]  # type: ignore
     model.forward = MethodType(forward, model)
+
+    # A model whose weights are still in the files (see load_model) cannot be tested yet.
     if getattr(model, "unread", False):
-        return _paths(model)[0]
+        return _candidate_paths(model)[0]
     parameter = next(model.parameters())
     return check_loss(model, parameter.device, model.dtype)
 
 
-def _paths(model: PreTrainedModel) -> list[LossPath]:
-    """The paths worth trying, in order."""
+def _candidate_paths(model: PreTrainedModel) -> list[LossPath]:
+    """The paths to try, in order."""
     balanced = getattr(model.config.get_text_config(), "output_router_logits", False)
-    # the balance loss is the family's to compute; a family without a decoder of its own has no hidden states to take
+    # The family itself computes its balance loss, and a family without a separate decoder gives us no hidden states.
     return ["stock"] if balanced or model.base_model is model else ["own", "stock"]
 
 
 @torch.no_grad()
 def check_loss(model: nn.Module, device: torch.device | str, dtype: torch.dtype) -> LossPath:
-    """Compare with the family's own loss on a random padded batch and settle the path; `model` may be wrapped.
+    """Compare our loss with the family's own on a random padded batch, and choose the path; `model` may be wrapped.
 
-    Compared are plain cross-entropies: a balance loss is taken off the family's.
+    Plain cross-entropies are compared: a balance loss is subtracted from the family's loss. `dtype` is the dtype of the
+    matrix products. Every rank runs the same 2 or 3 forwards.
 
-    `dtype` is what the matrix products run in. Every rank runs the same 2 or 3 forwards. Raises ConfigError where
-    no path gives the family's loss.
+    Raises:
+        ConfigError: no path gives the family's loss.
     """
     inner, training = unwrap_causal_lm(model), model.training
     model.eval()
@@ -99,20 +109,20 @@ def check_loss(model: nn.Module, device: torch.device | str, dtype: torch.dtype)
     inner.loss_path = "family"  # type: ignore
     with stock_attention(model):
         expected = float(next_token_loss(model, batch))
-        for path in _paths(inner):
+        for path in _candidate_paths(inner):
             inner.loss_path = path  # type: ignore
-            found = float(next_token_loss(model, batch))
-            if abs(found / expected - 1) <= LOSS_TOLERANCE[dtype]:
+            loss = float(next_token_loss(model, batch))
+            if abs(loss / expected - 1) <= LOSS_TOLERANCE[dtype]:
                 model.train(training)
                 return path
     raise ConfigError(
-        f"model {type(inner).__name__} cannot be trained here: its own loss on a test batch is {expected:.6g}, "
-        f"the cross-entropies of its logits sum up to {found:.6g}"
+        f"model_name_or_path: {type(inner).__name__} cannot be trained here: its own loss on a test batch is "
+        f"{expected:.6g}, but the cross-entropies of its logits sum to {loss:.6g}; use a model of another family."
     )
 
 
 def _random_batch(vocab_size: int, device: torch.device | str) -> dict:
-    """Two uneven rows with some tokens unlabelled."""
+    """Two rows of different lengths, some tokens without a label."""
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(vocab_size, (2, 12), generator=generator)
     attention_mask = torch.ones_like(input_ids)
@@ -126,34 +136,39 @@ def _random_batch(vocab_size: int, device: torch.device | str) -> dict:
 def _own_loss(
     model: PreTrainedModel, *args, labels: torch.Tensor, weights: torch.Tensor | None, **kwargs
 ) -> torch.Tensor:
+    """Sum over the labelled tokens, projecting only their positions to the vocabulary."""
     hidden = model.base_model(*args, **kwargs)[0]
-    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()  # the one place where labels are shifted
+
+    # Position i predicts token i + 1. This is the only place where labels are shifted.
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
     labelled = (targets != IGNORED).nonzero().squeeze(1)
-    given = [hidden.flatten(0, 1).index_select(0, labelled), targets.index_select(0, labelled)]
+    tensors = [hidden.flatten(0, 1).index_select(0, labelled), targets.index_select(0, labelled)]
     if weights is not None:
-        given.append(F.pad(weights[:, 1:], (0, 1)).flatten().index_select(0, labelled))
+        tensors.append(F.pad(weights[:, 1:], (0, 1)).flatten().index_select(0, labelled))
+
     chunks: int = (not model.training and model.eval_loss_chunks) or model.loss_chunks  # type: ignore
     if chunks == 1:
-        return _chunk_loss(model, *given)
-    # Under ZeRO-3 and FSDP2 a use of the head is a collective: every rank makes as many, whatever its labels, so a
-    # chunk may be empty
-    parts = zip(*(tensor.tensor_split(chunks) for tensor in given), strict=True)
+        return _chunk_loss(model, *tensors)
+    # Logits are recomputed in the backward pass, so only one chunk of them is in memory. Using the head is a collective
+    # under ZeRO-3 and FSDP2: all ranks need the same number of chunks, so a chunk may be empty.
+    parts = zip(*(tensor.tensor_split(chunks) for tensor in tensors), strict=True)
     return torch.stack([checkpoint(_chunk_loss, model, *part, use_reentrant=False) for part in parts]).sum()
 
 
 def _chunk_loss(
     model: PreTrainedModel, hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Sum of terms, float32 [], of hidden [n, width] for targets [n]; 0 with a graph where n is 0."""
-    return _summed(model, _logits(model, hidden).float(), targets, weights)
+    """The loss of hidden [n, width] for targets [n], float32 []; for n = 0 it is 0, but still has a gradient graph."""
+    return _sum_terms(model, _project(model, hidden).float(), targets, weights)
 
 
-def _summed(
+def _sum_terms(
     model: PreTrainedModel, logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None
 ) -> torch.Tensor:
+    """Sum over logits [n, vocabulary] of the terms of targets [n], each times its weight if there are any."""
     smoothing, z_coef = (model.label_smoothing, model.z_loss_coef) if model.training else (0.0, 0.0)
     if smoothing or z_coef:
-        terms = _regularised(logits, targets, smoothing, z_coef)  # type: ignore
+        terms = _regularised_terms(logits, targets, smoothing, z_coef)  # type: ignore
     elif weights is None:
         return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
     else:
@@ -161,13 +176,14 @@ def _summed(
     return (terms if weights is None else terms * weights).sum()
 
 
-def _regularised(logits: torch.Tensor, targets: torch.Tensor, smoothing: float, z_coef: float) -> torch.Tensor:
+def _regularised_terms(logits: torch.Tensor, targets: torch.Tensor, smoothing: float, z_coef: float) -> torch.Tensor:
     """(1 - smoothing) * -log p(target) + smoothing * mean of -log p over the vocabulary + z_coef * (log Z)^2.
 
-    logits [n, vocabulary] -> [n], 0 where nothing is labelled. Z is the sum of exp(logits), which its square keeps near
-    1 (PaLM, arXiv 2204.02311, section 5).
+    logits [n, vocabulary] -> [n], 0 where there is no label. Z is the sum of exp(logits); the squared term keeps it
+    near 1 (PaLM, arXiv 2204.02311, section 5). Label smoothing: Szegedy et al. 2016, arXiv 1512.00567, section 7.
     """
-    # Indexed, not gathered, and log Z = logit - log p: the backward of gather or logsumexp would keep the logits as well
+    # By indexing, not gather, and with log Z = logit - log p: the backward of gather or of logsumexp would keep a
+    # second copy of the logits.
     chosen = torch.arange(len(targets), device=targets.device), targets.clamp(min=0)
     log_probs = logits.log_softmax(1)
     log_p = log_probs[chosen]
@@ -179,13 +195,13 @@ def _regularised(logits: torch.Tensor, targets: torch.Tensor, smoothing: float, 
     return terms.masked_fill(targets == IGNORED, 0)
 
 
-def _logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
-    """hidden [n, width] -> logits [n, vocabulary], with what families apply to them."""
+def _project(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+    """hidden [n, width] -> logits [n, vocabulary], with the scales and caps that some families apply to logits."""
     config = model.config.get_text_config()
     logits = model.get_output_embeddings()(hidden)  # type: ignore
     if scale := getattr(config, "logit_scale", None):  # Cohere
         logits = logits * scale
-    if scale := getattr(config, "logits_scaling", None):  # Granite; HyperCLOVA multiplies and takes the stock path
+    if scale := getattr(config, "logits_scaling", None):  # Granite; HyperCLOVA multiplies, on the stock path
         logits = logits / scale
     if scale := getattr(config, "lm_head_multiplier", None):  # Falcon-H1
         logits = logits * scale
@@ -197,43 +213,45 @@ def _logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
 def _stock_loss(
     model: PreTrainedModel, *args, labels: torch.Tensor, weights: torch.Tensor | None, **kwargs
 ) -> torch.Tensor:
-    """As `_own_loss`, from the family's logits; in training with the experts' balance loss, if the config wants one.
+    """The same sum as `_own_loss`, from the family's logits; in training mode plus the balance loss of the experts.
 
-    The family computes it from the routing of this micro-batch's real tokens. It is weighed with the micro-batch's
-    `total_weight`, like one more term of each target. Divided by the weight of the whole step, the micro-batches of all
-    ranks have shares that add up to 1: the step's balance loss is the mean of theirs in proportion to their targets,
-    times the config's coefficient, however the step is cut; one micro-batch gives the family's loss. Balance is asked of
-    each micro-batch, so finer cuts ask for more of it.
+    The family computes the balance loss from the routing of this micro-batch's real tokens. We multiply it by the
+    micro-batch's `total_weight`, as if it were one more term of each target. The training loop divides by the weight of
+    the whole step, so a step's balance loss is the mean over its micro-batches in proportion to their targets. With a
+    single micro-batch this is the family's loss. Each micro-batch is balanced by itself, so more and smaller
+    micro-batches ask for more balance.
     """
+    # The columns in which any row has a label; the family computes logits for these only.
     targets = labels[:, 1:]
     columns = (targets != IGNORED).any(0).nonzero().squeeze(1)
     if not len(columns):
-        columns = columns.new_zeros(1)  # keep the graph: every rank takes part in the backward
+        columns = columns.new_zeros(1)  # keeps the gradient graph: every rank must take part in the backward pass
     output = type(model).forward(model, *args, logits_to_keep=columns, **kwargs)
     logits, targets = output.logits.flatten(0, 1).float(), targets[:, columns].flatten()
-    loss = _summed(model, logits, targets, None if weights is None else weights[:, 1:][:, columns].flatten())
+    loss = _sum_terms(model, logits, targets, None if weights is None else weights[:, 1:][:, columns].flatten())
     if not model.training:
         return loss
-    given = {"labels": labels} if weights is None else {"labels": labels, "weights": weights}
-    return loss + _balance(model, output) * total_weight(given).float()
+    batch = {"labels": labels} if weights is None else {"labels": labels, "weights": weights}
+    return loss + _balance_loss(model, output) * total_weight(batch).float()
 
 
-def _balance(model: PreTrainedModel, output: ModelOutput) -> torch.Tensor | float:
-    """What the family adds to its mean loss for the balance of its experts; 0 where it computes none."""
+def _balance_loss(model: PreTrainedModel, output: ModelOutput) -> torch.Tensor | float:
+    """The term that the family adds to its mean loss to balance its experts; 0 if it has none."""
     if getattr(output, "aux_loss", None) is None:
         return 0.0
     holders = (model, model.config.get_text_config())
-    names = ("router_aux_loss_coef", "aux_loss_coef")  # the second is JetMoE's
-    found = [getattr(holder, name) for holder in holders for name in names if hasattr(holder, name)]
-    return found[0] * output.aux_loss  # type: ignore
+    names = ("router_aux_loss_coef", "aux_loss_coef")  # the second one is JetMoE's
+    coefficients = [getattr(holder, name) for holder in holders for name in names if hasattr(holder, name)]
+    return coefficients[0] * output.aux_loss  # type: ignore
 
 
 def _family_loss(
     model: PreTrainedModel, *args, labels: torch.Tensor, weights: torch.Tensor | None, **kwargs
 ) -> torch.Tensor:
-    assert weights is None, "families know no weights"
+    """The reference of `check_loss`: the family's mean loss times its number of targets, without the balance loss."""
+    assert weights is None, "the families' own losses do not support weights"
     output = type(model).forward(model, *args, labels=labels, **kwargs)
-    return (output.loss - _balance(model, output)) * count_targets(labels)
+    return (output.loss - _balance_loss(model, output)) * count_targets(labels)
 
 
 LOSS_PATHS = {"own": _own_loss, "stock": _stock_loss, "family": _family_loss}

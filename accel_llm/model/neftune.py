@@ -1,27 +1,32 @@
-"""Noise on the input embeddings while training."""
+"""Noise on the input embeddings during training (NEFTune)."""
 
 import torch
 from torch import nn
 
 
-def neftune(model: nn.Module, alpha: float | None) -> None:
-    """Adds noise to the input embeddings while training: uniform in +-alpha / sqrt(L d) (NEFTune, arXiv 2310.05914).
+def attach_neftune(model: nn.Module, alpha: float | None) -> None:
+    """Add uniform noise in +-alpha / sqrt(L d) to the input embeddings in training mode (NEFTune, arXiv 2310.05914).
 
-    L is the length of the token's own document, so alpha means the same packed and padded; d is the width. It is
-    read from what `model`'s forward is called with (`cu_seq_lens_q` of a packed batch, else `attention_mask`), so
-    `model` is the outermost one that is prepared, PEFT's included. The noise comes from the device's global
-    generator: ranks must be seeded apart for it to differ.
+    L is the length of the token's own document, so `alpha` means the same for packed and padded batches; d is the
+    width of the embedding. L is read from the arguments of `model`'s forward: from `cu_seq_lens_q` of a packed batch,
+    else from `attention_mask`. So `model` must be the outermost module before `accelerator.prepare`, PEFT's wrapper
+    included.
+
+    The noise comes from the device's global generator. Seed each rank differently, or all ranks draw the same noise.
     """
     if not alpha:
         return
+    # Lengths of the current batch, one tensor that broadcasts to [rows, tokens, 1]; written by one hook for the other.
     lengths: list[torch.Tensor] = []
 
     def remember_lengths(module: nn.Module, args: tuple, kwargs: dict) -> None:
         lengths.clear()
         if (boundaries := kwargs.get("cu_seq_lens_q")) is not None:
-            documents = boundaries.diff()
+            document_lengths = boundaries.diff()
             tokens = kwargs["input_ids"].shape[-1]
-            lengths.append(documents.repeat_interleave(documents, output_size=tokens)[None, :, None])
+            # Giving output_size avoids a synchronisation with the GPU.
+            per_token = document_lengths.repeat_interleave(document_lengths, output_size=tokens)
+            lengths.append(per_token[None, :, None])
         elif (mask := kwargs.get("attention_mask")) is not None:
             lengths.append(mask.sum(-1)[:, None, None])
 

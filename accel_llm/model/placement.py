@@ -1,8 +1,8 @@
-"""Weights on their way from the files to the devices: one layer at a time, cast, quantised and shared out among the ranks.
+"""Brings weights from the files to the devices layer by layer: read, cast, quantised, sharded.
 
-A model is loaded as memory maps of its checkpoint, which take no memory until they are read. Here each layer is read, cast
-to the dtype that it trains in, quantised where that was asked for and, under ZeRO-3 and FSDP2, cut into the shares of the
-ranks before the next layer is read. So no process ever holds more than its share and one layer.
+`load_model` only memory-maps the checkpoint, which takes no memory until a weight is read. Here each layer is read,
+cast to its final dtype, quantised if the options say so and, under ZeRO-3 and FSDP2, sharded over the ranks before the
+next layer is read. So a process never holds more than its own shard and one layer.
 """
 
 import json
@@ -18,117 +18,127 @@ from accelerate import Accelerator
 from bitsandbytes.nn.modules import Params4bit
 from torch import nn
 
-from accel_llm.backend.strategy import strategy
+from accel_llm.backend.strategy import PRECISION_DTYPES, strategy
 from accel_llm.config.options import OptimOptions
 from accel_llm.model.attention import unwrap_causal_lm
 from accel_llm.system.memory import release_pages, returning_freed_memory
 
 
 def place_weights(accelerator: Accelerator, model: nn.Module, options: OptimOptions) -> None:
-    """Bring all weights of `model` to the device, in their final dtype, and share them out as the strategy says.
+    """Move all weights of `model` to the device, in their final dtype, and shard them as the strategy says.
 
-    To be called when nothing will add weights any more, and before the optimizer is built. A collective under ZeRO-3 and
-    FSDP2.
+    Call it after everything that adds weights (new tokens, adapters) and before building the optimizer. Under ZeRO-3
+    and FSDP2 it is a collective.
     """
-    compute = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
-    # DeepSpeed keeps float32 masters itself, and wants one dtype throughout.
+    # "no", Accelerate's word for float32, is not in the table.
+    compute = PRECISION_DTYPES.get(accelerator.mixed_precision, torch.float32)
+    # DeepSpeed keeps float32 master weights itself, and needs one dtype for all weights.
     masters = not strategy().startswith("zero") and options.master_weights == "float32"
-    share = {"zero3": _share_by_zero3, "fsdp2": _share_by_fsdp2}.get(strategy(), _share_with_nobody)(accelerator, model)
-    settled: set[nn.Module] = set()
+    shard = {"zero3": _zero3_sharder, "fsdp2": _fsdp2_sharder}.get(strategy(), _no_sharder)(accelerator, model)
+
+    # A module belongs to the first unit that contains it, so the last unit gets only what is left.
+    done: set[nn.Module] = set()
     with returning_freed_memory():
-        for unit in _units(model):
-            modules = [module for module in unit.modules() if module not in settled]
-            settle_weights(model, modules, compute, accelerator.device, masters)
-            settled.update(modules)
-            share(unit)
+        for unit in _shard_units(model):
+            modules = [module for module in unit.modules() if module not in done]
+            materialize_weights(model, modules, compute, accelerator.device, masters)
+            done.update(modules)
+            shard(unit)
+    # From now on the loss can be tested on the model, see `attach_loss`.
     unwrap_causal_lm(model).unread = False  # type: ignore[assignment]
 
 
-def _units(model: nn.Module) -> list[nn.Module]:
-    """What is read and shared out at a time, parts before the whole: decoder layers, the embedding, then all the rest."""
+def _shard_units(model: nn.Module) -> list[nn.Module]:
+    """The modules that are read and sharded one after the other: decoder layers, embedding, then the whole model."""
     inner = unwrap_causal_lm(model)
-    names = set(inner._no_split_modules or [])
-    layers = [module for module in reversed(list(model.modules())) if type(module).__name__ in names]
+    layer_classes = set(inner._no_split_modules or [])
+    # Backwards, so that a layer inside another one comes first.
+    layers = [module for module in reversed(list(model.modules())) if type(module).__name__ in layer_classes]
+    # A tied embedding stays with its head in the last unit.
     embedding, head = inner.get_input_embeddings(), inner.get_output_embeddings()
     tied = head is not None and getattr(embedding, "weight", 0) is getattr(head, "weight", 1)
     return [*layers, *([] if tied or embedding is None else [embedding]), model]
 
 
-def settle_weights(
+def materialize_weights(
     model: nn.Module, modules: list[nn.Module], compute: torch.dtype, device: torch.device, masters: bool = True
 ) -> None:
-    """Read the weights that stand directly in `modules` into memory of their own on `device`, in their final dtype.
+    """Copy the weights directly in `modules` (not in submodules) from the files to `device`, in their final dtype.
 
-    What is frozen has the dtype of the computation, what is trained is float32 with `masters`. Weights that wait for it are
-    quantised.
+    Frozen weights get the dtype `compute`; trained ones are float32 with `masters`, else also `compute`. The weights of
+    4-bit layers (see `prepare_4bit_layers`) are quantised here.
     """
-    float32 = _kept_in_float32(model)
+    float32 = _float32_parameter_ids(model)
     for module in modules:
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)
         for name, parameter in list(module.named_parameters(recurse=False)):
             old = parameter.data
             if isinstance(parameter, Params4bit) and not parameter.bnb_quantized:
-                # vars() has the layer as well, which is told of the quantisation
-                waiting: Any = Params4bit(old.to(device, compute), requires_grad=False, **vars(parameter))
-                module._parameters[name] = waiting.to(device)
+                # vars() passes on the settings and also the layer, which bitsandbytes updates when it quantises.
+                unquantized: Any = Params4bit(old.to(device, compute), requires_grad=False, **vars(parameter))
+                module._parameters[name] = unquantized.to(device)  # bitsandbytes quantises in `to`
             elif parameter.is_floating_point() and not isinstance(parameter, Params4bit):
-                whole = (parameter.requires_grad and masters) or id(parameter) in float32
-                dtype = torch.float32 if whole else compute
+                full_precision = (parameter.requires_grad and masters) or id(parameter) in float32
+                dtype = torch.float32 if full_precision else compute
                 parameter.data = old.to(device, dtype, copy=True)
             else:
                 continue
+            # The pages of the file that were just read would otherwise count as memory of this process.
             release_pages(old)
 
 
-def _kept_in_float32(model: nn.Module) -> set[int]:
-    """Identities of parameters that the family computes in float32 whatever the rest is in; DeepSpeed has no such."""
+def _float32_parameter_ids(model: nn.Module) -> set[int]:
+    """`id` of each parameter that the family keeps in float32 always; none under DeepSpeed, which needs one dtype."""
     inner = unwrap_causal_lm(model)
+    # The pattern matches a whole part of a dotted name, and nothing if there are no names.
     names = [] if strategy().startswith("zero") else list(inner._keep_in_fp32_modules_strict or [])
     pattern = re.compile("|".join(rf"(?:^|\.){re.escape(name)}(?:\.|$)" for name in names) or r"(?!)")
     return {id(parameter) for name, parameter in inner.named_parameters() if pattern.search(name)}
 
 
-def _share_with_nobody(accelerator: Accelerator, model: nn.Module) -> Callable[[nn.Module], None]:
+def _no_sharder(accelerator: Accelerator, model: nn.Module) -> Callable[[nn.Module], None]:
     return lambda unit: None
 
 
-def _share_by_zero3(accelerator: Accelerator, model: nn.Module) -> Callable[[nn.Module], None]:
+def _zero3_sharder(accelerator: Accelerator, model: nn.Module) -> Callable[[nn.Module], None]:
     import deepspeed
 
+    # Only the keys that zero.Init understands; "auto" values are filled in later, by `prepare`.
     plugin = accelerator.state.deepspeed_plugin
     assert plugin is not None
     settings = json.loads(json.dumps(plugin.deepspeed_config, default=str))
     zero = {key: value for key, value in settings["zero_optimization"].items() if value != "auto"}
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
     config |= {key: settings[key] for key in ("bf16", "fp16") if key in settings}
-    converted: list[Any] = []
+    sharded: list[Any] = []
 
-    def share(unit: nn.Module) -> None:
+    def shard(unit: nn.Module) -> None:
         parameters = [parameter for parameter in unit.parameters() if not hasattr(parameter, "ds_id")]
-        if converted:
-            converted[0].convert_to_zero_parameters(param_list=parameters)
+        # A sharded parameter can shard others; only the first unit needs zero.Init.
+        if sharded:
+            sharded[0].convert_to_zero_parameters(param_list=parameters)
         elif parameters:
             deepspeed.zero.Init(module=unit, config_dict_or_path=config)
-            converted.append(parameters[0])
+            sharded.append(parameters[0])
 
-    return share
+    return shard
 
 
-def _share_by_fsdp2(accelerator: Accelerator, model: nn.Module) -> Callable[[nn.Module], None]:
+def _fsdp2_sharder(accelerator: Accelerator, model: nn.Module) -> Callable[[nn.Module], None]:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     plugin: Any = accelerator.state.fsdp_plugin
-    # Accelerate's policy rounds to bf16 what is returned, here the loss, and what is given, the tokens' weights, and it sums
+    # Accelerate 1.15's policy rounds outputs (here the loss) and inputs (the tokens' weights) to bf16, and sums
     # gradients in bf16.
     policy = plugin.mixed_precision_policy or MixedPrecisionPolicy()
     policy = replace(policy, output_dtype=None, cast_forward_inputs=False)
     if policy.param_dtype is not None:
         policy = replace(policy, reduce_dtype=torch.float32)
 
-    def share(unit: nn.Module) -> None:
-        # None leaves the outermost unit whole from the forward to the backward pass, where it is needed first.
-        again = None if unit is model else plugin.reshard_after_forward
-        fully_shard(unit, mp_policy=policy, offload_policy=plugin.cpu_offload, reshard_after_forward=again)
+    def shard(unit: nn.Module) -> None:
+        # None keeps the outermost unit unsharded after the forward pass: the backward pass needs it first.
+        reshard = None if unit is model else plugin.reshard_after_forward
+        fully_shard(unit, mp_policy=policy, offload_policy=plugin.cpu_offload, reshard_after_forward=reshard)
 
-    return share
+    return shard

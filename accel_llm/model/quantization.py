@@ -1,4 +1,4 @@
-"""Weights in 4 and 8 bits."""
+"""Weights in 4 and 8 bits (bitsandbytes)."""
 
 from typing import Any
 
@@ -17,31 +17,45 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from accel_llm.config.options import MethodOptions
 
 
-def quantize_later(model: PreTrainedModel, config: BitsAndBytesConfig) -> None:
-    """Make the linear layers of a loaded model 4-bit layers whose weights `settle` will quantise.
+def _layers_to_quantize(model: PreTrainedModel) -> tuple[dict[str, Any], list[str]]:
+    """The linear layers that QLoRA holds in 4 bits, by name, and transformers' name patterns of excluded layers."""
+    excluded = HfQuantizer.get_modules_to_not_convert(model, None, list(model._keep_in_fp32_modules or []))
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        # Not subclasses of Linear: transformers does not replace those either.
+        if (type(module) is nn.Linear or isinstance(module, Conv1D)) and should_convert_module(name, excluded)
+    }
+    return layers, excluded
 
-    transformers itself quantises while it loads, so that every rank holds the whole 4-bit model before it is sharded.
+
+def prepare_4bit_layers(model: PreTrainedModel, config: BitsAndBytesConfig) -> None:
+    """Replace the linear layers of a loaded model by 4-bit layers; `materialize_weights` quantises them later.
+
+    transformers itself quantises during loading, so every rank would hold the whole 4-bit model before it is sharded.
     """
-    kept = HfQuantizer.get_modules_to_not_convert(model, None, list(model._keep_in_fp32_modules or []))
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-    replace_with_bnb_linear(model, kept, config)
-    for name, old in linears.items():
+    layers, excluded = _layers_to_quantize(model)
+    replace_with_bnb_linear(model, excluded, config)
+
+    # The new layers are empty: give each the weight of the layer that it replaces, not yet quantised.
+    for name, old in layers.items():
         new: Any = model.get_submodule(name)
-        if new is not old:
-            weight = old.weight.data.T if isinstance(old, Conv1D) else old.weight.data
-            new.weight = Params4bit(weight, requires_grad=False, **vars(new.weight))
-            new.bias = old.bias
+        weight = old.weight.data.T if isinstance(old, Conv1D) else old.weight.data
+        new.weight = Params4bit(weight, requires_grad=False, **vars(new.weight))
+        new.bias = old.bias
+
     keep_gradients(model)
+    # transformers and PEFT look at these two to know that the model is quantised.
     model.is_loaded_in_4bit = True  # type: ignore[assignment]
     model.config.quantization_config = config
 
 
 def keep_gradients(model: nn.Module) -> None:
-    """Keep the 4-bit layers of `model` on the product that has a backward pass.
+    """Keep the 4-bit layers of `model` on the matrix product that has a backward pass.
 
-    On a CPU with AVX512-BF16, bitsandbytes 0.50.2 repacks the weights of such a layer at its first forward in eval mode.
-    From then on it uses a product without a gradient, in bfloat16, which also fails where shapes do not divide. The
-    constructor of each layer switches this on, so it is switched off on each layer after it is made.
+    On a CPU with AVX512-BF16, bitsandbytes 0.50.2 repacks the weights of a 4-bit layer at its first forward in eval
+    mode. After that it uses a product without a gradient, in bfloat16, which also fails for shapes that do not divide.
+    The constructor of each layer turns this on, so we turn it off on each layer after it is built.
     """
     for module in model.modules():
         if isinstance(module, Linear4bit):
@@ -49,35 +63,33 @@ def keep_gradients(model: nn.Module) -> None:
 
 
 def build_quantization_config(method: MethodOptions, compute: torch.dtype, sharded: bool) -> BitsAndBytesConfig | None:
+    """Return the quantisation that the options ask for: NF4 for QLoRA, 8 bits for `load_in_8bit`, None for neither."""
     if method.method == "qlora":
         return BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=compute,
-            # A sharded parameter must have the dtype of the float parameters that it is flattened with.
+            # FSDP2 and ZeRO-3 flatten parameters together, so the packed bytes must have the dtype of the float ones.
             bnb_4bit_quant_storage=compute if sharded else torch.uint8,
         )
     return BitsAndBytesConfig(load_in_8bit=True) if method.load_in_8bit else None
 
 
 def quantized_weights(model: PreTrainedModel) -> dict[str, bool]:
-    """Names of the weights that are in 4 bits in a QLoRA run, and whether they are stored transposed (GPT-2's)."""
-    kept = HfQuantizer.get_modules_to_not_convert(model, None, list(model._keep_in_fp32_modules or []))
-    return {
-        f"{name}.weight": isinstance(module, Conv1D)
-        for name, module in model.named_modules()
-        if (type(module) is nn.Linear or isinstance(module, Conv1D)) and should_convert_module(name, kept)
-    }
+    """Return the names of the weights that QLoRA holds in 4 bits, and whether each is stored transposed (GPT-2)."""
+    layers, _ = _layers_to_quantize(model)
+    return {f"{name}.weight": isinstance(module, Conv1D) for name, module in layers.items()}
 
 
-def round_to_4_bits(weight: torch.Tensor, turned: bool) -> torch.Tensor:
-    """What a 4-bit layer of a QLoRA run computes with in place of `weight`: NF4, its scales quantised as well.
+def round_to_4_bits(weight: torch.Tensor, transposed: bool) -> torch.Tensor:
+    """Quantise `weight` to NF4 and back: the values that a 4-bit layer of a QLoRA run computes with.
 
-    Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs"; blocks of 64.
+    Blocks of 64 values; their scales are quantised too (Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized
+    LLMs").
     """
     packed, state = quantize_4bit(
-        weight.T.contiguous() if turned else weight, blocksize=64, compress_statistics=True, quant_type="nf4"
+        weight.T.contiguous() if transposed else weight, blocksize=64, compress_statistics=True, quant_type="nf4"
     )
-    whole = dequantize_4bit(packed, state)
-    return whole.T.contiguous() if turned else whole
+    unpacked = dequantize_4bit(packed, state)
+    return unpacked.T.contiguous() if transposed else unpacked

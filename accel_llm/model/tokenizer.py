@@ -1,35 +1,34 @@
-"""The tokenizer of a run, checked."""
+"""Loads and checks the tokenizer of a run."""
 
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
 
 from accel_llm.config.options import ModelOptions
 from accel_llm.errors import ConfigError
-from accel_llm.model import loading
-from accel_llm.model.loading import LOADING_ERRORS, short_reason
+from accel_llm.model.loading import LOADING_ERRORS, expand_home, model_source, short_reason
 from accel_llm.model.untrusted import check_untrusted_tokenizer
 
 
 def configured_tokenizer(options: ModelOptions) -> PreTrainedTokenizerFast:
-    """The tokenizer that a run names, or its model's own.
+    """Load the tokenizer that the options name, else the model's own.
 
     Raises:
-        ConfigError: neither is named, or there is none.
+        ConfigError: neither is named, or the tokenizer cannot be loaded.
     """
-    name = options.tokenizer_name or loading._source(options)
+    name = options.tokenizer_name or model_source(options)
     return load_tokenizer(name, options.revision, options.trust_remote_code)
 
 
 def load_tokenizer(name: str, revision: str = "main", trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
-    """The tokenizer of a model folder or hub id, with no truncation or padding of its own and with a pad token.
+    """Load the tokenizer of a model folder or hub id, without truncation or padding, and with a pad token.
 
     Raises:
-        ConfigError: there is none, or it is not a fast tokenizer (masks need offsets).
+        ConfigError: the tokenizer cannot be loaded, or it is not a fast tokenizer (masks need offsets).
     """
-    check_untrusted_tokenizer(loading._located(name), revision, trust_remote_code)
+    check_untrusted_tokenizer(expand_home(name), revision, trust_remote_code)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            loading._located(name), revision=revision, trust_remote_code=trust_remote_code
+            expand_home(name), revision=revision, trust_remote_code=trust_remote_code
         )
     except LOADING_ERRORS as error:
         raise ConfigError(
@@ -39,17 +38,17 @@ def load_tokenizer(name: str, revision: str = "main", trust_remote_code: bool = 
         raise ConfigError(
             f"tokenizer_name: {name} is not a fast tokenizer (no tokenizer.json); exact masks need its offsets."
         )
-    # Files saved in the middle of somebody's training carry truncation and padding that would cut every row.
+    # A tokenizer.json saved during training can contain truncation and padding, which would cut or fill every row.
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     if tokenizer.pad_token_id is None:
-        # Labels go by span and attention by length, so sharing the id with eos masks nothing.
+        # The pad id may equal the eos id: labels go by position and attention by length, so nothing gets masked by id.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerFast) -> int:
-    """The id that fills a padded batch: `load_tokenizer` gives every tokenizer one."""
+    """Return the id that fills a padded batch; every tokenizer from `load_tokenizer` has one."""
     token = tokenizer.pad_token_id
     assert isinstance(token, int)
     return token
@@ -61,12 +60,16 @@ def check_token_ids(
     tokenizer: PreTrainedTokenizerFast,
     new_tokens: range = range(0),
 ) -> None:
-    """Raises ConfigError when the data holds an id that the embedding has no row for, nor will get one."""
+    """Check that the embedding has, or will get, a row for every token id of the data.
+
+    Raises:
+        ConfigError: an id is too large.
+    """
     rows = max(config.get_text_config().vocab_size, new_tokens.stop if new_tokens else 0)
     largest = max(int(input_ids.max()) for input_ids in parts)
     if largest >= rows:
         token = tokenizer.convert_ids_to_tokens(largest)
         raise ConfigError(
-            f"tokenizer_name: the data holds token id {largest} ({token!r}), but the model's vocabulary has {rows} rows; "
-            "use the model's own tokenizer."
+            f"tokenizer_name: the data holds token id {largest} ({token!r}), but the model's vocabulary has {rows} "
+            "rows; use the model's own tokenizer."
         )

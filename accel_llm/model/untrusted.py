@@ -1,7 +1,7 @@
-"""Model folders and repositories of strangers: what their own files could make a run do is refused before they are used.
+"""Checks untrusted model folders and repositories before they are used, and refuses what could harm a run.
 
-transformers follows what these files say: code to import, kernels to fetch, files to read, and where there is nothing
-else a pickle, which is a program. Here they are looked at as JSON alone.
+transformers does what a model's files say: import code, fetch kernels, read other files, and unpickle weights (a pickle
+is a program). These checks only parse the files as JSON.
 """
 
 import json
@@ -24,123 +24,148 @@ PICKLE_FILE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 
 def check_untrusted_config(name: str, field: str, revision: str, trust_remote_code: bool) -> None:
-    """Refuse a model whose config.json asks for more than a model's settings.
+    """Check that a model's config.json is harmless. `field` is the option to name in an error.
 
-    Code that comes with a family which transformers has itself is passed over: transformers' own is used.
+    If transformers has the model's family itself, code that comes with the model is ignored, not refused.
 
     Raises:
-        ConfigError: it needs code of its own, names files outside, or is an adapter.
+        ConfigError: the model needs its own Python code, its config.json names files outside its folder, or it is an
+            adapter.
     """
-    config = _config(name, field, revision)
+    config = _read_config(name, field, revision)
     needed = config.get("auto_map") and str(config.get("model_type")) not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    # transformers 5.23 asks at the terminal whether to run the code of a part of a model.
-    if (needed or any("auto_map" in part for part in _parts(config))) and not trust_remote_code:
-        raise ConfigError(_code(name, field, "config.json"))
-    if not Path(name).is_dir() and _has(name, "adapter_config.json", revision):
+    # For code of a part of a model (a vision tower) transformers 5.23 would ask at the terminal.
+    if (needed or any("auto_map" in part for part in _nested_mappings(config))) and not trust_remote_code:
+        raise ConfigError(_code_refusal(name, field, "config.json"))
+    if not Path(name).is_dir() and _has_file(name, "adapter_config.json", revision):
         raise ConfigError(f"{field}: {name} is an adapter, not a model; name its base model.")
 
 
 def check_untrusted_tokenizer(name: str, revision: str, trust_remote_code: bool) -> None:
-    """Refuse a tokenizer that needs code of its own, or whose files name others outside.
+    """Check that the files of a tokenizer are harmless.
 
     Raises:
-        ConfigError: it is such a one.
+        ConfigError: the tokenizer needs its own Python code, or its files name files outside its folder.
     """
     field, file = "tokenizer_name", "tokenizer_config.json"
-    config, settings = _config(name, field, revision), _json(name, file, revision)
-    _check_names(settings.get("fast_tokenizer_files"), name, field, file)
-    classes = [_named_class(found.get("tokenizer_class"), name) for found in (settings, config)]
-    known = str(config.get("model_type")) in TOKENIZER_MAPPING_NAMES or classes[0] is not None
-    if settings.get("auto_map") and not known and not trust_remote_code:
-        raise ConfigError(_code(name, field, file))
+    config, settings = _read_config(name, field, revision), _read_json(name, file, revision)
+    _check_file_names(settings.get("fast_tokenizer_files"), name, field, file)
+    classes = [_tokenizer_class(values.get("tokenizer_class"), name) for values in (settings, config)]
+    # transformers takes a class of its own if it has one for the family or for the name in tokenizer_config.json.
+    has_own_class = str(config.get("model_type")) in TOKENIZER_MAPPING_NAMES or classes[0] is not None
+    if settings.get("auto_map") and not has_own_class and not trust_remote_code:
+        raise ConfigError(_code_refusal(name, field, file))
 
 
 def check_untrusted_weights(name: str, field: str, revision: str, allow_pickle: bool) -> None:
-    """Refuse weights that are pickles, unless that is allowed and there are no others, and maps that lead outside.
+    """Check the weight files of a model by their names, without opening them.
 
     Raises:
-        ConfigError: they are such.
+        ConfigError: the weights are only there as a pickle and `allow_pickle` is false, or an index names files outside
+            the folder or of another type.
     """
-    listed = _config(name, field, revision).get("transformers_weights")
-    for index in (SAFETENSORS_INDEX, *([PICKLE_INDEX] if allow_pickle else []), *([listed] if listed else [])):
+    # Every file that an index names must be in the folder and have the index's own type.
+    config_file = _read_config(name, field, revision).get("transformers_weights")
+    extra_indexes = [PICKLE_INDEX] if allow_pickle else []
+    extra_indexes += [config_file] if config_file else []
+    for index in (SAFETENSORS_INDEX, *extra_indexes):
         if index.endswith(".index.json"):
-            weights = _json(name, index, revision).get("weight_map")
-            named = list(weights.values()) if isinstance(weights, dict) else None
-            # A shard's own name decides whether transformers unpickles it.
-            _check_names(named, name, field, index, ".bin" if index == PICKLE_INDEX else ".safetensors")
-    if allow_pickle or listed or _has(name, SAFETENSORS_FILE, revision) or _has(name, SAFETENSORS_INDEX, revision):
+            weights = _read_json(name, index, revision).get("weight_map")
+            shards = list(weights.values()) if isinstance(weights, dict) else None
+            # transformers decides by the name of a shard whether to unpickle it.
+            _check_file_names(shards, name, field, index, ".bin" if index == PICKLE_INDEX else ".safetensors")
+
+    # Then a pickle matters only if it is all there is.
+    if allow_pickle or config_file:
         return
-    if _has(name, PICKLE_FILE, revision) or _has(name, PICKLE_INDEX, revision):
+    if any(_has_file(name, file, revision) for file in (SAFETENSORS_FILE, SAFETENSORS_INDEX)):
+        return
+    if any(_has_file(name, file, revision) for file in (PICKLE_FILE, PICKLE_INDEX)):
         raise ConfigError(
-            f"{field}: {name} has its weights as a pickle ({PICKLE_FILE}) and not as safetensors; a pickle is a program, so "
-            "convert it where you trust it, or set allow_pickle: true, by which tensors alone are unpickled."
+            f"{field}: the weights of {name} are a pickle ({PICKLE_FILE}), not safetensors. A pickle is a program: "
+            "convert it to safetensors in a safe place, or set allow_pickle: true, which unpickles only tensors."
         )
 
 
-def _code(name: str, field: str, file: str) -> str:
+def _code_refusal(name: str, field: str, file: str) -> str:
     return (
-        f"{field}: {name} needs Python code of its own (auto_map in its {file}), which is not run; read it, and if you trust "
-        "it set trust_remote_code: true."
+        f"{field}: {name} needs its own Python code (auto_map in {file}), which is not run by default; read the code, "
+        "and if you trust it, set trust_remote_code: true."
     )
 
 
-def _config(name: str, field: str, revision: str) -> dict[str, Any]:
-    """config.json, or the other one that it names for this version of transformers, with no name that leads outside."""
-    config = _json(name, "config.json", revision)
+def _read_config(name: str, field: str, revision: str) -> dict[str, Any]:
+    """The config that transformers will use: config.json, or the file that it names for this version of transformers.
+
+    Raises:
+        ConfigError: it names files outside the folder.
+    """
+    config = _read_json(name, "config.json", revision)
     others = config.get("configuration_files")
-    _check_names(others, name, field, "config.json", ".json")
+    _check_file_names(others, name, field, "config.json", ".json")
     if others:
-        config = _json(name, get_configuration_file(others), revision)
-    listed = config.get("transformers_weights")
-    _check_names([listed] if listed else None, name, field, "config.json", ".safetensors", ".safetensors.index.json")
+        config = _read_json(name, get_configuration_file(others), revision)
+    file = config.get("transformers_weights")
+    endings = (".safetensors", ".safetensors.index.json")
+    _check_file_names([file] if file else None, name, field, "config.json", *endings)
     return config
 
 
-def _parts(value: Any, depth: int = 0) -> Iterator[dict[str, Any]]:
-    """Every mapping inside a config, but the config itself."""
+def _nested_mappings(value: Any, depth: int = 0) -> Iterator[dict[str, Any]]:
+    """Every mapping inside a config, at any depth, without the config itself."""
     if isinstance(value, dict):
         if depth:
             yield value
         value = list(value.values())
     for item in value if isinstance(value, list) else ():
-        yield from _parts(item, depth + 1)
+        yield from _nested_mappings(item, depth + 1)
 
 
-def _check_names(found: Any, name: str, field: str, file: str, *ends: str) -> None:
-    """Raises ConfigError for what is no list of files of the model's own folder, whatever system they were named on."""
-    for one in found if isinstance(found, list) else [found] if found else []:
-        inside = isinstance(one, str) and not re.match(r"[\\/]|\w:", one) and ".." not in re.split(r"[\\/]", one)
-        if not inside:
-            raise ConfigError(f"{field}: {name} names {one!r} in its {file}; files of its own folder are allowed.")
-        if ends and not one.endswith(ends):
-            raise ConfigError(f"{field}: {name} names {one!r} in its {file}; {' or '.join(ends)} is allowed.")
+def _check_file_names(file_names: Any, name: str, field: str, file: str, *endings: str) -> None:
+    """Check names of files, with Linux or Windows separators, that the model's `file` lists; None is an empty list.
 
-
-def _named_class(named: Any, name: str) -> Any:
-    """The class that transformers takes for a tokenizer of this name, None if it takes a tokenizer that is like most.
-
-    transformers 5.23 takes any of its own names, such as that of a model, and calls its from_pretrained.
+    Raises:
+        ConfigError: a name is no text, leads out of the model's folder, or has none of `endings`.
     """
-    found = tokenizer_class_from_name(named) if isinstance(named, str) else None
-    is_tokenizer = isinstance(found, type) and issubclass(found, PreTrainedTokenizerBase)
-    # A dummy stands for a class whose library is not installed, and says so.
-    if found is None or is_tokenizer or isinstance(found, DummyObject):
-        return found
-    raise ConfigError(f"tokenizer_name: {name} names {named!r} as its tokenizer_class; a tokenizer is allowed.")
+    for file_name in file_names if isinstance(file_names, list) else [file_names] if file_names else []:
+        is_relative = isinstance(file_name, str) and not re.match(r"[\\/]|\w:", file_name)
+        if not is_relative or ".." in re.split(r"[\\/]", file_name):
+            allowed = "files of its own folder are"
+        elif endings and not file_name.endswith(endings):
+            allowed = f"{' or '.join(endings)} is"
+        else:
+            continue
+        raise ConfigError(f"{field}: {name} names {file_name!r} in its {file}; only {allowed} allowed.")
 
 
-def _has(name: str, file: str, revision: str) -> bool:
+def _tokenizer_class(class_name: Any, name: str) -> Any:
+    """The tokenizer class that transformers has under `class_name`, or None (then it uses its general one).
+
+    transformers 5.23 accepts the name of any of its classes here, even of a model, and calls its from_pretrained.
+
+    Raises:
+        ConfigError: the class is not a tokenizer.
+    """
+    tokenizer_class = tokenizer_class_from_name(class_name) if isinstance(class_name, str) else None
+    is_tokenizer = isinstance(tokenizer_class, type) and issubclass(tokenizer_class, PreTrainedTokenizerBase)
+    # transformers has a DummyObject for a class whose library is not installed; loading it says so.
+    if tokenizer_class is None or is_tokenizer or isinstance(tokenizer_class, DummyObject):
+        return tokenizer_class
+    raise ConfigError(f"tokenizer_name: {name} has {class_name!r} as its tokenizer_class, which is not a tokenizer.")
+
+
+def _has_file(name: str, file: str, revision: str) -> bool:
     try:
         return has_file(name, file, revision=revision)
-    except Exception:  # of huggingface_hub or httpx; loading will meet it again and say it
+    except Exception:  # of huggingface_hub or httpx; loading the model will report it
         return False
 
 
-def _json(name: str, file: str, revision: str) -> dict[str, Any]:
-    """The JSON object in a file of a folder or repository; empty where it cannot be had, which loading will say."""
+def _read_json(name: str, file: str, revision: str) -> dict[str, Any]:
+    """The JSON object in a file of a folder or repository; empty if it cannot be read, which loading will report."""
     try:
         path = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
-        found = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
+        content = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
     except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}

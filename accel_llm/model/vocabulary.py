@@ -1,7 +1,7 @@
-"""Tokens that a tokenizer lacks: added to it, given rows in the model, and trained with an adapter row by row.
+"""Adds tokens that a tokenizer lacks: to the tokenizer, as rows to the model, and as trainable rows to an adapter.
 
-A model's vocabulary stands in its embedding and in its output head, often one matrix. The tokens of a run are a `range`
-of ids after all that the tokenizer had; with an empty one everything here does nothing.
+A model has a row for each token in its embedding and in its output head; often both are one matrix. The new tokens of a
+run are a `range` of ids that follow the tokenizer's old ones. With an empty range nothing here has any effect.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -21,55 +21,60 @@ from accel_llm.chat.template import missing_tokens
 from accel_llm.config.options import DataOptions
 from accel_llm.errors import ConfigError
 
-NEW_ROWS = "new_rows"  # the parameter of an embedding or head that holds the trained rows
-PEFT_ROWS = "token_adapter.trainable_tokens_delta"  # what PEFT calls it in an adapter's file
+NEW_ROWS = "new_rows"  # name of the parameter that holds the trained rows, in the embedding and in the head
+PEFT_ROWS = "token_adapter.trainable_tokens_delta"  # PEFT's name for it in an adapter's file
 
 
 def add_missing_tokens(tokenizer: PreTrainedTokenizerFast, options: DataOptions) -> range:
-    """With `add_tokens`: make what the chat template writes and the tokenizer would split its tokens; the new ids."""
+    """With the option `add_tokens`, add the chat template's tokens that the tokenizer would split; return their ids."""
     return add_tokens(tokenizer, missing_tokens(tokenizer, options.chat_template) if options.add_tokens else [])
 
 
 def add_tokens(tokenizer: PreTrainedTokenizerFast, tokens: list[str]) -> range:
-    """Make each of `tokens` a single special token, and return the ids that are new; one it had keeps its id."""
-    first = _last_id(tokenizer) + 1
-    added: list[Any] = [AddedToken(token, special=True, normalized=False) for token in tokens]
-    tokenizer.add_tokens(added, special_tokens=True)
-    return range(first, _last_id(tokenizer) + 1)
+    """Make each of `tokens` a single special token and return the new ids; a token that is there keeps its id."""
+    first = _largest_id(tokenizer) + 1
+    special_tokens: list[Any] = [AddedToken(token, special=True, normalized=False) for token in tokens]
+    tokenizer.add_tokens(special_tokens, special_tokens=True)
+    return range(first, _largest_id(tokenizer) + 1)
 
 
-def _last_id(tokenizer: PreTrainedTokenizerFast) -> int:
+def _largest_id(tokenizer: PreTrainedTokenizerFast) -> int:
     return max(tokenizer.get_vocab().values())
 
 
 def extend_vocabulary(model: PreTrainedModel, tokens: range) -> None:
-    """Give the model a row for each of `tokens`, the mean of all rows before them: in the embedding, head and its bias.
+    """Give the model a row for each of `tokens` in embedding, head and the head's bias: the mean of all older rows.
 
-    So a new token begins at most as likely as the average one (Hewitt 2021, "Initializing New Word Embeddings for
-    Pretrained Language Models"). Rows that the model has to spare are used before it grows. Tied matrices stay tied. To be
-    called after loading, before anything wraps the model.
+    So a new token is at first at most as likely as the average one (Hewitt 2021, "Initializing New Word Embeddings for
+    Pretrained Language Models"). Spare rows of the model are used first; the matrices grow only if needed. Tied
+    matrices stay tied. Call this after loading and before anything wraps the model.
 
     Raises:
-        ConfigError: the vocabulary of this family does not stand in an embedding and a linear head.
+        ConfigError: the model does not have a plain embedding and a linear head.
     """
     if not tokens:
         return
-    embedding, head = _plain_ends(model)
+    embedding, head = _embedding_and_head(model)
     first = min(tokens.start, embedding.num_embeddings)
+
+    # Grow the matrices.
     if tokens.stop > embedding.num_embeddings:
-        # Rows are drawn on the way, under ZeRO-3 more of them: what the seed gives to the adapter must not depend on it.
+        # Resizing draws random rows, a different number under ZeRO-3. Restore the generator, so that the adapter's
+        # first values depend on the seed alone.
         with torch.random.fork_rng([embedding.weight.device] if embedding.weight.is_cuda else []):
-            # Without its own mean_resizing, a draw around the mean that costs a covariance over the whole vocabulary.
+            # mean_resizing would compute a covariance over the whole vocabulary, for rows that are overwritten below.
             model.resize_token_embeddings(tokens.stop, mean_resizing=False)
-        embedding, head = _plain_ends(model)
+        embedding, head = _embedding_and_head(model)
+
+    # Fill the new rows; tied matrices are one tensor and are filled once.
     bias: nn.Parameter | None = head.bias
     matrices = {id(matrix): matrix for matrix in (embedding.weight, head.weight, bias) if matrix is not None}
     for matrix in matrices.values():
-        with torch.no_grad(), _whole(matrix):
+        with torch.no_grad(), _gathered(matrix):
             matrix[first : tokens.stop] = matrix[:first].mean(0, dtype=torch.float32)
 
 
-def _plain_ends(model: PreTrainedModel) -> tuple[nn.Embedding, nn.Linear]:
+def _embedding_and_head(model: PreTrainedModel) -> tuple[nn.Embedding, nn.Linear]:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if (
         not isinstance(embedding, nn.Embedding)
@@ -77,14 +82,14 @@ def _plain_ends(model: PreTrainedModel) -> tuple[nn.Embedding, nn.Linear]:
         or not (embedding.weight.is_floating_point() and head.weight.is_floating_point())
     ):
         raise ConfigError(
-            f"add_tokens: {type(model).__name__} has no plain embedding and linear head to add rows to; give a "
+            f"add_tokens: {type(model).__name__} has no plain embedding and linear head to add rows to; use a "
             "tokenizer that has the template's tokens, or another template."
         )
     return embedding, head
 
 
-def _whole(matrix: torch.Tensor) -> AbstractContextManager[Any]:
-    """Under ZeRO-3 a loaded weight is an empty tensor until it is gathered; what rank 0 has made of it is kept."""
+def _gathered(matrix: torch.Tensor) -> AbstractContextManager[Any]:
+    """Gather a matrix that ZeRO-3 has sharded (its local tensor is empty); rank 0's changes are kept."""
     if not hasattr(matrix, "ds_id"):
         return nullcontext()
     import deepspeed
@@ -93,82 +98,89 @@ def _whole(matrix: torch.Tensor) -> AbstractContextManager[Any]:
 
 
 def train_new_rows(model: PreTrainedModel, tokens: range) -> dict[str, list[int]]:
-    """Train the rows of `tokens`, and no others, of a model that PEFT has frozen and adapted.
+    """Make the rows of `tokens`, and no others, trainable in a model that PEFT has frozen and adapted.
 
-    They are float32 parameters of their own, [tokens, width] beside each matrix, whose results replace those of the
-    frozen rows. Returns what PEFT's `trainable_token_indices` must say of it. PEFT 0.21's own layer is for inference
-    here: training with it copies the whole matrix in every forward, reads it outside the module that ZeRO-3 gathers
-    it for, and leaves out the head's bias. A matrix in `modules_to_save` is trained whole already.
+    The trained rows are a separate float32 parameter [tokens, width] beside each matrix; forward hooks put its results
+    in place of the frozen rows' results. A matrix in `modules_to_save` is trained as a whole already. Returns the value
+    of PEFT's `trainable_token_indices` for the adapter's config, with which PEFT loads the rows for inference.
+
+    PEFT 0.21's own layer is not used for training: it copies the whole matrix in every forward, reads the matrix
+    outside the module for which ZeRO-3 gathers it, and leaves out the head's bias.
 
     Raises:
-        ConfigError: an embedding or head that the adapter changes too, or a head with a bias.
+        ConfigError: the adapter changes the embedding or head itself, or the head has a bias.
     """
     if not tokens:
         return {}
-    ends: Any = model.get_input_embeddings(), model.get_output_embeddings()
-    embedding, head = ends
-    saved = [isinstance(module, ModulesToSaveWrapper) for module in ends]
-    if all(saved):
+    pair: Any = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding, head = pair
+    trained_whole = [isinstance(module, ModulesToSaveWrapper) for module in pair]
+    if all(trained_whole):
         return {}
-    names = {module: name for name, module in model.named_modules() if module in ends}
+
+    # Refuse combinations in which the rows would not be trained, or not be saved.
+    names = {module: name for name, module in model.named_modules() if module in pair}
     for module, name in names.items():
-        _check_free(module, name)
-    tied = _frozen(embedding).weight is _frozen(head).weight
-    if tied and any(saved):
+        _check_not_adapted(module, name)
+    tied = _frozen_module(embedding).weight is _frozen_module(head).weight
+    if tied and any(trained_whole):
         raise ConfigError(
             f"modules_to_save: {' and '.join(names.values())} are one matrix, and add_tokens trains rows of it; name "
             "both or neither."
         )
+
+    # One parameter for each matrix; tied modules share it.
     indices = {}
-    for module, replace in ((embedding, _replace_embedded), (head, _replace_logits)):
+    for module, replace in ((embedding, _embedding_hook), (head, _logits_hook)):
         if isinstance(module, ModulesToSaveWrapper):
             continue
         shared = module is head and tied
-        module.register_parameter(NEW_ROWS, embedding.new_rows if shared else _rows_of(module.weight, tokens))
+        module.register_parameter(NEW_ROWS, embedding.new_rows if shared else _copy_rows(module.weight, tokens))
         module.register_forward_hook(replace(tokens))
         if not shared:
             indices[names[module]] = list(tokens)
     return indices
 
 
-def _frozen(module: Any) -> Any:
+def _frozen_module(module: Any) -> Any:
     return module.original_module if isinstance(module, ModulesToSaveWrapper) else module
 
 
-def _check_free(module: nn.Module, name: str) -> None:
+def _check_not_adapted(module: nn.Module, name: str) -> None:
     if isinstance(module, BaseTunerLayer):
         raise ConfigError(
             f"lora_target_modules: {name} gets new rows by add_tokens and cannot be adapted as well; leave it out, or "
             "name it in modules_to_save."
         )
     if getattr(module, "bias", None) is not None and not isinstance(module, ModulesToSaveWrapper):
-        # PEFT 0.21 computes an adapted head without its bias.
+        # PEFT 0.21 computes a head with trained rows without its bias.
         raise ConfigError(
-            f"add_tokens: {name} has a bias, which an adapter of single rows leaves out; name it in modules_to_save, or "
-            "give method full."
+            f"add_tokens: {name} has a bias, which an adapter of single rows leaves out; name it in modules_to_save, "
+            "or set method: full."
         )
 
 
-def _rows_of(matrix: nn.Parameter, tokens: range) -> nn.Parameter:
-    with torch.no_grad(), _whole(matrix):
+def _copy_rows(matrix: nn.Parameter, tokens: range) -> nn.Parameter:
+    with torch.no_grad(), _gathered(matrix):
         return nn.Parameter(matrix[tokens.start : tokens.stop].float().clone())
 
 
-def _replace_embedded(tokens: range) -> Any:
+def _embedding_hook(tokens: range) -> Any:
     def replace(module: Any, args: tuple[torch.Tensor], embedded: torch.Tensor) -> torch.Tensor:
-        """embedded [..., width] of args[0] [...], with the trained rows where a token is new."""
+        """embedded [..., width] of ids args[0] [...]; the result has the trained rows at the new tokens."""
         positions = args[0] - tokens.start
-        new = (positions >= 0) & (positions < len(tokens))
-        # Gemma 3 and kin scale what they look up; clamped, every rank's rows are in the graph, whatever its tokens.
+        is_new = (positions >= 0) & (positions < len(tokens))
+        # Look up a row for every token, so that the rows are in the gradient graph of every rank, whatever its tokens.
+        # Families such as Gemma 3 scale their embeddings.
         rows = F.embedding(positions.clamp(0, len(tokens) - 1), module.new_rows) * getattr(module, "embed_scale", 1)
-        return torch.where(new[..., None], rows.to(embedded.dtype), embedded)
+        return torch.where(is_new[..., None], rows.to(embedded.dtype), embedded)
 
     return replace
 
 
-def _replace_logits(tokens: range) -> Any:
+def _logits_hook(tokens: range) -> Any:
     def replace(module: Any, args: tuple[torch.Tensor], logits: torch.Tensor) -> torch.Tensor:
-        """logits [..., vocabulary] of args[0] [..., width], with those of the trained rows in place."""
+        """logits [..., vocabulary] of hidden states args[0] [..., width]; those of the new tokens are replaced."""
         logits[..., tokens.start : tokens.stop] = F.linear(args[0], module.new_rows.to(args[0].dtype))
         return logits
 
@@ -176,12 +188,17 @@ def _replace_logits(tokens: range) -> Any:
 
 
 def adapter_vocabulary_size(model: PreTrainedModel, settings: dict[str, Any], weights: dict[str, torch.Tensor]) -> int:
-    """How many rows the vocabulary had that an adapter was trained with, as far as its files tell (0: not at all).
+    """Return the least number of rows in the vocabulary that an adapter was trained with; 0 if its files do not say.
 
-    `settings` is its adapter_config.json, `weights` its tensors by name, `model` its base.
+    `settings` is its adapter_config.json, `weights` are its tensors by name, `model` is its base.
     """
+    # From the ids of single trained rows.
     indices = settings.get("trainable_token_indices") or {}
-    lists = indices.values() if isinstance(indices, dict) else [indices]
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    names = [f"base_model.model.{name}.weight" for name, module in model.named_modules() if module in ends]
-    return max([0, *(max(ids) + 1 for ids in lists if ids), *(len(weights[name]) for name in names if name in weights)])
+    id_lists = indices.values() if isinstance(indices, dict) else [indices]
+    sizes = [max(ids) + 1 for ids in id_lists if ids]
+
+    # From an embedding or head that was saved as a whole.
+    pair = (model.get_input_embeddings(), model.get_output_embeddings())
+    names = [f"base_model.model.{name}.weight" for name, module in model.named_modules() if module in pair]
+    sizes += [len(weights[name]) for name in names if name in weights]
+    return max([0, *sizes])

@@ -1,4 +1,4 @@
-"""Loss and throughput: one line a logging step on the screen, in metrics.jsonl and in the trackers."""
+"""Loss and throughput: one line per logging step on the screen, in metrics.jsonl and in the trackers."""
 
 import json
 import math
@@ -24,7 +24,10 @@ console = Console(highlight=False)
 
 
 class Meter:
-    """Sums loss and tokens on the device and reads them once a logging step, the loop's one synchronisation point."""
+    """Sums loss and tokens on the device, and reads the sums once per logging step.
+
+    So the meter makes the loop wait for the device in those steps only.
+    """
 
     def __init__(
         self,
@@ -34,31 +37,31 @@ class Meter:
         step: int = 0,
         state: Sequence[float] = (0.0,) * 5,
     ):
-        """`step` and `state` are those at which a resumed run goes on."""
+        """`step` and `state` are those of the checkpoint that a run resumes from."""
         self.accelerator, self.options, self.plan = accelerator, options, plan
         self.file = Path(options.output_dir) / "metrics.jsonl"
-        self.supervised = 0
-        # Trackers take numbers and texts; without any the call does nothing.
+        self.supervised = 0  # labelled targets up to the last line of metrics, over all processes
+        # Trackers accept numbers and texts only. Without a tracker the call does nothing.
         settings = {k: v if isinstance(v, int | float | str) else str(v) for k, v in resolved_options(options).items()}
         accelerator.init_trackers(options.run_name or "accel-llm", config=settings)
         self._reset(state)
         if accelerator.is_main_process and step:
-            self.supervised = _forget_after(self.file, step)
-        self.progress = _progress(accelerator, plan, step)
+            self.supervised = _drop_lines_after(self.file, step)
+        self.progress = _start_progress(accelerator, plan, step)
 
     def _reset(self, state: Sequence[float] = (0.0,) * 5) -> None:
-        # loss, its weight, targets, tokens
+        # The sums of loss, weight of the targets, targets and tokens; then the seconds that have passed.
         self.sums = torch.tensor(state[:4], dtype=torch.float64, device=self.accelerator.device)
         self.since = time.perf_counter() - state[4]
 
     def state(self) -> list[float]:
-        """What this process has summed up since the last line of metrics, and the seconds since then."""
+        """The sums of this process since the last line of metrics, and the seconds since then."""
         return [*self.sums.tolist(), time.perf_counter() - self.since]
 
     def add(self, loss: torch.Tensor, batch: Batch) -> None:
-        """Count one micro-batch of this process: its summed loss, labelled targets and real tokens.
+        """Add one micro-batch of this process: its summed loss, labelled targets, and tokens without padding.
 
-        A loss that is not finite is left out of the mean; `BadSteps` decides whether its step counts at all.
+        A loss that is not finite is left out of the mean; `BadSteps` decides whether its step is skipped.
         """
         finite = loss.detach().isfinite()
         tokens = batch["attention_mask"].sum() if "attention_mask" in batch else batch["input_ids"].numel()
@@ -66,11 +69,11 @@ class Meter:
         self.sums[0] += torch.where(finite, loss.detach(), 0.0)
         self.sums[1] += total_weight(batch) * finite
         self.sums[2] += targets
-        # Without targets it is no row at all but what fills a slot of the last step.
+        # A batch without targets only fills a slot of the last step: it has no real tokens.
         self.sums[3] += tokens * (targets > 0)
 
     def log(self, step: int, learning_rate: float, grad_norm: float) -> None:
-        """Report step `step` (from 1) when it is due: every `logging_steps`, and the first and last one."""
+        """Write the metrics of step `step` (from 1) if they are due: every `logging_steps`, first and last step."""
         if self.progress:
             self.progress.update(self.progress.task_ids[0], completed=step)
         if step % self.options.logging_steps and step not in (1, self.plan.total_steps):
@@ -93,17 +96,17 @@ class Meter:
         self._reset()
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """One JSON object to metrics.jsonl, the same numbers to the trackers, a line to the screen."""
+        """Write `values` as one JSON object to metrics.jsonl, and send them to the trackers and the screen."""
         self.accelerator.log(values, step=step)
         if not self.accelerator.is_main_process:
             return
         with self.file.open("a", encoding="utf-8") as file:
             file.write(_json_line({"step": step} | values))
             file.flush()
-            # A resumed run goes on after these lines, whatever becomes of the machine.
+            # A checkpoint may follow, and a resumed run takes these lines as written: they must survive a crash.
             os.fsync(file.fileno())
         line = f"step {step}/{self.plan.total_steps}  " + "  ".join(
-            _shown(k, v) for k, v in values.items() if k in SHOWN_METRICS or "/" in k
+            _format_metric(k, v) for k, v in values.items() if k in SCREEN_NAMES or "/" in k
         )
         if self.progress:
             self.progress.update(self.progress.task_ids[0], status=_status(values))
@@ -111,16 +114,17 @@ class Meter:
         else:
             print(line, flush=True)
 
-    def pause_clock(self) -> "_Pause":
-        """Time spent inside (evaluating, saving) does not count against tokens per second."""
-        return _Pause(self)
+    def pause_clock(self) -> "_PausedClock":
+        """A context whose time (evaluating, saving) does not count in tokens per second."""
+        return _PausedClock(self)
 
     def close(self) -> None:
+        """Remove the progress bar."""
         if self.progress:
             self.progress.stop()
 
 
-class _Pause:
+class _PausedClock:
     def __init__(self, meter: Meter):
         self.meter = meter
 
@@ -131,10 +135,11 @@ class _Pause:
         self.meter.since += time.perf_counter() - self.start
 
 
-SHOWN_METRICS = {"loss": "loss", "learning_rate": "lr", "grad_norm": "grad", "tokens_per_second": "tok/s"}
+# Metrics that are printed, with their names on the screen; those of an evaluation are printed too.
+SCREEN_NAMES = {"loss": "loss", "learning_rate": "lr", "grad_norm": "grad", "tokens_per_second": "tok/s"}
 
 
-def _shown(name: str, value: Any) -> str:
+def _format_metric(name: str, value: Any) -> str:
     text = (
         f"{value:.2e}"
         if name == "learning_rate"
@@ -144,15 +149,17 @@ def _shown(name: str, value: Any) -> str:
         if isinstance(value, float)
         else str(value)
     )
-    return f"{SHOWN_METRICS.get(name, name)} {text}"
+    return f"{SCREEN_NAMES.get(name, name)} {text}"
 
 
 def _status(values: dict[str, Any]) -> str:
-    return "  ".join(_shown(k, values[k]) for k in ("loss", "learning_rate", "tokens_per_second") if k in values)
+    return "  ".join(
+        _format_metric(k, values[k]) for k in ("loss", "learning_rate", "tokens_per_second") if k in values
+    )
 
 
-def _progress(accelerator: Accelerator, plan: TrainingPlan, first_step: int) -> Progress | None:
-    """A live bar on a terminal; nothing in a log file, where the lines say it all."""
+def _start_progress(accelerator: Accelerator, plan: TrainingPlan, first_step: int) -> Progress | None:
+    """A progress bar on the terminal of the main process, else None: a log file gets the lines of metrics only."""
     if not (accelerator.is_main_process and console.is_terminal):
         return None
     columns = (
@@ -169,27 +176,27 @@ def _progress(accelerator: Accelerator, plan: TrainingPlan, first_step: int) -> 
 
 
 def _json_line(values: dict[str, Any]) -> str:
-    """One line of metrics.jsonl; JSON has no NaN and no infinity, so a sick number is written as null."""
-    sick = {name: None for name, value in values.items() if isinstance(value, float) and not math.isfinite(value)}
-    return json.dumps(values | sick, allow_nan=False) + "\n"
+    """One line of metrics.jsonl. JSON has neither NaN nor infinity, so such a number is written as null."""
+    nulls = {name: None for name, value in values.items() if isinstance(value, float) and not math.isfinite(value)}
+    return json.dumps(values | nulls, allow_nan=False) + "\n"
 
 
-def _forget_after(file: Path, step: int) -> int:
-    """Drop the lines of steps that a resumed run does again; returns the supervised tokens counted up to `step`."""
-    kept = []
+def _drop_lines_after(file: Path, step: int) -> int:
+    """Remove the lines of later steps, which a resumed run does again. Return the supervised tokens up to `step`."""
+    remaining = []
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
         try:
             values = json.loads(line)
-        except json.JSONDecodeError:  # the last line of a run that was killed while it wrote
+        except json.JSONDecodeError:  # the run was killed while it wrote its last line
             continue
         if values["step"] <= step:
-            kept.append(values)
-    write_atomically(file, "".join(map(_json_line, kept)))
-    return max((values.get("supervised_tokens", 0) for values in kept), default=0)
+            remaining.append(values)
+    write_atomically(file, "".join(map(_json_line, remaining)))
+    return max((values.get("supervised_tokens", 0) for values in remaining), default=0)
 
 
 def peak_memory_mb(device: torch.device) -> int:
-    """Peak memory of this process: allocated on the GPU, or resident on the host."""
+    """Peak memory of this process in MiB: allocated on the GPU, or, without a GPU, resident in main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) // 2**20
     import resource

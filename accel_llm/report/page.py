@@ -1,4 +1,4 @@
-"""report.html: a run on one page that opens from disk, drawn from run.json and metrics.jsonl alone."""
+"""report.html: a run on one page, built from run.json and metrics.jsonl. It opens from disk, without network."""
 
 import html
 import json
@@ -7,17 +7,24 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from accel_llm.data.ledger import CUT, DROPPED, QUANTITIES, Ledger
+from accel_llm.data.ledger import QUANTITIES, Ledger, is_lost
 from accel_llm.system.disk import write_atomically
 from accel_llm.system.secrecy import hide_secrets
 
-Pair = tuple[float, float]  # a point (step, value), the value possibly NaN or infinite; or the ends of a range
+Point = tuple[float, float]  # (step, value); the value can be NaN or infinite
+Range = tuple[float, float]  # smallest and largest value of an axis
 
-# Sizes in SVG units. A chart is about one phone wide, so that its labels keep their size there.
+# Width, height and margins of a chart in SVG units. It is about as wide as a phone, so labels keep their size there.
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 420, 220, 56, 14, 10, 30
-MOST_DOTS, FEW_DOTS, MOST_SAMPLES = 200, 60, 20
-# Curves beside the loss, all from zero up: key of metrics.jsonl and heading.
-CURVES = {"learning_rate": "Learning rate", "grad_norm": "Gradient norm", "tokens_per_second": "Tokens per second"}
+# A line has at most MAX_DOTS dots. With more than MAX_VISIBLE_DOTS points they show only under the pointer.
+MAX_DOTS, MAX_VISIBLE_DOTS = 200, 60
+MAX_OPEN_SAMPLES = 20  # more samples are folded
+# Charts besides that of the loss, whose value axes start at zero: key in metrics.jsonl and title.
+METRIC_CHARTS = {
+    "learning_rate": "Learning rate",
+    "grad_norm": "Gradient norm",
+    "tokens_per_second": "Tokens per second",
+}
 
 STYLE = """
 :root { color-scheme: light dark; --train: #0969da; --eval: #bc4c00; --good: #1a7f37; --bad: #cf222e; }
@@ -40,7 +47,7 @@ path { fill: none; stroke: currentColor; stroke-width: 1.5; stroke-linejoin: rou
 
 
 def write_report(folder: Path) -> Path:
-    """Write `folder`/report.html from its run.json and, where there is one, its metrics.jsonl; returns the page's path.
+    """Write `folder`/report.html from the folder's run.json and metrics.jsonl (which may be missing); return its path.
 
     Raises:
         FileNotFoundError: there is no run.json.
@@ -52,107 +59,120 @@ def write_report(folder: Path) -> Path:
 
 
 def _read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl that have a step. A null stands for a number that is not finite and becomes NaN."""
     lines = []
     for text in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []:
         try:
             line = json.loads(text)
-        except json.JSONDecodeError:  # the last line of a run that was killed while it wrote
+        except json.JSONDecodeError:  # the run was killed while it wrote its last line
             continue
-        if isinstance(line, dict) and _finite(line.get("step")):
-            # What was not finite is written as null, JSON's only word for it.
+        if isinstance(line, dict) and _is_drawable(line.get("step")):
             lines.append({key: math.nan if value is None else value for key, value in line.items()})
     return lines
 
 
 def _page(run: dict[str, Any], lines: list[dict[str, Any]], folder_name: str) -> str:
+    """The HTML of the page. Each section takes its keys out of `run`; the last one shows what is left."""
     options, python, commit = run.pop("options", None) or {}, run.pop("python", None), run.pop("git_commit", None)
-    name = _text(run.pop("run_name", None) or options.get("run_name") or folder_name)
-    status, error = _text(run.pop("status", None) or "unknown"), run.pop("error", None)
-    times = ", ".join(f"{key} {_text(run.pop(key))}" for key in ("started", "ended") if run.get(key))
+    name = _escape(run.pop("run_name", None) or options.get("run_name") or folder_name)
+    status, error = _escape(run.pop("status", None) or "unknown"), run.pop("error", None)
+    times = ", ".join(f"{key} {_escape(run.pop(key))}" for key in ("started", "ended") if run.get(key))
+
     losses = {"train": _points(lines, "loss"), "eval": _points(lines, "eval/loss")}
-    charts = [_chart(title, {"train": _points(lines, key)}, 0.0) for key, title in CURVES.items()]
+    charts = [_draw_chart(title, {"train": _points(lines, key)}, 0.0) for key, title in METRIC_CHARTS.items()]
     sections = {
-        "Curves": f'<div class="grid charts">{_chart("Loss", losses)}{"".join(charts)}</div>',
-        "Ledger": _ledger(run.pop("ledger", None) or {}),
-        "Samples": _samples(run.pop("samples", None) or []),
-        "Settings": _pairs(options),
-        "In force": _pairs(run.pop("accelerate", None) or {}),
-        "Versions": _pairs({"python": python, "git_commit": commit} | (run.pop("packages", None) or {})),
-        "Also recorded": _pairs(run),  # what no section above took
+        "Curves": f'<div class="grid charts">{_draw_chart("Loss", losses)}{"".join(charts)}</div>',
+        "Ledger": _ledger_section(run.pop("ledger", None) or {}),
+        "Samples": _samples_section(run.pop("samples", None) or []),
+        "Settings": _pairs_table(options),
+        "In force": _pairs_table(run.pop("accelerate", None) or {}),
+        "Versions": _pairs_table({"python": python, "git_commit": commit} | (run.pop("packages", None) or {})),
+        "Also recorded": _pairs_table(run),
     }
     body = "".join(f"<section><h2>{title}</h2>{content}</section>\n" for title, content in sections.items())
-    failure = f'<pre class="failed">\n{_text(error)}</pre>' if error else ""
+    failure = f'<pre class="failed">\n{_escape(error)}</pre>' if error else ""
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{name}: {status}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <style>{STYLE}</style></head><body>
 <h1>{name}</h1><p><span class="status {status}">{status}</span> {times}</p>{failure}
-<div class="grid">{_headline(lines)}</div>
+<div class="grid">{_headline_tiles(lines)}</div>
 {body}</body></html>
 """
 
 
-def _text(value: object) -> str:
-    """Escaped for HTML; half of a surrogate pair, which JSON can hold and UTF-8 cannot, becomes a question mark."""
+def _escape(value: object) -> str:
+    """Escape a text for HTML. Half a surrogate pair, which JSON can hold but UTF-8 cannot, becomes a question mark."""
     return html.escape(str(value).encode("utf-8", "replace").decode("utf-8"))
 
 
-def _finite(value: Any) -> bool:
-    """Whether `value` is a number that can be drawn; the bound keeps the difference of two such numbers finite."""
+def _is_drawable(value: Any) -> bool:
+    """Whether `value` is a number that can be drawn. The bound keeps the difference of two such numbers finite."""
     return isinstance(value, int | float) and abs(value) < 1e300
 
 
-def _figure(value: float, digits: int = 4) -> str:
-    """A number as a person reads it, of so many significant digits: 0.01234, 12.35, 12,346."""
+def _format_number(value: float, digits: int = 4) -> str:
+    """A number for people, with so many significant digits: 0.01234, 12.35, 12,346."""
     if isinstance(value, int) or not math.isfinite(value):
         return f"{value:,}"
     return f"{value:,.0f}" if 10 ** (digits - 1) <= abs(value) < 1e7 else f"{value:,.{digits}g}"
 
 
-def _points(lines: list[dict[str, Any]], key: str) -> list[Pair]:
+def _points(lines: list[dict[str, Any]], key: str) -> list[Point]:
     return [(line["step"], line[key]) for line in lines if isinstance(line.get(key), int | float)]
 
 
-def _headline(lines: list[dict[str, Any]]) -> str:
-    """The numbers that a run is judged by; of an evaluation the first value and the last."""
-    tiles = [("Final loss", _figure(value), f"step {_figure(step)}") for step, value in _points(lines, "loss")[-1:]]
+def _headline_tiles(lines: list[dict[str, Any]]) -> str:
+    """The most important numbers of a run, a box for each; an evaluation has its first and its last value."""
+    tiles = [
+        ("Final loss", _format_number(value), f"step {_format_number(step)}")
+        for step, value in _points(lines, "loss")[-1:]
+    ]
     for key in dict.fromkeys(key for line in lines for key in line if key.startswith("eval/")):
         points = _points(lines, key)
         ends = points[:1] + points[1:][-1:]
         if ends and not key.endswith("_tokens"):
-            steps = " and ".join(_figure(step) for step, _ in ends)
-            tiles.append((key, " → ".join(_figure(value) for _, value in ends), f"at step {steps}"))
-    if speeds := [speed for _, speed in _points(lines, "tokens_per_second") if _finite(speed)]:
-        tiles.append(("Tokens per second", _figure(statistics.median(speeds)), "median, all processes"))
-    if memory := [size for _, size in _points(lines, "peak_memory_mb") if _finite(size)]:
-        tiles.append(("Peak memory", f"{_figure(max(memory))} MiB", "main process"))
-    counts = {"epoch": "epochs", "supervised_tokens": "supervised tokens"}.items()
-    reached = [f"{_figure(value)} {unit}" for key, unit in counts for _, value in _points(lines, key)[-1:]]
-    tiles.append(("Steps", _figure(max((line["step"] for line in lines), default=0)), ", ".join(reached)))
-    return "".join(f'<div class="box"><small>{_text(a)}</small><b>{b}</b><small>{c}</small></div>' for a, b, c in tiles)
+            steps = " and ".join(_format_number(step) for step, _ in ends)
+            tiles.append((key, " → ".join(_format_number(value) for _, value in ends), f"at step {steps}"))
+    if speeds := [speed for _, speed in _points(lines, "tokens_per_second") if _is_drawable(speed)]:
+        tiles.append(("Tokens per second", _format_number(statistics.median(speeds)), "median, all processes"))
+    if memory := [size for _, size in _points(lines, "peak_memory_mb") if _is_drawable(size)]:
+        tiles.append(("Peak memory", f"{_format_number(max(memory))} MiB", "main process"))
+    units = {"epoch": "epochs", "supervised_tokens": "supervised tokens"}.items()
+    counts = [f"{_format_number(value)} {unit}" for key, unit in units for _, value in _points(lines, key)[-1:]]
+    tiles.append(("Steps", _format_number(max((line["step"] for line in lines), default=0)), ", ".join(counts)))
+    return "".join(
+        f'<div class="box"><small>{_escape(a)}</small><b>{b}</b><small>{c}</small></div>' for a, b, c in tiles
+    )
 
 
-def _chart(title: str, series: dict[str, list[Pair]], *included: float) -> str:
-    """A figure with a dotted line for each of `series`; the axis of its values also holds those `included`."""
-    drawn = [point for points in series.values() for point in points if _finite(point[1])]
-    caption = f"{title} by step" if drawn else f"{title}: nothing to draw"
+def _draw_chart(title: str, series: dict[str, list[Point]], *included: float) -> str:
+    """A figure with a line and dots for each of `series`. The value axis also covers the values `included`."""
+    all_points = [point for points in series.values() for point in points]
+    drawable = [point for point in all_points if _is_drawable(point[1])]
+
+    # The caption has the title, the legend, and the steps without a finite value.
+    caption = f"{title} by step" if drawable else f"{title}: nothing to draw"
     caption += "".join(f' <span class="{name}">● {name}</span>' for name in series if series[name] and len(series) > 1)
-    if broken := [_figure(step) for points in series.values() for step, value in points if not _finite(value)]:
-        shown = ", ".join(broken[:5]) + (f" and {len(broken) - 5:,} more" if len(broken) > 5 else "")
-        caption += f' <span class="wrong">not a finite number at step {shown}</span>'
-    if not drawn:
+    if broken := [_format_number(step) for step, value in all_points if not _is_drawable(value)]:
+        steps_text = ", ".join(broken[:5]) + (f" and {len(broken) - 5:,} more" if len(broken) > 5 else "")
+        caption += f' <span class="wrong">not a finite number at step {steps_text}</span>'
+    if not drawable:
         return f'<figure class="box"><figcaption>{caption}</figcaption></figure>'
-    steps = _spread([step for step, _ in drawn])
-    ticks = _ticks(_spread([*included, *(value for _, value in drawn)]))
+
+    # The drawing: axes below, then the lines.
+    steps = _axis_range([step for step, _ in drawable])
+    ticks = _round_ticks(_axis_range([*included, *(value for _, value in drawable)]))
     values = ticks[0], ticks[-1]
-    marks = _axes(steps, ticks) + "".join(_line(name, points, steps, values) for name, points in series.items())
+    lines = "".join(_draw_line(name, points, steps, values) for name, points in series.items())
+    marks = _draw_axes(steps, ticks) + lines
     svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title} by step">{marks}</svg>'
     return f'<figure class="box"><figcaption>{caption}</figcaption>{svg}</figure>'
 
 
-def _spread(numbers: list[float]) -> Pair:
-    """Smallest and largest of `numbers`, moved apart where labels of six digits could not tell them."""
+def _axis_range(numbers: list[float]) -> Range:
+    """The smallest and largest of `numbers`, moved apart if labels of six digits would look the same."""
     low, high = float(min(numbers)), float(max(numbers))
     largest = max(abs(low), abs(high))
     if high - low > max(1e-4 * largest, 1e-100):
@@ -161,93 +181,102 @@ def _spread(numbers: list[float]) -> Pair:
     return low - margin, high + margin
 
 
-def _ticks(span: Pair) -> list[float]:
-    """Three to six round numbers at even distances, from the span's start or just below it to its end or just above."""
-    low, high = span
+def _round_ticks(axis: Range) -> list[float]:
+    """Three to six round numbers at equal distances that cover the axis, as closely as round numbers can."""
+    low, high = axis
     unit = 10.0 ** math.floor(math.log10((high - low) / 4))
     step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor * 4 >= (high - low) * (1 - 1e-9))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [float(f"{step * k:.12g}") for k in range(first, last + 1)]
 
 
-def _place(step: float, value: float, steps: Pair, values: Pair) -> Pair:
-    """(x, y) in SVG units, y downwards, of a point in a chart of these ranges."""
+def _svg_position(step: float, value: float, steps: Range, values: Range) -> tuple[float, float]:
+    """(x, y) of a point in SVG units, with y downwards, in a chart of these ranges."""
     x = LEFT + (step - steps[0]) / (steps[1] - steps[0]) * (WIDTH - LEFT - RIGHT)
     return x, TOP + (values[1] - value) / (values[1] - values[0]) * (HEIGHT - TOP - BOTTOM)
 
 
-def _axes(steps: Pair, ticks: list[float]) -> str:
+def _draw_axes(steps: Range, ticks: list[float]) -> str:
+    """A horizontal line and a label for each tick of the values, and a mark and a label for each tick of the steps."""
     marks = []
     for tick in ticks:
-        y = _place(steps[0], tick, steps, (ticks[0], ticks[-1]))[1]
+        y = _svg_position(steps[0], tick, steps, (ticks[0], ticks[-1]))[1]
         marks.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        marks.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{_figure(tick, 6)}</text>')
-    for tick in (tick for tick in _ticks(steps) if steps[0] <= tick <= steps[1] and tick.is_integer()):
-        x, y = _place(tick, 0, steps, (0, 1))
+        marks.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{_format_number(tick, 6)}</text>')
+    for tick in (tick for tick in _round_ticks(steps) if steps[0] <= tick <= steps[1] and tick.is_integer()):
+        x, y = _svg_position(tick, 0, steps, (0, 1))
         marks.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{y:.1f}" y2="{y + 4:.1f}"/>')
-        marks.append(f'<text x="{x:.1f}" y="{y + 18:.1f}" text-anchor="middle">{_figure(tick, 6)}</text>')
+        marks.append(f'<text x="{x:.1f}" y="{y + 18:.1f}" text-anchor="middle">{_format_number(tick, 6)}</text>')
     return "".join(marks)
 
 
-def _line(name: str, points: list[Pair], steps: Pair, values: Pair) -> str:
-    """A path through every finite value, with gaps at the others; dots that tell their value, thinned on long runs."""
+def _draw_line(name: str, points: list[Point], steps: Range, values: Range) -> str:
+    """A path through all finite values, with gaps at the others, and dots that show their value under the pointer."""
+    # In an SVG path "M" moves the pen without drawing and "L" draws a line to the next point.
     path, pen = [], "M"
     for point in points:
-        if _finite(point[1]):
-            path.append("{}{:.1f},{:.1f}".format(pen, *_place(*point, steps, values)))
-        pen = "L" if _finite(point[1]) else "M"
-    shown = [point for point in points if _finite(point[1])]
-    look = f'class="{name}" r="3"' if len(shown) <= FEW_DOTS else f'class="{name} hidden" r="5"'
+        if _is_drawable(point[1]):
+            path.append("{}{:.1f},{:.1f}".format(pen, *_svg_position(*point, steps, values)))
+        pen = "L" if _is_drawable(point[1]) else "M"
     marks = [f'<path class="{name}" d="{" ".join(path)}"/>']
-    for step, value in shown[:: -max(1, math.ceil(len(shown) / MOST_DOTS))]:  # from the end: the last always stays
-        x, y = _place(step, value, steps, values)
-        title = f"<title>step {_figure(step)}: {_figure(value)}</title>"
+
+    # Long runs get a dot at every n-th point, counted from the end, so that the last point always has one.
+    drawable = [point for point in points if _is_drawable(point[1])]
+    look = f'class="{name}" r="3"' if len(drawable) <= MAX_VISIBLE_DOTS else f'class="{name} hidden" r="5"'
+    for step, value in drawable[:: -max(1, math.ceil(len(drawable) / MAX_DOTS))]:
+        x, y = _svg_position(step, value, steps, values)
+        title = f"<title>step {_format_number(step)}: {_format_number(value)}</title>"
         marks.append(f'<circle {look} cx="{x:.1f}" cy="{y:.1f}">{title}</circle>')
-    return "".join(marks) if shown else ""
+    return "".join(marks) if drawable else ""
 
 
-def _ledger(written: dict[str, Any]) -> str:
-    ledger = Ledger.from_dict({"inputs": {}, "bins": {}, "turns_without_label": {}, "notes": []} | written)
+def _ledger_section(values: dict[str, Any]) -> str:
+    ledger = Ledger.from_dict({"inputs": {}, "bins": {}, "turns_without_label": {}, "notes": []} | values)
+
+    # A line for each source, followed by its bins.
     rows = []
-    for source, held in ledger.inputs.items():
-        for bin, amount in [("read", held), *sorted(ledger.bins.get(source, {}).items(), reverse=True)]:
-            look = "lost" if bin.split(":")[0] in (CUT, DROPPED) else bin
+    for source, total in ledger.inputs.items():
+        for bin, amount in [("read", total), *sorted(ledger.bins.get(source, {}).items(), reverse=True)]:
+            look = "lost" if is_lost(bin) else bin
             cells = [source if bin == "read" else "", bin, *(f"{amount[quantity]:,}" for quantity in QUANTITIES)]
-            rows.append(f'<tr class="{_text(look)}">{"".join(f"<td>{_text(cell)}</td>" for cell in cells)}</tr>')
+            rows.append(f'<tr class="{_escape(look)}">{"".join(f"<td>{_escape(cell)}</td>" for cell in cells)}</tr>')
+
+    # Remarks below the table.
     lost_rows, lost_tokens = ledger.lost_share()
     remarks = [f"{lost_rows:.2%} of the rows and {lost_tokens:.2%} of the supervised tokens were cut or dropped."]
     remarks += [f"{count:,} turns without a label: {reason}" for reason, count in ledger.turns.items()] + ledger.notes
-    remarks += [f"dropped, {reason}: {one}" for reason, some in ledger.examples.items() for one in some]
-    told = "".join(f"<p>{_text(remark)}</p>" for remark in remarks)
+    remarks += [f"dropped, {reason}: {row}" for reason, examples in ledger.examples.items() for row in examples]
+    paragraphs = "".join(f"<p>{_escape(remark)}</p>" for remark in remarks)
+
     head = "".join(f"<th>{name}</th>" for name in ("Source", "Bin", "Rows", "Supervised tokens", "Context tokens"))
-    table = f'<div class="scroll"><table class="ledger"><tr>{head}</tr>{"".join(rows)}</table></div>{told}'
+    table = f'<div class="scroll"><table class="ledger"><tr>{head}</tr>{"".join(rows)}</table></div>{paragraphs}'
     return table if ledger.inputs else "<p>The run wrote no ledger.</p>"
 
 
-def _samples(samples: list[dict[str, Any]]) -> str:
-    blocks = [_sample(sample) for sample in samples]
-    rest = f"<details><summary>{len(blocks) - MOST_SAMPLES:,} more</summary>{''.join(blocks[MOST_SAMPLES:])}</details>"
-    shown = blocks[:MOST_SAMPLES] + [rest] * (len(blocks) > MOST_SAMPLES)
-    return "".join(shown) or "<p>The run generated no samples.</p>"
+def _samples_section(samples: list[dict[str, Any]]) -> str:
+    boxes = [_sample_box(sample) for sample in samples]
+    first, rest = "".join(boxes[:MAX_OPEN_SAMPLES]), boxes[MAX_OPEN_SAMPLES:]
+    folded = f"<details><summary>{len(rest):,} more</summary>{''.join(rest)}</details>" if rest else ""
+    return first + folded or "<p>The run generated no samples.</p>"
 
 
-def _sample(sample: dict[str, Any]) -> str:
+def _sample_box(sample: dict[str, Any]) -> str:
     texts = {name: sample[name] for name in ("prompt", "expected", "generated") if sample.get(name) is not None}
-    # A browser drops a newline that directly follows <pre>, so one is given to it.
-    blocks = "".join(f"<small>{name}</small><pre>\n{_text(text)}</pre>" for name, text in texts.items())
+    # A browser drops a newline directly after <pre>, so we add one: a text may start with a newline of its own.
+    blocks = "".join(f"<small>{name}</small><pre>\n{_escape(text)}</pre>" for name, text in texts.items())
     if "expected" in texts:
         right = texts["expected"] == texts.get("generated")
         blocks += '<span class="right">✓ right</span>' if right else '<span class="wrong">✗ wrong</span>'
     return f'<div class="box">{blocks}</div>'
 
 
-def _pairs(values: dict[str, Any]) -> str:
-    """Names and values as a table; what holds values of its own is folded."""
+def _pairs_table(values: dict[str, Any]) -> str:
+    """A table of names and values, with dicts folded."""
     rows = []
     for name, value in values.items():
-        cell = _text(value if isinstance(value, str) else json.dumps(value, indent=2, ensure_ascii=False))
+        cell = _escape(value if isinstance(value, str) else json.dumps(value, indent=2, ensure_ascii=False))
         if isinstance(value, dict) and value:
             cell = f"<details><summary>{len(value)} values</summary><pre>\n{cell}</pre></details>"
-        rows.append(f'<tr><th scope="row">{_text(name)}</th><td>{cell}</td></tr>')
+        rows.append(f'<tr><th scope="row">{_escape(name)}</th><td>{cell}</td></tr>')
     table = f'<div class="scroll"><table class="pairs">{"".join(rows)}</table></div>'
     return table if rows else "<p>Nothing was recorded.</p>"

@@ -1,4 +1,4 @@
-"""run.json: what a run was told, what was in force, and how it ended."""
+"""run.json: the options of a run, the settings in force, its status, and how it ended."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from accel_llm.system.disk import write_atomically
 from accel_llm.system.exit import wait_for_root_cause
 from accel_llm.system.launcher import is_launched, process_rank
 from accel_llm.system.secrecy import hide_secrets
-from accel_llm.system.signals import Preempted, remembering_signals
+from accel_llm.system.signals import Preempted, deferring_signals
 
 RECORDED_PACKAGES = (
     "torch",
@@ -34,7 +34,7 @@ RECORDED_PACKAGES = (
 
 
 def environment() -> dict[str, Any]:
-    """Package versions, Python and the git commit of the working copy (with `-dirty` when it has changes)."""
+    """Versions of Python and of packages, and the git commit of this project (with `-dirty` if files were changed)."""
     return {
         "python": platform.python_version(),
         "packages": {name: version(name) for name in RECORDED_PACKAGES if _installed(name)},
@@ -43,14 +43,14 @@ def environment() -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
-    """None where there is no git or no working copy, as on a slim image."""
+    """The commit, or None without git or without a working copy, for example in a container."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     here = Path(__file__).resolve().parent
     try:
-        described = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
+        output = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False).stdout
     except OSError:
         return None
-    return described.stdout.strip() or None
+    return output.strip() or None
 
 
 def _installed(name: str) -> bool:
@@ -62,23 +62,27 @@ def _installed(name: str) -> bool:
 
 
 class Record:
-    """The run.json of one output folder; the main process writes it, and whichever process ends the run."""
+    """The run.json of one output folder. The main process writes it; any process may write why the run failed."""
 
     def __init__(self, folder: Path, main: bool):
         self.path, self.main, self.facts = folder / "run.json", main, {}
 
     def update(self, **facts: Any) -> None:
+        """Add or replace facts. Only the main process writes them."""
         self.facts |= facts
         if self.main:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._write(self.facts)
 
     def fail(self, reason: str, **facts: Any) -> None:
-        """Status `failed`, unless another process has already said why the run ended, or the disk takes no more."""
+        """Set status `failed` with the reason, if the status is still `running`: the first process to fail counts.
+
+        If the disk fails, run.json stays as it is.
+        """
         with suppress(OSError):
-            found = json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else {}
-            if found.get("status") == "running":
-                self._write(found | {"status": "failed", "error": reason[:2000], **facts, "ended": _now()})
+            current = json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else {}
+            if current.get("status") == "running":
+                self._write(current | {"status": "failed", "error": reason[:2000], **facts, "ended": _now()})
 
     def _write(self, facts: dict[str, Any]) -> None:
         write_atomically(self.path, hide_secrets(json.dumps(facts, indent=2, ensure_ascii=False, default=str)) + "\n")
@@ -90,29 +94,32 @@ def _now() -> str:
 
 @contextmanager
 def recording(folder: str | Path, main: bool, facts: dict[str, Any]) -> Iterator[Record]:
-    """Write run.json with `facts` and status `running`; on leaving, status `done`, `preempted`, or `failed` with the error.
+    """Write run.json with `facts` and status `running`, and set the status on leaving the block.
 
-    Under a launcher `failed_rank` says which process failed; it notes that itself, for the main one waits for it. `pid` is
-    the process to send signals to.
+    The status becomes `done`, `preempted`, or `failed` with the error. Under a launcher `failed_rank` is the rank of
+    the process that failed. That process writes it itself, because the main process may hang waiting for it. `pid` is
+    the main process, to send signals to.
     """
     record = Record(Path(folder), main)
     here = {"host": socket.gethostname(), "pid": os.getpid()}
     record.update(status="running", started=_now(), **facts, **environment(), **here)
     failed = {"failed_rank": process_rank()} if is_launched() else {}
 
-    def tell(number: int) -> None:
-        # Until the checkpoint is there: a launcher that ends what is left of a failed job sends the same signal.
-        record.fail(f"{signal.Signals(number).name}: ended by the launcher, or from outside, before all was saved")
+    def record_signal(number: int) -> None:
+        # `failed` until the checkpoint is saved and the status becomes `preempted`. The signal may also come from a
+        # launcher that ends the remaining processes of a failed job; then nothing will be saved.
+        record.fail(f"{signal.Signals(number).name}: ended by the launcher or from outside, before all was saved")
 
     try:
-        with remembering_signals(tell):
+        with deferring_signals(record_signal):
             yield record
     except Preempted as end:
         record.update(status="preempted", step=end.step, ended=_now())
-        # Whoever leaves first ends the job.
+        # The launcher ends the job as soon as one process has left, so all wait until run.json is written.
         wait_for_all()
         raise
     except BaseException as error:
+        # Another process may have failed first: its reason is the one to keep.
         wait_for_root_cause(error)
         record.fail(f"{type(error).__name__}: {error}", **failed)
         raise

@@ -1,1 +1,1 @@
-"""The machine below: disks, folders, files of tensors, memory, signals, and how a script ends."""
+"""The machine: disks, folders, files of tensors, memory, signals, and how a script ends."""

@@ -1,8 +1,9 @@
-"""Keeps libraries from printing while they are imported: import this above peft and bitsandbytes, in a section of its own.
+"""Silences a warning that bitsandbytes prints when it is imported: import this module above peft and bitsandbytes.
 
-bitsandbytes 0.50 looks for an optional kernel when it is imported, and warns when the kernel is not there. On a CPU with
-AVX512-BF16 each process would start with that line on stderr, before any setting of ours could hide it. The kernel is not
-wanted: it has no backward pass (see `shards.keep_gradients`).
+On import, bitsandbytes 0.50 looks for an optional kernel and warns if the kernel is missing. On a CPU with AVX512-BF16
+every process would print this line on stderr, before our settings could hide it. We do not use the kernel, because it
+has no backward pass (see `keep_gradients` in model/quantization.py). Keep the import in a section of its own, or the
+import sorter moves it below peft.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written under another name, forced to the disk, and renamed."""
+"""Files that are either complete or absent (written under a temporary name, synced, renamed), and disk errors."""
 
 import contextlib
 import errno
@@ -9,22 +9,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-# What says that it is the disk, not the run, that failed. Libraries in Rust give the number in their text alone.
+# errno values of a failing disk.
 DISK_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """A reader sees the old file or the new one, never a part of it."""
-    with whole_file(path) as file:
+    """Write a text file at once: readers see the old file or the new one, never a part of it."""
+    with atomic_file(path) as file:
         file.write(text.encode())
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to, which takes the name `path` by one rename when the block ends well, and is gone if not.
-
-    It is on the disk before the rename. Each process writes under a name of its own: two may come to the same file.
-    """
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a temporary file that is synced and renamed to `path` if the block succeeds, and deleted if it fails."""
+    # The process id keeps two processes that write the same file apart.
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as file:
@@ -39,7 +37,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def sync_to_disk(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
+    """Wait until a file, or the list of names in a folder, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -48,6 +46,7 @@ def sync_to_disk(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file as 64 hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 22):
@@ -56,18 +55,19 @@ def sha256(path: Path) -> str:
 
 
 def disk_failure(error: BaseException) -> str | None:
-    """What the disk says, such as "No space left on device", where `error` or what led to it is its failure."""
+    """Return the disk's message, such as "No space left on device", if `error` or one of its causes is a disk error."""
     number = disk_errno(error)
     return os.strerror(number) if number else None
 
 
 def disk_errno(error: BaseException) -> int:
-    """The errno of the disk's failure; 0 where `error` is none."""
+    """Return the errno of the disk error in `error` or its chain of causes; 0 if there is none."""
     link: BaseException | None = error
     while link is not None:
         number = link.errno if isinstance(link, OSError) else None
-        if number is None and (told := re.search(r"\(os error (\d+)\)", str(link))):
-            number = int(told[1])
+        # Libraries written in Rust put the number only in the message.
+        if number is None and (match := re.search(r"\(os error (\d+)\)", str(link))):
+            number = int(match[1])
         if number in DISK_ERRNOS:
             return number
         link = link.__cause__ or link.__context__

@@ -1,4 +1,4 @@
-"""How a script ends: by an error of the person, a signal or a bug; one cause, told by one rank."""
+"""How a script ends: by an error of the user, a signal or a bug. One rank reports one cause."""
 
 import json
 import os
@@ -14,17 +14,17 @@ from accel_llm.errors import ConfigError, DataError
 from accel_llm.system.disk import disk_failure
 from accel_llm.system.launcher import is_launched, process_rank, world_size
 from accel_llm.system.secrecy import hide_secrets
-from accel_llm.system.signals import Preempted, note_failing, requested
+from accel_llm.system.signals import Preempted, mark_as_failing, signal_requests
 
-DISK_ADVICE = "{}; make room and give the same command again, it goes on from the last whole checkpoint."
+DISK_ADVICE = "{}; make room and give the same command again; it continues from the last whole checkpoint."
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's `main`; a ConfigError, a DataError or a full disk becomes a sentence on stderr and exit code 2, a signal
-    exit code 128 + its number.
+    """Run a script's `main` and end the process.
 
-    Anything else is a bug of ours, or a machine that failed: it keeps its traceback, and under a launcher the last line
-    names the rank, as in `error (rank 1): RuntimeError: ...`.
+    A ConfigError, a DataError or a full disk prints its sentences on stderr and ends with exit code 2; a signal ends
+    with 128 + its number. Anything else is a bug or a failed machine: it prints its traceback, and under a launcher the
+    last line names the rank, as in `error (rank 1): RuntimeError: ...`.
     """
     launched, rank = is_launched(), process_rank()
     try:
@@ -36,44 +36,48 @@ def run_script(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         _end(128 + signal.SIGINT, "interrupted" if not rank else "")
     except Preempted as end:
-        words = f"preempted by {end}; the same command goes on from there"
-        _end(128 + end.number, words if not rank else "")
+        message = f"preempted by {end}; the same command continues from there"
+        _end(128 + end.number, message if not rank else "")
     except Exception as error:
-        if launched and requested.stop:
-            # A launcher ends with this signal what is left of a job of which one process failed, and that one has told why.
-            _end(128 + requested.stop)
+        if launched and signal_requests.stop:
+            # When one process of a job fails, the launcher stops the others with this signal. The failed one reports
+            # why.
+            _end(128 + signal_requests.stop)
         wait_for_root_cause(error)
-        if told := disk_failure(error):
-            _end(2, f"error{f' (rank {rank})' if rank else ''}: {DISK_ADVICE.format(told)}")
+        if reason := disk_failure(error):
+            _end(2, f"error{f' (rank {rank})' if rank else ''}: {DISK_ADVICE.format(reason)}")
         if not launched:
             raise
         last = "".join(traceback.format_exception_only(error))
         _leave_for_launcher(last.strip())
         _end(1, "".join(traceback.format_exception(error)).removesuffix(last) + f"error (rank {rank}): {last}".strip())
     if launched:
-        # torch 2.13 now and then aborts a rank that has done its work ("terminate called without an active exception"):
-        # threads of its process groups outlive the objects that the interpreter's end takes away from under them.
+        # torch 2.13 sometimes aborts a rank that has finished ("terminate called without an active exception"): threads
+        # of its process groups still run while the interpreter deletes the objects that they use.
         _end(0)
 
 
-@cache  # once an error, though two places ask: the one that notes it in run.json and the one that tells it
+@cache  # wait once for each error, although both run.json and the screen ask
 def wait_for_root_cause(error: BaseException) -> None:
-    """Give the launcher time to end this process, if `error` only follows from what happened on another rank.
+    """Wait until the launcher would have ended this process, if another rank failed first.
 
-    When one rank is gone, a collective fails on all the others, with an error that differs by library, device and
-    collective. But the launcher ends them within a second, so the error of a process that is still there after some
-    seconds is its own. What all ranks met is told by rank 0 alone: each of the others waits longer than those before it.
+    When one rank is gone, a collective fails on all others, with an error that depends on library, device and
+    collective. The launcher ends those ranks within a second. So an error that is still there after some seconds is the
+    rank's own. If all ranks fail with the same error, only rank 0 reports it, because every other rank waits longer
+    than those before it.
     """
     if world_size() == 1 or not isinstance(error, Exception):
         return
-    note_failing()
-    rank, mistake = process_rank(), isinstance(error, (ConfigError, DataError)) or disk_failure(error)
-    # No other rank's end leads to a mistake in the settings or the data, nor to a full disk.
-    time.sleep((0 if mistake else 3) + (3 + min(rank, 10) if rank else 0))
+    mark_as_failing()
+    # The failure of another rank never causes an error in the settings or the data, nor a full disk: do not wait for
+    # it.
+    own_fault = isinstance(error, (ConfigError, DataError)) or disk_failure(error)
+    rank = process_rank()
+    time.sleep((0 if own_fault else 3) + (3 + min(rank, 10) if rank else 0))
 
 
 def _leave_for_launcher(message: str) -> None:
-    """Put `message` where torchrun looks for it, so that its last lines name rank and cause instead of a web page."""
+    """Write `message` where torchrun looks for it, so that its last lines name rank and cause instead of a web page."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file:
         Path(file).write_text(
@@ -81,9 +85,12 @@ def _leave_for_launcher(message: str) -> None:
         )
 
 
-def _end(code: int, last_words: str = "") -> None:
-    """Not sys.exit: process groups and worker threads must not keep a rank alive that has nothing left to do."""
+def _end(code: int, message: str = "") -> None:
+    """Print `message` on stderr and end the process at once.
+
+    Unlike sys.exit, this does not wait for process groups and worker threads, which could keep a finished rank alive.
+    """
     sys.stdout.flush()
-    last_words = hide_secrets(last_words)
-    print(last_words, end="\n" if last_words else "", file=sys.stderr, flush=True)
+    message = hide_secrets(message)
+    print(message, end="\n" if message else "", file=sys.stderr, flush=True)
     os._exit(code)

@@ -1,4 +1,4 @@
-"""A model folder that appears whole or not at all, whatever ends the process that writes it."""
+"""Folders that are either complete or absent, even if the process that writes them is killed."""
 
 import shutil
 import signal
@@ -13,16 +13,19 @@ from accel_llm.system.disk import disk_failure, sync_to_disk
 
 
 @contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
-    """A hidden folder beside `target` that takes its place by one rename when the block ends well, and is gone if not.
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """Create a hidden folder that is synced and renamed to `target` if the block succeeds, and deleted if it fails.
 
-    All files in it are on the disk before the rename. What a killed process has left behind is cleared at the next start.
+    An existing `target` is replaced. Leftovers of a process that was killed are removed first.
     """
-    partial, old = hidden_beside(target, "partial"), hidden_beside(target, "old")
+    # Clean up after a process that was killed.
+    partial, old = hidden_sibling(target, "partial"), hidden_sibling(target, "old")
     if old.exists() and not target.exists():
-        old.rename(target)  # a process was killed between the two renames below
+        old.rename(target)  # it was killed between the two renames below
     for folder in (partial, old):
         shutil.rmtree(folder, ignore_errors=True)
+
+    # Fill the new folder, then put it in the place of the old one.
     try:
         partial.mkdir(parents=True)
         yield partial
@@ -35,13 +38,13 @@ def whole_folder(target: Path) -> Iterator[Path]:
             shutil.rmtree(old, ignore_errors=True)
 
 
-def hidden_beside(target: Path, kind: str) -> Path:
-    """The hidden name that a folder bears while it is not whole (`partial`), or no longer wanted (`old`)."""
+def hidden_sibling(target: Path, kind: str) -> Path:
+    """Return the hidden name of a folder while it is incomplete (kind `partial`) or about to be deleted (`old`)."""
     return target.with_name(f".{target.name}.{kind}")
 
 
 def rename_into_place(partial: Path, target: Path) -> None:
-    """Bring a folder with all that is in it to the disk, then give it its name."""
+    """Sync a folder and its content to the disk, then rename it to `target`."""
     for path in [*partial.rglob("*"), partial]:
         sync_to_disk(path)
     partial.rename(target)
@@ -49,52 +52,59 @@ def rename_into_place(partial: Path, target: Path) -> None:
 
 
 @contextmanager
-def whole_output(target: Path) -> Iterator[Path]:
-    """`whole_folder` for a script that does nothing but write `target`: SIGTERM clears what it has written as well.
+def atomic_output(target: Path) -> Iterator[Path]:
+    """Like `atomic_folder`, for a script that only writes `target`: SIGTERM also deletes what was written so far.
 
     Raises:
-        ConfigError: the disk is full, or fails in another way.
+        ConfigError: the disk is full or failed in another way.
     """
     try:
-        with _ended_by_exception(), whole_folder(target) as partial:
+        with _exit_on_sigterm(), atomic_folder(target) as partial:
             yield partial
     except Exception as error:
-        if told := disk_failure(error):
+        if reason := disk_failure(error):
             raise ConfigError(
-                f"output_dir: {target} could not be written: {told}; make room, or name another folder."
+                f"output_dir: {target} could not be written: {reason}; make room, or name another folder."
             ) from None
         raise
 
 
 @contextmanager
-def _ended_by_exception() -> Iterator[None]:
-    """SIGTERM ends the block as Ctrl-C does, so that what it has written is cleared."""
+def _exit_on_sigterm() -> Iterator[None]:
+    """Turn SIGTERM into an exception within the block, as Ctrl-C is one, so that the block can clean up."""
+    # Python allows only the main thread to set signal handlers.
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    usual = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, usual)
+        signal.signal(signal.SIGTERM, previous)
 
 
 def check_output_dir(target: Path, sources: list[tuple[str, Path]], overwrite: bool, mark: str) -> None:
-    """Refuse an output_dir whose replacement would lose anything but an earlier result, known by a file named `mark`.
+    """Check that writing `target` destroys nothing but an earlier result, which is recognised by a file named `mark`.
 
-    `sources` are folders that are read, each with what it is.
+    `sources` are the folders that the script reads, as (what it is, path).
+
+    Raises:
+        ConfigError: `target` is a file, contains a source, is not empty without `overwrite`, or lacks `mark`.
     """
     if not target.exists():
         return
+    # Nothing that is not a folder, and no folder that the script reads.
     if not target.is_dir():
         raise ConfigError(f"output_dir: {target} is a file; name a folder.")
-    for what, used in sources:
-        if used.exists() and used.resolve().is_relative_to(target):
+    for what, source in sources:
+        if source.exists() and source.resolve().is_relative_to(target):
             raise ConfigError(f"output_dir: {target} holds the {what} that is read; name another folder.")
+
+    # A folder with files: only if the user asked for it, and only if it holds a result of this kind.
     if not any(target.iterdir()):
         return
     if not overwrite:
         raise ConfigError(f"output_dir: {target} is not empty; name another folder, or set overwrite_output_dir.")
     if not (target / mark).is_file():
-        kind = "model" if mark == "config.json" else "adapter"
-        raise ConfigError(f"output_dir: {target} holds files that are no {kind}; name another folder.")
+        kind = "a model" if mark == "config.json" else "an adapter"
+        raise ConfigError(f"output_dir: {target} holds files that are not {kind}; name another folder.")

@@ -1,18 +1,18 @@
-"""What the launcher says in the environment: which process this is, and how many there are."""
+"""The environment variables of the launcher: the rank of this process and the number of processes."""
 
 import os
 
 
 def is_launched() -> bool:
-    """Whether a launcher started this process, be it as the only one."""
+    """Return whether a launcher (`accelerate launch`, torchrun) started this process, even as the only one."""
     return "RANK" in os.environ
 
 
 def process_rank() -> int:
-    """The number of this process, from 0; 0 without a launcher."""
+    """Return the rank of this process, from 0; 0 without a launcher."""
     return int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
-    """The number of processes; 1 without a launcher."""
+    """Return the number of processes; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))

@@ -1,7 +1,8 @@
-"""Folders that exist whole or not at all: what a manifest lists with size and SHA-256 is what a folder must hold.
+"""Folders that are complete or do not exist, and the manifest that lists the size and SHA-256 of each of their files.
 
-A folder is filled under another name; its manifest is written last, and one rename makes it appear. It is removed by the
-same rename the other way. So a folder that bears its name is whole, unless its files were spoiled later.
+A folder is filled under a hidden name. Its manifest is written last, then one rename makes the folder appear. Deleting
+starts with a rename back to the hidden name. So a folder with its normal name is complete, unless its files were
+damaged later; `find_damage` checks that.
 """
 
 import json
@@ -10,27 +11,27 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 from accel_llm.system.disk import sha256, write_atomically
-from accel_llm.system.folders import hidden_beside, rename_into_place
+from accel_llm.system.folders import hidden_sibling, rename_into_place
 
 MANIFEST = "manifest.json"
-DAMAGES = ("lacks {}", "has a damaged {}")
+DAMAGE_TEXTS = ("lacks {}", "has a damaged {}")
 
 
 def write_part(folder: Path, rank: int, files: dict[str, tuple[int, str]]) -> None:
-    """One process has written its files, {name: (size, SHA-256)}: they are on the disk when this is there."""
+    """Record the files that one process has written and synced, as {name: (size in bytes, SHA-256)}."""
     write_atomically(folder / f"part-{rank:05d}.json", json.dumps(files))
 
 
-def read_parts(folder: Path, world: int) -> list[Path] | None:
-    """What all `world` processes wrote by `part_of`; None as long as one is missing."""
-    found = [folder / f"part-{rank:05d}.json" for rank in range(world)]
-    return found if all(path.is_file() for path in found) else None
+def find_parts(folder: Path, world: int) -> list[Path] | None:
+    """Return the records (`write_part`) of all `world` processes; None as long as one is missing."""
+    paths = [folder / f"part-{rank:05d}.json" for rank in range(world)]
+    return paths if all(path.is_file() for path in paths) else None
 
 
-def seal_folder(partial: Path, folder: Path, found: list[Path]) -> None:
-    """All files are written: add them up in the manifest, and let the folder appear under its name."""
+def seal_folder(partial: Path, folder: Path, parts: list[Path]) -> None:
+    """Merge the records of all processes into the manifest, then rename the complete folder `partial` to `folder`."""
     files: dict[str, tuple[int, str]] = {}
-    for path in found:
+    for path in parts:
         files |= json.loads(path.read_text(encoding="utf-8"))
         path.unlink()
     write_atomically(partial / MANIFEST, json.dumps(files, indent=1))
@@ -38,24 +39,27 @@ def seal_folder(partial: Path, folder: Path, found: list[Path]) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Take a folder's name away first: nobody shall find a part of it."""
-    gone = hidden_beside(folder, "partial")
-    shutil.rmtree(gone, ignore_errors=True)
-    folder.rename(gone)
-    shutil.rmtree(gone)
+    """Delete a folder. It loses its name first, so that nobody finds a part of it."""
+    hidden = hidden_sibling(folder, "partial")
+    shutil.rmtree(hidden, ignore_errors=True)
+    folder.rename(hidden)
+    shutil.rmtree(hidden)
 
 
-def _alone(values: list[float]) -> list[float]:
+def _keep(values: list[float]) -> list[float]:
+    """Sums over a single process."""
     return values
 
 
 def find_damage(
-    folder: Path, rank: int = 0, world: int = 1, add_up: Callable[[list[float]], list[float]] = _alone
+    folder: Path, rank: int = 0, world: int = 1, add_up: Callable[[list[float]], list[float]] = _keep
 ) -> str | None:
-    """What is wrong with a folder, or None when every file of its manifest is there with its size and hash.
+    """Check all files of the manifest; return the first problem as the end of a sentence, or None if all are intact.
 
-    Each process reads its share of the files; `add_up` gives all of them the sums of what they found.
+    Each process checks every `world`-th file. `add_up` returns the sums of a list over all processes, so that all of
+    them get the same answer.
     """
+    # The manifest itself.
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -64,16 +68,22 @@ def find_damage(
         return f"has a damaged {MANIFEST}"
     if not _is_manifest(files):
         return f"has a damaged {MANIFEST}"
-    found = [0.0] * world
+
+    # Each process reports its first problem as one number (0: none), in a slot of its own.
+    codes = [0.0] * world
     for k, (name, (size, digest)) in enumerate(files.items()):
-        if k % world == rank and not found[rank] and (problem := _problem(folder / name, size, digest)):
-            found[rank] = len(DAMAGES) * k + problem
-    first = next((int(code) - 1 for code in add_up(found) if code), None)
-    return None if first is None else DAMAGES[first % len(DAMAGES)].format(list(files)[first // len(DAMAGES)])
+        if k % world == rank and not codes[rank] and (damage := _damage_number(folder / name, size, digest)):
+            codes[rank] = len(DAMAGE_TEXTS) * k + damage
+
+    # The numbers of all processes, and the sentence for the first of them.
+    first = next((int(code) - 1 for code in add_up(codes) if code), None)
+    if first is None:
+        return None
+    return DAMAGE_TEXTS[first % len(DAMAGE_TEXTS)].format(list(files)[first // len(DAMAGE_TEXTS)])
 
 
 def _is_manifest(files: object) -> bool:
-    """Names of files within the folder, with whole numbers and hashes."""
+    """Return whether `files` has the form {name within the folder: [size, SHA-256]}."""
     return (
         isinstance(files, dict)
         and bool(files)
@@ -89,8 +99,8 @@ def _is_manifest(files: object) -> bool:
     )
 
 
-def _problem(path: Path, size: int, digest: str) -> int:
-    """0, or 1 + the index of what is wrong with a file."""
+def _damage_number(path: Path, size: int, digest: str) -> int:
+    """Return 0 for an intact file, else 1 + the index of its damage in DAMAGE_TEXTS."""
     if not path.is_file():
         return 1
     return 0 if path.stat().st_size == size and sha256(path) == digest else 2

@@ -1,4 +1,4 @@
-"""Texts without the secrets that may have come into them: keys out of the environment, passwords out of addresses."""
+"""Removes secrets from texts: keys in environment variables, and passwords and tokens in URLs."""
 
 import html
 import json
@@ -7,9 +7,9 @@ import re
 from functools import cache
 from urllib.parse import quote
 
-NOT_SECRET = "***"
-SHORTEST = 8  # characters: a shorter value is no key, but "true" or a word that stands anywhere
-# TOKENIZERS_PARALLELISM and KEYBOARD are none.
+MASK = "***"
+MIN_SECRET_LENGTH = 8  # characters: a shorter value is not a key, but "true" or a common word
+# The last group keeps names such as TOKENIZERS_PARALLELISM and KEYBOARD out.
 _NAME = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL)S?(?![A-Z])", re.IGNORECASE)
 _LOGIN = re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^\s/@\"'<>]+@", re.IGNORECASE)
 _PARAMETER = re.compile(
@@ -18,18 +18,21 @@ _PARAMETER = re.compile(
 
 
 def hide_secrets(text: str) -> str:
-    """`text` with *** for the values of environment variables that are named like secrets, and for those in addresses.
+    """Replace secrets in `text` by ***: values of environment variables with names of secrets, and secrets in URLs.
 
-    An address loses its user and password, and what a query calls token, key, secret, password, credential or signature.
+    A URL loses its user and password, and the values of query parameters that are called token, key, secret, password,
+    credential or signature.
     """
-    secrets = frozenset(value for name, value in os.environ.items() if len(value) >= SHORTEST and _NAME.search(name))
-    for written in _written(secrets):
-        text = text.replace(written, NOT_SECRET)
-    return _PARAMETER.sub(rf"\g<1>{NOT_SECRET}", _LOGIN.sub(rf"\g<1>{NOT_SECRET}@", text))
+    secrets = frozenset(
+        value for name, value in os.environ.items() if len(value) >= MIN_SECRET_LENGTH and _NAME.search(name)
+    )
+    for spelling in _spellings(secrets):
+        text = text.replace(spelling, MASK)
+    return _PARAMETER.sub(rf"\g<1>{MASK}", _LOGIN.sub(rf"\g<1>{MASK}@", text))
 
 
 @cache
-def _written(secrets: frozenset[str]) -> list[str]:
-    """Every way in which one of them is written: plain, in JSON, in HTML, in an address; the longest first."""
-    ways = [(secret, json.dumps(secret)[1:-1], html.escape(secret), quote(secret, "")) for secret in secrets]
-    return sorted({way for some in ways for way in some}, key=len, reverse=True)
+def _spellings(secrets: frozenset[str]) -> list[str]:
+    """Return each secret as plain text, in JSON, in HTML and in a URL; the longest first."""
+    spellings = [(secret, json.dumps(secret)[1:-1], html.escape(secret), quote(secret, "")) for secret in secrets]
+    return sorted({spelling for group in spellings for spelling in group}, key=len, reverse=True)

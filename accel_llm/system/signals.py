@@ -1,7 +1,7 @@
-"""Signals: SIGTERM and SIGINT ask a run to save and stop, SIGUSR1 to save and go on, a second SIGTERM ends it at once.
+"""Signals: SIGTERM and SIGINT save and stop a run (a second one ends it at once), SIGUSR1 saves and goes on.
 
-While a run trains, a signal is only remembered, and all processes agree on what to do at the end of a step or of an
-evaluation's batch. Before that, and while the result is written, nothing would be lost: there it ends the process at once.
+While a run trains, a signal is only noted; all processes agree on what to do at the end of a step, or of a batch of an
+evaluation. Before training, and while the result is exported, nothing can be lost: a signal ends the process at once.
 """
 
 import contextlib
@@ -21,13 +21,13 @@ from pathlib import Path
 from accel_llm.system.disk import write_atomically
 from accel_llm.system.launcher import process_rank
 
-# A launcher sends on what a terminal sends to everybody: that is one signal, not a second.
-ONE_SIGNAL = 2.0  # seconds
-OF_THE_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
+# Ctrl-C reaches every process and is forwarded by the launcher: within 2 s both count as one signal.
+SAME_SIGNAL_SECONDS = 2.0
+PR_SET_PDEATHSIG = 1  # option of Linux' prctl(2): the signal to get when the parent ends
 
 
 class Preempted(Exception):
-    """The run was asked to stop, and what it had done up to `step` is saved."""
+    """A signal stopped the run, and its state after `step` is saved."""
 
     def __init__(self, number: int, step: int):
         super().__init__(f"{signal.Signals(number).name}: stopped after step {step}")
@@ -35,86 +35,90 @@ class Preempted(Exception):
 
 
 @dataclass
-class Requested:
-    """What this process was asked for: the number of the signal to stop by (0: none), and whether to save."""
+class SignalRequests:
+    """Requests of signals: `stop` is the number of the signal to stop (0: none), `save` asks for a checkpoint."""
 
     stop: int = 0
     save: bool = False
 
 
-requested = Requested()
-_since = 0.0  # when it was asked to stop
-_folder: Path | None = None  # where the end of a process is noted
+signal_requests = SignalRequests()
+_stop_time = 0.0  # when `stop` was set, on the monotonic clock
+_run_folder: Path | None = None  # its run.json records how the process ends
 _listening = False
-_remembering = False  # a signal to stop is only remembered
-_failing = False  # the process ends by an error
-_tell: Callable[[int], None] | None = None  # notes in run.json that a signal has come
+_deferring = False  # a signal is only noted, see `deferring_signals`
+_failing = False  # the process is about to end by an error
+_on_stop: Callable[[int], None] | None = None  # called with the number of the signal that stops the run
 
 
 def listen_for_signals(folder: Path | None) -> None:
-    """From now on signals are heeded as the module says; one that ends the process is noted in `folder`'s run.json.
+    """Handle signals from now on as the module says. If a signal ends the process, `folder`/run.json records it.
 
-    A thread does so, woken by the C handler: Python's own must wait until the main thread comes out of a collective, which
-    without its peers may be never.
+    A thread handles them. Python's own handlers only run when the main thread returns from C code, and a collective
+    whose peers are gone may never return.
     """
-    global _folder, _listening
-    _folder = folder
+    global _run_folder, _listening
+    _run_folder = folder
     if _listening:
         return
     _listening = True
+
+    # The C handler of Python writes the number of each signal to a socket, and the thread reads it.
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, lambda *_: None)
     signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    # A process forked from this one would wake this one's thread by its own signals.
-    os.register_at_fork(after_in_child=_heed_nothing)
-    threading.Thread(target=_watch, args=(reader, writer), daemon=True).start()
-    _outlive_no_launcher()
+    # A forked process shares the socket: its signals would reach the thread of this one.
+    os.register_at_fork(after_in_child=_reset_handlers)
+    threading.Thread(target=_read_signals, args=(reader, writer), daemon=True).start()
+    _end_with_launcher()
 
 
-def _heed_nothing() -> None:
+def _reset_handlers() -> None:
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)
 
 
-def _outlive_no_launcher() -> None:
-    """Get SIGTERM when the launcher is gone: with one process `accelerate launch` sends nothing on, it just ends."""
+def _end_with_launcher() -> None:
+    """Get SIGTERM when the launcher ends: for a single process `accelerate launch` forwards no signal, it just ends."""
     if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:
-        ctypes.CDLL(None).prctl(OF_THE_PARENT, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _watch(reader: socket.socket, writer: socket.socket) -> None:
+def _read_signals(reader: socket.socket, writer: socket.socket) -> None:
+    # The thread also keeps `writer` open: set_wakeup_fd only knows its number.
     with reader, writer:
         while number := reader.recv(1):
             handle_signal(number[0])
 
 
 def handle_signal(number: int) -> None:
-    """What a signal does."""
-    global _since
+    """React to a signal: note it, or end the process, as the module says."""
+    global _stop_time
     if number == signal.SIGUSR1:
-        requested.save = True
+        signal_requests.save = True
     elif number in (signal.SIGTERM, signal.SIGINT):
         now = time.monotonic()
-        if not requested.stop and (_failing or _a_peer_is_gone()):
-            # So a launcher ends what is left of a job of which one process failed, and that one says why.
-            if _tell is not None:
-                _tell(number)
+        if not signal_requests.stop and (_failing or _is_peer_gone()):
+            # When one process of a job fails, the launcher stops the others with this signal. The failed one reports
+            # why.
+            if _on_stop is not None:
+                _on_stop(number)
             os._exit(128 + number)
-        elif not _remembering:
+        elif not _deferring:
             _end(number)
-        elif not requested.stop:
-            requested.stop, _since = number, now
-            if _tell is not None:
-                _tell(number)
-        elif now - _since > ONE_SIGNAL:
+        elif not signal_requests.stop:
+            signal_requests.stop, _stop_time = number, now
+            if _on_stop is not None:
+                _on_stop(number)
+        elif now - _stop_time > SAME_SIGNAL_SECONDS:
             os._exit(128 + number)
 
 
-def _a_peer_is_gone() -> bool:
-    """Whether the launcher has fewer processes of this job than it has started; False where that cannot be seen."""
+def _is_peer_gone() -> bool:
+    """Return whether the launcher has fewer processes of this job than it started; False if that is not visible."""
     children, world = f"/proc/{os.getppid()}/task/{os.getppid()}/children", int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     try:
         pids = Path(children).read_text(encoding="ascii").split()
@@ -125,59 +129,62 @@ def _a_peer_is_gone() -> bool:
 
 
 @contextmanager
-def remembering_signals(tell: Callable[[int], None]) -> Iterator[None]:
-    """Within, a signal to stop is remembered for the next end of a step; `tell` is called with it at once."""
-    global _remembering, _tell
-    _remembering, _tell = True, tell
+def deferring_signals(on_stop: Callable[[int], None]) -> Iterator[None]:
+    """Within the block, only note a signal to stop, for the end of the step. Call `on_stop` with its number at once."""
+    global _deferring, _on_stop
+    _deferring, _on_stop = True, on_stop
     try:
         yield
-        _tell = None
+        # Not after an error: a signal that comes while the process fails must still be reported.
+        _on_stop = None
     finally:
-        _remembering = False
+        _deferring = False
 
 
-def note_failing() -> None:
-    """An error ends this process: a signal has nothing to add."""
+def mark_as_failing() -> None:
+    """Record that an error ends this process, so that a later signal is not taken for the cause."""
     global _failing
     _failing = True
 
 
-def note_nothing_to_lose() -> None:
-    """All is saved: from now on a signal ends the process at once."""
-    global _remembering, _tell
-    _remembering, _tell = False, None
-    if requested.stop:
-        _end(requested.stop)
+def stop_deferring_signals() -> None:
+    """Let signals end the process at once from now on, because all is saved; a noted one ends it here."""
+    global _deferring, _on_stop
+    _deferring, _on_stop = False, None
+    if signal_requests.stop:
+        _end(signal_requests.stop)
 
 
-def note_all_saved() -> None:
-    """Nothing is lost any more: the process ends by itself, and no signal has to hurry it."""
-    global _since
-    _since = float("inf")
+def ignore_further_signals() -> None:
+    """Let the process end in peace after a signal to stop: all is saved, and a second signal must not cut it short."""
+    global _stop_time
+    _stop_time = float("inf")
 
 
 def _end(number: int) -> None:
+    """End the process at once, with status `preempted` in run.json and a message of the main process."""
     try:
-        if _folder is not None:
+        if _run_folder is not None:
             with contextlib.suppress(OSError):
-                _note(_folder)
-        words = f"preempted by {signal.Signals(number).name}: nothing is lost; the same command goes on from there"
+                _record_preemption(_run_folder)
         if process_rank() == 0:
-            print(words, file=sys.stderr, flush=True)
+            name = signal.Signals(number).name
+            message = f"preempted by {name}: nothing is lost; the same command continues from there"
+            print(message, file=sys.stderr, flush=True)
     finally:
         os._exit(128 + number)
 
 
-def _note(folder: Path) -> None:
-    """Status `preempted` in a folder that is new, or in that of a run to be continued; other folders are left alone."""
-    run = folder / "run.json"
+def _record_preemption(folder: Path) -> None:
+    """Write status `preempted` to run.json, if the folder is new or holds a run that can continue."""
+    run_file = folder / "run.json"
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         folder.mkdir(parents=True, exist_ok=True)
-        found = {"status": "running", "step": 0}
+        run = {"status": "running", "step": 0}
     else:
         try:
-            found = json.loads(run.read_text(encoding="utf-8"))
+            run = json.loads(run_file.read_text(encoding="utf-8"))
         except ValueError:
             return
-    if isinstance(found, dict) and found.get("status") in ("running", "failed", "preempted"):
-        write_atomically(run, json.dumps(found | {"status": "preempted"}, indent=2, ensure_ascii=False) + "\n")
+    if isinstance(run, dict) and run.get("status") in ("running", "failed", "preempted"):
+        write_atomically(run_file, json.dumps(run | {"status": "preempted"}, indent=2, ensure_ascii=False) + "\n")

@@ -1,4 +1,4 @@
-"""One safetensors file: its dtypes and header, and tensors written to it and read from it."""
+"""Reads and writes single safetensors files: dtypes, header and tensors."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import safe_open
 
-# The names that the safetensors format gives to torch's dtypes.
+# torch's dtypes by their names in the safetensors format.
 DTYPES_BY_NAME = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -30,26 +30,30 @@ DTYPES_BY_NAME = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES_BY_NAME.items()}
 MAX_HEADER = 2**27  # bytes
-COPIED_AT_ONCE = 2**23  # bytes that are copied at a time
+COPY_BLOCK_SIZE = 2**23  # bytes
 
 
 class TensorSpec(NamedTuple):
+    """Dtype and shape of a tensor."""
+
     dtype: torch.dtype
     shape: tuple[int, ...]
 
     @property
     def size(self) -> int:
-        """In bytes."""
+        """Size in bytes."""
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
 
 def build_header(
     specs: dict[str, TensorSpec], metadata: dict[str, str] | None = None, compact: bool = False
 ) -> tuple[bytes, dict[str, int]]:
-    """The first bytes of a safetensors file, up to its first tensor, and the position of each tensor in the file.
+    """Return the first bytes of a safetensors file, up to its first tensor, and the offset of each tensor in the file.
 
-    The tensors follow one another in the order of `specs`. `compact` leaves out blanks, as safetensors' own writer does.
+    The tensors are laid out in the order of `specs`. `compact` writes the JSON without blanks, as the safetensors
+    library does.
     """
+    # Offsets in the header count from its end.
     entries: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     starts, end = {}, 0
     for name, spec in specs.items():
@@ -60,28 +64,31 @@ def build_header(
             "data_offsets": [starts[name], end],
         }
     text = json.dumps(entries, separators=(",", ":") if compact else None).encode()
+    # The length of the JSON comes first, in 8 bytes; blanks after it align the first tensor to 8 bytes.
     text += b" " * (-len(text) % 8)
     header = len(text).to_bytes(8, "little") + text
     return header, {name: len(header) + start for name, start in starts.items()}
 
 
-def names_not_finite(kept: dict[str, torch.Tensor]) -> list[str]:
-    """The names of tensors that hold a NaN or an infinity."""
-    floats = {name: tensor for name, tensor in kept.items() if tensor.is_floating_point() and tensor.numel()}
+def find_nonfinite(tensors: dict[str, torch.Tensor]) -> list[str]:
+    """Return the names of the tensors that contain a NaN or an infinity."""
+    floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.numel()}
     return [name for name, tensor in floats.items() if not torch.stack(torch.aminmax(tensor)).isfinite().all()]
 
 
-def write_tensors(path: Path, kept: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> tuple[int, str]:
-    """Write a safetensors file, one tensor after the other; its size and SHA-256, and it is on the disk.
+def write_tensors(
+    path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
+) -> tuple[int, str]:
+    """Write a safetensors file and sync it to the disk; return its size in bytes and its SHA-256.
 
-    safetensors' own writer wants all tensors in memory at once, nobody would know the hash of what was meant, and it writes
-    metadata in another order each time.
+    The safetensors library is not used for this: it needs all tensors in memory at once, does not return the hash of
+    the bytes that were meant to be written, and writes metadata in a random order.
     """
-    specs = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in kept.items()}
+    specs = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     header, _ = build_header(specs, metadata)
     digest, size = hashlib.sha256(), 0
     with path.open("wb") as file:
-        for block in (header, *map(tensor_bytes, kept.values())):
+        for block in (header, *map(tensor_bytes, tensors.values())):
             digest.update(block)
             size += file.write(block)
         file.flush()
@@ -90,12 +97,13 @@ def write_tensors(path: Path, kept: dict[str, torch.Tensor], metadata: dict[str,
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """Return the bytes of a tensor in the order that files have them (C order)."""
     flat: Any = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
     return memoryview(flat)
 
 
 class TensorPlace(NamedTuple):
-    """Where the bytes of a tensor lie."""
+    """The place of a tensor's bytes: the file, and the offset in bytes from its start."""
 
     file: Path
     offset: int
@@ -103,35 +111,38 @@ class TensorPlace(NamedTuple):
 
 
 def tensor_places(file: Path) -> dict[str, TensorPlace]:
-    """The tensors of a safetensors file by name.
+    """Return the place of each tensor in a safetensors file.
 
     Raises:
-        SafetensorError: it is none, or it is cut short.
-        ValueError: it holds tensors of a dtype that torch does not have.
+        SafetensorError: the file is not in the safetensors format, or it is cut short.
+        ValueError: a tensor has a dtype that cannot be read.
     """
-    with safe_open(file, framework="pt"):  # which checks that the header and the file's size agree
+    # Opening the file checks that the header and the size of the file agree.
+    with safe_open(file, framework="pt"):
         pass
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(length))
     header.pop("__metadata__", None)
-    found = {}
+    places = {}
     for name, entry in header.items():
         if entry["dtype"] not in DTYPES_BY_NAME:
-            raise ValueError(f"{file.name}: {name} is of dtype {entry['dtype']}, which cannot be read")
+            raise ValueError(f"{file.name}: {name} has dtype {entry['dtype']}, which cannot be read")
         spec = TensorSpec(DTYPES_BY_NAME[entry["dtype"]], tuple(entry["shape"]))
-        found[name] = TensorPlace(file, 8 + length + entry["data_offsets"][0], spec)
-    return found
+        places[name] = TensorPlace(file, 8 + length + entry["data_offsets"][0], spec)
+    return places
 
 
 def read_tensor(place: TensorPlace) -> torch.Tensor:
+    """Read a tensor into memory of its own, not into a memory map."""
+    # The tensor's memory as bytes, filled by one or more reads.
     memory = torch.empty(place.spec.size, dtype=torch.uint8)
     array: Any = memory.numpy()
     view = memoryview(array)
     with place.file.open("rb", buffering=0) as stream:
         stream.seek(place.offset)
         while len(view):
-            count = stream.readinto(view)  # type: ignore[attr-defined] # 2 GiB at most
+            count = stream.readinto(view)  # type: ignore[attr-defined] # Linux reads at most 2 GiB at once
             if not count:
                 raise OSError(f"{place.file} ends before its last tensor")
             view = view[count:]
@@ -139,8 +150,8 @@ def read_tensor(place: TensorPlace) -> torch.Tensor:
 
 
 def read_chunks(place: TensorPlace) -> Iterator[memoryview]:
-    """The bytes at `place`, in one buffer after the other; each is gone when the next is asked for."""
-    buffer, left = memoryview(bytearray(min(COPIED_AT_ONCE, place.spec.size))), place.spec.size
+    """Yield the bytes at `place` block by block. All blocks share one buffer: use each before asking for the next."""
+    buffer, left = memoryview(bytearray(min(COPY_BLOCK_SIZE, place.spec.size))), place.spec.size
     with place.file.open("rb", buffering=0) as stream:
         stream.seek(place.offset)
         while left:

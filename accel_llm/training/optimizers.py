@@ -1,4 +1,4 @@
-"""Parameter groups, the optimizer by name, the learning rate's course, and noise on the input embeddings."""
+"""Parameter groups and the optimizer that the option `optim` names."""
 
 from typing import Literal
 
@@ -11,24 +11,25 @@ from accel_llm.training.own_optimizers import MuonWithAdamW, RoundedAdamW
 
 Engine = Literal["none", "deepspeed", "fsdp"]
 
-# What an engine cannot run, seen with deepspeed 0.19.8, bitsandbytes 0.50.2, transformers 5.23 and torch 2.13:
-# bitsandbytes raises on a DTensor, Adafactor mixes it with plain tensors, and ZeRO flattens what it and Muon factorise.
-FLAT = "DeepSpeed hands it flat pieces of the weights and it needs matrices"
-SHARDED = "FSDP hands it sharded tensors, which it does not take"
-IMPOSSIBLE: dict[Engine, dict[str, str]] = {
+# Optimizers that an engine cannot run, as seen with deepspeed 0.19.8, bitsandbytes 0.50.2, transformers 5.23 and torch
+# 2.13. ZeRO flattens the weights, which Muon and Adafactor need as matrices. With a DTensor of FSDP2 bitsandbytes
+# raises an error, and Adafactor mixes it with plain tensors.
+NEEDS_MATRICES = "DeepSpeed hands it flat pieces of the weights and it needs matrices"
+REFUSES_SHARDS = "FSDP hands it sharded tensors, which it does not take"
+UNSUPPORTED: dict[Engine, dict[str, str]] = {
     "none": {},
-    "deepspeed": {"muon": FLAT, "adafactor": FLAT},
-    "fsdp": dict.fromkeys(["adamw_8bit", "paged_adamw", "paged_adamw_8bit", "lion", "adafactor"], SHARDED),
+    "deepspeed": {"muon": NEEDS_MATRICES, "adafactor": NEEDS_MATRICES},
+    "fsdp": dict.fromkeys(["adamw_8bit", "paged_adamw", "paged_adamw_8bit", "lion", "adafactor"], REFUSES_SHARDS),
 }
 
 
 def parameter_groups(model: nn.Module, options: OptimOptions) -> list[dict]:
-    """The trainable parameters as at most four groups, by weight decay and learning rate.
+    """Sort the trainable parameters into at most four groups, by weight decay and learning rate.
 
-    Vectors, that is norms, biases and DoRA magnitudes, never decay. With `loraplus_lr_ratio` the B matrices of an
-    adapter learn faster than the A matrices by that factor (LoRA+, arXiv 2402.12354).
+    Vectors (norms, biases and DoRA magnitudes) have no weight decay. With `loraplus_lr_ratio` the B matrices of an
+    adapter have that many times the learning rate of the A matrices (LoRA+, arXiv 2402.12354).
     """
-    assert options.learning_rate is not None, "OptimOptions resolves it"
+    assert options.learning_rate is not None, "OptimOptions fills it in"
     ratio = options.loraplus_lr_ratio or 1.0
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -45,32 +46,36 @@ def parameter_groups(model: nn.Module, options: OptimOptions) -> list[dict]:
     ]
 
 
-def optimizer_in_force(options: OptimOptions, device_type: str) -> str:
-    """The optimizer that `build_optimizer` gives: bitsandbytes pages state to the host on CUDA only."""
+def effective_optimizer(options: OptimOptions, device_type: str) -> str:
+    """The name of the optimizer that will run: `optim`, without paging if there is no CUDA (bitsandbytes needs it)."""
     return options.optim if device_type == "cuda" else options.optim.removeprefix("paged_")
 
 
 def check_optimizer(options: OptimOptions, device_type: str, engine: Engine) -> None:
-    """Raises ConfigError where the engine cannot run the optimizer."""
-    name = optimizer_in_force(options, device_type)
-    if reason := IMPOSSIBLE[engine].get(name):
-        possible = [other for other in ("adamw", "lion", "sgd", "muon") if other not in IMPOSSIBLE[engine]]
-        raise ConfigError(f"optim: {name} cannot run here, as {reason}; give {', '.join(possible)}")
+    """Raise ConfigError if the engine cannot run the optimizer."""
+    name = effective_optimizer(options, device_type)
+    if reason := UNSUPPORTED[engine].get(name):
+        possible = [other for other in ("adamw", "lion", "sgd", "muon") if other not in UNSUPPORTED[engine]]
+        raise ConfigError(f"optim: {name} cannot run here: {reason}; give {', '.join(possible)}.")
 
 
 def build_optimizer(
     model: nn.Module, options: OptimOptions, device_type: str, engine: Engine, seed: int = 0
 ) -> torch.optim.Optimizer:
-    """The optimizer that `options.optim` names, over the trainable parameters of a model that is not yet prepared.
+    """Build the optimizer that `options.optim` names, over the trainable parameters of a model before `prepare`.
 
-    `device_type` and `engine` are those of the training to come; `seed` is for stochastic rounding. Raises ConfigError as
-    `check_optimizer` does.
+    `device_type` and `engine` are those of the training. `seed` is used by stochastic rounding.
+
+    Raises:
+        ConfigError: the engine cannot run the optimizer.
     """
     check_optimizer(options, device_type, engine)
-    name = optimizer_in_force(options, device_type)
+    name = effective_optimizer(options, device_type)
     groups = parameter_groups(model, options)
-    assert options.adam_beta2 is not None, "OptimOptions resolves it"
+    assert options.adam_beta2 is not None, "OptimOptions fills it in"
     betas = (options.adam_beta1, options.adam_beta2)
+
+    # Optimizers of torch, of transformers and of our own.
     if options.master_weights == "stochastic_rounding":
         return RoundedAdamW(groups, betas, options.adam_epsilon, seed)
     if name == "adamw":
@@ -81,11 +86,13 @@ def build_optimizer(
     if name == "muon":
         return MuonWithAdamW(model, groups, betas, options.adam_epsilon)
     if name == "adafactor":
-        # Not torch's: it scales each step by the size of the weights, so an adapter's B, zero at first, hardly moves.
+        # Not torch's Adafactor: its steps are proportional to the weights, so an adapter's B, which starts at zero,
+        # would hardly move.
         from transformers.optimization import Adafactor
 
         return Adafactor(groups, scale_parameter=False, relative_step=False)
 
+    # Optimizers of bitsandbytes, which is imported only where it is needed.
     from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW, PagedAdamW8bit
     from bitsandbytes.optim.lion import Lion
 
@@ -99,12 +106,12 @@ def build_optimizer(
 
 
 def _dimensions(parameter: nn.Parameter) -> int:
-    # Under ZeRO-3 a parameter is an empty vector from the moment it is loaded; DeepSpeed keeps its shape apart.
+    # Under ZeRO-3 a parameter is an empty vector; DeepSpeed keeps its shape in `ds_shape`.
     return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _keep_embeddings_in_32_bits(model: nn.Module) -> None:
-    """Rare tokens give embeddings the most uneven gradients, for which bitsandbytes advises 32-bit state."""
+    """Keep 32-bit state for embeddings, as bitsandbytes advises: rare tokens make their gradients very uneven."""
     from bitsandbytes.optim.optimizer import GlobalOptimManager
 
     manager = GlobalOptimManager.get_instance()

@@ -1,4 +1,4 @@
-"""Optimizers written here: AdamW with stochastic rounding, and Muon with AdamW."""
+"""Optimizers of this project: AdamW with stochastic rounding, and Muon together with AdamW."""
 
 from collections.abc import Callable
 
@@ -9,11 +9,13 @@ from accel_llm.backend.accelerator import local_part
 
 
 class RoundedAdamW(torch.optim.Optimizer):
-    """AdamW for bfloat16 weights without float32 copies: each step is computed in float32 and rounded up or down at random,
-    with the odds that keep its mean (Gupta et al. 2015, arXiv 1502.02551). Moments are float32.
+    """AdamW for bfloat16 weights without float32 copies of them.
 
-    The draws follow from seed, step and place alone, so copies of a weight on several ranks stay equal, and so does a
-    resumed run.
+    Each step is computed in float32 and then rounded up or down at random, so that its mean is the exact step
+    (stochastic rounding, Gupta et al. 2015, arXiv 1502.02551). The moments are float32.
+
+    The random numbers depend only on the seed, the step and the position of the weight. So copies of a weight on
+    several ranks stay equal, and a resumed run draws what the interrupted one would have drawn.
     """
 
     def __init__(self, groups: list[dict], betas: tuple[float, float], eps: float, seed: int):
@@ -22,66 +24,74 @@ class RoundedAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        place = 0
+        position = 0
         for group in self.param_groups:
             for parameter in group["params"]:
-                place += 1
+                position += 1
                 if parameter.grad is not None:
-                    self._step_one(group, parameter, place)
+                    self._update(group, parameter, position)
 
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)
-        # torch 2.13 casts moments to the dtype of their weight.
+        # torch 2.13 casts the moments to bfloat16, the dtype of their weight: take them again from `state_dict`.
         saved = [key for group in state_dict["param_groups"] for key in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for key, parameter in zip(saved, parameters, strict=True):
             for name in ("exp_avg", "exp_avg_sq") if key in state_dict["state"] else ():
                 self.state[parameter][name] = state_dict["state"][key][name].to(parameter.device, copy=True)
 
-    def _step_one(self, group: dict, parameter: nn.Parameter, place: int) -> None:
+    def _update(self, group: dict, parameter: nn.Parameter, position: int) -> None:
         state = self.state[parameter]
         if not state:
             state["step"] = 0
             state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(parameter, dtype=torch.float32) for _ in range(2))
         state["step"] += 1
-        number, (beta1, beta2) = state["step"], group["betas"]
+        step, (beta1, beta2) = state["step"], group["betas"]
         weight, gradient, mean, square = map(
             local_part, (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
         )
+
+        # AdamW (arXiv 1711.05101) in float32.
         gradient = gradient.float()
         mean.lerp_(gradient, 1 - beta1)
         square.lerp_(gradient.square(), 1 - beta2)
         updated = weight.float().mul_(1 - group["lr"] * group["weight_decay"])
-        size = group["lr"] / (1 - beta1**number)
-        updated.addcdiv_(mean, (square / (1 - beta2**number)).sqrt_().add_(group["eps"]), value=-size)
+        step_size = group["lr"] / (1 - beta1**step)
+        updated.addcdiv_(mean, (square / (1 - beta2**step)).sqrt_().add_(group["eps"]), value=-step_size)
+
+        # Rounding: shards of a weight need different random numbers, copies of it the same.
         generator = torch.Generator(weight.device)
-        # Shards of one weight are different numbers, copies of it are the same.
         shard = torch.distributed.get_rank() if weight is not parameter else 0
-        generator.manual_seed(hash((self.seed, number, place, shard)) & (2**63 - 1))
-        weight.copy_(round_at_random(updated, generator))
+        # `hash` of integers is the same in every process; Python adds a random key for texts only.
+        generator.manual_seed(hash((self.seed, step, position, shard)) & (2**63 - 1))
+        weight.copy_(round_stochastically(updated, generator))
 
 
-def round_at_random(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """float32 `values` as bfloat16, each one of its two neighbours there, the nearer the likelier; the mean is `values`."""
-    # bfloat16 is the upper half of a float32: what the lower half adds to a random number carries over, or does not.
+def round_stochastically(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Round float32 `values` to bfloat16, up or down at random. The nearer one is likelier: the mean stays `values`."""
+    # bfloat16 is the upper 16 bits of a float32. Random lower 16 bits are added: the sum carries into the upper ones
+    # with a probability equal to the fraction that rounding would drop. Then the lower bits are cleared.
     noise = torch.randint(2**16, values.shape, dtype=torch.int32, device=values.device, generator=generator)
     return (values.view(torch.int32) + noise).bitwise_and_(-(2**16)).view(torch.float32).to(torch.bfloat16)
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """Muon for the hidden matrices, AdamW for vectors, embeddings, output head and stacked experts, as one optimizer.
+    """One optimizer that steps hidden matrices with Muon, and vectors, embeddings, output head and experts with AdamW.
 
-    Muon's step is scaled to the root mean square of AdamW's (arXiv 2502.16982), so both take the same learning rate.
+    Muon's step is scaled to the root mean square of AdamW's (arXiv 2502.16982), so both use the same learning rate.
+    Stacked experts are tensors of three dimensions, which Muon does not take.
     """
 
     def __init__(self, model: nn.Module, groups: list[dict], betas: tuple[float, float], eps: float):
-        apart = embedding_parameters(model)
+        embedding_ids = embedding_weight_ids(model)
 
-        def for_muon(parameter: nn.Parameter) -> bool:
-            return parameter.ndim == 2 and id(parameter) not in apart
+        def is_for_muon(parameter: nn.Parameter) -> bool:
+            return parameter.ndim == 2 and id(parameter) not in embedding_ids
 
-        matrices = _chosen(groups, for_muon)
-        others = _chosen(groups, lambda parameter: not for_muon(parameter))
+        matrices = _filter_groups(groups, is_for_muon)
+        others = _filter_groups(groups, lambda parameter: not is_for_muon(parameter))
+
+        # Each inner optimizer, and the slice of all groups that it steps.
         self.parts: list[tuple[torch.optim.Optimizer, slice]] = []
         if matrices:
             muon = torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw")
@@ -92,20 +102,20 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        # Handed over anew each time: loading a state, and FSDP2 for its shards, replace groups, state and parameters.
+        # Loading a state, and FSDP2 when it shards, replace groups, state and parameters: pass them on in every step.
         for part, groups in self.parts:
             part.param_groups, part.state = self.param_groups[groups], self.state
             part.step()
 
 
-def _chosen(groups: list[dict], wanted: Callable[[nn.Parameter], bool]) -> list[dict]:
-    """The groups with the wanted parameters only; empty ones are left out."""
-    kept = [{**group, "params": [p for p in group["params"] if wanted(p)]} for group in groups]
-    return [group for group in kept if group["params"]]
+def _filter_groups(groups: list[dict], condition: Callable[[nn.Parameter], bool]) -> list[dict]:
+    """The groups with only those parameters that meet the condition, without groups that are empty then."""
+    filtered = [{**group, "params": [p for p in group["params"] if condition(p)]} for group in groups]
+    return [group for group in filtered if group["params"]]
 
 
-def embedding_parameters(model: nn.Module) -> set[int]:
-    """Identities of the weights of embeddings and of the output head."""
+def embedding_weight_ids(model: nn.Module) -> set[int]:
+    """The `id` of each weight of an embedding or of the output head."""
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
     return {id(parameter) for module in [*tables, *([head] if head else [])] for parameter in module.parameters()}

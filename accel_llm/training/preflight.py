@@ -1,6 +1,7 @@
-"""What is really in force once all is prepared, checked before and in the first step, and kept in run.json."""
+"""Checks of the prepared model, before and in the first step; their results are kept in run.json."""
 
 import json
+from collections import Counter
 from typing import Any
 
 import torch
@@ -17,33 +18,42 @@ from accel_llm.model.attention import check_isolation, unwrap_causal_lm
 from accel_llm.model.loss import check_loss
 from accel_llm.model.vocabulary import NEW_ROWS
 
+# For a hash, tensors are read as integers of the same size in bytes.
 INTEGERS_BY_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def preflight(accelerator: Accelerator, model: nn.Module, optimizer: Any, options: TrainOptions) -> dict[str, Any]:
-    """Check the prepared model before it trains, and its gradients in the first step: what is trained is what was asked
-    for, in the engine that the launch YAML names, sharded where it says so, with equal weights on all ranks, with the
-    family's own loss, and with packed documents apart.
+    """Check the prepared model before it trains, and hook up a check of its gradients in the first step.
 
-    Returns what is in force, for run.json; the first step adds to it. A collective.
+    The checks: the engine is the one of the launch YAML; exactly the parameters of the method are trained; parameters
+    are sharded where the engine shards; all ranks hold equal weights; the loss equals that of the model family; packed
+    documents do not see each other; and in the first step every trained parameter gets a gradient. All processes must
+    call it.
+
+    Returns:
+        The settings in force, for run.json. The first step adds its own to the same dict.
 
     Raises:
-        ConfigError: no exact loss could be had, packed documents see each other, or (in the first step) some of what is
-            trained gets no gradient.
-        RuntimeError: a library has set up something else than it was told.
+        ConfigError: the loss cannot be computed exactly, packed documents see each other, or (in the first step) a
+            trained parameter gets no gradient.
+        RuntimeError: a library did not set up what it was told to.
     """
-    # What matrix products run in: autocast's dtype, or the one DeepSpeed has cast the weights to.
+    # Matrix products run in autocast's dtype, or in the one that DeepSpeed has cast the weights to.
     dtype = torch.int8 if options.load_in_8bit else compute_dtype(options)
+
+    # Checks that need no forward pass. They come first: after a forward pass FSDP2 keeps the parameters outside the
+    # layers unsharded until the next backward pass.
     _check_engine(model)
     _check_trained(unwrap_model(accelerator, model), options)
     facts: dict[str, Any] = {}
-    # Before the first forward: FSDP2 leaves what stands outside the layers whole until a backward pass.
     _watch_first_step(accelerator, model, optimizer, facts)
     parameters = parameter_counts(model)
     held = [0] * accelerator.num_processes
     held[accelerator.process_index] = parameters["this_process"]
     if accelerator.num_processes > 1:
         _check_sharded(model)
+
+    # Checks that run the model, and all settings as they are.
     facts |= {
         "strategy": strategy(),
         "distributed_type": str(accelerator.distributed_type.value),
@@ -67,63 +77,73 @@ def preflight(accelerator: Accelerator, model: nn.Module, optimizer: Any, option
 
 
 def _check_engine(model: nn.Module) -> None:
+    """Raise RuntimeError unless the model was prepared by the engine that the launch YAML names."""
     from torch.distributed.fsdp import FSDPModule
 
-    wanted, stage = strategy(), getattr(model, "zero_optimization_stage", lambda: None)()
-    right = {
-        # A launcher's single process is a group of one.
-        "single": stage is None and not isinstance(model, FSDPModule),
+    expected, zero_stage = strategy(), getattr(model, "zero_optimization_stage", lambda: None)()
+    matches = {
+        # A single process may be wrapped in DDP or not: under a launcher it is a process group of one.
+        "single": zero_stage is None and not isinstance(model, FSDPModule),
         "ddp": isinstance(model, DistributedDataParallel),
         "fsdp2": isinstance(model, FSDPModule),
-    }.get(wanted, wanted == f"zero{stage}")
-    if not right:
-        raise RuntimeError(f"the launch YAML asks for {wanted}, but the model was prepared as {type(model).__name__}")
+    }.get(expected, expected == f"zero{zero_stage}")
+    if not matches:
+        raise RuntimeError(
+            f"The launch YAML asks for {expected}, but the model was prepared as {type(model).__name__}."
+        )
 
 
 def _check_trained(model: nn.Module, options: TrainOptions) -> None:
-    """All of the model with method full; else the adapter, and what was named to be trained beside it."""
+    """Raise RuntimeError if method full leaves a parameter frozen, or another method trains one outside the adapter.
+
+    Beside the adapter its `modules_to_save`, the rows of added tokens and, with `lora_bias`, biases may be trained.
+    """
     parts = ["lora_", ".modules_to_save.", f".{NEW_ROWS}", *([".bias"] if options.lora_bias != "none" else [])]
-    wrong = [
+    full = options.method == "full"
+    names = [
         name
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad != (options.method == "full" or any(part in name for part in parts))
-        and (options.method == "full" or parameter.requires_grad)
+        if (not parameter.requires_grad if full else parameter.requires_grad and not any(p in name for p in parts))
     ]
-    if wrong:
-        state = "frozen" if options.method == "full" else "trained"
-        raise RuntimeError(f"method {options.method}: {len(wrong)} parameters are {state} ({', '.join(wrong[:3])})")
+    if names:
+        state = "frozen" if full else "trained"
+        raise RuntimeError(f"method {options.method}: {len(names)} parameters are {state} ({', '.join(names[:3])}).")
 
 
 def _check_sharded(model: nn.Module) -> None:
-    """Under ZeRO-3 and FSDP2 every parameter is cut, but for those that ZeRO-3 keeps whole by its persistence threshold."""
+    """Raise RuntimeError if ZeRO-3 or FSDP2 left a parameter unsharded.
+
+    Parameters below ZeRO-3's persistence threshold stay whole on purpose.
+    """
     from torch.distributed.tensor import DTensor
 
-    whole: list[str] = []
-    named: Any = model.named_parameters()
-    for name, parameter in named:
+    unsharded: list[str] = []
+    parameters: Any = model.named_parameters()  # Any, because DeepSpeed adds attributes that no type knows
+    for name, parameter in parameters:
         if strategy() == "fsdp2":
-            uncut = not isinstance(parameter, DTensor)
+            whole = not isinstance(parameter, DTensor)
         else:
-            uncut = (
+            whole = (
                 strategy() == "zero3"
                 and not parameter.ds_persist
                 and parameter.ds_tensor.numel() >= parameter.ds_numel > 1
             )
-        whole += [name] if uncut else []
-    if whole:
-        raise RuntimeError(f"{len(whole)} parameters are not sharded under {strategy()} ({', '.join(whole[:3])})")
+        unsharded += [name] if whole else []
+    if unsharded:
+        names = ", ".join(unsharded[:3])
+        raise RuntimeError(f"{len(unsharded)} parameters are not sharded under {strategy()} ({names}).")
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:
-    """Numbers of parameters: trainable, in total, and held by this process under the sharding in force.
+    """Numbers of parameters: trainable, in total, and held by this process.
 
-    A 4-bit tensor counts the weights that it stands for, except in what this process holds.
+    A 4-bit tensor counts as the weights that it encodes, but in `this_process` as the elements that it stores.
     """
     from torch.distributed.tensor import DTensor
 
     counts = {"trainable": 0, "total": 0, "this_process": 0}
-    every: Any = model.parameters()
-    for parameter in every:
+    parameters: Any = model.parameters()
+    for parameter in parameters:
         size = held = parameter.numel()
         if hasattr(parameter, "ds_id"):
             size = parameter.ds_numel
@@ -140,51 +160,51 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
 
 
 def _dtypes(model: nn.Module, trained: bool) -> dict[str, int]:
-    """Number of tensors by dtype."""
-    found: dict[str, int] = {}
-    for parameter in model.parameters():
-        if parameter.requires_grad == trained:
-            name = str(parameter.dtype).removeprefix("torch.")
-            found[name] = found.get(name, 0) + 1
-    return found
+    """The number of trained or frozen tensors by dtype."""
+    names = (str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad == trained)
+    return dict(Counter(names))
 
 
 def _equal_hash(accelerator: Accelerator, model: nn.Module) -> str | None:
-    """A hash of the weights that every rank holds whole, the same on all; None where none is whole.
+    """A hash of all weights, as 16 hexadecimal digits. Under ZeRO-3 and FSDP2 None: there each rank holds other parts.
 
-    Under ZeRO-3 and FSDP2 each weight came from one rank or from the same file, and its parts differ by design.
+    Raises:
+        RuntimeError: the ranks hold different weights.
     """
     if strategy() in ("zero3", "fsdp2"):
         return None
     total = torch.zeros((), dtype=torch.int64)
     for number, parameter in enumerate(model.parameters()):
         bits = torch.hash_tensor(parameter.detach().contiguous().view(INTEGERS_BY_SIZE[parameter.element_size()]))
-        # The order counts; int64 wraps around.
+        # The factor makes the order of the tensors count. int64 wraps around on overflow, which a hash may.
         total += bits.cpu().view(torch.int64) * (2 * number + 1)
-    everywhere = sum_over_processes(accelerator, torch.stack([total, total * total]))
-    mean, squares = total * accelerator.num_processes, total * total * accelerator.num_processes
-    if everywhere.cpu().tolist() != [int(mean), int(squares)]:
-        raise RuntimeError(f"the ranks hold different weights; rank {accelerator.process_index} has {int(total):x}")
+
+    # If all ranks have this rank's hash, the sums of the hashes and of their squares are multiples of it.
+    sums = sum_over_processes(accelerator, torch.stack([total, total * total]))
+    expected = [int(total * accelerator.num_processes), int(total * total * accelerator.num_processes)]
+    if sums.cpu().tolist() != expected:
+        raise RuntimeError(f"The ranks hold different weights; rank {accelerator.process_index} has {int(total):x}.")
     return f"{int(total) & (2**64 - 1):016x}"
 
 
 def _watch_first_step(accelerator: Accelerator, model: nn.Module, optimizer: Any, facts: dict[str, Any]) -> None:
-    """See to it that the first step finds a gradient for all that is trained, and note in what dtypes it is taken."""
+    """Hook into the first optimizer step: check that every trained parameter has a gradient, and record the dtypes."""
     trained = [(name, p) for name, p in unwrap_model(accelerator, model).named_parameters() if p.requires_grad]
-    seen = torch.zeros(len(trained), 2, dtype=torch.int64)  # 1 where there is a gradient, 1 where it is not all zero
+    # For each parameter: 1 if it has a gradient, and 1 if that is not all zero.
+    gradient_flags = torch.zeros(len(trained), 2, dtype=torch.int64)
     hooks = []
     if strategy().startswith("zero"):
-        # DeepSpeed takes each gradient away as soon as it is there.
+        # DeepSpeed frees each gradient as soon as it is computed, so it must be seen during the backward pass.
         for k, (_, parameter) in enumerate(trained):
-            hooks.append(parameter.register_hook(lambda gradient, k=k: _note(seen, k, gradient)))
+            hooks.append(parameter.register_hook(lambda gradient, k=k: _mark_gradient(gradient_flags, k, gradient)))
 
-    def before(*_: Any) -> None:
+    def check_gradients(*_: Any) -> None:
         for k, (_, parameter) in enumerate(trained):
             if parameter.grad is not None:
-                _note(seen, k, parameter.grad)
-        found = sum_over_processes(accelerator, seen).cpu()
-        without = [name for (name, _), (some, _) in zip(trained, found.tolist(), strict=True) if not some]
-        zero = [name for (name, _), (some, more) in zip(trained, found.tolist(), strict=True) if some and not more]
+                _mark_gradient(gradient_flags, k, parameter.grad)
+        counts = sum_over_processes(accelerator, gradient_flags).cpu().tolist()
+        without = [name for (name, _), (present, _) in zip(trained, counts, strict=True) if not present]
+        zero = [name for (name, _), (present, value) in zip(trained, counts, strict=True) if present and not value]
         facts["first_step"] = {"gradients": len(trained) - len(without), "all_zero": len(zero), "without": without[:20]}
         if without:
             raise ConfigError(
@@ -192,21 +212,22 @@ def _watch_first_step(accelerator: Accelerator, model: nn.Module, optimizer: Any
                 f"step ({', '.join(without[:3])}); train an adapter on other modules with lora_target_modules."
             )
 
-    def after(inner: Any, *_: Any) -> None:
-        kinds = {str(t.dtype).removeprefix("torch.") for state in inner.state.values() for t in _moments(state)}
+    def record_dtypes(inner: Any, *_: Any) -> None:
+        state = {str(t.dtype).removeprefix("torch.") for values in inner.state.values() for t in _moments(values)}
         stepped = {str(parameter.dtype).removeprefix("torch.") for parameter in inner.state}
-        facts["dtypes"] |= {"stepped": sorted(stepped), "optimizer_state": sorted(kinds)}
+        facts["dtypes"] |= {"stepped": sorted(stepped), "optimizer_state": sorted(state)}
         for hook in hooks:
             hook.remove()
 
     base = unwrap_optimizer(optimizer)
-    hooks += [base.register_step_pre_hook(before), base.register_step_post_hook(after)]
+    hooks += [base.register_step_pre_hook(check_gradients), base.register_step_post_hook(record_dtypes)]
 
 
-def _note(seen: torch.Tensor, k: int, gradient: Any) -> None:
-    seen[k, 0] = 1
-    seen[k, 1] |= int(local_part(gradient).any())
+def _mark_gradient(flags: torch.Tensor, k: int, gradient: Any) -> None:
+    flags[k, 0] = 1
+    flags[k, 1] |= int(local_part(gradient).any())
 
 
 def _moments(state: dict[str, Any]) -> list[torch.Tensor]:
+    """The tensors of an optimizer's state that are more than a single number."""
     return [value for value in state.values() if isinstance(value, torch.Tensor) and value.ndim]

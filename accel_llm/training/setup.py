@@ -1,4 +1,4 @@
-"""What every training script does before its loop: options read, text encoded, a model assembled, an optimizer built."""
+"""Steps of every training script before its loop: read options, encode text, assemble a model, build an optimizer."""
 
 import sys
 from dataclasses import dataclass, replace
@@ -18,13 +18,16 @@ from accel_llm.config.command_line import parse_options, resolved_options
 from accel_llm.config.options import OVERFIT_DEFAULTS, PretrainOptions, SftOptions, TrainOptions
 from accel_llm.data.prepare import EncodedData, encode_conversations, encode_texts
 from accel_llm.data.sources import source_problems
-from accel_llm.demo.files import TrainOptionsT, parse_or_demo, resolve_demo
+from accel_llm.demo.files import TrainOptionsT, parse_options_or_demo, resolve_demo
 from accel_llm.errors import raise_problems
 from accel_llm.model.generation import stop_token_ids
 from accel_llm.model.loading import build_model, load_model, load_model_config, model_problems
-from accel_llm.model.neftune import neftune
+from accel_llm.model.neftune import attach_neftune
 from accel_llm.model.placement import place_weights
 from accel_llm.model.tokenizer import check_token_ids
+
+# The scripts call these two as `setup.configured_tokenizer` and `setup.pad_token_id`. The repeated name tells linters
+# and type checkers that the import is there for others.
 from accel_llm.model.tokenizer import configured_tokenizer as configured_tokenizer
 from accel_llm.model.tokenizer import pad_token_id as pad_token_id
 from accel_llm.model.vocabulary import add_missing_tokens, extend_vocabulary
@@ -37,16 +40,16 @@ def read_options(
     defaults: dict[str, Any] | None = None,
     demo: Path | None = None,
 ) -> TrainOptionsT:
-    """The options of a training script from its command line and recipe, checked.
+    """Read and check the options of a training script from its command line and recipe.
 
-    `defaults` are the script's own. `demo` is the recipe of a person who names no model, data or recipe. An
-    adapter that is continued brings its own options.
+    `defaults` are the script's own. `demo` is the recipe to use if the command line names no model, data or recipe.
+    With `adapter_name_or_path` the settings of that adapter are filled in.
 
     Raises:
-        ConfigError: an option, a model or a source of rows cannot be used; all problems are told at once.
+        ConfigError: an option, the model or a source of rows cannot be used. It lists all problems.
     """
     if demo is not None:
-        options = parse_or_demo(options_class, demo, sys.argv[1:])
+        options = parse_options_or_demo(options_class, demo, sys.argv[1:])
     else:
         options = resolve_demo(parse_options(options_class, sys.argv[1:], defaults))
     if isinstance(options, SftOptions) and options.overfit:
@@ -57,9 +60,23 @@ def read_options(
     return options
 
 
+def read_data_options(options_class: type[TrainOptionsT], demo: Path) -> TrainOptionsT:
+    """Read and check the options of a script that encodes data but trains nothing.
+
+    Such a script reads only the tokenizer of a model, so with `tokenizer_name` no model is needed.
+
+    Raises:
+        ConfigError: an option, the model or a source of rows cannot be used. It lists all problems.
+    """
+    options = parse_options_or_demo(options_class, demo, sys.argv[1:])
+    raise_problems(source_problems(options) + ([] if options.tokenizer_name else model_problems(options)))
+    quiet_libraries()
+    return options
+
+
 @dataclass(frozen=True)
 class ChatTokenizer:
-    """A tokenizer with the chat template that is bound to it; `new_tokens` are the ids that `add_tokens` has added."""
+    """A tokenizer and the chat template bound to it; `new_tokens` are the ids that `add_tokens` has added."""
 
     tokenizer: PreTrainedTokenizerFast
     template: Template
@@ -67,16 +84,25 @@ class ChatTokenizer:
 
 
 def chat_tokenizer(options: SftOptions) -> ChatTokenizer:
-    """The run's tokenizer and template. The tokenizer is exported with the template that it was trained with."""
+    """Load the tokenizer and the chat template of a run.
+
+    Raises:
+        ConfigError: one of them cannot be loaded, or they do not fit each other.
+    """
     tokenizer = configured_tokenizer(options)
     new_tokens = add_missing_tokens(tokenizer, options)
     template = configured_template(tokenizer, options)
-    tokenizer.chat_template = template.source
+    tokenizer.chat_template = template.source  # so that the export has the template of the training
     return ChatTokenizer(tokenizer, template, new_tokens)
 
 
 def encode_chats(options: SftOptions, config: PreTrainedConfig, chat: ChatTokenizer) -> EncodedData:
-    """Rows of conversations for training and evaluation; with `overfit` the training rows are evaluated."""
+    """Encode conversations as rows for training and evaluation. With `overfit` the training rows are evaluated.
+
+    Raises:
+        ConfigError: the model has no embedding for some token, or too many rows or trained tokens are lost.
+        DataError: a row cannot be used.
+    """
     data = encode_conversations(options, options.seed, chat.tokenizer, chat.template)
     check_token_ids(data.token_ids, config, chat.tokenizer, chat.new_tokens)
     return replace(data, eval=data.train) if options.overfit else data
@@ -85,24 +111,25 @@ def encode_chats(options: SftOptions, config: PreTrainedConfig, chat: ChatTokeni
 def encode_documents(
     options: PretrainOptions, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast
 ) -> EncodedData:
-    """Rows of plain text for training and evaluation."""
+    """Encode plain text as rows for training and evaluation; raises the errors of `encode_chats`."""
     data = encode_texts(options, options.seed, tokenizer, options.text_column)
     check_token_ids(data.token_ids, config, tokenizer)
     return data
 
 
 def read_config(options: TrainOptions) -> PreTrainedConfig:
-    """The model's config, before any weight is read; raises ConfigError as `load_model_config` does."""
+    """Read the model's config, but no weights; raises ConfigError as `load_model_config` does."""
     return load_model_config(options, options.max_length)
 
 
 def assemble_model(
     accelerator: Accelerator, options: TrainOptions, config: PreTrainedConfig, new_tokens: range = range(0)
 ) -> torch.nn.Module:
-    """The model as it will train, its weights on their devices. A collective.
+    """Build or load the model, adapt it, and place its weights on their devices. All processes must call it.
 
-    The order matters: the seed comes before whatever draws weights; new tokens need their rows before an adapter freezes
-    the model; noise goes on the embedding that is left; and weights are quantised and sharded once none will be added.
+    The order matters. The seed comes before all random weights. New tokens get their rows before an adapter freezes the
+    model. NEFTune's noise goes on the embedding as it is after that. Weights are quantised and sharded last, when all
+    of them are there.
     """
     set_seed(options.seed)
     fresh = isinstance(options, PretrainOptions) and options.config_name
@@ -110,7 +137,7 @@ def assemble_model(
     extend_vocabulary(model, new_tokens)
     if options.method != "full":
         model = attach_adapter(model, options, new_tokens)
-    neftune(model, options.neftune_noise_alpha)
+    attach_neftune(model, options.neftune_noise_alpha)
     place_weights(accelerator, model, options)
     return model
 
@@ -118,7 +145,7 @@ def assemble_model(
 def optimizer_and_schedule(
     accelerator: Accelerator, model: torch.nn.Module, options: TrainOptions, total_steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """The optimizer over what is trained, and the learning rate's course. Only the optimizer goes through `prepare`."""
+    """Build the optimizer over all trainable parameters, and the schedule. `prepare` takes the optimizer alone."""
     optimizer = build_optimizer(model, options, accelerator.device.type, engine(), options.seed)
     return optimizer, build_schedule(optimizer, options, total_steps)
 
@@ -126,12 +153,12 @@ def optimizer_and_schedule(
 def stop_tokens(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, template: Template | None = None
 ) -> list[int]:
-    """The tokens that end an answer, in evaluation and in the generation config that is exported."""
+    """Ids of the tokens that end an answer, both in evaluation and in the exported generation config."""
     return stop_token_ids(model, tokenizer, template.turn_end_id if template else None)
 
 
 def run_facts(options: TrainOptions, data: EncodedData, checks: dict[str, Any]) -> dict[str, Any]:
-    """What run.json says of a run from its first second: what was checked, every option, the data and its ledger."""
+    """Facts for run.json that are known before the first step: checks, all options, the data and its ledger."""
     return checks | {
         "options": resolved_options(options),
         "data": data.fingerprint,

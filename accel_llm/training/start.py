@@ -1,4 +1,4 @@
-"""Where a run begins."""
+"""Where a run begins: at step 0, or at the step of a checkpoint."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,14 +9,14 @@ from accel_llm.data.stream import Position
 
 @dataclass(frozen=True, kw_only=True)
 class Start(Position):
-    """Where a run begins and what it takes over: nothing at step 0, else what a checkpoint holds, `folder`."""
+    """The position in the data at which a run begins, and the values that it takes from the checkpoint `folder`."""
 
     output_dir: Path
-    identity: dict[str, Any] = field(default_factory=dict)  # what makes the run this run
-    folder: Path | None = None
-    same_processes: bool = True  # as many as saved the checkpoint
+    identity: dict[str, Any] = field(default_factory=dict)  # fingerprints of base and data, rows in a step
+    folder: Path | None = None  # None: no checkpoint, the run begins at step 0
+    same_processes: bool = True  # False: another number of processes saved the checkpoint
     meter: tuple[float, ...] = (0.0,) * 5  # this process's sums since the last line of metrics
     skipped: int = 0  # steps whose gradient was not finite
     best: tuple[int, float] | None = None  # step and metric of the best checkpoint
-    evaluate: bool = False  # an evaluation of this step was due and was cut short
-    changed: tuple[str, ...] = ()  # options that differ from the checkpoint's, and are allowed to
+    evaluate: bool = False  # the evaluation of this step was interrupted and is still to do
+    changed: tuple[str, ...] = ()  # options that differ from the checkpoint's, as allowed by allow_changed

@@ -1,4 +1,4 @@
-"""Every LoRA option arrives in PEFT's config and in the model; what was saved is what comes back."""
+"""Every LoRA option reaches PEFT's config and the model, and a saved adapter loads with the same weights."""
 
 import json
 import re
@@ -31,12 +31,12 @@ def attached(base: Path, **options) -> PeftModel:
     return settled(attach_adapter(load_model(settings), settings), settings)
 
 
-def trained(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def trainable_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def adapted(model: torch.nn.Module) -> list[str]:
-    """The modules that carry a LoRA, by their name in the base model."""
+    """Names, in the base model, of the modules that have a LoRA."""
     return [
         name.removeprefix("base_model.model.")
         for name, module in model.named_modules()
@@ -74,14 +74,14 @@ def test_targets_all_linear_a_list_and_a_pattern(tiny):
 def test_biases_are_trained_as_asked(make_model, tmp_path, bias, count):
     base = make_model(tmp_path, attention_bias=True)
     model = attached(base, lora_bias=bias, lora_target_modules=["q_proj"])
-    names = [name for name in trained(model) if name.endswith("bias")]
+    names = [name for name in trainable_state(model) if name.endswith("bias")]
     # q, k, v and o in two layers
     assert len(names) == {0: 0, 6: 8, 2: 2}[count]
 
 
 def test_dora_learns_magnitudes(tiny):
     model = attached(tiny, use_dora=True, lora_target_modules=["q_proj"])
-    vectors = [p for name, p in trained(model).items() if "lora_magnitude_vector" in name]
+    vectors = [p for name, p in trainable_state(model).items() if "lora_magnitude_vector" in name]
     assert [v.shape for v in vectors] == [(32,)] * 2
     base = load_file(tiny / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"]
     assert torch.allclose(vectors[0], base.norm(dim=1))
@@ -106,9 +106,9 @@ def test_all_that_is_trained_is_float32(make_model, tmp_path, dtype):
     base = make_model(tmp_path, attention_bias=True)
     more = {"lora_bias": "all", "modules_to_save": ["lm_head"], "use_dora": True}
     model = attached(base, precision=dtype, **more)
-    kinds = {name.rsplit(".", 1)[1] if "lora" not in name else "lora" for name in trained(model)}
+    kinds = {name.rsplit(".", 1)[1] if "lora" not in name else "lora" for name in trainable_state(model)}
     assert kinds == {"lora", "bias", "weight"}
-    assert {tensor.dtype for tensor in trained(model).values()} == {torch.float32}
+    assert {tensor.dtype for tensor in trainable_state(model).values()} == {torch.float32}
     frozen = {p.dtype for p in model.parameters() if not p.requires_grad}
     assert frozen == {PRECISION_DTYPES[dtype]}
     head = model.get_submodule("base_model.model.lm_head.modules_to_save.default")
@@ -170,14 +170,14 @@ def test_what_was_saved_is_what_comes_back(make_model, tmp_path, options, dtype)
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.05)
-    state = trained(model)
+    state = trainable_state(model)
     save_adapter(model, tmp_path / "adapter", state, str(base))
     assert sorted(p.name for p in (tmp_path / "adapter").iterdir() if p.name != "README.md") == [
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
-    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    assert len(saved) == len(state) and {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert len(weights) == len(state) and {tensor.dtype for tensor in weights.values()} == {torch.float32}
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")
     # A whole module is float32 while it trains, and takes the base's dtype where the adapter is used.
     bound = 1e-6 if dtype == "fp32" else 2e-2 if "modules_to_save" in options else 1e-3
@@ -192,7 +192,7 @@ def test_the_base_is_recorded_where_it_can_be_found_again(tiny, tmp_path, monkey
     monkeypatch.chdir(tiny.parent)
     model = attached(Path(tiny.name))
     for name, recorded in ((tiny.name, str(tiny)), ("owner/model", "owner/model")):
-        save_adapter(model, tmp_path / "adapter", trained(model), name)
+        save_adapter(model, tmp_path / "adapter", trainable_state(model), name)
         assert read_adapter_config(tmp_path / "adapter")["base_model_name_or_path"] == recorded
 
 
@@ -200,11 +200,11 @@ def test_the_saved_config_says_what_was_asked(tiny, tmp_path):
     model = attached(
         tiny, lora_r=6, lora_alpha=10.5, lora_dropout=0.1, use_rslora=True, use_dora=True, modules_to_save=["norm"]
     )
-    save_adapter(model, tmp_path, trained(model), str(tiny))
-    saved = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
-    asked = {"r": 6, "lora_alpha": 10.5, "lora_dropout": 0.1, "use_rslora": True, "use_dora": True, "bias": "none"}
-    asked |= {"modules_to_save": ["norm"], "task_type": "CAUSAL_LM", "peft_type": "LORA"}
-    assert {name: saved[name] for name in asked} == asked
+    save_adapter(model, tmp_path, trainable_state(model), str(tiny))
+    settings = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
+    expected = {"r": 6, "lora_alpha": 10.5, "lora_dropout": 0.1, "use_rslora": True, "use_dora": True, "bias": "none"}
+    expected |= {"modules_to_save": ["norm"], "task_type": "CAUSAL_LM", "peft_type": "LORA"}
+    assert {name: settings[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def test_an_adapter_that_cannot_go_on_is_refused(script, tiny, chats, tmp_path, 
     for more, message in (
         ((tmp_path / "nowhere",), "nowhere does not exist"),
         ((tiny,), "is a full model: it has no adapter_config.json"),
-        ((first, "--lora_r", 8), f"lora_r: 8 is given, the adapter {first} has 4; leave it out."),
+        ((first, "--lora_r", 8), f"lora_r: 8 is given, but the adapter {first} has 4; leave it out."),
         ((first, "--method", "full"), "adapter_name_or_path"),
     ):
         with pytest.raises(ConfigError, match=re.escape(message)):
@@ -247,13 +247,13 @@ def test_an_adapter_that_cannot_go_on_is_refused(script, tiny, chats, tmp_path, 
     with pytest.raises(ConfigError, match=r"was trained on another base model \(fingerprint \w{16}\) than .*wider"):
         script("sft", *words, first, "--model_name_or_path", wider)
     path, unknown = first / "adapter_model.safetensors", tmp_path / "first" / "unknown"
-    kept = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    weights = {name: tensor.clone() for name, tensor in load_file(path).items()}
     shutil.copytree(first, unknown)
-    save_file(kept, unknown / path.name)
+    save_file(weights, unknown / path.name)
     for base in (wider, make_model(tmp_path / "shallower", num_hidden_layers=1)):
         with pytest.raises(ConfigError, match=r"does not fit|the model has no"):
             script("sft", *words, unknown, "--model_name_or_path", base)
-    save_file({name: tensor for name, tensor in list(kept.items())[1:]}, path)
+    save_file({name: tensor for name, tensor in list(weights.items())[1:]}, path)
     with pytest.raises(ConfigError, match=r"does not fit the model: 1 of its weights are missing \(base_model"):
         script("sft", *words, first)
     (first / "adapter_model.safetensors").rename(first / "adapter_model.bin")

@@ -1,4 +1,4 @@
-"""Adapters as any release of PEFT, or a script, has left them are read; what cannot be is refused in a sentence."""
+"""Adapters saved by any release of PEFT or by other scripts are read, or refused in one sentence."""
 
 import json
 import os
@@ -57,8 +57,8 @@ def test_every_published_config_is_read_and_left_as_it_is(path, tmp_path):
     for key in ("r", "lora_alpha", "num_virtual_tokens", "task_type"):
         assert getattr(config, key, None) == settings.get(key)
     unknown = {"enable_lora", "merge_weights"} & settings.keys()
-    told = {key for key in unknown if not (key == "enable_lora" and settings[key])}
-    assert [note.split(": ")[1].split(" ")[0] for note in notes] == sorted(told, key=list(settings).index)
+    ignored_keys = {key for key in unknown if not (key == "enable_lora" and settings[key])}
+    assert [note.split(": ")[1].split(" ")[0] for note in notes] == sorted(ignored_keys, key=list(settings).index)
     assert all("a key of PEFT 0.2, unknown to PEFT" in note for note in notes)
     assert path.read_bytes() == before
 
@@ -68,7 +68,7 @@ def test_keys_of_releases_to_come_are_set_aside_by_name(tmp_path, value):
     folder = adapter(tmp_path / "a", SETTINGS | {"lora_from_tomorrow": value, "peft_version": "0.99.0"})
     assert read_adapter(folder).notes == (
         f"adapter_config.json: lora_from_tomorrow ({json.dumps(value)}) is a key of PEFT 0.99.0, unknown to PEFT "
-        f"{peft.__version__}, and is set aside.",
+        f"{peft.__version__}; it is ignored.",
     )
     folder = adapter(folder, SETTINGS | {"lora_from_tomorrow": value})
     assert "is a key of another release of PEFT" in read_adapter(folder).notes[0]
@@ -87,9 +87,7 @@ def test_odd_values_are_understood(tmp_path):
     minimal = {"r": 4, "lora_alpha": 8, "target_modules": "q_proj"}
     assert read_adapter(adapter(tmp_path / "b", minimal)).config.peft_type == "LORA"
     note = read_adapter(adapter(tmp_path / "c", SETTINGS | {"megatron_config": {"world": 8}})).notes[0]
-    assert note.startswith("megatron_config of ") and note.endswith(
-        "layers of Megatron are not in a model of transformers."
-    )
+    assert note.startswith("megatron_config of ") and note.endswith("transformers' models have no Megatron layers.")
 
 
 @pytest.mark.parametrize(
@@ -97,8 +95,10 @@ def test_odd_values_are_understood(tmp_path):
 )
 def test_a_text_is_a_pattern_or_the_end_of_a_name(tiny, tmp_path, targets, adapted):
     model = AutoModelForCausalLM.from_pretrained(tiny)
-    wanted = ["q_proj"] if targets == "q_proj" else targets
-    whole = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=wanted, init_lora_weights=False))
+    target_modules = ["q_proj"] if targets == "q_proj" else targets
+    whole = get_peft_model(
+        model, LoraConfig(task_type="CAUSAL_LM", target_modules=target_modules, init_lora_weights=False)
+    )
     whole.save_pretrained(tmp_path / "a")
     path = tmp_path / "a" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": targets}))
@@ -145,8 +145,8 @@ def test_enable_lora_of_fused_projections_computes_what_it_did(enabled, tmp_path
     B = torch.randn(width * count, rank, 1, generator=generator)
     x = torch.randn(5, width, generator=generator)
     parts = F.conv1d((x @ A.T).T[None], B, groups=count)[0].T.chunk(count, dim=1)
-    given = iter(parts)
-    expected = torch.cat([next(given) if has else torch.zeros(5, width) for has in enabled], dim=1) * (8 / rank)
+    parts_left = iter(parts)
+    expected = torch.cat([next(parts_left) if has else torch.zeros(5, width) for has in enabled], dim=1) * (8 / rank)
 
     name = "base_model.model.query_key_value.lora_"
     settings = SETTINGS | {
@@ -172,9 +172,9 @@ def test_enable_lora_of_fused_projections_computes_what_it_did(enabled, tmp_path
 def test_what_is_no_adapter_is_refused(tmp_path, tiny):
     folder = adapter(tmp_path / "a", SETTINGS, {"model.q_proj.weight": torch.ones(4, 4)})
     assert refusal(lambda: read_adapter(folder)) == (
-        f"adapter: {folder} holds 1 weights and none of an adapter, such as base_model.model.model.q_proj.weight; weights of a "
-        "model, averaged by hand or not, are no adapter: give adapters of their own folders to --adapter, several to combine "
-        "them."
+        f"adapter: {folder} holds 1 weights, but none of an adapter (one is base_model.model.model.q_proj.weight); a "
+        "folder with weights of a model, averaged or not, is not an adapter: give --adapter the folders of adapters, "
+        "several to combine them."
     )
     (folder / "adapter_model.safetensors").unlink()
     assert refusal(lambda: read_adapter(folder)) == (
@@ -236,7 +236,7 @@ def test_every_published_adapter_merges_into_a_base_of_its_shape(name, tmp_path)
         adapter=[str(folder)], base=str(tmp_path / "base"), output_dir=str(tmp_path / "merged"), allow_pickle=True
     )
     merged = merge(options)
-    assert merged.modules == modules and merged.worst is not None and merged.worst < 1e-6
+    assert merged.modules == modules and merged.largest_error is not None and merged.largest_error < 1e-6
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
     classifier = "seqcls" in name
@@ -256,7 +256,7 @@ def test_every_published_adapter_merges_into_a_base_of_its_shape(name, tmp_path)
 def test_methods_without_weights_to_add_are_refused_by_name(stem, kind, tmp_path):
     path = DATA / "adapter_configs" / f"{stem}.json"
     cleaned, _ = clean_settings(json.loads(path.read_text()), path)
-    found = SavedAdapter(path, {}, build_peft_config(cleaned, path), {}, ())
-    assert refusal(lambda: check_mergeable(found)) == (
+    prompt_adapter = SavedAdapter(path, {}, build_peft_config(cleaned, path), {}, ())
+    assert refusal(lambda: check_mergeable(prompt_adapter)) == (
         f"adapter: {path} cannot be merged, a {kind} adapter has no weights to add."
     )

@@ -1,4 +1,4 @@
-"""Ids put together word by word are those of the tokenizer itself, or there are none."""
+"""The cache gives the ids of the tokenizer itself, or None."""
 
 from pathlib import Path
 
@@ -44,21 +44,21 @@ def backend_of(cut: str = "gpt2", nfc: bool = False) -> Tokenizer:
 @pytest.mark.parametrize("cut", ["gpt2", "gpt4", "digits"])
 def test_words_give_the_ids_of_the_tokenizer(cut: str, nfc: bool) -> None:
     backend = backend_of(cut, nfc)
-    words = BpeCache(backend)
-    assert words.supported
-    told = 0
+    cache = BpeCache(backend)
+    assert cache.supported
+    encoded = 0
 
     @settings(max_examples=300, deadline=None)
     @given(TEXTS)
     def holds(text: str) -> None:
-        nonlocal told
-        for _ in range(2):  # the second time they are remembered
-            found = words.encode(text)
-            assert found is None or found == backend.encode(text, add_special_tokens=False).ids
-            told += found is not None
+        nonlocal encoded
+        for _ in range(2):  # the second time from the cache
+            ids = cache.encode(text)
+            assert ids is None or ids == backend.encode(text, add_special_tokens=False).ids
+            encoded += ids is not None
 
     holds()
-    assert told > 300
+    assert encoded > 300
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="needs the shared data folder")
@@ -67,41 +67,41 @@ def test_words_give_the_ids_of_real_tokenizers(name: str) -> None:
     backend = AutoTokenizer.from_pretrained(DATA / name).backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
-    words = BpeCache(backend)
-    assert words.supported
+    cache = BpeCache(backend)
+    assert cache.supported
     for text in (
         "Hello, it's 2+2 = 4!\n\n  def f(x):\r\n\treturn x  \n",
         "细胞理论和日心说。",
         "naïve ÄÖÜ 👩‍🔬",
         "don'T \u2028 x",
     ):
-        assert words.encode(text) == backend.encode(text, add_special_tokens=False).ids
+        assert cache.encode(text) == backend.encode(text, add_special_tokens=False).ids
 
     added = [token.content for token in backend.get_added_tokens_decoder().values()]
 
     @settings(max_examples=100, deadline=None)
     @given(TEXTS.filter(lambda text: not any(token in text for token in added)))
     def holds(text: str) -> None:
-        found = words.encode(text)
-        assert found is None or found == backend.encode(text, add_special_tokens=False).ids
+        ids = cache.encode(text)
+        assert ids is None or ids == backend.encode(text, add_special_tokens=False).ids
 
     holds()
 
 
 def test_characters_that_engines_cut_differently_are_left_to_the_tokenizer() -> None:
-    words = BpeCache(backend_of("gpt4"))
-    assert words.encode("a\x1cb") is None or words.encode("a\x1cb") == backend_of("gpt4").encode("a\x1cb").ids
-    assert BpeCache(backend_of("gpt4", nfc=True)).encode("e\u0301") is None  # it would be composed first
+    cache = BpeCache(backend_of("gpt4"))
+    assert cache.encode("a\x1cb") is None or cache.encode("a\x1cb") == backend_of("gpt4").encode("a\x1cb").ids
+    assert BpeCache(backend_of("gpt4", nfc=True)).encode("e\u0301") is None  # the tokenizer composes it first
     assert BpeCache(backend_of("gpt4")).encode("e\u0301") is not None
 
 
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("accel_llm.chat.bpe_cache._MOST_WORDS", 10)
+    monkeypatch.setattr("accel_llm.chat.bpe_cache._MAX_WORDS", 10)
     backend = backend_of()
-    words = BpeCache(backend)
+    cache = BpeCache(backend)
     for k in range(50):
-        assert words.encode(f"word{k} x{k}") == backend.encode(f"word{k} x{k}").ids
-        assert len(words._ids) <= 14
+        assert cache.encode(f"word{k} x{k}") == backend.encode(f"word{k} x{k}").ids
+        assert len(cache._ids) <= 14
 
 
 @pytest.mark.parametrize("change", ["prefix space", "another normalizer", "no byte level", "sentencepiece", "no cut"])
@@ -121,8 +121,8 @@ def test_other_kinds_of_tokenizers_are_not_served(change: str) -> None:
 
 
 def test_the_ascii_form_of_a_pattern() -> None:
-    assert bpe_cache._for_ascii(GPT4).pattern == GPT4.replace(r"\p{L}+", "[a-zA-Z]+").replace(
+    assert bpe_cache._compile_for_ascii(GPT4).pattern == GPT4.replace(r"\p{L}+", "[a-zA-Z]+").replace(
         r"\p{N}{1,3}", "[0-9]{1,3}"
     ).replace(r"\p{L}\p{N}", "a-zA-Z0-9")
-    assert bpe_cache._for_ascii(r"[\p{Lu}\p{Lt}]+|\p{Lo}").pattern == r"[A-Z]+|(?!)"
-    assert bpe_cache._for_ascii(r"\p{Han}+").pattern == r"\p{Han}+"  # the other engine keeps it
+    assert bpe_cache._compile_for_ascii(r"[\p{Lu}\p{Lt}]+|\p{Lo}").pattern == r"[A-Z]+|(?!)"
+    assert bpe_cache._compile_for_ascii(r"\p{Han}+").pattern == r"\p{Han}+"  # unknown to `re`, so compiled by `regex`

@@ -1,9 +1,9 @@
-"""What is trained, for every family of chat formats: ⟦ and ⟧ stand around it, in specifications written by hand.
+"""Masks of every family of chat formats, compared with specifications written by hand: ⟦ and ⟧ enclose what is trained.
 
-A specification (`Format`, or a function where a format needs more) says what a family's text looks like, by joining
-strings; it never renders a template. The specifications are themselves checked against texts that are spelled out in full.
-The templates in `templates/` follow the published formats; long instructions about tools and default system messages
-are shortened. Control tokens are those of the family, in a tiny byte-level tokenizer.
+A specification (`Format`, or a function if a format needs more) builds a family's text by joining strings; it never
+renders a template. The specifications are themselves checked against complete texts (`LITERALS`). The templates in
+`tests/templates` follow the published formats, but instructions about tools and default system messages are shorter.
+Control tokens are those of the family, in a tiny byte-level tokenizer.
 """
 
 # ruff: noqa: RUF001 (DeepSeek's control tokens are written with a fullwidth bar)
@@ -35,11 +35,11 @@ from specification import (
     Tools,
     bare,
     byte_level,
-    chat_of,
     check,
+    check_any_conversation,
     compare,
     fill,
-    hold_for_any_conversation,
+    get_conversation,
     mutations,
     qwen3,
     qwen25,
@@ -54,12 +54,6 @@ from accel_llm.chat.template import Template, load_template
 from accel_llm.errors import DataError
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
-
-
-# ---- the conversations
-
-
-# ---- how specifications are written
 
 
 # ---- the formats
@@ -108,7 +102,7 @@ MISTRAL_V7 = Format(
 
 
 def mistral_v3(chat: Chat, tools: Tools) -> str:
-    """The system message is in a question that waits for its answer and in no other, so no answer follows its prompt."""
+    """The system message moves to the last question if nothing follows it, so no finished turn continues its prompt."""
     if chat[0]["role"] != "system":
         return MISTRAL_V3(chat, tools)
     text = bare(MISTRAL_V3(chat[1:], tools))
@@ -163,7 +157,7 @@ DEEPSEEK_V3 = Format(
 
 
 def deepseek_r1(chat: Chat, tools: Tools) -> str:
-    """The prompt opens a thought that no finished turn shows, unless an answer happens to begin like it."""
+    """The prompt opens a thought that no finished turn shows, except if an answer begins with the same text."""
     text = "<｜begin▁of▁sentence｜>"
     for message in chat:
         if message["role"] in ("system", "user"):
@@ -176,7 +170,7 @@ def deepseek_r1(chat: Chat, tools: Tools) -> str:
 
 
 def deepseek_r1_thinking(chat: Chat, tools: Tools) -> str:
-    """The prompt opens the thought, the last turn goes on with it; earlier turns have lost theirs, and that opening."""
+    """The prompt opens the thought and the last turn continues it; earlier turns lose their thought and its opening."""
     text = "<｜begin▁of▁sentence｜>"
     for index, message in enumerate(chat):
         if message["role"] in ("system", "user"):
@@ -192,7 +186,7 @@ def deepseek_r1_thinking(chat: Chat, tools: Tools) -> str:
 
 
 def gpt_oss(chat: Chat, tools: Tools) -> str:
-    """The model writes its channels itself. An earlier answer ends as history does, so it is not what it was to write."""
+    """The model writes its channels itself. History shows earlier answers with another end: those are not trained."""
     text = f"<|start|>system<|message|>Current date: {datetime.now():%Y-%m-%d}\n\nReasoning: medium<|end|>"
     instructions = (
         "# Instructions\n\n" + chat[0]["content"] if chat[0]["role"] == "system" and chat[0]["content"] else ""
@@ -249,7 +243,7 @@ COMMAND_R = Format(
 
 
 def olmo2(chat: Chat, tools: Tools) -> str:
-    """A line end follows an answer once something follows it: an answer right after another has no such prompt."""
+    """Only earlier answers are followed by a line end, so an answer after an answer does not continue its prompt."""
     text = "<|endoftext|>"
     for index, message in enumerate(chat):
         content = message["content"]
@@ -265,10 +259,10 @@ def olmo2(chat: Chat, tools: Tools) -> str:
 def granite3(chat: Chat, tools: Tools) -> str:
     header, end = "<|start_of_role|>{}<|end_of_role|>", "<|end_of_text|>"
     system_turn = fill(header, "system") + "{}" + end + "\n"
-    listed = fill(header, "tools") + f"[{TOOL_JSON}]{end}\n" if tools else ""
+    tools_text = fill(header, "tools") + f"[{TOOL_JSON}]{end}\n" if tools else ""
     return Format(
-        system=system_turn + listed,
-        no_system=fill(system_turn, f"Today's Date: {datetime.now():%B %d, %Y}.\nYou are Granite.") + listed,
+        system=system_turn + tools_text,
+        no_system=fill(system_turn, f"Today's Date: {datetime.now():%B %d, %Y}.\nYou are Granite.") + tools_text,
         user=fill(header, "user") + "{}" + end + "\n",
         assistant=fill(header, "assistant") + "⟦{}" + end + "⟧\n",
         call=fill(header, "assistant") + '⟦<|tool_call|>[{"name": "add", "arguments": {}}]' + end + "⟧\n",
@@ -277,14 +271,14 @@ def granite3(chat: Chat, tools: Tools) -> str:
 
 
 def smollm3(chat: Chat, tools: Tools) -> str:
-    """A system message that says /no_think closes an empty thought in every prompt."""
-    given = chat[0]["content"] if chat[0]["role"] == "system" else ""
-    mode, thought = ("/no_think", "<think>\n\n</think>\n") if "/no_think" in given else ("/think", "")
-    custom = given.replace("/no_think", "").replace("/think", "").strip() or "You are SmolLM."
-    listed = f"### Tools\n\n<tools>\n{TOOL_JSON}\n</tools>\n\n" if tools else ""
+    """If the system message contains /no_think, every prompt has an empty, closed thought."""
+    instructions = chat[0]["content"] if chat[0]["role"] == "system" else ""
+    mode, thought = ("/no_think", "<think>\n\n</think>\n") if "/no_think" in instructions else ("/think", "")
+    custom = instructions.replace("/no_think", "").replace("/think", "").strip() or "You are SmolLM."
+    tools_text = f"### Tools\n\n<tools>\n{TOOL_JSON}\n</tools>\n\n" if tools else ""
     return Format(
         start=f"<|im_start|>system\n## Metadata\n\nToday Date: {datetime.now():%d %B %Y}\nReasoning Mode: {mode}\n\n"
-        f"## Custom Instructions\n\n{custom}\n\n{listed}<|im_end|>\n",
+        f"## Custom Instructions\n\n{custom}\n\n{tools_text}<|im_end|>\n",
         user="<|im_start|>user\n{}<|im_end|>\n",
         assistant=f"<|im_start|>assistant\n{thought}" + "⟦{}<|im_end|>⟧\n",
         tool="<|im_start|>user\n{}<|im_end|>\n",
@@ -301,7 +295,7 @@ ZEPHYR = Format(
 
 
 def system_last(chat: Chat, tools: Tools) -> str:
-    """Where the system message stands after all turns, no finished turn follows its prompt."""
+    """The system message stands after all turns, so no finished turn continues its prompt."""
     rest = chat[1:] if chat[0]["role"] == "system" else chat
     if rest is chat or not chat[0]["content"]:
         return CHATML(rest, tools)
@@ -365,7 +359,7 @@ FAMILIES: dict[str, Family] = {
     "nasty-open": Family(OPEN_ENDED),
 }
 
-# ---- texts spelled out, which the specifications have to give
+# ---- complete texts that the specifications must give
 
 TODAY = datetime.now()
 LITERALS: dict[tuple[str, str], str] = {
@@ -635,9 +629,6 @@ def loaded(name: str) -> tuple[PreTrainedTokenizerFast, Template]:
     return tokenizer, load_template(tokenizer, str(TEMPLATES / f"{name}.jinja"))
 
 
-# ---- how a mask is compared with a text
-
-
 # ---- tests
 
 
@@ -654,7 +645,7 @@ def test_tool_json_is_what_the_shapes_hold() -> None:
 @pytest.mark.parametrize(("name", "shape"), LITERALS)
 def test_specifications_give_the_literals(name: str, shape: str) -> None:
     specification = FAMILIES[name].specification
-    assert specification(*chat_of(shape, specification)) == LITERALS[name, shape]
+    assert specification(*get_conversation(shape, specification)) == LITERALS[name, shape]
 
 
 @pytest.mark.parametrize("shape", ALL_SHAPES)
@@ -681,7 +672,7 @@ def test_a_refusal_has_the_words_of_the_template(name: str, shape: str) -> None:
         loaded(name)[1].encode(chat, tools=tools)
 
 
-# Rows with `split_turns`: the conversation as it stands, then each turn that it does not show as it was generated.
+# Rows with `split_turns`: the whole conversation, then each turn that it shows in another way than it was generated.
 SPLIT: dict[tuple[str, str], list[str]] = {
     ("qwen3", "multi"): [
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n"
@@ -756,7 +747,7 @@ def test_a_thought_that_enable_thinking_closes_in_the_prompt_is_not_trained() ->
         assert shown(tokenizer, row) == expected
 
 
-# ---- negative controls: what is wrong by one character or one token is noticed
+# ---- negative controls: an error of one character or one token is noticed
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -786,10 +777,10 @@ def test_a_wrong_mask_is_noticed(name: str) -> None:
             compare(tokenizer, template, MULTI, expected, replace(encoding, rows=[replace(row, labels=labels)]))
 
 
-# ---- conversations that nobody thought of
+# ---- random conversations
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_any_conversation(name: str) -> None:
-    # An earlier answer that begins with whitespace stands differently before and after another turn follows it.
-    hold_for_any_conversation(FAMILIES[name], *loaded(name), examples=20, may_lose=name == "qwen3")
+    # Qwen3 strips an answer only while it is the last one, so an answer that begins with whitespace may be lost.
+    check_any_conversation(FAMILIES[name], *loaded(name), examples=20, may_lose=name == "qwen3")

@@ -1,5 +1,7 @@
-"""Masks of published template files, and of tokenizers with templates of their own, against specifications and texts
-written by hand (`test_masks` says how they are written: ⟦ and ⟧ stand around what is trained)."""
+"""Masks of published template files and of tokenizers with their own template, compared with specifications.
+
+`test_masks` explains the specifications: ⟦ and ⟧ enclose what is trained.
+"""
 
 import unicodedata
 from dataclasses import replace
@@ -22,10 +24,10 @@ from specification import (
     Tools,
     bare,
     byte_level,
-    chat_of,
     check,
+    check_any_conversation,
     compare,
-    hold_for_any_conversation,
+    get_conversation,
     mutations,
     qwen3,
     qwen25,
@@ -47,7 +49,7 @@ WORDS = "Conversation roles must alternate user/assistant/user/assistant/..."
 
 
 def trimmed(**fields: str | bool) -> Format:
-    """Most of these files trim all contents and want user and assistant to take turns."""
+    """Return a format that trims all contents and lets user and assistant alternate, as most of these files do."""
     return Format(**{"clean": str.strip, "alternates": WORDS, **fields})  # type: ignore[arg-type]
 
 
@@ -55,7 +57,7 @@ FALCON = trimmed(user="\n\nUser: {}", assistant="\n\nAssistant:⟦ {}⟧")
 
 
 def falcon(chat: Chat, tools: Tools) -> str:
-    """Empty lines inside questions and answers are taken out, once."""
+    """The template replaces each two line ends in a question or answer by one, in a single pass."""
 
     def clean(content: str) -> str:
         return content.replace("\r\n", "\n").replace("\n\n", "\n").strip()
@@ -80,7 +82,7 @@ QWEN_DEFAULT = "You are Qwen, created by Alibaba Cloud. You are a helpful assist
 
 
 def instructions(template: Template) -> str:
-    """The long text about tools, which is not ours to spell out, out of a rendered system message."""
+    """Return the template's long text about tools, taken from a rendered system message."""
     text = template.render([system("!"), user("?")], tools=[TOOL])
     return text.removeprefix("<|im_start|>system\n!\n\n").partition("<|im_end|>\n<|im_start|>user\n?")[0]
 
@@ -190,8 +192,8 @@ OWN: dict[str, Family] = {
     "happy-llm_tokenizer_k": Family(replace(CHATML, tool=""), IM),
     "phi-3-mini": Family(PHI35, PHI3_TOKENS),
 }
-# What phi-3-mini's tokens leave of the text: they take the whitespace after them into themselves.
-SWALLOWED = Format(
+# Decoded text of phi-3-mini: its control tokens include the whitespace after them.
+WITHOUT_SPACES = Format(
     system="<|system|>{}<|end|>",
     user="<|user|>{}<|end|>",
     assistant="<|assistant|>⟦{}<|end|>⟧",
@@ -202,20 +204,20 @@ SWALLOWED = Format(
 
 
 def composed(specification: Specification) -> Specification:
-    """Some tokenizers put letters and their accents together."""
+    """Return the specification after Unicode composition (NFC), which some tokenizers apply."""
     return lambda chat, tools: unicodedata.normalize("NFC", specification(chat, tools))
 
 
 TOKENIZED: dict[str, Specification] = {
     "qwen3": composed(qwen3_published),
     "happy-llm_tokenizer_k": composed(OWN["happy-llm_tokenizer_k"].specification),
-    "phi-3-mini": SWALLOWED,
+    "phi-3-mini": WITHOUT_SPACES,
 }
 # Templates that need no control tokens beside bos and eos, with tokenizers that put a space before a text.
 PLAIN = sorted(name for name, family in FAMILIES.items() if not family.tokens)
 WITH_SPACE = [(name, "llama2") for name in PLAIN] + [(name, "mistral-7b") for name in ("mistral-instruct", "zephyr")]
 
-# ---- texts spelled out, which the specifications have to give
+# ---- complete texts that the specifications must give
 
 LITERALS: dict[tuple[str, str], str] = {
     ("alpaca", "system"): (
@@ -423,7 +425,7 @@ def test_every_published_file_is_a_family_with_literals() -> None:
 @pytest.mark.parametrize(("name", "shape"), LITERALS)
 def test_specifications_give_the_literals(name: str, shape: str) -> None:
     specification = {**FAMILIES, **OWN}[name].specification
-    assert specification(*chat_of(shape, specification)) == LITERALS[name, shape]
+    assert specification(*get_conversation(shape, specification)) == LITERALS[name, shape]
 
 
 @pytest.mark.parametrize("shape", ALL_SHAPES)
@@ -491,14 +493,14 @@ def test_a_wrong_expectation_is_noticed(name: str) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_any_conversation(name: str) -> None:
-    hold_for_any_conversation(FAMILIES[name], *loaded(name), examples=12)
+    check_any_conversation(FAMILIES[name], *loaded(name), examples=12)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "happy-llm_tokenizer_k"])
 def test_any_conversation_with_its_own_tokenizer(name: str) -> None:
-    hold_for_any_conversation(OWN[name], *own(name), examples=12, may_lose=name == "qwen3")
+    check_any_conversation(OWN[name], *own(name), examples=12, may_lose=name == "qwen3")
 
 
 @pytest.mark.parametrize(("name", "tokenizer_name"), WITH_SPACE)
 def test_any_conversation_with_a_space_before_a_text(name: str, tokenizer_name: str) -> None:
-    hold_for_any_conversation(FAMILIES[name], *loaded_with(name, tokenizer_name), examples=6)
+    check_any_conversation(FAMILIES[name], *loaded_with(name, tokenizer_name), examples=6)

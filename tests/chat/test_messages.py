@@ -48,7 +48,7 @@ def test_every_role_under_both_names_of_the_fields(role: str, read: str) -> None
 
 GOOD: dict[str, tuple[list[Any], list[Any]]] = {
     "an empty question": ([{"role": "user", "content": ""}], [{"role": "user", "content": ""}]),
-    "an empty system prompt is none": ([{"role": "system", "content": ""}, USER], [USER]),
+    "an empty system prompt is dropped": ([{"role": "system", "content": ""}, USER], [USER]),
     "whitespace stays": ([assistant(content=" a\n")], [assistant(content=" a\n")]),
     "thinking in the text stays": ([assistant(content="<think>t</think>a")], [assistant(content="<think>t</think>a")]),
     "an unknown field is left out": ([{**USER, "timestamp": 7}], [USER]),
@@ -60,7 +60,7 @@ GOOD: dict[str, tuple[list[Any], list[Any]]] = {
         [assistant(reasoning="t", thinking="t")],
         [assistant(reasoning_content="t", thinking="t")],
     ),
-    "an empty reasoning is none": ([assistant(reasoning_content="", thinking=None)], [ASSISTANT]),
+    "an empty reasoning is dropped": ([assistant(reasoning_content="", thinking=None)], [ASSISTANT]),
     "typed parts": (
         [
             {"role": "user", "content": [{"type": "text", "text": "q", "image": None}, {"type": "text", "value": "2"}]},

@@ -1,4 +1,4 @@
-"""Chat templates on a budget: what hangs, grows or looks behind the sandbox ends in one sentence; all others go on."""
+"""Limits of chat templates: one that hangs, grows or leaves the sandbox is refused in one sentence; others work."""
 
 import gc
 import json
@@ -56,7 +56,7 @@ MEMORY = {
     "ranges": "{% set ns = namespace(x=[]) %}{% for a in range(9999) %}"
     "{% set ns.x = ns.x + [(range(99) | list) * 1000] %}{% endfor %}",
 }
-# Of a fault that a template can only be refused for.
+# Templates that fail in other ways, with a part of the error.
 FAULTY = {
     "recursion": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "maximum recursion depth exceeded"),
     "division": ("{{ 1 / 0 }}", "division by zero"),
@@ -75,11 +75,12 @@ FAULTY = {
 
 @pytest.fixture
 def small(monkeypatch) -> Iterator[None]:
-    """A budget that is used up quickly."""
+    """Small limits, so that the tests are quick."""
     monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.2)
     monkeypatch.setattr(sandbox, "MAX_MEMORY", 96 << 20)
-    monkeypatch.setattr(sandbox, "_memory", None)
-    # The collector would go through all that other tests have left, at each of the millions of lists of some templates.
+    monkeypatch.setattr(sandbox, "_memory_limits", None)
+    # Some templates make millions of lists. Without freeze the garbage collector would scan the objects of other tests
+    # again and again meanwhile.
     gc.freeze()
     yield
     gc.unfreeze()
@@ -106,7 +107,7 @@ USUAL = resource.getrlimit(resource.RLIMIT_DATA)
 def test_a_template_that_goes_on_for_ever_is_stopped(tokenizer, small, how):
     began = time.process_time()
     assert refusal(tokenizer, TIME[how]).startswith(
-        "chat_template: it was stopped when it took more than 0.2 seconds, which"
+        "chat_template: it was stopped because it took more than 0.2 seconds, which"
     )
     assert 0.1 < time.process_time() - began < 3
 
@@ -115,13 +116,13 @@ def test_a_template_that_goes_on_for_ever_is_stopped(tokenizer, small, how):
 def test_a_template_that_grows_without_end_is_stopped(tokenizer, small, monkeypatch, how):
     monkeypatch.setattr(sandbox, "MAX_SECONDS", 20)
     monkeypatch.setattr(sandbox, "STUCK_SECONDS", 60)
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM begins anew
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets VmHWM
     before, began = resident("VmRSS"), os.times().user
     assert refusal(tokenizer, MEMORY[how]).startswith(
-        "chat_template: it was stopped when it took more than 96 MiB of memory,"
+        "chat_template: it was stopped because it took more than 96 MiB of memory,"
     )
     assert resident("VmHWM") - before < 128 << 20
-    # Of user time: at the limit Python asks the kernel in vain for each small object, as long as malloc has free memory.
+    # User time only: at the limit Python asks the kernel for memory in vain for each small object.
     assert os.times().user - began < 5
 
 
@@ -135,7 +136,7 @@ def test_a_template_that_fails_is_refused(tokenizer, tmp_path, monkeypatch, how)
 
 def test_a_source_out_of_all_proportion_is_not_compiled(tokenizer, tmp_path):
     source = "{{ messages[0].content }}" * 6000
-    assert refusal(tokenizer, source).startswith("chat_template: its source is more than 131,072 characters long, and")
+    assert refusal(tokenizer, source).startswith("chat_template: its source is more than 131,072 characters long, but")
     file = tmp_path / "long.jinja"
     file.write_text(source, encoding="utf-8")
     with pytest.raises(ConfigError, match="more than 131,072 characters"):
@@ -145,7 +146,7 @@ def test_a_source_out_of_all_proportion_is_not_compiled(tokenizer, tmp_path):
 def test_the_true_limits_stop_a_template_in_seconds(tokenizer):
     began = time.process_time()
     assert "more than 3 seconds" in refusal(tokenizer, TIME["loops"])
-    assert 2.5 < time.process_time() - began < 6  # the clock is of user time alone, and ticks coarsely
+    assert 2.5 < time.process_time() - began < 6  # the timer counts user time only, in coarse ticks
     assert "more than 1024 MiB of memory" in refusal(tokenizer, MEMORY["product"])
 
 
@@ -161,7 +162,7 @@ def test_a_template_that_is_stuck_in_c_ends_its_process(tokenizer, small, monkey
 
 
 def test_a_stand_in_shows_a_template_nothing_of_its_own(tokenizer):
-    """What a template is rendered with while a pattern is learnt is no plain text, and must not be more than one."""
+    """Templates are rendered with stand-ins while a pattern is learnt; these must show no more than a text does."""
     names = sorted(set(dir(StandIn)) - set(dir(str)))
     assert names and all(name.startswith("_") for name in names)
 
@@ -194,7 +195,7 @@ def test_texts_are_in_proportion_to_what_people_wrote(tokenizer, monkeypatch):
     tokenizer.chat_template = TAIL
     plain = load_template(tokenizer)
     assert len(plain.render(chat("a" * 3_000_000, "b"))) > 3_000_000
-    # Patterns are filled in without a budget, so none is learnt that writes a text again and again or makes it grow.
+    # Patterns are filled in without limits, so a template that repeats a text or makes it grow must not become one.
     tokenizer.chat_template = TAIL.replace("message.content", "message.content.replace('e', '" + "x" * 100 + "') + ''")
     growing = load_template(tokenizer)
     growing.encode(chat("here", "there"))
@@ -205,7 +206,7 @@ def test_texts_are_in_proportion_to_what_people_wrote(tokenizer, monkeypatch):
 def test_a_long_conversation_is_no_template_that_hangs(tokenizer, small):
     tokenizer.chat_template = "{{ '' | trim }}{% set x = messages | map(attribute='content') | list %}" + TAIL
     template, began = load_template(tokenizer), time.process_time()
-    assert template.encode(chat(*["word"] * 500)).rows
+    assert template.encode(chat(*["word"] * 800)).rows
     assert time.process_time() - began > 3 * 0.2
 
 
@@ -217,20 +218,20 @@ def test_what_comes_out_comes_out_unchanged(small):
         run_bounded(refuse)
     assert run_bounded(lambda: run_bounded(max, 3, 4)) == 4
     assert resource.getrlimit(resource.RLIMIT_DATA) == USUAL and signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
-    found = []
-    thread = threading.Thread(target=lambda: found.append(run_bounded(max, 3, 4)))
+    results = []
+    thread = threading.Thread(target=lambda: results.append(run_bounded(max, 3, 4)))
     thread.start()
     thread.join()
-    assert found == [4]
+    assert results == [4]
 
 
 def test_a_worker_is_bounded_and_ends_the_run_with_the_sentence(tokenizer, tmp_path):
     rows = tmp_path / "rows.jsonl"
-    written = [{"messages": chat("boom" if k > 550 else f"{k}", "b")} for k in range(600)]
-    rows.write_text("".join(json.dumps(row) + "\n" for row in written), encoding="utf-8")
+    conversations = [{"messages": chat("boom" if k > 550 else f"{k}", "b")} for k in range(600)]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in conversations), encoding="utf-8")
     tokenizer.chat_template = "{% if 'boom' in messages[0].content %}" + TIME["loops"] + "{% endif %}" + TAIL
     options = DataOptions(
         train_files=[str(rows)], cache_dir=str(tmp_path / "cache"), preprocessing_num_workers=2, on_bad_row="drop"
     )
-    with pytest.raises(ConfigError, match=r"^chat_template: it was stopped when it took more than 3 seconds, which"):
+    with pytest.raises(ConfigError, match=r"^chat_template: it was stopped because it took more than 3 seconds, which"):
         encode_conversations(options, 0, tokenizer, load_template(tokenizer))

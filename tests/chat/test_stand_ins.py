@@ -1,16 +1,24 @@
-"""What a pattern says must be what a render says, for every conversation that it is used for."""
+"""A pattern must give the same text as a render, for every conversation that it is used for."""
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import CONTROL_TOKENS, CONVERSATIONS, MULTI, SOURCES, SYSTEM, byte_level, template_of
 
-from accel_llm.chat.stand_ins import StandIn, Trace, Untraceable, fill_in, formatted, replay, traceable
+from accel_llm.chat.stand_ins import (
+    StandIn,
+    Trace,
+    Untraceable,
+    compile_traceable,
+    fill_stand_ins,
+    format_string,
+    replay,
+)
 
-CLOSED = "{%- macro unused() %}{%- endmacro %}"  # says nothing, and makes a template one that is never traced
+CLOSED = "{%- macro unused() %}{%- endmacro %}"  # writes nothing, but a template with a macro is never traced
 LOOP = "{%- for message in messages %}{{ message.role }}: {{ message.content }}</s>{%- endfor %}"
 PROMPT = "{%- if add_generation_prompt %}assistant: {%- endif %}"
-# A template that makes whatever it can of a text.
+# A template that uses every operation on texts that can be traced.
 CURIOUS = (
     "{%- for message in messages %}{%- set text = message.content %}"
     "{%- if text.startswith('Hi') or text == 'And 2+2?' %}{%- set text = text.upper() %}{%- endif %}"
@@ -25,8 +33,8 @@ CURIOUS = (
 @pytest.mark.parametrize("family", SOURCES)
 def test_patterns_give_what_a_render_for_each_turn_gives(family: str, tmp_path) -> None:
     tokenizer = byte_level(CONTROL_TOKENS[family])
-    assert traceable(SOURCES[family]) is not None
-    assert traceable(SOURCES[family] + CLOSED) is None
+    assert compile_traceable(SOURCES[family]) is not None
+    assert compile_traceable(SOURCES[family] + CLOSED) is None
     traced = template_of(tokenizer, SOURCES[family], tmp_path)
     rendered = template_of(tokenizer, SOURCES[family] + CLOSED, tmp_path)
     talks = [
@@ -69,7 +77,7 @@ TALKS = st.lists(st.tuples(TEXTS, TEXTS, st.one_of(st.none(), TEXTS)), min_size=
 def test_any_conversation_comes_out_alike(source: str, tmp_path) -> None:
     tokenizer = byte_level([*CONTROL_TOKENS["qwen3"], *CONTROL_TOKENS["llama-3"], *CONTROL_TOKENS["gemma"]])
     traced, rendered = (template_of(tokenizer, text, tmp_path) for text in (source, source + CLOSED))
-    assert traceable(source) is not None
+    assert compile_traceable(source) is not None
 
     @settings(max_examples=150, deadline=None)
     @given(TALKS, st.booleans())
@@ -91,22 +99,23 @@ def test_a_pattern_is_left_where_an_answer_differs() -> None:
     trace = Trace(["  yes ", "no"])
     first, second = trace.stand_in(0), trace.stand_in(1)
     assert first and "yes" in first and not second.startswith("x") and len(second) == 2
-    made = first.strip()
-    assert isinstance(made, StandIn) and trace.texts == ["  yes ", "no", "yes"]
+    stripped = first.strip()
+    assert isinstance(stripped, StandIn) and trace.texts == ["  yes ", "no", "yes"]
     assert second.strip() == "no" and trace.texts[3:] == []  # nothing to trim: the same text
-    both = "<" + made + "|" + second + ">"
-    assert fill_in(both, trace.texts) == "<yes|no>" and formatted("100% " + str(both)) == ("100%% <%s|%s>", (2, 1))
-    assert replay(trace.asked, [" yes", "no"]) == [" yes", "no", "yes"]
+    both = "<" + stripped + "|" + second + ">"
+    assert fill_stand_ins(both, trace.texts) == "<yes|no>"
+    assert format_string("100% " + str(both)) == ("100%% <%s|%s>", (2, 1))
+    assert replay(trace.questions, [" yes", "no"]) == [" yes", "no", "yes"]
     for texts in (["yes", "no"], [" ye s", "no"], [" yes", "xo"], [" yes", "n o"], [" yes", "n "]):
-        assert replay(trace.asked, texts) is None, texts
+        assert replay(trace.questions, texts) is None, texts
 
 
 def test_parts_of_a_text_are_texts() -> None:
     trace = Trace(["a</think>b"])
     pieces = trace.stand_in(0).split("</think>")
-    assert len(pieces) == 2 and fill_in(pieces[1] + "!", trace.texts) == "b!"
-    assert replay(trace.asked, ["1</think>2"]) == ["1</think>2", "1", "2"]
-    assert replay(trace.asked, ["1</think>2</think>3"]) is None
+    assert len(pieces) == 2 and fill_stand_ins(pieces[1] + "!", trace.texts) == "b!"
+    assert replay(trace.questions, ["1</think>2"]) == ["1</think>2", "1", "2"]
+    assert replay(trace.questions, ["1</think>2</think>3"]) is None
 
 
 @pytest.mark.parametrize(
@@ -146,13 +155,13 @@ BEHIND_ITS_BACK = {
 
 @pytest.mark.parametrize("what", BEHIND_ITS_BACK)
 def test_a_template_that_could_look_behind_a_stand_in_is_never_traced(what: str) -> None:
-    assert traceable(LOOP + PROMPT) is not None
-    assert traceable(BEHIND_ITS_BACK[what] + LOOP + PROMPT) is None
+    assert compile_traceable(LOOP + PROMPT) is not None
+    assert compile_traceable(BEHIND_ITS_BACK[what] + LOOP + PROMPT) is None
 
 
 def test_a_text_that_is_written_as_json_is_not_traced(tmp_path) -> None:
     source = LOOP.replace("{{ message.content }}", "{{ message.content | tojson }}") + PROMPT
-    assert traceable(source) is not None  # tools are written so, and they hold no stand-in
+    assert compile_traceable(source) is not None  # tools are written in this way and hold no stand-in
     template = template_of(byte_level([]), source, tmp_path)
     rendered = template_of(byte_level([]), source + CLOSED, tmp_path)
     talk = [{"role": "user", "content": 'a "b"\n'}, {"role": "assistant", "content": "c\\"}]
@@ -161,4 +170,6 @@ def test_a_text_that_is_written_as_json_is_not_traced(tmp_path) -> None:
 
 
 def test_generation_tags_are_followed() -> None:
-    assert traceable(LOOP.replace("{{ message.content }}", "{% generation %}{{ message.content }}{% endgeneration %}"))
+    assert compile_traceable(
+        LOOP.replace("{{ message.content }}", "{% generation %}{{ message.content }}{% endgeneration %}")
+    )

@@ -1,4 +1,4 @@
-"""Masks are compared with texts written by hand: what stands between ⟦ and ⟧ is trained, the rest is context."""
+"""Masks of chat templates, compared with texts written by hand: text between ⟦ and ⟧ is trained, the rest is context."""
 
 import json
 import pickle
@@ -34,7 +34,7 @@ DATA = Path(__file__).parents[3] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs the shared data folder")
 
 
-# The same formats as they are published, where they differ in nothing that the conversations above can show.
+# Published files of the same formats that give the same texts for the conversations here.
 FILES = {
     "llama-3": "llama-3-instruct",
     "mistral": "mistral-instruct",
@@ -105,7 +105,7 @@ EXPECTED = {
         "<start_of_turn>user\nBe brief.\n\nHi<end_of_turn>\n<start_of_turn>model\n⟦Hello.<end_of_turn>⟧\n"
         "<start_of_turn>user\nAnd 2+2?<end_of_turn>\n<start_of_turn>model\n⟦It is 4.\n\nSure.<end_of_turn>⟧\n"
     ],
-    # Qwen3 writes an empty thought before a last answer and takes it away once another turn follows.
+    # Qwen3 writes an empty think block before a last answer and removes it once another turn follows.
     ("qwen3", "single"): [
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦<think>\n\n</think>\n\nHello.<|im_end|>⟧\n"
     ],
@@ -130,16 +130,16 @@ def pretrained(name: str) -> PreTrainedTokenizerFast:
 
 
 def runs(tokenizer: PreTrainedTokenizerFast, row: EncodedRow) -> list[tuple[bool, str]]:
-    """(trained, text) one after the other. Texts are differences of decoded beginnings: decoders strip the first space."""
+    """Return the runs of a row as (trained, text). Each is cut from a decoded prefix: decoders strip a first space."""
     assert len(row.input_ids) == len(row.labels)
     assert all(label in (-100, token) for token, label in zip(row.input_ids, row.labels, strict=True))
-    found, end, before = [], 0, ""
+    parts, end, before = [], 0, ""
     for trained, group in groupby(label != -100 for label in row.labels):
         end += len(list(group))
         text = tokenizer.decode(row.input_ids[:end])
-        found.append((trained, text[len(before) :]))
+        parts.append((trained, text[len(before) :]))
         before = text
-    return found
+    return parts
 
 
 def shown(tokenizer: PreTrainedTokenizerFast, row: EncodedRow) -> str:
@@ -288,7 +288,7 @@ def test_a_turn_that_history_shows_whole_is_trained_there_without_split_turns(tm
     [
         {"content": "<think>\nHm.\n</think>\n\nHello."},
         {"content": "Hello.", "reasoning_content": "Hm."},
-        {"content": "think>"},  # a text that the template's own words happen to end with
+        {"content": "think>"},  # the template's own words end with the same text
     ],
     ids=["in the content", "in a field", "a part of the template's words"],
 )
@@ -537,7 +537,7 @@ def test_control_tokens_are_never_split_in_silence(tmp_path: Path) -> None:
         load_template(byte_level([]), "chatml")
     with pytest.raises(ConfigError, match=r"<\|im_start\|>"):
         load_template(byte_level(["<|im_end|>"]), "chatml")
-    template_of(byte_level([]), ZEPHYR, tmp_path)  # its role headers are plain text for its own tokenizer
+    template_of(byte_level([]), ZEPHYR, tmp_path)  # Zephyr's own tokenizer has its role headers as plain text
 
 
 def test_missing_and_broken_template_files_are_named(tmp_path: Path) -> None:

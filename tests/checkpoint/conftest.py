@@ -28,10 +28,10 @@ def at_step(monkeypatch) -> Callable[..., None]:
     when_due = Checkpoints.when_due
 
     def register(last: int, what: Callable[[Any], None], before: bool = False) -> None:
-        def wrapped(self: Any, meter: Any, evaluation: Any, health: Any, step: int) -> None:
+        def wrapped(self: Any, meter: Any, evaluation: Any, bad_steps: Any, step: int) -> None:
             if before and step == last:
                 what(self)
-            when_due(self, meter, evaluation, health, step)
+            when_due(self, meter, evaluation, bad_steps, step)
             if not before and step == last:
                 what(self)
 

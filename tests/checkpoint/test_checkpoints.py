@@ -63,7 +63,7 @@ def test_without_its_randomness_a_resumed_run_is_another_one(train, interrupt, t
     interrupt(STOP)
     with pytest.raises(Stopped):
         train(tmp_path / "parts", *LORA)
-    monkeypatch.setattr(checkpoints_module, "set_randomness", lambda state, device: None)
+    monkeypatch.setattr(checkpoints_module, "set_generator_states", lambda state, device: None)
     assert not equal(weights(train(tmp_path / "parts", *LORA)), weights(whole))
 
 
@@ -167,8 +167,8 @@ def test_a_full_disk_is_one_sentence_and_the_checkpoint_before_stays(train, tmp_
     with pytest.raises(ConfigError) as error:
         train(tmp_path / "run", *words)
     assert str(error.value) == (
-        "checkpoints: step 4 could not be written: No space left on device; make room and give the same command again, it "
-        "goes on from the last whole checkpoint."
+        "checkpoints: step 4 could not be written: No space left on device; make room and give the same command again; it "
+        "continues from the last whole checkpoint."
     )
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
     run = train(tmp_path / "run", *words)
@@ -205,7 +205,7 @@ def test_sick_steps_are_skipped_up_to_a_number_and_then_named(train, tmp_path, m
     calls = iter(range(1, 99))
     with pytest.raises(DataError) as error:
         train(tmp_path / "less", *LORA, "--max_skipped_steps", 1)
-    assert f"the {where} of step 5 is not finite, which makes 2 such steps where 1 are allowed" in str(error.value)
+    assert f"the {where} of step 5 is not finite (2 such steps, 1 allowed). Its rows: " in str(error.value)
     assert steps(tmp_path / "less") == [3] and status(tmp_path / "less")["status"] == "failed"
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from accel_llm.checkpoint.pieces import Piece, PieceReader, Share
 from accel_llm.errors import ConfigError
 from accel_llm.system.disk import sha256
-from accel_llm.system.tensors import DTYPE_NAMES, names_not_finite, write_tensors
+from accel_llm.system.tensors import DTYPE_NAMES, find_nonfinite, write_tensors
 
 WEIGHTS = torch.arange(24, dtype=torch.float32) / 7
 
@@ -38,7 +38,7 @@ def reader_of(folder: Path, cuts: list[int]) -> PieceReader:
 @pytest.mark.parametrize("cuts", [[], [12], [5, 6, 20]])
 def test_any_range_is_read_from_any_cut(tmp_path: Path, cuts: list[int]) -> None:
     reader = reader_of(tmp_path, cuts)
-    assert reader.names() == {"w": 24}
+    assert reader.parameter_sizes() == {"w": 24}
     for start in range(24):
         for size in range(1, 25 - start):
             flat = torch.full((30,), -1.0)
@@ -86,4 +86,4 @@ def test_what_is_no_safetensors_file_is_refused(tmp_path: Path, content: bytes) 
 def test_what_is_not_finite_is_named() -> None:
     kept = {"a": torch.ones(3), "b": torch.tensor([1.0, float("nan")]), "c": torch.tensor([-float("inf")])}
     kept |= {"d": torch.arange(3), "e": torch.zeros(0), "f": torch.tensor([3.4e38, 3.4e38]), "g": kept["b"].bfloat16()}
-    assert names_not_finite(kept) == ["b", "c", "g"]
+    assert find_nonfinite(kept) == ["b", "c", "g"]

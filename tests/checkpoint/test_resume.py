@@ -9,7 +9,13 @@ import pytest
 from safetensors.torch import load_file, save_file
 from support import Stopped, at, equal, metrics, status, steps, weights
 
-from accel_llm.checkpoint.resume import FIXED_OPTIONS, HARMLESS, PLACES, RUN_FILES, make_room
+from accel_llm.checkpoint.resume import (
+    FIXED_OPTIONS,
+    HARMLESS_OPTIONS,
+    LOCATION_OPTIONS,
+    RUN_FILES,
+    remove_obsolete_files,
+)
 from accel_llm.config.options import TrainOptions
 from accel_llm.errors import ConfigError
 from accel_llm.model.fingerprint import model_fingerprint
@@ -95,7 +101,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew_unless_that_i
     with pytest.raises(ConfigError) as error:
         train(tmp_path / "run", "--save_steps", 2)
     assert str(error.value) == (
-        f"resume_from_checkpoint: auto: none of the checkpoints in {tmp_path / 'run' / 'checkpoints'} is whole; repair one, "
+        f"resume_from_checkpoint: auto: none of the checkpoints in {tmp_path / 'run' / 'checkpoints'} is intact; repair one, "
         "or set resume_from_checkpoint: none to start anew."
     )
     assert steps(tmp_path / "run") == [2, 4] and len(metrics(tmp_path / "run")) == 4
@@ -116,7 +122,7 @@ def test_a_process_killed_while_it_makes_room_leaves_a_run_that_can_be_started_a
 
     monkeypatch.setattr(Path, "unlink", dying)
     with pytest.raises(Stopped):
-        make_room(Start(output_dir=tmp_path))
+        remove_obsolete_files(Start(output_dir=tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 
@@ -173,8 +179,8 @@ def test_harmless_settings_pass_and_change_nothing(train, parted, tmp_path):
 
 
 def test_every_option_is_harmless_or_compared():
-    assert TrainOptions.model_fields.keys() | {"overfit"} >= HARMLESS
-    assert not HARMLESS & (set(FIXED_OPTIONS) | PLACES.keys())
+    assert TrainOptions.model_fields.keys() | {"overfit"} >= HARMLESS_OPTIONS
+    assert not HARMLESS_OPTIONS & (set(FIXED_OPTIONS) | LOCATION_OPTIONS.keys())
 
 
 def test_the_rows_of_a_step_may_be_cut_otherwise_but_must_be_as_many(train, parted, tmp_path):

@@ -1,3 +1,5 @@
+"""Flags and recipes become checked options, and every problem is one sentence that names the remedy."""
+
 import json
 
 import pytest
@@ -68,7 +70,7 @@ def test_precedence_is_class_then_script_then_recipe_then_flag(tmp_path):
     assert options.seed == 4
 
 
-def test_a_recipe_is_read_as_a_person_means_it(tmp_path):
+def test_a_recipe_is_read_as_its_author_means_it(tmp_path):
     text = (
         "learning-rate: 2e-4\ntrain_files: a.json\nreport_to: none\nlimit_rows: null\nmax_steps: 1_000\nrun_name: 7\n"
     )
@@ -81,27 +83,27 @@ def test_a_recipe_is_read_as_a_person_means_it(tmp_path):
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("a: [1,\nb: 2", "recipe.yaml, line 2, is not YAML: expected ',' or ']', but got '<stream end>'"),
-        ("- a\n- b", "recipe.yaml holds a list; a recipe is lines of `option: value`"),
-        ("just words", "recipe.yaml holds a str; a recipe is lines of `option: value`"),
+        ("a: [1,\nb: 2", "recipe.yaml, line 2, is not YAML: expected ',' or ']', but got '<stream end>'."),
+        ("- a\n- b", "recipe.yaml holds a list; a recipe consists of lines `option: value`."),
+        ("just words", "recipe.yaml holds a str; a recipe consists of lines `option: value`."),
         ("seed: 1\nlora_r: 8\nseed: 2", "seed: given 2 times in"),
         ("lora:\n  r: 8", "lora: no such option; did you mean lora_r?"),
         ("seed: !!python/object/apply:os.system [ls]", "line 1, is not YAML: could not determine a constructor"),
     ],
 )
-def test_a_recipe_that_cannot_be_used_is_one_sentence(tmp_path, text, problem):
-    (found,) = problems(Sft, recipe(tmp_path, text))
-    assert problem in found
+def test_an_unusable_recipe_gives_one_sentence(tmp_path, text, problem):
+    (sentence,) = problems(Sft, recipe(tmp_path, text))
+    assert problem in sentence
 
 
-def test_a_recipe_that_is_not_there_or_not_text(tmp_path):
-    assert problems(Sft, "--config gone.yaml") == ["config: gone.yaml cannot be read: No such file or directory"]
-    assert problems(Sft, f"--config {tmp_path}") == [f"config: {tmp_path} cannot be read: Is a directory"]
+def test_a_recipe_that_is_missing_or_not_text(tmp_path):
+    assert problems(Sft, "--config gone.yaml") == ["config: gone.yaml cannot be read: No such file or directory."]
+    assert problems(Sft, f"--config {tmp_path}") == [f"config: {tmp_path} cannot be read: Is a directory."]
     (tmp_path / "binary.yaml").write_bytes(b"seed: \xff\xfe")
-    (found,) = problems(Sft, f"--config {tmp_path / 'binary.yaml'}")
-    assert "binary.yaml cannot be read: 'utf-8' codec" in found
+    (sentence,) = problems(Sft, f"--config {tmp_path / 'binary.yaml'}")
+    assert "binary.yaml cannot be read: 'utf-8' codec" in sentence
     assert problems(Sft, "--config a.yaml b.yaml") == [
-        "config: ['a.yaml', 'b.yaml'] is not allowed; give one YAML file"
+        "config: ['a.yaml', 'b.yaml'] is not allowed; give one YAML file."
     ]
 
 
@@ -110,77 +112,79 @@ def test_all_problems_are_reported_at_once(tmp_path):
         "stray --lerning_rate 1 --lora_r 0 --eval_share 1 --precision fp8 --max_steps 3 --num_train_epochs 2 "
         "--report_to wandb foo --logging_steps --save_steps 1.5 --deepspeed z.json"
     )
-    found = problems(Sft, f"{line} {recipe(tmp_path, 'pakcing: true')}")
-    assert sorted(found) == [
-        "'stray' follows no option; a recipe is given as --config stray",
-        "deepspeed: 'z.json' has no meaning here; DeepSpeed comes from the launcher: "
-        "accelerate launch --config_file accelerate_configs/zero2.yaml",
-        "eval_share: '1' is not allowed; give a number of at least 0 and below 1",
+    sentences = problems(Sft, f"{line} {recipe(tmp_path, 'pakcing: true')}")
+    assert sorted(sentences) == [
+        "'stray' does not belong to an option; a recipe is given as --config stray.",
+        "deepspeed: 'z.json' has no meaning here; start with "
+        "`accelerate launch --config_file accelerate_configs/zero2.yaml`.",
+        "eval_share: '1' is not allowed; give a number of at least 0 and below 1.",
         "lerning_rate: no such option; did you mean learning_rate?",
-        "logging_steps: true (or no value) is not allowed; give a whole number of at least 1",
-        "lora_r: '0' is not allowed; give a whole number of at least 1",
+        "logging_steps: true (or no value) is not allowed; give a whole number of at least 1.",
+        "lora_r: '0' is not allowed; give a whole number of at least 1.",
         "pakcing: no such option; did you mean packing?",
-        "precision: 'fp8' is not allowed; give auto, bf16, fp16 or fp32",
-        "report_to: ['wandb', 'foo'] is not allowed; give any of tensorboard, wandb, trackio, swanlab",
-        "save_steps: '1.5' is not allowed; give a whole number of at least 1, or none",
+        "precision: 'fp8' is not allowed; give auto, bf16, fp16 or fp32.",
+        "report_to: ['wandb', 'foo'] is not allowed; give any of tensorboard, wandb, trackio, swanlab.",
+        "save_steps: '1.5' is not allowed; give a whole number of at least 1, or none.",
     ]
 
 
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
-        ("--seed a", "seed: 'a' is not allowed; give a whole number of at least 0 and below 4294967296"),
-        ("--seed 1 2", "seed: ['1', '2'] is not allowed; give a whole number of at least 0 and below 4294967296"),
-        ("--packing maybe", "packing: 'maybe' is not allowed; give per_epoch or static, or none"),
-        ("--learning_rate nan", "learning_rate: 'nan' is not allowed; give a number above 0, or none"),
-        ("--lora_dropout inf", "lora_dropout: 'inf' is not allowed; give a number of at least 0 and below 1"),
-        ("--output_dir", "output_dir: true (or no value) is not allowed; give text"),
-        ("--train_files", "train_files: true (or no value) is not allowed; give one or several texts"),
+        ("--seed a", "seed: 'a' is not allowed; give a whole number of at least 0 and below 4294967296."),
+        ("--seed 1 2", "seed: ['1', '2'] is not allowed; give a whole number of at least 0 and below 4294967296."),
+        ("--packing maybe", "packing: 'maybe' is not allowed; give per_epoch or static, or none."),
+        ("--learning_rate nan", "learning_rate: 'nan' is not allowed; give a number above 0, or none."),
+        ("--lora_dropout inf", "lora_dropout: 'inf' is not allowed; give a number of at least 0 and below 1."),
+        ("--output_dir", "output_dir: true (or no value) is not allowed; give text."),
+        ("--train_files", "train_files: true (or no value) is not allowed; give one or several texts."),
         ("--init_lora_weights eva", "init_lora_weights: 'eva' is not allowed; give true or false, or gaussian, "
-         "orthogonal, olora or pissa"),
+         "orthogonal, olora or pissa."),
         ("--lora_target_modules q_proj(", "lora_target_modules: 'q_proj(' is neither a list of module names nor a "
-         "regular expression (missing ), unterminated subpattern at position 6)"),
-        ("--qqqq 1", "qqqq: no such option; --help lists them all"),
+         "regular expression (missing ), unterminated subpattern at position 6)."),
+        ("--qqqq 1", "qqqq: no such option; --help lists all options."),
     ],
 )  # fmt: skip
-def test_a_wrong_value_is_one_sentence(line, problem):
+def test_a_wrong_value_gives_one_sentence(line, problem):
     assert problems(Sft, line) == [problem]
 
 
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
-        ("--method full --lora_r 4", "lora_r: only method lora or qlora uses it, method is full"),
-        ("--method full --loraplus_lr_ratio 4", "loraplus_lr_ratio: only method lora or qlora uses it, method is full"),
-        ("--method qlora --load_in_8bit", "load_in_8bit: only method lora uses it, method is qlora"),
+        ("--method full --lora_r 4", "lora_r: only method lora or qlora uses it, but method is full; remove it."),
+        ("--method full --loraplus_lr_ratio 4",
+         "loraplus_lr_ratio: only method lora or qlora uses it, but method is full; remove it."),
+        ("--method qlora --load_in_8bit", "load_in_8bit: only method lora uses it, but method is qlora; remove it."),
         ("--optim sgd --adam_beta1 0.5",
-         "adam_beta1: only optim adamw or adamw_8bit or paged_adamw or paged_adamw_8bit or lion uses it, optim is sgd"),
+         "adam_beta1: only optim adamw or adamw_8bit or paged_adamw or paged_adamw_8bit or lion uses it, but optim is sgd; "
+         "remove it."),
         ("--decay_share 0.2", "decay_share: only lr_scheduler_type warmup_stable_decay uses it, "
-         "lr_scheduler_type is cosine"),
+         "but lr_scheduler_type is cosine; remove it."),
         ("--init_lora_weights orthogonal --lora_r 3",
-         "lora_r: 3 is odd; init_lora_weights orthogonal takes an even rank"),
+         "lora_r: 3 is odd; init_lora_weights orthogonal needs an even rank."),
         ("--init_lora_weights pissa --load_in_8bit",
-         "init_lora_weights: pissa needs a base that is not quantised; give method lora or olora here"),
-        ("--warmup_steps 1.5", "warmup_steps: 1.5 is neither a whole number of steps nor a share below 1"),
+         "init_lora_weights: pissa needs a base that is not quantised; use method lora without load_in_8bit, or give olora."),
+        ("--warmup_steps 1.5", "warmup_steps: 1.5 is neither a whole number of steps nor a share below 1."),
         ("--lr_scheduler_type warmup_stable_decay --warmup_steps 0.3 --decay_share 0.8",
-         "decay_share: 0.8 and warmup_steps 0.3 are more than all steps"),
-        ("--total_batch_size 8 --gradient_accumulation_steps 2", "total_batch_size: 8 sets the accumulation already; "
-         "give it or gradient_accumulation_steps, not both"),
-        ("--eval_files a --eval_share 0.1", "eval_share: 0.1 cannot be combined with eval_files; give one of the two"),
+         "decay_share: 0.8 and warmup_steps 0.3 are more than all steps."),
+        ("--total_batch_size 8 --gradient_accumulation_steps 2", "total_batch_size: 8 already sets the accumulation; "
+         "give it or gradient_accumulation_steps, not both."),
+        ("--eval_files a --eval_share 0.1", "eval_share: 0.1 cannot be combined with eval_files; give one of the two."),
         ("--train_files a --eval_steps 5",
-         "eval_steps: 5 has nothing to evaluate; give eval_files or eval_share as well"),
+         "eval_steps: 5 has no rows to evaluate; give eval_files or eval_share too."),
     ],
 )  # fmt: skip
 def test_rules_between_options(line, problem):
     assert problems(Sft, line) == [problem]
 
 
-def test_rules_ask_only_what_the_person_set(tmp_path):
+def test_rules_only_check_what_the_user_set(tmp_path):
     assert sft("--method full", lora_r=4).method == "full"
     assert sft("--method full --use_dora false").method == "full"
     assert sft("--max_steps 5", num_train_epochs=3).max_steps == 5
     assert problems(Sft, f"{recipe(tmp_path, 'lora_r: 4')} --method full") == [
-        "lora_r: only method lora or qlora uses it, method is full"
+        "lora_r: only method lora or qlora uses it, but method is full; remove it."
     ]
 
 
@@ -196,7 +200,7 @@ def test_defaults_that_depend_on_another_option_are_resolved():
 
 
 @pytest.mark.parametrize(
-    ("given", "target"),
+    ("value", "target"),
     [
         ("all-linear", "all-linear"),
         ("q_proj", ["q_proj"]),
@@ -205,8 +209,8 @@ def test_defaults_that_depend_on_another_option_are_resolved():
         (r".*\.(q|v)_proj", r".*\.(q|v)_proj"),
     ],
 )
-def test_target_modules_are_names_or_a_pattern(given, target):
-    assert sft(f"--lora_target_modules {given}").lora_target_modules == target
+def test_target_modules_are_names_or_a_pattern(value, target):
+    assert sft(f"--lora_target_modules {value}").lora_target_modules == target
 
 
 ORIGIN = (
@@ -219,7 +223,7 @@ ORIGIN = (
 )
 
 
-def test_the_launch_script_that_the_project_grew_from():
+def test_the_options_of_the_script_that_the_project_grew_from():
     options = parse_options(Pretrain, ORIGIN.split(), {"method": "full"})
     assert {name: value for name, value in resolved_options(options).items() if name in options.model_fields_set} == {
         "config_name": "config",
@@ -243,15 +247,15 @@ def test_the_launch_script_that_the_project_grew_from():
         "resume_from_checkpoint": "out/checkpoints/step-00000100",
     }
     assert problems(Pretrain, f"{ORIGIN} --deepspeed ds_config_zero2.json --logging_dir logs") == [
-        "deepspeed: 'ds_config_zero2.json' has no meaning here; DeepSpeed comes from the launcher: "
-        "accelerate launch --config_file accelerate_configs/zero2.yaml",
-        "logging_dir: 'logs' has no meaning here; metrics are written to metrics.jsonl in output_dir; "
-        "report_to names trackers that get them too",
+        "deepspeed: 'ds_config_zero2.json' has no meaning here; start with "
+        "`accelerate launch --config_file accelerate_configs/zero2.yaml`.",
+        "logging_dir: 'logs' has no meaning here; metrics.jsonl in output_dir has the metrics; "
+        "report_to names trackers that get them too.",
     ]
     assert problems(Pretrain, f"{ORIGIN} --model_name_or_path model")[0].startswith("config_name: both of config_name")
     assert problems(Pretrain, "")[0].startswith("config_name: neither of config_name")
     assert problems(Pretrain, "--config_name c --train_on all") == [
-        "train_on: only conversations have turns; pretraining trains every token"
+        "train_on: only conversations have turns, but pretraining trains every token; remove it."
     ]
 
 
@@ -277,25 +281,24 @@ def test_the_launch_script_that_the_project_grew_from():
         ("--chat_template none", "chat_template", None),
     ],
 )
-def test_other_trainers_names(line, name, value):
+def test_names_of_other_trainers(line, name, value):
     assert getattr(sft(line), name) == value
 
 
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
-        ("--bf16 maybe", "bf16: 'maybe' has no meaning here; it is true or false here; precision takes auto, bf16, "
-         "fp16 or fp32"),
-        ("--eval_strategy epoch", "eval_strategy: 'epoch' has no meaning here; eval_steps says how often to evaluate; "
-         "eval_files or eval_share on what"),
-        ("--fsdp full_shard", "fsdp: 'full_shard' has no meaning here; FSDP comes from the launcher: accelerate launch "
-         "--config_file accelerate_configs/fsdp2.yaml"),
-        ("--bf16 --fp16", "fp16: true (or no value) and another value for precision are both given; "
-         "give precision once"),
-        ("--torch_dtype int8", "precision: 'int8' is not allowed; give auto, bf16, fp16 or fp32"),
+        ("--bf16 maybe", "bf16: 'maybe' has no meaning here; give true or false, or use precision: auto, bf16, fp16 or "
+         "fp32."),
+        ("--eval_strategy epoch", "eval_strategy: 'epoch' has no meaning here; eval_files or eval_share turns evaluation "
+         "on; eval_steps sets how often it runs."),
+        ("--fsdp full_shard", "fsdp: 'full_shard' has no meaning here; start with `accelerate launch "
+         "--config_file accelerate_configs/fsdp2.yaml`."),
+        ("--bf16 --fp16", "fp16: true (or no value) contradicts another value of precision; give precision once."),
+        ("--torch_dtype int8", "precision: 'int8' is not allowed; give auto, bf16, fp16 or fp32."),
     ],
 )  # fmt: skip
-def test_other_trainers_names_that_are_answered(line, problem):
+def test_names_of_other_trainers_without_an_option_here(line, problem):
     assert problems(Sft, line) == [problem]
 
 
@@ -308,10 +311,10 @@ def test_a_script_takes_only_its_own_options():
     options = parse_options(MergeOptions, ["--adapter", "a", "--output_dir", "b", "--dtype", "float32"])
     assert (options.adapter, options.dtype, options.verify) == (["a"], "float32", "modules")
     assert problems(MergeOptions, "--verify maybe --bf16") == [
-        "bf16: no such option; --help lists them all",
-        "adapter: it is required; give one or several texts",
-        "output_dir: it is required; give text",
-        "verify: 'maybe' is not allowed; give modules, logits or none",
+        "bf16: no such option; --help lists all options.",
+        "adapter: it is required; give one or several texts.",
+        "output_dir: it is required; give text.",
+        "verify: 'maybe' is not allowed; give modules, logits or none.",
     ]
     assert parse_options(ChatOptions, ["--model", "m", "--prompt=--hello there"]).prompt == "--hello there"
 
@@ -324,9 +327,9 @@ def test_show_data_has_a_json_flag():
 
 
 def test_help_shows_groups_descriptions_and_the_scripts_defaults(capsys):
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_info:
         parse_options(Sft, ["--help"], {"max_length": 77})
-    assert ended.value.code == 0
+    assert exit_info.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "Model: --model_name_or_path" in text
     assert "a whole number of at least 2 (default: 77)" in text
@@ -336,23 +339,23 @@ def test_help_shows_groups_descriptions_and_the_scripts_defaults(capsys):
 
 def test_the_resolved_config_is_json_that_parses_to_itself(tmp_path):
     options = sft("--method full --train_files a b --bf16 --optim lion")
-    written = json.loads(json.dumps(resolved_options(options)))
-    assert written["learning_rate"] == 2e-5 and written["precision"] == "bf16"
-    assert Sft.model_validate(written) == options
+    values = json.loads(json.dumps(resolved_options(options)))
+    assert values["learning_rate"] == 2e-5 and values["precision"] == "bf16"
+    assert Sft.model_validate(values) == options
 
 
 def test_schema_completes_a_recipe():
-    described = recipe_schema(Show)
-    assert described["additionalProperties"] is False
-    assert {"json", "lora_r", "train_files"} <= described["properties"].keys()
-    assert described["properties"]["max_length"] == {
+    schema = recipe_schema(Show)
+    assert schema["additionalProperties"] is False
+    assert {"json", "lora_r", "train_files"} <= schema["properties"].keys()
+    assert schema["properties"]["max_length"] == {
         "default": 2048,
-        "description": "Tokens in a row at most; packed rows are filled up to it",
+        "description": "Maximum tokens in a row; packed rows are filled up to it",
         "minimum": 2,
         "title": "Max Length",
         "type": "integer",
     }
-    assert {"type": "string"} in described["properties"]["train_files"]["anyOf"]
+    assert {"type": "string"} in schema["properties"]["train_files"]["anyOf"]
 
 
 def test_options_cannot_be_changed_after_parsing():

@@ -32,7 +32,7 @@ from accel_llm.chat.messages import (
     UNKNOWN_SHAPE,
 )
 from accel_llm.config.fields import DataFormat
-from accel_llm.data.formats import Conversation, Document, Tokenized, column_problems, parse_row
+from accel_llm.data.formats import Conversation, Document, TokenizedRow, column_problems, parse_row
 from accel_llm.errors import ConfigError, DataError
 
 INSTRUCT = Path(__file__).parents[3] / "shared" / "data" / "instruct"
@@ -60,7 +60,7 @@ def turns(*pairs: tuple[str, object]) -> list[dict[str, object]]:
     return [{"from": role, "value": value} for role, value in pairs]
 
 
-SHAPES: dict[str, tuple[dict[str, Any], Conversation | Document | Tokenized]] = {
+SHAPES: dict[str, tuple[dict[str, Any], Conversation | Document | TokenizedRow]] = {
     "messages": ({"messages": [SYSTEM, USER, ASSISTANT]}, conversation(SYSTEM, USER, ASSISTANT)),
     "messages as JSON text": ({"messages": json.dumps([USER, ASSISTANT])}, conversation(USER, ASSISTANT)),
     "conversations of role and content": (
@@ -151,10 +151,10 @@ SHAPES: dict[str, tuple[dict[str, Any], Conversation | Document | Tokenized]] = 
     "an empty question": ({"query": "", "response": "a"}, conversation({"role": "user", "content": ""}, ASSISTANT)),
     "text": ({"text": " t\n", "url": "x", "timestamp": 7}, Document(" t\n")),
     "response alone": ({"response": "t", "system": None}, Document("t")),
-    "input_ids": ({"input_ids": [1, 2, 0]}, Tokenized([1, 2, 0], [1, 2, 0])),
+    "input_ids": ({"input_ids": [1, 2, 0]}, TokenizedRow([1, 2, 0], [1, 2, 0])),
     "input_ids and labels": (
         {"input_ids": [1, 2, 3], "labels": [-100, 2, 3], "attention_mask": [1, 1, 1], "text": "t"},
-        Tokenized([1, 2, 3], [-100, 2, 3]),
+        TokenizedRow([1, 2, 3], [-100, 2, 3]),
     ),
 }
 
@@ -168,18 +168,18 @@ def test_known_shapes(shape: str) -> None:
     assert row == before
 
 
-def test_labels_are_no_second_name_of_the_ids() -> None:
+def test_labels_are_a_copy_of_the_ids() -> None:
     ids = [1, 2, 3]
     tokenized = parse_row({"input_ids": ids})
-    assert isinstance(tokenized, Tokenized)
+    assert isinstance(tokenized, TokenizedRow)
     tokenized.labels[0] = tokenized.input_ids[1] = -100
-    assert (ids, tokenized) == ([1, 2, 3], Tokenized([1, -100, 3], [-100, 2, 3]))
+    assert (ids, tokenized) == ([1, 2, 3], TokenizedRow([1, -100, 3], [-100, 2, 3]))
 
 
 def test_template_variables_of_a_row() -> None:
     row = {"messages": [USER, ASSISTANT]}
-    for written in ({"enable_thinking": False, "date": None}, '{"enable_thinking": false}'):
-        parsed = parse_row({**row, "chat_template_kwargs": written})
+    for value in ({"enable_thinking": False, "date": None}, '{"enable_thinking": false}'):
+        parsed = parse_row({**row, "chat_template_kwargs": value})
         assert parsed == Conversation([USER, ASSISTANT], None, {"enable_thinking": False})
     for nothing in (None, "", {}, "{}"):
         assert parse_row({**row, "chat_template_kwargs": nothing}) == conversation(USER, ASSISTANT)
@@ -230,7 +230,7 @@ def test_columns_name_the_columns_of_a_row() -> None:
     assert parse_row(row, None, columns) == expected
     assert parse_row(row, "alpaca", columns) == expected
     assert parse_row({"content": "t"}, "text", {"text": "content"}) == Document("t")
-    assert parse_row({"tokens": [1]}, columns={"input_ids": "tokens"}) == Tokenized([1], [1])
+    assert parse_row({"tokens": [1]}, columns={"input_ids": "tokens"}) == TokenizedRow([1], [1])
     swapped = parse_row({"query": "a", "response": "q"}, columns={"query": "response", "response": "query"})
     assert swapped == conversation(USER, ASSISTANT)
 
@@ -246,23 +246,23 @@ def test_columns_name_the_keys_of_messages() -> None:
         **{"train": "keep", "reasoning_content": "why"},
     }
     expected = conversation(USER, {**CONTEXT, "reasoning_content": "t", "thinking": "t"}, USER_2)
-    for written in (dialog, json.dumps(dialog)):
-        assert parse_row({"dialog": written}, None, columns) == expected
+    for value in (dialog, json.dumps(dialog)):
+        assert parse_row({"dialog": value}, None, columns) == expected
     sides = {"prompt": dialog[:1], "completion": [{"speaker": "bot", "utterance": "a"}]}
     assert parse_row(sides, None, {"role": "speaker", "content": "utterance"}) == conversation(USER, ASSISTANT)
     pairs = {"conversation": [{"Q": "q", "A": "a"}]}
     assert parse_row(pairs, None, {"human": "Q", "assistant": "A"}) == conversation(USER, ASSISTANT)
 
 
-def test_columns_of_no_shape_are_named() -> None:
+def test_unknown_columns_are_named() -> None:
     assert column_problems({"instruction": "q", "content": "c", "labels": "l"}) == []
     assert column_problems({"instruction": "q", "output": "a"}, "alpaca") == []
     assert column_problems({"query": "q", "input": "x"}, "alpaca") == [
-        "columns: query=q, but 'query' is no field of data_format alpaca, known are instruction, input, output, "
-        "history, system, tools, chat_template_kwargs"
+        "columns: query=q, but 'query' is not a field of data_format alpaca; the fields are instruction, input, output, "
+        "history, system, tools, chat_template_kwargs."
     ]
     (problem,) = column_problems({"sytem": "s"})
-    assert problem.startswith("columns: sytem=s, but 'sytem' is no field, known are messages, conversations, ")
+    assert problem.startswith("columns: sytem=s, but 'sytem' is not a field; the fields are messages, conversations, ")
     with pytest.raises(ConfigError) as caught:
         parse_row({"s": "s", "query": "q", "response": "a"}, None, {"sytem": "s"})
     assert caught.value.problems == [problem]
@@ -448,22 +448,22 @@ FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "no input_ids": (
         {"input_ids": []},
-        "input_ids: found [], needs a list of integers that is not empty",
+        "input_ids: found [], needs a list of one or more integers",
         BAD_TOKENS,
     ),
     "truth values as input_ids": (
         {"input_ids": [1, True]},
-        "input_ids: found [1, true], needs a list of integers that is not empty",
+        "input_ids: found [1, true], needs a list of one or more integers",
         BAD_TOKENS,
     ),
     "input_ids that are no integers": (
         {"input_ids": [1.0]},
-        "input_ids: found [1.0], needs a list of integers that is not empty",
+        "input_ids: found [1.0], needs a list of one or more integers",
         BAD_TOKENS,
     ),
     "input_ids beyond all vocabularies": (
         {"input_ids": [2**31]},
-        "input_ids: found [2147483648], needs a list of integers that is not empty",
+        "input_ids: found [2147483648], needs a list of one or more integers",
         BAD_TOKENS,
     ),
     "a negative id": (
@@ -483,7 +483,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "padding": (
         {"input_ids": [1, 0], "attention_mask": [1, 0]},
-        "attention_mask: found padding, needs rows as they are before they are padded",
+        "attention_mask: found padding, needs rows without padding",
         BAD_TOKENS,
     ),
 }
@@ -620,7 +620,7 @@ def counts(rows: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def talk(rows: int, turns: int, **others: int) -> dict[str, int]:
-    """Conversations in which all answers are trained; `turns`: questions, and as many answers."""
+    """Conversations in which every answer is trained; `turns` has questions and as many answers."""
     return {"Conversation": rows, "user": turns, "assistant": turns, "trained": turns, **others}
 
 
@@ -816,7 +816,7 @@ def test_one_row_with_reasoning_calls_and_tools() -> None:
 
 
 @needs_data
-def test_the_empty_answer_of_a_real_file_is_told() -> None:
+def test_an_empty_answer_in_a_real_file_is_reported() -> None:
     with pytest.raises(DataError) as caught:
         parse_row(load("axolotl_conversation.missingturns.json")[0])
     sentence = "conversations[1].value: the assistant's answer is empty, needs text to train on"

@@ -1,4 +1,4 @@
-"""The order of rows is a pure function of seed and epoch; mixing keeps every row and gives the shares asked for."""
+"""The order of rows is a pure function of seed and epoch; a mix keeps every row, and its shares follow the weights."""
 
 from itertools import pairwise
 from typing import Any
@@ -21,21 +21,21 @@ def options(**changes: Any) -> TrainOptions:
 
 
 def bins(epoch: int, **changes: Any) -> list[list[int]]:
-    found = arrange_epoch(ROWS, LENGTHS, options(**changes), epoch)
-    return [part.tolist() for part in np.split(found.order, found.offsets[1:-1])]
+    result = arrange_epoch(ROWS, LENGTHS, options(**changes), epoch)
+    return [part.tolist() for part in np.split(result.order, result.offsets[1:-1])]
 
 
 @pytest.mark.parametrize("packing", ["per_epoch", "static", None])
 @pytest.mark.parametrize("order", ["shuffle", "length", "source"])
 def test_every_row_is_there_once_and_no_bin_is_too_long(order, packing):
     for epoch in range(3):
-        found = bins(epoch, order=order, packing=packing)
-        assert sorted(row for part in found for row in part) == ROWS.tolist()
-        assert max(sum(LENGTHS[part]) for part in found) <= 16 and all(found)
-        assert len(found) == len(bins(0, order=order, packing=packing))
-        assert found == bins(epoch, order=order, packing=packing)
+        parts = bins(epoch, order=order, packing=packing)
+        assert sorted(row for part in parts for row in part) == ROWS.tolist()
+        assert max(sum(LENGTHS[part]) for part in parts) <= 16 and all(parts)
+        assert len(parts) == len(bins(0, order=order, packing=packing))
+        assert parts == bins(epoch, order=order, packing=packing)
         if packing is None:
-            assert {len(part) for part in found} == {1}
+            assert {len(part) for part in parts} == {1}
 
 
 def test_per_epoch_packs_anew_and_static_only_reorders():
@@ -64,15 +64,15 @@ def test_the_shortest_first_and_the_order_of_the_sources():
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(1, 12), max_size=40))
 def test_packing_in_order_fills_a_row_until_the_next_does_not_fit(lengths):
-    found = pack_in_order(np.array(lengths, np.int64), 12)
+    result = pack_in_order(np.array(lengths, np.int64), 12)
     expected: list[list[int]] = []
     for row, length in enumerate(lengths):
         if not expected or sum(lengths[k] for k in expected[-1]) + length > 12:
             expected.append([])
         expected[-1].append(row)
-    ends = found.offsets.tolist()
+    ends = result.offsets.tolist()
     assert [list(range(a, b)) for a, b in pairwise(ends)] == expected
-    assert found.order.tolist() == list(range(len(lengths)))
+    assert result.order.tolist() == list(range(len(lengths)))
 
 
 def test_packing_in_order_refuses_what_does_not_fit():
@@ -96,6 +96,6 @@ def test_shares_are_as_the_weights_and_no_row_is_left_out(sources, seed):
     for number, count in enumerate(counts):
         of_source = times[source == number]
         assert of_source.max() - of_source.min() <= 1
-        wanted = weights[number] * max(c / w for c, w in zip(counts, weights, strict=True))
-        assert abs(of_source.sum() - wanted) <= 1 and of_source.sum() >= count
+        expected = weights[number] * max(c / w for c, w in zip(counts, weights, strict=True))
+        assert abs(of_source.sum() - expected) <= 1 and of_source.sum() >= count
     assert drawn.tolist() == mix_sources(source, weights, seed).tolist()

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from accel_llm.chat.targets import IGNORED
 from accel_llm.data.batches import collate_packed, collate_padded
-from accel_llm.data.packing import pack
+from accel_llm.data.packing import pack, pack_in_order
 
 CORPORA = st.integers(1, 64).flatmap(
     lambda capacity: st.tuples(st.lists(st.integers(1, capacity), max_size=200), st.just(capacity))
@@ -71,7 +71,14 @@ def test_a_length_that_fits_no_row_is_refused(lengths):
         pack(np.array(lengths), 8)
 
 
+def test_a_list_of_lengths_is_packed_like_an_array():
+    for function in (pack, pack_in_order):
+        from_list, from_array = function([3, 5, 8, 2], 8), function(np.array([3, 5, 8, 2]), 8)
+        assert rows_of(from_list) == rows_of(from_array) and from_list.order.dtype == np.int64
+
+
 def test_nothing_to_pack():
+    assert pack([], 8).offsets.tolist() == [0]
     bins = pack(np.array([], np.int64), 8, np.random.default_rng(0))
     assert bins.order.tolist() == [] and bins.offsets.tolist() == [0]
 

@@ -1,4 +1,4 @@
-"""Rows -> encoded rows: what each policy keeps, to the token, and a ledger in which nothing is missing."""
+"""Encoding of rows: which tokens each policy keeps, and a ledger in which nothing is missing."""
 
 import json
 import string
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from support import character_tokenizer
 from tokenizers import processors
 
+from accel_llm.chat.targets import IGNORED
 from accel_llm.chat.template import Template, load_template
 from accel_llm.config.options import DataOptions
 from accel_llm.data.encode import Chunk, Encoder, SourceRow, encode_chunk
@@ -31,43 +32,47 @@ def conversation(turns: list[tuple[str, str]]) -> dict[str, Any]:
     return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
-def written(folder: Path, rows: list[dict[str, Any]], name: str = "a.jsonl") -> str:
+def write_rows(folder: Path, rows: list[dict[str, Any]], name: str = "a.jsonl") -> str:
     path = folder / name
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
 
-def shown(ids: list[int] | np.ndarray, labels: list[int] | np.ndarray) -> str:
-    """The row as text, with ⟦ ⟧ around what is trained; fails where a label is not its token."""
+def show(ids: list[int] | np.ndarray, labels: list[int] | np.ndarray) -> str:
+    """The row as text, with ⟦ ⟧ around trained tokens. Fails if a label is not its token."""
     text, inside = "", False
     for token, label in zip(np.asarray(ids).tolist(), np.asarray(labels).tolist(), strict=True):
-        assert label in (-100, token)
-        if (label != -100) != inside:
+        assert label in (IGNORED, token)
+        if (label != IGNORED) != inside:
             text += "⟧" if inside else "⟦"
             inside = not inside
         text += TOKENIZER.convert_ids_to_tokens(token)
     return text + ("⟧" if inside else "")
 
 
-def chunk_of(rows: list[dict[str, Any]], options: DataOptions, template: Template | None = CHATML) -> Chunk:
-    """Rows 1, 2, ... of file and source `a`."""
+def encode_rows(rows: list[dict[str, Any]], options: DataOptions, template: Template | None = CHATML) -> Chunk:
+    """Encode `rows` as the rows 1, 2, ... of the file `a`."""
     encoder = Encoder(options, TOKENIZER, template, ["a"], [(options.data_format, options.columns)])
     return encode_chunk([SourceRow(0, 0, RawRow("a", number, row)) for number, row in enumerate(rows, 1)], encoder)
 
 
-def pieces_of(chunk: Chunk) -> list[tuple[int, list[int], list[int]]]:
-    """(row number, ids, labels) of what is kept."""
+def list_pieces(chunk: Chunk) -> list[tuple[int, list[int], list[int]]]:
+    """(row number, ids, labels) of each encoded row."""
     ends = np.cumsum([0, *chunk.part.lengths]).tolist()
     ids, labels = chunk.part.input_ids.tolist(), chunk.part.labels.tolist()
     return [(number, ids[a:b], labels[a:b]) for number, a, b in zip(chunk.part.number, ends, ends[1:], strict=False)]
 
 
-def all_shown(rows: Rows) -> list[str]:
-    return [shown(*rows[k]) for k in range(len(rows))]
+def show_all(rows: Rows) -> list[str]:
+    return [show(*rows[k]) for k in range(len(rows))]
 
 
 def encoded(folder: Path, rows: list[dict[str, Any]], seed: int = 0, **changes: Any):
-    values: dict[str, Any] = {"train_files": [written(folder, rows)], "cache_dir": str(folder / "cache"), "max_lost": 1}
+    values: dict[str, Any] = {
+        "train_files": [write_rows(folder, rows)],
+        "cache_dir": str(folder / "cache"),
+        "max_lost": 1,
+    }
     return encode_conversations(DataOptions(**values | changes), seed, TOKENIZER, CHATML)
 
 
@@ -96,13 +101,13 @@ POLICIES = [
     ),
     ("truncate", 22, [], {"dropped: longer than max_length=22": (1, 8, 42)}),
     ("split", 50, [WHOLE], {"trained": (1, 8, 42)}),
-    (  # the second piece begins with a trained token, which nothing predicts any more
+    (  # the second piece begins with a trained token that no token predicts now
         "split",
         46,
         [f"{FIRST}⟦bb<|im_end|>⟧{SECOND}⟦dd⟧", "d⟦d<|im_end|>⟧\n"],
         {"trained": (1, 7, 42), "cut: longer than max_length=46": (0, 1, 0)},
     ),
-    (  # a piece in which nothing is trained is cut
+    (  # a piece without a trained token is cut
         "split",
         15,
         [
@@ -118,8 +123,8 @@ POLICIES = [
 @pytest.mark.parametrize("policy, max_length, expected, counted", POLICIES)
 def test_each_policy_keeps_exactly_what_it_says(policy, max_length, expected, counted):
     options = DataOptions(overlong=policy, max_length=max_length)
-    chunk = chunk_of([conversation(TALK)], options)
-    assert [shown(ids, labels) for _, ids, labels in pieces_of(chunk)] == expected
+    chunk = encode_rows([conversation(TALK)], options)
+    assert [show(ids, labels) for _, ids, labels in list_pieces(chunk)] == expected
     assert chunk.part.number.tolist() == [1] * len(expected)
     assert bins(chunk.ledger, "a") == counted and chunk.ledger.inputs["a"] == {
         "rows": 1, "supervised": 8, "context": 42,
@@ -131,7 +136,7 @@ def test_each_policy_keeps_exactly_what_it_says(policy, max_length, expected, co
 def test_rows_of_a_file_come_back_in_order(tmp_path):
     talks = [conversation([("user", "a"), ("assistant", "b" * k)]) for k in (1, 40, 2)]
     data = encoded(tmp_path, talks, max_length=30)
-    assert all_shown(data.train) == [f"{FIRST}⟦b<|im_end|>⟧\n", f"{FIRST}⟦bb<|im_end|>⟧\n"]
+    assert show_all(data.train) == [f"{FIRST}⟦b<|im_end|>⟧\n", f"{FIRST}⟦bb<|im_end|>⟧\n"]
     assert data.train.number.tolist() == [1, 3] and data.eval is None
     assert bins(data.ledger, f"{tmp_path}/a.jsonl") == {
         "trained": (2, 5, 42), "dropped: longer than max_length=30": (1, 41, 21),
@@ -141,7 +146,7 @@ def test_rows_of_a_file_come_back_in_order(tmp_path):
 def test_train_on_all_cannot_train_a_first_token(tmp_path):
     data = encoded(tmp_path, [conversation(TALK)], train_on="all")
     first, rest = WHOLE.replace("⟦", "").replace("⟧", "").split("user", 1)
-    assert all_shown(data.train) == [f"{first}⟦user{rest}⟧"]
+    assert show_all(data.train) == [f"{first}⟦user{rest}⟧"]
     assert bins(data.ledger, f"{tmp_path}/a.jsonl") == {"trained": (1, 49, 1)}
 
 
@@ -164,7 +169,7 @@ def silent_row() -> dict[str, Any]:
 
 def test_rows_without_anything_to_train_are_counted(tmp_path):
     data = encoded(tmp_path, [silent_row(), conversation(TALK[:2])])
-    assert all_shown(data.train) == [f"{FIRST}⟦bb<|im_end|>⟧\n"]
+    assert show_all(data.train) == [f"{FIRST}⟦bb<|im_end|>⟧\n"]
     assert bins(data.ledger, f"{tmp_path}/a.jsonl") == {"trained": (1, 3, 21), "dropped: nothing to train": (1, 0, 0)}
 
 
@@ -184,7 +189,7 @@ BAD: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize("reason, row", BAD, ids=[f"{k} {reason}" for k, (reason, _) in enumerate(BAD)])
-def test_a_row_that_is_not_right_stops_the_run_or_is_dropped_and_counted(tmp_path, reason, row):
+def test_a_bad_row_stops_the_run_or_is_dropped_and_counted(tmp_path, reason, row):
     rows = [conversation(TALK[:2]), row, conversation(TALK[:2])]
     with pytest.raises(DataError, match=r"a\.jsonl, row 2: .*; on_bad_row: drop leaves such rows out\.$") as error:
         encoded(tmp_path, rows)
@@ -195,7 +200,7 @@ def test_a_row_that_is_not_right_stops_the_run_or_is_dropped_and_counted(tmp_pat
     assert data.ledger.examples == {reason: [sentence]}
 
 
-def test_of_dropped_rows_the_first_three_are_shown_and_max_lost_holds(tmp_path):
+def test_the_first_three_dropped_rows_are_kept_and_max_lost_applies(tmp_path):
     rows = [row for _, row in BAD[:2]] * 5 + [conversation(TALK[:2])]
     data = encoded(tmp_path, rows, on_bad_row="drop")
     shown_rows = {
@@ -209,21 +214,21 @@ def test_of_dropped_rows_the_first_three_are_shown_and_max_lost_holds(tmp_path):
         encoded(tmp_path, rows, on_bad_row="drop", max_lost=0.9)
 
 
-def test_a_template_that_refuses_a_row_makes_it_one_that_is_not_right(tmp_path):
+def test_a_row_that_the_template_refuses_is_a_bad_row(tmp_path):
     jinja = tmp_path / "strict.jinja"
     jinja.write_text("{%- if messages | length > 2 %}{{ raise_exception('too long') }}{%- endif %}" + CHATML.source)
     template, rows = load_template(TOKENIZER, str(jinja)), [conversation(TALK[:2]), conversation(TALK)]
-    options = {"train_files": [written(tmp_path, rows)], "cache_dir": str(tmp_path / "cache"), "max_lost": 1}
+    options = {"train_files": [write_rows(tmp_path, rows)], "cache_dir": str(tmp_path / "cache"), "max_lost": 1}
     with pytest.raises(DataError, match=r"row 2: the chat template refuses this conversation: too long; on_bad_row"):
         encode_conversations(DataOptions(**options), 0, TOKENIZER, template)
     data = encode_conversations(DataOptions(**options, on_bad_row="drop"), 0, TOKENIZER, template)
     assert bins(data.ledger, f"{tmp_path}/a.jsonl")["dropped: refused by the chat template"] == (1, 0, 0)
 
 
-def test_documents_and_tokens_stand_beside_conversations(tmp_path):
+def test_one_file_may_hold_documents_tokens_and_conversations(tmp_path):
     rows = [{"text": "abc"}, conversation(TALK[:2]), {"input_ids": [5, 6, 7], "labels": [-100, -100, 7]}, {"text": "d"}]
     data = encoded(tmp_path, rows)
-    assert all_shown(data.train)[:2] == ["a⟦bc</s>⟧", f"{FIRST}⟦bb<|im_end|>⟧\n"] and len(data.train) == 4
+    assert show_all(data.train)[:2] == ["a⟦bc</s>⟧", f"{FIRST}⟦bb<|im_end|>⟧\n"] and len(data.train) == 4
     assert data.train[2][0].tolist() == [5, 6, 7] and data.train[2][1].tolist() == [-100, -100, 7]
     assert data.train.number.tolist() == [1, 2, 3, 4]
 
@@ -232,30 +237,30 @@ def test_weights_of_messages_reach_the_rows(tmp_path):
     row = conversation(TALK)
     row["messages"][1]["weight"] = 0.5
     data = encoded(tmp_path, [conversation(TALK[:2]), row])
-    weights = data.train.weights_of([0, 1])
+    weights = data.train.label_weights([0, 1])
     assert weights is not None and set(weights[0].tolist()) == {1.0}
     labels = data.train[1][1]
-    assert weights[1][labels != -100].tolist() == [0.5] * 3 + [1.0] * 5
+    assert weights[1][labels != IGNORED].tolist() == [0.5] * 3 + [1.0] * 5
 
 
 def test_a_source_has_its_own_shape_columns_and_limit(tmp_path):
-    plain = written(tmp_path, [conversation(TALK[:2])] * 3, "plain.jsonl")
-    named = written(tmp_path, [{"q": "a", "r": "bb"}] * 3, "named.jsonl")
+    plain = write_rows(tmp_path, [conversation(TALK[:2])] * 3, "plain.jsonl")
+    renamed = write_rows(tmp_path, [{"q": "a", "r": "bb"}] * 3, "renamed.jsonl")
     sources = [
         {"path": plain, "limit_rows": 2},
-        {"path": named, "data_format": "query_response", "columns": {"query": "q", "response": "r"}},
+        {"path": renamed, "data_format": "query_response", "columns": {"query": "q", "response": "r"}},
     ]
     data = encoded(tmp_path, [], train_files=sources)
-    assert all_shown(data.train) == [f"{FIRST}⟦bb<|im_end|>⟧\n"] * 5
+    assert show_all(data.train) == [f"{FIRST}⟦bb<|im_end|>⟧\n"] * 5
     assert data.train.source.tolist() == [0, 0, 1, 1, 1] and data.train.number.tolist() == [1, 2, 1, 2, 3]
-    assert list(data.ledger.inputs) == [plain, named]
-    with pytest.raises(ConfigError, match=r"columns: qq=q, but 'qq' is no field"):
+    assert list(data.ledger.inputs) == [plain, renamed]
+    with pytest.raises(ConfigError, match=r"columns: qq=q, but 'qq' is not a field"):
         encoded(tmp_path, [], train_files=[plain], columns={"qq": "q"})
 
 
-def test_sources_are_mixed_by_weight_and_the_shares_are_told(tmp_path):
-    few = written(tmp_path, [conversation(TALK[:2])] * 2, "few.jsonl")
-    many = written(tmp_path, [conversation(TALK[:2])] * 9, "many.jsonl")
+def test_sources_are_mixed_by_weight_and_the_shares_are_noted(tmp_path):
+    few = write_rows(tmp_path, [conversation(TALK[:2])] * 2, "few.jsonl")
+    many = write_rows(tmp_path, [conversation(TALK[:2])] * 9, "many.jsonl")
     sources = [{"path": few, "weight": 1}, {"path": many, "weight": 3}]
     data = encoded(tmp_path, [], train_files=sources)
     assert len(data.train) == 11
@@ -265,21 +270,21 @@ def test_sources_are_mixed_by_weight_and_the_shares_are_told(tmp_path):
     ]
     again = encoded(tmp_path, [], train_files=[few, many])
     assert again.fingerprint != data.fingerprint or again.ledger.notes == []
-    bad = written(tmp_path, [{"a": 1}], "bad.jsonl")
+    bad = write_rows(tmp_path, [{"a": 1}], "bad.jsonl")
     with pytest.raises(DataError, match=r"bad\.jsonl has a weight of 1\.0, but no row to train on is left"):
         encoded(tmp_path, [], train_files=[sources[0], {"path": bad, "weight": 1}], on_bad_row="drop")
 
 
-def test_rows_that_train_and_evaluation_share_are_counted_and_named(tmp_path):
-    evaluated = written(tmp_path, [conversation(TALK[:2]), *numbered(3)], "eval.jsonl")
-    data = encoded(tmp_path, [*numbered(2), conversation(TALK)], eval_files=[evaluated])
+def test_rows_in_both_training_and_evaluation_are_counted_and_named(tmp_path):
+    evaluation = write_rows(tmp_path, [conversation(TALK[:2]), *numbered(3)], "eval.jsonl")
+    data = encoded(tmp_path, [*numbered(2), conversation(TALK)], eval_files=[evaluation])
     assert data.ledger.notes == [
-        f"2 of 4 rows to evaluate on are trained on as well: {evaluated}, row 2 = {tmp_path}/a.jsonl, row 1; "
-        f"{evaluated}, row 3 = {tmp_path}/a.jsonl, row 2."
+        f"2 of 4 rows to evaluate on are trained on as well: {evaluation}, row 2 = {tmp_path}/a.jsonl, row 1; "
+        f"{evaluation}, row 3 = {tmp_path}/a.jsonl, row 2."
     ]
 
 
-def test_too_many_rows_lost_stop_the_run_with_all_that_is_needed(tmp_path):
+def test_too_many_lost_rows_stop_the_run_with_reasons_and_a_remedy(tmp_path):
     rows = [conversation([("user", "a"), ("assistant", "b" * (length - 22))]) for length in (30, 40, 50, 80)]
     options = {"max_length": 50, "max_lost": 0.2}
     with pytest.raises(ConfigError) as error:
@@ -293,14 +298,14 @@ def test_too_many_rows_lost_stop_the_run_with_all_that_is_needed(tmp_path):
         assert len(encoded(tmp_path, rows, **options | remedy).train) >= 3
 
 
-def test_supervised_tokens_alone_can_be_too_many(tmp_path):
+def test_too_many_lost_supervised_tokens_stop_the_run(tmp_path):
     rows = [conversation(TALK)] * 3
     assert len(encoded(tmp_path, rows, overlong="truncate", max_length=48, max_lost=5 / 8).train) == 3
     with pytest.raises(ConfigError, match=r"0\.0% of the rows and 62\.5% of the supervised tokens.*: cut: longer than"):
         encoded(tmp_path, rows, overlong="truncate", max_length=48, max_lost=0.62)
 
 
-def test_masked_labels_alone_are_told_with_their_reason(tmp_path):
+def test_rows_without_a_label_stop_the_run_with_their_own_remedy(tmp_path):
     with pytest.raises(ConfigError) as error:
         encoded(tmp_path, [silent_row(), conversation(TALK)], max_lost=0.01)
     assert str(error.value) == (
@@ -344,20 +349,20 @@ def test_a_row_held_out_stays_so_when_rows_are_added_or_the_share_grows(tmp_path
     assert set(few) < set(wider)
 
 
-def test_eval_files_are_encoded_alike_and_their_losses_are_told(tmp_path):
-    evaluated = written(tmp_path, [conversation(TALK[:2]), conversation(TALK)], "eval.jsonl")
-    data = encoded(tmp_path, [conversation(TALK[:2])] * 2, eval_files=[evaluated], max_length=40)
-    assert len(data.train) == 2 and all_shown(data.eval) == [f"{FIRST}⟦bb<|im_end|>⟧\n"]
+def test_eval_files_are_encoded_alike_and_their_lost_rows_are_noted(tmp_path):
+    evaluation = write_rows(tmp_path, [conversation(TALK[:2]), conversation(TALK)], "eval.jsonl")
+    data = encoded(tmp_path, [conversation(TALK[:2])] * 2, eval_files=[evaluation], max_length=40)
+    assert len(data.train) == 2 and show_all(data.eval) == [f"{FIRST}⟦bb<|im_end|>⟧\n"]
     assert list(data.ledger.inputs) == [f"{tmp_path}/a.jsonl"]
     assert data.ledger.notes[:1] == [
-        f"Evaluation, {evaluated}: 1 rows and 8 tokens dropped: longer than max_length=40."
+        f"Evaluation, {evaluation}: 1 rows and 8 tokens dropped: longer than max_length=40."
     ]
 
 
 def test_nothing_to_evaluate_on_is_an_error(tmp_path):
-    evaluated = written(tmp_path, [conversation(TALK)], "eval.jsonl")
+    evaluation = write_rows(tmp_path, [conversation(TALK)], "eval.jsonl")
     with pytest.raises(DataError, match=r"eval_files: .*eval\.jsonl leaves no row to evaluate on"):
-        encoded(tmp_path, numbered(3), eval_files=[evaluated], max_length=40)
+        encoded(tmp_path, numbered(3), eval_files=[evaluation], max_length=40)
     with pytest.raises(DataError, match=r"eval_share: 0\.001 leaves no row to evaluate on"):
         encoded(tmp_path, numbered(3), eval_share=0.001)
 
@@ -374,7 +379,7 @@ def test_worker_processes_change_nothing(tmp_path):
 
 
 def text_rows(folder: Path, rows: list[str], tokenizer=TOKENIZER, **changes: Any):
-    values: dict[str, Any] = {"train_files": [written(folder, [{"text": row} for row in rows])], "max_lost": 1}
+    values: dict[str, Any] = {"train_files": [write_rows(folder, [{"text": row} for row in rows])], "max_lost": 1}
     return encode_texts(DataOptions(cache_dir=str(folder / "cache"), **values | changes), 0, tokenizer, "text")
 
 
@@ -396,24 +401,24 @@ def with_bos(eos_too: bool = False):
     ],
 )
 def test_documents_end_once_and_are_trained_but_for_their_first_token(tmp_path, tokenizer, expected):
-    assert all_shown(text_rows(tmp_path, ["abc", "d"], tokenizer).train) == expected
+    assert show_all(text_rows(tmp_path, ["abc", "d"], tokenizer).train) == expected
 
 
-def test_an_end_that_stands_in_the_text_is_not_doubled_and_no_end_is_invented(tmp_path):
-    assert all_shown(text_rows(tmp_path, ["abc</s>"]).train) == ["a⟦bc</s>⟧"]
+def test_an_end_token_in_the_text_is_not_doubled_and_none_is_invented(tmp_path):
+    assert show_all(text_rows(tmp_path, ["abc</s>"]).train) == ["a⟦bc</s>⟧"]
     endless = character_tokenizer()
     endless.eos_token = None
-    assert all_shown(text_rows(tmp_path, ["abc"], endless).train) == ["a⟦bc⟧"]
+    assert show_all(text_rows(tmp_path, ["abc"], endless).train) == ["a⟦bc⟧"]
 
 
 def test_a_long_document_is_split_or_cut(tmp_path):
     split = text_rows(tmp_path, ["abcdefgh"], overlong="split", max_length=4)
-    assert all_shown(split.train) == ["a⟦bcd⟧", "e⟦fgh⟧"]  # </s> would stand alone
+    assert show_all(split.train) == ["a⟦bcd⟧", "e⟦fgh⟧"]  # </s> would stand alone
     assert bins(split.ledger, f"{tmp_path}/a.jsonl") == {
         "trained": (1, 6, 1), "cut: longer than max_length=4": (0, 2, 0),
     }  # fmt: skip
     cut = text_rows(tmp_path, ["abcdefgh"], overlong="truncate", max_length=4)
-    assert all_shown(cut.train) == ["a⟦bcd⟧"]
+    assert show_all(cut.train) == ["a⟦bcd⟧"]
     assert bins(cut.ledger, f"{tmp_path}/a.jsonl") == {
         "trained": (1, 3, 1), "cut: longer than max_length=4": (0, 5, 0),
     }  # fmt: skip
@@ -421,18 +426,18 @@ def test_a_long_document_is_split_or_cut(tmp_path):
 
 def test_a_row_without_text_names_file_and_row(tmp_path):
     text_rows(tmp_path, ["x"])
-    file = written(tmp_path, [{"text": "x"}, {"content": "y", "n": 1}])
+    file = write_rows(tmp_path, [{"text": "x"}, {"content": "y", "n": 1}])
     with pytest.raises(DataError, match=r"a\.jsonl, row 2: .*text.*content, n"):
         encode_texts(DataOptions(train_files=[file], cache_dir=str(tmp_path)), 0, TOKENIZER, "text")
-    file = written(tmp_path, [{"content": "y", "n": 1}])
+    file = write_rows(tmp_path, [{"content": "y", "n": 1}])
     data = encode_texts(DataOptions(train_files=[file], cache_dir=str(tmp_path)), 0, TOKENIZER, "content")
-    assert all_shown(data.train) == ["y⟦</s>⟧"]
+    assert show_all(data.train) == ["y⟦</s>⟧"]
 
 
 def variants(folder: Path) -> dict[str, str]:
-    """The fingerprint of an encoding, and of every one that differs from it in one thing."""
-    rows, more = numbered(40), written(folder, numbered(2), "b.jsonl")
-    copy = written(folder, rows, "copy.jsonl")
+    """The fingerprint of an encoding, and those of encodings that differ from it in one thing."""
+    rows, more = numbered(40), write_rows(folder, numbered(2), "b.jsonl")
+    copy = write_rows(folder, rows, "copy.jsonl")
     options = {"eval_share": 0.5, "max_length": 64}
     changes: dict[str, dict[str, Any]] = {
         "nothing": {},
@@ -454,43 +459,45 @@ def variants(folder: Path) -> dict[str, str]:
         "allow_special_in_text": {"allow_special_in_text": True},
         "chat_template_kwargs": {"chat_template_kwargs": {"x": 1}},
     }
-    found = {name: encoded(folder, rows, **options | change).fingerprint for name, change in changes.items()}
-    found["content"] = encoded(folder, numbered(41), **options).fingerprint
-    values = {"train_files": [written(folder, rows)], "cache_dir": str(folder / "cache"), "max_lost": 1, **options}
+    fingerprints = {name: encoded(folder, rows, **options | change).fingerprint for name, change in changes.items()}
+    fingerprints["content"] = encoded(folder, numbered(41), **options).fingerprint
+    values = {"train_files": [write_rows(folder, rows)], "cache_dir": str(folder / "cache"), "max_lost": 1, **options}
     other = character_tokenizer()
     jinja = folder / "other.jinja"
     jinja.write_text(CHATML.source.replace("user", "human") + "{{- '' }}")
-    found["template"] = encode_conversations(
+    fingerprints["template"] = encode_conversations(
         DataOptions(**values), 0, TOKENIZER, load_template(TOKENIZER, str(jinja))
     ).fingerprint
     other.add_tokens(["ab"])
-    found["vocabulary"] = encode_conversations(
+    fingerprints["vocabulary"] = encode_conversations(
         DataOptions(**values), 0, other, load_template(other, "chatml")
     ).fingerprint
     other = character_tokenizer()
     other.eos_token = "<|im_end|>"
-    found["eos"] = encode_conversations(DataOptions(**values), 0, other, load_template(other, "chatml")).fingerprint
-    return found
+    fingerprints["eos"] = encode_conversations(
+        DataOptions(**values), 0, other, load_template(other, "chatml")
+    ).fingerprint
+    return fingerprints
 
 
-def test_whatever_shapes_an_encoding_is_in_its_cache_key(tmp_path):
-    found = variants(tmp_path)
-    assert len(set(found.values())) == len(found) == 22
-    assert variants(tmp_path) == found
+def test_everything_that_changes_the_encoding_changes_the_cache_key(tmp_path):
+    fingerprints = variants(tmp_path)
+    assert len(set(fingerprints.values())) == len(fingerprints) == 22
+    assert variants(tmp_path) == fingerprints
 
 
-def test_what_shapes_nothing_is_not_in_the_cache_key(tmp_path):
+def test_other_options_do_not_change_the_cache_key(tmp_path):
     plain = encoded(tmp_path, numbered(5))
     for change in ({"seed": 7}, {"packing": False}, {"max_lost": 0.5}, {"order": "length"}):
         assert encoded(tmp_path, numbered(5), **change).fingerprint == plain.fingerprint
     assert len([path for path in (tmp_path / "cache").iterdir() if path.is_dir()]) == 1
 
 
-def test_another_end_of_text_is_not_served_from_the_cache(tmp_path):
-    assert all_shown(text_rows(tmp_path, ["abc"]).train) == ["a⟦bc</s>⟧"]
+def test_another_end_of_text_token_has_another_cache(tmp_path):
+    assert show_all(text_rows(tmp_path, ["abc"]).train) == ["a⟦bc</s>⟧"]
     other = character_tokenizer()
     other.eos_token = "<|im_end|>"
-    assert all_shown(text_rows(tmp_path, ["abc"], other).train) == ["a⟦bc<|im_end|>⟧"]
+    assert show_all(text_rows(tmp_path, ["abc"], other).train) == ["a⟦bc<|im_end|>⟧"]
 
 
 CONTENT = st.text(string.ascii_letters + " \n.", max_size=40)
@@ -508,23 +515,23 @@ OPTIONS = st.builds(
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(TALKS, max_size=4), OPTIONS)
-def test_the_ledger_balances_whatever_comes(talks, options):
+def test_the_ledger_balances_for_any_rows(talks, options):
     rows = [conversation(talk) for talk in talks]
-    chunk = chunk_of(rows, options)
+    chunk = encode_rows(rows, options)
     chunk.ledger.balance()
-    whole = pieces_of(chunk_of(rows, options.model_copy(update={"max_length": 10_000})))
+    whole = list_pieces(encode_rows(rows, options.model_copy(update={"max_length": 10_000})))
     assert len(whole) == len(rows) and sorted(chunk.lengths.elements()) == sorted(len(ids) for _, ids, _ in whole)
-    uncut, pieces = {number: (ids, labels) for number, ids, labels in whole}, pieces_of(chunk)
+    uncut, pieces = {number: (ids, labels) for number, ids, labels in whole}, list_pieces(chunk)
     trained = chunk.ledger.bins.get("a", {}).get("trained", {"supervised": 0, "context": 0})
-    supervised = sum(len(labels) - labels.count(-100) for _, _, labels in pieces)
+    supervised = sum(len(labels) - labels.count(IGNORED) for _, _, labels in pieces)
     assert trained["supervised"] == supervised
     assert trained["context"] == sum(len(ids) for _, ids, _ in pieces) - supervised - sum(
         # labels that a piece's first token loses are counted as cut, though the token stays as context
-        uncut[number][1][start] != -100
+        uncut[number][1][start] != IGNORED
         for number, start in _starts(pieces, uncut)
     )
     for number, ids, labels in pieces:
-        assert len(ids) <= options.max_length and labels[0] == -100 and any(label != -100 for label in labels)
+        assert len(ids) <= options.max_length and labels[0] == IGNORED and any(label != IGNORED for label in labels)
         if options.overlong == "drop":
             assert (ids, labels) == uncut[number]
         if options.overlong == "truncate":
@@ -534,7 +541,7 @@ def test_the_ledger_balances_whatever_comes(talks, options):
 
 
 def _starts(pieces: list, uncut: dict[int, tuple[list[int], list[int]]]) -> list[tuple[int, int]]:
-    """(row number, position in the uncut row) of every piece; equal pieces are met in order."""
+    """(row number, position in the uncut row) of every piece; equal pieces come in order."""
     starts, reached = [], dict.fromkeys(uncut, 0)
     for number, ids, labels in pieces:
         start = reached[number]

@@ -1,4 +1,4 @@
-"""One file of each kind -> exact rows; a broken one is named with its line; nothing waits in memory."""
+"""Rows of each kind of file, the lines that errors name, and the memory that reading takes."""
 
 import csv
 import gzip
@@ -21,7 +21,7 @@ A, B, C = {"text": "é"}, {"text": "b", "n": 1}, {"text": "\u2028c"}
 LINES = "\n".join(json.dumps(row, ensure_ascii=False) for row in (A, B, C))
 
 
-def written(folder: Path, name: str, content: str | bytes) -> SourceFile:
+def write_file(folder: Path, name: str, content: str | bytes) -> SourceFile:
     path = folder / name
     content = content.encode() if isinstance(content, str) else content
     if name.endswith(".gz"):
@@ -33,7 +33,7 @@ def written(folder: Path, name: str, content: str | bytes) -> SourceFile:
 
 
 def rows_in(folder: Path, name: str, content: str | bytes) -> list[dict[str, Any]]:
-    return list(read_rows(written(folder, name, content)))
+    return list(read_rows(write_file(folder, name, content)))
 
 
 @pytest.mark.parametrize("packing", ["", ".gz", ".zst"])
@@ -61,7 +61,7 @@ def test_every_kind_of_json_gives_the_same_rows(tmp_path, name, content, packing
 @pytest.mark.parametrize("name", ["one.json", "one.jsonl"])
 @pytest.mark.parametrize("indent", [None, 2])
 def test_a_single_object_is_a_file_of_one_row(tmp_path, name, indent):
-    file = written(tmp_path, name, json.dumps(B, indent=indent))
+    file = write_file(tmp_path, name, json.dumps(B, indent=indent))
     if name == "one.jsonl" and indent:
         with pytest.raises(DataError, match=r"^one\.jsonl, line 1: not JSON"):
             list(read_rows(file))
@@ -70,7 +70,7 @@ def test_a_single_object_is_a_file_of_one_row(tmp_path, name, indent):
 
 
 @pytest.mark.parametrize("packing", ["", ".gz", ".zst"])
-def test_a_text_file_is_a_document_a_line(tmp_path, packing):
+def test_each_line_of_a_text_file_is_a_document(tmp_path, packing):
     content = b"\xef\xbb\xbf first \r\n\n\t\nsecond\xe2\x80\xa8still second\nlast"
     assert rows_in(tmp_path, "a.txt" + packing, content) == [
         {"text": " first "},
@@ -91,7 +91,7 @@ TABLE = [
 @pytest.mark.parametrize("name, delimiter", [("t.csv", ","), ("t.tsv", "\t")])
 @pytest.mark.parametrize("start", ["", "\ufeff"])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
-def test_a_table_is_text_and_empty_cells_are_not_given(tmp_path, name, delimiter, start, end, packing):
+def test_cells_of_a_table_are_text_and_empty_cells_are_none(tmp_path, name, delimiter, start, end, packing):
     text = io.StringIO()
     table = csv.writer(text, delimiter=delimiter, lineterminator=end)
     table.writerow(["system", " query", "response "])
@@ -120,7 +120,7 @@ PARQUET = [
 
 
 def test_parquet_gives_python_objects(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "ROWS_AT_ONCE", 2)
+    monkeypatch.setattr(readers, "ROWS_PER_BATCH", 2)
     pq.write_table(pa.Table.from_pylist(PARQUET), tmp_path / "a.parquet")
     assert list(read_rows(SourceFile(tmp_path / "a.parquet", "a", ".parquet", ""))) == PARQUET
 
@@ -139,10 +139,10 @@ def test_columns_of_mixed_types_come_back_as_they_were(tmp_path):
     table = datasets.Dataset.from_list(MIXED, features=features).with_format("arrow")[:]
     pq.write_table(table, tmp_path / "a.parquet")
     assert list(read_rows(SourceFile(tmp_path / "a.parquet", "a", ".parquet", ""))) == MIXED
-    assert table.to_pylist()[0]["arguments"] == '{"q":1}'  # what would be read otherwise
+    assert table.to_pylist()[0]["arguments"] == '{"q":1}'  # without the conversion
 
 
-FAR = b'{"text": "a line among many"}\n' * 1000  # more than a reader's buffer
+FAR = b'{"text": "a line among many"}\n' * 1000  # more than the buffer of a reader
 
 
 @pytest.mark.parametrize("packing", ["", ".gz", ".zst"])
@@ -160,7 +160,7 @@ FAR = b'{"text": "a line among many"}\n' * 1000  # more than a reader's buffer
         ("a.json", '\n[{"a": 1},\n {"a": 2}', ", line 3: not JSON (Expecting ',' delimiter)."),
         ("a.json", '[\n{"a": 1}\n]\nmore', ", line 4: not JSON (Extra data)."),
         ("a.json", '[{"a": 1}, 2]', ", row 2: is a int, must be an object."),
-        ("a.json", "3", ": holds one int; a list of objects, or one object a line, is needed."),
+        ("a.json", "3", ": holds one int, must hold a list of objects or one object per line."),
         ("a.txt", b"fine\n" * 5000 + b"caf\xe9", ", line 5001: not UTF-8 text."),
         ("a.csv", b"a,b\n" + b"x,y\n" * 5000 + b"x,caf\xe9\n", ", line 5002: not UTF-8 text."),
         ("a.csv", "a,b\nx,y\n\nx,y,z\n", ", line 4: has 3 cells, must have 2 as the header has (a, b)."),
@@ -181,18 +181,18 @@ def test_a_broken_file_is_named_with_its_line(tmp_path, name, content, message, 
 
 
 def test_a_quote_that_is_never_closed_does_not_fill_the_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "LARGEST_CELL", 1000)
-    read = read_rows(written(tmp_path, "a.csv", 'a,b\nx,y\nx,"' + "y\n" * 2000))
+    monkeypatch.setattr(readers, "MAX_CELL_CHARACTERS", 1000)
+    read = read_rows(write_file(tmp_path, "a.csv", 'a,b\nx,y\nx,"' + "y\n" * 2000))
     assert next(read) == {"a": "x", "b": "y"}
     with pytest.raises(DataError, match=r"^a\.csv, line 3: not CSV \(field larger than field limit \(1000\)\)\.$"):
         next(read)
 
 
 @pytest.mark.parametrize("packing", [".gz", ".zst"])
-def test_a_packed_file_that_is_cut_off_or_damaged_is_no_shorter_file(tmp_path, packing):
-    file = written(tmp_path, "a.jsonl" + packing, b"".join(b'{"n": %d}\n' % n for n in range(5000)))
+def test_an_incomplete_or_damaged_compressed_file_is_an_error(tmp_path, packing):
+    file = write_file(tmp_path, "a.jsonl" + packing, b"".join(b'{"n": %d}\n' % n for n in range(5000)))
     whole = file.path.read_bytes()
-    file.path.write_bytes(whole + whole)  # parts one behind the other are one file
+    file.path.write_bytes(whole + whole)  # concatenated streams are one file
     assert [row["n"] for row in read_rows(file)] == [*range(5000)] * 2
     wrong_sum = [whole[:-8] + bytes(4) + whole[-4:]] if packing == ".gz" else []
     for broken in (whole[:-1], whole[: len(whole) // 2], whole + b"x", LINES.encode(), *wrong_sum):
@@ -213,13 +213,13 @@ def test_a_broken_parquet_file_is_named(tmp_path):
         list(read_rows(SourceFile(tmp_path / "a.parquet", "a", ".parquet", "")))
 
 
-def test_a_file_that_may_not_be_read_is_named(tmp_path):
+def test_an_unreadable_file_is_named(tmp_path):
     with pytest.raises(DataError, match=r"^a: cannot be read \(No such file or directory\)\.$"):
         list(read_rows(SourceFile(tmp_path / "a.jsonl", "a", ".jsonl", "")))
 
 
-def test_rows_before_a_broken_line_were_whole(tmp_path):
-    read = read_rows(written(tmp_path, "a.jsonl", '{"a": 1}\n{"a": 2}\n{'))
+def test_rows_before_a_broken_line_are_read(tmp_path):
+    read = read_rows(write_file(tmp_path, "a.jsonl", '{"a": 1}\n{"a": 2}\n{'))
     assert [next(read), next(read)] == [{"a": 1}, {"a": 2}]
     with pytest.raises(DataError, match="line 3"):
         next(read)
@@ -230,7 +230,7 @@ def test_a_file_larger_than_memory_is_read_line_by_line(tmp_path, name):
     lines = [json.dumps({"text": f"{n} " + "x" * 2000}) for n in range(4000)]
     if ".csv" in name or ".tsv" in name:
         lines = ["text", *(f"{n} " + "x" * 2000 for n in range(4000))]
-    file = written(tmp_path, name, "\n".join(lines))  # 8 MB
+    file = write_file(tmp_path, name, "\n".join(lines))  # 8 MB
     tracemalloc.start()
     count = sum(1 for _ in read_rows(file))
     peak = tracemalloc.get_traced_memory()[1]

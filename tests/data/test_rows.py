@@ -1,4 +1,4 @@
-"""Encoded rows come back as they were written; the cache is built once, whole or not at all."""
+"""Encoded rows are read as they were written; the cache is built once, whole or not at all."""
 
 import os
 import signal
@@ -21,14 +21,14 @@ Row = tuple[int, list[int], list[int]]
 ENCODED: list[Row] = [(1, [5, 6, 7], [-100, 6, 7]), (4, [8], [-100]), (9, [2, 3], [-100, 3])]
 
 
-def part(encoded: list[Row], weights: list[float] | None = None) -> RowPart:
-    made = RowPart()
+def make_part(encoded: list[Row], weights: list[float] | None = None) -> RowPart:
+    part = RowPart()
     for number, ids, labels in encoded:
-        made.add(array("i", ids), array("i", labels), weights and weights[: len(ids)], number, number % 2, 100 + number)
-    return made
+        part.add(array("i", ids), array("i", labels), weights and weights[: len(ids)], number, number % 2, 100 + number)
+    return part
 
 
-def written(folder: Path, *parts: RowPart) -> Path:
+def write_parts(folder: Path, *parts: RowPart) -> Path:
     with RowWriter(folder) as writer:
         for some in parts:
             writer.add(some)
@@ -36,8 +36,8 @@ def written(folder: Path, *parts: RowPart) -> Path:
 
 
 def test_rows_lie_flat_and_come_back_one_by_one(tmp_path):
-    rows = load_rows(written(tmp_path / "a", part(ENCODED[:2]), part(ENCODED[2:])), [(0, "a"), (3, "b")])
-    assert len(rows) == 3 and rows.weights is None and rows.weights_of([0]) is None
+    rows = load_rows(write_parts(tmp_path / "a", make_part(ENCODED[:2]), make_part(ENCODED[2:])), [(0, "a"), (3, "b")])
+    assert len(rows) == 3 and rows.weights is None and rows.label_weights([0]) is None
     assert rows.input_ids.tolist() == [5, 6, 7, 8, 2, 3] and rows.labels.tolist() == [-100, 6, 7, -100, -100, 3]
     assert rows.offsets.tolist() == [0, 3, 4, 6] and rows.lengths.tolist() == [3, 1, 2]
     assert rows.number.tolist() == [1, 4, 9] and rows.digest.tolist() == [101, 104, 109]
@@ -51,26 +51,26 @@ def test_rows_lie_flat_and_come_back_one_by_one(tmp_path):
 
 
 @pytest.mark.parametrize("order", ["first", "middle", "last"])
-def test_weights_are_one_wherever_they_are_not_given(tmp_path, order):
-    weighted, plain = part(ENCODED[2:], [0.5, 0.25]), part(ENCODED[:2])
+def test_missing_weights_are_one(tmp_path, order):
+    weighted, plain = make_part(ENCODED[2:], [0.5, 0.25]), make_part(ENCODED[:2])
     parts = {"first": [weighted, plain], "middle": [plain, weighted, plain], "last": [plain, weighted]}[order]
-    rows = load_rows(written(tmp_path / order, *parts), [(0, "a"), (1, "b")])
+    rows = load_rows(write_parts(tmp_path / order, *parts), [(0, "a"), (1, "b")])
     assert rows.weights is not None and rows.weights.dtype == np.float32
     expected = [0.5, 0.25] if order == "first" else [1.0] * 4 + [0.5, 0.25]
     assert rows.weights.tolist() == expected + [1.0] * (len(rows.labels) - len(expected))
-    (found,) = rows.weights_of([0 if order == "first" else 2]) or []
-    assert found.tolist() == [0.5, 0.25]
+    (weights,) = rows.label_weights([0 if order == "first" else 2]) or []
+    assert weights.tolist() == [0.5, 0.25]
 
 
-def test_a_part_of_both_kinds(tmp_path):
-    made = part(ENCODED[:1])
-    made.add(array("i", [4, 4]), array("i", [-100, 4]), [2.0, 3.0], 2, 0, 0)
-    made.add(array("i", [5]), array("i", [-100]), None, 3, 0, 0)
-    assert made.weights.tolist() == [1.0, 1.0, 1.0, 2.0, 3.0, 1.0]
+def test_a_part_may_hold_rows_with_and_without_weights(tmp_path):
+    part = make_part(ENCODED[:1])
+    part.add(array("i", [4, 4]), array("i", [-100, 4]), [2.0, 3.0], 2, 0, 0)
+    part.add(array("i", [5]), array("i", [-100]), None, 3, 0, 0)
+    assert part.weights.tolist() == [1.0, 1.0, 1.0, 2.0, 3.0, 1.0]
 
 
 class Builder:
-    """Counts how often it is asked to build."""
+    """Counts how often it builds."""
 
     def __init__(self, encoded: list[Row], seconds: float = 0):
         self.encoded, self.seconds, self.calls = encoded, seconds, 0
@@ -78,8 +78,8 @@ class Builder:
     def __call__(self, folder: Path) -> dict[str, Any]:
         self.calls += 1
         time.sleep(self.seconds)
-        written(folder / "train", part(self.encoded))
-        written(folder / "eval", part(self.encoded[:1]))
+        write_parts(folder / "train", make_part(self.encoded))
+        write_parts(folder / "eval", make_part(self.encoded[:1]))
         return {"rows": len(self.encoded), "origins": [[0, "a"], [1, "b"]]}
 
 
@@ -92,7 +92,7 @@ def test_the_cache_is_built_once(tmp_path):
     assert build.calls == 1
 
 
-def test_another_key_never_meets_it(tmp_path):
+def test_another_key_has_a_cache_of_its_own(tmp_path):
     first, second = Builder(ENCODED), Builder(ENCODED[:2])
     assert cached_rows(tmp_path / "a", first)[1]["rows"] == 3
     assert cached_rows(tmp_path / "b", second)[1]["rows"] == 2
@@ -106,9 +106,9 @@ def test_parts_without_rows_survive(tmp_path):
 
 
 @pytest.mark.parametrize("error", [DataError("broken row"), KeyboardInterrupt()])
-def test_a_build_that_fails_leaves_nothing_to_be_found(tmp_path, error):
+def test_a_failed_build_leaves_no_cache(tmp_path, error):
     def build(folder: Path) -> dict[str, Any]:
-        written(folder / "train", part(ENCODED))
+        write_parts(folder / "train", make_part(ENCODED))
         raise error
 
     with pytest.raises(type(error)):
@@ -137,18 +137,18 @@ def test_a_build_that_is_killed_is_built_again(tmp_path):
     assert facts["rows"] == 3 and parts.keys() == {"train", "eval"} and not left.exists()
 
 
-def test_those_that_come_at_once_build_once(tmp_path):
-    build, found = Builder(ENCODED, seconds=0.2), []
-    threads = [threading.Thread(target=lambda: found.append(cached_rows(tmp_path / "key", build))) for _ in range(4)]
+def test_threads_that_start_together_build_once(tmp_path):
+    build, results = Builder(ENCODED, seconds=0.2), []
+    threads = [threading.Thread(target=lambda: results.append(cached_rows(tmp_path / "key", build))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert build.calls == 1
-    assert [parts["train"].input_ids.tolist() for parts, _ in found] == [[5, 6, 7, 8, 2, 3]] * 4
+    assert [parts["train"].input_ids.tolist() for parts, _ in results] == [[5, 6, 7, 8, 2, 3]] * 4
 
 
-def test_cache_folder_is_where_the_person_says(tmp_path):
+def test_cache_folder_follows_cache_dir(tmp_path):
     assert cache_folder(DataOptions(cache_dir=str(tmp_path))) == tmp_path
     assert cache_folder(DataOptions(cache_dir="~/c")) == Path.home() / "c"
     assert cache_folder(DataOptions()).name == "accel_llm"

@@ -1,4 +1,4 @@
-"""Places -> rows: every place that can be named, what is said of those that cannot, and when a source is another."""
+"""Rows from every kind of source, the errors of bad sources, and what makes a source a different one."""
 
 import json
 import os
@@ -29,7 +29,7 @@ from accel_llm.errors import DataError
 REAL = Path(__file__).parents[3] / "shared" / "data"
 
 
-def written(path: Path, *texts: str) -> Path:
+def write_texts(path: Path, *texts: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     return path
@@ -39,29 +39,29 @@ def texts(place: object, **about: Any) -> list[str]:
     return [row.fields["text"] for row in read_source(Source(path=str(place), **about))]
 
 
-def test_a_row_says_where_it_is_from(tmp_path):
-    first, second = written(tmp_path / "a.jsonl", "x", "y"), written(tmp_path / "b.jsonl", "z")
+def test_a_row_has_its_file_and_number(tmp_path):
+    first, second = write_texts(tmp_path / "a.jsonl", "x", "y"), write_texts(tmp_path / "b.jsonl", "z")
     assert list(read_source(as_source(str(tmp_path)))) == [
         RawRow(str(first), 1, {"text": "x"}),
         RawRow(str(first), 2, {"text": "y"}),
         RawRow(str(second), 1, {"text": "z"}),
     ]
-    given = Source(path="a.jsonl", weight=2)
-    assert as_source(given) is given and as_source("a.jsonl") == Source(path="a.jsonl")
+    source = Source(path="a.jsonl", weight=2)
+    assert as_source(source) is source and as_source("a.jsonl") == Source(path="a.jsonl")
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
     root = tmp_path / "data [1]"
-    written(root / "b.jsonl", "b")
-    written(root / "a" / "z.JSONL", "z")
+    write_texts(root / "b.jsonl", "b")
+    write_texts(root / "a" / "z.JSONL", "z")
     (root / "a" / "deep").mkdir()
     (root / "a" / "deep" / "t.csv").write_text("text\nt\n", encoding="utf-8")
     (root / "a" / "y.txt").write_text("y\n", encoding="utf-8")
     (root / "README.md").write_text("no data", encoding="utf-8")
     (root / "t.parquet.gz").write_bytes(b"")
-    written(root / ".hidden.jsonl", "hidden")
-    written(root / ".cache" / "c.jsonl", "hidden")
+    write_texts(root / ".hidden.jsonl", "hidden")
+    write_texts(root / ".cache" / "c.jsonl", "hidden")
     return root
 
 
@@ -75,7 +75,7 @@ def test_a_hidden_folder_can_be_named(folder):
 
 
 @pytest.mark.parametrize(
-    "pattern, found",
+    "pattern, expected",
     [
         ("*", ["b"]),
         ("*.jsonl", ["b"]),
@@ -86,22 +86,22 @@ def test_a_hidden_folder_can_be_named(folder):
         ("?.jsonl", ["b"]),
     ],
 )
-def test_a_glob_is_sorted(folder, monkeypatch, pattern, found):
+def test_a_glob_is_sorted(folder, monkeypatch, pattern, expected):
     monkeypatch.chdir(folder)
-    assert texts(pattern) == found
+    assert texts(pattern) == expected
 
 
 def test_home_is_expanded_and_a_name_with_brackets_is_a_name(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    written(tmp_path / "rows[1].jsonl", "x")
-    written(tmp_path / "rows1.jsonl", "y")
+    write_texts(tmp_path / "rows[1].jsonl", "x")
+    write_texts(tmp_path / "rows1.jsonl", "y")
     assert texts("~/rows[1].jsonl") == ["x"]
     assert texts("~/rows?.jsonl") == ["y"] and texts("~") == ["y", "x"]
 
 
 def test_limit_counts_the_rows_of_all_files_and_opens_no_more(tmp_path):
-    written(tmp_path / "a.jsonl", "a", "b")
-    written(tmp_path / "b.jsonl", "c", "d")
+    write_texts(tmp_path / "a.jsonl", "a", "b")
+    write_texts(tmp_path / "b.jsonl", "c", "d")
     (tmp_path / "c.jsonl").write_text("{", encoding="utf-8")
     for limit in range(1, 5):
         assert texts(tmp_path, limit_rows=limit) == ["a", "b", "c", "d"][:limit]
@@ -113,7 +113,7 @@ def test_limit_counts_the_rows_of_all_files_and_opens_no_more(tmp_path):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
-    """`one`, a dataset alone, and `two`, of two splits; with a column of mixed types."""
+    """Saved datasets: `one` has one split, `two` has two; both have a column of mixed types."""
     root = tmp_path_factory.mktemp("saved")
     rows = [{"text": str(n), "x": [n, {"a": n}][n % 2]} for n in range(600)]
     datasets.disable_progress_bars()
@@ -146,18 +146,18 @@ def test_a_damaged_saved_dataset_is_named(saved, tmp_path):
     with pytest.raises(DataError, match=rf"^{place}: cannot be read \(.+\)\.$"):
         list(read_source(as_source(str(place))))
     (place / "state.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(DataError, match=r"state\.json is not what datasets saves \(KeyError: '_split'\)\.$"):
+    with pytest.raises(DataError, match=r"state\.json was not written by datasets \(KeyError: '_split'\)\.$"):
         read_source(as_source(str(place)))
 
 
 @pytest.fixture(scope="module")
 def cached_hub(tmp_path_factory) -> Path:
-    """The cache of datasets as it is after `owner/talk`, of configurations `en` and `zh`, came from the hub."""
+    """The cache of `datasets` after a download of `owner/talk`, with the configurations `en` and `zh`."""
     root = tmp_path_factory.mktemp("hub")
     card = ["---", "configs:"]
     for name in ("en", "zh"):
-        written(root / "talk" / f"{name}.jsonl", f"{name} 1", f"{name} 2")
-        written(root / "talk" / f"{name}_test.jsonl", f"{name} test")
+        write_texts(root / "talk" / f"{name}.jsonl", f"{name} 1", f"{name} 2")
+        write_texts(root / "talk" / f"{name}_test.jsonl", f"{name} test")
         card += [f"- config_name: {name}", "  data_files:"]
         card += [f"  - {{split: train, path: {name}.jsonl}}", f"  - {{split: test, path: {name}_test.jsonl}}"]
     (root / "talk" / "README.md").write_text("\n".join([*card, "---"]), encoding="utf-8")
@@ -190,7 +190,7 @@ def test_a_hub_dataset_is_read_with_its_configuration_and_split(offline):
 
 
 @pytest.mark.parametrize(
-    "source, label, said",
+    "source, label, detail",
     [
         ({"path": "owner/talk"}, "owner/talk", "en, zh"),
         ({"path": "owner/talk", "name": "fr"}, "owner/talk:fr", "['en', 'zh']"),
@@ -200,18 +200,18 @@ def test_a_hub_dataset_is_read_with_its_configuration_and_split(offline):
         ({"path": "none"}, "none", "Couldn't reach 'none' on the Hub"),
     ],
 )
-def test_what_the_hub_does_not_give_is_one_sentence(offline, source, label, said):
+def test_a_missing_hub_dataset_is_reported_in_one_sentence(offline, source, label, detail):
     assert source_problems(DataOptions(train_files=[Source(**source)])) == []
     for look in (lambda source: list(read_source(source)), source_identity):
         with pytest.raises(DataError) as error:
             look(Source(**source))
         sentence = str(error.value)
         assert sentence.startswith(f"{label}: no file or folder has this name, and the hub gives no such dataset (")
-        assert said in sentence and "\n" not in sentence and sentence.endswith(").")
+        assert detail in sentence and "\n" not in sentence and sentence.endswith(").")
 
 
 def test_a_local_folder_comes_before_the_hub(offline, tmp_path):
-    written(tmp_path / "owner" / "talk" / "a.jsonl", "local")
+    write_texts(tmp_path / "owner" / "talk" / "a.jsonl", "local")
     assert texts("owner/talk") == ["local"]
 
 
@@ -230,10 +230,10 @@ MISTAKES = [
     ("a.md", "a.md is of kind '.md'; name {ALLOWED}."),
     ("bare", "bare is of kind '(none)'; name {ALLOWED}."),
     ("a.tar.gz", "a.tar.gz is of kind '.tar.gz'; name {ALLOWED}."),
-    ("a.parquet.gz", "a.parquet.gz is a packed .parquet file; unpack it, .parquet is compressed by itself."),
-    ("https://x.org/a.json", "https://x.org/a.json is an address, and those are not read; download it and name the file."),
-    ("s3://bucket/a.jsonl", "s3://bucket/a.jsonl is an address, and those are not read; download it and name the file."),
-    ("json", "json is a kind of file and no dataset; name {ALLOWED}."),
+    ("a.parquet.gz", "a.parquet.gz is a compressed .parquet file; decompress it, .parquet is compressed by itself."),
+    ("https://x.org/a.json", "https://x.org/a.json is an address, and addresses cannot be read; download the file and name it."),
+    ("s3://bucket/a.jsonl", "s3://bucket/a.jsonl is an address, and addresses cannot be read; download the file and name it."),
+    ("json", "json is a kind of file, not a dataset; name {ALLOWED}."),
     ({"path": "a.jsonl", "split": "test"}, "a.jsonl takes no split, found 'test'; only a saved or hub dataset has one."),
     ({"path": "*.jsonl", "name": "en"}, "*.jsonl takes no name, found 'en'; only a hub dataset has one."),
     ({"path": "two", "revision": "v1"}, "two takes no revision, found 'v1'; only a hub dataset has one."),
@@ -244,12 +244,12 @@ MISTAKES = [
 ]  # fmt: skip
 
 
-def test_problems_names_every_mistake_at_once(tmp_path, saved, monkeypatch):
+def test_source_problems_names_every_mistake_at_once(tmp_path, saved, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("a.md", "bare", "a.tar.gz", "a.parquet.gz"):
         (tmp_path / name).write_text("x", encoding="utf-8")
     (tmp_path / "empty" / "inside").mkdir(parents=True)
-    written(tmp_path / "a.jsonl", "x")
+    write_texts(tmp_path / "a.jsonl", "x")
     for name in ("one", "two"):
         (tmp_path / name).symlink_to(saved / name)
     places = [Source(**place) if isinstance(place, dict) else place for place, _ in MISTAKES]
@@ -269,28 +269,28 @@ def test_problems_names_every_mistake_at_once(tmp_path, saved, monkeypatch):
 
 
 def test_identity_is_of_the_content_and_its_order(tmp_path, saved):
-    written(tmp_path / "a.jsonl", "x")
-    written(tmp_path / "b.jsonl", "y")
+    write_texts(tmp_path / "a.jsonl", "x")
+    write_texts(tmp_path / "b.jsonl", "y")
 
-    def now(**about: Any) -> str:
+    def identity(**about: Any) -> str:
         return data_fingerprint(source_identity(Source(path=str(tmp_path), **about)))
 
-    first = now()
-    assert now() == first == now(limit_rows=1, weight=2)
+    first = identity()
+    assert identity() == first == identity(limit_rows=1, weight=2)
     assert source_identity(Source(path=str(tmp_path)))[0] == (
         f"{tmp_path}/a.jsonl",
         data_fingerprint(tmp_path / "a.jsonl"),
     )
-    seen = {first}
-    written(tmp_path / "b.jsonl", "Y")
-    seen.add(now())
+    identities = {first}
+    write_texts(tmp_path / "b.jsonl", "Y")
+    identities.add(identity())
     (tmp_path / "b.jsonl").rename(tmp_path / "A.jsonl")
-    seen.add(now())
-    written(tmp_path / "c.jsonl", "z")
-    seen.add(now())
-    assert len(seen) == 4
+    identities.add(identity())
+    write_texts(tmp_path / "c.jsonl", "z")
+    identities.add(identity())
+    assert len(identities) == 4
     (tmp_path / "README.md").write_text("no rows", encoding="utf-8")
-    assert now() in seen
+    assert identity() in identities
     parts = [source_identity(Source(path=str(saved / "two"), split=split)) for split in ("train", "test")]
     assert parts[0] != parts[1] and len(parts[0]) == 3
 
@@ -303,7 +303,7 @@ def test_a_changed_byte_of_a_saved_dataset_is_another_source(saved, tmp_path):
     assert source_identity(Source(path=str(tmp_path / "one"))) != before
 
 
-def test_fingerprint_tells_parts_from_their_joint(tmp_path):
+def test_fingerprint_depends_on_the_borders_between_its_parts(tmp_path):
     (tmp_path / "a").write_bytes(b"x")
     assert (
         len(
@@ -322,7 +322,7 @@ def test_fingerprint_tells_parts_from_their_joint(tmp_path):
 @pytest.fixture
 def piped(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "HF_HOME", str(tmp_path / "home"))
-    with written(tmp_path / "in", "x", "y").open(encoding="utf-8") as stdin:
+    with write_texts(tmp_path / "in", "x", "y").open(encoding="utf-8") as stdin:
         monkeypatch.setattr(sys, "stdin", stdin)
         yield tmp_path / "home" / "accel_llm" / "stdin"
 
@@ -339,16 +339,16 @@ def test_standard_input_is_kept_in_a_file_to_be_read_again(piped):
     assert spool.name.startswith(f"{os.getpid()}-") and str(hash(psutil.Process())) in spool.name
 
 
-def test_what_runs_before_have_left_of_standard_input_is_removed(piped):
+def test_standard_input_of_ended_runs_is_removed(piped):
     assert texts("-", limit_rows=1) == ["x"]
     spool = next(piped.glob("*/*.jsonl"))
-    gone, alive = spool.with_name("4194305-1.jsonl"), spool.with_name(f"{os.getppid()}-1.jsonl")  # no id is so large
+    ended, alive = spool.with_name("4194305-1.jsonl"), spool.with_name(f"{os.getppid()}-1.jsonl")  # no id is so large
     spool.unlink()
-    gone.write_text("{}", encoding="utf-8")
+    ended.write_text("{}", encoding="utf-8")
     alive.write_text("{}", encoding="utf-8")
     sys.stdin.seek(0)
     assert texts("-") == ["x", "y"]
-    assert not gone.exists() and alive.exists()
+    assert not ended.exists() and alive.exists()
 
 
 def test_standard_input_without_rows_or_with_a_broken_one_is_named(piped, tmp_path):
@@ -362,7 +362,7 @@ def test_standard_input_without_rows_or_with_a_broken_one_is_named(piped, tmp_pa
         texts("-")
 
 
-def test_a_terminal_is_not_waited_for(monkeypatch):
+def test_a_terminal_as_standard_input_is_an_error(monkeypatch):
     ours, theirs = os.openpty()
     with os.fdopen(theirs) as terminal:
         monkeypatch.setattr(sys, "stdin", terminal)

@@ -1,4 +1,4 @@
-"""The order of rows: a pure function of seed and epoch, the same rows a step however they are dealt out."""
+"""The stream: its order is a pure function of seed and epoch, and a step has the same rows for any processes."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -10,6 +10,7 @@ import pytest
 import torch
 from support import rows_of
 
+from accel_llm.chat.targets import IGNORED
 from accel_llm.config.options import TrainOptions
 from accel_llm.data.rows import Rows
 from accel_llm.data.stream import Position, Stream, TrainingPlan
@@ -20,16 +21,16 @@ MAX_LENGTH = 16
 
 
 def documents(count: int = 50, longest: int = 9) -> Rows:
-    """Document k is k + 1 repeated 2 to `longest` times, all of it labelled."""
+    """Document k is the token k + 1, repeated 2 to `longest` times; all but the first are labels."""
     lengths = np.random.default_rng(7).integers(2, longest + 1, count)
-    return rows_of((k + 1, [k + 1] * n, [-100] + [k + 1] * (n - 1)) for k, n in enumerate(lengths.tolist()))
+    return rows_of((k + 1, [k + 1] * n, [IGNORED] + [k + 1] * (n - 1)) for k, n in enumerate(lengths.tolist()))
 
 
 ROWS = documents()
 
 
 def met(batch: dict[str, Any]) -> list[int]:
-    """The documents of a batch, each checked to be whole; none in a batch that fills an empty slot."""
+    """The documents of a batch, each checked to be whole. The batch of an empty slot has none."""
     if "cu_seqlens" in batch:
         parts = batch["input_ids"][0].split(batch["cu_seqlens"].diff().tolist())
         labels = batch["labels"][0].split(batch["cu_seqlens"].diff().tolist())
@@ -37,20 +38,20 @@ def met(batch: dict[str, Any]) -> list[int]:
         sizes = batch["attention_mask"].sum(1).tolist()
         parts = [row[:n] for row, n in zip(batch["input_ids"], sizes, strict=True)]
         labels = [row[:n] for row, n in zip(batch["labels"], sizes, strict=True)]
-    found = []
+    numbers = []
     for ids, row_labels in zip(parts, labels, strict=True):
         number = int(ids[0])
         if number == PAD:
-            assert len(parts) == 1 and len(ids) == 2 and (batch["labels"] == -100).all()
+            assert len(parts) == 1 and len(ids) == 2 and (batch["labels"] == IGNORED).all()
             continue
         expected_ids, expected_labels = ROWS[number - 1]
         assert ids.tolist() == expected_ids.tolist() and row_labels.tolist() == expected_labels.tolist()
-        found.append(number)
-    return found
+        numbers.append(number)
+    return numbers
 
 
 class Cutting:
-    """`world` processes with micro-batches of `size` rows; what each of them meets in a step."""
+    """`world` processes with micro-batches of `size` rows, and the rows that they get in a step."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, world: int, size: int, **options: Any):
         monkeypatch.setenv("WORLD_SIZE", str(world))
@@ -74,7 +75,7 @@ CUTTINGS = [(1, 8, 1), (1, 1, 8), (2, 2, 2), (4, 2, 1), (8, 1, 1), (2, 1, 4), (2
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_a_step_has_the_same_rows_however_it_is_cut(monkeypatch, packing):
+def test_a_step_has_the_same_rows_for_any_split_over_processes(monkeypatch, packing):
     runs = [
         list(Cutting(monkeypatch, world, size, gradient_accumulation_steps=accumulation, packing=packing).steps())
         for world, size, accumulation in CUTTINGS
@@ -131,14 +132,14 @@ def test_packed_rows_are_full_and_never_too_long(monkeypatch):
     assert Cutting(monkeypatch, 1, 1, packing=False).plan.bins == 50
 
 
-def test_slots_that_the_processes_do_not_divide_stay_empty(monkeypatch):
+def test_slots_left_over_by_the_processes_stay_empty(monkeypatch):
     cutting = Cutting(monkeypatch, 3, 1, total_batch_size=8, packing=False)
     assert (cutting.accumulation, cutting.plan.rows_per_step) == (3, 8)
     for step in range(6):
         batches = cutting.batches(step)
         assert [len(met(batch)) for batch in batches] == [1] * 8 + [0]
         filler = batches[-1]
-        assert filler["input_ids"].tolist() == [[PAD, PAD]] and filler["labels"].tolist() == [[-100, -100]]
+        assert filler["input_ids"].tolist() == [[PAD, PAD]] and filler["labels"].tolist() == [[IGNORED, IGNORED]]
     two_a_slot = Cutting(monkeypatch, 3, 2, total_batch_size=8, packing=False)
     assert [len(met(batch)) for batch in two_a_slot.batches(0)] == [2, 2, 2, 2, 0, 0]
 
@@ -174,12 +175,12 @@ def test_max_steps_cross_epochs(monkeypatch):
 def test_fractional_epochs(monkeypatch, epochs, rows, steps, reached):
     cutting = Cutting(monkeypatch, 2, 4, packing=False, num_train_epochs=epochs)
     assert cutting.plan == TrainingPlan(50, 8, rows, steps) and cutting.plan.epoch(steps) == reached
-    seen = Counter(number for step in cutting.steps() for number in step)
-    assert sum(seen.values()) == rows and max(seen.values()) == -(-rows // 50)
+    counts = Counter(number for step in cutting.steps() for number in step)
+    assert sum(counts.values()) == rows and max(counts.values()) == -(-rows // 50)
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_a_stream_begun_late_is_the_tail_of_one_begun_early(monkeypatch, packing):
+def test_a_stream_that_starts_late_is_the_end_of_the_whole_stream(monkeypatch, packing):
     options = {"gradient_accumulation_steps": 3, "packing": packing, "num_train_epochs": 4}
     for world in (1, 2):
         whole = Cutting(monkeypatch, world, 2, **options)
@@ -196,8 +197,8 @@ def test_a_stream_begun_late_is_the_tail_of_one_begun_early(monkeypatch, packing
 
 
 @pytest.mark.parametrize("size, world", [(2, 1), (3, 2), (1, 5), (7, 1)])
-def test_with_another_number_of_rows_in_a_step_none_is_lost_or_repeated(monkeypatch, size, world):
-    """Three steps of 8 rows are done; what follows has steps of size x world rows and ends where the data does."""
+def test_no_row_is_lost_or_repeated_when_the_rows_per_step_change(monkeypatch, size, world):
+    """After three steps of 8 rows, a run with size x world rows per step ends where the data ends."""
     before = Cutting(monkeypatch, 1, 8, packing=False, num_train_epochs=2)
     done = [number for step in range(3) for number in before.step(step)]
     after = Cutting(monkeypatch, world, size, packing=False, num_train_epochs=2, first_step=3, first_row=24)
@@ -212,8 +213,8 @@ def test_with_another_number_of_rows_in_a_step_none_is_lost_or_repeated(monkeypa
 def test_processes_never_share_a_row(monkeypatch):
     cutting = Cutting(monkeypatch, 4, 1, gradient_accumulation_steps=2)
     for step in range(cutting.plan.total_steps):
-        seen = [number for batch in cutting.batches(step) for number in met(batch)]
-        assert len(seen) == len(set(seen))
+        numbers = [number for batch in cutting.batches(step) for number in met(batch)]
+        assert len(numbers) == len(set(numbers))
 
 
 def test_to_device_moves_tensors_and_keeps_the_rest():

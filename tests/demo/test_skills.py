@@ -1,4 +1,4 @@
-"""The embedded default: determinism, disjoint splits, the tokenizer's promises and the size of what is shipped."""
+"""The demo: determinism, disjoint splits, the tokenizer, and the size of the shipped base."""
 
 import re
 from collections import Counter
@@ -15,7 +15,7 @@ from accel_llm.demo.skills import (
     HELD_OUT_PERCENT,
     demo_conversations,
     demo_documents,
-    held_out,
+    is_held_out,
 )
 from accel_llm.demo.tokenizer import CAPITALS, THINGS, WORDS, build_demo_tokenizer, demo_base_config
 
@@ -56,7 +56,7 @@ def test_rows_are_chats_that_end_with_a_short_answer(split):
 
 
 def worked_out(family: str, question: str, earlier: list[str]) -> str:
-    """The right answer, from the question and the messages before it alone."""
+    """The right answer to the last question, from the messages alone."""
     words = re.findall(r"\w+", question)
     numbers = [int(word) for word in words if word.isdigit()]
     made_up = [word for word in words if word not in WORDS and not word.isdigit()]
@@ -106,12 +106,12 @@ def test_pretraining_documents_contain_nothing_held_out():
         steps |= set(re.findall(r"(?:after|before) (\d+)", page))
         lists |= set(re.findall(r"(?:first|last) of (\w+, \w+, \w+)", page))
     made_up = {word for q in user_questions(demo_conversations("eval")) for word in re.findall(r"[a-z]+", q.lower())}
-    made_up = {word for word in made_up if held_out(word)} - {word.lower() for word in WORDS}
+    made_up = {word for word in made_up if is_held_out(word)} - {word.lower() for word in WORDS}
 
     assert len(made_up) > 50 and not made_up & words
-    assert len(additions) > 500 and not any(held_out(f"add {a} {b}") for a, b in additions)
-    assert len(steps) > 200 and not any(held_out(f"step {number}") for number in steps)
-    assert len(lists) > 200 and not any(held_out(f"pick {things}") for things in lists)
+    assert len(additions) > 500 and not any(is_held_out(f"add {a} {b}") for a, b in additions)
+    assert len(steps) > 200 and not any(is_held_out(f"step {number}") for number in steps)
+    assert len(lists) > 200 and not any(is_held_out(f"pick {things}") for things in lists)
 
 
 def test_pretraining_documents_never_show_the_chat_form():
@@ -121,7 +121,7 @@ def test_pretraining_documents_never_show_the_chat_form():
 
 
 def test_the_share_of_held_out_items_is_as_stated():
-    share = 100 * sum(held_out(f"step {number}") for number in range(10_000)) / 10_000
+    share = 100 * sum(is_held_out(f"step {number}") for number in range(10_000)) / 10_000
     assert share == pytest.approx(HELD_OUT_PERCENT, abs=1.5)
 
 

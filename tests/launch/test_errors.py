@@ -58,17 +58,21 @@ def test_options_are_told_together(told):
     )
     assert sorted(sentences) == [
         "lerning_rate: no such option; did you mean learning_rate?",
-        "lora_dropout: '3' is not allowed; give a number of at least 0 and below 1",
-        "max_grad_norm: 'much' is not allowed; give a number of at least 0",
+        "lora_dropout: '3' is not allowed; give a number of at least 0 and below 1.",
+        "max_grad_norm: 'much' is not allowed; give a number of at least 0.",
         "optim: 'adam' is not allowed; give adamw, adamw_8bit, paged_adamw, paged_adamw_8bit, lion, adafactor, sgd or "
-        "muon",
-        "seed: '-1' is not allowed; give a whole number of at least 0 and below 4294967296",
+        "muon.",
+        "seed: '-1' is not allowed; give a whole number of at least 0 and below 4294967296.",
     ]
 
 
 def test_an_option_of_another_method_is_an_error(told):
-    assert told("--method", "full", "--lora_r", 8) == ["lora_r: only method lora or qlora uses it, method is full"]
-    assert told("--method", "qlora", "--load_in_8bit") == ["load_in_8bit: only method lora uses it, method is qlora"]
+    assert told("--method", "full", "--lora_r", 8) == [
+        "lora_r: only method lora or qlora uses it, but method is full; remove it."
+    ]
+    assert told("--method", "qlora", "--load_in_8bit") == [
+        "load_in_8bit: only method lora uses it, but method is qlora; remove it."
+    ]
 
 
 def test_missing_model_files_and_clashing_options_are_told_together(told, tmp_path):
@@ -172,17 +176,17 @@ def test_adapter_names_and_quantised_sharding(told, monkeypatch):
     assert told("--load_in_8bit")[0].startswith("load_in_8bit: fsdp2 cannot shard 8-bit weights")
 
 
-def test_more_cpu_processes_than_help(told, monkeypatch):
+def test_more_cpu_processes_than_allowed(told, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "9")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    assert told()[0].startswith("num_processes: 9 processes on a machine without a GPU, at most 8 help; ")
+    assert told()[0].startswith("num_processes: 9 processes without a GPU, but at most 8 are allowed; ")
 
 
 def test_a_launch_yaml_that_contradicts_the_recipe(told, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     assert told("--precision", "fp32") == [
-        "mixed_precision: the launch YAML says bf16, the recipe's precision is fp32; remove it there, or set precision: "
-        "bf16 in the recipe."
+        "mixed_precision: the launch YAML says bf16, but the recipe's precision is fp32; remove it there, or set "
+        "precision: bf16 in the recipe."
     ]
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
@@ -248,7 +252,7 @@ def test_merge_tells_what_is_missing_and_misspelled(script, tmp_path):
         script("merge", "--adaptor", "x", "--output_dir", tmp_path / "m")
     assert error.value.problems == [
         "adaptor: no such option; did you mean adapter?",
-        "adapter: it is required; give one or several texts",
+        "adapter: it is required; give one or several texts.",
     ]
 
 
@@ -282,13 +286,14 @@ def test_a_bug_of_ours_keeps_its_traceback():
 # One rank of two: it does what it is told after it has said that it is ready.
 RANK = """
 import os, sys
-from accel_llm.errors import ConfigError, run
+from accel_llm.errors import ConfigError
+from accel_llm.system.exit import run_script
 def main():
     print("ready", flush=True)
     what = sys.stdin.readline().strip()
     if what == "bug": 1 / 0
     if what == "mistake": raise ConfigError("a: wrong.", "b: wrong.")
-run(main)
+run_script(main)
 """
 
 

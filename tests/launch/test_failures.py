@@ -14,6 +14,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("failures")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: "-".join(map(str, cell)))
 def test_one_rank_that_fails_ends_the_job(cell: Cell, work: Path) -> None:
     assert cell in TABLE

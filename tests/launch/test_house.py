@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from peft import LoraConfig, get_peft_model
+from support import PAGES
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from accel_llm.config.command_line import parse_options
@@ -24,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = sorted((ROOT / "accel_llm").rglob("*.py"))
 SCRIPTS = sorted((ROOT / "launch").glob("*.py"))
 YAMLS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
-RECIPES = sorted((ROOT / "launch" / "recipes").glob("*"))
+RECIPES = sorted((ROOT / "launch" / "recipes").glob("*.yaml"))
 FAMILIES = {
     "qwen2.5": "Qwen/Qwen2.5-",
     "qwen3": "Qwen/Qwen3-",
@@ -284,10 +285,11 @@ def commands(text: str) -> list[list[str]]:
     return [shlex.split(line) for line in lines if re.match(r"(accelerate launch|python launch/)", line)]
 
 
-TEXTS = [ROOT / "README.md", *SCRIPTS]
+# The pages that show a command, and every script.
+TEXTS = [page for page in PAGES if commands(page.read_text(encoding="utf-8"))] + SCRIPTS
 
 
-@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_documented_commands_parse(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     text = text if path.suffix == ".md" else ast.get_docstring(ast.parse(text)) or ""

@@ -16,9 +16,13 @@ from accel_llm.demo.skills import demo_conversations
 from accel_llm.demo.tokenizer import build_demo_tokenizer
 
 ROOT = Path(__file__).parents[2]
-# Every pair of strategy and method is run by tests/proofs/matrix.py, by forks that train as a launch does to the last bit.
-# The demo is launched under ZeRO-2.
-LAUNCHED = [("full", "ddp"), ("lora", "zero3"), ("lora", "fsdp2")]
+# tests/proofs/matrix.py runs every pair of strategy and method, as forks that train as a launch does to the last bit.
+LAUNCHED = [
+    ("full", "ddp"),
+    ("lora", "zero2"),
+    ("lora", "fsdp2"),
+    pytest.param("lora", "zero3", marks=pytest.mark.long),
+]
 STEPS = 6
 
 
@@ -117,6 +121,7 @@ def test_every_strategy_gives_the_single_process_run(strategy: str, reference: t
         assert settings["reduce_bucket_size"] == 200_000_000 and settings["stage"] == 2
 
 
+@pytest.mark.long
 def test_gradients_equal_a_float64_reference_over_two_processes(tmp_path: Path) -> None:
     output = launch(
         *["accelerate", "launch", "--config_file", "accelerate_configs/ddp.yaml", "--num_processes", "2"],
@@ -160,6 +165,7 @@ def test_the_demo_learns_exports_merges_and_answers(tmp_path: Path) -> None:
     assert float(plain.split("score ")[1].split()[0]) == pytest.approx(scores[-1], abs=1e-9)
 
 
+@pytest.mark.long
 def test_bad_input_is_one_sentence_from_one_process(tmp_path: Path) -> None:
     output = tmp_path / "never"
     said = launch(

@@ -26,6 +26,7 @@ def printed() -> str:
     return done.stdout
 
 
+@pytest.mark.long
 def test_killed_runs_go_on_and_end_as_if_nothing_had_been(printed: str) -> None:
     found = re.search(
         r"(\d+) SIGKILLs in (\d+) runs, (\d+) inside a save .* (\d+) after at least one step; 0 runs", printed
@@ -35,15 +36,18 @@ def test_killed_runs_go_on_and_end_as_if_nothing_had_been(printed: str) -> None:
     assert (kills, runs) == (8, 2) and in_saves >= 2 and after_a_step >= 6
 
 
+@pytest.mark.long
 def test_damaged_checkpoints_are_refused_by_name(printed: str) -> None:
     assert "23 damaged checkpoints, 0 not refused by name" in printed
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("cc") is None, reason="a disk can only be filled where there is a C compiler")
 def test_a_full_disk_ends_a_run_with_a_sentence(printed: str) -> None:
     assert "Full disks: 6 runs on a disk that is full at one call or from it on, 0 not as promised" in printed
 
 
+@pytest.mark.long
 def test_signals_save_and_end_a_run(printed: str) -> None:
     assert len(re.findall("^signals: .*  as promised$", printed, re.MULTILINE)) == 5
 

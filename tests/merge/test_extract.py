@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from accel_llm.config.tool_options import ExtractOptions, MergeOptions
 from accel_llm.errors import ConfigError
 from accel_llm.merge import extract
-from accel_llm.merge.extract import Extracted, extract_adapter, low_rank
+from accel_llm.merge.extract import ExtractResult, extract_adapter, low_rank_factors
 from accel_llm.merge.merge import merge
 
 pytestmark = pytest.mark.usefixtures("quiet")
@@ -37,7 +37,7 @@ def tune(base: Path, target: Path, rank: int | None = None, also: tuple[str, ...
     return target
 
 
-def extracted(base: Path, model: Path, target: Path, **options) -> Extracted:
+def extracted(base: Path, model: Path, target: Path, **options) -> ExtractResult:
     return extract_adapter(ExtractOptions(base=str(base), model=str(model), output_dir=str(target), **options))
 
 
@@ -49,7 +49,7 @@ def merged(base: Path, adapter: Path, target: Path) -> dict[str, torch.Tensor]:
 def test_a_change_of_low_rank_is_extracted_whole(tiny, tmp_path):
     model = tune(tiny, tmp_path / "tuned", rank=4)
     found = extracted(tiny, model, tmp_path / "adapter", lora_r=4)
-    assert len(found.errors) == 14 and max(found.errors.values()) < 1e-5 and not found.left
+    assert len(found.errors) == 14 and max(found.errors.values()) < 1e-5 and not found.uncovered_changes
     again = merged(tiny, tmp_path / "adapter", tmp_path / "merged")
     for name, tensor in load_file(model / "model.safetensors").items():
         assert torch.allclose(again[name], tensor, atol=1e-5), name
@@ -78,23 +78,23 @@ def test_large_matrices_come_near_the_best_approximation(monkeypatch):
     change = torch.randn(200, 16, generator=generator) @ torch.randn(16, 150, generator=generator)
     change += 0.1 * torch.randn(200, 150, generator=generator)
     state = torch.random.get_rng_state()
-    left, right = low_rank(change, 16)
+    left, right = low_rank_factors(change, 16)
     assert torch.equal(torch.random.get_rng_state(), state)
     best = float(torch.linalg.svdvals(change)[16:].norm())
     assert left.shape == (200, 16) and right.shape == (16, 150)
     assert float((change - left @ right).norm()) < 1.001 * best
-    assert all(torch.equal(*pair) for pair in zip(low_rank(change, 16), (left, right), strict=True))
+    assert all(torch.equal(*pair) for pair in zip(low_rank_factors(change, 16), (left, right), strict=True))
 
 
 def test_what_is_no_linear_layer_is_told_or_saved_whole(tiny, tmp_path):
     also = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
     model = tune(tiny, tmp_path / "tuned", rank=4, also=also)
     found = extracted(tiny, model, tmp_path / "adapter", lora_r=4)
-    assert found.left.keys() == {"model.embed_tokens.weight", "model.norm.weight"}
+    assert found.uncovered_changes.keys() == {"model.embed_tokens.weight", "model.norm.weight"}
     assert "lm_head" in found.errors
     saved = ["embed_tokens", "norm", "lm_head"]
     found = extracted(tiny, model, tmp_path / "whole", lora_r=4, modules_to_save=saved)
-    assert not found.left and "lm_head" not in found.errors
+    assert not found.uncovered_changes and "lm_head" not in found.errors
     again = merged(tiny, tmp_path / "whole", tmp_path / "merged")
     for name, tensor in load_file(model / "model.safetensors").items():
         assert torch.allclose(again[name], tensor, atol=1e-5), name
@@ -138,5 +138,5 @@ def test_the_script_prints_the_error_of_each_layer(script, tiny, tmp_path, capsy
     model = tune(tiny, tmp_path / "tuned", also=("model.norm.weight",))
     script("extract", "--base", tiny, "--model", model, "--lora_r", 8, "--output_dir", tmp_path / "adapter")
     told = capsys.readouterr().out
-    assert "14 layers at rank 8; of their change this is lost:" in told and told.count("%  model.layers.") == 10
+    assert "14 layers at rank 8; share of their change that is lost:" in told and told.count("%  model.layers.") == 10
     assert "not in the adapter, though changed by" in told and "model.norm.weight" in told

@@ -15,7 +15,7 @@ from accel_llm.errors import ConfigError
 from accel_llm.merge import compare_logits as compare_logits_module
 from accel_llm.merge.compare_logits import SAMPLE_TEXT, SAMPLE_TOKENS
 from accel_llm.merge.four_bit import unpack_4_bits
-from accel_llm.merge.merge import Merged, merge
+from accel_llm.merge.merge import MergeResult, merge
 from accel_llm.merge.skeleton import read_model_config
 from accel_llm.model.quantization import keep_gradients, quantized_weights, round_to_4_bits
 from accel_llm.system.weights import WeightFiles
@@ -61,7 +61,7 @@ def trained(make_model, tmp_path) -> Any:
     return make
 
 
-def merged(adapter: Path, target: Path, **options: Any) -> Merged:
+def merged(adapter: Path, target: Path, **options: Any) -> MergeResult:
     return merge(MergeOptions(**({"adapter": [str(adapter)], "output_dir": str(target)} | options)))
 
 
@@ -107,13 +107,13 @@ def test_a_base_that_is_stored_in_4_bits_is_unpacked(trained, tmp_path):
     with pytest.raises(ConfigError) as error:
         merged(adapter, tmp_path / "merged", base=str(stored))
     assert str(error.value) == (
-        "merge_base: original, but the base has its weights in 4 bits alone; set merge_base: dequantized, or name the base "
-        "model in 16 bits with --base."
+        "merge_base: original needs the base's original weights, but the base holds only 4-bit ones; set merge_base: "
+        "dequantized, or name the base model in 16 bits with --base."
     )
     found = merged(adapter, tmp_path / "merged", base=str(stored), merge_base="dequantized", verify="logits")
     assert found.differences.keys() == {"merged", "dequantized"}
     card = (tmp_path / "merged" / "README.md").read_text()
-    assert "dequantized base: merged logits differ from the adapter's own, on 4 bits, by " in card
+    assert "dequantized base: merged logits differ from those of the adapter on its 4-bit base by " in card
     merged(adapter, tmp_path / "other", base=str(base), merge_base="dequantized")
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "other"))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)

@@ -26,7 +26,7 @@ from accel_llm.config.tool_options import MergeOptions
 from accel_llm.demo.tokenizer import build_demo_tokenizer
 from accel_llm.errors import ConfigError
 from accel_llm.merge import merge as merge_module
-from accel_llm.merge.merge import Merged, merge
+from accel_llm.merge.merge import MergeResult, merge
 from accel_llm.merge.write import write_merged
 from accel_llm.model.fingerprint import model_fingerprint
 from accel_llm.model.loading import load_model
@@ -69,7 +69,7 @@ def make_adapter(tmp_path) -> Callable[..., Path]:
     return make
 
 
-def merged(folder: Path, target: Path, **options) -> Merged:
+def merged(folder: Path, target: Path, **options) -> MergeResult:
     return merge(MergeOptions(adapter=str(folder), output_dir=str(target), **options))  # type: ignore[arg-type]
 
 
@@ -102,7 +102,7 @@ def test_the_merged_model_answers_as_base_and_adapter_do(
     result = merged(folder, tmp_path / "merged")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert distance(logits(loaded), expected) <= bound
-    assert result.worst is not None and result.worst <= bound
+    assert result.largest_error is not None and result.largest_error <= bound
     assert result.dtype == dtype and {tensor.dtype for tensor in loaded.state_dict().values()} == {dtype}
     stored = load_file(tmp_path / "merged" / "model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {dtype}
@@ -213,8 +213,8 @@ def test_an_adapter_of_another_base_is_known_by_the_fingerprint(make_model, make
     folder, target = make_adapter(base), tmp_path / "merged"
     own, found = model_fingerprint(str(base)), model_fingerprint(str(other))
     sentence = (
-        f"base: {other} is another model (fingerprint {found}) than the one that {folder} was trained on ({own}); name that "
-        "one with --base, or set allow_other_base if it is the same, stored in another way."
+        f"base: {folder} was trained on another base model (fingerprint {own}) than {other} ({found}); name its own base "
+        "with --base, or set allow_other_base if this is the same model, stored in another way."
     )
     assert own != found and refusal(target, folder, base=str(other)) == sentence
     with pytest.raises(ConfigError, match=re.escape(sentence)):
@@ -276,7 +276,7 @@ def test_a_used_output_dir_is_refused_and_only_a_model_is_replaced(tiny, make_ad
     home.mkdir()
     (home / "thesis.txt").write_text("years of work")
     for name, reason in (
-        (home, "holds files that are no model; name another folder."),
+        (home, "holds files that are not a model; name another folder."),
         (home / "thesis.txt", "is a file; name a folder."),
         (folder, "holds the adapter that is read; name another folder."),
         (folder.parent, "holds the adapter that is read; name another folder."),
@@ -311,7 +311,7 @@ def test_a_merge_that_differs_is_not_written(tiny, make_adapter, tmp_path, monke
         merged(folder, target, overwrite_output_dir=True, verify="logits")
     assert (target / "model.safetensors").read_bytes() == before
     # The same damage goes through where nobody looks.
-    assert merged(folder, tmp_path / "blind", verify="none").worst is None
+    assert merged(folder, tmp_path / "blind", verify="none").largest_error is None
 
 
 def test_logits_are_compared_in_a_fresh_process(tiny, make_adapter, tmp_path):
@@ -356,7 +356,7 @@ def test_tokenizers_come_from_the_adapter_or_else_the_base_and_it_is_said(tiny, 
     bare = tmp_path / "bare"
     AutoModelForCausalLM.from_pretrained(tiny).save_pretrained(bare)
     result = merged(folder, tmp_path / "c", base=str(bare))
-    assert result.notes == ("tokenizer: there is none, in the adapter's folder or the base's",)
+    assert result.notes == ("tokenizer: neither the adapter's folder nor the base's has one",)
 
 
 def test_nothing_is_uploaded_unless_asked_and_a_failure_leaves_the_model(
@@ -368,7 +368,7 @@ def test_nothing_is_uploaded_unless_asked_and_a_failure_leaves_the_model(
     script("merge", "--adapter", folder, "--output_dir", tmp_path / "a")
     assert not pushed
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ConfigError, match=r"^push_to_hub: .* is written, but owner/name was not \("):
+    with pytest.raises(ConfigError, match=r"^push_to_hub: .* is written, but not uploaded to owner/name \("):
         script("merge", "--adapter", folder, "--output_dir", tmp_path / "b", "--push_to_hub", "owner/name")
     assert (tmp_path / "b" / "model.safetensors").is_file()
 
@@ -377,7 +377,9 @@ def test_nothing_is_uploaded_unless_asked_and_a_failure_leaves_the_model(
 def test_a_hub_id_that_cannot_be_had_is_told(tiny, make_adapter, tmp_path, monkeypatch, name):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     field = name.split("/")[1]
-    with pytest.raises(ConfigError, match=rf"^{field}: {name} is no folder, and no hub id that can be had \("):
+    with pytest.raises(
+        ConfigError, match=rf"^{field}: {name} is not a folder, and as a hub id it cannot be downloaded \("
+    ):
         if field == "adapter":
             merge(MergeOptions(adapter=[name], output_dir=str(tmp_path / "merged")))
         else:
@@ -392,7 +394,7 @@ def test_options_that_exclude_each_other_are_refused():
 
     assert "adapter_weights: 1 are given for 2 adapters" in problems("--adapter", "a", "b", "--adapter_weights", "0.5")
     assert "density: only several adapters use it" in problems("--adapter", "a", "--density", "0.5")
-    assert "unmerge: takes one adapter out of a merged model; give base" in problems("--adapter", "a", "--unmerge")
+    assert "unmerge: it removes one adapter from a merged model; give base" in problems("--adapter", "a", "--unmerge")
     options = parse_options(
         MergeOptions, ["--output_dir", "o", "--adapter", "a", "b", "--adapter_weights", "0.5", "-1"]
     )

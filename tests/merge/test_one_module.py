@@ -28,14 +28,14 @@ def layer(kind: str, rows: int, columns: int, rank: int, dtype: torch.dtype, **s
 @pytest.mark.parametrize("kind", ["linear", "conv1d", "embedding"])
 @pytest.mark.parametrize("rows, columns, rank", [(301, 64, 4), (1000, 768, 16), (96, 3000, 64), (50, 40, 1)])
 def test_parts_have_the_bits_of_the_whole(kind, dtype, rows, columns, rank, monkeypatch):
-    monkeypatch.setattr(one_module, "MERGED_AT_ONCE", 2**14)
+    monkeypatch.setattr(one_module, "ELEMENTS_PER_PART", 2**14)
     made = layer(kind, rows, columns, rank, dtype)
     base = made.get_base_layer().weight.data.clone()
     made.merge()
     expected = made.get_base_layer().weight.data.clone()
     made.get_base_layer().weight.data.copy_(base)
     made.merged_adapters.clear()
-    assert one_module._splits(made)
+    assert one_module._rows_are_independent(made)
     plain = merge_module(made, unmerge=False)
     assert plain is made.get_base_layer() and torch.equal(plain.weight, expected)
     assert not torch.equal(expected, base)
@@ -59,4 +59,4 @@ def test_threads_are_given_back():
 
 @pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_bias": True}])
 def test_what_its_rows_share_is_merged_at_once(settings):
-    assert not one_module._splits(layer("linear", 64, 32, 4, torch.float32, **settings))
+    assert not one_module._rows_are_independent(layer("linear", 64, 32, 4, torch.float32, **settings))

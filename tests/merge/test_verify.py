@@ -105,7 +105,7 @@ def written(tmp_path) -> Callable[[], tuple[Path, dict[str, int]]]:
         for name, tensor in state.items():
             writer.write(name, tensor)
         writer.finish()
-        return tmp_path, writer.sums
+        return tmp_path, writer.checksums
 
     return write
 

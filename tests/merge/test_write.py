@@ -26,7 +26,7 @@ from transformers import (
 from accel_llm.config.tool_options import MergeOptions
 from accel_llm.errors import ConfigError
 from accel_llm.merge import compare_logits as compare_logits_module
-from accel_llm.merge.merge import Merged, merge
+from accel_llm.merge.merge import MergeResult, merge
 
 pytestmark = [
     pytest.mark.usefixtures("quiet"),
@@ -81,7 +81,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
-def merged(folder: Path, **options: Any) -> Merged:
+def merged(folder: Path, **options: Any) -> MergeResult:
     target = options.pop("output_dir", folder / "merged")
     given = {"adapter": [str(folder / "adapter")], "base": str(folder / "base"), "output_dir": str(target)} | options
     return merge(MergeOptions(**given))
@@ -143,7 +143,7 @@ def test_every_method_that_can_be_merged_gives_the_bits_of_peft(tmp_path, name, 
     make(tmp_path, "llama", METHODS[name](), dtype)
     found = merged(tmp_path)
     assert_same(tensors(tmp_path / "merged"), reference(tmp_path, dtype))
-    assert found.modules and found.worst is not None and found.dtype == dtype
+    assert found.modules and found.largest_error is not None and found.dtype == dtype
     base = tensors(tmp_path / "base")
     changed = {key for key, tensor in tensors(tmp_path / "merged").items() if not torch.equal(tensor, base[key])}
     assert changed  # that nothing was merged would be the same bits as well
@@ -202,9 +202,9 @@ def test_convolutions_have_the_bits_of_peft(tmp_path, task, dtype):
         tmp_path / "reference"
     )
     assert_same(tensors(tmp_path / "merged"), tensors(tmp_path / "reference"))
-    assert found.modules == 3 and found.worst is not None
-    with pytest.raises(ConfigError, match=r"^verify: logits are compared on a text, and this is no model of text"):
-        compare_logits_module._ids(tmp_path / "merged", base, False)  # type: ignore[arg-type]
+    assert found.modules == 3 and found.largest_error is not None
+    with pytest.raises(ConfigError, match=r"^verify: logits are compared on a text, but this is not a language model"):
+        compare_logits_module._sample_ids(tmp_path / "merged", base, False)  # type: ignore[arg-type]
 
 
 def test_what_a_layer_of_peft_cannot_merge_is_refused_by_its_name(tmp_path):
@@ -373,7 +373,7 @@ def test_what_an_adapter_adds_is_scaled(tmp_path):
 
 def test_only_what_adds_can_be_scaled(tmp_path):
     make(tmp_path, "llama", METHODS["ia3"]())
-    with pytest.raises(ConfigError, match=r"^scale: 0.5 is for LoRA alone"):
+    with pytest.raises(ConfigError, match=r"^scale: 0.5 works with LoRA only"):
         merged(tmp_path, scale=0.5)
 
 
@@ -399,7 +399,7 @@ def test_concatenated_adapters_add_their_weighted_sum(tmp_path):
     for name, tensor in tensors(tmp_path / "merged").items():
         expected = tensors(tmp_path / "0" / "base")[name] + 0.7 * first[name] - 0.4 * second[name]
         assert torch.allclose(tensor, expected, atol=1e-5), name
-    assert found.worst is not None and found.worst < 1e-5
+    assert found.largest_error is not None and found.largest_error < 1e-5
     assert "combined by cat, weights 0.7, -0.4" in (tmp_path / "merged" / "README.md").read_text()
 
 
@@ -425,7 +425,7 @@ def test_adapters_that_cannot_be_combined_are_refused(tmp_path):
     bases = ", ".join(str(tmp_path / k / "base") for k in "01")
     with pytest.raises(ConfigError) as error:
         merged(tmp_path, adapter=names, base=None)
-    assert str(error.value) == f"base: the adapters name different ones ({bases}); say which with --base."
+    assert str(error.value) == f"base: the adapters name different bases ({bases}); choose one with --base."
     options = {"adapter": names, "base": str(tmp_path / "0" / "base")}
     with pytest.raises(ConfigError, match=r"^combination_type: linear cannot combine these adapters"):
         merged(tmp_path, combination_type="linear", **options)
@@ -443,7 +443,7 @@ def test_merged_minus_adapter_is_the_base(tmp_path, name, dtype, bound):
     base, again = tensors(tmp_path / "base"), tensors(tmp_path / "again")
     for key, tensor in base.items():
         assert float((again[key].float() - tensor.float()).norm()) <= bound * float(tensor.float().norm()), key
-    assert found.worst is not None and found.worst < bound
+    assert found.largest_error is not None and found.largest_error < bound
     first = "model.layers.0.self_attn.k_proj.weight" if name == "ia3" else "model.layers.0.self_attn.q_proj.weight"
     assert not torch.equal(tensors(tmp_path / "merged")[first], base[first])
 
@@ -453,7 +453,7 @@ def test_what_an_adapter_replaced_cannot_be_taken_out(tmp_path, name):
     make(tmp_path, "llama", METHODS[name]())
     merged(tmp_path)
     with pytest.raises(
-        ConfigError, match=r"cannot be unmerged, .*what it replaced or normalised in the base is in no file"
+        ConfigError, match=r"cannot be unmerged, .*the base's weights that it replaced or normalised are in no file"
     ):
         merged(tmp_path, base=str(tmp_path / "merged"), output_dir=tmp_path / "again", unmerge=True)
 

@@ -89,7 +89,7 @@ def test_no_gradient_crosses_a_boundary(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_probe_passes_what_is_isolated(family):
+def test_isolation_check_passes_what_is_isolated(family):
     model = tiny_model(family)
     enable_packing(model)
     check_isolation(model.train(), "cpu", torch.float32)
@@ -105,12 +105,12 @@ def leaking(module, query, key, value, mask, cu_seq_lens_q, **others):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "granite"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_probe_catches_a_backend_that_ignores_boundaries(family, dtype, monkeypatch):
+def test_isolation_check_catches_a_backend_that_ignores_boundaries(family, dtype, monkeypatch):
     model = tiny_model(family).to(dtype)
     enable_packing(model)
     check_isolation(model, "cpu", dtype)
     monkeypatch.setitem(AttentionInterface._global_mapping, PACKED_ATTENTION, leaking)
-    with pytest.raises(ConfigError, match=r"packing: true leaks in .*ForCausalLM|LMHeadModel.*: set packing: false"):
+    with pytest.raises(ConfigError, match=r"packing: true leaks in .*ForCausalLM|LMHeadModel.*; set packing: false"):
         check_isolation(model, "cpu", dtype)
 
 
@@ -118,10 +118,10 @@ def changed(**changes: Callable):
     """A backend that differs from the right one in what `changes` does to some of its arguments."""
 
     def attend(module, query, key, value, mask, **others):
-        given = {"query": query, "key": key, "value": value, **others}
-        given |= {name: change(given[name]) for name, change in changes.items()}
-        query, key, value = (given.pop(name) for name in ("query", "key", "value"))
-        return packed_attention(module, query, key, value, mask, **given)
+        arguments = {"query": query, "key": key, "value": value, **others}
+        arguments |= {name: change(arguments[name]) for name, change in changes.items()}
+        query, key, value = (arguments.pop(name) for name in ("query", "key", "value"))
+        return packed_attention(module, query, key, value, mask, **arguments)
 
     return attend
 
@@ -155,13 +155,13 @@ BROKEN = {
 
 @pytest.mark.parametrize("fault", BROKEN)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_probe_catches_a_backend_that_computes_something_else(fault, dtype, monkeypatch):
+def test_isolation_check_catches_a_backend_that_computes_something_else(fault, dtype, monkeypatch):
     family, backend = BROKEN[fault]
     model = tiny_model(family).to(dtype)
     enable_packing(model)
     check_isolation(model, "cpu", dtype)
     monkeypatch.setitem(AttentionInterface._global_mapping, PACKED_ATTENTION, backend)
-    with pytest.raises(ConfigError, match=r"packing: true (leaks in|changes the results of) .*: set packing: false"):
+    with pytest.raises(ConfigError, match=r"packing: true (leaks in|changes the results of) .*; set packing: false"):
         check_isolation(model, "cpu", dtype)
 
 
@@ -177,7 +177,7 @@ class RunningPositions(nn.Module):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt"])
-def test_probe_catches_positions_that_do_not_restart(family):
+def test_isolation_check_catches_positions_that_do_not_restart(family):
     model = RunningPositions(tiny_model(family))
     enable_packing(model)
     with pytest.raises(ConfigError, match="packing: true changes the results"):
@@ -191,7 +191,7 @@ def test_probe_catches_positions_that_do_not_restart(family):
         ("falcon", {}, "FalconForCausalLM computes attention outside"),
         ("llama4_text", {}, "layers of kind chunked_attention"),
         ("recurrent_gemma", {}, "layers of kind linear_attention"),
-        ("phimoe", {"sliding_window": 4}, "tells the attention mask alone about its sliding window"),
+        ("phimoe", {"sliding_window": 4}, "passes its sliding window to the attention mask only"),
     ],
 )
 def test_families_that_cannot_be_isolated_are_refused(family, options, reason):
@@ -199,10 +199,10 @@ def test_families_that_cannot_be_isolated_are_refused(family, options, reason):
         enable_packing(tiny_model(family, **options))
 
 
-def test_a_family_that_drops_the_boundaries_is_refused_by_the_probe():
+def test_a_family_that_drops_the_boundaries_is_refused_by_the_isolation_check():
     model = tiny_model("stablelm")
     enable_packing(model)
-    with pytest.raises(ConfigError, match="StableLmAttention got none: set packing: false"):
+    with pytest.raises(ConfigError, match="StableLmAttention got no boundaries; set packing: false"):
         check_isolation(model, "cpu", torch.float32)
 
 
@@ -210,7 +210,7 @@ def test_without_boundaries_nothing_is_computed():
     model = tiny_model("llama")
     enable_packing(model)
     batch = collate_padded(random_rows(3, 9), 0)
-    with pytest.raises(ConfigError, match="LlamaAttention got none"):
+    with pytest.raises(ConfigError, match="LlamaAttention got no boundaries"):
         model(input_ids=batch["input_ids"])
     with pytest.raises(ConfigError, match="LlamaAttention got an attention mask"):
         model(**forward_arguments(batch))
@@ -257,7 +257,7 @@ def test_scores_are_what_the_definition_says(scaling, window, softcap, sinks):
     generator = torch.Generator().manual_seed(0)
     lengths = [5, 1, 7]
     query, key, value = (torch.randn(1, heads, 13, 8, generator=generator, dtype=torch.float64) for heads in (4, 2, 2))
-    found, _ = packed_attention(
+    output, _ = packed_attention(
         nn.Module(),
         query.float(),
         key.float(),
@@ -271,7 +271,7 @@ def test_scores_are_what_the_definition_says(scaling, window, softcap, sinks):
         max_length_q=7,
     )
     expected = brute_force(query, key, value, lengths, scaling, window, softcap, sinks)
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
@@ -279,17 +279,17 @@ def test_dropout_is_applied_to_weights_and_keeps_their_mean(softcap):
     value = torch.ones(1, 1, 40, 8)
     boundaries = torch.tensor([0, 40])
     torch.manual_seed(0)
-    found, _ = packed_attention(
+    output, _ = packed_attention(
         nn.Module(), value, value, value, None, 0.5, softcap=softcap, cu_seq_lens_q=boundaries, max_length_q=40
     )
-    assert found.std() > 0.05
-    assert abs(found[0, 20:].mean() - 1) < 0.1
+    assert output.std() > 0.05
+    assert abs(output[0, 20:].mean() - 1) < 0.1
 
 
 @pytest.mark.parametrize("term", [{"position_bias": torch.zeros(1)}, {"indices": torch.zeros(1)}, {"is_causal": False}])
 def test_unknown_score_terms_are_refused(term):
     query = torch.zeros(1, 1, 4, 8)
-    with pytest.raises(ConfigError, match=f"cannot honour {next(iter(term))}.*set packing: false"):
+    with pytest.raises(ConfigError, match=f"does not support {next(iter(term))}.*set packing: false"):
         packed_attention(
             nn.Module(), query, query, query, None, cu_seq_lens_q=torch.tensor([0, 4]), max_length_q=4, **term
         )
@@ -325,21 +325,21 @@ def test_variable_length_kernel_equals_one_document_at_a_time(dtype, kv_heads, s
     kernel = attention.varlen_attn
     monkeypatch.setattr(attention, "varlen_attn", lambda *args, **options: calls.append(1) or kernel(*args, **options))
     fused = on_cuda(*tensors, boundaries, dtype, scaling=scaling, sliding_window=window)
-    taken = bool(calls)
-    monkeypatch.setattr(attention, "_varlen_takes", lambda *_: False)
+    kernel_used = bool(calls)
+    monkeypatch.setattr(attention, "_varlen_supports", lambda *_: False)
     single = on_cuda(*tensors, boundaries, dtype, scaling=scaling, sliding_window=window)
     exact = on_cuda(*tensors, boundaries, torch.float32, scaling=scaling, sliding_window=window)
     options = VARLEN_OPTIONS
-    assert taken == ((window is None or "window_size" in options) and (scaling == 64**-0.5 or "scale" in options))
-    for found, other, truth in zip(fused, single, exact, strict=True):
-        assert (found - truth).norm() <= 1.5 * (other - truth).norm() + 1e-3 * truth.norm()
+    assert kernel_used == ((window is None or "window_size" in options) and (scaling == 64**-0.5 or "scale" in options))
+    for packed, alone, truth in zip(fused, single, exact, strict=True):
+        assert (packed - truth).norm() <= 1.5 * (alone - truth).norm() + 1e-3 * truth.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_probe_passes_on_cuda(family, dtype):
+def test_isolation_check_passes_on_cuda(family, dtype):
     model = tiny_model(family).to("cuda", dtype)
     enable_packing(model)
     check_isolation(model, "cuda", dtype)

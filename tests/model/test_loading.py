@@ -1,4 +1,4 @@
-"""Models and tokenizers: what is refused and in which words, and what is loaded in which dtype."""
+"""Models and tokenizers: the texts of refusals, and the dtypes of loaded weights."""
 
 import json
 import shutil
@@ -39,7 +39,7 @@ def copy(tiny: Path, folder: Path) -> Path:
     return shutil.copytree(tiny, folder / "copy")
 
 
-# What is no model, before anything is read
+# Names that are not a model, before any file is read
 
 
 def test_what_is_no_model_is_named(tiny, tmp_path):
@@ -154,8 +154,8 @@ def test_weights_that_do_not_fill_the_model_are_refused(tiny, tmp_path, how):
         path.write_bytes(path.read_bytes()[: 3000 if how == "truncated" else 0])
     expected = {
         "missing": f"does not fill the model: 1 weights are missing ({gone}).",
-        "shape": f"does not fill the model: 1 have another shape ({bent} (3,) for (32,)).",
-        "both": f"does not fill the model: 1 weights are missing ({gone}); 1 have another shape ({bent} (3,) for (32,)).",
+        "shape": f"does not fill the model: 1 weights have another shape ({bent} (3,) for (32,)).",
+        "both": f"does not fill the model: 1 weights are missing ({gone}); 1 weights have another shape ({bent} (3,) for (32,)).",
         "none": "cannot be loaded (Error no file named model.safetensors",
     }.get(how, "cannot be loaded (Error while deserializing header")
     with pytest.raises(ConfigError) as error:
@@ -201,8 +201,8 @@ def test_truncation_and_padding_of_a_saved_tokenizer_are_stripped(tiny, tmp_path
     tokenizer = load_tokenizer(str(folder))
     assert len(tokenizer("a long text")["input_ids"]) == len("a long text")
     tokenizer.save_pretrained(tmp_path / "saved")
-    saved = json.loads((tmp_path / "saved" / "tokenizer.json").read_text(encoding="utf-8"))
-    assert saved["truncation"] is None and saved["padding"] is None
+    settings = json.loads((tmp_path / "saved" / "tokenizer.json").read_text(encoding="utf-8"))
+    assert settings["truncation"] is None and settings["padding"] is None
 
 
 @pytest.mark.parametrize("name", ["smollm", "llama2", "mistral-7b", "phi-3-mini", "qwen3", "happy-llm_tokenizer_k"])
@@ -253,9 +253,9 @@ def test_a_tokenizer_of_its_own_comes_before_the_models(tiny, tmp_path):
 def test_the_home_folder_is_found_in_a_recipe_too(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     copy(tiny, tmp_path)
-    named = options("~/copy")
-    assert model_problems(named) == [] and load_model_config(named).vocab_size == 606
-    assert configured_tokenizer(named) and load_model(named)
+    home_options = options("~/copy")
+    assert model_problems(home_options) == [] and load_model_config(home_options).vocab_size == 606
+    assert configured_tokenizer(home_options) and load_model(home_options)
 
 
 # What is loaded
@@ -275,10 +275,10 @@ def test_the_home_folder_is_found_in_a_recipe_too(tiny, tmp_path, monkeypatch):
 def test_weights_are_masters_when_trained_and_in_the_compute_dtype_when_frozen(
     make_model, tmp_path, stored, method, precision, expected
 ):
-    chosen = options(make_model(tmp_path, stored), method=method, precision=precision)
-    model = load_model(chosen).requires_grad_(method == "full")
-    assert {p.dtype for p in settled(model, chosen).parameters()} == {expected}
-    assert stored_dtype(load_model_config(chosen)) == stored
+    train_options = options(make_model(tmp_path, stored), method=method, precision=precision)
+    model = load_model(train_options).requires_grad_(method == "full")
+    assert {p.dtype for p in settled(model, train_options).parameters()} == {expected}
+    assert stored_dtype(load_model_config(train_options)) == stored
 
 
 @pytest.mark.parametrize(
@@ -291,17 +291,17 @@ def test_weights_are_masters_when_trained_and_in_the_compute_dtype_when_frozen(
 )
 def test_who_keeps_the_masters_of_full_training_in_bf16(tiny, monkeypatch, strategy, master_weights, expected):
     monkeypatch.setattr(placement, "strategy", lambda: strategy)
-    chosen = options(tiny, method="full", precision="bf16", master_weights=master_weights)
+    train_options = options(tiny, method="full", precision="bf16", master_weights=master_weights)
     reset()
-    model = load_model(chosen)
-    place_weights(Accelerator(cpu=True, mixed_precision="bf16"), model, chosen)
+    model = load_model(train_options)
+    place_weights(Accelerator(cpu=True, mixed_precision="bf16"), model, train_options)
     reset()
     assert {parameter.dtype for parameter in model.parameters()} == {expected}
 
 
 def test_the_4_bit_base_is_nf4_doubly_quantised(tiny, make_model, tmp_path):
-    chosen = options(tiny, method="qlora", precision="bf16")
-    model = settled(load_model(chosen), chosen)
+    train_options = options(tiny, method="qlora", precision="bf16")
+    model = settled(load_model(train_options), train_options)
     settings = model.config.quantization_config
     assert (settings.bnb_4bit_quant_type, settings.bnb_4bit_use_double_quant) == ("nf4", True)
     assert (settings.bnb_4bit_compute_dtype, settings.bnb_4bit_quant_storage) == (torch.bfloat16, torch.uint8)
@@ -320,19 +320,19 @@ def test_the_8_bit_base_is_in_8_bits(tiny):
 
 
 def gradients(tiny: Path, method: str, checkpointing: bool) -> dict[str, torch.Tensor]:
-    chosen = options(tiny, method=method, gradient_checkpointing=checkpointing)
+    train_options = options(tiny, method=method, gradient_checkpointing=checkpointing)
     torch.manual_seed(0)
-    model = load_model(chosen)
+    model = load_model(train_options)
     assert model.is_gradient_checkpointing == checkpointing and model.training
     attach_loss(model, 64)
-    trained = model if method == "full" else attach_adapter(model, chosen)
+    model_to_train = model if method == "full" else attach_adapter(model, train_options)
     rows = [np.arange(5, 30), np.arange(40, 50)]
     batch = {
         name: torch.as_tensor(value) if isinstance(value, np.ndarray) else value
         for name, value in collate_packed([(row, row) for row in rows]).items()
     }
-    next_token_loss(trained, batch).backward()
-    return {name: p.grad for name, p in trained.named_parameters() if p.grad is not None}
+    next_token_loss(model_to_train, batch).backward()
+    return {name: p.grad for name, p in model_to_train.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
@@ -365,8 +365,8 @@ def test_a_generation_config_that_cannot_be_saved_is_mended(tmp_path):
     with pytest.raises(ValueError, match="GenerationConfig is invalid"):
         greedy.save_pretrained(tmp_path)
     saveable_generation_config(greedy).save_pretrained(tmp_path)
-    saved = GenerationConfig.from_pretrained(tmp_path)
-    assert (saved.temperature, saved.top_p, saved.eos_token_id, saved.repetition_penalty) == (None, None, 2, 1.1)
+    config = GenerationConfig.from_pretrained(tmp_path)
+    assert (config.temperature, config.top_p, config.eos_token_id, config.repetition_penalty) == (None, None, 2, 1.1)
     sampling = saveable_generation_config(GenerationConfig(do_sample=True, temperature=0.6, top_p=0.9))
     assert (sampling.do_sample, sampling.temperature, sampling.top_p) == (True, 0.6, 0.9)
     assert saveable_generation_config(None).to_dict() == GenerationConfig().to_dict()

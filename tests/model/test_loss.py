@@ -1,5 +1,6 @@
 import copy
 import functools
+import re
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from pydantic import ValidationError
-from support import FAMILIES, STOCK, UNPACKABLE, random_rows, tiny_model
+from support import FAMILIES, ROOT, STOCK, UNPACKABLE, random_rows, tiny_model
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
@@ -22,7 +23,7 @@ from accel_llm.model import loss as loss_module
 from accel_llm.model.attention import enable_packing
 from accel_llm.model.loss import attach_loss, check_loss, next_token_loss
 
-# Families that compute a balance loss of their experts; JetMoE is here for its own name of the coefficient
+# Families with a balance loss of their experts; JetMoE has another name for the coefficient.
 BALANCED = ["mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "olmoe", "phimoe", "gpt_oss", "jetmoe"]
 
 
@@ -37,12 +38,14 @@ def gradients(model: PreTrainedModel, loss: torch.Tensor) -> dict[str, torch.Ten
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
-def assert_close_in_norm(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
-    """Each gradient, by its norm or by a tenth of the largest one: a bias of keys has none but what larger terms leave
-    (OPT's is 0 but for rounding), which with several threads differs from call to call."""
-    assert found.keys() == expected.keys()
+def assert_close_in_norm(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
+    """Compare each gradient, relative to its norm or to a tenth of the largest norm.
+
+    The gradient of a bias of keys (OPT) is 0 except for the rounding of larger terms, which differs from call to call.
+    """
+    assert actual.keys() == expected.keys()
     least = 0.1 * max(gradient.norm() for gradient in expected.values())
-    for name, gradient in found.items():
+    for name, gradient in actual.items():
         assert (gradient - expected[name]).norm() <= tolerance * max(expected[name].norm(), least), name
 
 
@@ -124,8 +127,8 @@ def test_balance_is_that_of_real_tokens_weighed_with_the_weight_of_the_targets(f
     if packed:
         enable_packing(model)
     batch = collate_packed(rows, weights) if packed else collate_padded(rows, 0, weights)
-    found = next_token_loss(model, batch) - next_token_loss(model.eval(), batch)
-    assert float(found / total_weight(batch)) == pytest.approx(expected, rel=1e-5)
+    balance = next_token_loss(model, batch) - next_token_loss(model.eval(), batch)
+    assert float(balance / total_weight(batch)) == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_steps_balance_loss_is_the_mean_of_its_micro_batches_in_proportion_to_their_targets():
@@ -136,8 +139,8 @@ def test_a_steps_balance_loss_is_the_mean_of_its_micro_batches_in_proportion_to_
     counts = [count_targets(batch["labels"]) for batch in micro_batches]
     means = [family_loss(model, batch) / count for batch, count in zip(micro_batches, counts, strict=True)]
     expected = sum(mean * count for mean, count in zip(means, counts, strict=True)) / sum(counts)
-    found = sum(next_token_loss(model, batch) for batch in micro_batches) / sum(counts)
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    loss = sum(next_token_loss(model, batch) for batch in micro_batches) / sum(counts)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
     assert len({int(count) for count in counts}) == 3
     twice = sum(next_token_loss(model, batch) for batch in [micro_batches[2]] * 2) / (2 * counts[2])
     torch.testing.assert_close(twice, means[2], rtol=1e-6, atol=0)
@@ -145,19 +148,19 @@ def test_a_steps_balance_loss_is_the_mean_of_its_micro_batches_in_proportion_to_
 
 def test_the_router_learns_balance_through_recomputed_layers_too():
     batch = collate_padded(random_rows(4, 12), 0)
-    found = []
+    results = []
     for recompute in (False, True):
         model = balanced_model("mixtral")
         attach_loss(model, 1024)
         if recompute:
             recomputed = functools.partial(checkpoint, use_reentrant=False)
             model._set_gradient_checkpointing(gradient_checkpointing_func=recomputed)
-        found.append(gradients(model, next_token_loss(model, batch)))
-    assert_close_in_norm(found[1], found[0], 1e-6)
+        results.append(gradients(model, next_token_loss(model, batch)))
+    assert_close_in_norm(results[1], results[0], 1e-6)
     plain = tiny_model("mixtral").train()
     attach_loss(plain, 1024)
     without = gradients(plain, next_token_loss(plain, batch))
-    moved = [name for name in without if not torch.allclose(without[name], found[1][name], rtol=1e-3)]
+    moved = [name for name in without if not torch.allclose(without[name], results[1][name], rtol=1e-3)]
     assert any("gate" in name for name in moved)
 
 
@@ -178,7 +181,7 @@ def test_a_loss_that_logits_do_not_give_is_refused():
         attach_loss(model, 1024)
 
 
-def test_check_settles_the_path_of_a_model_that_could_not_be_tried_when_attached():
+def test_check_loss_chooses_the_path_of_a_model_that_could_not_be_tested_when_attached():
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(tiny_model("hyperclovax").config)
     empty.unread = True
@@ -399,8 +402,8 @@ def test_smoothing_and_z_loss_are_what_the_definition_says(family, packed, chunk
     model.loss_chunks = chunks
     if packed:
         enable_packing(model)
-    given = weights if weighted else None
-    batch = collate_packed(rows, given) if packed else collate_padded(rows, 0, given)
+    batch_weights = weights if weighted else None
+    batch = collate_packed(rows, batch_weights) if packed else collate_padded(rows, 0, batch_weights)
     loss = next_token_loss(model, batch)
     assert float(loss.detach()) == pytest.approx(expected, rel=2e-6)
     assert_close_in_norm({n: g.double() for n, g in gradients(model, loss).items()}, expected_gradients, 1e-5)
@@ -427,14 +430,14 @@ def test_a_model_that_says_nothing_has_the_same_loss_smoothed():
     attach_loss(model, 1024, label_smoothing=0.4)
     assert float(next_token_loss(model, batch).detach()) == pytest.approx(count * log_z, rel=1e-6)
     attach_loss(model, 1024, label_smoothing=0.4, z_loss_coef=0.5)
-    found = float(next_token_loss(model, batch).detach())
-    assert found == pytest.approx(count * (log_z + 0.5 * log_z**2), rel=1e-6)
+    loss = float(next_token_loss(model, batch).detach())
+    assert loss == pytest.approx(count * (log_z + 0.5 * log_z**2), rel=1e-6)
 
 
 @pytest.mark.parametrize("family", ["llama", "hyperclovax"])
 def test_smoothing_and_z_loss_keep_no_second_copy_of_the_logits(family):
     batch = collate_padded(random_rows(4, 12), 0)
-    kept = []
+    copies = []
     for extra in ({}, {"label_smoothing": 0.1, "z_loss_coef": 1e-3}):
         model = tiny_model(family).train()
         attach_loss(model, 1024, **extra)
@@ -447,9 +450,9 @@ def test_smoothing_and_z_loss_keep_no_second_copy_of_the_logits(family):
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             loss = next_token_loss(model, batch)
-        kept.append(len(sizes))
+        copies.append(len(sizes))
         loss.backward()
-    assert kept == [1, 1]
+    assert copies == [1, 1]
 
 
 @pytest.mark.parametrize(
@@ -461,3 +464,21 @@ def test_impossible_terms_are_refused(given):
         TrainOptions(**given)
     assert TrainOptions(label_smoothing_factor=0.999, z_loss_coef=7).z_loss_coef == 7.0
     assert (TrainOptions().label_smoothing_factor, TrainOptions().z_loss_coef) == (0.0, 0.0)
+
+
+# --- the snippet in the package's README ---
+
+
+def test_the_readme_snippet_trains_a_plain_transformers_model(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "accel_llm" / "model" / "README.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert snippet.count("\n") <= 15
+    names: dict = {}
+    exec(compile(snippet, "README.md", "exec"), names)
+    stock = AutoModelForCausalLM.from_pretrained("accel_llm/demo_base")
+    rows = [torch.from_numpy(ids)[None] for ids in names["documents"]]
+    expected = sum(stock(ids, labels=ids).loss * (ids.shape[1] - 1) for ids in rows) / 5
+    torch.testing.assert_close(names["loss"].float(), expected, rtol=1e-5, atol=0)
+    names["loss"].backward()
+    assert all(parameter.grad is not None for parameter in names["model"].parameters())

@@ -1,4 +1,4 @@
-"""Weights as maps of their files until their layer's turn, then in memory, cast and quantised; real sharding is in the matrix."""
+"""Weights stay memory-mapped until their layer is loaded, cast and quantised. tests/proofs/matrix.py tests the sharding."""
 
 import re
 import shutil
@@ -49,24 +49,24 @@ def large(make_model, tmp_path) -> Path:
 
 @linux
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
-def test_nothing_is_read_until_it_is_settled_and_nothing_of_the_file_stays(large, method, quiet):
+def test_weights_are_read_only_when_placed_and_no_page_of_the_file_stays_in_memory(large, method, quiet):
     size = sum(file.stat().st_size for file in large.glob("*.safetensors")) // 1024
-    chosen = options(large, method=method)
-    model = load_model(chosen)
+    train_options = options(large, method=method)
+    model = load_model(train_options)
     if method != "full":
-        model = attach_adapter(model, chosen)
+        model = attach_adapter(model, train_options)
     frozen = [p for p in model.parameters() if method == "full" or not p.requires_grad]
     assert all(in_a_map(parameter) for parameter in frozen)
-    settled(model, chosen)
+    settled(model, train_options)
     assert mapped_kb(large) < size / 5 and size > 10_000
     assert not any(in_a_map(parameter) for parameter in model.parameters())
 
 
-def test_what_is_settled_does_not_change_with_the_file(make_model, tmp_path):
+def test_placed_weights_do_not_depend_on_the_file(make_model, tmp_path):
     base = make_model(tmp_path / "base")
     before = load_file(base / "model.safetensors")
-    chosen = options(base, method="full")
-    model = settled(load_model(chosen), chosen)
+    train_options = options(base, method="full")
+    model = settled(load_model(train_options), train_options)
     with torch.no_grad():
         model.lm_head.weight.zero_()
     assert torch.equal(load_file(base / "model.safetensors")["lm_head.weight"], before["lm_head.weight"])
@@ -76,8 +76,8 @@ def test_what_is_settled_does_not_change_with_the_file(make_model, tmp_path):
 
 
 def test_tied_weights_stay_one(make_model, tmp_path):
-    chosen = options(make_model(tmp_path, tie_word_embeddings=True), method="full")
-    model = settled(load_model(chosen), chosen)
+    train_options = options(make_model(tmp_path, tie_word_embeddings=True), method="full")
+    model = settled(load_model(train_options), train_options)
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
 
 
@@ -96,8 +96,8 @@ def test_quantised_later_is_quantised_as_transformers_does(family, make_model, t
         base, tokenizer = tmp_path, build_demo_tokenizer()
         GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=64, n_layer=2, n_head=2)).save_pretrained(base)
         tokenizer.save_pretrained(base)
-    chosen = options(base, method="qlora")
-    ours, theirs = settled(load_model(chosen), chosen), eager(base)
+    train_options = options(base, method="qlora")
+    ours, theirs = settled(load_model(train_options), train_options), eager(base)
     assert ours.is_loaded_in_4bit and ours.config.quantization_config.load_in_4bit
     expected = dict(theirs.named_parameters())
     for name, parameter in ours.named_parameters():
@@ -114,14 +114,14 @@ def test_4_bit_layers_keep_their_gradient_after_an_evaluation_on_every_cpu(tiny,
 
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
     monkeypatch.setattr("bitsandbytes.nn.modules._convert_weight_packed_for_cpu", repacked)
-    chosen = options(tiny, method="qlora", lora_dropout=0.0, init_lora_weights="gaussian")
+    train_options = options(tiny, method="qlora", lora_dropout=0.0, init_lora_weights="gaussian")
     eager(tiny).save_pretrained(tmp_path / "stored")  # a model whose files are in 4 bits
-    model = settled(attach_adapter(load_model(chosen), chosen), chosen)
+    model = settled(attach_adapter(load_model(train_options), train_options), train_options)
     stored = load_complete_model(str(tmp_path / "stored"), dtype=torch.float32)
     ids = torch.arange(12)[None]
     with torch.no_grad():
         model.eval()(input_ids=ids), stored.eval()(input_ids=ids)
-    with pytest.raises(AssertionError, match="repacked"):  # a layer as its constructor leaves it
+    with pytest.raises(AssertionError, match="repacked"):  # a layer that keep_gradients did not change
         Linear4bit(64, 64).to("cpu").eval()(torch.zeros(1, 64))
     model.train()(input_ids=ids, labels=ids).loss.backward()
     plain = load_complete_model(str(tiny), dtype=torch.float32)
@@ -131,12 +131,12 @@ def test_4_bit_layers_keep_their_gradient_after_an_evaluation_on_every_cpu(tiny,
             weight.copy_(round_to_4_bits(weight, False))
     reference = attach_adapter(plain, options(tiny, lora_dropout=0.0, init_lora_weights="gaussian"))
     ours = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    trained = {name: parameter for name, parameter in reference.named_parameters() if parameter.requires_grad}
+    reference_weights = {name: parameter for name, parameter in reference.named_parameters() if parameter.requires_grad}
     with torch.no_grad():
-        for name, parameter in trained.items():
+        for name, parameter in reference_weights.items():
             parameter.copy_(ours[name])
     (reference.train()(input_ids=ids, labels=ids).loss * 11).backward()  # ours is the sum over 11 labels
-    for name, parameter in trained.items():
+    for name, parameter in reference_weights.items():
         torch.testing.assert_close(ours[name].grad, parameter.grad, rtol=1e-4, atol=1e-6)
 
 
@@ -147,17 +147,17 @@ def test_an_adapter_made_from_quantised_weights_finds_them(chosen, tiny, quiet):
     assert torch.isfinite(model(input_ids=torch.arange(12)[None]).logits).all()
 
 
-def test_a_family_s_float32_modules_stay_so_in_bf16(tiny):
-    chosen = options(tiny, precision="bf16")
-    model = load_model(chosen).requires_grad_(False)
+def test_modules_that_a_family_keeps_in_float32_stay_float32_in_bf16(tiny):
+    train_options = options(tiny, precision="bf16")
+    model = load_model(train_options).requires_grad_(False)
     model._keep_in_fp32_modules_strict = {"norm"}
-    settled(model, chosen)
-    kept = {name for name, parameter in model.named_parameters() if parameter.dtype == torch.float32}
-    assert kept == {"model.norm.weight"}
+    settled(model, train_options)
+    float32_names = {name for name, parameter in model.named_parameters() if parameter.dtype == torch.float32}
+    assert float32_names == {"model.norm.weight"}
 
 
 def test_units_cover_every_weight_once_and_parts_come_before_the_whole(tiny):
     model = load_model(options(tiny))
-    units = placement._units(model)
+    units = placement._shard_units(model)
     assert [type(unit).__name__ for unit in units] == ["LlamaDecoderLayer"] * 2 + ["Embedding", "LlamaForCausalLM"]
     assert len({id(p) for unit in units for p in unit.parameters()}) == len(list(model.parameters()))

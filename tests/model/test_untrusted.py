@@ -1,4 +1,4 @@
-"""Files of strangers: each payload would leave a mark if it were run or read, and is refused in one sentence instead."""
+"""Untrusted files: each payload would leave a mark if it were run or read; it is refused in one line instead."""
 
 import builtins
 import json
@@ -19,7 +19,7 @@ from support import settled
 from transformers import AutoModelForCausalLM, Gemma3Config
 
 from accel_llm.config.command_line import parse_options
-from accel_llm.config.fields import MOST_YAML, Source
+from accel_llm.config.fields import MAX_YAML_CHARACTERS, Source
 from accel_llm.config.options import SftOptions, TrainOptions
 from accel_llm.data.sources import file_outside_hub, read_source
 from accel_llm.errors import ConfigError, DataError
@@ -35,7 +35,7 @@ class Options(SftOptions):
 
 
 class Payload:
-    """Unpickled, it makes the folder that it names."""
+    """Creates the folder `mark` when it is unpickled."""
 
     def __init__(self, mark: Path):
         self.mark = mark
@@ -55,8 +55,8 @@ def folder(tiny, tmp_path) -> Path:
 
 
 @pytest.fixture
-def asked(monkeypatch) -> list[str]:
-    """What was asked at the terminal."""
+def terminal_questions(monkeypatch) -> list[str]:
+    """The questions that were asked at the terminal."""
     questions: list[str] = []
 
     def answer(question: str = "") -> str:
@@ -72,8 +72,8 @@ def options(model: Path | str, **more: Any) -> TrainOptions:
 
 
 def change(path: Path, **values: Any) -> None:
-    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    path.write_text(json.dumps(found | values), encoding="utf-8")
+    old_values = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    path.write_text(json.dumps(old_values | values), encoding="utf-8")
 
 
 def refused(act: Any, *arguments: Any, **named: Any) -> str:
@@ -105,11 +105,14 @@ def test_a_pickle_is_read_with_the_flag_alone(folder, tiny, shards):
     as_pickle(folder, shards)
     sentence = refused(load_model, options(folder))
     assert sentence == (
-        f"model_name_or_path: {folder} has its weights as a pickle (pytorch_model.bin) and not as safetensors; a pickle is a "
-        "program, so convert it where you trust it, or set allow_pickle: true, by which tensors alone are unpickled."
+        f"model_name_or_path: the weights of {folder} are a pickle (pytorch_model.bin), not safetensors. A pickle is a "
+        "program: convert it to safetensors in a safe place, or set allow_pickle: true, which unpickles only tensors."
     )
-    given = options(folder, allow_pickle=True)
-    ours, theirs = settled(load_model(given), given), settled(load_model(options(tiny)), options(tiny))
+    pickle_options = options(folder, allow_pickle=True)
+    ours, theirs = (
+        settled(load_model(pickle_options), pickle_options),
+        settled(load_model(options(tiny)), options(tiny)),
+    )
     expected = theirs.state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in ours.state_dict().items())
 
@@ -148,11 +151,11 @@ def test_a_repository_of_the_hub_is_looked_at_alike(tiny, tmp_path, mark, monkey
     )
     (snapshot / "adapter_config.json").unlink()
     as_pickle(snapshot)
-    assert "o/n has its weights as a pickle" in refused(load_model, options("o/n"))
+    assert "the weights of o/n are a pickle" in refused(load_model, options("o/n"))
     assert load_model(options("o/n", allow_pickle=True)).num_parameters()
     payload(snapshot, mark, "config.json", "AutoConfig")
     change(snapshot / "config.json", model_type="strange")
-    assert "o/n needs Python code of its own" in refused(load_model_config, options("o/n"))
+    assert "o/n needs its own Python code" in refused(load_model_config, options("o/n"))
     assert not mark.exists()
 
 
@@ -190,13 +193,13 @@ def test_a_map_of_weights_names_no_pickle(folder, mark):
     assert load_model(options(folder)).num_parameters()
     change(index, weight_map=names | {"model.norm.weight": "b.bin"})
     assert refused(load_model, options(folder)) == (
-        f"model_name_or_path: {folder} names 'b.bin' in its model.safetensors.index.json; .safetensors is allowed."
+        f"model_name_or_path: {folder} names 'b.bin' in its model.safetensors.index.json; only .safetensors is allowed."
     )
     shutil.move(folder / "a.safetensors", folder / "model.safetensors")
     index.unlink()
-    for named in ("adapter_model.bin", "../model.safetensors", "/model.safetensors"):
-        change(folder / "config.json", transformers_weights=named)
-        assert f"{folder} names {named!r} in its config.json" in refused(load_model, options(folder))
+    for file_name in ("adapter_model.bin", "../model.safetensors", "/model.safetensors"):
+        change(folder / "config.json", transformers_weights=file_name)
+        assert f"{folder} names {file_name!r} in its config.json" in refused(load_model, options(folder))
     assert not mark.exists()
 
 
@@ -210,8 +213,8 @@ def test_a_safetensors_file_with_a_false_header_is_a_sentence(folder, how):
         second[:] = first
     elif how == "beyond":
         second[1] += 1 << 40
-    written = b"\xff" * 64 if how == "text" else json.dumps(header).encode()
-    file.write_bytes(struct.pack("<Q", 1 << 62 if how == "length" else len(written)) + written + body)
+    header_bytes = b"\xff" * 64 if how == "text" else json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", 1 << 62 if how == "length" else len(header_bytes)) + header_bytes + body)
     assert refused(load_model, options(folder)).startswith(f"model_name_or_path: {folder} cannot be loaded (")
 
 
@@ -228,23 +231,23 @@ def payload(folder: Path, mark: Path, file: str, *names: str) -> None:
     change(folder / file, auto_map={name: tokenizer if name == "AutoTokenizer" else "code.C" for name in names})
 
 
-def test_code_that_a_model_needs_is_refused_unasked(folder, mark, asked):
+def test_code_that_a_model_needs_is_refused_unasked(folder, mark, terminal_questions):
     payload(folder, mark, "config.json", "AutoConfig", "AutoModelForCausalLM")
     change(folder / "config.json", model_type="strange")
     assert refused(load_model_config, options(folder)) == (
-        f"model_name_or_path: {folder} needs Python code of its own (auto_map in its config.json), which is not run; read it, "
-        "and if you trust it set trust_remote_code: true."
+        f"model_name_or_path: {folder} needs its own Python code (auto_map in config.json), which is not run by default; "
+        "read the code, and if you trust it, set trust_remote_code: true."
     )
     refused(load_model, options(folder))
     # A config of a family that has no causal LM of its own.
     change(folder / "config.json", model_type="clip")
     refused(load_model_config, options(folder))
-    assert not asked and not mark.exists()
+    assert not terminal_questions and not mark.exists()
     change(folder / "config.json", model_type="llama", vision_config={"auto_map": {"AutoModel": "code.C"}})
-    assert "needs Python code of its own" in refused(load_model_config, options(folder))
+    assert "needs its own Python code" in refused(load_model_config, options(folder))
 
 
-def test_code_of_a_family_that_transformers_has_is_passed_over(folder, tiny, mark, asked):
+def test_code_of_a_family_that_transformers_has_is_passed_over(folder, tiny, mark, terminal_questions):
     """Phi-4-mini, for one, still names its own; to refuse it would be to urge people to run it."""
     payload(folder, mark, "config.json", "AutoConfig", "AutoModelForCausalLM", "AutoTokenizer")
     payload(folder, mark, "tokenizer_config.json", "AutoTokenizer")
@@ -252,7 +255,7 @@ def test_code_of_a_family_that_transformers_has_is_passed_over(folder, tiny, mar
     assert type(model).__module__ == "transformers.models.llama.modeling_llama"
     assert build_model(load_model_config(options(folder)), options(folder)).num_parameters()
     assert configured_tokenizer(options(folder)).get_vocab() == configured_tokenizer(options(tiny)).get_vocab()
-    assert not asked and not mark.exists()
+    assert not terminal_questions and not mark.exists()
 
 
 def test_code_is_run_with_the_flag(folder, mark):
@@ -263,30 +266,30 @@ def test_code_is_run_with_the_flag(folder, mark):
     assert mark.exists()
 
 
-def test_code_that_a_tokenizer_needs_is_refused_unasked(folder, mark, asked):
+def test_code_that_a_tokenizer_needs_is_refused_unasked(folder, mark, terminal_questions):
     payload(folder, mark, "tokenizer_config.json", "AutoTokenizer")
     change(folder / "tokenizer_config.json", tokenizer_class="StrangeTokenizer")
     change(folder / "config.json", model_type="strange")
     assert refused(load_tokenizer, str(folder)) == (
-        f"tokenizer_name: {folder} needs Python code of its own (auto_map in its tokenizer_config.json), which is not run; "
-        "read it, and if you trust it set trust_remote_code: true."
+        f"tokenizer_name: {folder} needs its own Python code (auto_map in tokenizer_config.json), which is not run by "
+        "default; read the code, and if you trust it, set trust_remote_code: true."
     )
-    assert not asked and not mark.exists()
+    assert not terminal_questions and not mark.exists()
 
 
-def test_the_class_of_a_tokenizer_is_one(folder, mark, asked):
+def test_the_class_of_a_tokenizer_is_one(folder, mark, terminal_questions):
     payload(folder, mark, "config.json", "AutoModel")
     change(folder / "config.json", model_type="strange")
     change(folder / "tokenizer_config.json", tokenizer_class="AutoModel")
     assert refused(load_tokenizer, str(folder)) == (
-        f"tokenizer_name: {folder} names 'AutoModel' as its tokenizer_class; a tokenizer is allowed."
+        f"tokenizer_name: {folder} has 'AutoModel' as its tokenizer_class, which is not a tokenizer."
     )
     change(folder / "tokenizer_config.json", tokenizer_class="utils")
     refused(load_tokenizer, str(folder))
     change(folder / "tokenizer_config.json", tokenizer_class=None)
     change(folder / "config.json", tokenizer_class="AutoModel")
     refused(load_tokenizer, str(folder))
-    assert not asked and not mark.exists()
+    assert not terminal_questions and not mark.exists()
 
 
 def test_no_other_config_or_tokenizer_outside_is_read(folder):
@@ -313,8 +316,8 @@ def test_a_kernel_that_a_config_names_is_passed_over(folder, key):
         build_model(load_model_config(options(folder)), options(folder)),
     ]
     assert {model.config._attn_implementation for model in loaded} == {"sdpa"}
-    chosen = load_model(options(folder, attn_implementation="eager"))
-    assert chosen.config._attn_implementation == "eager"
+    eager_model = load_model(options(folder, attn_implementation="eager"))
+    assert eager_model.config._attn_implementation == "eager"
     if key != "_attn_implementation_internal":
         with pytest.raises((ImportError, ValueError)):
             AutoModelForCausalLM.from_pretrained(folder)
@@ -372,10 +375,13 @@ BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 9
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        (BOMB, f"it is more than {MOST_YAML:,} characters long"),
-        (BOMB.replace("[x, x]", "{x: 1}") + "seed: {<<: [*a5, *a5]}", f"it is more than {MOST_YAML:,} characters long"),
-        ("seed: &a [*a]", f"it is more than {MOST_YAML:,} characters long"),
-        ("seed: 1\n" * (1 << 20), f"it is more than {MOST_YAML:,} characters long"),
+        (BOMB, f"it is more than {MAX_YAML_CHARACTERS:,} characters long"),
+        (
+            BOMB.replace("[x, x]", "{x: 1}") + "seed: {<<: [*a5, *a5]}",
+            f"it is more than {MAX_YAML_CHARACTERS:,} characters long",
+        ),
+        ("seed: &a [*a]", f"it is more than {MAX_YAML_CHARACTERS:,} characters long"),
+        ("seed: 1\n" * (1 << 20), f"it is more than {MAX_YAML_CHARACTERS:,} characters long"),
         ("seed: " + "[" * 5000, "its values are nested too deep"),
         ("seed: 2024-99-99", "month must be in 1..12"),
         ("seed: " + "1" * 5000, "Exceeds the limit"),
@@ -423,27 +429,27 @@ def test_json_that_python_cannot_hold_is_a_sentence(tmp_path, text, kind):
 
 
 def test_a_saved_dataset_reads_its_own_files(tmp_path):
-    secret, saved = tmp_path / "secret", tmp_path / "saved"
+    secret, dataset = tmp_path / "secret", tmp_path / "saved"
     datasets.Dataset.from_list([{"text": "secret"}]).save_to_disk(secret)
-    datasets.DatasetDict({"train": datasets.Dataset.from_list([{"text": "own"}])}).save_to_disk(saved)
-    assert [row.fields for row in read_source(Source(path=str(saved)))] == [{"text": "own"}]
-    state = saved / "train" / "state.json"
+    datasets.DatasetDict({"train": datasets.Dataset.from_list([{"text": "own"}])}).save_to_disk(dataset)
+    assert [row.fields for row in read_source(Source(path=str(dataset)))] == [{"text": "own"}]
+    state = dataset / "train" / "state.json"
     name = json.loads((secret / "state.json").read_text(encoding="utf-8"))["_data_files"][0]["filename"]
     for outside in (f"../../secret/{name}", str(secret / name), f"x/../../../secret/{name}"):
         change(state, _data_files=[{"filename": outside}])
-        assert refused(lambda: list(read_source(Source(path=str(saved))))) == (
-            f"{state} names {outside!r}; files of its own folder are allowed."
+        assert refused(lambda: list(read_source(Source(path=str(dataset))))) == (
+            f"{state} names {outside!r}; only files of its own folder are allowed."
         )
     change(state, _data_files=[{"filename": f"../../secret/{name}"}])
-    assert datasets.load_from_disk(str(saved))["train"][0] == {"text": "secret"}
+    assert datasets.load_from_disk(str(dataset))["train"][0] == {"text": "secret"}
 
 
 def test_a_hub_dataset_reads_files_of_the_hub(tmp_path):
     own = tmp_path / "own.txt"
     own.write_text("a key", encoding="utf-8")
     # What datasets 5.2 makes of a name in the README of a repository.
-    found = resolve_pattern(str(own), "hf://datasets/o/n@main")
-    assert found == [str(own)] and file_outside_hub(found) == str(own)
+    urls = resolve_pattern(str(own), "hf://datasets/o/n@main")
+    assert urls == [str(own)] and file_outside_hub(urls) == str(own)
     inside = ["hf://datasets/o/n@main/a.parquet", "zip://a.csv::hf://datasets/o/n@main/a.zip"]
     assert file_outside_hub(inside) is None
     assert file_outside_hub([*inside, "https://h/a.csv"]) == "https://h/a.csv"

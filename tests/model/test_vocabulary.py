@@ -1,4 +1,4 @@
-"""Tokens that a tokenizer lacked are single ids, their rows begin at the mean, are trained alone, and are kept."""
+"""New tokens: each gets one id, its rows start at the mean, only these rows are trained, and they are saved and merged."""
 
 import json
 from collections.abc import Callable
@@ -56,7 +56,7 @@ FAMILIES = {
 
 
 def bytes_tokenizer() -> PreTrainedTokenizerFast:
-    """As GPT-2's, without its merges: 256 bytes and the end of a text, no chat tokens."""
+    """Like GPT-2's without its merges: 256 bytes and the end of a text, no chat tokens."""
     vocabulary = {character: index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     backend = Tokenizer(tokenizer_models.BPE(vocabulary, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
@@ -68,7 +68,7 @@ def bytes_tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture
 def make(tmp_path) -> Callable[..., Path]:
     def build(family: str, dtype: torch.dtype = torch.float32, **config) -> Path:
-        """A base model of 257 tokens with float weights that tell every row apart."""
+        """A base model of 257 tokens whose rows all differ."""
         kind, kind_of_config, more = FAMILIES[family]
         shape = {"vocab_size": OLD, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
         ends = {"bos_token_id": 256, "eos_token_id": 256, "pad_token_id": None}
@@ -86,14 +86,14 @@ def make(tmp_path) -> Callable[..., Path]:
 
 
 def load(base: Path, new: range = NEW, **options) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """As launch/sft.py does it: the model that trains, and the causal LM in it."""
+    """As launch/sft.py does it; returns the model that trains and the causal LM inside it."""
     settings = TrainOptions(model_name_or_path=str(base), packing=False, **options)
     torch.manual_seed(0)
     model = load_model(settings)
     extend_vocabulary(model, new)
     assert attach_loss(model, IDS.numel()) == "own"
-    trained = model if settings.method == "full" else attach_adapter(model, settings, new)
-    return settled(trained, settings), model  # type: ignore
+    wrapped = model if settings.method == "full" else attach_adapter(model, settings, new)
+    return settled(wrapped, settings), model  # type: ignore
 
 
 def backward(model: torch.nn.Module) -> None:
@@ -114,8 +114,8 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
         return model.eval()(input_ids=IDS).logits.float()
 
 
-def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
+def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm())
 
 
 def save(model, folder: Path, base: Path) -> Path:
@@ -241,8 +241,8 @@ def test_gradients_are_those_of_full_training(make, family, tied):
     whole, _ = load(base, method="full")
     single, inner = load(base, method="lora")
     inner.loss_chunks = 3  # type: ignore[assignment] # as a large vocabulary has them
-    expected, found = next_token_loss(whole, BATCH), next_token_loss(single, BATCH)
-    torch.testing.assert_close(found, expected)
+    expected, loss = next_token_loss(whole, BATCH), next_token_loss(single, BATCH)
+    torch.testing.assert_close(loss, expected)
     backward(whole)
     backward(single)
     for ends in ("get_input_embeddings", "get_output_embeddings"):
@@ -265,8 +265,8 @@ def test_only_new_rows_and_the_adapter_are_trained(make, options, tied):
     rows = {"base_model.model.model.embed_tokens.new_rows", "base_model.model.lm_head.new_rows"}
     assert {name for name in after if name.endswith("new_rows")} == rows
     for name, tensor in after.items():
-        trained = name in rows or "lora_" in name or (name.endswith("bias") and "lora_bias" in options)
-        assert torch.equal(tensor, before[name]) != trained, name
+        is_trained = name in rows or "lora_" in name or (name.endswith("bias") and "lora_bias" in options)
+        assert torch.equal(tensor, before[name]) != is_trained, name
     embedding, head = inner.get_input_embeddings(), inner.get_output_embeddings()
     assert (head.weight is embedding.weight) == tied and (head.new_rows is embedding.new_rows) == tied
     for name in rows:
@@ -289,11 +289,11 @@ def test_adapter_in_plain_peft_and_merged_model_answer_as_the_trained_one(make, 
     expected = logits(model)
     folder = save(model, tmp_path / "adapter", base)
     embedding = {"llama": "model.embed_tokens", "gpt2": "transformer.wte", "gemma3": "model.embed_tokens"}[family]
-    trained = [embedding] if tied else [embedding, "lm_head"]
-    assert read_adapter_config(folder)["trainable_token_indices"] == {name: [257, 258] for name in trained}
-    saved = load_file(folder / "adapter_model.safetensors")
-    assert {name for name in saved if "lora_" not in name} == {
-        f"base_model.model.{name}.token_adapter.trainable_tokens_delta" for name in trained
+    module_names = [embedding] if tied else [embedding, "lm_head"]
+    assert read_adapter_config(folder)["trainable_token_indices"] == {name: [257, 258] for name in module_names}
+    adapter_weights = load_file(folder / "adapter_model.safetensors")
+    assert {name for name in adapter_weights if "lora_" not in name} == {
+        f"base_model.model.{name}.token_adapter.trainable_tokens_delta" for name in module_names
     }
     plain = AutoModelForCausalLM.from_pretrained(base)
     if not spare:
@@ -301,14 +301,14 @@ def test_adapter_in_plain_peft_and_merged_model_answer_as_the_trained_one(make, 
     assert distance(logits(PeftModel.from_pretrained(plain, folder)), expected) < 1e-5
 
     result = merge(MergeOptions(adapter=str(folder), output_dir=str(tmp_path / "merged")))
-    assert result.worst is not None and result.worst < 1e-5
+    assert result.largest_error is not None and result.largest_error < 1e-5
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert distance(logits(merged), expected) < 1e-5
     assert merged.config.vocab_size == max(259, OLD + spare) and merged.config.tie_word_embeddings == tied
     assert (merged.get_output_embeddings().weight is merged.get_input_embeddings().weight) == tied
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").convert_tokens_to_ids(CHATML) == [257, 258]
-    kept = json.loads((tmp_path / "merged" / "config.json").read_text(encoding="utf-8"))
-    assert kept["vocab_size"] == merged.config.vocab_size and "lm_head.weight" not in saved
+    config = json.loads((tmp_path / "merged" / "config.json").read_text(encoding="utf-8"))
+    assert config["vocab_size"] == merged.config.vocab_size and "lm_head.weight" not in adapter_weights
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -319,7 +319,7 @@ def test_a_full_model_comes_back_as_it_was_trained(make, tmp_path, tied):
     assert (inner.get_output_embeddings().weight is inner.get_input_embeddings().weight) == tied
     assert all((inner.get_output_embeddings().weight != before).any(1))
     state = {name: p.detach().clone() for name, p in model.named_parameters()}
-    export._save_whole(inner, tmp_path / "model", state, torch.float32)  # type: ignore[arg-type]
+    export._save_model(inner, tmp_path / "model", state, torch.float32)  # type: ignore[arg-type]
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert distance(logits(again), logits(model)) < 1e-6
     assert (again.config.vocab_size, again.config.tie_word_embeddings) == (259, tied)
@@ -384,7 +384,7 @@ def test_an_adapter_of_plain_peft_with_its_own_matrices_merges(make, tmp_path):
             False,
             {},
             "add_tokens: lm_head has a bias, which an adapter of single rows leaves out; name it in modules_to_save, "
-            "or give method full.",
+            "or set method: full.",
         ),
     ],
 )
@@ -444,5 +444,5 @@ def test_a_resumed_run_ends_as_one_that_was_never_stopped(script, make, chats, t
     script("sft", *where, *steps, "--output_dir", tmp_path / "resumed", "--resume_from_checkpoint", half)
     ours, theirs = (load_file(tmp_path / run / "adapter/adapter_model.safetensors") for run in ("resumed", "whole"))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    saved = load_file(half / "rank-00000.safetensors")
-    assert sum("new_rows|weight|" in name for name in saved) == (1 if tied else 2)
+    tensors = load_file(half / "rank-00000.safetensors")
+    assert sum("new_rows|weight|" in name for name in tensors) == (1 if tied else 2)

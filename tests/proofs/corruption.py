@@ -91,7 +91,7 @@ def gone_on_from(course: Course, work: Path, file: str, damage: str) -> Case:
     end = next(iter(forks.execute([run], work)))
     told = f"checkpoint {damaged} {expected(file, damage)}; taking an older one"
     wrong = [] if told in end.log.splitlines() else [f"not told: {told}"]
-    wrong += [] if f"going on from {older}, step 4" in end.log.splitlines() else ["not the older one"]
+    wrong += [] if f"resuming from {older}, step 4" in end.log.splitlines() else ["not the older one"]
     wrong += [f"exit code {end.code}: {end.cause}"] if end.code else compared(course, work, output)
     shutil.rmtree(output)
     return Case(course.name, file, damage, expected(file, damage), wrong)
@@ -112,7 +112,7 @@ def all_damaged(course: Course, work: Path, file: str, damage: str) -> Case:
     for folder in (output / "checkpoints").glob("step-*"):
         spoil(folder / file, damage)
     told = (
-        f"error: resume_from_checkpoint: auto: none of the checkpoints in {output / 'checkpoints'} is whole; repair one, or "
+        f"error: resume_from_checkpoint: auto: none of the checkpoints in {output / 'checkpoints'} is intact; repair one, or "
         "set resume_from_checkpoint: none to start anew."
     )
     wrong = _refused(course, work, output, told, [])

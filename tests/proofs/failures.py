@@ -30,14 +30,14 @@ LIMIT = 60  # seconds from the fault to the end of the launcher
 PATIENCE = 6  # seconds that a collective may take where the fault is `slow`
 # Where the fault strikes: module, function, the call of it that fails. One step has two micro-batches on each rank.
 PLACES = {
-    "start": ("accel_llm.model.loading", "model_problems", 1),
+    "start": ("accel_llm.training.setup", "model_problems", 1),
     "map": ("accel_llm.data.prepare", "encode_chunk", 2),
-    "load": ("accel_llm.model.loading", "load_model", 1),
+    "load": ("accel_llm.training.setup", "load_model", 1),
     "prepare": ("accelerate", "Accelerator.prepare", 1),
     "forward": ("accel_llm.model.loss", "next_token_loss", 1),
     "backward": ("accelerate", "Accelerator.backward", 3),
     "evaluate": ("accel_llm.training.evaluation", "next_token_loss", 2),
-    "save": ("accel_llm.checkpoint.checkpoints", "randomness", 2),
+    "save": ("accel_llm.checkpoint.checkpoints", "generator_states", 2),
     "export": ("accel_llm.training.export", "gather_weights", 1),
 }
 STAGES = list(PLACES)
@@ -86,7 +86,7 @@ def inject() -> None:
     if os.environ["RANK"] != rank:
         if stage == "map":
             # The first to come encodes: it shall be the one that fails.
-            _patch("accel_llm.data.prepare", "encode_conversations", _delayed)
+            _patch("accel_llm.training.setup", "encode_conversations", _delayed)
         return
     module, name, call = PLACES[stage]
     calls = iter(range(1, sys.maxsize))

@@ -25,7 +25,7 @@ LIMIT = 60.0  # seconds to the end of all processes
 STEPS = 4
 NEVER = 2**40
 SENTENCE = (
-    "No space left on device; make room and give the same command again, it goes on from the last whole checkpoint."
+    "No space left on device; make room and give the same command again; it continues from the last whole checkpoint."
 )
 
 

@@ -1,6 +1,6 @@
 """Training gives the same number on every backend: the scripts' own main() under every launch YAML, cell by cell.
 
-    python tests/proofs/matrix.py --write              # the whole matrix, its table into README.md and tests/proofs/golden
+    python tests/proofs/matrix.py --write              # the whole matrix; its table goes into accel_llm/backend/README.md
     python tests/proofs/matrix.py --only 'zero3-*-2p-*' --launch
     python tests/proofs/matrix.py --controls           # what must not go unnoticed: each of these has to fail
     python tests/proofs/matrix.py --trajectories       # 50 steps of each recipe against tests/proofs/golden/trajectories.json
@@ -38,6 +38,8 @@ from sabotage import CONTROLS
 from safetensors.numpy import load_file, save_file
 
 GOLDEN = ROOT / "tests" / "proofs" / "golden"
+# The page that shows each table.
+PAGES = {"matrix": "accel_llm/backend/README.md", "resumes": "accel_llm/checkpoint/README.md"}
 GOLDEN_METHODS = ("full", "lora", "qlora")
 STRATEGIES = ("cpu", "ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2")
 SHARDED = ("zero3", "zero3_offload", "fsdp2")
@@ -332,8 +334,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def write(results: dict[str, dict[str, Any]]) -> None:
-    """What each cell gave into tests/proofs/golden/matrix.json, beside those of earlier runs, and the table of all of them into
-    README.md between its marks."""
+    """Add each cell's result to tests/proofs/golden/matrix.json, and write the table of all of them into its page."""
     results = keep("matrix", results)
     show("matrix", table(results))
 
@@ -349,8 +350,8 @@ def keep(name: str, results: dict[str, dict[str, Any]]) -> dict[str, dict[str, A
 
 
 def show(name: str, text: str) -> None:
-    """A table into README.md, between the marks of its name."""
-    readme, marks = ROOT / "README.md", (f"<!-- {name} -->\n", f"<!-- /{name} -->")
+    """Write a table into the page that shows it, between the marks of its name."""
+    readme, marks = ROOT / PAGES[name], (f"<!-- {name} -->\n", f"<!-- /{name} -->")
     before, rest = readme.read_text(encoding="utf-8").split(marks[0])
     readme.write_text(f"{before}{marks[0]}{text}\n{marks[1]}{rest.split(marks[1])[1]}", encoding="utf-8")
 
@@ -364,9 +365,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--record", action="store_true", help="record the trajectories")
     parser.add_argument("--resumes", action="store_true", help="stopped and resumed runs; with --pairwise a few")
     parser.add_argument("--launch", action="store_true", help="by accelerate launch instead of forks")
-    parser.add_argument(
-        "--write", action="store_true", help="write README.md's table and tests/proofs/golden/matrix.json"
-    )
+    parser.add_argument("--write", action="store_true", help="write the table and tests/proofs/golden/matrix.json")
     parser.add_argument("--work", type=Path, help="folder to work in and to keep everything in")
     return parser.parse_args()
 

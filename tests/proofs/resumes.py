@@ -75,7 +75,7 @@ def stop_after(last: int) -> None:
 def without_randomness() -> None:
     from accel_llm.checkpoint import checkpoints
 
-    checkpoints.set_randomness = lambda *_: None  # type: ignore[assignment]
+    checkpoints.set_generator_states = lambda *_: None  # type: ignore[assignment]
 
 
 def without_schedule() -> None:
@@ -87,14 +87,14 @@ def without_schedule() -> None:
 def without_position() -> None:
     from accel_llm.checkpoint import resume
 
-    continued: Callable[..., Any] = resume._continued
-    resume._continued = lambda *given: replace(continued(*given), rows=0)
+    continued: Callable[..., Any] = resume._continue_from
+    resume._continue_from = lambda *given: replace(continued(*given), rows=0)
 
 
 def without_moments() -> None:
     from accel_llm.checkpoint import shares
 
-    shares._allocated = lambda *_: {}  # type: ignore[assignment]
+    shares._allocate_state = lambda *_: {}  # type: ignore[assignment]
 
 
 CONTROLS = (without_randomness, without_schedule, without_position, without_moments)

@@ -40,11 +40,11 @@ def sicken(where: str) -> None:
     """The second micro-batch of step 3 on rank 1."""
     import os
 
-    from accel_llm.model import loss as loss_module
+    import sft
 
     if os.environ["RANK"] != "1":
         return
-    original, calls = loss_module.next_token_loss, iter(range(1, 999))
+    original, calls = sft.next_token_loss, iter(range(1, 999))
 
     def loss_of(model: Any, batch: Any) -> Any:
         loss = original(model, batch)
@@ -55,7 +55,7 @@ def sicken(where: str) -> None:
         loss.register_hook(lambda gradient: gradient * math.inf)
         return loss
 
-    loss_module.next_token_loss = loss_of
+    sft.next_token_loss = loss_of
 
 
 def words_of(cell: Cell, work: Path, output: Path, allowed: int) -> list[str]:

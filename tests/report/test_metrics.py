@@ -11,13 +11,11 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from support import rows_of
 
 from accel_llm.config.options import RunOptions
 from accel_llm.data.batches import collate_packed, collate_padded
 from accel_llm.data.stream import TrainingPlan
-from accel_llm.report import display, metrics
-from accel_llm.report.display import coloured_row, show_stop_proof, trained_text
+from accel_llm.report import metrics
 from accel_llm.report.metrics import Meter
 
 ROW = (np.arange(5, 11), np.array([-100, -100, 7, 8, -100, 10]))  # 6 tokens, 3 targets
@@ -25,7 +23,7 @@ SHORT = (np.arange(5, 9), np.array([-100, 6, -100, -100]))  # 4 tokens, 1 target
 FILLER = (np.zeros(2, np.int64), np.full(2, -100))
 
 
-def meter_of(accelerator, folder: Path, first_step: int = 0, logging_steps: int = 3, total_steps: int = 8) -> Meter:
+def new_meter(accelerator, folder: Path, first_step: int = 0, logging_steps: int = 3, total_steps: int = 8) -> Meter:
     options = RunOptions(output_dir=str(folder), logging_steps=logging_steps)
     return Meter(accelerator, options, TrainingPlan(4, 2, None, total_steps), first_step)
 
@@ -34,7 +32,7 @@ def refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
 
 
-def lines_of(folder: Path) -> list[dict[str, Any]]:
+def read_lines(folder: Path) -> list[dict[str, Any]]:
     """As a strict parser reads them."""
     text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
     assert text.endswith("\n") or not text
@@ -50,8 +48,8 @@ def run(meter: Meter, first_step: int, last_step: int) -> None:
 
 
 def test_lines_are_written_when_due_with_the_loss_of_their_window(accelerator, tmp_path, capsys):
-    run(meter_of(accelerator, tmp_path), 0, 8)
-    lines = lines_of(tmp_path)
+    run(new_meter(accelerator, tmp_path), 0, 8)
+    lines = read_lines(tmp_path)
     assert [line["step"] for line in lines] == [1, 3, 6, 8]
     windows = [(1,), (2, 3), (4, 5, 6), (7, 8)]
     assert [line["loss"] for line in lines] == [sum(3 * s for s in window) / (4 * len(window)) for window in windows]
@@ -67,7 +65,7 @@ def test_lines_are_written_when_due_with_the_loss_of_their_window(accelerator, t
 
 
 def test_tokens_are_real_ones(accelerator, tmp_path):
-    meter = meter_of(accelerator, tmp_path)
+    meter = new_meter(accelerator, tmp_path)
     loss = torch.tensor(1.0)
     meter.add(loss, collate_packed([ROW, SHORT]))
     assert meter.sums.tolist() == [1.0, 4.0, 4.0, 10.0]
@@ -79,7 +77,7 @@ def test_tokens_are_real_ones(accelerator, tmp_path):
 
 
 def test_small_losses_are_not_lost_in_a_long_window(accelerator, tmp_path):
-    meter = meter_of(accelerator, tmp_path)
+    meter = new_meter(accelerator, tmp_path)
     meter.add(torch.tensor(2.0**24), collate_packed([ROW]))
     for _ in range(1000):
         meter.add(torch.tensor(1.0), collate_packed([ROW]))
@@ -88,53 +86,53 @@ def test_small_losses_are_not_lost_in_a_long_window(accelerator, tmp_path):
 
 @pytest.mark.parametrize("sick", [float("nan"), float("inf"), -float("inf")])
 def test_a_sick_number_is_null_for_programs_and_plain_for_people(accelerator, tmp_path, capsys, sick):
-    meter = meter_of(accelerator, tmp_path, logging_steps=1)
+    meter = new_meter(accelerator, tmp_path, logging_steps=1)
     meter.add(torch.tensor(sick), collate_packed([ROW]))
     meter.log(1, 1e-3, sick)
     run(meter, 1, 2)
-    first, second = lines_of(tmp_path)
+    first, second = read_lines(tmp_path)
     assert first["loss"] is None and first["grad_norm"] is None and first["supervised_tokens"] == 3
     assert second["loss"] == 1.5
-    said = capsys.readouterr().out
-    assert "loss nan" in said and f"grad {sick}" in said
+    output = capsys.readouterr().out
+    assert "loss nan" in output and f"grad {sick}" in output
 
 
 def test_a_window_without_targets_has_loss_zero(accelerator, tmp_path):
-    meter = meter_of(accelerator, tmp_path)
+    meter = new_meter(accelerator, tmp_path)
     meter.add(torch.tensor(0.0), collate_packed([FILLER]))
     meter.log(1, 1e-3, 0.0)
-    assert lines_of(tmp_path)[0]["loss"] == 0.0
+    assert read_lines(tmp_path)[0]["loss"] == 0.0
 
 
 def test_a_resumed_run_forgets_what_it_does_again(accelerator, tmp_path):
-    meter = meter_of(accelerator, tmp_path)
+    meter = new_meter(accelerator, tmp_path)
     run(meter, 0, 3)
     meter.write(3, {"eval/loss": float("nan")})
     run(meter, 3, 6)
     before = (tmp_path / "metrics.jsonl").read_text()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "lo')  # killed while it wrote
-    resumed = meter_of(accelerator, tmp_path, first_step=3)
-    assert [(line["step"], "loss" in line) for line in lines_of(tmp_path)] == [(1, True), (3, True), (3, False)]
+    resumed = new_meter(accelerator, tmp_path, first_step=3)
+    assert [(line["step"], "loss" in line) for line in read_lines(tmp_path)] == [(1, True), (3, True), (3, False)]
     assert before.startswith((tmp_path / "metrics.jsonl").read_text()) and resumed.supervised == 12
     run(resumed, 3, 8)
-    assert [line["step"] for line in lines_of(tmp_path)] == [1, 3, 3, 6, 8]
-    assert [line["supervised_tokens"] for line in lines_of(tmp_path) if "loss" in line] == [4, 12, 24, 32]
+    assert [line["step"] for line in read_lines(tmp_path)] == [1, 3, 3, 6, 8]
+    assert [line["supervised_tokens"] for line in read_lines(tmp_path) if "loss" in line] == [4, 12, 24, 32]
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_a_resumed_run_without_metrics_starts_an_empty_file(accelerator, tmp_path):
-    assert meter_of(accelerator, tmp_path, first_step=3).supervised == 0
-    assert lines_of(tmp_path) == []
+    assert new_meter(accelerator, tmp_path, first_step=3).supervised == 0
+    assert read_lines(tmp_path) == []
 
 
 def test_a_fresh_run_touches_no_file_before_its_first_line(accelerator, tmp_path):
-    meter_of(accelerator, tmp_path)
+    new_meter(accelerator, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_paused_time_does_not_count_against_speed(accelerator, tmp_path):
-    meter = meter_of(accelerator, tmp_path)
+    meter = new_meter(accelerator, tmp_path)
     start = meter.since
     with meter.pause_clock():
         time.sleep(0.1)
@@ -144,74 +142,19 @@ def test_paused_time_does_not_count_against_speed(accelerator, tmp_path):
     meter.add(torch.tensor(1.0), collate_packed([ROW]))
     meter.since = time.perf_counter() - 2
     meter.log(1, 0.0, 0.0)
-    assert lines_of(tmp_path)[0]["tokens_per_second"] == pytest.approx(3, rel=0.05)
+    assert read_lines(tmp_path)[0]["tokens_per_second"] == pytest.approx(3, rel=0.05)
 
 
 def test_progress_is_drawn_on_a_terminal_only(accelerator, tmp_path, monkeypatch, capsys):
-    plain = meter_of(accelerator, tmp_path)
+    plain = new_meter(accelerator, tmp_path)
     assert plain.progress is None
     plain.close()
     screen = io.StringIO()
     monkeypatch.setattr(metrics, "console", Console(file=screen, force_terminal=True, width=120, highlight=False))
-    meter = meter_of(accelerator, tmp_path, first_step=2)
+    meter = new_meter(accelerator, tmp_path, first_step=2)
     assert meter.progress and meter.progress.tasks[0].completed == 2 and meter.progress.tasks[0].total == 8
     run(meter, 2, 3)
     assert meter.progress.tasks[0].completed == 3
     meter.close()
     assert meter.progress.finished is False and not meter.progress.live.is_started
     assert "step 3/8" in screen.getvalue() and "step 3/8" not in capsys.readouterr().out
-
-
-def runs(labels: list[int]) -> list[tuple[bool, list[int]]]:
-    return display._runs(np.arange(1, len(labels) + 1), np.array(labels))
-
-
-def test_runs_of_trained_and_context_tokens():
-    assert runs([-100, -100, 3, 4, -100, 6]) == [(False, [1, 2]), (True, [3, 4]), (False, [5]), (True, [6])]
-    assert runs([1, 2]) == [(True, [1, 2])] and runs([-100]) == [(False, [1])] and runs([]) == []
-
-
-def test_trained_tokens_are_green_and_context_is_grey(tokenizer):
-    text = "ask</s>answer</s>\n"
-    ids = np.array(tokenizer(text)["input_ids"])
-    labels = np.where((np.arange(len(ids)) >= 4) & (np.arange(len(ids)) < 11), ids, -100)
-    coloured = coloured_row(tokenizer, ids, labels)
-    assert coloured.plain == text
-    shown = [(coloured.plain[span.start : span.end], span.style) for span in coloured.spans]
-    assert shown == [("ask</s>", "bright_black"), ("answer</s>", "green"), ("\n", "bright_black")]
-    assert trained_text(tokenizer, ids, labels) == "answer</s>"
-
-
-END = 4  # <|im_end|>
-
-
-def proof(accelerator, tokenizer, monkeypatch, documents: list[list[int]], turn_end: int | None = END) -> str:
-    screen = io.StringIO()
-    monkeypatch.setattr(display, "console", Console(file=screen, width=400))
-    rows = rows_of((1, [9] * len(labels), labels) for labels in documents)
-    show_stop_proof(accelerator, rows, tokenizer, turn_end, [END, 2])
-    return screen.getvalue().strip()
-
-
-@pytest.mark.parametrize(
-    "documents, ended",
-    [
-        ([[-100, 9, END], [-100, END]], 2),
-        ([[-100, 9, END, -100, -100], [-100, END, -100, 9]], 1),  # what is trained last counts
-        ([[-100, -100], [-100, END]], 1),  # a document without labels is no other's
-        ([[-100, END], [-100, -100]], 1),
-        ([[-100, END], [-100, -100], [-100, END], [-100, 9]], 2),
-        ([[-100, -100], [-100, -100]], 0),
-        ([[-100, 9], [END, -100]], 1),
-    ],
-)
-def test_the_stop_proof_counts_documents(accelerator, tokenizer, monkeypatch, documents, ended):
-    assert proof(accelerator, tokenizer, monkeypatch, documents) == (
-        f"stop proof: <|im_end|> is the last trained token of {ended} of {len(documents)} documents and an eos of the "
-        "generation config that will be saved"
-    )
-
-
-def test_the_stop_proof_names_a_template_that_closes_no_turn(accelerator, tokenizer, monkeypatch):
-    said = proof(accelerator, tokenizer, monkeypatch, [[-100, 9]], turn_end=None)
-    assert said == "stop proof: the template closes no turn; answers will not stop by themselves"

@@ -1,3 +1,5 @@
+"""report.html: every section, correct charts, and no text of a run that becomes HTML."""
+
 import json
 import math
 import re
@@ -63,7 +65,7 @@ class Page(HTMLParser):
         return {label: (number, remark) for label, number, remark in section}
 
 
-def written(folder: Path, run: dict[str, Any], lines: list[dict[str, Any]] | None = None) -> Page:
+def write_page(folder: Path, run: dict[str, Any], lines: list[dict[str, Any]] | None = None) -> Page:
     (folder / "run.json").write_text(json.dumps(run), encoding="utf-8")
     if lines is not None:
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
@@ -72,16 +74,16 @@ def written(folder: Path, run: dict[str, Any], lines: list[dict[str, Any]] | Non
     return Page(path.read_text(encoding="utf-8"))
 
 
-def ledger() -> dict[str, Any]:
-    made = Ledger()
-    made.read("a.jsonl", rows=1200, supervised=100, context=40)
-    made.count("a.jsonl", "trained", rows=1100, supervised=75, context=40)
-    made.count("a.jsonl", "cut: truncated", rows=0, supervised=25)
-    made.count("a.jsonl", "dropped: broken row", rows=12)
-    made.count("a.jsonl", "held out", rows=88)
-    made.skip_turns("not the last one", 3)
-    made.note("Rows of <b> were mixed.")
-    return made.to_dict()
+def ledger_values() -> dict[str, Any]:
+    ledger = Ledger()
+    ledger.read("a.jsonl", rows=1200, supervised=100, context=40)
+    ledger.count("a.jsonl", "trained", rows=1100, supervised=75, context=40)
+    ledger.count("a.jsonl", "cut: truncated", rows=0, supervised=25)
+    ledger.count("a.jsonl", "dropped: broken row", rows=12)
+    ledger.count("a.jsonl", "held out", rows=88)
+    ledger.skip_turns("not the last one", 3)
+    ledger.note("Rows of <b> were mixed.")
+    return ledger.to_dict()
 
 
 RUN = {
@@ -93,7 +95,7 @@ RUN = {
     "packages": {"torch": "2.13.0"},
     "git_commit": "abc123-dirty",
     "python": "3.11.7",
-    "ledger": ledger(),
+    "ledger": ledger_values(),
     "samples": [
         {"prompt": "2+2=", "expected": "4<|im_end|>", "generated": "4<|im_end|>"},
         {"prompt": "3+3=", "expected": "6", "generated": "7"},
@@ -134,7 +136,7 @@ METRICS = [
 
 
 def test_title_and_headline_numbers(tmp_path):
-    page = written(tmp_path, RUN, METRICS)
+    page = write_page(tmp_path, RUN, METRICS)
     assert page.texts("h1") == ["first-try"] and page.texts("title")[0] == "first-try: done"
     assert page.texts("p")[0] == "done started 2026-03-01T10:00:00+0000, ended 2026-03-01T10:12:31+0000"
     assert page.tiles() == {
@@ -148,23 +150,23 @@ def test_title_and_headline_numbers(tmp_path):
 
 
 def test_name_is_the_runs_own_else_its_option_else_the_folder(tmp_path):
-    assert written(tmp_path, RUN | {"run_name": "mine"}).texts("h1") == ["mine"]
-    assert written(tmp_path, {"options": {"run_name": None}}).texts("h1") == [tmp_path.name]
+    assert write_page(tmp_path, RUN | {"run_name": "mine"}).texts("h1") == ["mine"]
+    assert write_page(tmp_path, {"options": {"run_name": None}}).texts("h1") == [tmp_path.name]
 
 
 def test_a_failed_run_shows_its_error(tmp_path):
-    page = written(tmp_path, {"status": "failed", "error": "ValueError: a < b"})
+    page = write_page(tmp_path, {"status": "failed", "error": "ValueError: a < b"})
     assert page.texts("pre", "failed") == ["\nValueError: a < b"] and page.texts("span", "status failed") == ["failed"]
-    assert written(tmp_path, RUN).texts("pre", "failed") == []
+    assert write_page(tmp_path, RUN).texts("pre", "failed") == []
 
 
 def test_every_section_stands_once_and_in_order(tmp_path):
     for run in (RUN, {}):
-        assert written(tmp_path, run, METRICS).texts("h2") == SECTIONS
+        assert write_page(tmp_path, run, METRICS).texts("h2") == SECTIONS
 
 
 def test_the_page_needs_nothing_from_outside(tmp_path):
-    page = written(tmp_path, RUN, METRICS)
+    page = write_page(tmp_path, RUN, METRICS)
     assert not {tag for tag, _, _ in page.elements} & {"script", "link", "img", "iframe", "object", "base", "use"}
     assert not {name for _, attributes, _ in page.elements for name in attributes} & {"src", "href", "style", "onload"}
     (style,) = page.texts("style")
@@ -175,7 +177,7 @@ def test_the_page_needs_nothing_from_outside(tmp_path):
 
 
 def test_ledger_table_has_every_bin_and_the_lost_share(tmp_path):
-    page = written(tmp_path, RUN)
+    page = write_page(tmp_path, RUN)
     assert page.texts("tr", "read") == ["a.jsonlread1,20010040"]
     assert page.texts("tr", "trained") == ["trained1,1007540"] and page.texts("tr", "held out") == ["held out8800"]
     assert page.texts("tr", "lost") == ["dropped: broken row1200", "cut: truncated0250"]
@@ -187,7 +189,7 @@ def test_ledger_table_has_every_bin_and_the_lost_share(tmp_path):
 
 
 def test_samples_are_marked_right_wrong_or_not_at_all(tmp_path):
-    page = written(tmp_path, RUN)
+    page = write_page(tmp_path, RUN)
     right, wrong, open_ended = page.texts("div", "box")[-3:]
     # The newline after <pre> is the browser's to drop; the second one of the last sample is the model's own.
     assert right == "prompt\n2+2=expected\n4<|im_end|>generated\n4<|im_end|>✓ right"
@@ -197,15 +199,15 @@ def test_samples_are_marked_right_wrong_or_not_at_all(tmp_path):
 
 def test_many_samples_are_folded_and_none_is_lost(tmp_path):
     samples = [{"prompt": f"question {k}."} for k in range(25)]
-    page = written(tmp_path, {"samples": samples})
+    page = write_page(tmp_path, {"samples": samples})
     (folded,) = page.texts("details")
     assert folded == "5 more" + "".join(f"prompt\nquestion {k}." for k in range(20, 25))
     assert page.texts("pre") == [f"\nquestion {k}." for k in range(25)]
-    assert written(tmp_path, {"samples": samples[:20]}).texts("details") == []
+    assert write_page(tmp_path, {"samples": samples[:20]}).texts("details") == []
 
 
 def test_settings_and_versions_are_tables_with_nested_ones_folded(tmp_path):
-    page = written(tmp_path, RUN)
+    page = write_page(tmp_path, RUN)
     settings_table, in_force, versions, others = page.texts("table", "pairs")
     assert settings_table == 'run_namefirst-trylearning_rate2e-05train_files[\n  "a",\n  "b"\n]bf16trueseednull'
     assert in_force.startswith("strategyzero2deepspeed1 values\n{")
@@ -221,7 +223,7 @@ def test_a_curve_of_three_points_lies_where_a_ruler_puts_it(tmp_path):
         {"step": 50, "loss": 2, "learning_rate": 2e-5},
         {"step": 100, "loss": 1.0, "eval/loss": 1.5, "learning_rate": 1e-5},
     ]
-    page = written(tmp_path, {}, lines)
+    page = write_page(tmp_path, {}, lines)
     assert [path["d"] for path in page.all("path", "train")] == [
         "M56.0,10.0 L231.0,130.0 L406.0,190.0",
         "M56.0,190.0 L231.0,10.0 L406.0,100.0",
@@ -236,18 +238,18 @@ def test_a_curve_of_three_points_lies_where_a_ruler_puts_it(tmp_path):
 
 def test_a_value_that_is_not_finite_breaks_the_line_and_is_told(tmp_path):
     values = [4.0, 3.0, math.nan, 2.0, math.inf, 1.0]
-    page = written(tmp_path, {}, [{"step": k, "loss": value} for k, value in enumerate(values)])
+    page = write_page(tmp_path, {}, [{"step": k, "loss": value} for k, value in enumerate(values)])
     (path,) = page.all("path", "train")
     assert re.sub(r"[\d.,]+", "", path["d"]) == "M L M M"
     assert page.texts("span", "wrong") == ["not a finite number at step 2, 4"]
     assert page.tiles()["Final loss"] == ("1", "step 5")
-    page = written(tmp_path, {}, [{"step": k, "loss": math.nan} for k in range(1, 9)])
+    page = write_page(tmp_path, {}, [{"step": k, "loss": math.nan} for k in range(1, 9)])
     assert page.texts("span", "wrong") == ["not a finite number at step 1, 2, 3, 4, 5 and 3 more"]
     assert page.tiles()["Final loss"] == ("nan", "step 8") and page.all("path", "train") == []
 
 
 def test_long_runs_keep_every_point_in_the_line_and_thin_the_dots(tmp_path):
-    page = written(tmp_path, {}, [{"step": k, "loss": 1000.0 / k} for k in range(1, 1002)])
+    page = write_page(tmp_path, {}, [{"step": k, "loss": 1000.0 / k} for k in range(1, 1002)])
     (path,) = page.all("path", "train")
     assert len(path["d"].split()) == 1001
     dots = page.texts("circle", "train hidden")
@@ -264,17 +266,17 @@ def test_hostile_text_is_only_ever_text(tmp_path):
         "ledger": {"inputs": {HOSTILE: amount}, "bins": {HOSTILE: {f"cut: {HOSTILE}": amount, HOSTILE: amount}},
                    "turns_without_label": {HOSTILE: 1}, "notes": [HOSTILE]},
     }  # fmt: skip
-    page = written(tmp_path, run, [{"step": 1, f"eval/{HOSTILE}": 1.0}])
+    page = write_page(tmp_path, run, [{"step": 1, f"eval/{HOSTILE}": 1.0}])
     assert page.texts("script") == []
     names = {name for _, attributes, _ in page.elements for name in attributes}
     assert names <= {"lang", "charset", "name", "content", "http-equiv", "class", "scope"}
-    (shown,) = page.texts("body")
+    (body,) = page.texts("body")
     # Title line and error 5, tile 1, ledger 5, sample 3, settings 2, in force 1, versions 4, also recorded 2.
-    assert shown.count(HOSTILE) == 23 and shown.count(json.dumps(HOSTILE)) == 3
+    assert body.count(HOSTILE) == 23 and body.count(json.dumps(HOSTILE)) == 3
 
 
 def test_half_a_surrogate_pair_can_be_written(tmp_path):
-    page = written(tmp_path, {"samples": [{"prompt": "\ud83d!", "generated": "\U0001f600"}]})
+    page = write_page(tmp_path, {"samples": [{"prompt": "\ud83d!", "generated": "\U0001f600"}]})
     assert page.texts("pre") == ["\n?!", "\n\U0001f600"]
 
 
@@ -296,17 +298,17 @@ DEGENERATE = {
 
 @pytest.mark.parametrize("name", DEGENERATE)
 def test_degenerate_metrics_still_make_a_page(tmp_path, name):
-    page = written(tmp_path, {}, DEGENERATE[name])
+    page = write_page(tmp_path, {}, DEGENERATE[name])
     assert page.texts("h2") == SECTIONS and len(page.texts("figure", "box")) == 4
 
 
 def test_single_point_is_a_visible_dot_in_the_middle(tmp_path):
-    (dot,) = written(tmp_path, {}, [{"step": 7, "loss": 1.5}]).all("circle", "train")
+    (dot,) = write_page(tmp_path, {}, [{"step": 7, "loss": 1.5}]).all("circle", "train")
     assert (dot["cx"], dot["r"]) == ("231.0", "3")
 
 
 def test_without_metrics_or_with_null_facts_the_page_says_so(tmp_path):
-    page = written(tmp_path, dict.fromkeys(RUN))
+    page = write_page(tmp_path, dict.fromkeys(RUN))
     assert page.tiles() == {"Steps": ("0", "")} and page.texts("h1") == [tmp_path.name]
     assert page.texts("figcaption")[0] == "Loss: nothing to draw"
     assert page.texts("p")[1:4] == [
@@ -318,18 +320,18 @@ def test_without_metrics_or_with_null_facts_the_page_says_so(tmp_path):
 
 def test_a_line_cut_short_is_passed_over(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n[1]\n{"step": 2, "lo', encoding="utf-8")
-    assert written(tmp_path, {}).tiles()["Final loss"] == ("2", "step 1")
+    assert write_page(tmp_path, {}).tiles()["Final loss"] == ("2", "step 1")
 
 
 def test_who_has_the_old_page_open_reads_it_to_the_end(tmp_path):
-    written(tmp_path, RUN)
+    write_page(tmp_path, RUN)
     with (tmp_path / "report.html").open(encoding="utf-8") as old:
-        written(tmp_path, {"run_name": "second"})
+        write_page(tmp_path, {"run_name": "second"})
         assert Page(old.read()).texts("h1") == ["first-try"]
 
 
 def test_a_page_that_cannot_be_made_leaves_the_old_one(tmp_path):
-    written(tmp_path, RUN)
+    write_page(tmp_path, RUN)
     before = (tmp_path / "report.html").read_bytes()
     (tmp_path / "run.json").write_text("{", encoding="utf-8")
     with pytest.raises(json.JSONDecodeError):
@@ -352,9 +354,9 @@ def test_the_balance_check_sees_what_is_not_balanced(html):
 @example([1.0, 1.0 + 2**-52], False)
 @example([5e-324], True)
 def test_ticks_enclose_the_values_and_tell_themselves_apart(values, from_zero):
-    low, high = page_module._spread([*values, *[0.0] * from_zero])
-    ticks = page_module._ticks((low, high))
+    low, high = page_module._axis_range([*values, *[0.0] * from_zero])
+    ticks = page_module._round_ticks((low, high))
     slack = 1e-8 * (high - low)
     assert 3 <= len(ticks) <= 6
     assert ticks[0] <= min(values) + slack and max(values) - slack <= ticks[-1]
-    assert len({page_module._figure(tick, 6) for tick in ticks}) == len(ticks)
+    assert len({page_module._format_number(tick, 6) for tick in ticks}) == len(ticks)

@@ -13,7 +13,7 @@ import pytest
 from accel_llm.report import record
 from accel_llm.report.record import RECORDED_PACKAGES, Record, environment, recording
 from accel_llm.system.disk import write_atomically
-from accel_llm.system.signals import ONE_SIGNAL
+from accel_llm.system.signals import SAME_SIGNAL_SECONDS
 
 
 def read(folder: Path) -> dict:
@@ -86,9 +86,9 @@ def test_sigterm_is_noted_by_a_process_that_is_stuck_and_a_second_one_ends_it(tm
         stuck.send_signal(signal.SIGTERM)
         wait_for(lambda: read(tmp_path)["status"] == "failed")
         assert read(tmp_path)["error"].startswith("SIGTERM: ")
-        time.sleep(ONE_SIGNAL / 4)
+        time.sleep(SAME_SIGNAL_SECONDS / 4)
         stuck.send_signal(signal.SIGTERM)  # as a launcher sends on what everybody got
-        time.sleep(ONE_SIGNAL)
+        time.sleep(SAME_SIGNAL_SECONDS)
         assert stuck.poll() is None
         stuck.send_signal(signal.SIGTERM)
         assert stuck.wait(5) == 128 + signal.SIGTERM
@@ -113,12 +113,12 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
 
 
 def test_the_environment_is_named_with_and_without_git(monkeypatch, tmp_path):
-    found = environment()
-    assert found["packages"]["torch"].startswith("2.") and found["packages"].keys() <= set(RECORDED_PACKAGES)
+    versions = environment()
+    assert versions["packages"]["torch"].startswith("2.") and versions["packages"].keys() <= set(RECORDED_PACKAGES)
     head = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=Path(record.__file__).parent, capture_output=True, text=True, check=False
     )
-    assert (found["git_commit"] or "").removesuffix("-dirty") == head.stdout.strip()
+    assert (versions["git_commit"] or "").removesuffix("-dirty") == head.stdout.strip()
     # A slim image has none.
     monkeypatch.setenv("PATH", str(tmp_path))
     assert environment()["git_commit"] is None

@@ -1,4 +1,4 @@
-"""A folder appears whole, or what was there before is left as it was."""
+"""A folder appears complete, or the old one stays as it was."""
 
 import errno
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from accel_llm.errors import ConfigError
-from accel_llm.system.folders import check_output_dir, whole_folder, whole_output
+from accel_llm.system.folders import atomic_folder, atomic_output, check_output_dir
 
 
 def names(folder: Path) -> list[str]:
@@ -16,7 +16,7 @@ def names(folder: Path) -> list[str]:
 
 
 def write(target: Path, text: str) -> None:
-    with whole_folder(target) as partial:
+    with atomic_folder(target) as partial:
         assert not (target / "new").exists()
         (partial / "new").write_text(text)
 
@@ -26,50 +26,50 @@ def test_a_folder_appears_when_the_block_has_ended(tmp_path):
     write(target, "1")
     assert names(target.parent) == ["b"] and (target / "new").read_text() == "1"
     (target / "other").touch()
-    with whole_folder(target) as partial:
+    with atomic_folder(target) as partial:
         (partial / "new").write_text("2")
         assert (target / "new").read_text() == "1"
     assert names(target.parent) == ["b"] and names(target) == ["new"] and (target / "new").read_text() == "2"
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, SystemExit])
-def test_nothing_stays_of_a_block_that_was_ended(tmp_path, error):
+def test_a_failed_block_leaves_nothing(tmp_path, error):
     target = tmp_path / "target"
     for before in ([], ["target"]):
-        with pytest.raises(error), whole_folder(target) as partial:
+        with pytest.raises(error), atomic_folder(target) as partial:
             (partial / "new").touch()
             raise error
         assert names(tmp_path) == before
         target.mkdir(exist_ok=True)
 
 
-def test_sigterm_ends_the_block_and_clears_it(tmp_path):
+def test_sigterm_ends_the_block_and_removes_its_files(tmp_path):
     program = f"""
 import os, pathlib, signal, time
-from accel_llm.system.folders import whole_output
-with whole_output(pathlib.Path({str(tmp_path / "target")!r})) as partial:
+from accel_llm.system.folders import atomic_output
+with atomic_output(pathlib.Path({str(tmp_path / "target")!r})) as partial:
     (partial / "new").touch()
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(60)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
-    assert (done.returncode, done.stderr) == (143, b"") and names(tmp_path) == []
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    assert (result.returncode, result.stderr) == (143, b"") and names(tmp_path) == []
 
 
-def test_a_full_disk_is_told_in_a_sentence(tmp_path):
+def test_a_full_disk_is_reported_in_one_sentence(tmp_path):
     with (
         pytest.raises(
             ConfigError, match=r"^output_dir: .*target could not be written: No space left on device; make room"
         ),
-        whole_output(tmp_path / "target"),
+        atomic_output(tmp_path / "target"),
     ):
         raise OSError(errno.ENOSPC, "No space left on device")
-    with pytest.raises(PermissionError), whole_output(tmp_path / "target"):
+    with pytest.raises(PermissionError), atomic_output(tmp_path / "target"):
         raise PermissionError(errno.EACCES, "Permission denied")
     assert names(tmp_path) == []
 
 
-def test_what_a_killed_process_has_left_is_cleared(tmp_path):
+def test_leftovers_of_a_killed_process_are_removed(tmp_path):
     target, partial, old = (tmp_path / name for name in ("target", ".target.partial", ".target.old"))
     for folder in (partial, old):
         folder.mkdir()
@@ -78,7 +78,7 @@ def test_what_a_killed_process_has_left_is_cleared(tmp_path):
     assert names(tmp_path) == ["target"]
     # Killed between the two renames: the earlier model is put back before anything else is done.
     target.rename(old)
-    with pytest.raises(ValueError, match="no"), whole_folder(target):
+    with pytest.raises(ValueError, match="no"), atomic_folder(target):
         assert (target / "new").read_text() == "1"
         raise ValueError("no")
     assert names(tmp_path) == ["target"] and (target / "new").read_text() == "1"
@@ -96,7 +96,7 @@ def test_a_folder_that_holds_something_else_is_not_replaced(tmp_path):
         check_output_dir(target, [("base", base)], True, "config.json")
     with pytest.raises(ConfigError, match="is not empty; name another folder, or set overwrite_output_dir"):
         check_output_dir(target, [], False, "config.json")
-    with pytest.raises(ConfigError, match="holds files that are no adapter"):
+    with pytest.raises(ConfigError, match="holds files that are not an adapter"):
         check_output_dir(target, [], True, "adapter_config.json")
     (target / "config.json").touch()
     check_output_dir(target, [], True, "config.json")

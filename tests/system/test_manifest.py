@@ -1,4 +1,4 @@
-"""A folder is whole or is told from one that is; it appears and goes by one rename."""
+"""A damaged folder is recognised; a folder appears and disappears by one rename."""
 
 import json
 import shutil
@@ -9,24 +9,24 @@ from support import spoil
 
 from accel_llm.checkpoint.resume import newest_checkpoint
 from accel_llm.system.disk import sha256
-from accel_llm.system.manifest import find_damage, read_parts, remove_folder, seal_folder, write_part
+from accel_llm.system.manifest import find_damage, find_parts, remove_folder, seal_folder, write_part
 
 FILES = {"state.json": b'{"step": 3}', "rank-00000.safetensors": bytes(range(256)) * 4, "rank-00001.json": b"{}"}
 
 
 def write(folder: Path) -> Path:
-    """As two processes write it."""
+    """Write a folder as two processes do."""
     partial = folder.with_name(f".{folder.name}.partial")
     partial.mkdir(parents=True)
     for name, content in FILES.items():
         (partial / name).write_bytes(content)
-    facts = {name: ((partial / name).stat().st_size, sha256(partial / name)) for name in FILES}
-    write_part(partial, 1, {"rank-00001.json": facts.pop("rank-00001.json")})
-    assert read_parts(partial, 2) is None
-    write_part(partial, 0, facts)
-    found = read_parts(partial, 2)
-    assert found is not None and not folder.exists()
-    seal_folder(partial, folder, found)
+    sizes_and_hashes = {name: ((partial / name).stat().st_size, sha256(partial / name)) for name in FILES}
+    write_part(partial, 1, {"rank-00001.json": sizes_and_hashes.pop("rank-00001.json")})
+    assert find_parts(partial, 2) is None
+    write_part(partial, 0, sizes_and_hashes)
+    parts = find_parts(partial, 2)
+    assert parts is not None and not folder.exists()
+    seal_folder(partial, folder, parts)
     return folder
 
 
@@ -37,7 +37,7 @@ def sealed(tmp_path: Path) -> Path:
     return tmp_path / "checkpoints"
 
 
-def test_a_sealed_folder_holds_its_files_and_the_manifest_alone(sealed: Path) -> None:
+def test_a_sealed_folder_holds_only_its_files_and_the_manifest(sealed: Path) -> None:
     folder = sealed / "step-00000006"
     assert sorted(path.name for path in folder.iterdir()) == sorted([*FILES, "manifest.json"])
     assert sorted(path.name for path in sealed.iterdir()) == ["step-00000003", "step-00000006"]
@@ -58,13 +58,13 @@ def test_a_damaged_file_is_named_and_an_older_checkpoint_taken(sealed: Path, cap
 def test_processes_share_the_reading_and_all_know_the_result(sealed: Path) -> None:
     folder = sealed / "step-00000006"
     spoil(folder / "rank-00001.json", "flipped")
-    found: list[list[float]] = []
+    codes: list[list[float]] = []
     for rank in range(2):
-        find_damage(folder, rank, 2, lambda values: found.append(values) or values)
-    summed = [sum(column) for column in zip(*found, strict=True)]
-    assert sorted(map(sum, found))[0] == 0.0  # one of them has seen nothing
+        find_damage(folder, rank, 2, lambda values: codes.append(values) or values)
+    sums = [sum(column) for column in zip(*codes, strict=True)]
+    assert sorted(map(sum, codes))[0] == 0.0  # one of them saw no damage
     for rank in range(2):
-        assert find_damage(folder, rank, 2, lambda _: summed) == "has a damaged rank-00001.json"
+        assert find_damage(folder, rank, 2, lambda _: sums) == "has a damaged rank-00001.json"
 
 
 def test_without_a_whole_manifest_a_folder_is_no_checkpoint(sealed: Path) -> None:

@@ -1,4 +1,4 @@
-"""Secrets of the environment and of addresses, and where they must not be read: the screen, report.html."""
+"""Secrets in the environment and in URLs do not appear on the screen or in files of a run."""
 
 import json
 from typing import Any
@@ -13,14 +13,14 @@ from accel_llm.report.page import write_report
 from accel_llm.report.record import recording
 from accel_llm.system.secrecy import hide_secrets
 
-KEY = 'a"b<c&d\ne/f+g'  # every way of writing it differs
+KEY = 'a"b<c&d\ne/f+g'  # its spelling differs in JSON, HTML and URLs
 
 
 @pytest.mark.parametrize(
     "name",
     ["HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "db_password", "GOOGLE_APPLICATION_CREDENTIALS", "KEYS"],
 )
-def test_values_of_the_environment_are_hidden_however_they_are_written(monkeypatch, name):
+def test_secrets_of_the_environment_are_hidden_in_every_spelling(monkeypatch, name):
     monkeypatch.setenv(name, KEY)
     assert hide_secrets(f"-{KEY}-{KEY}-") == "-***-***-"
     assert hide_secrets(json.dumps({"a": KEY})) == '{"a": "***"}'
@@ -33,7 +33,7 @@ def test_values_of_the_environment_are_hidden_however_they_are_written(monkeypat
 @pytest.mark.parametrize(
     ("name", "value"), [("TOKENIZERS_PARALLELISM", "disabled"), ("KEYBOARD", "qwertyuiop"), ("HF_TOKEN", "true")]
 )
-def test_other_values_are_not(monkeypatch, name, value):
+def test_other_values_are_not_hidden(monkeypatch, name, value):
     monkeypatch.setenv(name, value)
     assert hide_secrets(f"it is {value}") == f"it is {value}"
 
@@ -52,23 +52,23 @@ def test_other_values_are_not(monkeypatch, name, value):
         ("<|im_start|>user\nmax_length=4", "<|im_start|>user\nmax_length=4"),
     ],
 )
-def test_addresses_keep_all_but_what_is_secret(text, shown):
+def test_urls_lose_only_their_secrets(text, shown):
     assert hide_secrets(text) == shown
     assert hide_secrets(shown) == shown
 
 
-def test_neither_the_table_before_training_nor_the_report_shows_one(monkeypatch, tmp_path, capsys):
+def test_the_table_of_settings_and_the_report_show_no_secret(monkeypatch, tmp_path, capsys):
     class Options(SftOptions):
         pass
 
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
     monkeypatch.setattr(display, "console", Console(width=200, highlight=False))
-    given: dict[str, Any] = {
+    values: dict[str, Any] = {
         "run_name": "run of 0123456789abcdef",
         "train_files": ["s3://me:secret@host/a.jsonl"],
         "chat_template_kwargs": {"page": "https://h/?token=x1y2z3"},
     }
-    options = Options(model_name_or_path="o/n", **given)
+    options = Options(model_name_or_path="o/n", **values)
     show_settings(options)
     shown = capsys.readouterr().out
     run = {"status": "failed", "error": "OSError: s3://me:secret@host", "options": options.model_dump(mode="json")}
@@ -79,7 +79,7 @@ def test_neither_the_table_before_training_nor_the_report_shows_one(monkeypatch,
         assert not any(secret in text for secret in ("0123456789abcdef", "me:secret", "x1y2z3"))
 
 
-def test_no_file_of_a_run_has_one(monkeypatch, tmp_path, tiny, chats, script, capsys):
+def test_no_file_of_a_run_contains_a_secret(monkeypatch, tmp_path, tiny, chats, script, capsys):
     key = "sk-0123456789abcdef"
     monkeypatch.setenv("MY_API_KEY", key)
     folder = tmp_path / "run"

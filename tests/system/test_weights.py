@@ -1,4 +1,4 @@
-"""Safetensors read and written as streams are those that safetensors itself reads and writes, or nothing."""
+"""Weights that are read and written tensor by tensor equal those of the safetensors library."""
 
 import errno
 import json
@@ -24,29 +24,29 @@ STATE = {
 SPECS = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in STATE.items()}
 
 
-def test_what_safetensors_wrote_is_read(tmp_path):
+def test_files_of_the_safetensors_library_are_read(tmp_path):
     save_file(STATE, tmp_path / "model.safetensors")
-    found = open_weights(tmp_path)
-    assert found.specs == SPECS
+    weights = open_weights(tmp_path)
+    assert weights.specs == SPECS
     for name, tensor in STATE.items():
-        read = found.read(name)
-        assert torch.equal(read, tensor) and read.dtype == tensor.dtype
-        read.fill_(1)  # memory of its own
-    assert all(torch.equal(found.read(name), tensor) for name, tensor in STATE.items())
-    assert found.mapped().keys() == STATE.keys()
+        copy = weights.read(name)
+        assert torch.equal(copy, tensor) and copy.dtype == tensor.dtype
+        copy.fill_(1)  # memory of its own
+    assert all(torch.equal(weights.read(name), tensor) for name, tensor in STATE.items())
+    assert weights.mapped().keys() == STATE.keys()
 
 
-def test_what_is_written_in_any_order_safetensors_reads_in_the_same_bytes(tmp_path):
+def test_tensors_written_in_any_order_give_the_file_of_the_safetensors_library(tmp_path):
     writer = WeightWriter(tmp_path, SPECS, shard_size=10**9, check=True)
     for name in sorted(STATE, reverse=True):
         writer.write(name, STATE[name])
     writer.finish()
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
-    found = load_file(tmp_path / "model.safetensors")
-    assert found.keys() == STATE.keys() and all(torch.equal(found[name], STATE[name]) for name in STATE)
+    loaded = load_file(tmp_path / "model.safetensors")
+    assert loaded.keys() == STATE.keys() and all(torch.equal(loaded[name], STATE[name]) for name in STATE)
     save_file(STATE, tmp_path / "theirs", metadata={"format": "pt"})
     assert (tmp_path / "model.safetensors").read_bytes() == (tmp_path / "theirs").read_bytes()
-    assert writer.written == sum(spec.size for spec in SPECS.values())
+    assert writer.bytes_written == sum(spec.size for spec in SPECS.values())
 
 
 def test_files_are_split_where_the_next_tensor_would_not_fit(tmp_path):
@@ -55,24 +55,24 @@ def test_files_are_split_where_the_next_tensor_would_not_fit(tmp_path):
     save_file(STATE, source / "model.safetensors")
     target = tmp_path / "target"
     target.mkdir()
-    writer, read = WeightWriter(target, SPECS, shard_size=60, check=False), open_weights(source)
+    writer, weights = WeightWriter(target, SPECS, shard_size=60, check=False), open_weights(source)
     for name in STATE:
-        writer.copy(name, read.places[name])
+        writer.copy(name, weights.places[name])
     writer.finish()
     index = json.loads((target / "model.safetensors.index.json").read_text(encoding="utf-8"))
     assert index["weight_map"]["whole"] == "model-00001-of-00003.safetensors"
     assert index["weight_map"]["half"] == index["weight_map"]["counts"] == "model-00002-of-00003.safetensors"
-    assert index["metadata"]["total_size"] == writer.written
+    assert index["metadata"]["total_size"] == writer.bytes_written
     again = open_weights(target)
     assert all(torch.equal(again.read(name), tensor) for name, tensor in STATE.items())
 
 
-def test_equal_tensors_are_told_by_their_bits(tmp_path):
+def test_tensors_are_compared_bit_by_bit(tmp_path):
     save_file(
         {"a": torch.tensor([0.0]), "b": torch.tensor([0.0]), "c": torch.tensor([-0.0])}, tmp_path / "model.safetensors"
     )
-    found = open_weights(tmp_path)
-    assert found.same("a", "b") and not found.same("a", "c")
+    weights = open_weights(tmp_path)
+    assert weights.same("a", "b") and not weights.same("a", "c")
 
 
 @pytest.mark.parametrize("how", ["empty", "short", "index", "pickle", "nothing"])
@@ -93,21 +93,21 @@ def test_broken_folders_are_refused(tmp_path, how):
     with pytest.raises((SafetensorError, ValueError, FileNotFoundError)) as error:
         open_weights(tmp_path)
     expected = {
-        "index": "elsewhere.safetensors, which is not there",
+        "index": "elsewhere.safetensors, which does not exist",
         "pickle": "set allow_pickle",
         "nothing": "it has no",
     }
     assert expected.get(how, "") in str(error.value)
 
 
-def test_pickled_weights_are_read_when_that_was_allowed(tmp_path):
+def test_pickled_weights_are_read_if_allowed(tmp_path):
     torch.save(STATE, tmp_path / "pytorch_model.bin")
-    found = open_weights(tmp_path, allow_pickle=True)
-    assert found.specs == SPECS and not found.places
-    assert all(torch.equal(found.read(name), tensor) for name, tensor in STATE.items())
+    weights = open_weights(tmp_path, allow_pickle=True)
+    assert weights.specs == SPECS and not weights.places
+    assert all(torch.equal(weights.read(name), tensor) for name, tensor in STATE.items())
 
 
-def test_a_full_disk_is_found_out_before_anything_is_written(tmp_path, monkeypatch):
+def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -129,14 +129,14 @@ def test_an_error_while_writing_is_raised(tmp_path, monkeypatch):
     writer.close()
 
 
-def test_large_tensors_are_copied_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(tensors, "COPIED_AT_ONCE", 7)
+def test_large_tensors_are_copied_in_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr(tensors, "COPY_BLOCK_SIZE", 7)
     save_file(STATE, tmp_path / "model.safetensors")
     target = tmp_path / "target"
     target.mkdir()
-    writer, read = WeightWriter(target, SPECS, 10**9, check=True), open_weights(tmp_path)
+    writer, weights = WeightWriter(target, SPECS, 10**9, check=True), open_weights(tmp_path)
     for name in STATE:
-        writer.copy(name, read.places[name])
+        writer.copy(name, weights.places[name])
     writer.finish()
     assert all(torch.equal(tensor, STATE[name]) for name, tensor in load_file(target / "model.safetensors").items())
-    assert read.same("whole", "whole")
+    assert weights.same("whole", "whole")

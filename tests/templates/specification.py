@@ -1,4 +1,8 @@
-"""What each chat template must train, said in characters by hand: families, shapes of conversations and mutations."""
+"""Specifications of chat formats, written by hand: the text of a conversation, with ⟦ and ⟧ around what is trained.
+
+Also the conversations to try them on (`SHAPES`), the comparison of a mask with a specification, and wrong
+specifications (`mutations`) that the comparison must notice.
+"""
 
 import re
 from collections import Counter
@@ -62,12 +66,13 @@ def system(content: str) -> dict[str, Any]:
 
 
 def with_markers(specification: Specification) -> tuple[Chat, Tools]:
-    """Contents that hold all that the family's own template writes."""
+    """Return a conversation whose contents hold everything that the family's own template writes."""
     markers = bare(specification(SINGLE, None))
     return [system(markers), user(f"say {markers}"), assistant(f"it {markers} is"), *MULTI], None
 
 
-def chat_of(shape: str, specification: Specification) -> tuple[Chat, Tools]:
+def get_conversation(shape: str, specification: Specification) -> tuple[Chat, Tools]:
+    """Return the messages and tools of a shape. The shape "markers" depends on the family."""
     if shape != "markers":
         return SHAPES[shape]
     chat, tools = with_markers(specification)
@@ -83,6 +88,7 @@ class Refused(Exception):
 
 
 def bare(text: str) -> str:
+    """Return a text without the marks around what is trained."""
     return text.replace("⟦", "").replace("⟧", "")
 
 
@@ -95,13 +101,17 @@ def unchanged(text: str) -> str:
 
 
 def take_turns(chat: Chat, words: str) -> None:
+    """Refuse a conversation, with the template's words, if users and assistants do not alternate."""
     if any((message["role"] == "user") != (index % 2 == 0) for index, message in enumerate(chat)):
         raise Refused(words)
 
 
 @dataclass(frozen=True)
 class Format:
-    """`{}` is a message's content after `clean`. Fields that are reasoning are not shown."""
+    """A chat format: one pattern for each kind of message, in which `{}` is the content after `clean`.
+
+    Fields with reasoning are not shown.
+    """
 
     user: str
     assistant: str
@@ -112,14 +122,14 @@ class Format:
     clean: Callable[[str], str] = unchanged
     clean_answer: Callable[[str], str] | None = None
     clean_system: Callable[[str], str] | None = None
-    system_in_user: bool = False  # the system text opens the first question and is cleaned with it
-    alternates: str | None = None  # else refused with these words
-    call: str = ""  # `{}` is the arguments; without it a call is not shown, so its turn is not trained
-    tool: str = ""  # without it a tool's result is not shown
+    system_in_user: bool = False  # the system text is part of the first question
+    alternates: str | None = None  # if turns must alternate: the template's words when they do not
+    call: str = ""  # `{}` is the arguments; if empty, calls are not shown and their turns are not trained
+    tool: str = ""  # if empty, a tool's results are not shown
     answer_after_tool: str = ""
     with_tools: tuple[tuple[str, str], ...] = ()  # fields that change when tools are listed
     before_first_question: str = ""  # tools, inside the first question
-    before_last_question: str = ""  # tools, before the last question: earlier ones have been asked with the tools, too
+    before_last_question: str = ""  # tools, before the last question; answers to earlier ones are not trained
 
     def __call__(self, chat: Chat, tools: Tools) -> str:
         if tools and self.with_tools:
@@ -130,8 +140,8 @@ class Format:
         )
         chat = chat[1:] if has_system else chat
         if self.alternates:
-            told = [message for message in chat if message["role"] != "tool" and "tool_calls" not in message]
-            take_turns(told if self.tool else chat, self.alternates)
+            without_tools = [message for message in chat if message["role"] != "tool" and "tool_calls" not in message]
+            take_turns(without_tools if self.tool else chat, self.alternates)
         questions = [index for index, message in enumerate(chat) if message["role"] == "user"]
         text = self.start + ("" if self.system_in_user else opening)
         for index, message in enumerate(chat):
@@ -170,7 +180,7 @@ def qwen25(default: str, tools: str) -> Format:
 
 
 def qwen3(chat: Chat, tools: Tools, tools_text: str = QWEN_TOOLS) -> str:
-    """Thoughts are shown after the last question only, and the last answer gets an empty one if it has none."""
+    """Thoughts are shown only after the last question. The last answer gets an empty thought if it has none."""
     opening = [chat[0]["content"]] if chat[0]["role"] == "system" else []
     opening += [tools_text] if tools else []
     text = fill(CHATML.system, "\n\n".join(opening)) if opening else ""
@@ -183,21 +193,26 @@ def qwen3(chat: Chat, tools: Tools, tools_text: str = QWEN_TOOLS) -> str:
             text += fill(QWEN_RESULT, content)
         elif message["role"] == "assistant":
             thought, answer = thought_and_answer(message)
-            written = QWEN_CALL if "tool_calls" in message else answer
+            output = QWEN_CALL if "tool_calls" in message else answer
             if index > last_question and (thought or message is chat[-1]):
-                written = f"<think>\n{thought}\n</think>\n\n" + written.lstrip("\n")
-                text += fill(CHATML.assistant if prompt_is_kept(chat, index) else bare(CHATML.assistant), written)
-            elif thought or "</think>" in content or answer.startswith("\n"):  # not shown as it is when it is the last
-                text += fill(bare(CHATML.assistant), written)
+                output = f"<think>\n{thought}\n</think>\n\n" + output.lstrip("\n")
+                text += fill(CHATML.assistant if has_same_prompt(chat, index) else bare(CHATML.assistant), output)
+            elif (
+                thought or "</think>" in content or answer.startswith("\n")
+            ):  # shown in another way when it is the last
+                text += fill(bare(CHATML.assistant), output)
             else:
                 text += fill(
-                    CHATML.assistant if chat[index - 1]["role"] != "assistant" else bare(CHATML.assistant), written
+                    CHATML.assistant if chat[index - 1]["role"] != "assistant" else bare(CHATML.assistant), output
                 )
     return text
 
 
-def prompt_is_kept(chat: Chat, index: int) -> bool:
-    """An answer that was the last one in this one's prompt had a thought, if only an empty one, that is gone now."""
+def has_same_prompt(chat: Chat, index: int) -> bool:
+    """Whether the text before this answer is still its prompt.
+
+    It is not if another answer stands before it that lost its (empty) thought when it was no longer the last one.
+    """
     before = chat[index - 1]
     return before["role"] != "assistant" or thought_and_answer(before)[0] != ""
 
@@ -228,7 +243,7 @@ class Family:
 
 
 def byte_level(family: Family) -> PreTrainedTokenizerFast:
-    """A tiny GPT-2-like tokenizer with the family's control tokens; it merges line ends and spaces, as real ones do."""
+    """Train a tiny byte-level tokenizer with the family's control tokens; it merges line ends and spaces."""
     special_tokens = list(dict.fromkeys([family.bos, family.eos, *family.tokens.split()]))
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -244,8 +259,10 @@ def byte_level(family: Family) -> PreTrainedTokenizerFast:
 
 
 def shown(tokenizer: PreTrainedTokenizerFast, row: EncodedRow) -> str:
-    """The row's text with ⟦ ⟧ around what is trained. Texts are differences of decoded beginnings: some decoders strip
-    the first space."""
+    """Return the row's text with ⟦ ⟧ around what is trained.
+
+    Pieces are cut from decoded prefixes of the row, because some decoders strip a first space.
+    """
     assert all(label in (-100, token) for token, label in zip(row.input_ids, row.labels, strict=True))
     text, end, before = "", 0, ""
     for trained, group in groupby(label != -100 for label in row.labels):
@@ -256,29 +273,37 @@ def shown(tokenizer: PreTrainedTokenizerFast, row: EncodedRow) -> str:
     return text
 
 
-def open_ended(text: str) -> str:
-    """Without an end token, whitespace on both sides of an answer's end may be one token."""
+def without_end_spaces(text: str) -> str:
+    """Return a text with the whitespace at the end of answers moved out of the marks.
+
+    Without an end-of-turn token, whitespace on both sides of an answer's end may be one token.
+    """
     return re.sub(r"(\s*)⟧(\s*)", r"⟧\1\2", text)
 
 
 def compare(
     tokenizer: PreTrainedTokenizerFast, template: Template, chat: Chat, expected: str, encoding: EncodedConversation
 ) -> None:
-    """Every assistant turn is trained or lost. Turns that touch each other are one run of labels."""
+    """Compare a conversation's mask with the expected text. Every assistant turn must be trained or counted as lost."""
     assert expected.count("⟦") + sum(encoding.lost.values()) == sum(turn["role"] == "assistant" for turn in chat)
-    wanted = expected.replace("⟧⟦", "")
-    found = [shown(tokenizer, row) for row in encoding.rows]
+    expected = expected.replace("⟧⟦", "")  # turns that touch each other are one run of labels
+    texts = [shown(tokenizer, row) for row in encoding.rows]
     if template.turn_end is None:
-        wanted, found = open_ended(wanted), [open_ended(text) for text in found]
-    assert found == ([wanted] if "⟦" in wanted else [])
+        expected, texts = without_end_spaces(expected), [without_end_spaces(text) for text in texts]
+    assert texts == ([expected] if "⟦" in expected else [])
 
 
 def plain_ids(tokenizer: PreTrainedTokenizerFast, expected: str, template: Template) -> list[int]:
-    """One plain tokenisation of the text. A tokenizer that puts nothing before a text gives, for each turn, that of the
-    prompt and that of what is generated after it, which may differ where whitespace stands on both sides."""
-    if template.turn_end is None or ids_of(tokenizer, "\na") != ids_of(tokenizer, "\n") + ids_of(tokenizer, "a"):
-        return ids_of(tokenizer, bare(expected))
-    return [token for piece in re.split("[⟦⟧]", expected) for token in ids_of(tokenizer, piece)]
+    """Return the ids that inference and generation would give.
+
+    If the tokenizer puts nothing before a text, prompts and answers are tokenised apart: the whole text may differ from
+    that where whitespace stands on both sides of a border. Otherwise the whole text is tokenised.
+    """
+    if template.turn_end is None or token_ids(tokenizer, "\na") != token_ids(tokenizer, "\n") + token_ids(
+        tokenizer, "a"
+    ):
+        return token_ids(tokenizer, bare(expected))
+    return [token for piece in re.split("[⟦⟧]", expected) for token in token_ids(tokenizer, piece)]
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> Counter[str]:
@@ -286,15 +311,15 @@ def control_tokens(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> Counte
     return Counter(control[token] for token in ids if token in control)
 
 
-def control_tokens_of_format(
+def format_control_tokens(
     tokenizer: PreTrainedTokenizerFast, specification: Specification, chat: Chat, tools: Tools
 ) -> Counter[str]:
-    """Those that the format writes itself: what people wrote must add none."""
+    """Count the control tokens that the format writes itself; messages must add none to them."""
     harmless = [{**message, "content": message["content"] and "x"} for message in chat]
-    return control_tokens(tokenizer, ids_of(tokenizer, bare(specification(harmless, tools))))
+    return control_tokens(tokenizer, token_ids(tokenizer, bare(specification(harmless, tools))))
 
 
-def ids_of(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+def token_ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
@@ -305,8 +330,11 @@ def check(
     shape: str,
     tokenized: Specification | None = None,
 ) -> None:
-    """`tokenized`: what a tokenizer that takes whitespace away leaves of the text."""
-    chat, tools = chat_of(shape, specification)
+    """Check the text, the mask and the ids of a conversation against the specification.
+
+    `tokenized` is the specification of the decoded text, if the tokenizer changes the text (removes spaces).
+    """
+    chat, tools = get_conversation(shape, specification)
     try:
         expected = specification(chat, tools)
     except Refused as refusal:
@@ -320,26 +348,24 @@ def check(
     encoding = template.encode(chat, tools=tools)
     compare(tokenizer, template, chat, tokenized(chat, tools) if tokenized else expected, encoding)
     for row in encoding.rows:
-        assert control_tokens(tokenizer, row.input_ids) == control_tokens_of_format(
-            tokenizer, specification, chat, tools
-        )
+        assert control_tokens(tokenizer, row.input_ids) == format_control_tokens(tokenizer, specification, chat, tools)
         if shape != "markers" and (shape != "spaces" or (template.turn_end and not tokenized)):
             assert row.input_ids == plain_ids(tokenizer, expected, template)
 
 
 def mutations(expected: str, end: str | None) -> dict[str, str]:
-    """Wrong expectations, each with the last trained turn changed."""
+    """Return wrong expectations by name; in each the marks of the last trained turn are wrong."""
     if "⟦" not in expected:
         return {"something is trained": f"{expected[:-1]}⟦{expected[-1]}⟧"}
     before, _, rest = expected.rpartition("⟦")
     inside, _, after = rest.rpartition("⟧")
-    wrong = {
+    texts = {
         "starts late": f"{before}{inside[0]}⟦{inside[1:]}⟧{after}",
         "starts early": f"{before[:-1]}⟦{before[-1]}{inside}⟧{after}",
         "nothing is trained": f"{before}{inside}{after}",
         "end is left out": f"{before}⟦{inside[: -len(end or '.')]}⟧{inside[-len(end or '.') :]}{after}",
     }
-    return wrong | ({"goes on": f"{before}⟦{inside}{after[0]}⟧{after[1:]}"} if after and end else {})
+    return texts | ({"goes on": f"{before}⟦{inside}{after[0]}⟧{after[1:]}"} if after and end else {})
 
 
 def conversations(family: Family) -> st.SearchStrategy[Chat]:
@@ -361,16 +387,18 @@ def conversations(family: Family) -> st.SearchStrategy[Chat]:
 
 
 def targets(marked: str) -> set[tuple[int, int]]:
-    """Where ⟦ and ⟧ stand, in characters of the text without them."""
+    """Return the spans between ⟦ and ⟧, in characters of the text without them."""
     ends = list(accumulate(map(len, re.split("[⟦⟧]", marked)[:-1])))
     return set(zip(ends[0::2], ends[1::2], strict=True))
 
 
-def hold_for_any_conversation(
+def check_any_conversation(
     family: Family, tokenizer: PreTrainedTokenizerFast, template: Template, examples: int, may_lose: bool = False
 ) -> None:
-    """The text is the template's; what is trained are answers and their ends as the family writes them, never anything
-    else; other turns are counted as lost. `may_lose`: more of them than need be."""
+    """Check random conversations against the family's specification: their text, what is trained and what is lost.
+
+    With `may_lose` the template may lose more turns than the specification does, but never train anything else.
+    """
 
     @settings(max_examples=examples, deadline=None, database=None, derandomize=True, phases=[Phase.generate])
     @given(conversations(family))
@@ -387,9 +415,9 @@ def hold_for_any_conversation(
         for row in encoding.rows:
             marked = shown(tokenizer, row)
             if template.turn_end is None:
-                marked, expected = open_ended(marked), open_ended(expected)
+                marked, expected = without_end_spaces(marked), without_end_spaces(expected)
             assert bare(marked) == bare(expected)
-            assert control_tokens(tokenizer, row.input_ids) == control_tokens_of_format(
+            assert control_tokens(tokenizer, row.input_ids) == format_control_tokens(
                 tokenizer, family.specification, chat, None
             )
             trained = targets(marked)

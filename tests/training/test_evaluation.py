@@ -24,7 +24,7 @@ from accel_llm.data.stream import TrainingPlan
 from accel_llm.model.attention import PACKED_ATTENTION, enable_packing, unwrap_causal_lm
 from accel_llm.model.loss import attach_loss, next_token_loss
 from accel_llm.report.metrics import Meter
-from accel_llm.training.evaluation import Evaluation, GeneratedAnswer, exact_match, mean_loss, questions
+from accel_llm.training.evaluation import Evaluation, GeneratedAnswer, exact_match, mean_loss, select_questions
 from accel_llm.training.start import Start
 
 EOS = 2
@@ -64,10 +64,10 @@ def test_mean_loss_equals_a_float64_reference(accelerator, tiny_llama, packing, 
         enable_packing(model)
     attach_loss(model, MAX_LENGTH)
     options = TrainOptions(packing=packing, max_length=MAX_LENGTH, per_device_eval_batch_size=batch_size)
-    found = mean_loss(accelerator, model.train(), rows, options, 0)
-    assert found["eval/loss"] == pytest.approx(expected, rel=1e-6)
-    assert found["eval/perplexity"] == pytest.approx(np.exp(expected), rel=1e-5)
-    assert found["eval/supervised_tokens"] == count and model.training
+    metrics = mean_loss(accelerator, model.train(), rows, options, 0)
+    assert metrics["eval/loss"] == pytest.approx(expected, rel=1e-6)
+    assert metrics["eval/perplexity"] == pytest.approx(np.exp(expected), rel=1e-5)
+    assert metrics["eval/supervised_tokens"] == count and model.training
     # A mean of the documents' means would be another number.
     alone = [reference(tiny_llama(), rows_of(iter([(1, *map(np.ndarray.tolist, rows[k]))])))[0] for k in range(14)]
     assert abs(float(np.mean(alone)) - expected) > 1e-2
@@ -87,8 +87,8 @@ def test_a_loss_beyond_float_has_no_infinite_perplexity(accelerator, tiny_llama)
     attach_loss(model, MAX_LENGTH)
     with torch.no_grad():
         model.lm_head.weight.mul_(1e6)
-    found = mean_loss(accelerator, model, random_rows(), TrainOptions(packing=False, max_length=MAX_LENGTH), 0)
-    assert found["eval/loss"] > 1000 and found["eval/perplexity"] == np.exp(700.0)
+    metrics = mean_loss(accelerator, model, random_rows(), TrainOptions(packing=False, max_length=MAX_LENGTH), 0)
+    assert metrics["eval/loss"] > 1000 and metrics["eval/perplexity"] == np.exp(700.0)
 
 
 def test_questions_ask_for_the_last_trained_turn():
@@ -103,10 +103,10 @@ def test_questions_ask_for_the_last_trained_turn():
             ]
         )
     )
-    found = [(prompt.tolist(), answer.tolist()) for prompt, answer in questions(rows, 10)]
-    assert found == [([1, 11, 12, 13], [14, 15]), ([1], [41, 42]), ([1, 51], [52])]
-    assert len(questions(rows, 2)) == 2 and questions(rows, 0) == []
-    assert [prompt.tolist() for prompt, _ in questions(rows, 1)] == [[1, 11, 12, 13]]
+    pairs = [(prompt.tolist(), answer.tolist()) for prompt, answer in select_questions(rows, 10)]
+    assert pairs == [([1, 11, 12, 13], [14, 15]), ([1], [41, 42]), ([1, 51], [52])]
+    assert len(select_questions(rows, 2)) == 2 and select_questions(rows, 0) == []
+    assert [prompt.tolist() for prompt, _ in select_questions(rows, 1)] == [[1, 11, 12, 13]]
 
 
 def bigram_model(tiny_llama, following: dict[int, int]) -> LlamaForCausalLM:
@@ -167,24 +167,24 @@ def test_a_right_answer_that_does_not_end_is_not_right(accelerator, tiny_llama, 
     assert answers[0].generated.endswith("<|im_start|>") and not answers[0].right
 
 
-def generated(accelerator, model, tokenizer, asked, batch_size: int) -> list[str]:
-    return [answer.generated for answer in exact_match(accelerator, model, tokenizer, asked, batch_size, [EOS])[1]]
+def generated(accelerator, model, tokenizer, questions, batch_size: int) -> list[str]:
+    return [answer.generated for answer in exact_match(accelerator, model, tokenizer, questions, batch_size, [EOS])[1]]
 
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_padding_on_the_left_changes_no_answer(accelerator, tiny_llama, tokenizer, packed):
     model, rng = tiny_llama(3), np.random.default_rng(2)
-    asked = [(rng.integers(5, 100, n), np.array([7, EOS])) for n in (3, 17, 1, 9, 30)]
-    alone = generated(accelerator, model, tokenizer, asked, 1)
+    questions = [(rng.integers(5, 100, n), np.array([7, EOS])) for n in (3, 17, 1, 9, 30)]
+    alone = generated(accelerator, model, tokenizer, questions, 1)
     assert len(set(alone)) == 5
     if packed:  # the attention of packed rows steps aside while generating, and is back afterwards
         enable_packing(model)
     attach_loss(model, MAX_LENGTH)
     for batch_size in (2, 5, 8):
-        assert generated(accelerator, model, tokenizer, asked, batch_size) == alone
+        assert generated(accelerator, model, tokenizer, questions, batch_size) == alone
     assert (model.config._attn_implementation == PACKED_ATTENTION) == packed
     # This model would notice a padding token that it attends to.
-    padded = [(np.concatenate([np.zeros(30 - len(prompt), np.int64), prompt]), answer) for prompt, answer in asked]
+    padded = [(np.concatenate([np.zeros(30 - len(prompt), np.int64), prompt]), answer) for prompt, answer in questions]
     assert generated(accelerator, model, tokenizer, padded, 5)[:4] != alone[:4]
 
 
@@ -283,9 +283,9 @@ def evaluate_as_rank(rank: int, world: int, port: int, folder: Path) -> None:
         scores.append(mean_loss(accelerator, model, uneven_rows(count, weighted), options, 0))
     model = accelerator.prepare(LlamaForCausalLM.from_pretrained(folder / "bigram"))
     for count in (7, 2):
-        found, own = exact_match(accelerator, model, tokenizer, (ASKED * 2)[:count], 2, [EOS])
-        scores.append(found)
-        answers.append([asdict(answer) for answer in own])
+        metrics, own_answers = exact_match(accelerator, model, tokenizer, (ASKED * 2)[:count], 2, [EOS])
+        scores.append(metrics)
+        answers.append([asdict(answer) for answer in own_answers])
     (folder / f"{world}-{rank}.json").write_text(json.dumps([scores, answers]), encoding="utf-8")
 
 
@@ -305,9 +305,9 @@ def over_processes(world: int, folder: Path) -> tuple[list[dict[str, float]], li
     for rank in ranks:
         rank.join(60)
         assert rank.exitcode == 0
-    found = [json.loads((folder / f"{world}-{rank}.json").read_text(encoding="utf-8")) for rank in range(world)]
-    assert all(scores == found[0][0] for scores, _ in found)
-    return found[0][0], [[answer for _, answers in found for answer in answers[k]] for k in range(2)]
+    results = [json.loads((folder / f"{world}-{rank}.json").read_text(encoding="utf-8")) for rank in range(world)]
+    assert all(scores == results[0][0] for scores, _ in results)
+    return results[0][0], [[answer for _, answers in results for answer in answers[k]] for k in range(2)]
 
 
 def test_each_row_counts_once_whatever_the_number_of_processes(tiny_llama, tmp_path):
@@ -324,10 +324,10 @@ def test_each_row_counts_once_whatever_the_number_of_processes(tiny_llama, tmp_p
         {"eval/exact_match": 0.5, "eval/stop_rate": 0.5},
     ]
     for world in (2, 3):
-        found, theirs = over_processes(world, tmp_path)
-        for several, one in zip(found, alone, strict=True):
+        metrics, answers_of_all = over_processes(world, tmp_path)
+        for several, one in zip(metrics, alone, strict=True):
             assert several == pytest.approx(one, rel=1e-9)
             assert several.get("eval/supervised_tokens") == one.get("eval/supervised_tokens")
-        for several, one in zip(theirs, answered, strict=True):
+        for several, one in zip(answers_of_all, answered, strict=True):
             assert sorted(map(str, several)) == sorted(map(str, one))
     assert [len(answers) for answers in answered] == [7, 2]

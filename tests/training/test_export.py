@@ -60,8 +60,8 @@ def test_a_model_is_complete_and_in_the_dtype_of_its_base(train, make_model, tmp
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     assert loaded.dtype == dtype and loaded.config.tie_word_embeddings == tied
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
-    kept = [json.loads((path / "config.json").read_text()) for path in (base, folder)]
-    assert kept[0] == kept[1]
+    configs = [json.loads((path / "config.json").read_text()) for path in (base, folder)]
+    assert configs[0] == configs[1]
 
 
 def test_checkpointing_and_packing_leave_no_trace_in_the_config(train, make_model, tmp_path):
@@ -74,8 +74,14 @@ def test_checkpointing_and_packing_leave_no_trace_in_the_config(train, make_mode
 
 def test_generation_ends_with_the_turn_first(train, make_model, tmp_path):
     base = make_model(tmp_path / "base", eos_token_id=[7, 9])
-    wanted = {"do_sample": False, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [7, 9], "repetition_penalty": 1.1}
-    (base / "generation_config.json").write_text(json.dumps(wanted))
+    generation = {
+        "do_sample": False,
+        "temperature": 0.6,
+        "top_p": 0.9,
+        "eos_token_id": [7, 9],
+        "repetition_penalty": 1.1,
+    }
+    (base / "generation_config.json").write_text(json.dumps(generation))
     settings = GenerationConfig.from_pretrained(train(base) / "adapter")
     # <|im_end|> is 2, <|endoftext|> 0. Sampling values of a model that does not sample cannot be saved.
     assert settings.eos_token_id == [2, 7, 9] and settings.pad_token_id == 0
@@ -132,7 +138,7 @@ def test_buffers_that_are_part_of_the_model_are_written(tmp_path):
     model = DeepseekV3ForCausalLM(config)
     model.model.layers[0].mlp.gate.e_score_correction_bias.fill_(0.7)
     state = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    export._save_whole(model, tmp_path, state, torch.bfloat16)
+    export._save_model(model, tmp_path, state, torch.bfloat16)
     loaded, report = DeepseekV3ForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"] and loaded.dtype == torch.bfloat16
     assert torch.allclose(loaded.model.layers[0].mlp.gate.e_score_correction_bias.float(), torch.tensor(0.7), atol=1e-2)

@@ -1,3 +1,5 @@
+"""Parameter groups, every optimizer, NEFTune and other noise, and stochastic rounding."""
+
 import copy
 import functools
 import math
@@ -13,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from support import random_rows, tiny_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaConfig, LlamaForCausalLM, get_scheduler
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from accel_llm.backend.accelerator import build_accelerator
 from accel_llm.config.options import MethodOptions, OptimOptions, TrainOptions
@@ -21,10 +23,10 @@ from accel_llm.data.batches import collate_packed, collate_padded
 from accel_llm.errors import ConfigError
 from accel_llm.model.attention import enable_packing, forward_arguments, unwrap_causal_lm
 from accel_llm.model.loss import attach_loss, next_token_loss
-from accel_llm.model.neftune import neftune
-from accel_llm.training.optimizers import build_optimizer, check_optimizer, optimizer_in_force, parameter_groups
-from accel_llm.training.own_optimizers import RoundedAdamW, round_at_random
-from accel_llm.training.schedule import build_schedule, learning_rate_factor, warmup_steps
+from accel_llm.model.neftune import attach_neftune
+from accel_llm.training.optimizers import build_optimizer, check_optimizer, effective_optimizer, parameter_groups
+from accel_llm.training.own_optimizers import RoundedAdamW, round_stochastically
+from accel_llm.training.schedule import build_schedule
 
 # peft 0.21.2 reads the old name of a property of transformers 5.23.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -56,10 +58,10 @@ def step_with_gradient(model: nn.Module, optimizer: torch.optim.Optimizer, value
 def test_vectors_do_not_decay_and_matrices_do(model):
     groups = parameter_groups(model, OptimOptions(weight_decay=0.1))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    decayed, kept = ({names[id(parameter)] for parameter in group["params"]} for group in groups)
+    decayed, undecayed = ({names[id(parameter)] for parameter in group["params"]} for group in groups)
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
-    assert kept == {name for name in names.values() if name.endswith(("norm.weight", ".bias"))}
-    assert decayed | kept == set(names.values())
+    assert undecayed == {name for name in names.values() if name.endswith(("norm.weight", ".bias"))}
+    assert decayed | undecayed == set(names.values())
     assert [group["lr"] for group in groups] == [2e-5, 2e-5]
 
 
@@ -145,8 +147,8 @@ def test_paged_optimizers_are_the_plain_ones_without_cuda(model):
     for name, expected in [("paged_adamw", torch.optim.AdamW), ("paged_adamw_8bit", "AdamW8bit")]:
         optimizer = build_optimizer(model, OptimOptions(optim=name), "cpu", "none")
         assert type(optimizer) is expected or type(optimizer).__name__ == expected
-    assert optimizer_in_force(OptimOptions(optim="paged_adamw_8bit"), "cpu") == "adamw_8bit"
-    assert optimizer_in_force(OptimOptions(optim="paged_adamw_8bit"), "cuda") == "paged_adamw_8bit"
+    assert effective_optimizer(OptimOptions(optim="paged_adamw_8bit"), "cpu") == "adamw_8bit"
+    assert effective_optimizer(OptimOptions(optim="paged_adamw_8bit"), "cuda") == "paged_adamw_8bit"
 
 
 def test_8_bit_state_is_8_bit_but_for_embeddings(model):
@@ -167,10 +169,10 @@ def test_an_adapter_whose_b_is_zero_moves_under_adafactor(model):
 @pytest.mark.parametrize(
     ("name", "engine", "problem"),
     [
-        ("muon", "deepspeed", "optim: muon cannot run here, as DeepSpeed hands it flat pieces of the weights and it "
-         "needs matrices; give adamw, lion, sgd"),
-        ("lion", "fsdp", "optim: lion cannot run here, as FSDP hands it sharded tensors, which it does not take; "
-         "give adamw, sgd, muon"),
+        ("muon", "deepspeed", "optim: muon cannot run here: DeepSpeed hands it flat pieces of the weights and it "
+         "needs matrices; give adamw, lion, sgd."),
+        ("lion", "fsdp", "optim: lion cannot run here: FSDP hands it sharded tensors, which it does not take; "
+         "give adamw, sgd, muon."),
     ],
 )  # fmt: skip
 def test_what_an_engine_cannot_run_is_refused(model, name, engine, problem):
@@ -261,65 +263,6 @@ def test_every_optimizer_steps_on_cuda(model, name):
 
 # --- schedules ---
 
-COSINE = [math.cos(math.pi * share) / 2 + 0.5 for share in (0, 0.25, 0.5, 0.75, 1)]
-
-
-@pytest.mark.parametrize(
-    ("options", "shares"),
-    [
-        ({"lr_scheduler_type": "linear", "warmup_steps": 2}, [1 / 3, 2 / 3, 1, 0.75, 0.5, 0.25, 0, 0]),
-        ({"lr_scheduler_type": "cosine", "warmup_steps": 2}, [1 / 3, 2 / 3, *COSINE, 0]),
-        ({"lr_scheduler_type": "cosine_with_min_lr", "warmup_steps": 2, "min_lr_rate": 0.2},
-         [1 / 3, 2 / 3, *(0.2 + 0.8 * wave for wave in COSINE), 0.2]),
-        ({"lr_scheduler_type": "cosine_with_min_lr", "warmup_steps": 0}, [1, 0.9397114317, 0.775, 0.55, 0.325,
-         0.1602885683, 0.1, 0.1]),
-        ({"lr_scheduler_type": "constant"}, [1] * 8),
-        ({"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 3}, [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]),
-        ({"lr_scheduler_type": "warmup_stable_decay", "warmup_steps": 1, "decay_share": 0.5},
-         [0.5, 1, 1, 1, 2 / 3, 1 / 3, 0, 0]),
-        ({"lr_scheduler_type": "warmup_stable_decay", "warmup_steps": 1, "decay_share": 0.5, "min_lr_rate": 0.4},
-         [0.5, 1, 1, 1, 0.8, 0.6, 0.4, 0.4]),
-        ({"lr_scheduler_type": "linear", "warmup_steps": 0.5}, [0.25, 0.5, 0.75, 1, 2 / 3, 1 / 3, 0, 0]),
-        ({"lr_scheduler_type": "linear", "warmup_steps": 20}, [step / 21 for step in range(1, 9)]),
-    ],
-)  # fmt: skip
-def test_learning_rate_at_every_step_of_six(model, options, shares):
-    options = OptimOptions(**options, learning_rate=0.5)
-    assert [learning_rate_factor(step, options, 6) for step in range(8)] == pytest.approx(shares)
-
-    optimizer = build_optimizer(model, options, "cpu", "none")
-    scheduler = build_schedule(optimizer, options, 6)
-    rates = []
-    for _ in range(8):
-        rates.append(scheduler.get_last_lr()[0])
-        optimizer.step()
-        scheduler.step()
-    assert rates == pytest.approx([0.5 * share for share in shares])
-
-
-@pytest.mark.parametrize("name", ["linear", "cosine", "cosine_with_min_lr", "constant", "constant_with_warmup"])
-def test_after_warmup_the_schedules_are_those_of_transformers(name):
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    extra = {"scheduler_specific_kwargs": {"min_lr_rate": 0.1}} if name == "cosine_with_min_lr" else {}
-    reference = get_scheduler(name, optimizer, num_warmup_steps=20, num_training_steps=200, **extra)
-    options = OptimOptions(lr_scheduler_type=name, **({} if name == "constant" else {"warmup_steps": 0.1}))
-    shares = reference.lr_lambdas[0]
-    assert [learning_rate_factor(step, options, 200) for step in range(20, 200)] == pytest.approx(
-        [shares(step) for step in range(20, 200)]
-    )
-
-
-def test_warmup_is_steps_or_a_share():
-    def length(total: int, **options) -> int:
-        return warmup_steps(OptimOptions(**options), total)
-
-    assert length(1000) == 30
-    assert length(10) == 1
-    assert length(1000, warmup_steps=1) == 1
-    assert length(1000, warmup_steps=200) == 200
-    assert length(1000, warmup_steps=0) == 0
-    assert length(1000, lr_scheduler_type="constant") == 0
-
 
 def test_every_group_keeps_its_ratio_through_the_schedule(model):
     class Adapter(MethodOptions, OptimOptions):
@@ -336,15 +279,15 @@ def test_every_group_keeps_its_ratio_through_the_schedule(model):
 # --- NEFTune ---
 
 
-def noise_of(model, batch: dict, alpha: float = 5.0) -> torch.Tensor:
+def added_noise(model, batch: dict, alpha: float = 5.0) -> torch.Tensor:
     """What NEFTune adds to the embeddings [B, L, width] of a batch."""
-    found = []
+    embeddings_seen = []
     embeddings = model.get_input_embeddings()
-    handle = embeddings.register_forward_hook(lambda module, args, embedded: found.append(embedded))
+    handle = embeddings.register_forward_hook(lambda module, args, embedded: embeddings_seen.append(embedded))
     model(**batch, use_cache=False)
     handle.remove()
     clean = nn.functional.embedding(batch["input_ids"], embeddings.weight)
-    return (found[-1] - clean).detach()
+    return (embeddings_seen[-1] - clean).detach()
 
 
 PACKED = {
@@ -358,8 +301,8 @@ PACKED = {
 def test_noise_is_bounded_by_each_documents_length(model, adapted):
     model = with_adapter(model) if adapted else model
     model.train()
-    neftune(model, alpha=5.0)
-    noise = noise_of(model, PACKED)[0]
+    attach_neftune(model, alpha=5.0)
+    noise = added_noise(model, PACKED)[0]
     for document, length in [(noise[:64], 64), (noise[64:], 16)]:
         bound = 5.0 / math.sqrt(length * 64)
         assert 0.97 * bound < document.abs().max() <= bound * 1.0001
@@ -369,25 +312,25 @@ def test_noise_is_bounded_by_each_documents_length(model, adapted):
 
 def test_noise_of_padded_rows_counts_no_padding(model):
     model.train()
-    neftune(model, alpha=5.0)
+    attach_neftune(model, alpha=5.0)
     mask = torch.ones(2, 32, dtype=torch.long)
     mask[1, 8:] = 0
-    noise = noise_of(model, {"input_ids": torch.arange(64).view(2, 32), "attention_mask": mask})
+    noise = added_noise(model, {"input_ids": torch.arange(64).view(2, 32), "attention_mask": mask})
     for row, length in [(noise[0], 32), (noise[1], 8)]:
         bound = 5.0 / math.sqrt(length * 64)
         assert 0.97 * bound < row.abs().max() <= bound * 1.0001
-    plain = noise_of(model, {"input_ids": torch.arange(64).view(2, 32)})
+    plain = added_noise(model, {"input_ids": torch.arange(64).view(2, 32)})
     assert plain[1].abs().max() <= 5.0 / math.sqrt(32 * 64) * 1.0001
 
 
 def test_noise_is_new_at_each_call_seeded_and_absent_in_evaluation(model):
-    neftune(model.train(), alpha=5.0)
+    attach_neftune(model.train(), alpha=5.0)
     torch.manual_seed(3)
-    first, second = noise_of(model, PACKED), noise_of(model, PACKED)
+    first, second = added_noise(model, PACKED), added_noise(model, PACKED)
     torch.manual_seed(3)
-    assert torch.equal(noise_of(model, PACKED), first)
+    assert torch.equal(added_noise(model, PACKED), first)
     assert not torch.equal(first, second)
-    assert noise_of(model.eval(), PACKED).abs().max() == 0
+    assert added_noise(model.eval(), PACKED).abs().max() == 0
 
 
 # --- noise as a whole: NEFTune, dropout of adapters and of attention ---
@@ -402,7 +345,7 @@ def noisy_model(
     adapter = LoraConfig(target_modules="all-linear", lora_dropout=lora_dropout, init_lora_weights=False)
     model = get_peft_model(base, adapter)
     if alpha:
-        neftune(model, alpha)
+        attach_neftune(model, alpha)
     return model.train()
 
 
@@ -449,10 +392,10 @@ QUIET = {"attention_dropout": 0.0, "lora_dropout": 0.0, "alpha": None}
 def test_noise_has_one_distribution_packed_and_padded(family, kind, amount, other):
     padded = drawn_logits(noisy_model(family, **{**QUIET, kind: amount}), packed=False, seed=1)
     packed = drawn_logits(noisy_model(family, **{**QUIET, kind: amount}), packed=True, seed=2)
-    for found, expected in zip(packed, padded, strict=True):
-        squares, ratio = distances(found, expected)
+    for logits, expected in zip(packed, padded, strict=True):
+        squares, ratio = distances(logits, expected)
         assert 0.4 < squares < 1.8 and abs(ratio) < 0.12
-        assert all(not torch.equal(found[0], copy) for copy in found[1:]), "documents of a row share no noise"
+        assert all(not torch.equal(logits[0], copy) for copy in logits[1:]), "documents of a row share no noise"
     louder = drawn_logits(noisy_model(family, **{**QUIET, kind: other}), packed=True, seed=2)
     assert all(distances(a, b)[1] > 0.25 for a, b in zip(louder, padded, strict=True))
 
@@ -491,7 +434,7 @@ def draw_noise(model: nn.Module) -> torch.Tensor:
     dropped = []
     layer = next(module for name, module in model.named_modules() if name.endswith("q_proj.lora_dropout.default"))
     handle = layer.register_forward_hook(lambda module, args, output: dropped.append((output == 0).float()))
-    added = [noise_of(model, STREAM) for _ in range(NOISES)]
+    added = [added_noise(model, STREAM) for _ in range(NOISES)]
     handle.remove()
     return torch.cat([torch.stack(added).flatten(1), torch.stack(dropped).flatten(1)], 1)
 
@@ -546,14 +489,14 @@ def test_values_are_rounded_to_a_neighbour_with_odds_that_keep_the_mean():
     generator = torch.Generator().manual_seed(0)
     for value in (1.0 + 2**-9, -3.3, 1e-20, 0.1):
         exact = torch.full((200_000,), value)
-        found = round_at_random(exact, generator)
+        rounded_values = round_stochastically(exact, generator)
         nearest = exact[:1].to(torch.bfloat16).float()
         gap = float(nearest.abs()) * 2**-7
-        assert found.dtype == torch.bfloat16 and len(found.unique()) == 2
-        assert float((found.float() - exact).abs().max()) <= gap
-        assert abs(float(found.double().mean()) - float(exact[0].double())) < 0.01 * gap
-    kept = torch.tensor([0.0, 1.0, -2.5, float("inf")])
-    assert torch.equal(round_at_random(kept, generator).float(), kept)
+        assert rounded_values.dtype == torch.bfloat16 and len(rounded_values.unique()) == 2
+        assert float((rounded_values.float() - exact).abs().max()) <= gap
+        assert abs(float(rounded_values.double().mean()) - float(exact[0].double())) < 0.01 * gap
+    representable = torch.tensor([0.0, 1.0, -2.5, float("inf")])
+    assert torch.equal(round_stochastically(representable, generator).float(), representable)
 
 
 def rounded(weight: torch.Tensor, steps: int, seed: int = 0, master_weights: str = "stochastic_rounding"):
@@ -572,14 +515,14 @@ def test_steps_too_small_for_bfloat16_arrive_in_the_mean():
     # Below 1 neighbours are 2^-8 apart: a step of 1e-4 is lost by rounding to the nearest.
     lost, _ = rounded(start, 20, master_weights="float32")
     assert torch.equal(lost, start)
-    kept, optimizer = rounded(start, 20)
-    assert float(kept.float().mean()) == pytest.approx(1 - 20e-4, abs=1e-4)
+    weights, optimizer = rounded(start, 20)
+    assert float(weights.float().mean()) == pytest.approx(1 - 20e-4, abs=1e-4)
     assert {t.dtype for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t)} == {
         torch.float32
     }
     again, _ = rounded(start, 20)
     other, _ = rounded(start, 20, seed=1)
-    assert torch.equal(kept, again) and not torch.equal(kept, other)
+    assert torch.equal(weights, again) and not torch.equal(weights, other)
 
 
 def test_on_float32_weights_rounding_changes_nothing_but_the_last_bits_of_adamw():

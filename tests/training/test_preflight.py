@@ -47,13 +47,13 @@ def test_the_hash_is_that_of_the_weights_in_their_order(accelerator, tiny):
     layers = model.model.layers
     with torch.no_grad():
         a, b = layers[0].mlp.up_proj.weight, layers[0].mlp.gate_proj.weight
-        kept = a.clone()
+        original = a.clone()
         a.copy_(b)
-        b.copy_(kept)
+        b.copy_(original)
     assert preflight_module._equal_hash(accelerator, model) != first
     with torch.no_grad():
         b.copy_(a)
-        a.copy_(kept)
+        a.copy_(original)
         a[0, 0] += 1e-6
     assert preflight_module._equal_hash(accelerator, model) != first
 
@@ -98,8 +98,8 @@ def test_check_only_takes_one_step_shows_what_is_in_force_and_keeps_nothing(scri
         *["sft", "--model_name_or_path", tiny, "--train_files", chats, "--max_length", 128, "--output_dir", folder],
         *["--check_only", "--num_train_epochs", 3],
     )
-    said = capsys.readouterr().out
-    assert "first_step gradients" in said and '"float32"' in said
+    output = capsys.readouterr().out
+    assert "first_step gradients" in output and '"float32"' in output
     assert not folder.exists()
-    shown = {line.split()[0] for line in said.split("checked in one step")[1].splitlines() if line.strip()}
-    assert {"strategy", "engine", "parameters", "dtypes", "attention", "loss_path"} <= shown
+    names = {line.split()[0] for line in output.split("checked in one step")[1].splitlines() if line.strip()}
+    assert {"strategy", "engine", "parameters", "dtypes", "attention", "loss_path"} <= names

@@ -1,0 +1,63 @@
+"""The options of each script, by group, as --help lists them: none appears, disappears or moves by accident.
+
+An option that is added or renamed on purpose is added or renamed in the lists here as well.
+"""
+
+import re
+
+import pytest
+
+MODEL = """
+model_name_or_path tokenizer_name revision trust_remote_code allow_pickle precision attn_implementation
+gradient_checkpointing
+"""
+DATA = """
+train_files eval_files eval_share limit_rows data_format columns on_bad_row chat_template chat_template_kwargs add_tokens
+allow_special_in_text train_on train_on_eos split_turns max_length overlong max_lost packing order
+preprocessing_num_workers cache_dir
+"""
+METHOD = """
+method load_in_8bit adapter_name_or_path lora_r lora_alpha lora_dropout lora_bias lora_target_modules modules_to_save
+init_lora_weights use_dora use_rslora
+"""
+OPTIMIZER = """
+optim learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon master_weights max_grad_norm lr_scheduler_type
+min_lr_rate decay_share warmup_steps neftune_noise_alpha loraplus_lr_ratio label_smoothing_factor z_loss_coef
+"""
+RUN = """
+output_dir overwrite_output_dir resume_from_checkpoint per_device_train_batch_size per_device_eval_batch_size
+gradient_accumulation_steps total_batch_size num_train_epochs max_steps logging_steps eval_steps save_steps
+save_total_limit save_async metric_for_best_model allow_changed max_skipped_steps seed report_to run_name dry_run
+check_only eval_on_start eval_generate
+"""
+TRAINING = [MODEL, DATA, METHOD, OPTIMIZER, RUN]
+SCRIPTS = {
+    "sft": ["overfit", *TRAINING],
+    "pretrain": ["config_name text_column", *TRAINING],
+    "show_data": ["json", "overfit", *TRAINING],
+    "chat": [
+        """
+        model base allow_other_base prompt system max_new_tokens temperature chat_template precision seed
+        trust_remote_code allow_pickle
+        """
+    ],
+    "merge": [
+        """
+        adapter output_dir base revision dtype merge_base allow_other_base scale adapter_weights combination_type
+        density seed unmerge verify max_shard_size overwrite_output_dir allow_pickle trust_remote_code push_to_hub
+        """
+    ],
+    "extract": ["model base output_dir lora_r modules_to_save overwrite_output_dir trust_remote_code"],
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_has_exactly_these_options(name, script, capsys):
+    with pytest.raises(SystemExit) as ended:
+        script(name, "--help")
+    assert ended.value.code == 0
+
+    # A blank line begins a group; `  --name` begins an option.
+    _, *groups = capsys.readouterr().out.split("\n\n")
+    options = [re.findall(r"^  --(\w+)$", group, re.MULTILINE) for group in groups]
+    assert options == [group.split() for group in SCRIPTS[name]]

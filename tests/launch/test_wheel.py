@@ -1,0 +1,62 @@
+"""A wheel of the package, used from outside of the checkout by scripts that have no package beside them."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from support import ROOT
+
+pytestmark = pytest.mark.long
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    """The wheel's files, unpacked as an installation lays them."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    for name in ("accel_llm", "pyproject.toml", "README.md", "LICENSE"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        source.mkdir(exist_ok=True)
+        copy(ROOT / name, source / name)
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(folder), str(source)]
+    subprocess.run(command, check=True)
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder / "site")
+    return folder / "site"
+
+
+def run(installed: Path, folder: Path, *command: str) -> str:
+    environment = os.environ | {"PYTHONPATH": str(installed)}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_wheel_holds_every_module_and_the_demo(installed):
+    def files(root: Path) -> set[str]:
+        kept = (path for path in (root / "accel_llm").rglob("*") if path.is_file() and path.suffix != ".pyc")
+        return {str(path.relative_to(root)) for path in kept if path.name != "README.md"}
+
+    assert files(installed) == files(ROOT)
+    assert {path.name for path in installed.iterdir()} == {"accel_llm", next(installed.glob("*.dist-info")).name}
+
+
+def test_every_module_is_imported_from_the_wheel(installed, tmp_path):
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in (ROOT / "accel_llm").rglob("*.py")]
+    program = "\n".join(f"import {name.removesuffix('.__init__')}" for name in names)
+    program += "\nprint(accel_llm.__file__)"
+    assert run(installed, tmp_path, sys.executable, "-c", program).strip().startswith(str(installed))
+
+
+def test_the_demo_runs_with_the_scripts_of_a_checkout_that_has_no_package(installed, tmp_path):
+    for name in ("launch", "accelerate_configs"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    launch = ["-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/zero2.yaml"]
+    words = ["--num_processes", "1", "launch/sft.py", "--max_steps", "2", "--eval_generate", "0"]
+    screen = run(installed, tmp_path, sys.executable, *launch, *words)
+    assert "step 2/2" in screen and (tmp_path / "output" / "demo" / "adapter" / "adapter_model.safetensors").is_file()
