@@ -38,7 +38,7 @@ def build_lora_config(options: MethodOptions) -> LoraConfig:
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=options.lora_r,
-        lora_alpha=options.lora_alpha,  # type: ignore[arg-type] # PEFT divides it by r, whole or not
+        lora_alpha=options.lora_alpha,  # type: ignore[arg-type] # PEFT accepts any number
         lora_dropout=options.lora_dropout,
         bias=options.lora_bias,
         target_modules=options.lora_target_modules,
@@ -101,6 +101,7 @@ def attach_adapter(model: PreTrainedModel, options: MethodOptions, new_tokens: r
     try:
         wrapped = get_peft_model(model, _peft_config(options))
     except ValueError as error:
+        # PEFT's own message can have many lines; the first one says enough.
         raise ConfigError(
             f"lora_target_modules: {options.lora_target_modules!r} does not fit the model "
             f"({str(error).splitlines()[0]}); its linear layers are {_linear_layers(model)}."
@@ -166,7 +167,7 @@ def _load_weights(model: Any, name: str) -> None:
     if problems:
         raise ConfigError(f"adapter_name_or_path: {name} does not fit the model: {'; '.join(problems)}.")
     if process_rank() == 0:
-        print(f"going on from the adapter {name}; optimizer, schedule and data begin anew", flush=True)
+        print(f"continuing from the adapter {name}; optimizer, schedule and data start from the beginning", flush=True)
 
 
 def _check_module_names(model: PreTrainedModel, options: MethodOptions) -> None:

@@ -27,7 +27,7 @@ from accel_llm.system.memory import release_pages
 PEFT_PREFIX = "base_model.model."
 # Keys that PEFT has removed, and the last release that had them.
 REMOVED_KEYS = {"enable_lora": "0.2", "merge_weights": "0.2"}
-# Parts that training wrappers (FSDP, torch.compile, DDP) add to names when weights are saved without unwrapping.
+# Parts that training wrappers (FSDP, torch.compile, DDP, ...) leave in names when weights are saved without unwrapping.
 WRAPPERS = re.compile(r"(?<![^.])(_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module|module)\.")
 
 
@@ -169,6 +169,7 @@ def _rename_weights(weights: dict[str, torch.Tensor], pattern: re.Pattern[str]) 
             # A plain state_dict has the adapter's name in its keys; it is nearly always `default`.
             name = re.sub(r"\.default(?=\.|$)", "", name)
         else:
+            # A module that was trained as a whole.
             name = re.sub(r"\.(modules_to_save|original_module)(\.default)?(?=\.)", "", name)
         renamed[name] = weight
     return renamed

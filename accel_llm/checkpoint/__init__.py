@@ -1,1 +1,1 @@
-"""Saving and resuming a run without losing work."""
+"""Saves and resumes runs without losing work."""

@@ -88,8 +88,10 @@ class Checkpoints:
             Preempted: a signal asked the run to stop; it has been saved.
             ConfigError: a checkpoint could not be written, or would hold a NaN.
         """
+        # A thread that failed in the background ends the run here.
         self._check_writer()
         stop, save = agree_on_requests(self.accelerator)
+        # All reasons for a save: a signal, the best evaluation so far, the last step, and every save_steps.
         best = find_new_best(self.options.metric_for_best_model, evaluation, step, self.best)
         self.best, last = best or self.best, step == meter.plan.total_steps
         every = self.options.save_steps
@@ -99,6 +101,7 @@ class Checkpoints:
                 self._save(
                     meter, evaluation, bad_steps, step, in_background=self.options.save_async and not (stop or last)
                 )
+        # The state is on the disk: end the run, and let no other signal disturb that.
         if stop:
             meter.close()
             ignore_further_signals()
@@ -111,8 +114,10 @@ class Checkpoints:
             ConfigError: the files of the best checkpoint were damaged after they were written.
         """
         stop_deferring_signals()
+        # Without metric_for_best_model, or if the last checkpoint is the best one, the weights are right already.
         if self.best is None or self.best[0] == self.saved_step:
             return self.saved_step
+        # Only the weights are loaded: there is no further step that would need the optimizer.
         folder = self._folder(self.best[0])
         if problem := find_damage(folder):
             raise ConfigError(f"metric_for_best_model: the best checkpoint, {folder}, {problem}.")
@@ -185,9 +190,11 @@ class Checkpoints:
         """Copy tensors so that training cannot change them. The memory is kept and reused by the next checkpoint."""
         for name, tensor in tensors.items():
             if name not in self.buffers:
+                # Pinned memory lets a GPU copy without waiting for the CPU.
                 pinned = tensor.device.type == "cuda"
                 self.buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
             self.buffers[name].copy_(tensor, non_blocking=True)
+        # The copies above may still be running.
         if self.accelerator.device.type == "cuda":
             torch.cuda.synchronize()
         return {name: self.buffers[name] for name in tensors}
@@ -224,6 +231,7 @@ class Checkpoints:
             disk_error = error
         if number := max_over_processes(number, self.group):
             raise disk_error or OSError(number, os.strerror(number))
+        # The main process waits for the list of files of each process, and makes the manifest of them.
         if rank:
             return
         while (parts := find_parts(partial, world)) is None:
@@ -279,11 +287,13 @@ class Checkpoints:
 
     def _load(self, folder: Path) -> None:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        # Weights and optimizer state, into the tensors that this backend has.
         reader = _open_checkpoint(folder)
         shares = local_shares(self.accelerator, self.model, self.optimizer)
         _check_parameter_names(folder, shares, reader)
         load_shares(shares, self.optimizer, reader)
         refresh_model_weights(self.optimizer)
+        # Everything else: learning rate, loss scale and random generators.
         self._set_schedule(state["step"])
         set_loss_scale_state(self.accelerator, self.optimizer, state["scale"])
         if self.start.same_processes:
@@ -300,6 +310,7 @@ class Checkpoints:
         ]
         for group, rate in zip(self.scheduler.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
+        # The scheduler reports these as the current rates.
         self.scheduler._last_lr = rates
 
 
@@ -327,6 +338,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> tuple[int, str]:
 def _open_checkpoint(folder: Path) -> PieceReader:
     numbers: dict[str, Any] = {}
     expected: list[str] = []
+    # Each process has listed the tensors that it wrote, so that a missing one is noticed.
     for path in sorted(folder.glob("rank-*.json")):
         values = json.loads(path.read_text(encoding="utf-8"))
         numbers |= values["numbers"]

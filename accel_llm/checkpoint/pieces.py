@@ -15,6 +15,7 @@ import torch
 from accel_llm.errors import ConfigError
 from accel_llm.system.tensors import DTYPES_BY_NAME, MAX_HEADER, tensor_bytes
 
+# Field of the weights themselves, and the mark of tensors that are saved as they are, not by elements.
 WEIGHT, WHOLE = "weight", "whole"
 
 
@@ -62,12 +63,15 @@ class PieceReader:
 
     def __init__(self, folder: Path, paths: list[Path], numbers: dict[str, Any], expected: list[str]):
         self.folder = folder
+        # The optimizer's single values by parameter, then by field.
         self.numbers: dict[str, dict[str, Any]] = {}
         for key, value in numbers.items():
             name, field = key.rsplit("|", 1)
             self.numbers.setdefault(name, {})[field] = value
+        # Headers only: which file holds which elements.
         self.ranges: dict[tuple[str, str], list[StoredTensor]] = {}
         self.whole: dict[str, StoredTensor] = {}
+        # Sort the tensors of all files by parameter and field.
         missing = set(expected)
         for path in paths:
             for key, stored in _read_header(path):
@@ -114,12 +118,13 @@ class PieceReader:
         for stored in self.ranges.get((piece.name, field), ()):
             first, last = max(piece.start, stored.start), min(stop, stored.start + stored.size)
             if first < last:
-                at = piece.offset + first - piece.start
+                at = piece.offset + first - piece.start  # where these elements lie in `flat`
                 self._read(stored, first - stored.start, flat[at : at + last - first], f"{piece.name} ({field})")
                 filled += last - first
         if filled != piece.size:
             raise ConfigError(
-                f"resume_from_checkpoint: {self.folder} holds {filled} of {piece.size} elements of {piece.name} ({field})."
+                f"resume_from_checkpoint: {self.folder} holds {filled} of {piece.size} elements of {piece.name} "
+                f"({field})."
             )
 
     def _read(self, stored: StoredTensor, first: int, target: torch.Tensor, label: str) -> None:

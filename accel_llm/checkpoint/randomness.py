@@ -15,6 +15,7 @@ def generator_states(device: torch.device) -> dict[str, Any]:
         "numpy": [kind, np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
         "python": random.getstate(),
     }
+    # Each process uses one GPU, so the generator of that device is enough.
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device).numpy().tobytes().hex()
     return state

@@ -51,8 +51,10 @@ DATA_OPTIONS = set(DataOptions.model_fields)
 
 def run_identity(options: TrainOptions, rows: Rows) -> dict[str, Any]:
     """Identify a run beyond its options: fingerprints of the model and of the rows, and the rows in a step."""
+    # pretrain.py starts from a config instead of a model.
     config = getattr(options, "config_name", None)
     base = model_fingerprint(str(config or options.model_name_or_path), options.revision)
+    # The rows: their content, their lengths, their sources, and the weight of each source.
     digest = hashlib.sha256(str([as_source(source).weight for source in options.train_files]).encode())
     for array in (rows.digest, rows.offsets, rows.source):
         digest.update(np.ascontiguousarray(array).tobytes())
@@ -72,6 +74,7 @@ def find_start(accelerator: Accelerator, options: TrainOptions, rows: Rows) -> S
     rank, world = accelerator.process_index, accelerator.num_processes
     find_problem = partial(find_damage, rank=rank, world=world, add_up=partial(sum_on_cpus, accelerator))
     _check_usable(folder, options)
+    # A checkpoint that the user names, or the newest intact one in the folder.
     checkpoint = None
     if choice not in ("auto", "none"):
         checkpoint = Path(choice).expanduser()
@@ -158,6 +161,7 @@ def remove_obsolete_files(start: Start) -> None:
 
 def _continue_from(fresh: Start, checkpoint: Path, options: TrainOptions) -> Start:
     """The start of a run that continues `checkpoint`."""
+    # Settings are compared first: nothing is loaded from a checkpoint of another run.
     state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
     changed = _compare_options(checkpoint, state, options, fresh.identity)
     # With fewer processes than before, each one adds up the sums of several.

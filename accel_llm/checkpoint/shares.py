@@ -1,8 +1,8 @@
 """Each process's share of the trained weights and of the optimizer's state, in one form for all backends.
 
 Every backend leaves a process with ranges of the elements of parameters: all elements under DDP, some rows under FSDP2,
-a part of a flat partition under DeepSpeed. So a checkpoint of one backend can be loaded by another one, on any number of
-processes. What DeepSpeed needs beyond that (its copies of the weights, its loss scale) is at the end of this file.
+a part of a flat partition under DeepSpeed. So a checkpoint of one backend can be loaded by another one, on any number
+of processes. What DeepSpeed needs beyond that (its copies of the weights, its loss scale) is at the end of this file.
 """
 
 import math
@@ -27,6 +27,7 @@ def local_shares(accelerator: Accelerator, model: Any, optimizer: Any) -> list[S
     """
     if accelerator.distributed_type == DistributedType.FSDP:
         _reshard(model)
+    # Only trained parameters, by name. The backend decides which elements of them are here.
     parameters = unwrap_model(accelerator, model).named_parameters()
     names = {parameter: name for name, parameter in parameters if parameter.requires_grad}
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -56,6 +57,7 @@ def _parameter_share(parameter: Any, name: str) -> Share:
 
     if not isinstance(parameter, DTensor):
         return Share(name, parameter, parameter.detach().view(-1), [Piece(name, 0, 0, parameter.numel())])
+    # FSDP2 shards the first dimension: this process has some whole rows.
     local = local_part(parameter.detach())
     rows, width = parameter.shape[0], parameter.shape[1:].numel()
     mesh = parameter.device_mesh
@@ -82,6 +84,7 @@ def _zero3_shares(engine: Any, names: dict[Any, str], rank: int) -> Iterator[Sha
         pieces = []
         for parameter in engine.fp16_groups[k]:
             _, offset, size = engine.grad_position[engine.get_param_id(parameter)]
+            # `size` counts the padding too, so the last rank may have fewer elements, or none.
             start = min(rank * size, parameter.ds_numel)
             pieces.append(Piece(names[parameter], start, offset, min(size, parameter.ds_numel - start)))
         yield Share(f"group {k}@{rank}", flat, flat.detach().view(-1), pieces)
@@ -136,6 +139,7 @@ def load_shares(shares: list[Share], optimizer: Any, reader: PieceReader) -> Non
     inner = unwrap_optimizer(optimizer)
     for share in shares:
         fill_weights(share, reader)
+        # Allocate the state first, then fill it: per element, whole, and single numbers.
         state = _allocate_state(inner, share, reader)
         for field, value in list(state.items()):
             if isinstance(value, torch.Tensor) and value.ndim:
@@ -167,8 +171,10 @@ def _allocate_state(optimizer: Any, share: Share, reader: PieceReader) -> dict[s
         group, index = _parameter_position(optimizer, share.key)
         optimizer.init_state(optimizer.param_groups[group], share.key, group, index)
         return state
+    # All other optimizers: one tensor per field, in the dtype that was saved.
     for field in fields:
         state[field] = torch.zeros_like(share.key, dtype=reader.dtype(share, field), requires_grad=False)
+    # Tensors that are saved as they are.
     for key, stored in reader.whole.items():
         name, field = key.rsplit("|", 1)
         if name == share.name:
@@ -201,6 +207,7 @@ def refresh_model_weights(optimizer: Any) -> None:
 
 def loss_scale_state(accelerator: Accelerator, optimizer: Any) -> dict[str, Any]:
     """State of the fp16 loss scaler, for JSON; empty if the loss is not scaled."""
+    # Outside fp16 nothing is scaled.
     scaler = _loss_scaler(accelerator, optimizer)
     if scaler is None:
         return {}

@@ -226,7 +226,6 @@ class Options(BaseModel):
     @classmethod
     def _read_words(cls, value: Any, info: ValidationInfo) -> Any:
         """Read the words `none` and `null` where an option may be none; refuse a truth value for a number."""
-        # Which types the field accepts.
         annotation = cls.model_fields[info.field_name or ""].annotation
         kinds = get_args(annotation) or (annotation,)
         if type(None) in kinds and value in ("none", "null"):

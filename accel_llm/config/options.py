@@ -298,7 +298,7 @@ class RunOptions(Options):
                 f"total_batch_size: {self.total_batch_size} already sets the accumulation; "
                 "give it or gradient_accumulation_steps, not both."
             )
-        # Without train_files the script runs on the demo, which has evaluation rows.
+        # Without train_files the demo runs, which has evaluation rows, or data/sources.py reports the problem.
         if isinstance(self, DataOptions) and self.train_files and not (self.eval_files or self.eval_share):
             problems += [
                 f"{name}: {getattr(self, name)} has no rows to evaluate; give eval_files or eval_share too."

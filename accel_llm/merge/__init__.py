@@ -1,1 +1,1 @@
-"""From an adapter and its base to a standalone model that is verified, and back."""
+"""Merges adapters into their base model and verifies the result; extracts adapters from tuned models."""

@@ -79,6 +79,7 @@ def check_mergeable(adapter: SavedAdapter) -> None:
     """
     kind, folder = PeftType(adapter.config.peft_type), adapter.folder
     reason = None
+    # Prompts and prefixes have no tuner that adapts layers.
     tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(kind)
     if not (isinstance(tuner, type) and issubclass(tuner, BaseTuner)):
         reason = f"a {kind.value} adapter has no weights to add"
@@ -100,6 +101,7 @@ def attach_adapters(skeleton: Skeleton, adapters: list[SavedAdapter], lazy: bool
     owners = {name: _find_owner(model, name) for name in model.state_dict()}
     # Base weights by identity: PEFT renames them when it wraps their modules.
     base = {id(getattr(*owner)): name for name, owner in reversed(owners.items())}
+    # PEFT's own name for a single adapter, so that its weights are found under the usual names.
     names = ["default"] if len(adapters) == 1 else [f"adapter{k}" for k in range(len(adapters))]
     wrapped: Any = None
     weights: dict[str, torch.Tensor] = {}
@@ -173,6 +175,7 @@ def _check_fit(
     Raises:
         ValueError: its weights have no place in the model or another shape, or an adapted layer has none.
     """
+    # `keep_vars` keeps the parameters themselves, so that base weights are recognised by identity.
     state = wrapped.state_dict(keep_vars=True)
     if unused := weights.keys() - state.keys():
         raise ValueError(f"{len(unused)} of its weights have no place there, such as {min(unused)}")
@@ -236,6 +239,7 @@ def combine_adapters(attached: AttachedAdapters, weights: list[float], how: str,
             "adapter: adapters with whole modules (modules_to_save, trained tokens, biases) cannot be combined; merge "
             "one after the other."
         )
+    # dare draws random numbers; the generator of the caller is left as it was.
     settings: dict[str, Any] = {} if how in ("cat", "linear") else {"density": density}
     try:
         with torch.random.fork_rng([]):
@@ -251,6 +255,7 @@ def untie_head(model: PreTrainedModel, attached: AttachedAdapters) -> bool:
 
     In one shared matrix, merging a change of the head would change the embedding too.
     """
+    # Only tied matrices that the adapter makes different must be separated.
     ends = [
         plain_module(end) for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None
     ]
@@ -263,8 +268,10 @@ def untie_head(model: PreTrainedModel, attached: AttachedAdapters) -> bool:
 def _ends_differ(model: PreTrainedModel, attached: AttachedAdapters) -> bool:
     """Whether the adapter makes embedding and head different matrices."""
     ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    # Trained rows of both: PEFT knows whether it ties them.
     if all(isinstance(end, TrainableTokensWrapper) for end in ends):
         return not ends[1].token_adapter.tied_adapter
+    # Both saved whole: they stay tied if they are equal.
     matrices = [_replacement_matrix(model, attached, end) for end in ends]
     if all(matrix is not None for matrix in matrices):
         return not torch.equal(*matrices)  # type: ignore[arg-type]

@@ -47,6 +47,7 @@ def compare_logits(folder: Path, source: Path, adapters: list[Path], options: Me
     Raises:
         ConfigError: plain transformers cannot load the written model, or its logits differ beyond rounding.
     """
+    # The fresh process must find this package, however the script was started.
     root = str(Path(__file__).parents[2])
     paths = [root, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     arguments = [str(folder), str(source), json.dumps([str(adapter) for adapter in adapters])]
@@ -58,6 +59,7 @@ def compare_logits(folder: Path, source: Path, adapters: list[Path], options: Me
         check=False,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)},
     )
+    # 2 is the exit code of a ConfigError: its sentence is the last line on stderr.
     if process.returncode == 2:
         raise ConfigError(*process.stderr.replace("error: ", "").splitlines()[-1:])
     if process.returncode < 0:
@@ -86,8 +88,10 @@ def _compare(folder: Path, source: Path, folders: list[Path], options: MergeOpti
     adapters = [read_adapter(adapter, options.allow_pickle) for adapter in folders]
     task = adapters[0].config.task_type
     model = _load_plain(folder, task, options)
+    # One text for all models, in the tokens of the written one.
     ids = _sample_ids(folder, model, options.trust_remote_code)
     actual, dtype = _logits(model, ids), model.dtype
+    # One model at a time in memory.
     del model
     if options.unmerge:
         # The adapter on the unmerged model must answer as the merged model that it was taken out of.
@@ -139,6 +143,7 @@ def _base_errors(
     expected = _logits(_load_adapted(adapters, source, dequantized), ids)
     in_4_bits = getattr(read_model_config(source, options.trust_remote_code), "quantization_config", None)
     errors = {}
+    # A base in 4-bit files has no original weights to merge into.
     for way in ("dequantized",) if in_4_bits else ("original", "dequantized"):
         wrapped = _load_adapted(adapters, source, options.model_copy(update={"merge_base": way}))
         for _, module in adapted_modules(wrapped):
@@ -169,6 +174,7 @@ def _sample_ids(folder: Path, model: PreTrainedModel, trust_remote_code: bool) -
 
 
 def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    # Encoder-decoder models need both inputs; the same ids serve for both.
     arguments = {"decoder_input_ids": ids} if getattr(model.config, "is_encoder_decoder", False) else {}
     with torch.no_grad():
         result = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids), **arguments)

@@ -89,6 +89,7 @@ def extract_adapter(
         state, errors, uncovered = _extract_changes(base, tuned, options, progress)
         if not state:
             raise ConfigError(f"model: {options.model} has the weights of {options.base}; there is nothing to extract.")
+        # A local base is named by its full path, so that the adapter finds it from anywhere.
         local = Path(options.base).expanduser()
         model = base.skeleton.model
         LoraConfig(
@@ -100,6 +101,7 @@ def extract_adapter(
             # Full names: PEFT would match the ends of names too, so that `norm` would select the norms of all layers.
             modules_to_save=sorted(_modules_saved_whole(model, options)) or None,
             fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in errors),
+            # A small matrix has a lower rank than lora_r. With alpha equal to the rank, the scaling is 1.
             rank_pattern={name: len(state[f"{PEFT_PREFIX}{name}.lora_A.weight"]) for name in errors},
             alpha_pattern={name: len(state[f"{PEFT_PREFIX}{name}.lora_A.weight"]) for name in errors},
             inference_mode=True,
@@ -133,6 +135,7 @@ def _check_shapes(base: ModelReader, tuned: ModelReader) -> None:
     common = base.specs.keys() & tuned.specs
     misshapen = [name for name in common if base.specs[name].shape != tuned.specs[name].shape]
     if misshapen:
+        # Name one weight, the first in alphabetical order.
         first = min(misshapen)
         problems.append(
             f"model: {len(misshapen)} of its weights have another shape than the base's, such as {first}, "
@@ -147,6 +150,7 @@ def _extract_changes(
     """Weights of the adapter, the error of each layer, and the relative change of weights that it does not cover."""
     state: dict[str, torch.Tensor] = {}
     errors, uncovered = {}, {}
+    # Integer buffers have no low-rank change.
     names = [name for name in saved_names(base.skeleton.model) if base.specs[name].dtype.is_floating_point]
     saved_whole = _modules_saved_whole(base.skeleton.model, options)
     for done, name in enumerate(names):
@@ -159,6 +163,7 @@ def _extract_changes(
             state[f"{PEFT_PREFIX}{name}"] = after.to(tuned.specs[name].dtype)
         elif not change.any():
             continue
+        # Conv1D (GPT-2) stores its weight transposed.
         elif isinstance(module, nn.Linear | Conv1D) and attribute == "weight":
             change = change.T if isinstance(module, Conv1D) else change
             lora_b, lora_a = low_rank_factors(change, options.lora_r)
@@ -178,13 +183,14 @@ def _modules_saved_whole(model: PreTrainedModel, options: ExtractOptions) -> set
 
 
 def low_rank_factors(change: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Factors B [rows, r] and A [r, columns]. Their product is the best rank-r approximation of `change` [rows, columns].
+    """Factors B [rows, r] and A [r, columns] of the best rank-r approximation B A of `change` [rows, columns].
 
     The approximation keeps the largest singular values (Eckart and Young 1936). Large matrices use a randomised
     decomposition with power iterations and a fixed seed (Halko, Martinsson and Tropp 2011). B and A each take the
     square root of every singular value.
     """
     rank = min(rank, *change.shape)
+    # A fixed seed gives the same adapter each time; the generator of the caller is left as it was.
     if min(change.shape) <= SMALL_MATRIX:
         left, values, right = torch.linalg.svd(change, full_matrices=False)
     else:

@@ -14,6 +14,7 @@ from accel_llm.errors import ConfigError
 from accel_llm.system.tensors import TensorSpec
 from accel_llm.system.weights import WeightFiles
 
+# Middle part of the name under which bitsandbytes saves how a weight was quantised.
 QUANT_STATE = ".quant_state.bitsandbytes__"
 
 
@@ -30,6 +31,7 @@ def unpack_4_bits(checkpoint: WeightFiles, config: PreTrainedConfig, merge_base:
         return checkpoint
     settings = settings if isinstance(settings, dict) else settings.to_dict()
     method = settings.get("quant_method", "unknown")
+    # Other formats, such as GPTQ, cannot be unpacked here.
     if method != "bitsandbytes" or not settings.get("load_in_4bit"):
         how = "8-bit bitsandbytes" if method == "bitsandbytes" else method
         raise ConfigError(f"base: its weights are quantised ({how}); name the base model in 16 or 32 bits with --base.")
@@ -55,6 +57,7 @@ def unpack_4_bits(checkpoint: WeightFiles, config: PreTrainedConfig, merge_base:
         specs[weight] = TensorSpec(getattr(torch, original["dtype"]), tuple(original["shape"]))
         parts = sorted(name for name in extra if name.startswith(f"{weight}."))
         readers[weight] = partial(_unpack, checkpoint, weight, parts)
+    # Unpacked weights have no bytes in the files that could be copied.
     places = {name: place for name, place in checkpoint.places.items() if name in specs and name not in packed}
     return WeightFiles(specs, readers, places)
 

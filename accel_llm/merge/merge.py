@@ -65,6 +65,7 @@ def merge(options: MergeOptions, progress: Callable[[int, int], None] = lambda d
         raise ConfigError(
             f"base: the adapters name different bases ({', '.join(sorted(bases))}); choose one with --base."
         )
+    # The base that the user names, or the one that the adapter was trained on.
     base = find_base(folders[0], options.base)
     sources = [*(("adapter", folder) for folder in folders), ("base", Path(base).expanduser())]
     check_output_dir(target, sources, options.overwrite_output_dir, "config.json")
@@ -99,6 +100,7 @@ def _write_model(
     write_config_files(model, first, source, folder, options.trust_remote_code)
     notes = [copy_tokenizer(first, source, folder), *(note for adapter in adapters for note in adapter.notes)]
 
+    # Last, because it loads two whole models in another process.
     folders = [adapter.folder for adapter in adapters]
     differences = compare_logits(folder, source, folders, options) if options.verify == "logits" else {}
     result = MergeResult(
@@ -151,6 +153,7 @@ def load_with_adapter(
     if task not in (None, "CAUSAL_LM"):
         raise ConfigError(f"adapter: {adapter} was trained for {task}; only adapters of causal LMs can be loaded.")
     model = load_complete_model(base, "base", allow_pickle, dtype=dtype, trust_remote_code=trust_remote_code)
+    # Rows for tokens that the adapter added, before its weights are loaded.
     rows = model.config.get_text_config().vocab_size
     extend_vocabulary(model, range(rows, adapter_vocabulary_size(model, saved.settings, saved.weights)))
     return load_adapter(model, saved)

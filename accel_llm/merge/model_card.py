@@ -26,6 +26,7 @@ TOKENIZER_FILES = (
     "chat_template*",
     "*processor_config.json",
 )
+# Their versions are written into the card.
 CARD_PACKAGES = ("torch", "transformers", "peft", "safetensors")
 
 
@@ -51,9 +52,11 @@ def write_config_files(model: PreTrainedModel, adapter: Path, base: Path, target
     Raises:
         ConfigError: a generation_config.json cannot be read.
     """
+    # The config was updated for the merged model; it is not copied.
     model.config.save_pretrained(str(target))
     if model.can_generate():
         own = next((folder for folder in (adapter, base) if (folder / "generation_config.json").is_file()), None)
+        # The adapter's own config knows which tokens end an answer.
         try:
             settings = GenerationConfig.from_pretrained(str(own)) if own else model.generation_config
         except LOADING_ERRORS as error:
@@ -72,6 +75,7 @@ def write_card(
     adapters ...".
     """
     # The header that the hub reads.
+    # A folder is private; only a hub id is published as base_model.
     hub = base if not Path(base).expanduser().exists() else None
     lines = ["---", "library_name: transformers"]
     lines += [f"base_model: {hub}", "base_model_relation: finetune"] if hub else []
@@ -85,6 +89,7 @@ def write_card(
         "|-|-|",
         f"| base `{hub or _short_path(Path(base))}`, fingerprint | {model_fingerprint(str(source))} |",
     ]
+    # Hashes of what went in, then of what came out.
     for adapter in adapters:
         weights = sorted(adapter.glob("adapter_model.*"))
         lines += [f"| adapter `{_short_path(adapter)}`, {file.name} | {sha256(file)} |" for file in weights]

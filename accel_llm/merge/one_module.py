@@ -26,12 +26,14 @@ def merge_module(module: Any, unmerge: bool) -> nn.Module:
     Raises:
         ValueError: PEFT cannot merge or unmerge this module.
     """
+    # Plain LoRA, by far the most frequent: a few rows at a time.
     if _rows_are_independent(module):
         _run_by_rows(module, partial(_unmerge, module) if unmerge else module.merge)
         return module.get_base_layer()
     if unmerge:
         _unmerge(module)
         return plain_module(module)
+    # Wrappers and layers with a way of their own.
     if hasattr(module, "unload_and_optionally_merge_module"):
         return module.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
     module.merge(safe_merge=False)
@@ -41,6 +43,7 @@ def merge_module(module: Any, unmerge: bool) -> nn.Module:
 def _unmerge(module: Any) -> None:
     if isinstance(module, AuxiliaryTrainingWrapper) or getattr(module, "use_dora", {}).get(module.active_adapters[0]):
         raise ValueError("the base's weights that it replaced or normalised are in no file")
+    # PEFT takes out only what it believes to have merged; layers can be nested.
     while isinstance(module, BaseTunerLayer):
         module.merged_adapters = list(module.active_adapters)
         module.unmerge()
@@ -51,6 +54,7 @@ def _rows_are_independent(module: Any) -> bool:
     """Whether the module is a plain LoRA, whose rows can be merged separately."""
     if type(module) not in (Linear, Embedding) or len(module.active_adapters) != 1:
         return False
+    # Variants such as DoRA need the whole weight, and a LoRA bias must be added only once.
     name = module.active_adapters[0]
     return name not in module.lora_variant and not module.lora_bias.get(name)
 
@@ -90,6 +94,7 @@ def scale_module(module: nn.Module, factor: float) -> None:
     Raises:
         ConfigError: the adapter is not a LoRA; it replaces or rotates the weights instead of adding to them.
     """
+    # A wrapper may hold several LoRA layers; all are scaled.
     layers = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
     if (
         not layers
@@ -98,7 +103,8 @@ def scale_module(module: nn.Module, factor: float) -> None:
     ):
         raise ConfigError(f"scale: {factor} works with LoRA only, which adds to the weights; remove scale.")
     for layer in layers:
-        layer.scaling.update({name: value * factor for name, value in layer.scaling.items()})  # type: ignore[union-attr]
+        scaling: Any = layer.scaling
+        scaling.update({name: value * factor for name, value in scaling.items()})
 
 
 def plain_module(module: Any) -> Any:

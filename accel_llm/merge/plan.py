@@ -49,6 +49,7 @@ def plan_merge(
     # Read the config and the headers of the weights.
     config = read_model_config(source, options.trust_remote_code)
     task = adapters[0].config.task_type
+    # A base language model has no classification head; the adapter's file says how many classes there are.
     if labels := _count_labels(adapters[0]):
         config.num_labels = labels
     try:
@@ -75,6 +76,7 @@ def plan_merge(
             weight.data = round_to_4_bits(weight.data, transposed)
         attached = attach_adapters(skeleton, adapters, lazy)
         lazy = False
+    # Several adapters become one before anything is merged.
     if len(adapters) > 1:
         weights = options.adapter_weights or [1.0] * len(adapters)
         combine_adapters(attached, weights, options.combination_type, options.density, options.seed)
@@ -102,6 +104,7 @@ def _count_labels(adapter: SavedAdapter) -> int | None:
     """Number of classes of the classification head in the adapter's file, or None if it holds no head."""
     if adapter.config.task_type not in ("SEQ_CLS", "TOKEN_CLS"):
         return None
+    # The names that transformers gives to classification heads.
     heads = [f"{PEFT_PREFIX}{name}.weight" for name in ("score", "classifier", "classifier.out_proj")]
     return next((len(adapter.weights[name]) for name in heads if name in adapter.weights), None)
 
@@ -123,5 +126,6 @@ def _update_config(model: PreTrainedModel) -> None:
         for config in (model.config, model.config.get_text_config()):
             if getattr(config, "tie_word_embeddings", False):
                 config.tie_word_embeddings = False
+    # `save_pretrained` of a model sets these two.
     model.config.dtype = model.dtype
     model.config.architectures = [type(model).__name__]

@@ -39,6 +39,7 @@ from accel_llm.model.untrusted import check_untrusted_config
 from accel_llm.system.tensors import TensorSpec
 from accel_llm.system.weights import WeightFiles
 
+# PEFT's task types.
 TASKS: dict[str | None, Any] = {
     "CAUSAL_LM": AutoModelForCausalLM,
     "SEQ_CLS": AutoModelForSequenceClassification,
@@ -115,6 +116,7 @@ def build_skeleton(
         is_auto_class = hasattr(loader, "from_config")
         build = loader.from_config if is_auto_class else loader._from_config
         own_class = type(build(deepcopy(config), **({"trust_remote_code": trust_remote_code} if is_auto_class else {})))
+    # transformers reports missing and misshapen weights as if it had loaded them.
     try:
         model, report = own_class.from_pretrained(
             None,
@@ -148,6 +150,7 @@ def _tie_equal_weights(model: PreTrainedModel, groups: dict[str, WeightGroup], c
     for name, other in list((model.all_tied_weights_keys or {}).items()):
         if not {name, other} <= groups.keys() or model.get_parameter(name) is model.get_parameter(other):
             continue
+        # Equal values: one parameter from now on. Others are no longer declared as tied.
         (first,), (second,) = groups[name].sources, groups[other].sources
         if checkpoint.same(first, second):
             parent, _, attribute = name.rpartition(".")
@@ -179,6 +182,7 @@ def saved_names(model: PreTrainedModel) -> list[str]:
 def _group_weights(model: PreTrainedModel, specs: dict[str, TensorSpec]) -> dict[str, WeightGroup]:
     """The group of each parameter by its name, paired as transformers pairs them (core_model_loading, 5.23)."""
     conversions = get_model_conversion_mapping(model)
+    # transformers renames single tensors, and converts groups of tensors.
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
     converter_by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
@@ -186,9 +190,10 @@ def _group_weights(model: PreTrainedModel, specs: dict[str, TensorSpec]) -> dict
     # Find the first parameter that each tensor becomes, and the pattern that it matches.
     state, prefix = model.state_dict(), model.base_model_prefix
     collected: dict[str, list[tuple[str, str | None]]] = defaultdict(list)
+    # Natural order, as transformers loads: experts 2 and 10 are stacked in the order of their numbers.
     for source in sorted(specs, key=dot_natural_key):
         name, pattern = rename_source_key(source, renamings, converters, prefix, state)
-        if name not in state and source in state:
+        if name not in state and source in state:  # the file has the model's own name already
             name, pattern = rename_source_key(source, [], [], prefix, state)
         if name in state:
             collected[name].append((source, pattern))
@@ -211,6 +216,7 @@ def convert_group(model: PreTrainedModel, group: WeightGroup, tensors: list[torc
     """Convert `tensors`, those of the group's sources, to the parameters that they become, by name."""
     if group.converter is None:
         return {group.targets[0]: tensors[0]}
+    # A converter collects tensors, so each group needs a fresh copy.
     converter = deepcopy(group.converter)
     for source, pattern, tensor in zip(group.sources, group.patterns, tensors, strict=True):
         converter.add_tensor(group.targets[0], source, pattern, tensor)  # type: ignore[arg-type]
@@ -231,6 +237,7 @@ def load_group(
     Rows that the checkpoint lacks become the mean of the other rows, as `extend_vocabulary` makes them.
     """
     dtype = specs[group.targets[0]].dtype
+    # Cast before converting, as loading does.
     tensors = [checkpoint.read(source) for source in group.sources]
     tensors = [tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in tensors]
     parameters = convert_group(model, group, tensors)
@@ -239,6 +246,7 @@ def load_group(
 
 
 def _add_rows(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    # Only an embedding or head can lack rows.
     if tensor.shape == shape or tensor.ndim == 0 or tensor.shape[0] >= shape[0]:
         return tensor
     mean = tensor.mean(0, dtype=torch.float32).to(tensor.dtype)

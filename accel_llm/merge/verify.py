@@ -22,7 +22,7 @@ from accel_llm.system.tensors import COPY_BLOCK_SIZE, tensor_places
 MODULE_BOUNDS = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 # The same for the logits of a whole model.
 LOGIT_BOUNDS = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-PROBE_ROWS = 8
+PROBE_ROWS = 8  # random inputs of a linear layer
 
 
 def probe_input(module: Any) -> torch.Tensor | None:
@@ -31,6 +31,7 @@ def probe_input(module: Any) -> torch.Tensor | None:
     generator = torch.Generator().manual_seed(0)
     if isinstance(base, nn.Embedding):
         ids = torch.randint(base.num_embeddings, (64,), generator=generator)
+        # The trained rows must be among the random ids.
         if isinstance(module, TrainableTokensWrapper):
             trained_ids = [torch.tensor(indices) for indices in module.token_adapter.token_indices.values()]
             ids = torch.cat([ids, *trained_ids])
@@ -38,6 +39,7 @@ def probe_input(module: Any) -> torch.Tensor | None:
     weight = getattr(base, "weight", None)
     if weight is None or isinstance(module, ParamWrapper | ModulesToSaveWrapper):
         return None
+    # The smallest input on which every weight of the kernel is used.
     if isinstance(base, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         sizes = [size * step + 1 for size, step in zip(base.kernel_size, base.dilation, strict=True)]
         shape: tuple[int, ...] = (1, base.in_channels, *sizes)
@@ -127,9 +129,11 @@ def merge_module_checked(module: Any, name: str, unmerge: bool) -> tuple[nn.Modu
         ConfigError: the outputs differ by more than rounding explains.
     """
     x, dtype = probe_input(module), _dtype(module)
+    # Unmerging is the same comparison the other way round: the base is the merged module.
     before = merged_output(plain_module(module), module, x) if unmerge else module_output(module, x)
     plain = merge_module(module, unmerge)
     after = module_output(module, x) if unmerge else merged_output(plain, module, x)
+    # No input was known, and no parameter is adapted: nothing to compare.
     if not before:
         return plain, None
     relative = relative_difference(after, before)
@@ -159,12 +163,13 @@ def read_back(folder: Path, checksums: dict[str, int]) -> dict[str, str]:
         ConfigError: a tensor is missing, or its bytes have another CRC-32.
     """
     hashes, seen = {}, set()
+    # One pass per file gives its SHA-256 and the CRC-32 of each tensor.
     for file in sorted(folder.glob("*.safetensors")):
         digest = hashlib.sha256()
         tensors = sorted(tensor_places(file).items(), key=lambda entry: entry[1].offset)
         with file.open("rb") as stream:
             header = tensors[0][1].offset if tensors else file.stat().st_size
-            digest.update(stream.read(header))
+            digest.update(stream.read(header))  # the header belongs to the file's hash, but to no tensor
             for name, place in tensors:
                 total, left = 0, place.spec.size
                 while left:

@@ -224,6 +224,7 @@ def _write_complete(
 
 def _write_unchanged(plan: MergePlan, output: OutputGroup, writer: WeightWriter) -> None:
     """Copy the bytes if the base's files hold the tensors exactly as they are written, else load and convert them."""
+    # Bytes can be copied only if dtype, shape and form in the files stay the same.
     group, places = output.group, plan.checkpoint.places
     sources = group.sources if group.converter is None else output.specs
     pairs = dict(zip(output.specs, sources, strict=False))

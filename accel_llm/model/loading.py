@@ -85,7 +85,7 @@ def check_model_name(name: str, field: str = "model_name_or_path") -> None:
     """
     path = Path(name).expanduser()
     if (path / "adapter_config.json").is_file():
-        # transformers 5.23 would load the base with the LoRA on it, nothing of it trainable, without a word.
+        # transformers 5.23 would silently load the base with the LoRA on it, but with nothing to train.
         raise ConfigError(
             f"{field}: {name} is an adapter, not a model; merge it first with "
             f"launch/merge.py --adapter {name} --output_dir MODEL, or name its base model."
@@ -214,7 +214,7 @@ def configure_for_training(model: PreTrainedModel, options: TrainOptions) -> Pre
     if options.packing and options.attn_implementation in ("auto", "sdpa"):
         enable_packing(model)
     if options.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     tokens = [n * options.max_length for n in (options.per_device_train_batch_size, options.per_device_eval_batch_size)]
     attach_loss(model, *tokens, label_smoothing=options.label_smoothing_factor, z_loss_coef=options.z_loss_coef)
     return model.train()

@@ -177,21 +177,21 @@ def _sum_terms(
 
 
 def _regularised_terms(logits: torch.Tensor, targets: torch.Tensor, smoothing: float, z_coef: float) -> torch.Tensor:
-    """(1 - smoothing) * -log p(target) + smoothing * mean of -log p over the vocabulary + z_coef * (log Z)^2.
+    """Of each target: (1 - smoothing) * -log p(target) + smoothing * mean of all -log p + z_coef * (log Z)^2.
 
     logits [n, vocabulary] -> [n], 0 where there is no label. Z is the sum of exp(logits); the squared term keeps it
     near 1 (PaLM, arXiv 2204.02311, section 5). Label smoothing: Szegedy et al. 2016, arXiv 1512.00567, section 7.
     """
     # By indexing, not gather, and with log Z = logit - log p: the backward of gather or of logsumexp would keep a
     # second copy of the logits.
-    chosen = torch.arange(len(targets), device=targets.device), targets.clamp(min=0)
+    at_target = torch.arange(len(targets), device=targets.device), targets.clamp(min=0)
     log_probs = logits.log_softmax(1)
-    log_p = log_probs[chosen]
+    log_p = log_probs[at_target]
     terms = -log_p
     if smoothing:
         terms = (1 - smoothing) * terms - smoothing * log_probs.mean(1)
     if z_coef:
-        terms = terms + z_coef * (logits[chosen] - log_p).square()
+        terms = terms + z_coef * (logits[at_target] - log_p).square()
     return terms.masked_fill(targets == IGNORED, 0)
 
 

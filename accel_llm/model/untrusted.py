@@ -65,9 +65,9 @@ def check_untrusted_weights(name: str, field: str, revision: str, allow_pickle: 
             the folder or of another type.
     """
     # Every file that an index names must be in the folder and have the index's own type.
-    config_file = _read_config(name, field, revision).get("transformers_weights")
+    weights_file = _read_config(name, field, revision).get("transformers_weights")
     extra_indexes = [PICKLE_INDEX] if allow_pickle else []
-    extra_indexes += [config_file] if config_file else []
+    extra_indexes += [weights_file] if weights_file else []
     for index in (SAFETENSORS_INDEX, *extra_indexes):
         if index.endswith(".index.json"):
             weights = _read_json(name, index, revision).get("weight_map")
@@ -75,8 +75,8 @@ def check_untrusted_weights(name: str, field: str, revision: str, allow_pickle: 
             # transformers decides by the name of a shard whether to unpickle it.
             _check_file_names(shards, name, field, index, ".bin" if index == PICKLE_INDEX else ".safetensors")
 
-    # Then a pickle matters only if it is all there is.
-    if allow_pickle or config_file:
+    # A pickle is refused only if there are no other weights.
+    if allow_pickle or weights_file:
         return
     if any(_has_file(name, file, revision) for file in (SAFETENSORS_FILE, SAFETENSORS_INDEX)):
         return
@@ -125,7 +125,7 @@ def _check_file_names(file_names: Any, name: str, field: str, file: str, *ending
     """Check names of files, with Linux or Windows separators, that the model's `file` lists; None is an empty list.
 
     Raises:
-        ConfigError: a name is no text, leads out of the model's folder, or has none of `endings`.
+        ConfigError: a name is not text, leads out of the model's folder, or has none of `endings`.
     """
     for file_name in file_names if isinstance(file_names, list) else [file_names] if file_names else []:
         is_relative = isinstance(file_name, str) and not re.match(r"[\\/]|\w:", file_name)

@@ -1,1 +1,1 @@
-"""What a run tells: metrics, run.json, report.html and the screen."""
+"""Output of a run: metrics, run.json, report.html and the screen."""

@@ -1,1 +1,1 @@
-"""Around the training loop: setup, the verbs of a step, optimizers, checks, evaluation and export."""
+"""Parts of a training script: setup, one step of the loop, optimizers, checks, evaluation and export."""

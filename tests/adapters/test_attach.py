@@ -219,7 +219,10 @@ def test_training_goes_on_from_an_adapter_with_a_fresh_optimizer(script, tiny, c
     # A rate at which nothing moves shows what the run began with.
     still = ("--max_steps", 1, "--learning_rate", 1e-30, "--adapter_name_or_path", first, *extra)
     script("sft", *common, *still, "--output_dir", tmp_path / "second")
-    assert f"going on from the adapter {first}; optimizer, schedule and data begin anew" in capsys.readouterr().out
+    assert (
+        f"continuing from the adapter {first}; optimizer, schedule and data start from the beginning"
+        in capsys.readouterr().out
+    )
     before, after = (
         load_file(folder / "adapter_model.safetensors") for folder in (first, tmp_path / "second" / "adapter")
     )

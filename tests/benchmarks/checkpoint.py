@@ -1,10 +1,10 @@
-"""What a checkpoint costs: seconds, the share of them that training waits with save_async, size, and memory of a resume.
+"""Measure a checkpoint: seconds, the share that training waits with save_async, size, and memory of a resume.
 
     python tests/benchmarks/checkpoint.py [--layers 6] [--width 512]
 
-A Llama with random weights, all of it trained (float32, AdamW), saved every step. Each figure is of a process of its own: a
-run that saves while it waits, one that saves in the background, one that is resumed, and one that never was. Peak memory is
-what the kernel says of the process (VmHWM). Last, the seconds from a step number of a million to its first batch.
+A Llama with random weights is trained in full (float32, AdamW) and saved at every step. Each figure comes from its own
+process: one that waits for its saves, one that saves in the background, one that is resumed and one that is not. Peak
+memory is VmHWM of the process. The last figure is the seconds to the first batch of a resume at step 1,000,000.
 """
 
 import argparse
@@ -22,7 +22,7 @@ STEPS = 4
 
 
 def build(folder: Path, layers: int, width: int) -> int:
-    """A model on the disk; its number of parameters."""
+    """Write a model; return its number of parameters."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from accel_llm.demo.skills import demo_conversations
@@ -40,7 +40,7 @@ def build(folder: Path, layers: int, width: int) -> int:
 
 
 def train(base: str, output: str, *words: str) -> None:
-    """In a process of its own: a run whose saves are timed; the figures as the last line."""
+    """Train in this process and time the saves; print the figures as the last line."""
     sys.path[:0] = [str(ROOT / "launch"), str(ROOT)]
     import sft
 
@@ -49,11 +49,11 @@ def train(base: str, output: str, *words: str) -> None:
     seconds: list[float] = []
     save = Checkpoints._save
 
-    def timed(self: Any, *given: Any, **named: Any) -> None:
-        if self.writer is not None:  # the one before is not what is measured
+    def timed(self: Any, *arguments: Any, **named: Any) -> None:
+        if self.writer is not None:  # wait for the save before, which is not measured
             self.writer.join()
         since = time.perf_counter()
-        save(self, *given, **named)
+        save(self, *arguments, **named)
         seconds.append(time.perf_counter() - since)
 
     Checkpoints._save = timed  # type: ignore[method-assign]
@@ -85,7 +85,7 @@ def measured(base: Path, output: Path, *words: str) -> dict[str, Any]:
 
 
 def skip() -> float:
-    """Seconds until the first batch after a million steps."""
+    """Return the seconds until the first batch after a million steps."""
     sys.path.insert(0, str(ROOT / "tests"))
     import numpy as np
     from support import rows_of

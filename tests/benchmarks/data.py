@@ -1,4 +1,4 @@
-"""Rows a second through template, mask, tokenising and packing, beside TRL's SFTTrainer on the same file and one core.
+"""Compare rows a second through template, mask, tokenizer and packing with TRL's SFTTrainer: one file, one core.
 
 python tests/benchmarks/data.py [--tokenizer FOLDER] [--rows N] [FILE ...]
 
@@ -42,17 +42,17 @@ def main() -> None:
     parser.add_argument("files", nargs="*")
     parser.add_argument("--tokenizer")
     parser.add_argument("--rows", type=int, default=None)
-    given = parser.parse_args()
+    args = parser.parse_args()
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     datasets.disable_caching()
-    tokenizer = AutoTokenizer.from_pretrained(given.tokenizer) if given.tokenizer else build_demo_tokenizer()
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer) if args.tokenizer else build_demo_tokenizer()
     with tempfile.TemporaryDirectory() as folder:
         print(f"{'file':44}{'rows':>8}{'tokens':>11}{'ours':>12}{'TRL ' + trl.__version__:>12}{'ratio':>8}")
-        for name in given.files or [""]:
-            messages = conversations(name, given.rows)
+        for name in args.files or [""]:
+            messages = conversations(name, args.rows)
             file = Path(folder) / "rows.jsonl"
             file.write_text("".join(json.dumps({"messages": row}) + "\n" for row in messages), encoding="utf-8")
             tokens, ours = time_ours(file, tokenizer, Path(folder))
@@ -60,21 +60,22 @@ def main() -> None:
             rates = len(messages) / ours, len(messages) / theirs
             shown = Path(name).name or "generated"
             print(
-                f"{shown:44}{len(messages):>8,}{tokens:>11,}{rates[0]:>10,.0f}/s{rates[1]:>10,.0f}/s{theirs / ours:>7.1f}x"
+                f"{shown:44}{len(messages):>8,}{tokens:>11,}"
+                f"{rates[0]:>10,.0f}/s{rates[1]:>10,.0f}/s{theirs / ours:>7.1f}x"
             )
 
 
 def conversations(name: str, limit: int | None) -> list[list[dict]]:
-    """Rows as plain chats: what both can read."""
+    """Return rows as plain chats, which both can read."""
     if not name:
         return [row["messages"] for row in demo_conversations("train")[: limit or 20_000]]
     rows = [parse_row(row.fields) for row in read_source(as_source(name))]
-    found = [
+    chats = [
         [{"role": message["role"], "content": message["content"]} for message in row.messages]
         for row in rows
         if isinstance(row, Conversation) and not row.tools
     ]
-    return list(itertools.islice(itertools.cycle(found), limit)) if limit else found
+    return list(itertools.islice(itertools.cycle(chats), limit)) if limit else chats
 
 
 def time_ours(file: Path, tokenizer, folder: Path) -> tuple[int, float]:

@@ -1,11 +1,11 @@
-"""Merging here beside PEFT's own way, on one folder: seconds and peak memory, each in a process of its own.
+"""Compare merging here with merging by PEFT, on one folder: seconds and peak memory, each in its own process.
 
 python tests/benchmarks/merge.py                       # 3.1 GB in bfloat16, a folder in /tmp that is deleted again
 python tests/benchmarks/merge.py --layers 4 --repeat 1
 
-A model is built from a config, and a LoRA of rank 16 on all its linear layers. Each way merges the same folder, whose files
-have been read once before; memory is the peak (VmHWM) over what is resident after the imports. PEFT does
-`AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)`; here the same is done without
+A model is built from a config, with a LoRA of rank 16 on all its linear layers. Each way merges the same folder, whose
+files were read once before. Memory is the peak (VmHWM) above the resident memory after the imports. PEFT does
+`AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)`. We do the same without
 verification, then with it.
 """
 
@@ -46,13 +46,13 @@ def build(folder: Path, layers: int, dtype: torch.dtype) -> None:
 
 
 def status(key: str) -> float:
-    """Of /proc/self/status, in MiB."""
+    """Return a value of /proc/self/status in MiB."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) / 1024
 
 
 def run(way: str, folder: Path) -> None:
-    """One merge in this process; prints seconds and MiB as JSON."""
+    """Do one merge in this process; print seconds and MiB as JSON."""
     from peft import AutoPeftModelForCausalLM
 
     from accel_llm.config.tool_options import MergeOptions
@@ -61,18 +61,18 @@ def run(way: str, folder: Path) -> None:
     logging.disable_progress_bar()
     adapter, target = str(folder / "adapter"), str(folder / "merged" / way)
     before, start = status("VmRSS"), time.perf_counter()
-    worked = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
+    cpu_seconds = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
     if way == "peft":
         AutoPeftModelForCausalLM.from_pretrained(adapter, dtype="auto").merge_and_unload().save_pretrained(target)
     else:
         merge(MergeOptions(adapter=[adapter], output_dir=target, verify=way))  # type: ignore[arg-type]
     seconds = time.perf_counter() - start
-    worked = sum(resource.getrusage(resource.RUSAGE_SELF)[:2]) - worked
-    print(json.dumps({"seconds": seconds, "worked": worked, "peak": status("VmHWM") - before}))
+    cpu_seconds = sum(resource.getrusage(resource.RUSAGE_SELF)[:2]) - cpu_seconds
+    print(json.dumps({"seconds": seconds, "cpu_seconds": cpu_seconds, "peak": status("VmHWM") - before}))
 
 
 def measure(folder: Path, repeat: int) -> dict[str, dict[str, float]]:
-    """The best of `repeat` runs of each way, one after the other in turn."""
+    """Return the best of `repeat` runs of each way; the ways take turns."""
     best: dict[str, dict[str, float]] = {}
     for _ in range(repeat):
         for way in WAYS:
@@ -86,8 +86,8 @@ def measure(folder: Path, repeat: int) -> dict[str, dict[str, float]]:
             # What launch/merge.py sets before it imports torch.
             ours = {} if way == "peft" else {"THP_MEM_ALLOC_ENABLE": "1"}
             done = subprocess.run(command, check=True, capture_output=True, env=os.environ | ours)
-            found = json.loads(done.stdout.splitlines()[-1])
-            best[way] = min(found, best.get(way, found), key=lambda entry: entry["seconds"])
+            figures = json.loads(done.stdout.splitlines()[-1])
+            best[way] = min(figures, best.get(way, figures), key=lambda entry: entry["seconds"])
     return best
 
 
@@ -118,15 +118,14 @@ def main() -> None:
     try:
         build(folder, options.layers, getattr(torch, options.dtype))
         size = sum(file.stat().st_size for file in (folder / "base").glob("*.safetensors"))
-        found = measure(folder, options.repeat)
+        results = measure(folder, options.repeat)
         width = torch.finfo(getattr(torch, options.dtype)).bits // 8
         copied, merged = 64_000 * 2048 * width / MB, 8192 * 2048 * width / MB
         print(f"{size / 1e9:.2f} GB, {options.dtype}; same bits: {same(folder)}")
-        for way, entry in found.items():
-            ratio = found["peft"]["seconds"] / entry["seconds"]
-            print(
-                f"{way:8} {entry['seconds']:6.1f} s  {ratio:5.2f} x  {entry['worked']:6.1f} s of CPU  peak {entry['peak']:6.0f} MiB"
-            )
+        for way, entry in results.items():
+            ratio = results["peft"]["seconds"] / entry["seconds"]
+            speed = f"{entry['seconds']:6.1f} s  {ratio:5.2f} x  {entry['cpu_seconds']:6.1f} s of CPU"
+            print(f"{way:8} {speed}  peak {entry['peak']:6.0f} MiB")
         print(f"allowed: 1.5 x the largest copied = {1.5 * copied:.0f}, 6 x the largest merged = {6 * merged:.0f} MiB")
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""A run that was stopped and resumed is bit-equal to one that was not; what is kept, when, and what never is.
+"""A resumed run is bit-equal to one that was never stopped; which checkpoints are saved and kept, and when.
 
 Several processes and every strategy: tests/proofs/resumes.py. Kills, full disks and signals: tests/proofs/soak.py.
 """
@@ -57,8 +57,8 @@ def test_a_stopped_and_resumed_run_is_bit_equal_to_one_never_stopped(train, inte
     assert any(tensor.dtype == torch.uint8 for tensor in last[0].values()) == ("adamw_8bit" in options)
 
 
-def test_without_its_randomness_a_resumed_run_is_another_one(train, interrupt, tmp_path, monkeypatch):
-    """The test above sees dropout: a resume that forgets the generators ends elsewhere."""
+def test_a_resume_without_the_generators_ends_elsewhere(train, interrupt, tmp_path, monkeypatch):
+    """Shows that the test above notices dropout."""
     whole = train(tmp_path / "whole", *LORA)
     interrupt(STOP)
     with pytest.raises(Stopped):
@@ -70,25 +70,25 @@ def test_without_its_randomness_a_resumed_run_is_another_one(train, interrupt, t
 @contextmanager
 def traced(check: Callable[[], None]) -> Iterator[list[str]]:
     """`check` before and after everything that takes a name away from a file or folder."""
-    seen: list[str] = []
+    events: list[str] = []
 
     def hook(event: str, _: Any) -> None:
-        if seen is not None and on[0] and event in ("os.rename", "os.remove", "os.rmdir", "shutil.rmtree"):
+        if events is not None and on[0] and event in ("os.rename", "os.remove", "os.rmdir", "shutil.rmtree"):
             on[0] = False
-            seen.append(event)
+            events.append(event)
             check()
             on[0] = True
 
     on = [True]
     sys.addaudithook(hook)
     try:
-        yield seen
+        yield events
     finally:
         on[0] = False
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3])
-def test_a_whole_checkpoint_is_there_at_every_instant(train, tmp_path, limit):
+def test_at_every_moment_there_is_a_complete_checkpoint(train, tmp_path, limit):
     run, least = tmp_path / "run", [99]
 
     def check() -> None:
@@ -101,16 +101,16 @@ def test_a_whole_checkpoint_is_there_at_every_instant(train, tmp_path, limit):
         assert folders or not started, "the last checkpoint is gone"
 
     started: list[int] = []
-    with traced(check) as seen:
+    with traced(check) as events:
         train(run, "--save_steps", 1, "--save_total_limit", limit)
-    assert {"os.rename", "os.remove", "shutil.rmtree"} <= set(seen) and least[0] == 1
+    assert {"os.rename", "os.remove", "shutil.rmtree"} <= set(events) and least[0] == 1
     assert steps(run) == list(range(STEPS - limit + 1, STEPS + 1)) and max(started) == min(limit + 1, STEPS)
 
 
 def test_the_best_checkpoint_is_kept_and_exported(train, chats, tmp_path, monkeypatch):
     """Evaluated every step; the third evaluation is made the best."""
-    found = iter([3.0, 2.0, 1.0, 1.5, float("nan"), 1.0])
-    monkeypatch.setattr("accel_llm.training.evaluation.mean_loss", lambda *_: {"eval/loss": next(found)})
+    losses = iter([3.0, 2.0, 1.0, 1.5, float("nan"), 1.0])
+    monkeypatch.setattr("accel_llm.training.evaluation.mean_loss", lambda *_: {"eval/loss": next(losses)})
     words = ("--method", "full", "--eval_files", chats, "--eval_steps", 1, "--save_steps", 6)
     best = ("--metric_for_best_model", "eval/loss", "--save_total_limit", 1)
     run = train(tmp_path / "run", *words, *best)
@@ -119,26 +119,26 @@ def test_the_best_checkpoint_is_kept_and_exported(train, chats, tmp_path, monkey
     saved = load_file(at(run, 3) / "rank-00000.safetensors")
     assert all(torch.equal(tensor.view(-1), saved[f"{name}|weight|0"]) for name, tensor in weights(run).items())
 
-    found = iter([3.0, 2.0, 1.0, 1.5, 1.2, 1.0])
+    losses = iter([3.0, 2.0, 1.0, 1.5, 1.2, 1.0])
     last = train(tmp_path / "last", *words)
     assert steps(last) == [6] and status(last)["exported_step"] == 6 and not equal(weights(last), weights(run))
 
 
-def test_what_is_best_is_known_after_a_resume(train, interrupt, chats, tmp_path, monkeypatch):
-    found = iter([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
-    monkeypatch.setattr("accel_llm.training.evaluation.mean_loss", lambda *_: {"eval/loss": next(found)})
+def test_the_best_checkpoint_is_remembered_after_a_resume(train, interrupt, chats, tmp_path, monkeypatch):
+    losses = iter([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    monkeypatch.setattr("accel_llm.training.evaluation.mean_loss", lambda *_: {"eval/loss": next(losses)})
     words = ("--eval_files", chats, "--eval_steps", 1, "--metric_for_best_model", "eval/loss", "--save_total_limit", 1)
     interrupt(4)
     with pytest.raises(Stopped):
         train(tmp_path / "run", *words)
     assert steps(tmp_path / "run") == [1, 3]
-    found = iter([4.0, 5.0, 6.0])
+    losses = iter([4.0, 5.0, 6.0])
     run = train(tmp_path / "run", *words)
     assert steps(run) == [1, 6] and status(run)["exported_step"] == 1
 
 
 @pytest.mark.parametrize("step, words", [(STEPS, ()), (4, ("--save_steps", 2, "--save_async"))])
-def test_nothing_that_holds_a_nan_is_saved(train, at_step, tmp_path, step, words):
+def test_a_state_with_a_nan_is_not_saved(train, at_step, tmp_path, step, words):
     def sicken(checkpoints: Any) -> None:
         with torch.no_grad():
             next(p for p in checkpoints.model.parameters() if p.requires_grad).view(-1)[0] = math.nan
@@ -153,14 +153,14 @@ def test_nothing_that_holds_a_nan_is_saved(train, at_step, tmp_path, step, words
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_a_full_disk_is_one_sentence_and_the_checkpoint_before_stays(train, tmp_path, monkeypatch, background):
+def test_a_full_disk_ends_in_one_sentence_and_keeps_the_last_checkpoint(train, tmp_path, monkeypatch, background):
     write, calls = checkpoints_module.write_tensors, iter(range(9))
 
-    def full(path: Path, kept: Any, *header: Any) -> Any:
+    def full(path: Path, tensors: Any, *header: Any) -> Any:
         if next(calls) == 1:
             path.write_bytes(b"half")
             raise OSError(28, "No space left on device")
-        return write(path, kept, *header)
+        return write(path, tensors, *header)
 
     monkeypatch.setattr(checkpoints_module, "write_tensors", full)
     words = ("--save_steps", 2, *(["--save_async"] if background else []))
@@ -176,7 +176,7 @@ def test_a_full_disk_is_one_sentence_and_the_checkpoint_before_stays(train, tmp_
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_sick_steps_are_skipped_up_to_a_number_and_then_named(train, tmp_path, monkeypatch, capsys, where):
+def test_steps_that_are_not_finite_are_skipped_up_to_a_limit(train, tmp_path, monkeypatch, capsys, where):
     original, sick = next_token_loss, {3, 5}
     calls = iter(range(1, 99))
 
@@ -194,11 +194,11 @@ def test_sick_steps_are_skipped_up_to_a_number_and_then_named(train, tmp_path, m
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a, **k: moved.append(1) or step(self, *a, **k))
     run = train(tmp_path / "run", *LORA, "--max_skipped_steps", 2)
     assert len(moved) == STEPS - 2 and status(run)["status"] == "done"
-    said = [line for line in capsys.readouterr().out.splitlines() if " skipped: " in line]
+    lines = [line for line in capsys.readouterr().out.splitlines() if " skipped: " in line]
     assert (
-        said[0].startswith(f"step 3 skipped: its {where} is not finite (1 of 2); ") and "chats.jsonl, row " in said[0]
+        lines[0].startswith(f"step 3 skipped: its {where} is not finite (1 of 2); ") and "chats.jsonl, row " in lines[0]
     )
-    assert said[1].startswith("step 5 skipped") and len(said) == 2
+    assert lines[1].startswith("step 5 skipped") and len(lines) == 2
     assert all(torch.isfinite(tensor).all() for tensor in weights(run).values())
     assert [line["loss"] is None for line in metrics(run)] == [where == "loss" and n in sick for n in range(1, 7)]
 
@@ -213,14 +213,14 @@ def test_a_step_without_a_target_changes_nothing(train, tmp_path, monkeypatch):
     from accel_llm.training import loop
 
     count, calls = loop.total_targets, iter(range(1, 99))
-    monkeypatch.setattr(loop, "total_targets", lambda *given: 0.0 if next(calls) == 4 else count(*given))
+    monkeypatch.setattr(loop, "total_targets", lambda *arguments: 0.0 if next(calls) == 4 else count(*arguments))
     run = train(tmp_path / "run", "--save_steps", 1, "--save_total_limit", 9)
     three, four, five = (load_file(at(run, step) / "rank-00000.safetensors") for step in (3, 4, 5))
     assert equal(three, four) and not equal(four, five)
     assert metrics(run)[3]["grad_norm"] == 0.0
 
 
-def test_asked_to_stop_a_run_saves_says_so_and_goes_on_later(train, at_step, tmp_path):
+def test_a_stop_signal_saves_and_the_run_can_be_resumed(train, at_step, tmp_path):
     def ask(_: Any) -> None:
         handle_signal(15)
 
@@ -234,23 +234,23 @@ def test_asked_to_stop_a_run_saves_says_so_and_goes_on_later(train, at_step, tmp
     assert equal(weights(train(tmp_path / "run", *LORA)), weights(train(tmp_path / "whole", *LORA)))
 
 
-def test_asked_to_save_a_run_saves_and_goes_on(train, at_step, tmp_path):
+def test_a_save_signal_saves_and_training_continues(train, at_step, tmp_path):
     at_step(2, lambda _: handle_signal(10), before=True)
     run = train(tmp_path / "run", "--save_total_limit", 9)
     assert steps(run) == [2, 3, 6] and status(run)["status"] == "done"
 
 
-def test_an_evaluation_that_was_cut_short_is_done_after_the_resume(train, chats, tmp_path, monkeypatch):
+def test_an_interrupted_evaluation_is_repeated_after_the_resume(train, chats, tmp_path, monkeypatch):
     words = ("--eval_files", chats, "--eval_steps", 2, "--per_device_eval_batch_size", 1)
     whole = train(tmp_path / "whole", *words)
     from accel_llm.training import evaluation
 
     original, calls = evaluation.next_token_loss, iter(range(99))
 
-    def loss_of(*given: Any) -> torch.Tensor:
+    def loss_of(*arguments: Any) -> torch.Tensor:
         if next(calls) == 3:  # in the middle of the first evaluation
             handle_signal(2)
-        return original(*given)
+        return original(*arguments)
 
     monkeypatch.setattr(evaluation, "next_token_loss", loss_of)
     with pytest.raises(Preempted):
@@ -268,7 +268,7 @@ def test_an_adapters_checkpoint_is_small(train, make_model, tmp_path):
     assert trained > 1_000_000 and 3 * trained < size < 1.1 * 3 * trained
 
 
-def test_a_damaged_newer_checkpoint_does_not_outlive_the_ones_to_come(train, interrupt, tmp_path):
+def test_a_damaged_newer_checkpoint_is_removed_by_the_resume(train, interrupt, tmp_path):
     """Rotation goes by step: were it left in place, it would push the good ones out."""
     interrupt(4)
     with pytest.raises(Stopped):
@@ -287,11 +287,11 @@ def test_missing_state_is_an_error(train, interrupt, tmp_path):
         train(tmp_path / "run", *LORA)
     folder = at(tmp_path / "run", STOP)
     path = folder / "rank-00000.safetensors"
-    kept = {name: tensor.clone() for name, tensor in load_file(path).items()}
-    removed = next(name for name in kept if "|exp_avg|" in name)
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    removed = next(name for name in tensors if "|exp_avg|" in name)
     shutil.copytree(folder, tmp_path / "copy")
     facts = json.loads((folder / "manifest.json").read_text())
-    facts[path.name] = list(checkpoints_module.write_tensors(path, {n: t for n, t in kept.items() if n != removed}))
+    facts[path.name] = list(checkpoints_module.write_tensors(path, {n: t for n, t in tensors.items() if n != removed}))
     (folder / "manifest.json").write_text(json.dumps(facts))
     with pytest.raises(ConfigError, match=rf"lacks 1 tensors \({re.escape(removed)}\)"):
         train(tmp_path / "run", *LORA)

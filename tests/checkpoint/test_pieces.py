@@ -1,4 +1,4 @@
-"""Ranges of elements in files: any other range can be read from them, and what is not there is said."""
+"""Any range of elements can be read from saved ranges; missing elements are reported."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -15,16 +15,21 @@ from accel_llm.system.tensors import DTYPE_NAMES, find_nonfinite, write_tensors
 WEIGHTS = torch.arange(24, dtype=torch.float32) / 7
 
 
-def test_a_written_file_is_a_safetensors_file_with_the_hash_that_was_told(tmp_path: Path) -> None:
+def test_a_written_file_is_a_safetensors_file_with_the_returned_hash(tmp_path: Path) -> None:
     kinds = [dtype for dtype in DTYPE_NAMES if dtype.is_floating_point]
-    kept = {f"a.{k}|weight|0": WEIGHTS.to(dtype) for k, dtype in enumerate(kinds)}
-    kept |= {"b|mask|whole": torch.tensor([[True, False, True]]), "b|state1|5": torch.arange(9, dtype=torch.uint8)[2:7]}
-    kept |= {"c|weight|0": WEIGHTS.view(4, 6).T, "d|weight|0": torch.zeros(0)}
-    size, digest = write_tensors(tmp_path / "a.safetensors", kept)
+    tensors = {f"a.{k}|weight|0": WEIGHTS.to(dtype) for k, dtype in enumerate(kinds)}
+    tensors |= {
+        "b|mask|whole": torch.tensor([[True, False, True]]),
+        "b|state1|5": torch.arange(9, dtype=torch.uint8)[2:7],
+    }
+    tensors |= {"c|weight|0": WEIGHTS.view(4, 6).T, "d|weight|0": torch.zeros(0)}
+    size, digest = write_tensors(tmp_path / "a.safetensors", tensors)
     assert (size, digest) == ((tmp_path / "a.safetensors").stat().st_size, sha256(tmp_path / "a.safetensors"))
-    found = load_file(tmp_path / "a.safetensors")
-    assert found.keys() == kept.keys()
-    assert all(torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in kept.items())
+    loaded = load_file(tmp_path / "a.safetensors")
+    assert loaded.keys() == tensors.keys()
+    assert all(
+        torch.equal(loaded[name], tensor) and loaded[name].dtype == tensor.dtype for name, tensor in tensors.items()
+    )
 
 
 def reader_of(folder: Path, cuts: list[int]) -> PieceReader:
@@ -36,7 +41,7 @@ def reader_of(folder: Path, cuts: list[int]) -> PieceReader:
 
 
 @pytest.mark.parametrize("cuts", [[], [12], [5, 6, 20]])
-def test_any_range_is_read_from_any_cut(tmp_path: Path, cuts: list[int]) -> None:
+def test_any_range_can_be_read_from_any_split(tmp_path: Path, cuts: list[int]) -> None:
     reader = reader_of(tmp_path, cuts)
     assert reader.parameter_sizes() == {"w": 24}
     for start in range(24):
@@ -47,7 +52,7 @@ def test_any_range_is_read_from_any_cut(tmp_path: Path, cuts: list[int]) -> None
             assert (flat[:3] == -1).all() and (flat[3 + size :] == -1).all()
 
 
-def test_fields_come_in_the_order_in_which_they_were_written(tmp_path: Path) -> None:
+def test_fields_keep_their_order(tmp_path: Path) -> None:
     """A resumed run writes the same bytes as one that was never stopped."""
     names = ["momentum", "exp_avg_sq_row", "exp_avg_sq_col", "exp_avg", "a", "z", "weight"]
     write_tensors(tmp_path / "a.safetensors", {f"w|{name}|0": WEIGHTS for name in names})
@@ -55,7 +60,7 @@ def test_fields_come_in_the_order_in_which_they_were_written(tmp_path: Path) -> 
     assert reader.fields(Share("w", WEIGHTS, WEIGHTS, [Piece("w", 0, 0, 24)])) == names[:-1]
 
 
-def test_what_is_missing_or_of_another_dtype_is_said(tmp_path: Path) -> None:
+def test_missing_elements_and_other_dtypes_are_reported(tmp_path: Path) -> None:
     reader = reader_of(tmp_path, [12])
     with pytest.raises(ConfigError, match=r"holds 4 of 6 elements of w \(weight\)\.$"):
         reader.fill(Piece("w", 20, 0, 6), "weight", torch.zeros(6))
@@ -76,14 +81,19 @@ def test_what_is_missing_or_of_another_dtype_is_said(tmp_path: Path) -> None:
         (7).to_bytes(8, "little") + b'{"a":1}',
     ],
 )
-def test_what_is_no_safetensors_file_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_other_files_than_safetensors_are_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "rank-00000.safetensors"
     path.write_bytes(content)
     with pytest.raises(ConfigError, match="is not a safetensors file"):
         PieceReader(tmp_path, [path], {}, [])
 
 
-def test_what_is_not_finite_is_named() -> None:
-    kept = {"a": torch.ones(3), "b": torch.tensor([1.0, float("nan")]), "c": torch.tensor([-float("inf")])}
-    kept |= {"d": torch.arange(3), "e": torch.zeros(0), "f": torch.tensor([3.4e38, 3.4e38]), "g": kept["b"].bfloat16()}
-    assert find_nonfinite(kept) == ["b", "c", "g"]
+def test_tensors_with_nan_or_infinity_are_named() -> None:
+    tensors = {"a": torch.ones(3), "b": torch.tensor([1.0, float("nan")]), "c": torch.tensor([-float("inf")])}
+    tensors |= {
+        "d": torch.arange(3),
+        "e": torch.zeros(0),
+        "f": torch.tensor([3.4e38, 3.4e38]),
+        "g": tensors["b"].bfloat16(),
+    }
+    assert find_nonfinite(tensors) == ["b", "c", "g"]

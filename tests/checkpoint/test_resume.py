@@ -1,4 +1,4 @@
-"""Where a run begins: what an output folder may be, and whether a checkpoint is of this run."""
+"""Where a run starts: which output folders are accepted, and whether a checkpoint belongs to the run."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ def parted(train, interrupt, tmp_path) -> Path:
     return tmp_path / "run"
 
 
-def test_what_an_output_folder_may_be_used_for(train, tmp_path):
+def test_finished_runs_and_other_files_in_output_dir_are_refused(train, tmp_path):
     run = train(tmp_path / "run", "--max_steps", 1)
     before = (run / "run.json").read_bytes()
     with pytest.raises(ConfigError) as error:
@@ -62,14 +62,14 @@ def test_what_an_output_folder_may_be_used_for(train, tmp_path):
         train(foreign / "thesis.txt")
 
 
-def test_what_a_killed_process_left_hidden_does_not_stop_a_run(train, tmp_path):
+def test_hidden_files_of_a_killed_process_do_not_stop_a_run(train, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".run.json.77.partial").write_text("{", encoding="utf-8")
     run = train(tmp_path / "run", "--max_steps", 1)
     assert status(run)["status"] == "done" and not list(run.glob(".*"))
 
 
-def test_overwriting_removes_what_is_ours_alone_and_only_once_the_new_run_stands(train, tmp_path):
+def test_overwriting_removes_only_files_of_a_run_and_only_when_the_new_run_is_ready(train, tmp_path):
     run = train(tmp_path / "run", "--max_steps", 2, "--save_steps", 1, "--method", "lora")
     (run / "notes.txt").write_text("mine", encoding="utf-8")
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
@@ -92,7 +92,7 @@ def test_an_interrupted_run_without_a_checkpoint_starts_anew(train, interrupt, t
     assert metrics(run) == metrics(whole) and equal(weights(run), weights(whole))
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew_unless_that_is_said(train, interrupt, tmp_path):
+def test_a_run_with_damaged_checkpoints_only_is_not_started_anew_without_a_word(train, interrupt, tmp_path):
     interrupt(4)
     with pytest.raises(Stopped):
         train(tmp_path / "run", "--save_steps", 2)
@@ -109,7 +109,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew_unless_that_i
     assert steps(tmp_path / "run") == [1]
 
 
-def test_a_process_killed_while_it_makes_room_leaves_a_run_that_can_be_started_again(tmp_path, monkeypatch):
+def test_a_process_killed_while_it_removes_old_files_leaves_run_json(tmp_path, monkeypatch):
     for name in RUN_FILES:
         (tmp_path / name).write_text("{}", encoding="utf-8")
     unlink, removed = Path.unlink, []
@@ -183,7 +183,7 @@ def test_every_option_is_harmless_or_compared():
     assert not HARMLESS_OPTIONS & (set(FIXED_OPTIONS) | LOCATION_OPTIONS.keys())
 
 
-def test_the_rows_of_a_step_may_be_cut_otherwise_but_must_be_as_many(train, parted, tmp_path):
+def test_the_rows_of_a_step_may_be_split_differently_but_their_number_must_be_equal(train, parted, tmp_path):
     with pytest.raises(
         ConfigError, match=r"^total_batch_size: .* was saved with 1, this run has 2; give the same, allow"
     ):
@@ -193,7 +193,7 @@ def test_the_rows_of_a_step_may_be_cut_otherwise_but_must_be_as_many(train, part
     assert json.loads((at(run, 6) / "state.json").read_text())["rows"] == 3 + 3 * 2
 
 
-def test_the_same_model_and_data_may_lie_elsewhere_and_others_may_not(train, parted, tmp_path, tiny, chats, make_model):
+def test_the_same_model_and_data_may_be_moved_but_not_replaced(train, parted, tmp_path, tiny, chats, make_model):
     model = shutil.copytree(tiny, tmp_path / "moved")
     rows = shutil.copy(chats, tmp_path / "rows.jsonl")
     words = ("--lora_r", 4, "--model_name_or_path", model)
@@ -210,7 +210,7 @@ def test_the_same_model_and_data_may_lie_elsewhere_and_others_may_not(train, par
     assert equal(weights(run), weights(train(tmp_path / "whole", "--lora_r", 4)))
 
 
-def test_rows_and_weights_that_changed_in_their_place_are_noticed(train, interrupt, tmp_path, tiny, chats):
+def test_rows_and_weights_that_changed_at_the_same_path_are_noticed(train, interrupt, tmp_path, tiny, chats):
     model = shutil.copytree(tiny, tmp_path / "model")
     rows = Path(shutil.copy(chats, tmp_path / "rows.jsonl"))
     words = ("--model_name_or_path", model, "--train_files", rows)
@@ -228,7 +228,7 @@ def test_rows_and_weights_that_changed_in_their_place_are_noticed(train, interru
     assert "was saved with the rows " in str(error.value) and "the model with the fingerprint " in str(error.value)
 
 
-def test_a_fingerprint_is_of_the_content_alone(tmp_path, tiny):
+def test_a_fingerprint_depends_on_the_content_only(tmp_path, tiny):
     copy = shutil.copytree(tiny, tmp_path / "copy")
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"transformers_version": "9.9", "_name_or_path": "x"}))

@@ -30,9 +30,9 @@ def told(script, tiny, chats, tmp_path) -> Callable[..., list[str]]:
         if rows is not None:
             files = tmp_path / name
             files.write_text(rows, encoding="utf-8")
-        given = ("--model_name_or_path", tiny, "--train_files", files, "--max_length", 128, "--output_dir", out)
+        words = ("--model_name_or_path", tiny, "--train_files", files, "--max_length", 128, "--output_dir", out)
         with pytest.raises((ConfigError, DataError)) as error:
-            script("sft", *given, "--max_steps", 1, *more)
+            script("sft", *words, "--max_steps", 1, *more)
         assert not out.exists()
         sentences = str(error.value).splitlines()
         assert all(len(sentence) < 600 for sentence in sentences)
@@ -93,12 +93,12 @@ def test_missing_model_files_and_clashing_options_are_told_together(told, tmp_pa
 
 
 def test_a_model_without_data_and_data_without_a_model(script, tiny, chats, tmp_path):
-    for given, sentence in (
+    for words, sentence in (
         (("--model_name_or_path", tiny), f"train_files: is missing; name at least one source: {ALLOWED_SOURCES}."),
         (("--train_files", chats), "model_name_or_path: is missing; name a model folder or a hub id."),
     ):
         with pytest.raises(ConfigError) as error:
-            script("sft", *given, "--output_dir", tmp_path / "out")
+            script("sft", *words, "--output_dir", tmp_path / "out")
         assert str(error.value) == sentence
     assert not (tmp_path / "out").exists()
 
@@ -203,10 +203,12 @@ def test_a_deepspeed_configuration_that_contradicts_the_recipe(told, monkeypatch
     (tmp_path / "zero.json").write_text(json.dumps(settings))
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(tmp_path / "zero.json"))
-    found = {sentence.split(":")[0]: sentence for sentence in told()}
-    named = {"gradient_accumulation_steps", "gradient_clipping", "train_micro_batch_size_per_gpu", "optimizer", "bf16"}
-    assert found.keys() == named
-    assert found["gradient_clipping"].endswith('says 0.5; set it to "auto" there and use max_grad_norm in the recipe.')
+    sentences = {sentence.split(":")[0]: sentence for sentence in told()}
+    fields = {"gradient_accumulation_steps", "gradient_clipping", "train_micro_batch_size_per_gpu", "optimizer", "bf16"}
+    assert sentences.keys() == fields
+    assert sentences["gradient_clipping"].endswith(
+        'says 0.5; set it to "auto" there and use max_grad_norm in the recipe.'
+    )
 
 
 def test_what_the_launcher_says_where_an_inline_deepspeed_configuration_is_silent_is_no_contradiction(monkeypatch):

@@ -1,16 +1,16 @@
-"""When one rank fails the job ends soon, with one cause and its rank; see tests/proofs/failures.py for the whole table."""
+"""When one rank fails, the job ends soon and names the cause and the rank. The whole table: tests/proofs/failures.py."""
 
 from pathlib import Path
 
 import pytest
-from failures import TABLE, Cell, Outcome, launch, wrong
+from failures import TABLE, Cell, Outcome, find_problems, launch
 
 CELLS = [Cell("ddp", 1, "backward"), Cell("fsdp2", 0, "save")]
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What is encoded once serves all launches."""
+    """All launches share the rows that the first one encodes."""
     return tmp_path_factory.mktemp("failures")
 
 
@@ -19,15 +19,15 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_one_rank_that_fails_ends_the_job(cell: Cell, work: Path) -> None:
     assert cell in TABLE
     outcome = launch(cell, work)
-    assert wrong(cell, outcome) == [], outcome.screen[-6000:]
+    assert find_problems(cell, outcome) == [], outcome.screen[-6000:]
 
 
-def test_what_is_wrong_is_noticed() -> None:
+def test_every_problem_of_a_failed_launch_is_noticed() -> None:
     cell = Cell("ddp", 1, "save")
     line = "error (rank 1): RuntimeError: injected at save"
     screen = f"Traceback (most recent call last)\n{line}\nTraceback (most recent call last)\nRoot Cause\n  rank      : 1 (local_rank: 1)"
     run = {"status": "failed", "error": "RuntimeError: injected at save", "failed_rank": 1}
-    assert wrong(cell, Outcome(9.0, 1, screen, run, [], [])) == []
+    assert find_problems(cell, Outcome(9.0, 1, screen, run, [], [])) == []
     for outcome in (
         Outcome(None, 0, screen, run, [], []),
         Outcome(61.0, 1, screen, run, [], []),
@@ -42,4 +42,4 @@ def test_what_is_wrong_is_noticed() -> None:
         Outcome(9.0, 1, screen, run, ["adapter"], []),
         Outcome(9.0, 1, screen, run, [], [1]),
     ):
-        assert len(wrong(cell, outcome)) == 1, outcome
+        assert len(find_problems(cell, outcome)) == 1, outcome

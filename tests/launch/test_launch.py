@@ -27,7 +27,7 @@ STEPS = 6
 
 
 def launch(*words: str, code: int = 0, **environment: str) -> str:
-    """Run a command line in the repository, with the cores shared fairly; its combined output."""
+    """Run a command line in the repository; return its combined output."""
     command = [sys.executable, *words] if words[0].endswith(".py") else list(words)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
@@ -49,7 +49,7 @@ def metrics(folder: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random model on disk, and a ZeRO-3 config that shards even tensors as small as its."""
+    """Write a tiny random model, and a ZeRO-3 config that shards even its small tensors."""
     folder = tmp_path_factory.mktemp("launch")
     tokenizer = build_demo_tokenizer()
     torch.manual_seed(0)
@@ -85,7 +85,7 @@ def train(work: Path, strategy: str, method: str) -> Path:
 
 @pytest.fixture
 def reference(request: pytest.FixtureRequest, work: Path, script: Callable[..., None]) -> tuple[str, Path]:
-    """One process trains the same, here."""
+    """Train the same in this process, once for each method."""
     output = work / f"alone-{request.param}"
     if not output.exists():
         script("sft", *words(work, request.param, output))

@@ -1,4 +1,4 @@
-"""A slice of the matrix: every two values of two factors meet in a cell that works, and no sabotage goes unnoticed."""
+"""A part of the matrix: every two values of two factors meet in a cell that works, and every sabotage is noticed."""
 
 import re
 import subprocess
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def matrix(*words: str) -> str:
-    """Run tests/proofs/matrix.py in a process that has no threads yet; its output."""
+    """Run tests/proofs/matrix.py in a process that has no threads yet; return its output."""
     command = [sys.executable, "tests/proofs/matrix.py", *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]

@@ -1,6 +1,7 @@
 """The pages of the project keep their word: their snippets run, the loop they show is the script's, their links exist."""
 
 import ast
+import importlib
 import json
 import math
 import re
@@ -82,7 +83,7 @@ def check_schedule(names: dict[str, Any]) -> None:
 
 
 def check_merge(names: dict[str, Any]) -> None:
-    assert names["merged"].modules > 0 and names["merged"].worst < 1e-5
+    assert names["merged"].modules > 0 and names["merged"].largest_error < 1e-5
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), "adapter")
     merged = AutoModelForCausalLM.from_pretrained("merged")
     ids = torch.arange(20)[None]
@@ -147,6 +148,15 @@ def test_links_between_pages_and_named_files_exist(page: Path) -> None:
     assert [link for link in LINK.findall(text) if not (page.parent / link).exists()] == []
     named = re.findall(r"`(?:python |pytest )?((?:tests|launch|accelerate_configs|accel_llm)/[\w./-]+)", text)
     assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_names_that_a_page_imports_exist(page: Path) -> None:
+    for snippet in SNIPPET.findall(page.read_text(encoding="utf-8")):
+        for node in ast.walk(ast.parse(snippet)):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("accel_llm"):
+                module = importlib.import_module(str(node.module))
+                assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
 
 
 def test_the_readme_names_every_package_and_script() -> None:

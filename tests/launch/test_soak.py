@@ -1,4 +1,4 @@
-"""A short, seeded slice of tests/proofs/soak.py: nothing that disturbs a run costs more than promised, nor changes its end."""
+"""A short, seeded part of tests/proofs/soak.py: a disturbed run loses no more than promised and ends the same."""
 
 import re
 import shutil
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def printed() -> str:
-    """In a process that has no threads yet; it fails if anything was not as promised."""
+    """Run it in a process that has no threads yet; it fails if anything was not as promised. Return its output."""
     command = [sys.executable, "tests/proofs/soak.py", "--short"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
@@ -28,11 +28,11 @@ def printed() -> str:
 
 @pytest.mark.long
 def test_killed_runs_go_on_and_end_as_if_nothing_had_been(printed: str) -> None:
-    found = re.search(
+    summary = re.search(
         r"(\d+) SIGKILLs in (\d+) runs, (\d+) inside a save .* (\d+) after at least one step; 0 runs", printed
     )
-    assert found, printed
-    kills, runs, in_saves, after_a_step = map(int, found.groups())
+    assert summary, printed
+    kills, runs, in_saves, after_a_step = map(int, summary.groups())
     assert (kills, runs) == (8, 2) and in_saves >= 2 and after_a_step >= 6
 
 
@@ -75,10 +75,10 @@ def test_what_a_full_disk_should_not_lead_to_is_noticed(tmp_path: Path) -> None:
         (6, 61.0, "took 61 s"),
         (2, "", "was not refused anything, and failed"),
     ):
-        (found,) = fulldisk.judged(*honest[:k], value, *honest[k + 1 :])
-        assert found.startswith(told)
+        (problem,) = fulldisk.judged(*honest[:k], value, *honest[k + 1 :])
+        assert problem.startswith(told)
     (output / "checkpoints" / "step-00000002" / "manifest.json").write_text("{", encoding="utf-8")
-    assert [found.rpartition("/")[2] for found in fulldisk.judged(*honest)] == ["step-00000002 is not whole"]
+    assert [problem.rpartition("/")[2] for problem in fulldisk.judged(*honest)] == ["step-00000002 is not whole"]
     trace.write_text("sealed 2\nsealed 4\n", encoding="utf-8")
     assert "the checkpoint of step 4 is gone" in fulldisk.judged(*honest)
 

@@ -1,4 +1,4 @@
-"""What was tuned comes out as an adapter: exactly at full rank, as well as any of its rank below that."""
+"""Extracted adapters reproduce the tuned model: exactly at full rank, and as well as possible at lower ranks."""
 
 import json
 from pathlib import Path
@@ -46,30 +46,30 @@ def merged(base: Path, adapter: Path, target: Path) -> dict[str, torch.Tensor]:
     return load_file(target / "model.safetensors")
 
 
-def test_a_change_of_low_rank_is_extracted_whole(tiny, tmp_path):
+def test_a_change_of_low_rank_is_extracted_exactly(tiny, tmp_path):
     model = tune(tiny, tmp_path / "tuned", rank=4)
-    found = extracted(tiny, model, tmp_path / "adapter", lora_r=4)
-    assert len(found.errors) == 14 and max(found.errors.values()) < 1e-5 and not found.uncovered_changes
+    result = extracted(tiny, model, tmp_path / "adapter", lora_r=4)
+    assert len(result.errors) == 14 and max(result.errors.values()) < 1e-5 and not result.uncovered_changes
     again = merged(tiny, tmp_path / "adapter", tmp_path / "merged")
     for name, tensor in load_file(model / "model.safetensors").items():
         assert torch.allclose(again[name], tensor, atol=1e-5), name
-    assert {path.name for path in found.folder.iterdir()} >= {"adapter_config.json", "tokenizer.json"}
-    assert json.loads((found.folder / "adapter_config.json").read_text())["base_model_name_or_path"] == str(tiny)
+    assert {path.name for path in result.folder.iterdir()} >= {"adapter_config.json", "tokenizer.json"}
+    assert json.loads((result.folder / "adapter_config.json").read_text())["base_model_name_or_path"] == str(tiny)
 
 
-def test_errors_are_those_of_the_best_approximation_of_the_rank(tiny, tmp_path):
+def test_errors_equal_those_of_the_best_approximation_of_that_rank(tiny, tmp_path):
     model = tune(tiny, tmp_path / "tuned")
     before, after = load_file(tiny / "model.safetensors"), load_file(model / "model.safetensors")
     last = 2.0
     for rank in (2, 8, 32):
-        found = extracted(tiny, model, tmp_path / f"adapter{rank}", lora_r=rank)
+        result = extracted(tiny, model, tmp_path / f"adapter{rank}", lora_r=rank)
         name = "model.layers.1.mlp.up_proj"
         values = torch.linalg.svdvals(after[f"{name}.weight"] - before[f"{name}.weight"])
         expected = float(values[rank:].norm() / values.norm())
-        assert found.errors[name] == pytest.approx(expected, abs=1e-5)
-        assert found.errors[name] < last
-        last = found.errors[name]
-    assert max(found.errors.values()) < 1e-5  # no matrix of the model is of a higher rank
+        assert result.errors[name] == pytest.approx(expected, abs=1e-5)
+        assert result.errors[name] < last
+        last = result.errors[name]
+    assert max(result.errors.values()) < 1e-5  # no matrix of the model is of a higher rank
 
 
 def test_large_matrices_come_near_the_best_approximation(monkeypatch):
@@ -86,15 +86,15 @@ def test_large_matrices_come_near_the_best_approximation(monkeypatch):
     assert all(torch.equal(*pair) for pair in zip(low_rank_factors(change, 16), (left, right), strict=True))
 
 
-def test_what_is_no_linear_layer_is_told_or_saved_whole(tiny, tmp_path):
+def test_weights_outside_linear_layers_are_reported_or_saved_whole(tiny, tmp_path):
     also = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
     model = tune(tiny, tmp_path / "tuned", rank=4, also=also)
-    found = extracted(tiny, model, tmp_path / "adapter", lora_r=4)
-    assert found.uncovered_changes.keys() == {"model.embed_tokens.weight", "model.norm.weight"}
-    assert "lm_head" in found.errors
+    result = extracted(tiny, model, tmp_path / "adapter", lora_r=4)
+    assert result.uncovered_changes.keys() == {"model.embed_tokens.weight", "model.norm.weight"}
+    assert "lm_head" in result.errors
     saved = ["embed_tokens", "norm", "lm_head"]
-    found = extracted(tiny, model, tmp_path / "whole", lora_r=4, modules_to_save=saved)
-    assert not found.uncovered_changes and "lm_head" not in found.errors
+    result = extracted(tiny, model, tmp_path / "whole", lora_r=4, modules_to_save=saved)
+    assert not result.uncovered_changes and "lm_head" not in result.errors
     again = merged(tiny, tmp_path / "whole", tmp_path / "merged")
     for name, tensor in load_file(model / "model.safetensors").items():
         assert torch.allclose(again[name], tensor, atol=1e-5), name
@@ -108,8 +108,10 @@ def test_transposed_layers_are_extracted(tmp_path):
     with torch.no_grad():
         model.transformer.h[0].attn.c_attn.weight += torch.randn(16, 3) @ torch.randn(3, 48)
     model.save_pretrained(tmp_path / "tuned")
-    found = extracted(tmp_path / "base", tmp_path / "tuned", tmp_path / "adapter", lora_r=3)
-    assert list(found.errors) == ["transformer.h.0.attn.c_attn"] and found.errors["transformer.h.0.attn.c_attn"] < 1e-5
+    result = extracted(tmp_path / "base", tmp_path / "tuned", tmp_path / "adapter", lora_r=3)
+    assert (
+        list(result.errors) == ["transformer.h.0.attn.c_attn"] and result.errors["transformer.h.0.attn.c_attn"] < 1e-5
+    )
     again = merged(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
     tuned = load_file(tmp_path / "tuned" / "model.safetensors")
     assert torch.allclose(
@@ -117,7 +119,7 @@ def test_transposed_layers_are_extracted(tmp_path):
     )
 
 
-def test_what_cannot_be_extracted_is_refused_in_a_sentence(tiny, make_model, tmp_path):
+def test_models_that_allow_no_extraction_are_refused(tiny, make_model, tmp_path):
     target = tmp_path / "adapter"
     for model, sentence in (
         (tiny, f"model: {tiny} has the weights of {tiny}; there is nothing to extract."),
@@ -137,6 +139,8 @@ def test_what_cannot_be_extracted_is_refused_in_a_sentence(tiny, make_model, tmp
 def test_the_script_prints_the_error_of_each_layer(script, tiny, tmp_path, capsys):
     model = tune(tiny, tmp_path / "tuned", also=("model.norm.weight",))
     script("extract", "--base", tiny, "--model", model, "--lora_r", 8, "--output_dir", tmp_path / "adapter")
-    told = capsys.readouterr().out
-    assert "14 layers at rank 8; share of their change that is lost:" in told and told.count("%  model.layers.") == 10
-    assert "not in the adapter, though changed by" in told and "model.norm.weight" in told
+    output = capsys.readouterr().out
+    assert (
+        "14 layers at rank 8; share of their change that is lost:" in output and output.count("%  model.layers.") == 10
+    )
+    assert "not in the adapter, though changed by" in output and "model.norm.weight" in output

@@ -1,4 +1,4 @@
-"""Weights in 4 bits are taken as bitsandbytes computes with them, on the way and out of a 4-bit model's files."""
+"""4-bit weights get the values that bitsandbytes computes with, from 16-bit files and from 4-bit files."""
 
 from pathlib import Path
 from typing import Any
@@ -42,8 +42,8 @@ def logits(model: Any) -> torch.Tensor:
         return model.eval()(IDS).logits.float()
 
 
-def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
+def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm())
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def merged(adapter: Path, target: Path, **options: Any) -> MergeResult:
 
 
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_merged_into_the_dequantised_weights_the_adapter_says_what_it_said_on_4_bits(trained, tmp_path, dtype, bound):
+def test_merging_into_dequantised_weights_keeps_the_logits_of_the_4_bit_base(trained, tmp_path, dtype, bound):
     base, adapter, expected = trained(dtype)
     ways = ("original", "dequantized")
     for way in ways:
@@ -84,7 +84,7 @@ def test_merged_into_the_dequantised_weights_the_adapter_says_what_it_said_on_4_
     assert torch.equal(weights["original"]["lm_head.weight"], weights["dequantized"]["lm_head.weight"])
 
 
-def test_weights_that_no_adapter_touches_are_dequantised_as_well(make_model, tmp_path):
+def test_weights_without_an_adapter_are_dequantised_too(make_model, tmp_path):
     base = make_model(tmp_path / "base", torch.bfloat16)
     config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False)
     get_peft_model(loaded(base), config).save_pretrained(tmp_path / "adapter")
@@ -100,7 +100,7 @@ def test_weights_that_no_adapter_touches_are_dequantised_as_well(make_model, tmp
             assert torch.equal(after[name], before[name])
 
 
-def test_a_base_that_is_stored_in_4_bits_is_unpacked(trained, tmp_path):
+def test_a_base_with_4_bit_files_is_unpacked(trained, tmp_path):
     base, adapter, expected = trained(torch.bfloat16)
     stored = tmp_path / "stored"
     loaded(base, quantization_config=four_bits(torch.bfloat16)).save_pretrained(stored)
@@ -110,8 +110,8 @@ def test_a_base_that_is_stored_in_4_bits_is_unpacked(trained, tmp_path):
         "merge_base: original needs the base's original weights, but the base holds only 4-bit ones; set merge_base: "
         "dequantized, or name the base model in 16 bits with --base."
     )
-    found = merged(adapter, tmp_path / "merged", base=str(stored), merge_base="dequantized", verify="logits")
-    assert found.differences.keys() == {"merged", "dequantized"}
+    result = merged(adapter, tmp_path / "merged", base=str(stored), merge_base="dequantized", verify="logits")
+    assert result.differences.keys() == {"merged", "dequantized"}
     card = (tmp_path / "merged" / "README.md").read_text()
     assert "dequantized base: merged logits differ from those of the adapter on its 4-bit base by " in card
     merged(adapter, tmp_path / "other", base=str(base), merge_base="dequantized")
@@ -144,7 +144,7 @@ def test_transposed_weights_are_rounded_in_blocks_of_their_rows():
     assert distance(round_to_4_bits(weight, False), weight) == pytest.approx(0.09, abs=0.03)
 
 
-def test_the_adapter_on_dequantised_weights_is_the_adapter_on_4_bits(trained):
+def test_the_adapter_gives_equal_logits_on_dequantised_and_on_4_bit_weights(trained):
     base, adapter, expected = trained(torch.float32)
     model = loaded(base)
     for name, turned in quantized_weights(model).items():

@@ -1,4 +1,4 @@
-"""An adapter and its base become one model that answers the same, or nothing is written and one sentence says why."""
+"""A merged model has the logits of base and adapter, or nothing is written and one sentence says why."""
 
 import hashlib
 import json
@@ -40,8 +40,8 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
         return model.eval()(input_ids=IDS).logits.float()
 
 
-def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
+def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm())
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def merged(folder: Path, target: Path, **options) -> MergeResult:
     ],
 )
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_merged_model_answers_as_base_and_adapter_do(
+def test_the_merged_model_has_the_logits_of_base_and_adapter(
     make_model, make_adapter, tmp_path, dtype, bound, options, tied
 ):
     base = make_model(tmp_path / "base", dtype, tie_word_embeddings=tied, attention_bias=True)
@@ -109,7 +109,7 @@ def test_the_merged_model_answers_as_base_and_adapter_do(
     assert not any("lora" in name or "base_layer" in name for name in stored)
 
 
-def test_tokenizer_template_and_generation_config_come_along(tiny, make_adapter, tmp_path):
+def test_tokenizer_template_and_generation_config_are_written(tiny, make_adapter, tmp_path):
     folder = make_adapter(tiny)
     # The folder of the run that holds adapter/ will do as well, and so will a target below folders yet to be made.
     target = tmp_path / "some" / "where" / "merged"
@@ -169,7 +169,7 @@ def refusal(target: Path, folder: Path, **options) -> str:
     return str(error.value)
 
 
-def test_what_cannot_be_merged_is_refused_in_a_sentence(tiny, make_model, make_adapter, tmp_path):
+def test_adapters_that_cannot_be_merged_are_refused_in_one_sentence(tiny, make_model, make_adapter, tmp_path):
     target = tmp_path / "merged"
     nowhere = tmp_path / "nowhere"
     advice = "name the adapter's folder, or the run's output_dir."
@@ -206,26 +206,28 @@ def test_what_cannot_be_merged_is_refused_in_a_sentence(tiny, make_model, make_a
     )
 
 
-def test_an_adapter_of_another_base_is_known_by_the_fingerprint(make_model, make_adapter, script, tmp_path, capsys):
+def test_an_adapter_of_another_base_is_recognised_by_its_fingerprint(
+    make_model, make_adapter, script, tmp_path, capsys
+):
     base, other = make_model(tmp_path / "base"), make_model(tmp_path / "other")
     state = load_file(other / "model.safetensors")
     save_file(state | {"model.norm.weight": torch.ones(32) * 2}, other / "model.safetensors", metadata={"format": "pt"})
     folder, target = make_adapter(base), tmp_path / "merged"
-    own, found = model_fingerprint(str(base)), model_fingerprint(str(other))
+    own, fingerprint = model_fingerprint(str(base)), model_fingerprint(str(other))
     sentence = (
-        f"base: {folder} was trained on another base model (fingerprint {own}) than {other} ({found}); name its own base "
+        f"base: {folder} was trained on another base model (fingerprint {own}) than {other} ({fingerprint}); name its own base "
         "with --base, or set allow_other_base if this is the same model, stored in another way."
     )
-    assert own != found and refusal(target, folder, base=str(other)) == sentence
+    assert own != fingerprint and refusal(target, folder, base=str(other)) == sentence
     with pytest.raises(ConfigError, match=re.escape(sentence)):
         script("chat", "--model", folder, "--base", other, "--prompt", "?")
     assert merged(folder, target, base=str(other), allow_other_base=True).base == str(other)
-    assert f"| base `{tmp_path.name}/other`, fingerprint | {found} |" in (target / "README.md").read_text()
+    assert f"| base `{tmp_path.name}/other`, fingerprint | {fingerprint} |" in (target / "README.md").read_text()
     base.rename(tmp_path / "moved")  # the same model wherever it lies
     assert merged(folder, tmp_path / "again", base=str(tmp_path / "moved")).modules
 
 
-def test_a_base_that_is_gone_is_asked_for(make_model, make_adapter, tmp_path):
+def test_a_missing_base_must_be_named(make_model, make_adapter, tmp_path):
     base = make_model(tmp_path / "base")
     folder = make_adapter(base)
     base.rename(tmp_path / "moved")
@@ -321,7 +323,7 @@ def test_logits_are_compared_in_a_fresh_process(tiny, make_adapter, tmp_path):
     assert "logits compared with those of base and adapter: relative difference" in facts
 
 
-def test_nothing_half_written_stays_after_an_interruption(tiny, make_adapter, tmp_path):
+def test_an_interrupted_merge_leaves_no_files(tiny, make_adapter, tmp_path):
     folder = make_adapter(tiny)
     options = MergeOptions(adapter=[str(folder)], output_dir=str(tmp_path / "merged"))
 
@@ -347,7 +349,7 @@ def test_the_model_card_names_what_was_merged(tiny, make_adapter, tmp_path):
     assert text.startswith("---\nlibrary_name: transformers\n") and "base_model:" not in text
 
 
-def test_tokenizers_come_from_the_adapter_or_else_the_base_and_it_is_said(tiny, make_adapter, tmp_path):
+def test_the_tokenizer_comes_from_the_adapter_or_else_from_the_base(tiny, make_adapter, tmp_path):
     folder = make_adapter(tiny)
     assert merged(folder, tmp_path / "a").notes == (f"tokenizer: of the adapter ({folder})",)
     (folder / "tokenizer_config.json").unlink()
@@ -374,7 +376,7 @@ def test_nothing_is_uploaded_unless_asked_and_a_failure_leaves_the_model(
 
 
 @pytest.mark.parametrize("name", ["owner/adapter", "owner/base"])
-def test_a_hub_id_that_cannot_be_had_is_told(tiny, make_adapter, tmp_path, monkeypatch, name):
+def test_a_hub_id_that_cannot_be_reached_is_refused(tiny, make_adapter, tmp_path, monkeypatch, name):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     field = name.split("/")[1]
     with pytest.raises(
@@ -414,7 +416,7 @@ def test_an_adapter_made_by_plain_peft_merges(tiny, tmp_path):
     assert distance(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), logits(model)) <= 1e-5
 
 
-def test_script_merges_what_the_run_left_and_chat_answers(script, tiny, chats, tmp_path, capsys):
+def test_the_script_merges_a_runs_adapter_and_chat_answers(script, tiny, chats, tmp_path, capsys):
     run, target, short = tmp_path / "out", tmp_path / "merged", ("--max_length", 128)
     script("sft", "--model_name_or_path", tiny, "--train_files", chats, "--output_dir", run, "--max_steps", 2, *short)
     script("merge", "--adapter", run, "--output_dir", target)

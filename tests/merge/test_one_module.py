@@ -1,4 +1,4 @@
-"""Merging a layer row by row gives the bits of merging it at once, whatever its shape and rank."""
+"""Merging a layer a few rows at a time gives the same bits as merging it at once, for any shape and rank."""
 
 import pytest
 import torch
@@ -18,36 +18,36 @@ def layer(kind: str, rows: int, columns: int, rank: int, dtype: torch.dtype, **s
     if kind == "embedding":
         return Embedding(nn.Embedding(rows, columns, dtype=dtype), "default", **arguments)
     base = Conv1D(rows, columns).to(dtype) if kind == "conv1d" else nn.Linear(columns, rows, dtype=dtype)
-    made = Linear(base, "default", is_target_conv_1d_layer=kind == "conv1d", **arguments)
-    for parameter in (made.lora_A, made.lora_B):
+    adapted = Linear(base, "default", is_target_conv_1d_layer=kind == "conv1d", **arguments)
+    for parameter in (adapted.lora_A, adapted.lora_B):
         parameter.float()
-    return made
+    return adapted
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["linear", "conv1d", "embedding"])
 @pytest.mark.parametrize("rows, columns, rank", [(301, 64, 4), (1000, 768, 16), (96, 3000, 64), (50, 40, 1)])
-def test_parts_have_the_bits_of_the_whole(kind, dtype, rows, columns, rank, monkeypatch):
+def test_merging_by_rows_gives_the_same_bits(kind, dtype, rows, columns, rank, monkeypatch):
     monkeypatch.setattr(one_module, "ELEMENTS_PER_PART", 2**14)
-    made = layer(kind, rows, columns, rank, dtype)
-    base = made.get_base_layer().weight.data.clone()
-    made.merge()
-    expected = made.get_base_layer().weight.data.clone()
-    made.get_base_layer().weight.data.copy_(base)
-    made.merged_adapters.clear()
-    assert one_module._rows_are_independent(made)
-    plain = merge_module(made, unmerge=False)
-    assert plain is made.get_base_layer() and torch.equal(plain.weight, expected)
+    adapted = layer(kind, rows, columns, rank, dtype)
+    base = adapted.get_base_layer().weight.data.clone()
+    adapted.merge()
+    expected = adapted.get_base_layer().weight.data.clone()
+    adapted.get_base_layer().weight.data.copy_(base)
+    adapted.merged_adapters.clear()
+    assert one_module._rows_are_independent(adapted)
+    plain = merge_module(adapted, unmerge=False)
+    assert plain is adapted.get_base_layer() and torch.equal(plain.weight, expected)
     assert not torch.equal(expected, base)
 
-    made.merged_adapters = ["default"]
-    made.unmerge()
-    unmerged = made.get_base_layer().weight.data.clone()
-    made.get_base_layer().weight.data.copy_(expected)
-    assert torch.equal(merge_module(made, unmerge=True).weight, unmerged)
+    adapted.merged_adapters = ["default"]
+    adapted.unmerge()
+    unmerged = adapted.get_base_layer().weight.data.clone()
+    adapted.get_base_layer().weight.data.copy_(expected)
+    assert torch.equal(merge_module(adapted, unmerge=True).weight, unmerged)
 
 
-def test_threads_are_given_back():
+def test_the_number_of_threads_is_restored():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -58,5 +58,5 @@ def test_threads_are_given_back():
 
 
 @pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_bias": True}])
-def test_what_its_rows_share_is_merged_at_once(settings):
+def test_layers_whose_rows_depend_on_each_other_are_merged_at_once(settings):
     assert not one_module._rows_are_independent(layer("linear", 64, 32, 4, torch.float32, **settings))

@@ -1,4 +1,4 @@
-"""Damage is found: in a module that is merged badly, in a file that is not what was written, in a model's logits."""
+"""Verification finds damage: a badly merged module, a damaged file."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -44,7 +44,7 @@ def adapted(name: str, dtype: torch.dtype = torch.float32, **settings: Any) -> A
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["linear", "embedding", "conv", "line"])
-def test_a_merged_module_computes_what_it_did_within_the_bound(name, dtype):
+def test_a_merged_module_computes_the_same_within_the_bound(name, dtype):
     module = adapted(name, dtype)
     plain, error = merge_module_checked(module, name, unmerge=False)
     assert plain is module.get_base_layer() and error is not None and 0 <= error < MODULE_BOUNDS[dtype] / 3
@@ -52,7 +52,7 @@ def test_a_merged_module_computes_what_it_did_within_the_bound(name, dtype):
 
 
 @pytest.mark.parametrize("damage", [1.001, 0.0, float("nan")])
-def test_a_module_that_is_merged_badly_is_refused(damage, monkeypatch):
+def test_a_badly_merged_module_is_refused(damage, monkeypatch):
     module = adapted("linear")
 
     def fold(layer: Any, unmerge: bool) -> nn.Module:
@@ -67,7 +67,7 @@ def test_a_module_that_is_merged_badly_is_refused(damage, monkeypatch):
         merge_module_checked(module, "linear", unmerge=False)
 
 
-def test_experts_are_compared_by_the_sums_over_their_inputs():
+def test_experts_are_compared_by_products_with_random_vectors():
     class Experts(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -118,7 +118,7 @@ def test_files_are_read_again_and_hashed(written):
 
 
 @pytest.mark.parametrize("how", ["bit", "lost", "other"])
-def test_a_file_that_is_not_what_was_written_is_refused(written, how):
+def test_a_damaged_file_is_refused(written, how):
     folder, sums = written()
     file = folder / "model-00002-of-00003.safetensors"
     if how == "bit":
@@ -137,9 +137,9 @@ def test_a_file_that_is_not_what_was_written_is_refused(written, how):
     assert str(error.value) == expected
 
 
-def test_nan_is_a_difference_wherever_it_stands():
+def test_a_nan_on_either_side_is_a_difference():
     zero, one, nan = torch.zeros(2), torch.ones(2), torch.full((2,), float("nan"))
     assert relative_difference({"a": one, "b": one}, {"a": one, "b": one}) == 0
     assert relative_difference({"a": one}, {"a": zero}) == pytest.approx(2**0.5)
-    for found in ({"a": nan, "b": one}, {"a": one, "b": nan}):
-        assert not relative_difference(found, {"a": one, "b": one}) <= 1
+    for actual in ({"a": nan, "b": one}, {"a": one, "b": nan}):
+        assert not relative_difference(actual, {"a": one, "b": one}) <= 1

@@ -1,4 +1,4 @@
-"""The merged files hold the very bits of PEFT's `merge_and_unload` and `save_pretrained`, for every method and family."""
+"""Merged files are bit-equal to those of PEFT's `merge_and_unload` and `save_pretrained`, for all methods and families."""
 
 import json
 from collections.abc import Callable
@@ -83,14 +83,14 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 def merged(folder: Path, **options: Any) -> MergeResult:
     target = options.pop("output_dir", folder / "merged")
-    given = {"adapter": [str(folder / "adapter")], "base": str(folder / "base"), "output_dir": str(target)} | options
-    return merge(MergeOptions(**given))
+    values = {"adapter": [str(folder / "adapter")], "base": str(folder / "base"), "output_dir": str(target)} | options
+    return merge(MergeOptions(**values))
 
 
-def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
+def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+        assert actual[name].dtype == tensor.dtype and torch.equal(actual[name], tensor), name
 
 
 def lora(**settings: Any) -> LoraConfig:
@@ -139,18 +139,18 @@ CASES = [(name, torch.bfloat16) for name in METHODS] + [(name, torch.float32) fo
 
 
 @pytest.mark.parametrize("name, dtype", CASES, ids=[f"{name}-{str(dtype)[6:]}" for name, dtype in CASES])
-def test_every_method_that_can_be_merged_gives_the_bits_of_peft(tmp_path, name, dtype):
+def test_every_mergeable_method_gives_the_bits_of_peft(tmp_path, name, dtype):
     make(tmp_path, "llama", METHODS[name](), dtype)
-    found = merged(tmp_path)
+    result = merged(tmp_path)
     assert_same(tensors(tmp_path / "merged"), reference(tmp_path, dtype))
-    assert found.modules and found.largest_error is not None and found.dtype == dtype
+    assert result.modules and result.largest_error is not None and result.dtype == dtype
     base = tensors(tmp_path / "base")
     changed = {key for key, tensor in tensors(tmp_path / "merged").items() if not torch.equal(tensor, base[key])}
     assert changed  # that nothing was merged would be the same bits as well
 
 
 @pytest.mark.parametrize("kind", ["LilyConfig", "PolyConfig", "PromptTuningConfig", "PrefixTuningConfig"])
-def test_a_method_that_cannot_be_merged_is_refused_by_name(tmp_path, kind):
+def test_methods_that_cannot_be_merged_are_refused_by_name(tmp_path, kind):
     settings = {"num_virtual_tokens": 4} if "T" in kind else {"r": 4, "target_modules": ["q_proj"]}
     make(tmp_path, "llama", getattr(peft, kind)(**CAUSAL, **settings))
     with pytest.raises(ConfigError, match=r"cannot be merged, a \w+ (adapter has no|layer of PEFT refuses)") as error:
@@ -196,18 +196,18 @@ def test_convolutions_have_the_bits_of_peft(tmp_path, task, dtype):
     wrapped = get_peft_model(ViTModel.from_pretrained(tmp_path / "base", dtype=dtype), config)
     moved(wrapped)
     wrapped.save_pretrained(tmp_path / "adapter")
-    found = merged(tmp_path)
+    result = merged(tmp_path)
     base = ViTModel.from_pretrained(tmp_path / "base", dtype=dtype)
     peft.PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload().save_pretrained(
         tmp_path / "reference"
     )
     assert_same(tensors(tmp_path / "merged"), tensors(tmp_path / "reference"))
-    assert found.modules == 3 and found.largest_error is not None
+    assert result.modules == 3 and result.largest_error is not None
     with pytest.raises(ConfigError, match=r"^verify: logits are compared on a text, but this is not a language model"):
         compare_logits_module._sample_ids(tmp_path / "merged", base, False)  # type: ignore[arg-type]
 
 
-def test_what_a_layer_of_peft_cannot_merge_is_refused_by_its_name(tmp_path):
+def test_a_layer_that_peft_cannot_merge_is_refused_by_name(tmp_path):
     make(tmp_path, "lfm2", lora(target_modules=["conv.conv", "in_proj"], r=64))
     with pytest.raises(ConfigError) as error:
         merged(tmp_path)
@@ -218,7 +218,7 @@ def test_what_a_layer_of_peft_cannot_merge_is_refused_by_its_name(tmp_path):
     assert not (tmp_path / "merged").exists()
 
 
-def test_an_adapter_of_separate_experts_merges_into_those_in_one_tensor(tmp_path):
+def test_an_adapter_of_separate_experts_merges_into_stacked_experts(tmp_path):
     """As transformers 4 had them, and as adapters of its time name them; PEFT converts the one, we the other."""
     make(tmp_path, "mixtral", lora(target_modules=["q_proj"], target_parameters=EXPERTS))
     state = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
@@ -238,17 +238,17 @@ def test_an_adapter_of_separate_experts_merges_into_those_in_one_tensor(tmp_path
     }
     path.write_text(json.dumps(settings | {"rank_pattern": {}, "alpha_pattern": {}}))
     merged(tmp_path)
-    found, base = tensors(tmp_path / "merged"), tensors(tmp_path / "base")
-    assert_same(found, reference(tmp_path, torch.float32))
+    actual, base = tensors(tmp_path / "merged"), tensors(tmp_path / "base")
+    assert_same(actual, reference(tmp_path, torch.float32))
     scale = settings["lora_alpha"] / 4
     for part in ("w1", "w2", "w3"):
         name = f"model.layers.1.block_sparse_moe.experts.3.{part}"
         delta = old[f"base_model.model.{name}.lora_B.weight"] @ old[f"base_model.model.{name}.lora_A.weight"] * scale
-        assert torch.allclose(found[f"{name}.weight"], base[f"{name}.weight"] + delta, atol=1e-4)
+        assert torch.allclose(actual[f"{name}.weight"], base[f"{name}.weight"] + delta, atol=1e-4)
 
 
 @pytest.mark.parametrize("labels", [1, 2, 5])
-def test_classifiers_and_reward_models_get_the_head_that_was_trained(tmp_path, labels):
+def test_classifiers_and_reward_models_get_the_trained_head(tmp_path, labels):
     make(tmp_path, "llama", lora(task_type="SEQ_CLS", target_modules=["q_proj"]), num_labels=labels)
     state = load_file(tmp_path / "base" / "model.safetensors")
     expected = reference(tmp_path, torch.float32, "SEQ_CLS") if labels == 2 else None
@@ -260,9 +260,9 @@ def test_classifiers_and_reward_models_get_the_head_that_was_trained(tmp_path, l
         config.pop(key, None)
     (tmp_path / "base" / "config.json").write_text(json.dumps(config))
     merged(tmp_path)
-    found = tensors(tmp_path / "merged")
-    assert expected is None or not assert_same(found, expected)
-    assert found["score.weight"].shape == (labels, 64)
+    actual = tensors(tmp_path / "merged")
+    assert expected is None or not assert_same(actual, expected)
+    assert actual["score.weight"].shape == (labels, 64)
     loaded, report = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged", output_loading_info=True)
     assert not report["missing_keys"] and loaded.config.num_labels == labels
     assert loaded.config.architectures == ["LlamaForSequenceClassification"]
@@ -294,19 +294,19 @@ def test_tied_embeddings_stay_tied_or_the_config_says_so(tmp_path, config, tied)
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) is tied
 
 
-def test_matrices_that_the_files_have_twice_are_tied_if_they_are_equal(tmp_path):
+def test_equal_matrices_that_the_files_hold_twice_are_tied(tmp_path):
     make(tmp_path, "llama", lora(target_modules=["q_proj"]), tie_word_embeddings=True)
     state = load_file(tmp_path / "base" / "model.safetensors")
     for value, tied in ((state["model.embed_tokens.weight"].clone(), True), (torch.randn(300, 64), False)):
         save_file(state | {"lm_head.weight": value}, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
         merged(tmp_path, overwrite_output_dir=True)
-        found = tensors(tmp_path / "merged")
-        assert_same(found, reference(tmp_path, torch.float32))
-        assert ("lm_head.weight" not in found) is tied
+        actual = tensors(tmp_path / "merged")
+        assert_same(actual, reference(tmp_path, torch.float32))
+        assert ("lm_head.weight" not in actual) is tied
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_vocabulary_that_grew_is_written_whole(tmp_path, tied):
+def test_added_tokens_are_written(tmp_path, tied):
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(FAMILIES["llama"](tie_word_embeddings=tied))
     moved(base)
@@ -323,7 +323,7 @@ def test_a_vocabulary_that_grew_is_written_whole(tmp_path, tied):
         assert torch.allclose(loaded.eval()(ids).logits, wrapped.eval()(ids).logits, atol=1e-5)
 
 
-def test_weights_that_no_adapter_touches_are_copied_byte_by_byte(tmp_path):
+def test_weights_without_an_adapter_are_copied_byte_by_byte(tmp_path):
     make(tmp_path, "llama", lora(target_modules=["q_proj"]), torch.bfloat16)
     # Numbers that no arithmetic would leave as they are: NaN with a payload, negative zero, denormals.
     state = load_file(tmp_path / "base" / "model.safetensors")
@@ -331,8 +331,8 @@ def test_weights_that_no_adapter_touches_are_copied_byte_by_byte(tmp_path):
     state["model.norm.weight"] = odd
     save_file(state, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
     merged(tmp_path)
-    found = tensors(tmp_path / "merged")["model.norm.weight"]
-    assert torch.equal(found.view(torch.int16), odd.view(torch.int16))
+    actual = tensors(tmp_path / "merged")["model.norm.weight"]
+    assert torch.equal(actual.view(torch.int16), odd.view(torch.int16))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -343,7 +343,7 @@ def test_a_chosen_dtype_has_the_bits_of_peft_in_that_dtype(tmp_path, dtype):
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == dtype
 
 
-def test_shards_are_as_large_as_was_asked_and_load(tmp_path):
+def test_shards_have_the_requested_size_and_load(tmp_path):
     make(tmp_path, "llama", lora())
     merged(tmp_path, max_shard_size="100KB")
     files = sorted((tmp_path / "merged").glob("*.safetensors"))
@@ -363,7 +363,7 @@ def delta(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor - base[name] for name, tensor in tensors(folder / "whole").items()}
 
 
-def test_what_an_adapter_adds_is_scaled(tmp_path):
+def test_scale_multiplies_what_an_adapter_adds(tmp_path):
     make(tmp_path, "llama", lora())
     whole, base = delta(tmp_path), tensors(tmp_path / "base")
     merged(tmp_path, scale=-0.5)
@@ -371,7 +371,7 @@ def test_what_an_adapter_adds_is_scaled(tmp_path):
         assert torch.allclose(tensor, base[name] - 0.5 * whole[name], atol=1e-6)
 
 
-def test_only_what_adds_can_be_scaled(tmp_path):
+def test_only_lora_can_be_scaled(tmp_path):
     make(tmp_path, "llama", METHODS["ia3"]())
     with pytest.raises(ConfigError, match=r"^scale: 0.5 works with LoRA only"):
         merged(tmp_path, scale=0.5)
@@ -394,12 +394,12 @@ def test_concatenated_adapters_add_their_weighted_sum(tmp_path):
     names = several(tmp_path, lora(r=4), lora(r=2, target_modules=["q_proj", "up_proj"], lora_alpha=3))
     base = str(tmp_path / "0" / "base")
     options = {"adapter": names, "base": base, "adapter_weights": [0.7, -0.4]}
-    found = merged(tmp_path, **options)
+    result = merged(tmp_path, **options)
     first, second = delta(tmp_path / "0"), delta(tmp_path / "1")
     for name, tensor in tensors(tmp_path / "merged").items():
         expected = tensors(tmp_path / "0" / "base")[name] + 0.7 * first[name] - 0.4 * second[name]
         assert torch.allclose(tensor, expected, atol=1e-5), name
-    assert found.largest_error is not None and found.largest_error < 1e-5
+    assert result.largest_error is not None and result.largest_error < 1e-5
     assert "combined by cat, weights 0.7, -0.4" in (tmp_path / "merged" / "README.md").read_text()
 
 
@@ -439,17 +439,17 @@ def test_adapters_that_cannot_be_combined_are_refused(tmp_path):
 def test_merged_minus_adapter_is_the_base(tmp_path, name, dtype, bound):
     make(tmp_path, "llama", METHODS[name](), dtype)
     merged(tmp_path)
-    found = merged(tmp_path, base=str(tmp_path / "merged"), output_dir=tmp_path / "again", unmerge=True)
+    result = merged(tmp_path, base=str(tmp_path / "merged"), output_dir=tmp_path / "again", unmerge=True)
     base, again = tensors(tmp_path / "base"), tensors(tmp_path / "again")
     for key, tensor in base.items():
         assert float((again[key].float() - tensor.float()).norm()) <= bound * float(tensor.float().norm()), key
-    assert found.largest_error is not None and found.largest_error < bound
+    assert result.largest_error is not None and result.largest_error < bound
     first = "model.layers.0.self_attn.k_proj.weight" if name == "ia3" else "model.layers.0.self_attn.q_proj.weight"
     assert not torch.equal(tensors(tmp_path / "merged")[first], base[first])
 
 
 @pytest.mark.parametrize("name", ["dora", "saved", "tokens"])
-def test_what_an_adapter_replaced_cannot_be_taken_out(tmp_path, name):
+def test_replaced_weights_cannot_be_unmerged(tmp_path, name):
     make(tmp_path, "llama", METHODS[name]())
     merged(tmp_path)
     with pytest.raises(
@@ -458,16 +458,16 @@ def test_what_an_adapter_replaced_cannot_be_taken_out(tmp_path, name):
         merged(tmp_path, base=str(tmp_path / "merged"), output_dir=tmp_path / "again", unmerge=True)
 
 
-def test_progress_is_told_in_bytes(tmp_path):
+def test_progress_counts_bytes(tmp_path):
     make(tmp_path, "llama", lora())
-    told: list[tuple[int, int]] = []
+    calls: list[tuple[int, int]] = []
     options = MergeOptions(
         adapter=[str(tmp_path / "adapter")], base=str(tmp_path / "base"), output_dir=str(tmp_path / "merged")
     )
-    merge(options, lambda done, total: told.append((done, total)))
+    merge(options, lambda done, total: calls.append((done, total)))
     total = sum(tensor.numel() * 4 for tensor in tensors(tmp_path / "base").values())
-    assert {entry[1] for entry in told} == {total}
-    assert [done for done, _ in told] == sorted(done for done, _ in told) and told[-1] == (total, total)
+    assert {entry[1] for entry in calls} == {total}
+    assert [done for done, _ in calls] == sorted(done for done, _ in calls) and calls[-1] == (total, total)
 
 
 def resident(field: str) -> int:

@@ -323,7 +323,7 @@ def gradients(tiny: Path, method: str, checkpointing: bool) -> dict[str, torch.T
     train_options = options(tiny, method=method, gradient_checkpointing=checkpointing)
     torch.manual_seed(0)
     model = load_model(train_options)
-    assert model.is_gradient_checkpointing == checkpointing and model.training
+    assert model.is_activation_checkpointing == checkpointing and model.training
     attach_loss(model, 64)
     model_to_train = model if method == "full" else attach_adapter(model, train_options)
     rows = [np.arange(5, 30), np.arange(40, 50)]

@@ -1,4 +1,4 @@
-"""Weights stay memory-mapped until their layer is loaded, cast and quantised. tests/proofs/matrix.py tests the sharding."""
+"""Weights stay memory-mapped until their layer is loaded, cast and quantised; tests/proofs/matrix.py tests sharding."""
 
 import re
 import shutil

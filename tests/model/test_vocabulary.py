@@ -1,4 +1,4 @@
-"""New tokens: each gets one id, its rows start at the mean, only these rows are trained, and they are saved and merged."""
+"""New tokens: each gets one id, its rows start at the mean, only these rows are trained, saved and merged."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Every file of a checkpoint damaged in every way: refused by name, and the newest whole one is taken."""
+"""Damage every file of a checkpoint in every way: it is refused by name, and the newest intact one is used."""
 
 import contextlib
 import io
@@ -17,7 +17,7 @@ DAMAGES = ("missing", "truncated", "flipped", "empty", "a folder")
 
 
 class Case(NamedTuple):
-    """A checkpoint with one damaged file, all of them (`file` is then *), and what was wrong with what came of it."""
+    """A checkpoint with one damaged file, the message expected for it, and the problems of the run that met it."""
 
     course: str
     file: str
@@ -36,14 +36,14 @@ def spoil(path: Path, damage: str) -> None:
     if damage == "a folder":
         path.mkdir()
     elif damage != "missing":
-        # A manifest that is valid JSON still would blame another file.
+        # Break the JSON of a manifest: one that is still valid would blame another file.
         middle = 0 if path.name == "manifest.json" else len(data) // 2
         flipped = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
         path.write_bytes({"truncated": data[:-1], "flipped": flipped, "empty": b""}[damage])
 
 
 def interrupted(course: Course, work: Path) -> Path:
-    """A run that died after step 6: checkpoints of steps 4 and 6, both whole."""
+    """Return a run that was killed after step 6, with intact checkpoints of steps 4 and 6."""
     output = work / "corruption" / course.name
     if not output.exists():
         run = course.run(work, output, partial(resumes.stop_after, STOP))
@@ -51,7 +51,7 @@ def interrupted(course: Course, work: Path) -> Path:
     return output
 
 
-def files_of(output: Path) -> list[str]:
+def checkpoint_files(output: Path) -> list[str]:
     return sorted(path.name for path in newest(output).iterdir())
 
 
@@ -66,7 +66,7 @@ def expected(file: str, damage: str) -> str:
 
 
 def looked_at(course: Course, work: Path, file: str, damage: str) -> Case:
-    """What `resume.newest_checkpoint` makes of it, in this process."""
+    """Call `resume.newest_checkpoint` on the damaged folder, in this process."""
     from accel_llm.checkpoint import resume
     from accel_llm.system import manifest
 
@@ -83,7 +83,7 @@ def looked_at(course: Course, work: Path, file: str, damage: str) -> Case:
 
 
 def gone_on_from(course: Course, work: Path, file: str, damage: str) -> Case:
-    """The same words over a run whose newest checkpoint is damaged: from the older one to a bit-equal end."""
+    """Repeat the command of a run whose newest checkpoint is damaged: it resumes from the older one, bit-equal."""
     output = shutil.copytree(interrupted(course, work), work / "corruption" / "gone-on", dirs_exist_ok=False)
     damaged, older = newest(output), min((output / "checkpoints").glob("step-*"))
     spoil(damaged / file, damage)
@@ -98,22 +98,22 @@ def gone_on_from(course: Course, work: Path, file: str, damage: str) -> Case:
 
 
 def named(course: Course, work: Path, file: str, damage: str) -> Case:
-    """A damaged checkpoint that is asked for by its path is refused, and nothing is written."""
+    """A damaged checkpoint that the user names is refused, and nothing is written."""
     output = shutil.copytree(interrupted(course, work), work / "corruption" / "named", dirs_exist_ok=False)
     spoil(newest(output) / file, damage)
     told = f"error: resume_from_checkpoint: {newest(output)} {expected(file, damage)}."
-    found = _refused(course, work, output, told, ["--resume_from_checkpoint", str(newest(output))])
-    return Case(course.name, file, f"{damage}, named", expected(file, damage), found)
+    wrong = _refused(course, work, output, told, ["--resume_from_checkpoint", str(newest(output))])
+    return Case(course.name, file, f"{damage}, named", expected(file, damage), wrong)
 
 
 def all_damaged(course: Course, work: Path, file: str, damage: str) -> Case:
-    """Where no checkpoint holds, the run is not begun anew over the others: that is for a person to say."""
+    """If all checkpoints are damaged, the run does not start again by itself: the user must ask for that."""
     output = shutil.copytree(interrupted(course, work), work / "corruption" / "all", dirs_exist_ok=False)
     for folder in (output / "checkpoints").glob("step-*"):
         spoil(folder / file, damage)
     told = (
-        f"error: resume_from_checkpoint: auto: none of the checkpoints in {output / 'checkpoints'} is intact; repair one, or "
-        "set resume_from_checkpoint: none to start anew."
+        f"error: resume_from_checkpoint: auto: none of the checkpoints in {output / 'checkpoints'} is intact; "
+        "repair one, or set resume_from_checkpoint: none to start anew."
     )
     wrong = _refused(course, work, output, told, [])
     return Case(course.name, f"{file} of all", damage, "refused", wrong)
@@ -135,9 +135,9 @@ def contents(folder: Path) -> dict[Path, bytes]:
 
 
 def cases(work: Path, short: bool) -> Iterator[Case]:
-    """All of them by whole runs; `short`: by what is looked at, and one whole run of each kind."""
+    """Test all damages by whole runs; `short`: by a call in this process, and one whole run of each kind."""
     for course in courses()[: 1 if short else None]:
-        files = files_of(interrupted(course, work))
+        files = checkpoint_files(interrupted(course, work))
         look = looked_at if short else gone_on_from
         yield from (look(course, work, file, damage) for file in files for damage in DAMAGES)
         file = "rank-00000.safetensors"

@@ -1,8 +1,8 @@
-"""What some processes saved under one strategy others continue under another: called by tests/proofs/matrix.py --resumes.
+"""A checkpoint of one strategy and number of processes is continued by another: tests/proofs/matrix.py --resumes.
 
-A cell is six steps, of which three are done by `before` and three by `after`. What the second part has loaded must be what
-the first one saved, to the last bit, weights and optimizer's state; and it must end where a run ends that was never stopped.
-Without dropout: with another number of processes it is drawn anew.
+A cell has six steps: `before` does three and `after` does three. Weights and optimizer state that the second part loads
+must equal those that the first part saved, to the last bit. The end must equal the end of a run that was never stopped.
+There is no dropout, because another number of processes draws other random numbers.
 """
 
 import json
@@ -36,11 +36,11 @@ class Cell(NamedTuple):
 
 
 CELLS = [Cell(*pair, method) for pair in PAIRS for method in ("full", "lora", "qlora")]
-# zero3_offload with 4 bits is the matrix's business.
+# The matrix tests zero3_offload with 4-bit weights.
 CELLS = [cell for cell in CELLS if not (cell.before == "zero3_offload" and cell.method == "qlora")]
 
 
-def words_of(cell: Cell, work: Path, output: Path) -> list[str]:
+def script_arguments(cell: Cell, work: Path, output: Path) -> list[str]:
     words = ["--model_name_or_path", work / "model", "--train_files", work / "sft.jsonl", "--limit_rows", 40]
     words += ["--cache_dir", work / "cache", "--precision", "fp32", "--max_length", 64, "--max_steps", STEPS]
     words += ["--total_batch_size", 12, "--per_device_train_batch_size", 1, "--learning_rate", 1e-3]
@@ -48,8 +48,8 @@ def words_of(cell: Cell, work: Path, output: Path) -> list[str]:
     return [str(word) for word in [*words, "--method", cell.method, "--output_dir", output]]
 
 
-def keep_what_is_loaded(folder: Path) -> None:
-    """Write weights and optimizer state of each process right after it has resumed."""
+def save_loaded_state(folder: Path) -> None:
+    """Write weights and optimizer state of each process right after it has loaded a checkpoint."""
     from accel_llm.checkpoint import shares
     from accel_llm.checkpoint.checkpoints import Checkpoints
     from accel_llm.system.tensors import write_tensors
@@ -58,8 +58,8 @@ def keep_what_is_loaded(folder: Path) -> None:
 
     def resumed(self: Any) -> None:
         resume(self)
-        found = shares.local_shares(self.accelerator, self.model, self.optimizer)
-        tensors, numbers = shares.share_tensors(found, self.optimizer)
+        local = shares.local_shares(self.accelerator, self.model, self.optimizer)
+        tensors, numbers = shares.share_tensors(local, self.optimizer)
         folder.mkdir(exist_ok=True)
         rank = self.accelerator.process_index
         write_tensors(folder / f"rank-{rank:05d}.safetensors", tensors)
@@ -69,7 +69,7 @@ def keep_what_is_loaded(folder: Path) -> None:
 
 
 def assembled(folder: Path) -> dict[str, np.ndarray]:
-    """Each parameter's weights and state as one flat array, from the ranges that the processes have."""
+    """Join the ranges of all processes into one flat array for each parameter's weights and state."""
     ranges: dict[str, dict[int, np.ndarray]] = {}
     numbers: dict[str, Any] = {}
     for path in sorted(folder.glob("rank-*")):
@@ -79,29 +79,39 @@ def assembled(folder: Path) -> dict[str, np.ndarray]:
         for key, tensor in load_file(path).items():
             name, start = key.rsplit("|", 1)
             ranges.setdefault(name, {})[int(start)] = tensor
-    found = {name: np.concatenate([parts[k] for k in sorted(parts)]) for name, parts in ranges.items()}
+    arrays = {name: np.concatenate([parts[k] for k in sorted(parts)]) for name, parts in ranges.items()}
     steps = {name: value[-1] if isinstance(value, list) else value for name, value in numbers.items()}
-    return found | {name: np.array(value) for name, value in steps.items()}
+    return arrays | {name: np.array(value) for name, value in steps.items()}
 
 
 def judge(cell: Cell, work: Path) -> dict[str, Any]:
     where = work / "elastic" / cell.name
     whole, parts = where / "whole", where / "parts"
     first = partial(stop_after, STOP)
-    second = partial(both, partial(keep_what_is_loaded, where / "loaded"))
+    second = partial(both, partial(save_loaded_state, where / "loaded"))
     runs = [
-        Run(f"{cell.name}-whole", "sft", cell.before, cell.saved_by, words_of(cell, work, whole), whole),
-        Run(f"{cell.name}-0", "sft", cell.before, cell.saved_by, words_of(cell, work, parts), parts, first),
-        Run(f"{cell.name}-1", "sft", cell.after, cell.continued_by, words_of(cell, work, parts), parts, second, True),
+        Run(f"{cell.name}-whole", "sft", cell.before, cell.saved_by, script_arguments(cell, work, whole), whole),
+        Run(f"{cell.name}-0", "sft", cell.before, cell.saved_by, script_arguments(cell, work, parts), parts, first),
+        Run(
+            f"{cell.name}-1",
+            "sft",
+            cell.after,
+            cell.continued_by,
+            script_arguments(cell, work, parts),
+            parts,
+            second,
+            True,
+        ),
     ]
     for run in runs:
         end = next(iter(execute([run], work)))
         if end.code and run is not runs[1]:
             return {"status": "failed", "note": f"{run.name}: exit code {end.code}: {end.cause}"}
     saved, loaded = assembled(parts / "checkpoints" / f"step-{STOP:08d}"), assembled(where / "loaded")
-    wrong = [name for name in saved.keys() | loaded.keys() if not same(saved.get(name), loaded.get(name))]
-    if wrong:
-        return {"status": "different", "note": f"{len(wrong)} of {len(saved)} are not what was saved ({min(wrong)})"}
+    changed = [name for name in saved.keys() | loaded.keys() if not same(saved.get(name), loaded.get(name))]
+    if changed:
+        note = f"{len(changed)} of {len(saved)} are not what was saved ({min(changed)})"
+        return {"status": "different", "note": note}
     last = [assembled(folder / "checkpoints" / f"step-{STEPS:08d}") for folder in (whole, parts)]
     weights = [name for name in last[0] if name.endswith("|weight")]
     apart = max(float(np.abs(last[0][name] - last[1][name]).max()) for name in weights)

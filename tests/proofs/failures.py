@@ -1,11 +1,11 @@
-"""What a person sees, and how long it takes, when one process of a run fails: every stage, strategy and rank.
+"""Show what a person sees, and how soon, when one process of a run fails: every stage, strategy and rank.
 
     python tests/proofs/failures.py                          the whole table: about half an hour on two cores
     python tests/proofs/failures.py --write                  the same, kept in tests/proofs/golden/failures.md
     python tests/proofs/failures.py ddp:1:save:raise         chosen cells: strategy, rank, stage and kind of the fault
 
 Each cell is a real launch of launch/sft.py with two processes. Python imports a module named sitecustomize when it
-starts; ours patches one function, in the process of the rank in question and nowhere else.
+starts. Ours replaces one function, only in the process of the rank that must fail.
 """
 
 import importlib
@@ -28,7 +28,8 @@ GOLDEN = ROOT / "tests" / "proofs" / "golden" / "failures.md"
 STRATEGIES = ["ddp", "zero2", "zero3", "fsdp2"]
 LIMIT = 60  # seconds from the fault to the end of the launcher
 PATIENCE = 6  # seconds that a collective may take where the fault is `slow`
-# Where the fault strikes: module, function, the call of it that fails. One step has two micro-batches on each rank.
+# Where the fault happens: the module that uses the function, the function, and which call of it fails. A step has two
+# micro-batches on each rank.
 PLACES = {
     "start": ("accel_llm.training.setup", "model_problems", 1),
     "map": ("accel_llm.data.prepare", "encode_chunk", 2),
@@ -41,14 +42,14 @@ PLACES = {
     "export": ("accel_llm.training.export", "gather_weights", 1),
 }
 STAGES = list(PLACES)
-# run.json is there from the first step on; a run that never came so far leaves no folder at all.
+# run.json is written before the first step; a run that fails earlier leaves no folder.
 BEFORE_THE_RUN = STAGES[: STAGES.index("forward")]
 
 
 class Cell(NamedTuple):
     """One launch: `kind` is raise (RuntimeError), mistake (ConfigError), exit (os._exit(9)), kill (SIGKILL) or slow.
 
-    `slow` is no failure where ranks wait outside of collectives: the stage takes twice as long as a collective may.
+    `slow` must not fail where ranks wait outside of collectives: the stage takes twice as long as a collective may.
     """
 
     strategy: str
@@ -65,18 +66,18 @@ TABLE += [Cell("ddp", rank, stage, kind) for stage, kind in MORE for rank in (0,
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one launch left: on the screen, in the output folder and among the processes."""
+    """The result of one launch: the screen, the output folder and the processes that still run."""
 
     seconds: float | None  # from the fault to the end of the launcher; None if the fault was never reached
     code: int
     screen: str
     run: dict[str, Any] | None  # run.json
-    halves: list[str]  # what is in the output folder without being whole
+    halves: list[str]  # files and folders in the output folder that are not complete
     alive: list[int]  # processes of the launch that outlived the launcher
 
 
 def inject() -> None:
-    """Called by sitecustomize in every process of a launch: patch the function that is to fail."""
+    """Replace the function that must fail; sitecustomize calls this in every process of a launch."""
     if "RANK" not in os.environ:  # the launcher itself
         return
     strategy, rank, stage, kind = os.environ["FAULT"].split(":")
@@ -85,7 +86,7 @@ def inject() -> None:
         _patch("torch.distributed", "init_process_group", partial(_with, timeout=timedelta(seconds=PATIENCE)))
     if os.environ["RANK"] != rank:
         if stage == "map":
-            # The first to come encodes: it shall be the one that fails.
+            # The first process to arrive encodes the rows, and that must be the one that fails.
             _patch("accel_llm.training.setup", "encode_conversations", _delayed)
         return
     module, name, call = PLACES[stage]
@@ -144,7 +145,7 @@ def _patch(module: str, name: str, wrap: Callable[[Callable[..., Any]], Callable
 
 
 def launch(cell: Cell, work: Path) -> Outcome:
-    """Start the run of one cell and wait for its end; `work` is shared by cells for what they all need."""
+    """Start the run of one cell and wait for its end; cells share the cache and configs in `work`."""
     folder = Path(tempfile.mkdtemp(prefix=f"{cell.strategy}-{cell.stage}-", dir=work))
     (folder / "sitecustomize.py").write_text("import failures\n\nfailures.inject()\n", encoding="utf-8")
     cache = folder if cell.stage == "map" else work
@@ -179,7 +180,7 @@ def launch(cell: Cell, work: Path) -> Outcome:
 
 
 def _config(strategy: str, work: Path) -> Path:
-    """The strategy's own YAML; ZeRO-3 shards tensors as small as the demo's too, so that it really has to gather."""
+    """Return the strategy's YAML; ZeRO-3 gets one that shards small tensors too, so that the demo's are gathered."""
     config = ROOT / "accelerate_configs" / f"{strategy}.yaml"
     if strategy != "zero3":
         return config
@@ -192,58 +193,58 @@ def _config(strategy: str, work: Path) -> Path:
 
 
 def halves(output: Path) -> list[str]:
-    """What a reader of the output folder would take for a result though it is not whole; hidden names are no results."""
+    """Return incomplete checkpoints and exports that look complete in an output folder; hidden names do not count."""
     from accel_llm.system.manifest import find_damage
 
-    found = [str(path) for path in output.glob("checkpoints/[!.]*") if find_damage(path)]
+    incomplete = [str(path) for path in output.glob("checkpoints/[!.]*") if find_damage(path)]
     for export, weights in (("adapter", "adapter_model.safetensors"), ("model", "model.safetensors")):
-        wanted = (weights, "tokenizer.json", "generation_config.json")
-        if (output / export).exists() and not all((output / export / name).is_file() for name in wanted):
-            found.append(export)
-    return found
+        files = (weights, "tokenizer.json", "generation_config.json")
+        if (output / export).exists() and not all((output / export / name).is_file() for name in files):
+            incomplete.append(export)
+    return incomplete
 
 
 def alive(mark: str) -> list[int]:
-    """Processes that were started with `mark` in their environment."""
-    found = []
+    """Return the ids of processes that were started with `mark` in their environment."""
+    process_ids = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
             if mark.encode() in (path / "environ").read_bytes():
-                found.append(int(path.name))
-        except OSError:  # ended meanwhile, or another person's
+                process_ids.append(int(path.name))
+        except OSError:  # it has ended, or belongs to another user
             continue
-    return found
+    return process_ids
 
 
-def told(screen: str) -> list[str]:
-    """The lines in which a rank says what went wrong."""
+def error_lines(screen: str) -> list[str]:
+    """Return the lines in which a rank reports an error."""
     return [line for line in screen.splitlines() if line.startswith("error")]
 
 
-def wrong(cell: Cell, outcome: Outcome) -> list[str]:
-    """What the launch of `cell` should have done and did not."""
+def find_problems(cell: Cell, outcome: Outcome) -> list[str]:
+    """Return what the launch of `cell` should have done but did not."""
     if outcome.seconds is None:
         return ["the fault was never reached"]
     if cell.kind == "slow":
-        ended = outcome.code, told(outcome.screen), outcome.run and outcome.run["status"]
+        ended = outcome.code, error_lines(outcome.screen), outcome.run and outcome.run["status"]
         return [] if ended == (0, [], "done") else [f"ended with {ended}"]
-    found = [f"ended {outcome.seconds:.0f} s after the fault"] if outcome.seconds >= LIMIT else []
-    found += ["exit code 0"] if outcome.code == 0 else []
-    found += [f"{name} is not whole" for name in outcome.halves]
-    found += [f"process {process} lives on" for process in outcome.alive]
+    problems = [f"ended {outcome.seconds:.0f} s after the fault"] if outcome.seconds >= LIMIT else []
+    problems += ["exit code 0"] if outcome.code == 0 else []
+    problems += [f"{name} is not whole" for name in outcome.halves]
+    problems += [f"process {process} lives on" for process in outcome.alive]
     named = f" (rank {cell.rank})" if cell.rank or cell.kind != "mistake" else ""
     lines = {"raise": [f"error{named}: RuntimeError: {cause(cell)}"], "mistake": [f"error{named}: {cause(cell)}"]}
-    if told(outcome.screen) != lines.get(cell.kind, []):
-        found.append(f"told {told(outcome.screen)}")
-    # The rest of the screen is the launcher's: its own traceback, and the rank that it saw fail first.
+    if error_lines(outcome.screen) != lines.get(cell.kind, []):
+        problems.append(f"told {error_lines(outcome.screen)}")
+    # The launcher prints the rest: its own traceback, and the rank that failed first.
     if cell.kind == "raise" and outcome.screen.count("Traceback (most recent call last)") != 2:
-        found.append("not one traceback of the run and one of the launcher")
+        problems.append("not one traceback of the run and one of the launcher")
     if f"rank      : {cell.rank} " not in outcome.screen.rpartition("Root Cause")[2]:
-        found.append("the launcher names another rank")
-    return found + _wrong_record(cell, outcome.run)
+        problems.append("the launcher names another rank")
+    return problems + _record_problems(cell, outcome.run)
 
 
-def _wrong_record(cell: Cell, run: dict[str, Any] | None) -> list[str]:
+def _record_problems(cell: Cell, run: dict[str, Any] | None) -> list[str]:
     if cell.stage in BEFORE_THE_RUN:
         return ["run.json before the run began"] if run else []
     if run is None or run["status"] != "failed":
@@ -258,10 +259,10 @@ def row(cell: Cell, outcome: Outcome) -> list[str]:
     return [
         *(cell.strategy, str(cell.rank), cell.stage, cell.kind),
         "-" if outcome.seconds is None else f"{outcome.seconds:.1f}",
-        str(len(told(outcome.screen))),
+        str(len(error_lines(outcome.screen))),
         str(outcome.code),
         "no folder" if outcome.run is None else f"{outcome.run['status']}: {outcome.run.get('error', '')[:40]}",
-        "; ".join(wrong(cell, outcome)) or "as it should",
+        "; ".join(find_problems(cell, outcome)) or "as it should",
     ]
 
 

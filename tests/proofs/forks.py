@@ -1,7 +1,7 @@
-"""Runs of the training scripts as forks: what `accelerate launch` does, without importing everything once a rank.
+"""Run the training scripts as forks: like `accelerate launch`, but everything is imported only once.
 
-A run's ranks get the environment that the launcher would give them, by Accelerate's own functions, and then are the
-script. Whoever imports this has one thread: a fork takes along no threads of its parent.
+The ranks of a run get the environment that the launcher would give them, by Accelerate's own functions, and then become
+the script. A program that imports this module must have one thread, because a fork does not copy threads.
 """
 
 import os
@@ -41,7 +41,7 @@ WARM = (
 
 
 class Run(NamedTuple):
-    """A script under a launch YAML, as `processes` ranks; `sabotage` is done in each before it starts."""
+    """A script under a launch YAML, as `processes` ranks; each calls `sabotage` before the script starts."""
 
     name: str
     script: str
@@ -50,7 +50,7 @@ class Run(NamedTuple):
     words: list[str]
     output: Path
     sabotage: Callable[[], None] | None = None
-    resumed: bool = False  # it goes on with what is in `output`
+    resumed: bool = False  # it continues the run in `output`
 
     @property
     def log(self) -> Path:
@@ -58,7 +58,7 @@ class Run(NamedTuple):
 
 
 class Ended(NamedTuple):
-    """How a run ended: the first exit code that is not 0, negative where a signal ended it or it ran out of time."""
+    """The end of a run: its first exit code that is not 0, which is negative for a signal or a timeout."""
 
     run: Run
     code: int
@@ -74,31 +74,31 @@ class Ended(NamedTuple):
 
     @property
     def cause(self) -> str:
-        """The error that ended it, else the end of what was printed."""
-        told = re.findall(r"^error \(rank \d+\): .*", self.log, re.MULTILINE)
+        """The error that ended the run, or else the end of its output."""
+        errors = re.findall(r"^error \(rank \d+\): .*", self.log, re.MULTILINE)
         raised = re.findall(r"^[\w.]*(?:Error|Exception)\b.*", self.log, re.MULTILINE)
-        return [self.log[-400:], *raised, *told][-1][:400]
+        return [self.log[-400:], *raised, *errors][-1][:400]
 
 
 def warm() -> None:
-    """Import what the scripts do, once for all forks, and compute nothing."""
+    """Import all modules of the scripts once for all forks, and compute nothing."""
     sys.path[:0] = [str(ROOT / "launch"), str(ROOT)]
     for name in WARM.split():
         importlib.import_module(name)
     # transformers compiles the patterns of all families when it loads its first model.
     sys.modules["transformers.conversion_mapping"].get_checkpoint_conversion_mapping("qwen3")
-    # DeepSpeed compiles a test program for each of its kernels when it is first asked which ones can be had.
+    # DeepSpeed compiles a test program for each of its kernels when it is first asked which ones are available.
     _ = sys.modules["deepspeed"].ops.__compatible_ops__
-    # A fork's collector need not go through all of this, nor touch it and so copy it.
+    # The garbage collector of a fork would touch all these objects, and so copy their memory.
     gc.freeze()
 
 
-def config_of(strategy: str, work: Path) -> Path:
-    """The launch YAML; under ZeRO-3 a copy in which even tensors as small as the test's are sharded."""
+def launch_config(strategy: str, work: Path) -> Path:
+    """Return the launch YAML; for ZeRO-3 a copy that shards even the small tensors of the test model."""
     original, copy = ROOT / "accelerate_configs" / f"{strategy}.yaml", work / f"{strategy}.yaml"
     if not strategy.startswith("zero3"):
         return original
-    if not copy.exists():  # once: another run may be reading it
+    if not copy.exists():  # write it once, as another run may be reading it
         settings = json.loads(original.with_suffix(".json").read_text(encoding="utf-8"))
         settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         copy.with_suffix(".json").write_text(json.dumps(settings), encoding="utf-8")
@@ -108,7 +108,7 @@ def config_of(strategy: str, work: Path) -> Path:
 
 
 def environment(config: Path, processes: int, rank: int, port: int) -> dict[str, str]:
-    """What a rank finds in its environment: Accelerate's part by its own functions, then torchrun's."""
+    """Return the environment of a rank: Accelerate's part from its own functions, then torchrun's part."""
     from accelerate.commands import launch
 
     words = [
@@ -125,22 +125,22 @@ def environment(config: Path, processes: int, rank: int, port: int) -> dict[str,
         return launch.prepare_simple_launcher_cmd_env(args)[1]
     if args.use_deepspeed:
         args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
-        found = launch.prepare_deepspeed_cmd_env(args)[1]
+        variables = launch.prepare_deepspeed_cmd_env(args)[1]
     else:
-        found = launch.prepare_multi_gpu_env(args)
+        variables = launch.prepare_multi_gpu_env(args)
     ranks = {name: str(rank) for name in ("RANK", "LOCAL_RANK", "ROLE_RANK")} | {"GROUP_RANK": "0"}
     sizes = {name: str(processes) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "ROLE_WORLD_SIZE")}
-    return found | ranks | sizes | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return variables | ranks | sizes | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
-def script_of(run: Run) -> Path:
+def script_path(run: Run) -> Path:
     return ROOT / "launch" / f"{run.script}.py"
 
 
 def be_rank(run: Run, config: Path, rank: int, port: int) -> None:
-    """In a fork: be the script that `accelerate launch` would have started."""
+    """In a fork: become the script that `accelerate launch` would start."""
     os.environ.update(environment(config, run.processes, rank, port))
-    sys.argv = [str(script_of(run)), *run.words]
+    sys.argv = [str(script_path(run)), *run.words]
     if run.sabotage:
         run.sabotage()
     from accel_llm.system.exit import run_script
@@ -151,11 +151,11 @@ def be_rank(run: Run, config: Path, rank: int, port: int) -> None:
 def be_launcher(run: Run, config: Path, port: int) -> None:
     program = str(Path(sys.executable).with_name("accelerate"))
     where = ["--config_file", str(config), "--num_processes", str(run.processes), "--main_process_port", str(port)]
-    os.execv(program, [program, "launch", *where, str(script_of(run)), *run.words])
+    os.execv(program, [program, "launch", *where, str(script_path(run)), *run.words])
 
 
 def forked(task: Callable[[], None], log: Path) -> int:
-    """The process id of a fork that does `task` and ends, its output appended to `log`."""
+    """Start a fork that does `task`, appends its output to `log` and ends; return its process id."""
     if pid := os.fork():
         return pid
     code = 1
@@ -172,21 +172,21 @@ def forked(task: Callable[[], None], log: Path) -> int:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)  # not the end of the parent, which has files and forks of its own
+        os._exit(code)  # skip the exit handlers of the parent, which has files and forks of its own
 
 
 def compute(task: Callable[[], None], log: Path) -> None:
-    """Do `task` in a fork and wait: what computes starts threads."""
+    """Do `task` in a fork and wait for it, because computing starts threads."""
     code = os.waitstatus_to_exitcode(os.waitpid(forked(task, log), 0)[1])
     if code:
         raise RuntimeError(f"exit code {code}: {log.read_text(encoding='utf-8')}")
 
 
 def ended(pids: dict[int, int | None], since: float) -> bool:
-    """Whether all of a run's processes have ended, with their exit codes noted; one that fails ends the others."""
+    """Record the exit codes of processes and return whether all have ended; one that fails ends the others."""
     for pid in [pid for pid, code in pids.items() if code is None]:
-        found, status = os.waitpid(pid, os.WNOHANG)
-        pids[pid] = os.waitstatus_to_exitcode(status) if found else None
+        ended_pid, status = os.waitpid(pid, os.WNOHANG)
+        pids[pid] = os.waitstatus_to_exitcode(status) if ended_pid else None
     if any(pids.values()) or time.monotonic() - since > TIMEOUT:
         stop(pids)
     return None not in pids.values()
@@ -199,7 +199,7 @@ def stop(pids: dict[int, int | None]) -> None:
 
 
 def first_cause(codes: list[int]) -> int:
-    """What a rank gave as its own exit code rather than the signal that then ended the others."""
+    """Return the exit code of the rank that failed by itself, not the signal that then ended the others."""
     return max(codes) if max(codes) > 0 else min(codes)
 
 
@@ -210,7 +210,7 @@ def free_port() -> int:
 
 
 def execute(runs: list[Run], work: Path, launch: bool = False) -> Iterator[Ended]:
-    """Do the runs, as many ranks at once as there are cores, and yield each as it ends; `launch`: by the launcher."""
+    """Do the runs, as many ranks at once as there are cores; yield each as it ends. `launch`: use the real launcher."""
     waiting, running = list(runs), []
     try:
         while waiting or running:
@@ -229,17 +229,17 @@ def execute(runs: list[Run], work: Path, launch: bool = False) -> Iterator[Ended
 
 
 def start(run: Run, work: Path, launch: bool) -> dict[int, int | None]:
-    """Process ids, with no exit codes yet."""
+    """Start the processes of a run; return their ids, with no exit codes yet."""
     if not run.resumed:
         shutil.rmtree(run.output, ignore_errors=True)
     run.output.parent.mkdir(parents=True, exist_ok=True)
     run.log.unlink(missing_ok=True)
-    config, port = config_of(run.strategy, work), free_port()
+    config, port = launch_config(run.strategy, work), free_port()
     tasks = [partial(be_rank, run, config, rank, port) for rank in range(run.processes)]
     return {forked(task, run.log): None for task in ([partial(be_launcher, run, config, port)] if launch else tasks)}
 
 
 def metric(output: Path, name: str) -> np.ndarray:
-    """One number of metrics.jsonl, step by step."""
+    """Return one value of metrics.jsonl for each step that has it."""
     lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return np.array([line[name] for line in map(json.loads, lines) if name in line], float)

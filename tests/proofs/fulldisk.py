@@ -1,4 +1,4 @@
-"""A disk that is full at any call of a whole run, by fulldisk.c: the run ends by one sentence, and nothing is lost."""
+"""Fill the disk at any call of a run, by fulldisk.c: the run ends with one error message, and nothing is lost."""
 
 import ctypes
 import itertools
@@ -30,7 +30,7 @@ SENTENCE = (
 
 
 class Point(NamedTuple):
-    """The disk is full for `ranks` from their call number `call` on, or at that one `alone`."""
+    """The disk is full for `ranks` from their call number `call` on, or, with `alone`, at that call only."""
 
     course: Course
     ranks: tuple[int, ...]
@@ -44,7 +44,7 @@ class Point(NamedTuple):
 
 
 class Refused(NamedTuple):
-    """What became of a run: `what` is the call that was refused first and its file, empty where none was."""
+    """The result of a run: `what` is the first call that failed and its file, or an empty text."""
 
     point: Point
     what: str
@@ -55,7 +55,7 @@ class Refused(NamedTuple):
 
 
 class Book(ctypes.Structure):
-    """As in fulldisk.c."""
+    """The struct of the same name in fulldisk.c."""
 
     _fields_ = (
         ("calls", ctypes.c_long),
@@ -70,7 +70,7 @@ def preloaded() -> bool:
 
 
 def compiled(folder: Path) -> Path | None:
-    """The library, or None where there is no compiler."""
+    """Compile fulldisk.c into `folder`; return the library, or None if there is no C compiler."""
     if (compiler := shutil.which("cc")) is None:
         return None
     library = folder / "fulldisk.so"
@@ -79,7 +79,7 @@ def compiled(folder: Path) -> Path | None:
 
 
 def begin_anew(library: Path, more: list[str]) -> None:
-    """This program once more from its start, with `more` words and `library` loaded before everything else."""
+    """Start this program again with `more` arguments and with `library` loaded before everything else."""
     os.execve(sys.executable, [sys.executable, *sys.argv, *more], os.environ | {"LD_PRELOAD": str(library)})
 
 
@@ -94,7 +94,7 @@ def courses() -> list[Course]:
 
 
 def fill(ranks: tuple[int, ...], folder: Path, call: int, alone: bool, books: list[int]) -> None:
-    """In a rank: from now on its calls below `folder` are counted, and refused where that is asked for."""
+    """In a rank: count its calls below `folder` from now on, and let them fail from number `call` on."""
     rank = int(os.environ.get("RANK", "0"))
     arm = ctypes.CDLL(None).disk_full_at
     arm.argtypes = (ctypes.c_char_p, ctypes.c_long, ctypes.c_int, ctypes.c_void_p)
@@ -102,7 +102,7 @@ def fill(ranks: tuple[int, ...], folder: Path, call: int, alone: bool, books: li
 
 
 def refuse(point: Point, work: Path) -> tuple[Refused, list[list[str]]]:
-    """Do the run of a point, and the same words once more; also the calls that each rank made in the first one."""
+    """Do the run of a point and repeat its command; return the result and the calls of each rank in the first run."""
     course = point.course
     output = work / "disk" / point.name
     shared = mmap.mmap(-1, course.processes * ctypes.sizeof(Book))
@@ -129,7 +129,7 @@ def refuse(point: Point, work: Path) -> tuple[Refused, list[list[str]]]:
 def judged(
     output: Path, trace: Path, what: str, codes: list[int], log: str, told: list[str], seconds: float
 ) -> list[str]:
-    """What a run on a full disk did that it should not have."""
+    """Return what a run on a full disk did wrong."""
     wrong = [f"{name} is not whole" for name in halves(output)]
     sealed = noted(trace, "sealed")
     kept = {path.name for path in (output / "checkpoints").glob("step-*")}
@@ -137,7 +137,7 @@ def judged(
         wrong.append(f"the checkpoint of step {sealed[-1]} is gone")
     if not what:
         return wrong + (["was not refused anything, and failed"] if any(codes) else [])
-    if not any(codes):  # then all has to be there
+    if not any(codes):  # then everything must be there
         status = json.loads((output / "run.json").read_text(encoding="utf-8"))["status"]
         return wrong + ([f"exit code 0, status {status}"] if status != "done" else [])
     if len(told) != 1 or not told[0].endswith(SENTENCE):
@@ -150,25 +150,25 @@ def judged(
 
 
 def points(course: Course, work: Path, thin: bool) -> Iterator[Point]:
-    """Every call of every rank alone and of all together; `thin`: see there."""
+    """Yield every call of every rank alone and of all ranks together; `thin`: only the calls that `thinned` keeps."""
     undisturbed(course, work)
     _, calls = refuse(Point(course, (), False, NEVER), work)
     each = [(rank,) for rank in range(course.processes)]
     for ranks in [*each, *([tuple(range(course.processes))] if course.processes > 1 else [])]:
         most = max((calls[rank] for rank in ranks), key=len)
-        # Once for all at the same call is nothing that happens to a disk.
+        # A disk is never full at one call of all ranks and free again right after it.
         ways = (False, True) if len(ranks) == 1 else (False,)
         for call, alone in itertools.product(thinned(most) if thin else range(1, len(most) + 1), ways):
             yield Point(course, ranks, alone, call)
 
 
 def thinned(calls: list[str]) -> list[int]:
-    """Of equal calls in a row, such as the many writes of one file, the first, the middle one and the last."""
-    found, last = set(), 0
+    """Return the first, middle and last of equal calls in a row, such as the many writes of one file."""
+    numbers, last = set(), 0
     for _, equal in itertools.groupby(calls):
         first, last = last + 1, last + len([*equal])
-        found |= {first, (first + last) // 2, last}
-    return sorted(found)
+        numbers |= {first, (first + last) // 2, last}
+    return sorted(numbers)
 
 
 def every(work: Path, thin: bool) -> Iterator[Point]:
@@ -177,9 +177,8 @@ def every(work: Path, thin: bool) -> Iterator[Point]:
 
 
 def some(work: Path, draw: random.Random, count: int) -> Iterator[Point]:
-    """A few points: in one process and in two, of which one or both meet the full disk."""
-    found = [[*points(course, work, True)] for course in (courses()[0], courses()[3])]
-    alone, together = found
+    """Yield a few points: one process, and two of which one or both meet the full disk."""
+    alone, together = ([*points(course, work, True)] for course in (courses()[0], courses()[3]))
     two = [[point for point in together if point.ranks == ranks] for ranks in ((0,), (1,), (0, 1))]
     kinds = [alone, *two]
     yield from (draw.choice(kinds[k % len(kinds)]) for k in range(count))

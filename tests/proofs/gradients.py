@@ -1,9 +1,9 @@
-"""Gradients of one optimizer step over two processes against a float64 reference, for every way to cut the step.
+"""Compare gradients of one optimizer step over two processes with a float64 reference, for every way to cut the step.
 
     accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 2 tests/proofs/gradients.py worst.json
 
-Writes the largest relative error of a parameter's gradient for each case: {32x1, 8x4, 1x32} micro-batches x rows over
-all processes, packed or padded, activations stored or recomputed; and a control in which the averaging is left in.
+It writes the largest relative error of a parameter's gradient for each case: {32x1, 8x4, 1x32} micro-batches x rows
+over all processes, packed or padded, activations stored or recomputed; and for a control that keeps the averaging.
 """
 
 import json
@@ -26,14 +26,14 @@ ROWS = 32
 
 
 def rows() -> list[tuple[np.ndarray, np.ndarray]]:
-    """Uneven lengths, and uneven shares of labels, so that the processes count very different targets."""
+    """Return rows of uneven lengths and uneven shares of labels, so that the processes count very different targets."""
     rng = np.random.default_rng(0)
-    made = []
+    pairs = []
     for k in range(ROWS):
         ids = rng.integers(0, 64, rng.integers(4, 40)).astype(np.int32)
         labels = np.where(rng.random(len(ids)) < (k % 8 + 1) / 9, ids, -100).astype(np.int32)
-        made.append((ids, labels))
-    return made
+        pairs.append((ids, labels))
+    return pairs
 
 
 def model() -> Qwen2ForCausalLM:
@@ -50,7 +50,7 @@ def model() -> Qwen2ForCausalLM:
 
 
 def reference() -> dict[str, torch.Tensor]:
-    """Rows one by one in float64 through the family's own logits; sum of losses over all targets."""
+    """Return the gradients in float64, row by row through the model's own logits: sum of losses over all targets."""
     net = model().double()
     total, count = torch.zeros((), dtype=torch.float64), 0
     for ids, labels in rows():
@@ -78,7 +78,7 @@ def main() -> None:
         if packed:
             enable_packing(net)
         if recompute:
-            net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            net.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         prepared = accelerator.prepare(net.train())
         mine = rows()[rank::world]
         each = max(1, size // world)

@@ -1,4 +1,4 @@
-"""SIGKILL at random moments of a run that the same words continue each time, until it comes to its end."""
+"""SIGKILL at random moments of a run; the same command continues it each time, until it ends."""
 
 import itertools
 import os
@@ -13,14 +13,14 @@ import forks
 from supervise import INTERVAL, NOTICED, Course, compared, look, noted, send, supervise, traced, undisturbed, until
 
 STEPS = 40
-PAUSE = 0.02  # seconds between two files of a checkpoint, where a kill shall fall between them
+PAUSE = 0.02  # seconds between two files of a checkpoint, so that a kill can fall between them
 LIMIT = 60.0  # seconds from a kill to the end of all processes
 BEFORE_RENAME, REMOVING = "before the rename", "removing an old one"
 PARTS = 60  # of one run, at most
 
 
 class Kill(NamedTuple):
-    """`place` is what the kill found half-done; `reached` the last step that was done, `resumed` the one gone on from."""
+    """`place`: the part of a save that was interrupted; `reached`: the last step; `resumed`: the step resumed from."""
 
     course: str
     moment: str
@@ -36,7 +36,7 @@ class Kill(NamedTuple):
 
 
 class Chain(NamedTuple):
-    """One run, killed and continued until its end; `wrong` is what should not have been."""
+    """One run, killed and continued until its end; `wrong` holds its problems."""
 
     course: str
     kills: list[Kill]
@@ -44,7 +44,7 @@ class Chain(NamedTuple):
 
 
 def courses() -> list[Course]:
-    """All strategies and methods, and some of them writing in the background."""
+    """Return all strategies and methods; some save in the background."""
     strategies, methods = ("cpu", "ddp", "zero2", "zero3", "fsdp2"), ("full", "lora")
     plain = [Course(strategy, method, STEPS) for method in methods for strategy in strategies]
     background = [Course(strategy, methods[k % 2], STEPS, True) for k, strategy in enumerate(strategies)]
@@ -52,7 +52,7 @@ def courses() -> list[Course]:
 
 
 def pausing() -> None:
-    """In a rank: a pause after each file of a checkpoint, around its manifest and its renames, and within its removal."""
+    """In a rank: pause around each file of a checkpoint, its manifest and its rename, and during its removal."""
     from accel_llm.checkpoint import checkpoints
     from accel_llm.system import manifest
 
@@ -61,20 +61,20 @@ def pausing() -> None:
 
         def paused(*arguments: Any, **named: Any) -> Any:
             time.sleep(PAUSE)
-            found = original(*arguments, **named)
+            result = original(*arguments, **named)
             time.sleep(PAUSE)
-            return found
+            return result
 
         setattr(module, name, paused)
 
     slow(checkpoints, "write_tensors")
     slow(checkpoints, "_write_json")
-    slow(manifest, "write_atomically")  # each process's part, and the manifest: then comes the rename
-    slow(manifest.shutil, "rmtree")  # what is removed has lost its name by then
+    slow(manifest, "write_atomically")  # each process's part, then the manifest; the rename follows
+    slow(manifest.shutil, "rmtree")  # a folder is renamed before it is removed
 
 
-def place_of(output: Path) -> str:
-    """What was being done to the checkpoints when all processes ended; empty where nothing was."""
+def interrupted_place(output: Path) -> str:
+    """Return the part of a save that was under way when all processes ended, or an empty text."""
     for folder in sorted((output / "checkpoints").glob(".step-*.partial")):
         newer = [path for path in folder.parent.glob("step-*") if path.name > folder.name[1:].removesuffix(".partial")]
         if newer:
@@ -86,7 +86,7 @@ def place_of(output: Path) -> str:
 
 
 def strike(course: Course, pids: dict[int, int | None], draw: random.Random) -> tuple[str, float]:
-    """Kill all processes at once, or in a third of the cases one alone: the others then as a launcher would."""
+    """Kill all processes at once, or in a third of the cases one; then end the others as a launcher does."""
     since, alone = time.monotonic(), course.processes > 1 and draw.random() < 1 / 3
     if not alone:
         send(pids, signal.SIGKILL)
@@ -102,7 +102,7 @@ def strike(course: Course, pids: dict[int, int | None], draw: random.Random) -> 
 def moment_comes(
     moment: str, run: forks.Run, pids: dict[int, int | None], trace: Path, span: float, draw: random.Random
 ) -> bool:
-    """Wait until a drawn moment; False where the run ended before."""
+    """Wait until a random moment; return False if the run ended before it."""
     if moment == "start":
         wait = draw.uniform(0, 1)
     else:
@@ -111,7 +111,7 @@ def moment_comes(
         wait = draw.uniform(0, span)
     if moment == "save":
         steps, place = draw.randrange(2 * INTERVAL), draw.choice(("", BEFORE_RENAME, REMOVING))
-        reached = (lambda: place_of(run.output) == place) if place else (lambda: place_of(run.output))
+        reached = (lambda: interrupted_place(run.output) == place) if place else (lambda: interrupted_place(run.output))
         if not until(lambda: len(noted(trace, "step")) >= steps and reached(), pids):
             return False
         wait = draw.uniform(0, PAUSE if place else 12 * PAUSE)
@@ -120,7 +120,7 @@ def moment_comes(
 
 
 def chain(course: Course, work: Path, output: Path, most: int, moments: list[str], draw: random.Random) -> Chain:
-    """Kill a run `most` times or as often as it lasts, at `moments` in turn, and compare what it comes to."""
+    """Kill a run up to `most` times, at `moments` in turn, and compare its end with an undisturbed run."""
     whole = undisturbed(course, work)
     span = float(whole.with_suffix(".seconds").read_text(encoding="utf-8")) / 4
     kills: list[Kill] = []
@@ -139,12 +139,12 @@ def chain(course: Course, work: Path, output: Path, most: int, moments: list[str
             return Chain(course.name, kills, ended or [*compared(course, work, output), *too_much(course, kills)])
         before = kills[-1].reached if kills else 0
         reached = max([*noted(trace, "step"), *origin]) if origin else before
-        kills.append(Kill(course.name, moment, ranks, place_of(output), reached, None, seconds))
+        kills.append(Kill(course.name, moment, ranks, interrupted_place(output), reached, None, seconds))
     return Chain(course.name, kills, [f"not at its end after {PARTS} parts"])
 
 
 def too_much(course: Course, kills: list[Kill]) -> list[str]:
-    """Kills that cost more than one interval, or than two where the checkpoint of the first one was still being written."""
+    """Return kills that cost more than one interval (two with save_async) or that took too long."""
     allowed = INTERVAL * (2 if course.save_async else 1)
     return [f"{kill} cost {kill.lost} steps" for kill in kills if kill.lost > allowed] + [
         f"{kill} took {kill.seconds:.0f} s" for kill in kills if kill.seconds > LIMIT
@@ -152,17 +152,17 @@ def too_much(course: Course, kills: list[Kill]) -> list[str]:
 
 
 def few() -> list[Course]:
-    """For the suite: short, and one of them writing in the background."""
+    """Return the short runs of the test suite; one saves in the background."""
     return [Course("ddp", "lora", 14, True), Course("zero2", "full", 14)]
 
 
 def all_chains(kills: int, work: Path, draw: random.Random, courses: list[Course]) -> Iterator[Chain]:
-    """Chains over `courses` again and again until there were `kills` kills, half of them meant for a save."""
+    """Go through `courses` in turn until there were `kills` kills, half of them during a save."""
     done, each = 0, -(-kills // len(courses))
     for k, course in enumerate(itertools.cycle(courses)):
         moments = [moment for _ in range(4) for moment in ("save", draw.choice(("training", "training", "start")))]
-        found = chain(course, work, work / "kills" / f"{k:03d}-{course.name}", min(each, kills - done), moments, draw)
-        yield found
-        done += len(found.kills)
+        result = chain(course, work, work / "kills" / f"{k:03d}-{course.name}", min(each, kills - done), moments, draw)
+        yield result
+        done += len(result.kills)
         if done >= kills:
             return

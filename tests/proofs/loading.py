@@ -1,10 +1,11 @@
-"""Peak of host memory while a model is loaded and sharded, beside what a rank must hold.
+"""Measure the peak of host memory while a model is loaded and sharded, and compare it with the weights of a rank.
 
     python tests/proofs/loading.py [--layers 20]
 
 A random model is written to a temporary folder and loaded by real launches of two CPU processes under ZeRO-3 and FSDP2,
-for method full, lora and qlora. For each: MiB of weights that a rank holds in the end, the peak of its resident memory on
-the way above what was resident before, and the bound: the share, one layer (or the embedding, where it is larger), and 20%.
+for method full, lora and qlora. Each line shows MiB: the weights that a rank holds at the end, the peak of its resident
+memory above the memory before loading, and the bound: those weights plus one layer (or the embedding, if that is
+larger), plus 20%.
 """
 
 import argparse
@@ -23,10 +24,10 @@ MIB = 2**20
 
 
 def resident(kind: str) -> float:
-    """MiB from /proc/self/status: VmRSS now, VmHWM at its peak."""
-    found = re.search(rf"{kind}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
-    assert found
-    return int(found[1]) / 1024
+    """Return MiB from /proc/self/status: VmRSS is the memory now, VmHWM its peak."""
+    line = re.search(rf"{kind}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
+    assert line
+    return int(line[1]) / 1024
 
 
 def forget_peak() -> None:
@@ -34,7 +35,7 @@ def forget_peak() -> None:
 
 
 def rank_main(model_folder: str, method: str) -> None:
-    """What a training script does up to prepare, measured."""
+    """Do the same as a training script up to `prepare`, and measure it."""
     import torch
 
     from accel_llm.adapters.attach import attach_adapter
@@ -47,7 +48,7 @@ def rank_main(model_folder: str, method: str) -> None:
     options = TrainOptions(model_name_or_path=model_folder, method=method)
     quiet_libraries()
     accelerator = build_accelerator(options)
-    # Modules that are imported on the way are no weights.
+    # Import these modules before the measurement, which is of weights.
     import bitsandbytes
     import peft
     from transformers import LlamaForCausalLM
@@ -76,7 +77,7 @@ def rank_main(model_folder: str, method: str) -> None:
 
 
 def _load_small(options, accelerator) -> None:
-    """First uses of a library allocate what has nothing to do with the size of the model: threads, kernels, caches."""
+    """Use each library once, because its first use allocates threads, kernels and caches of a fixed size."""
     import torch
     from bitsandbytes.nn import Params4bit
 
@@ -86,7 +87,7 @@ def _load_small(options, accelerator) -> None:
 
 
 def write_model(folder: Path, layers: int) -> tuple[float, float]:
-    """A Llama of `layers` layers in bf16; returns the parameters of a layer and of the embedding, in millions."""
+    """Write a Llama of `layers` layers in bf16; return the parameters of a layer and of the embedding, in millions."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -109,12 +110,12 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--layers", type=int, default=20)
     parser.add_argument("--rank", nargs=2, metavar=("MODEL", "METHOD"))
-    given = parser.parse_args()
-    if given.rank:
-        rank_main(*given.rank)
+    args = parser.parse_args()
+    if args.rank:
+        rank_main(*args.rank)
     failed = False
     with tempfile.TemporaryDirectory() as folder:
-        layer, embedding = write_model(Path(folder), given.layers)
+        layer, embedding = write_model(Path(folder), args.layers)
         print(
             f"{'strategy':10}{'method':8}{'held':>10}{'peak':>10}{'bound':>10}   MiB of each rank, computing in float32"
         )

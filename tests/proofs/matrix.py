@@ -1,16 +1,16 @@
 """Training gives the same number on every backend: the scripts' own main() under every launch YAML, cell by cell.
 
-    python tests/proofs/matrix.py --write              # the whole matrix; its table goes into accel_llm/backend/README.md
+    python tests/proofs/matrix.py --write             # the whole matrix; writes accel_llm/backend/README.md
     python tests/proofs/matrix.py --only 'zero3-*-2p-*' --launch
-    python tests/proofs/matrix.py --controls           # what must not go unnoticed: each of these has to fail
-    python tests/proofs/matrix.py --trajectories       # 50 steps of each recipe against tests/proofs/golden/trajectories.json
-    python tests/proofs/matrix.py --resumes --write    # stopped and resumed runs: tests/proofs/resumes.py, tests/proofs/elastic.py
+    python tests/proofs/matrix.py --controls          # mistakes made on purpose: each must be noticed
+    python tests/proofs/matrix.py --trajectories      # 50 steps of each recipe, compared with golden/trajectories.json
+    python tests/proofs/matrix.py --resumes --write   # stopped and resumed runs: resumes.py, elastic.py, sick.py
 
-A cell is two runs. *Curve*: 20 steps whose losses and final weights must equal those of one process on the CPU.
-*Gradient*: one step of plain gradient descent on 32 uneven rows; the weights' change over the learning rate is the
-gradient, whatever engine took the step, and must equal a float64 one that transformers' own model gives.
+A cell has two runs. *Curve*: 20 steps whose losses and final weights must equal those of one process on the CPU.
+*Gradient*: one step of plain gradient descent on 32 rows of uneven length. The change of the weights divided by the
+learning rate is the gradient, for every engine, and must equal a float64 gradient of transformers' own model.
 
-Everything is imported once and each rank is a fork with the environment that `accelerate launch` would give it.
+Everything is imported once, and each rank is a fork with the environment that `accelerate launch` would give it.
 """
 
 import argparse
@@ -56,10 +56,10 @@ EXPOSED = ("full", "lora", "dora")  # methods whose gradients have a float64 ref
 GRADIENT_TOLERANCE = 1e-5  # relative, of each tensor's norm
 MOVED = 1e-3  # every trained tensor has to move by more than this somewhere, or equality would mean nothing
 STEPS, ROWS, LENGTH = 20, 32, 64
-# AdamW divides by the size of a gradient, so where that is next to nothing a rounding of it becomes a whole step: with its
-# usual epsilon of 1e-8 weights were up to 6e-6 apart, and it would be chance that decides about 1e-5.
+# AdamW divides by the size of a gradient, so a rounding error of a tiny gradient becomes a whole step. With the usual
+# epsilon of 1e-8 weights differed by up to 6e-6, too close to the limit of 1e-5.
 CURVE = f"--max_steps {STEPS} --total_batch_size 8 --learning_rate 1e-3 --adam_epsilon 1e-6"
-# A step so long that float32 loses nothing of the gradient when the old weights are subtracted from the new ones.
+# The step is so long that float32 loses nothing of the gradient when the old weights are subtracted from the new ones.
 RATE = 1e4
 GRADIENT = f"--total_batch_size {ROWS} --limit_rows {ROWS} --optim sgd --lr_scheduler_type constant --max_grad_norm 0"
 
@@ -80,7 +80,7 @@ class Cell(NamedTuple):
 
     @property
     def must(self) -> bool:
-        """Whether the cell has to work; another one may be refused before the model loads, with a sentence."""
+        """Whether the cell must work. The others may be refused with an error before the model loads."""
         impossible = {"qlora": ("zero3_offload",), "lora8": SHARDED}
         return self.strategy not in impossible.get(self.method, ())
 
@@ -90,12 +90,12 @@ def all_cells() -> list[Cell]:
         STRATEGIES, METHODS, ("packed", "padded"), (1, 4), ("ckpt", "plain"), (1, 2), ("sft", "pretrain")
     )
     cells = [cell for cell in itertools.starmap(Cell, product) if cell.strategy != "cpu" or cell.processes == 1]
-    random.Random(0).shuffle(cells)  # a run that is cut short has seen a bit of everything
+    random.Random(0).shuffle(cells)  # so that a run that is cut short covers a bit of everything
     return cells
 
 
 def pairwise(cells: list[Cell]) -> list[Cell]:
-    """Few of `cells` in which every two values of two factors that occur together at all do so at least once."""
+    """Return few of `cells`, in which every two values of two factors that can meet do meet at least once."""
     pairs = {cell: set(itertools.combinations(enumerate(cell), 2)) for cell in cells}
     missing, chosen = set().union(*pairs.values()), []
     while missing:
@@ -107,7 +107,7 @@ def pairwise(cells: list[Cell]) -> list[Cell]:
 # --- runs ------------------------------------------------------------------------------------------------------------
 
 
-def words_of(cell: Cell, kind: str, work: Path, output: Path) -> list[str]:
+def script_arguments(cell: Cell, kind: str, work: Path, output: Path) -> list[str]:
     """The script's command line."""
     data = work / f"{cell.script}.jsonl"
     rows = ROWS if kind == "gradient" else 8
@@ -121,36 +121,40 @@ def words_of(cell: Cell, kind: str, work: Path, output: Path) -> list[str]:
     return [str(word) for word in words]
 
 
-def run_of(cell: Cell, kind: str, work: Path, sabotage: Callable[[], None] | None = None) -> Run:
+def build_run(cell: Cell, kind: str, work: Path, sabotage: Callable[[], None] | None = None) -> Run:
     name = f"{sabotage.__name__ if sabotage else kind}-{cell.name}"
     output = work / "runs" / name
-    words = words_of(cell, kind, work, output)
+    words = script_arguments(cell, kind, work, output)
     return Run(name, cell.script, cell.strategy, cell.processes, words, output, sabotage)
 
 
-def reference_of(cell: Cell) -> Cell:
-    """One process on the CPU, which cuts the step as no cell does."""
+def reference_cell(cell: Cell) -> Cell:
+    """Return the cell to compare with: one process on the CPU, which cuts the step in a way that no cell does."""
     return Cell("cpu", cell.method, cell.packing, 2, "plain", 1, cell.script)
 
 
-# --- what a run gave -------------------------------------------------------------------------------------------------
+# --- results of a run -------------------------------------------------------------------------------------------------
 
 
-def weights_of(output: Path) -> dict[str, np.ndarray]:
-    found = [*output.glob("model/*.safetensors"), *output.glob("adapter/*.safetensors")]
-    return {name: tensor.astype(np.float64) for path in found for name, tensor in load_file(path).items()}
+def read_weights(output: Path) -> dict[str, np.ndarray]:
+    paths = [*output.glob("model/*.safetensors"), *output.glob("adapter/*.safetensors")]
+    return {name: tensor.astype(np.float64) for path in paths for name, tensor in load_file(path).items()}
 
 
-def apart(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> float:
-    assert found.keys() == expected.keys(), f"{found.keys() ^ expected.keys()} on one side only"
-    return max(float(np.abs(found[name] - tensor).max()) for name, tensor in expected.items())
+def largest_difference(weights: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> float:
+    assert weights.keys() == expected.keys(), f"{weights.keys() ^ expected.keys()} on one side only"
+    return max(float(np.abs(weights[name] - tensor).max()) for name, tensor in expected.items())
 
 
 def judge_curve(cell: Cell, output: Path, work: Path) -> dict[str, float]:
-    """The largest differences of loss and of weights from the reference run."""
-    reference = run_of(reference_of(cell), "reference", work).output
-    expected, found, before = weights_of(reference), weights_of(output), load_file(work / "model" / "model.safetensors")
-    # What an adapter's A and DoRA's magnitudes were at first is not on the disk; B was zero.
+    """Return the largest differences of loss and weights from the reference run."""
+    reference = build_run(reference_cell(cell), "reference", work).output
+    expected, weights, before = (
+        read_weights(reference),
+        read_weights(output),
+        load_file(work / "model" / "model.safetensors"),
+    )
+    # The first values of an adapter's A and of DoRA's magnitudes are not on the disk; B was zero.
     start = {
         name: before.get(name, 0 * tensor) for name, tensor in expected.items() if name in before or "lora_B" in name
     }
@@ -159,11 +163,11 @@ def judge_curve(cell: Cell, output: Path, work: Path) -> dict[str, float]:
     for name in ("learning_rate", "supervised_tokens"):
         assert (metric(output, name) == metric(reference, name)).all(), f"{name} differs"
     losses = metric(output, "loss") - metric(reference, "loss")
-    return {"loss": float(np.abs(losses).max()), "weights": apart(found, expected)}
+    return {"loss": float(np.abs(losses).max()), "weights": largest_difference(weights, expected)}
 
 
 def check_shards(cell: Cell, output: Path) -> None:
-    """Everyone holds the whole model, or half of every tensor where the strategy shards and there are two."""
+    """Each process must hold the whole model, or half of it if the strategy shards and there are two processes."""
     parameters = json.loads((output / "run.json").read_text(encoding="utf-8"))["accelerate"]["parameters"]
     held, total = parameters["this_process"], parameters["total"]
     if cell.strategy in SHARDED and cell.processes == 2:
@@ -171,12 +175,12 @@ def check_shards(cell: Cell, output: Path) -> None:
 
 
 def judge_gradient(cell: Cell, output: Path, work: Path) -> dict[str, float]:
-    """The largest relative error of a tensor's gradient, and of the loss, against float64."""
+    """Return the largest relative error of a tensor's gradient, and that of the loss, against float64."""
     reference, before = (
         load_file(work / f"{cell.script}-gradient.safetensors"),
         load_file(work / "model" / "model.safetensors"),
     )
-    after, errors = weights_of(output), {}
+    after, errors = read_weights(output), {}
     for name, tensor in after.items():
         base = (
             re.sub(r"base_model\.model\.|lora_(A|B|magnitude_vector)\.?", "", name).removesuffix("weight").rstrip(".")
@@ -184,14 +188,14 @@ def judge_gradient(cell: Cell, output: Path, work: Path) -> dict[str, float]:
         )
         gradient, weight = reference[base], before[base].astype(np.float64)
         if "lora_A" in name:
-            continue  # B is zero at first, so A has no gradient and is still what it was
+            continue  # B is zero at first, so A has no gradient and has not changed
         if "lora_B" in name:  # of W + 2 B A by B; DoRA's column norms are constants to it, and are 1 at first
             gradient, weight = 2 * gradient @ after[name.replace("lora_B", "lora_A")].T, 0 * tensor
         elif "magnitude" in name:
             norm = np.linalg.norm(weight, axis=1)
             gradient, weight = (gradient * weight).sum(1) / norm, norm
-        found = (weight - tensor) / RATE
-        errors[name] = float(np.linalg.norm(found - gradient) / np.linalg.norm(gradient))
+        measured = (weight - tensor) / RATE
+        errors[name] = float(np.linalg.norm(measured - gradient) / np.linalg.norm(gradient))
     expected = float(reference["loss"])
     return {"gradient": max(errors.values()), "loss error": abs(float(metric(output, "loss")[0]) / expected - 1)}
 
@@ -215,7 +219,7 @@ def judge(cell: Cell, kind: str, end: Ended, work: Path) -> dict[str, Any]:
 
 
 def prepare(work: Path) -> None:
-    """A tiny Qwen3 with tied embeddings, whose sizes bitsandbytes' blocks of 64 divide, and rows of uneven length."""
+    """Write rows of uneven length and a tiny Qwen3 with tied embeddings, in sizes that bitsandbytes' blocks divide."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -247,7 +251,7 @@ def prepare(work: Path) -> None:
 
 
 def chat(tokenizer: Any, row: dict) -> tuple[dict, list[int], set[int]]:
-    """A conversation, its ids, and which of them are trained: each answer up to the token that ends its turn."""
+    """Return a conversation, its ids and the trained positions: each answer up to the token that ends its turn."""
     messages, trained = row["messages"], set()
     render = partial(tokenizer.apply_chat_template, return_dict=False)
     for k, message in enumerate(messages):
@@ -258,13 +262,13 @@ def chat(tokenizer: Any, row: dict) -> tuple[dict, list[int], set[int]]:
 
 
 def text(tokenizer: Any, page: str) -> tuple[dict, list[int], set[int]]:
-    """The same of a plain text, whose every token is trained and the one that ends it too."""
+    """Return the same for a plain text, of which every token and the end token are trained."""
     ids = [*tokenizer(page)["input_ids"], tokenizer.eos_token_id]
     return {"text": page}, ids, set(range(len(ids)))
 
 
 def float64_gradient(model: Any, rows: list[tuple[dict, list[int], set[int]]]) -> dict[str, np.ndarray]:
-    """Row after row through transformers' own forward: the sum of the cross-entropies over the number of targets."""
+    """Return the gradients row by row through transformers' own forward: the mean cross-entropy over all targets."""
     import torch
 
     model.double().zero_grad()
@@ -275,24 +279,24 @@ def float64_gradient(model: Any, rows: list[tuple[dict, list[int], set[int]]]) -
         total = total - scores[[k - 1 for k in targets], [ids[k] for k in targets]].sum()
         count += len(targets)
     (total / count).backward()
-    found = {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
-    return found | {"loss": (total.detach() / count).numpy()}
+    gradients = {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
+    return gradients | {"loss": (total.detach() / count).numpy()}
 
 
-# --- the whole -------------------------------------------------------------------------------------------------------
+# --- all cells -------------------------------------------------------------------------------------------------------
 
 
 def run_cells(
     kinds: dict[Cell, list[str]], work: Path, launch: bool = False, keep: bool = False
 ) -> dict[str, dict[str, Any]]:
-    """What became of each cell, by name, from its runs of the given kinds; a line for each cell as it is done."""
-    references = {reference_of(cell) for cell in kinds if "curve" in kinds[cell]}
-    for end in execute([run_of(cell, "reference", work) for cell in sorted(references)], work):
+    """Do the runs of the given kinds for each cell; print a line for each cell and return the results by name."""
+    references = {reference_cell(cell) for cell in kinds if "curve" in kinds[cell]}
+    for end in execute([build_run(cell, "reference", work) for cell in sorted(references)], work):
         if end.code:
             raise SystemExit(f"{end.run.name}, the reference, failed: {end.cause}")
-    runs = {run_of(cell, kind, work).name: (cell, kind) for cell in kinds for kind in kinds[cell]}
+    runs = {build_run(cell, kind, work).name: (cell, kind) for cell in kinds for kind in kinds[cell]}
     results: dict[str, dict[str, Any]] = defaultdict(dict)
-    for end in execute([run_of(cell, kind, work) for cell, kind in runs.values()], work, launch):
+    for end in execute([build_run(cell, kind, work) for cell, kind in runs.values()], work, launch):
         cell, kind = runs[end.run.name]
         result = results[cell.name]
         result |= merged(result, judge(cell, kind, end, work))
@@ -306,7 +310,7 @@ def run_cells(
 
 
 def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """The verdict on a cell's two runs: the worse one."""
+    """Merge the results of a cell's two runs; the status is the worse one."""
     order = ["same", "refused", "different", "failed"]
     return old | new | {"status": max(old.get("status", "same"), new["status"], key=order.index)}
 
@@ -317,16 +321,16 @@ def failures(cells: list[Cell], results: dict[str, dict[str, Any]]) -> list[str]
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """Strategies by methods: the worst differences of loss, weights and gradient, and how many cells stand behind it."""
+    """Return strategies by methods: the worst differences of loss, weights and gradient, and the number of cells."""
     lines = ["| | " + " | ".join(METHODS) + " |", "|---" * (len(METHODS) + 1) + "|"]
     for strategy in STRATEGIES:
         row = [strategy]
         for method in METHODS:
-            found = [result for name, result in results.items() if name.startswith(f"{strategy}-{method}-")]
-            same = [result for result in found if result["status"] == "same"]
+            cells = [result for name, result in results.items() if name.startswith(f"{strategy}-{method}-")]
+            same = [result for result in cells if result["status"] == "same"]
             worst = [max((r[n] for r in same if n in r), default=None) for n in ("loss", "weights", "gradient")]
             shown = " / ".join(f"{value:.0e}" for value in worst if value is not None)
-            others = Counter(result["status"] for result in found if result["status"] != "same")
+            others = Counter(result["status"] for result in cells if result["status"] != "same")
             parts = ([(shown, len(same))] if same else []) + list(others.items())
             row.append(", ".join(f"{what} ({count})" for what, count in parts))
         lines.append("| " + " | ".join(row) + " |")
@@ -340,7 +344,7 @@ def write(results: dict[str, dict[str, Any]]) -> None:
 
 
 def keep(name: str, results: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """What each cell gave into tests/proofs/golden, beside those of earlier runs: all of them."""
+    """Add results to those of earlier runs in tests/proofs/golden, and return all of them."""
     file = GOLDEN / f"{name}.json"
     results = (json.loads(file.read_text(encoding="utf-8"))["cells"] if file.is_file() else {}) | results
     lines = ",\n".join(f'"{name}": {json.dumps(result)}' for name, result in sorted(results.items()))
@@ -371,21 +375,21 @@ def arguments() -> argparse.Namespace:
 
 
 def run_controls(work: Path) -> list[str]:
-    """The controls that passed as if nothing had been done to them."""
+    """Do the runs with a mistake made on purpose; return the controls that were not noticed."""
     unnoticed = []
     cells = {cell.name: cell for cell in all_cells()}
     for sabotage, (name, kind, expected) in CONTROLS.items():
-        run = run_of(cells[name], kind, work, sabotage)
-        found = next(judge(cells[name], kind, end, work) for end in execute([run], work))
-        verdict = f"{found['status']} {found.get('note', '')}".strip()
-        print(f"control {sabotage.__name__}: {verdict} {found.get('gradient', '')}", flush=True)
+        run = build_run(cells[name], kind, work, sabotage)
+        result = next(judge(cells[name], kind, end, work) for end in execute([run], work))
+        verdict = f"{result['status']} {result.get('note', '')}".strip()
+        print(f"control {sabotage.__name__}: {verdict} {result.get('gradient', '')}", flush=True)
         if not re.match(expected, verdict):
-            unnoticed.append(f"control {sabotage.__name__}: {found} where {expected!r} was to be")
+            unnoticed.append(f"control {sabotage.__name__}: {result}, but {expected!r} was expected")
     return unnoticed
 
 
 def run_resumes(work: Path, args: argparse.Namespace) -> list[str]:
-    """The cells, and controls, that are not as they should be."""
+    """Do the cells and controls of stopped and resumed runs; return those with a wrong result."""
     resumes.prepare(work)
     cells, pairs, ill, stops = resumes.all_cells(), elastic.CELLS, sick.CELLS, resumes.STOPS
     if args.pairwise:
@@ -395,22 +399,22 @@ def run_resumes(work: Path, args: argparse.Namespace) -> list[str]:
         (pairs, lambda cell: elastic.judge(cell, work), "same"),
         (ill, lambda cell: sick.judge(cell, work), "skipped alike"),
     ]
-    found, wrong = {}, []
-    for chosen, judged, wanted in kinds:
+    results, problems = {}, []
+    for chosen, judge_cell, expected in kinds:
         for cell in [cell for cell in chosen if fnmatch.fnmatch(cell.name, args.only or "*")]:
-            found[cell.name] = judged(cell)
-            print(cell.name, json.dumps(found[cell.name]), flush=True)
-            wrong += [f"{cell.name}: {found[cell.name]}"] if found[cell.name]["status"] != wanted else []
+            results[cell.name] = judge_cell(cell)
+            print(cell.name, json.dumps(results[cell.name]), flush=True)
+            problems += [f"{cell.name}: {results[cell.name]}"] if results[cell.name]["status"] != expected else []
     for control in resumes.CONTROLS if not args.only else ():
         seen = resumes.judge(resumes.Cell("cpu", "lora", 1, 1, 0), work, (3,), control)
         print(f"control {control.__name__}: {seen['status']} {seen.get('note', '')}", flush=True)
-        wrong += [f"control {control.__name__}: {seen}"] if seen["status"] != "different" else []
+        problems += [f"control {control.__name__}: {seen}"] if seen["status"] != "different" else []
     if args.write:
-        kept = keep("resumes", found)
-        shown = resumes.table({name: kept[name] for name in kept if "-workers" in name})
-        print(shown)
-        show("resumes", shown)
-    return wrong
+        every = keep("resumes", results)
+        text = resumes.table({name: every[name] for name in every if "-workers" in name})
+        print(text)
+        show("resumes", text)
+    return problems
 
 
 def main() -> None:
@@ -420,7 +424,7 @@ def main() -> None:
     warm()
     compute(partial(prepare, work), work / "prepare.log")
     plain = [Cell("cpu", method, "packed", 1, "plain", 1, "sft") for method in GOLDEN_METHODS]
-    tiny = {cell.method: words_of(cell, "curve", work, work) for cell in plain}
+    tiny = {cell.method: script_arguments(cell, "curve", work, work) for cell in plain}
     if args.record:
         trajectories.record(work, tiny)
     everything = not (args.only or args.pairwise or args.controls or args.trajectories or args.record or args.resumes)

@@ -1,12 +1,12 @@
-"""How much GPU memory a recipe is estimated to take on one GPU: arithmetic over shapes, no measurement."""
+"""Estimate the memory of a recipe on one GPU: arithmetic over shapes, without a measurement."""
 
 from typing import NamedTuple
 
 from accel_llm.config.options import TrainOptions
 from accel_llm.model.loss import LOGITS_BYTES
 
-GB = 2**30  # a "24 GB" card has 24 of these
-CONTEXT = 1 * GB  # CUDA's own, libraries' workspaces and fragments
+GB = 2**30  # a "24 GB" GPU has 24 of these
+CONTEXT = 1 * GB  # the CUDA context, workspaces of libraries, fragmentation
 # 4 bits a weight, one absmax of 8 bits for 64 weights, one of 32 bits for 256 of those (QLoRA, arXiv 2305.14314)
 NF4 = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 STATES = {"adamw": 8, "adamw_8bit": 2}  # bytes a trained parameter
@@ -43,11 +43,11 @@ class Shape(NamedTuple):
 
     @property
     def embedding_parameters(self) -> int:
-        """Of the embedding and, where it is not tied, the output head."""
+        """The parameters of the embedding, and of the output head if it is not tied."""
         return self.vocab * self.hidden * (1 if self.tied else 2)
 
     def adapter_parameters(self, rank: int) -> int:
-        """Of LoRA on every linear layer but the head."""
+        """The parameters of a LoRA on every linear layer except the head."""
         return self.layers * sum(rank * (rows + columns) for rows, columns in self.linear)
 
 
@@ -75,10 +75,10 @@ SHAPES = {
 
 
 def parts(options: TrainOptions) -> dict[str, float]:
-    """Bytes at the peak of a step with gradient checkpointing and packed rows, under bf16 autocast; they add up.
+    """Return bytes at the peak of a step with gradient checkpointing and packed rows, in bf16 autocast. They add up.
 
-    The activations that exist at once are the input of every layer, and then either one layer that is recomputed or
-    one chunk of logits.
+    The activations in memory at one time are the input of every layer, and either one layer that is recomputed or one
+    chunk of logits.
     """
     shape = SHAPES[str(options.model_name_or_path)]
     tokens = options.per_device_train_batch_size * options.max_length
@@ -103,14 +103,14 @@ def parts(options: TrainOptions) -> dict[str, float]:
 
 
 def _layer(shape: Shape, options: TrainOptions, tokens: int) -> float:
-    """Bytes of one layer in its backward pass.
+    """Return bytes of one layer in its backward pass.
 
-    The factors bound from above what was counted, operation by operation, for small models of these families with LoRA
-    (float32 copies inside norms, a bf16 copy of each linear layer's input, the MLP's products and their gradients).
+    The factors are upper bounds. They were counted operation by operation for small models of these families with LoRA:
+    float32 copies inside norms, a bf16 copy of each linear layer's input, the MLP's products and their gradients.
     """
     query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     total = tokens * (24 * shape.hidden + 8 * query + 6 * key + 18 * shape.intermediate)
-    if shape.kind == "gemma2":  # no fused kernel has its soft-cap: scores of the longest possible document
+    if shape.kind == "gemma2":  # no fused kernel has its soft-cap, so the scores of the longest document are in memory
         total += 16 * shape.heads * options.max_length**2
     largest = max(rows * columns for rows, columns in shape.linear)
     if options.method == "qlora":
@@ -121,7 +121,7 @@ def _layer(shape: Shape, options: TrainOptions, tokens: int) -> float:
 
 
 def _logits(shape: Shape, options: TrainOptions, tokens: int) -> float:
-    """Bytes of one chunk of logits in its backward pass: three times in float32, once in bf16 (with a soft-cap twice)."""
+    """Return bytes of one chunk of logits in its backward pass: three float32 copies, one in bf16 (soft-cap: two)."""
     chunks = -(-tokens * shape.vocab * 4 // LOGITS_BYTES)
     total = tokens * shape.vocab * 4 / chunks * (4 if shape.kind == "gemma2" else 3.5)
     if options.method == "full":
@@ -132,11 +132,11 @@ def _logits(shape: Shape, options: TrainOptions, tokens: int) -> float:
 
 
 def estimate(options: TrainOptions) -> float:
-    """GB."""
+    """Return the whole estimate in GB."""
     return sum(parts(options).values()) / GB
 
 
 def sentence(options: TrainOptions) -> str:
-    """The estimate as the recipes' comments give it."""
+    """Return the estimate as the comments of the recipes show it."""
     terms = " + ".join(f"{size / GB:.1f} {name}" for name, size in parts(options).items())
     return f"{terms} = {estimate(options):.1f} GB."

@@ -1,4 +1,4 @@
-"""Signals in every phase of a run: it ends with what it has done saved, and the same words go on to a bit-equal end."""
+"""Send signals in every phase of a run: it saves and ends, and the same command continues it to a bit-equal end."""
 
 import importlib
 import json
@@ -18,7 +18,8 @@ from supervise import Course, compared, gone_on, look, noted, send, supervise, t
 
 LIMIT = 30.0  # seconds from the signal to the end of all processes
 STEPS = 6
-# Where the signal comes: module, function, the call of it. A step has two micro-batches on each rank.
+# Where the signal comes: the module that uses the function, the function, and which call of it. A step has two
+# micro-batches on each rank.
 PHASES = {
     "mapping": ("accel_llm.data.prepare", "encode_chunk", 1),
     "loading": ("accel_llm.training.setup", "load_model", 1),
@@ -32,7 +33,7 @@ BEFORE_TRAINING = ("mapping", "loading")
 
 
 class Signalled(NamedTuple):
-    """A run that got a signal: `step` is the one that run.json says it stopped after."""
+    """A run that got a signal; `step` is the last step according to run.json."""
 
     course: str
     phase: str
@@ -56,7 +57,7 @@ def courses() -> list[Course]:
 
 
 def signalling(phase: str, ranks: tuple[int, ...], mark: Path, raising: Callable[[], None]) -> None:
-    """In a rank: do `raising` within the phase, if it is one of `ranks`."""
+    """In a rank: call `raising` within the phase, if the rank is one of `ranks`."""
     if int(os.environ.get("RANK", "0")) not in ranks:
         return
     module, name, call = PHASES[phase]
@@ -76,21 +77,21 @@ def signalling(phase: str, ranks: tuple[int, ...], mark: Path, raising: Callable
 
 
 def once(number: int) -> None:
-    """Python hands a signal to its thread a little later: the phase shall not be over by then."""
+    """Send a signal to this process, and wait: Python delivers it a little later, when the phase must not be over."""
     os.kill(os.getpid(), number)
     time.sleep(0.1)
 
 
 def twice(number: int) -> None:
-    """The second one 2.5 s after the first, which is no longer what a launcher sends on, in the middle of something long."""
+    """Send a second signal 2.5 s after the first (a launcher repeats one sooner), during something long."""
     os.kill(os.getpid(), number)
     time.sleep(2.5)
     os.kill(os.getpid(), number)
     time.sleep(60)
 
 
-def words_of(run: forks.Run, cache: Path) -> forks.Run:
-    """Rows that are encoded anew."""
+def with_new_cache(run: forks.Run, cache: Path) -> forks.Run:
+    """Return the run with another cache folder, so that its rows are encoded again."""
     words = list(run.words)
     words[words.index("--cache_dir") + 1] = str(cache)
     return run._replace(words=words)
@@ -99,7 +100,7 @@ def words_of(run: forks.Run, cache: Path) -> forks.Run:
 def signalled(
     course: Course, phase: str, number: int, ranks: tuple[int, ...], work: Path, again: bool = False
 ) -> Signalled:
-    """A run that gets signal `number` in `phase` at `ranks`; `again`: twice."""
+    """Do a run that gets signal `number` in `phase` at `ranks`; `again`: twice."""
     name = f"{course.name}-{phase.replace(' ', '-')}-{number}-{'+'.join(map(str, ranks))}{'-twice' if again else ''}"
     output = work / "signals" / name
     mark, cache = output.with_suffix(".mark"), output.with_suffix(".cache")
@@ -107,7 +108,7 @@ def signalled(
     sabotage = partial(signalling, phase, ranks, mark, partial(twice if again else once, number))
     trace, traced_sabotage = traced(output, sabotage)
     run = course.run(work, output, traced_sabotage)
-    run = words_of(run, cache) if phase == "mapping" else run
+    run = with_new_cache(run, cache) if phase == "mapping" else run
     undisturbed(course, work)
     pids = forks.start(run, work, launch=False)
     supervise(pids)
@@ -130,32 +131,32 @@ def signalled(
 
 
 def _ended(run: forks.Run, number: int, codes: list[int]) -> list[str]:
-    """All with 128 + a signal; SIGTERM is what the launcher sends to the others."""
+    """All processes must end with code 128 + signal; the launcher sends SIGTERM to the others."""
     if 128 + number in codes and {*codes} <= {128 + number, 128 + signal.SIGTERM}:
         return []
     return [f"exit codes {codes}: {forks.Ended(run, 1, 0).cause}"]
 
 
 def _saved(run: forks.Run, phase: str, facts: dict[str, Any]) -> list[str]:
-    """Status `preempted`, and the checkpoint of the step that run.json names; before training nothing is lost without."""
+    """The status must be `preempted`, and after training began there must be a checkpoint of the step in run.json."""
     wrong = [] if facts.get("status") == "preempted" else [f"status {facts.get('status')}: {facts.get('error')}"]
     folder = run.output / "checkpoints" / f"step-{facts.get('step') or 0:08d}"
     return wrong + ([] if phase in (*BEFORE_TRAINING, "export") or folder.is_dir() else [f"no {folder.name}"])
 
 
 def _went_on(run: forks.Run, codes: list[int], facts: dict[str, Any], sealed: list[int]) -> list[str]:
-    """One checkpoint more than save_steps makes, of the third step: in it the signal came."""
+    """There must be one checkpoint more than save_steps makes: of step 3, in which the signal came."""
     wrong = [f"exit codes {codes}: {forks.Ended(run, 1, 0).cause}"] if any(codes) else []
     wrong += [] if facts.get("status") == "done" else [f"status {facts.get('status')}"]
     return wrong + ([] if sealed == [2, 3, 4, 6] else [f"checkpoints of steps {sealed}"])
 
 
 def launched(course: Course, when: str, number: int, work: Path) -> Signalled:
-    """A real launch whose launcher gets the signal: while it trains, or while a checkpoint is being written."""
+    """Do a real launch whose launcher gets the signal while it trains or while a checkpoint is being written."""
     output = work / "signals" / f"launched-{course.name}-{when}-{number}"
     undisturbed(course, work)
     output.parent.mkdir(exist_ok=True)
-    os.environ["SOAKED"] = str(output)  # by which the processes are found that outlive the launcher
+    os.environ["SOAKED"] = str(output)  # marks processes, to find those that outlive the launcher
     run = course.run(work, output)
     pids = forks.start(run, work, launch=True)
     try:
@@ -164,7 +165,7 @@ def launched(course: Course, when: str, number: int, work: Path) -> Signalled:
         wrong = [] if until(happened, pids) else ["the phase was never reached"]
         since = time.monotonic()
         send(pids, number)
-        # With one process the launcher is gone at once, and the script saves on its own.
+        # With one process the launcher ends at once, and the script still saves.
         while (not look(pids) or alive(str(output))) and time.monotonic() - since < 2 * LIMIT:
             time.sleep(0.05)
         seconds = time.monotonic() - since
@@ -192,7 +193,7 @@ def every(work: Path) -> Iterator[Signalled]:
         for phase in PHASES:
             for ranks in [*single, *together]:
                 for number in (signal.SIGTERM, signal.SIGINT):
-                    # Whoever comes first encodes and the others wait: the phase has an inside at one rank, which may be any.
+                    # Only the first rank to arrive encodes, and it may be any: signal all of them.
                     if phase != "mapping" or len(ranks) == course.processes:
                         yield signalled(course, phase, number, ranks, work)
         for ranks in single:
@@ -209,7 +210,7 @@ def launches(work: Path) -> Iterator[Signalled]:
 
 
 def some(work: Path) -> Iterator[Signalled]:
-    """A few, and one real launch."""
+    """Yield a few signals, one of them to a real launch."""
     yield signalled(courses()[0], "mapping", signal.SIGTERM, (0,), work)
     yield signalled(courses()[1], "accumulation", signal.SIGTERM, (1,), work)
     yield signalled(courses()[1], "save", signal.SIGINT, (0, 1), work)

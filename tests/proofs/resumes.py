@@ -1,8 +1,8 @@
-"""A run that is stopped and resumed is bit-equal to one that never was: called by tests/proofs/matrix.py --resumes.
+"""A run that is stopped and resumed is bit-equal to one that was never stopped: tests/proofs/matrix.py --resumes.
 
-A cell is one run of ten steps that is left alone, and the same one killed after the steps of STOPS, each time continued by
-fresh processes: twice within an epoch, exactly at its border, and in a later one. Dropout and NEFTune are on, and the lines
-of metrics do not fall on the stops.
+A cell has two runs of ten steps. One is never stopped. The other one is killed after each step in STOPS and continued
+by new processes: twice within an epoch, at the end of an epoch, and in a later one. Dropout and NEFTune are on, and
+metrics are not logged at the stops.
 """
 
 import itertools
@@ -22,7 +22,7 @@ from forks import Run, execute
 STOPS = (2, 3, 4, 9)  # an epoch has 4 steps without packing
 STEPS, ROWS, BATCH = 10, 32, 8
 METHODS = ("full", "lora", "qlora")
-# What the clock and the memory said.
+# These differ from run to run.
 MEASURED = ("tokens_per_second", "peak_memory_mb")
 
 
@@ -31,7 +31,7 @@ class Cell(NamedTuple):
     method: str
     processes: int
     accumulation: int
-    workers: int  # that encode the rows, anew before the last part
+    workers: int  # they encode the rows, and again before the last part
 
     @property
     def name(self) -> str:
@@ -45,7 +45,7 @@ def all_cells() -> list[Cell]:
     return cells
 
 
-def words_of(cell: Cell, work: Path, output: Path, last: bool) -> list[str]:
+def script_arguments(cell: Cell, work: Path, output: Path, last: bool) -> list[str]:
     each = BATCH // (cell.processes * cell.accumulation)
     cache = output / ".cache" if cell.workers and last else work / "cache"
     words = ["--model_name_or_path", work / "dropout", "--train_files", work / "sft.jsonl", "--limit_rows", ROWS]
@@ -59,7 +59,7 @@ def words_of(cell: Cell, work: Path, output: Path, last: bool) -> list[str]:
 
 
 def stop_after(last: int) -> None:
-    """The process dies when what was due at step `last` is done."""
+    """Kill the process when everything due at step `last` is done."""
     from accel_llm.checkpoint.checkpoints import Checkpoints
 
     when_due = Checkpoints.when_due
@@ -87,8 +87,8 @@ def without_schedule() -> None:
 def without_position() -> None:
     from accel_llm.checkpoint import resume
 
-    continued: Callable[..., Any] = resume._continue_from
-    resume._continue_from = lambda *given: replace(continued(*given), rows=0)
+    original: Callable[..., Any] = resume._continue_from
+    resume._continue_from = lambda *arguments: replace(original(*arguments), rows=0)
 
 
 def without_moments() -> None:
@@ -106,43 +106,43 @@ def both(*parts: Callable[[], None]) -> None:
 
 
 def prepare(work: Path) -> None:
-    """The matrix's model has no dropout of its own; where all weights are trained it needs one."""
+    """Copy the matrix's model and give the copy dropout, which full training has from the model alone."""
     shutil.copytree(work / "model", work / "dropout", dirs_exist_ok=True)
     config = work / "dropout" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"attention_dropout": 0.1}))
 
 
-def runs_of(
+def build_runs(
     cell: Cell, work: Path, stops: tuple[int, ...], control: Callable[[], None] | None = None
 ) -> tuple[Run, list[Run]]:
-    """The one that is left alone, and the parts of the one that is not; `control` is done in each part but the first."""
+    """Return the run that is never stopped and the parts of the other one; all parts but the first do `control`."""
     where = work / "resumes" / f"{control.__name__ if control else ''}{cell.name}"
     parts = []
     for k, stop in enumerate([*stops, None]):
         sabotage = [*([control] if control and k else []), *([partial(stop_after, stop)] if stop else [])]
-        words = words_of(cell, work, where / "parts", stop is None)
+        words = script_arguments(cell, work, where / "parts", stop is None)
         name = f"{cell.name}-{k}"
         done = partial(both, *sabotage) if sabotage else None
         parts.append(Run(name, "sft", cell.strategy, cell.processes, words, where / "parts", done, resumed=k > 0))
-    words = words_of(cell, work, where / "whole", False)
+    words = script_arguments(cell, work, where / "whole", False)
     return Run(f"{cell.name}-whole", "sft", cell.strategy, cell.processes, words, where / "whole"), parts
 
 
 def differences(whole: Path, parts: Path) -> list[str]:
-    """Names of what is not the same to the last bit in two output folders."""
-    found = [] if metrics(whole) == metrics(parts) else ["metrics.jsonl"]
+    """Return the names of files that are not the same to the last bit in two output folders."""
+    names = [] if metrics(whole) == metrics(parts) else ["metrics.jsonl"]
     last = sorted((whole / "checkpoints").iterdir())[-1]
     for path in [*sorted(last.iterdir()), *whole.glob("*/*.safetensors")]:
         other = parts / path.relative_to(whole)
         if path.name == "manifest.json":
             continue
-        same = other.is_file() and kept(path) == kept(other)
-        found += [] if same else [str(path.relative_to(whole))]
-    return found
+        same = other.is_file() and comparable_content(path) == comparable_content(other)
+        names += [] if same else [str(path.relative_to(whole))]
+    return names
 
 
-def kept(path: Path) -> Any:
-    """A file's content without what it has of the clock and of its own folder."""
+def comparable_content(path: Path) -> Any:
+    """Return the content of a file without its times and the name of its folder."""
     if path.suffix != ".json":
         return path.read_bytes()
     state = json.loads(path.read_text(encoding="utf-8"))
@@ -159,27 +159,27 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def judge(cell: Cell, work: Path, stops: tuple[int, ...], control: Callable[[], None] | None = None) -> dict[str, Any]:
-    whole, parts = runs_of(cell, work, stops, control)
-    seconds, since = 0.0, [whole, *parts]
-    for run in since:
+    whole, parts = build_runs(cell, work, stops, control)
+    seconds = 0.0
+    for run in [whole, *parts]:
         end = next(iter(execute([run], work)))
         seconds += end.seconds
         stopped = run in parts[:-1] and end.code == -signal.SIGKILL
         if end.code and not stopped:
             return {"status": "failed", "note": f"{run.name}: exit code {end.code}: {end.cause}"}
-    found = differences(whole.output, parts[-1].output)
-    note = {"note": ", ".join(found)} if found else {}
-    return {"status": "different" if found else "bit-equal", **note, "seconds": round(seconds, 1)}
+    different = differences(whole.output, parts[-1].output)
+    note = {"note": ", ".join(different)} if different else {}
+    return {"status": "different" if different else "bit-equal", **note, "seconds": round(seconds, 1)}
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """Strategies and numbers of processes by methods: how many of the cells that were run are bit-equal."""
+    """Return a table of strategies and processes by method: how many of the cells that ran are bit-equal."""
     lines = ["| | " + " | ".join(METHODS) + " |", "|---" * (len(METHODS) + 1) + "|"]
     kinds = sorted({(name.split("-")[0], name.split("-")[2]) for name in results})
     for strategy, processes in kinds:
         row = [f"{strategy}, {processes.removesuffix('p')} process{'es' if processes != '1p' else ''}"]
         for method in METHODS:
-            found = [r["status"] for n, r in results.items() if n.startswith(f"{strategy}-{method}-{processes}-")]
-            row.append(f"{found.count('bit-equal')} of {len(found)}" if found else "")
+            statuses = [r["status"] for n, r in results.items() if n.startswith(f"{strategy}-{method}-{processes}-")]
+            row.append(f"{statuses.count('bit-equal')} of {len(statuses)}" if statuses else "")
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)

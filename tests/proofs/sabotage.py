@@ -1,4 +1,7 @@
-"""What must not go unnoticed by the matrix: mistakes made on purpose in the ranks of a run, each before its script starts."""
+"""Mistakes that the matrix must notice: each is made on purpose in the ranks of a run, before the script starts.
+
+The scripts are imported by then, so a mistake replaces a name in the module that uses it.
+"""
 
 from dataclasses import replace
 from typing import Any
@@ -33,7 +36,7 @@ def leaking_document() -> None:
 
 
 def whole_layer() -> None:
-    """FSDP2 passes over one decoder layer."""
+    """FSDP2 leaves one decoder layer unsharded."""
     import torch.distributed.fsdp as fsdp
 
     honest, left_out = fsdp.fully_shard, set()
@@ -48,7 +51,7 @@ def whole_layer() -> None:
 
 
 def whole_tensors() -> None:
-    """ZeRO-3 keeps what is small for it: here the projections of queries, keys and values."""
+    """ZeRO-3 does not shard small tensors: here the projections of queries, keys and values."""
     from accel_llm.backend import strategy, zero
 
     honest = zero.deepspeed_settings
@@ -61,7 +64,7 @@ def whole_tensors() -> None:
     zero.deepspeed_settings = strategy.deepspeed_settings = settings_in_force
 
 
-# What is done to the ranks, in which cell, and what the verdict on it has to be (a pattern).
+# Each mistake, the cell and the kind of run it is made in, and a pattern of the verdict that it must get.
 CONTROLS = {
     averaging_left_in: ("ddp-full-packed-acc4-plain-2p-sft", "gradient", "different"),
     equal_data: ("ddp-full-packed-acc4-plain-2p-sft", "gradient", "different"),

@@ -1,14 +1,14 @@
-"""Long runs that are disturbed: no work may be lost, and the end has to be that of a run left alone, to the last bit.
+"""Disturb long runs: no work may be lost, and the end must equal that of an undisturbed run, to the last bit.
 
-    python tests/proofs/soak.py --write               everything, kept in tests/proofs/golden/soak.md: some hours on two cores
-    python tests/proofs/soak.py --kills 200           SIGKILLs at random moments, half of them meant for a save
+    python tests/proofs/soak.py --write               everything, into golden/soak.md: some hours on two cores
+    python tests/proofs/soak.py --kills 200           SIGKILLs at random moments, half of them during a save
     python tests/proofs/soak.py --corruption          every file of a checkpoint damaged in every way
-    python tests/proofs/soak.py --enospc              a disk that is full at every call that writes (needs a C compiler)
-    python tests/proofs/soak.py --enospc --thin       of the many writes of one file at the first, the middle one and the last
+    python tests/proofs/soak.py --enospc              a disk that is full at any call that writes (needs a C compiler)
+    python tests/proofs/soak.py --enospc --thin       of equal calls in a row the first, the middle one and the last
     python tests/proofs/soak.py --signals             SIGTERM, SIGINT and SIGUSR1 in every phase
     python tests/proofs/soak.py --short               a bit of each: tests/launch/test_soak.py
 
-Everything is imported once and each rank is a fork (`forks`), but for a few real launches.
+Everything is imported once and each rank is a fork (`forks`), except for a few real launches.
 """
 
 import argparse
@@ -36,7 +36,7 @@ GOLDEN = ROOT / "tests" / "proofs" / "golden" / "soak.md"
 
 
 class Part(NamedTuple):
-    """One kind of disturbance: lines of a table, a summary, and what was not as promised."""
+    """One kind of disturbance: the rows of a table, a summary, and the problems."""
 
     title: str
     head: list[str]
@@ -55,13 +55,13 @@ def verdict(wrong: list[str]) -> str:
 
 
 def shown(title: str, entries: Iterable[Any], row_of: Callable[[Any], list[str]]) -> tuple[list[Any], list[list[str]]]:
-    """All entries and their rows, each printed when it is there."""
-    found, rows = [], []
+    """Return all entries and their rows; print each as soon as it is there."""
+    seen, rows = [], []
     for entry in entries:
-        found.append(entry)
+        seen.append(entry)
         rows.append([*row_of(entry), verdict(entry.wrong)])
         print(f"{title}: {'  '.join(rows[-1])}", flush=True)
-    return found, rows
+    return seen, rows
 
 
 def wrong_rows(rows: list[list[str]]) -> list[str]:
@@ -69,9 +69,9 @@ def wrong_rows(rows: list[list[str]]) -> list[str]:
 
 
 def killed(count: int, work: Path, seed: int, courses: list[kills.Course]) -> Part:
-    found, rows = [], []
+    chains, rows = [], []
     for chain in kills.all_chains(count, work, random.Random(seed), courses):
-        found.append(chain)
+        chains.append(chain)
         for kill in chain.kills:
             place = kill.place or "between saves"
             rows.append(
@@ -80,17 +80,18 @@ def killed(count: int, work: Path, seed: int, courses: list[kills.Course]) -> Pa
             rows[-1].append(f"{kill.seconds:.1f}")
         rows.append([chain.course, "end", "", "", "", "", "", "", verdict(chain.wrong)])
         print(f"kills: {chain.course}: {len(chain.kills)} kills, {rows[-1][-1]}", flush=True)
-    every = [kill for chain in found for kill in chain.kills]
+    every = [kill for chain in chains for kill in chain.kills]
     lost = {
         when: max([kill.lost for kill in every if kill.course.endswith("async") == when], default=0)
         for when in (False, True)
     }
     places = Counter(kill.place for kill in every if kill.place)
     summary = (
-        f"{len(every)} SIGKILLs in {len(found)} runs, {places.total()} inside a save "
+        f"{len(every)} SIGKILLs in {len(chains)} runs, {places.total()} inside a save "
         f"({', '.join(f'{number} {place}' for place, number in sorted(places.items()))}), "
-        f"{sum(kill.reached > 0 for kill in every)} after at least one step; {sum(bool(c.wrong) for c in found)} runs that "
-        "could not go on, lost more than they may or ended differently. Steps lost at most: "
+        f"{sum(kill.reached > 0 for kill in every)} after at least one step; "
+        f"{sum(bool(c.wrong) for c in chains)} runs that could not go on, "
+        "lost more than they may or ended differently. Steps lost at most: "
         f"{lost[False]} (save_async: {lost[True]}) with save_steps {kills.INTERVAL}; the last process ended "
         f"{max((kill.seconds for kill in every), default=0):.1f} s after the kill."
     )
@@ -106,21 +107,21 @@ def killed(count: int, work: Path, seed: int, courses: list[kills.Course]) -> Pa
         "verdict",
     ]
     rows = [row if len(row) == len(head) else [*row, ""] for row in rows]
-    return Part("SIGKILL", head, rows, summary, [f"{c.course}: {verdict(c.wrong)}" for c in found if c.wrong])
+    return Part("SIGKILL", head, rows, summary, [f"{c.course}: {verdict(c.wrong)}" for c in chains if c.wrong])
 
 
 def corrupted(work: Path, short: bool) -> Part:
     def row_of(case: corruption.Case) -> list[str]:
         return [case.course, case.file, case.damage, case.told]
 
-    found, rows = shown("corruption", corruption.cases(work, short), row_of)
+    tested, rows = shown("corruption", corruption.cases(work, short), row_of)
     bad = wrong_rows(rows)
-    summary = f"{len(found)} damaged checkpoints, {len(bad)} not refused by name or not gone on without as promised."
+    summary = f"{len(tested)} damaged checkpoints, {len(bad)} not refused by name or not gone on without as promised."
     return Part("Damaged checkpoints", ["run", "file", "damage", "told", "verdict"], rows, summary, bad)
 
 
 def full(work: Path, points: Iterator[fulldisk.Point]) -> Part:
-    """One line for each file that was refused first, of each course and ranks."""
+    """Return one line for each course, ranks and file whose call failed first."""
     groups: dict[tuple[str, ...], list[fulldisk.Refused]] = defaultdict(list)
     wrong = []
     for point in points:
@@ -143,20 +144,20 @@ def full(work: Path, points: Iterator[fulldisk.Point]) -> Part:
     every = [result for results in groups.values() for result in results]
     told = sum(any(result.codes) for result in every)
     summary = (
-        f"{len(every)} runs on a disk that is full at one call or from it on, {len(wrong)} not as promised; {told} ended by a "
-        f"sentence and {len(every) - told} lost nothing by it, the slowest after "
+        f"{len(every)} runs on a disk that is full at one call or from it on, {len(wrong)} not as promised; "
+        f"{told} ended by a sentence and {len(every) - told} lost nothing by it, the slowest after "
         f"{max((result.seconds for result in every), default=0):.1f} s, its start included."
     )
     head = ["run", "ranks", "first refused", "calls", "runs", "ended by a sentence", "seconds at most", "verdict"]
     return Part("Full disks", head, rows, summary, wrong)
 
 
-def preempted(found: Iterator[preemption.Signalled]) -> Part:
+def preempted(signalled: Iterator[preemption.Signalled]) -> Part:
     def row_of(one: preemption.Signalled) -> list[str]:
         codes = " ".join(map(str, one.codes))
         return [one.course, one.phase, one.what, one.ranks, codes, f"{one.seconds:.1f}", str(one.step)]
 
-    every, rows = shown("signals", found, row_of)
+    every, rows = shown("signals", signalled, row_of)
     bad = wrong_rows(rows)
     slowest = max((one.seconds for one in every if one.what != "SIGUSR1"), default=0.0)
     summary = f"{len(every)} runs, {len(bad)} not as promised; the slowest ended {slowest:.1f} s after its signal."
@@ -185,7 +186,7 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def parts_of(args: argparse.Namespace, work: Path) -> Iterator[Part]:
+def run_parts(args: argparse.Namespace, work: Path) -> Iterator[Part]:
     if args.short:
         yield killed(8, work, args.seed, kills.few())
         yield corrupted(work, short=True)
@@ -205,7 +206,7 @@ def parts_of(args: argparse.Namespace, work: Path) -> Iterator[Part]:
 
 
 def write(parts: list[Part]) -> None:
-    """Into the golden file; parts that were not run this time stay as they are."""
+    """Write the parts into the golden file; parts that did not run this time stay as they are."""
     old = GOLDEN.read_text(encoding="utf-8").split("\n## ")[1:] if GOLDEN.exists() else []
     kept = {text.split("\n")[0]: f"## {text.rstrip()}\n" for text in old}
     kept |= {part.title: part.markdown() for part in parts}
@@ -216,7 +217,7 @@ def main() -> None:
     args, since = arguments(), time.monotonic()
     work = args.work or Path(tempfile.mkdtemp(prefix="soak-"))
     work.mkdir(parents=True, exist_ok=True)
-    # Launched processes shall find this package, not one that happens to be installed.
+    # Launched processes must import this package, not one that happens to be installed.
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     fills = args.short or args.enospc or not (args.kills or args.corruption or args.signals)
     if fills and not fulldisk.preloaded():
@@ -228,7 +229,7 @@ def main() -> None:
     warm()
     compute(partial(prepare, work), work / "prepare.log")
     parts = []
-    for part in parts_of(args, work):
+    for part in run_parts(args, work):
         parts.append(part)
         print(f"{part.title}: {part.summary} ({time.monotonic() - since:.0f} s)", flush=True)
     if args.write:

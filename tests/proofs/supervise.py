@@ -1,4 +1,4 @@
-"""Runs that are disturbed: their words, what they should have come to, and what a launcher does with their processes."""
+"""Disturbed runs: their command lines, the undisturbed run to compare with, and the work of a launcher."""
 
 import os
 import re
@@ -19,7 +19,7 @@ INTERVAL = 2  # save_steps of every course
 
 
 class Course(NamedTuple):
-    """What is trained: dropout 0.1 and NEFTune on, a checkpoint every second step, lines of metrics elsewhere."""
+    """A kind of run: dropout 0.1 and NEFTune, a checkpoint at every second step and metrics at other steps."""
 
     strategy: str
     method: str
@@ -41,7 +41,7 @@ class Course(NamedTuple):
         self, work: Path, output: Path, sabotage: Callable[[], None] | None = None, goes_on: bool = False
     ) -> forks.Run:
         cell = resumes.Cell(self.strategy, self.method, self.processes, self.accumulation, 0)
-        words = resumes.words_of(cell, work, output, last=False)
+        words = resumes.script_arguments(cell, work, output, last=False)
         changed = {"--max_steps": self.steps, "--save_steps": INTERVAL, "--packing": "false"}
         for name, value in changed.items():
             words[words.index(name) + 1] = str(value)
@@ -59,7 +59,7 @@ class Course(NamedTuple):
 
 
 def undisturbed(course: Course, work: Path) -> Path:
-    """The output of the run that is left alone; done once."""
+    """Return the output of the undisturbed run, which is done once."""
     output = work / "whole" / course.name
     if not output.exists():
         seconds = finish(course.run(work, output), work)
@@ -68,10 +68,10 @@ def undisturbed(course: Course, work: Path) -> Path:
 
 
 def finish(run: forks.Run, work: Path) -> float:
-    """Do a run that has to end well; its seconds.
+    """Do a run that must succeed, and return its seconds.
 
     Raises:
-        RuntimeError: it did not.
+        RuntimeError: the run failed.
     """
     end = next(iter(forks.execute([run], work)))
     if end.code:
@@ -80,13 +80,13 @@ def finish(run: forks.Run, work: Path) -> float:
 
 
 def compared(course: Course, work: Path, output: Path) -> list[str]:
-    """What is not to the last bit what an undisturbed run left, and what is not whole."""
+    """Return the files that differ in any bit from those of an undisturbed run, and incomplete folders."""
     different = resumes.differences(undisturbed(course, work), output)
     return [f"{name} differs" for name in different] + [f"{name} is not whole" for name in halves(output)]
 
 
 def gone_on(course: Course, work: Path, output: Path) -> list[str]:
-    """What is wrong after the same words were given once more."""
+    """Repeat the command of a run and return the problems of its end."""
     try:
         finish(course.run(work, output, goes_on=True), work)
     except RuntimeError as error:
@@ -95,10 +95,10 @@ def gone_on(course: Course, work: Path, output: Path) -> list[str]:
 
 
 def look(pids: dict[int, int | None]) -> bool:
-    """Note the exit codes of processes that have ended; whether all have."""
+    """Record the exit codes of processes that have ended; return whether all have."""
     for pid in [pid for pid, code in pids.items() if code is None]:
-        found, status = os.waitpid(pid, os.WNOHANG)
-        pids[pid] = os.waitstatus_to_exitcode(status) if found else None
+        ended_pid, status = os.waitpid(pid, os.WNOHANG)
+        pids[pid] = os.waitstatus_to_exitcode(status) if ended_pid else None
     return None not in pids.values()
 
 
@@ -108,7 +108,7 @@ def send(pids: dict[int, int | None], number: int) -> None:
 
 
 def supervise(pids: dict[int, int | None]) -> float:
-    """Wait as torchrun does: one process that fails ends the others. Seconds from the first end to the last."""
+    """Wait as torchrun does: one process that fails ends the others. Return seconds from the first end to the last."""
     try:
         return _supervise(pids)
     finally:
@@ -130,7 +130,7 @@ def _supervise(pids: dict[int, int | None]) -> float:
 
 
 def until(happened: Callable[[], Any], pids: dict[int, int | None]) -> bool:
-    """Wait for something that a run does; False where the run ends without it."""
+    """Wait until `happened()` is true; return False if the run ends before."""
     limit = time.monotonic() + forks.TIMEOUT
     while not happened():
         if look(pids) or time.monotonic() > limit:
@@ -139,11 +139,11 @@ def until(happened: Callable[[], Any], pids: dict[int, int | None]) -> bool:
     return True
 
 
-# --- what a run did, told by itself ----------------------------------------------------------------------------------
+# --- a trace that a run writes about itself ---------------------------------------------------------------------------
 
 
 def tracing(trace: Path) -> None:
-    """In a rank: the main one notes what it goes on from, each step that it has done, and each checkpoint that is whole."""
+    """In the main rank: record the step resumed from, each step that is done and each complete checkpoint."""
     from accel_llm.checkpoint import checkpoints
     from accel_llm.checkpoint.checkpoints import Checkpoints
 
@@ -164,11 +164,12 @@ def tracing(trace: Path) -> None:
         note("step", step)
         when_due(self, meter, evaluation, health, step)
 
-    def sealing(before: Path, folder: Path, found: list[Path]) -> None:
-        seal(before, folder, found)
+    def sealing(before: Path, folder: Path, parts: list[Path]) -> None:
+        seal(before, folder, parts)
         note("sealed", int(folder.name.removeprefix("step-")))
 
-    Checkpoints.resume, Checkpoints.when_due, checkpoints.seal_folder = resuming, noting, sealing  # type: ignore[method-assign]
+    Checkpoints.resume, Checkpoints.when_due = resuming, noting  # type: ignore[method-assign]
+    checkpoints.seal_folder = sealing
 
 
 def noted(trace: Path, what: str) -> list[int]:
@@ -177,7 +178,7 @@ def noted(trace: Path, what: str) -> list[int]:
 
 
 def traced(output: Path, *more: Callable[[], None]) -> tuple[Path, Callable[[], None]]:
-    """An empty trace beside a run's folder, and the sabotage that fills it and does `more`."""
+    """Return an empty trace file beside a run's folder, and the sabotage that fills it and does `more`."""
     trace = output.with_suffix(".trace")
     trace.parent.mkdir(parents=True, exist_ok=True)
     trace.unlink(missing_ok=True)

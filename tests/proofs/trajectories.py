@@ -1,4 +1,4 @@
-"""Golden trajectories: loss and gradient norm of 50 steps of the demo's recipes and of the matrix' model."""
+"""Golden trajectories: loss and gradient norm of 50 steps, of the demo's recipes and of the matrix's model."""
 
 import json
 import subprocess
@@ -14,19 +14,19 @@ CURVES = ("loss", "grad_norm")
 
 
 def trajectories(work: Path, tiny: dict[str, list[str]]) -> dict[str, dict[str, list[float]]]:
-    """Curves by name of the run: the recipes, and sft.py with the command lines in `tiny`. One process on the CPU."""
+    """Return curves by name of the run: the recipes, and sft.py with each command line in `tiny`, on one CPU."""
     runs = []
     for name in (*RECIPES, *tiny):
         output, (script, extra) = work / "runs" / f"golden-{name}", RECIPES.get(name, ("sft", ""))
         recipe = ["--config", str(ROOT / "launch" / "recipes" / f"{name}.yaml")]
         words = f"{extra} --max_steps {STEPS} --logging_steps 1 --cache_dir {work / 'cache'} --output_dir {output}"
         runs.append(Run(name, script, "cpu", 1, [*tiny.get(name, recipe), *words.split()], output))
-    found = {}
+    curves = {}
     for end in execute(runs, work):
         if end.code:
             raise RuntimeError(f"{end.run.name}: {end.log}")
-        found[end.run.name] = {name: metric(end.run.output, name).round(7).tolist() for name in CURVES}
-    return dict(sorted(found.items()))
+        curves[end.run.name] = {name: metric(end.run.output, name).round(7).tolist() for name in CURVES}
+    return dict(sorted(curves.items()))
 
 
 def versions() -> dict[str, str]:
@@ -39,7 +39,7 @@ def record(work: Path, tiny: dict[str, list[str]]) -> None:
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
-    # What decides the numbers; a table or a test that has changed does not.
+    # Only these folders decide the numbers, so other files may have changes.
     changed = git("status", "--porcelain", "--", "accel_llm", "launch", "accelerate_configs")
     if changed:
         raise SystemExit(f"--record: there are changes that are not committed:\n{changed}")
@@ -50,7 +50,7 @@ def record(work: Path, tiny: dict[str, list[str]]) -> None:
 
 
 def check(work: Path, tiny: dict[str, list[str]]) -> list[str]:
-    """Where a recorded trajectory is left by more than 1e-4: not bit for bit, as CPUs differ in how they add up."""
+    """Return the curves that differ from the recorded ones by more than 1e-4. CPUs add up in different orders."""
     golden, wrong = json.loads(FILE.read_text(encoding="utf-8")), []
     if golden["versions"] != versions():
         print(f"recorded with {golden['versions']}, here are {versions()}", flush=True)

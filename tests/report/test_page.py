@@ -323,7 +323,7 @@ def test_a_line_cut_short_is_passed_over(tmp_path):
     assert write_page(tmp_path, {}).tiles()["Final loss"] == ("2", "step 1")
 
 
-def test_who_has_the_old_page_open_reads_it_to_the_end(tmp_path):
+def test_an_open_old_page_can_be_read_to_its_end(tmp_path):
     write_page(tmp_path, RUN)
     with (tmp_path / "report.html").open(encoding="utf-8") as old:
         write_page(tmp_path, {"run_name": "second"})

@@ -1,4 +1,4 @@
-"""The census says what is in force, and refuses what is not what was asked for; real strategies are in the matrix."""
+"""Preflight records the settings in force, and refuses what was not asked for. The matrix runs the real engines."""
 
 import pytest
 import torch
