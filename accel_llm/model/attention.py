@@ -16,7 +16,6 @@ from accel_llm.errors import ConfigError
 
 PACKED_ATTENTION = "packed"
 REMEDY = "set packing: false"
-
 # torch 2.10 and 2.11 have `is_causal`, but no `scale`, `window_size`, `enable_gqa`; since 2.12 the window says causal.
 VARLEN_OPTIONS = frozenset(inspect.signature(varlen_attn).parameters)
 VARLEN_MAX_HEAD_DIM = 256
