@@ -36,11 +36,11 @@ def main() -> None:
     accelerator = backend.build_accelerator(options)
 
     # Encode text as rows of tokens with labels, and print the ledger and the plan.
-    tokenizer = setup.configured_tokenizer(options)
+    tokenizer = setup.text_tokenizer(options)
     config = setup.read_config(options)
     data = setup.encode_documents(options, config, tokenizer)
     start = find_start(accelerator, options, data.train)
-    stream = Stream(data.train, options, start, setup.pad_token_id(tokenizer))
+    stream = setup.open_stream(options, data.train, start, tokenizer)
     display.show_plan(accelerator, options, tokenizer, data, stream.plan)
     if options.method != "full":
         display.advise(accelerator, "An adapter learns little new knowledge; use method full for pretraining.")
@@ -52,14 +52,14 @@ def main() -> None:
     optimizer, scheduler = setup.optimizer_and_schedule(accelerator, model, options, stream.plan.total_steps)
     model, optimizer = backend.prepare(accelerator, model, optimizer)
 
-    # Check the settings in force. Then load the checkpoint, if there is one, over the first state.
+    # Check that the libraries did what the options ask. Then a checkpoint, if there is one, replaces the initial state.
     checks = preflight(accelerator, model, optimizer, options)
     set_seed(options.seed, device_specific=True)  # each process draws its own dropout and noise
     checkpoints = Checkpoints(accelerator, model, optimizer, scheduler, options, start)
     checkpoints.resume()
     stop = setup.stop_tokens(model, tokenizer)
 
-    # Train and export. However this ends, run.json gets the status.
+    # Train and export. run.json records the status, also after a failure.
     with recording(options.output_dir, accelerator.is_main_process, setup.run_facts(options, data, checks)) as record:
         evaluation = Evaluation(accelerator, tokenizer, data.eval, options, stop)
         train(accelerator, model, optimizer, scheduler, stream, evaluation, checkpoints, options)

@@ -40,7 +40,7 @@ def main() -> None:
     config = setup.read_config(options)
     data = setup.encode_chats(options, config, chat)
     start = find_start(accelerator, options, data.train)
-    stream = Stream(data.train, options, start, setup.pad_token_id(chat.tokenizer))
+    stream = setup.open_stream(options, data.train, start, chat.tokenizer)
     display.show_plan(accelerator, options, chat.tokenizer, data, stream.plan)
     if options.dry_run:
         return
@@ -50,15 +50,15 @@ def main() -> None:
     optimizer, scheduler = setup.optimizer_and_schedule(accelerator, model, options, stream.plan.total_steps)
     model, optimizer = backend.prepare(accelerator, model, optimizer)
 
-    # Check the settings in force. Then load the checkpoint, if there is one, over the first state.
+    # Check that the libraries did what the options ask. Then a checkpoint, if there is one, replaces the initial state.
     checks = preflight(accelerator, model, optimizer, options)
     set_seed(options.seed, device_specific=True)  # each process draws its own dropout and noise
     checkpoints = Checkpoints(accelerator, model, optimizer, scheduler, options, start)
     checkpoints.resume()
     stop = setup.stop_tokens(model, chat.tokenizer, chat.template)
-    display.show_stop_proof(accelerator, data.train, chat.tokenizer, chat.template.turn_end_id, stop)
+    display.show_stop_token_check(accelerator, data.train, chat.tokenizer, chat.template.turn_end_id, stop)
 
-    # Train and export. However this ends, run.json gets the status.
+    # Train and export. run.json records the status, also after a failure.
     with recording(options.output_dir, accelerator.is_main_process, setup.run_facts(options, data, checks)) as record:
         evaluation = Evaluation(accelerator, chat.tokenizer, data.eval, options, stop)
         train(accelerator, model, optimizer, scheduler, stream, evaluation, checkpoints, options)

@@ -1,8 +1,8 @@
-"""What several test files share: tokenizers, tiny models in memory and on disk, chat files, scripts in this process."""
+"""Fixtures of several test files: tokenizers, tiny models in memory and on disk, chat files, scripts in this process."""
 
 import os
 
-# Tiny tensors are computed faster by one thread, above all where two pytest processes share two cores.
+# One thread computes tiny tensors faster, above all if two pytest processes share two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import importlib.util
@@ -23,6 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from accel_llm.backend.accelerator import quiet_libraries
 from accel_llm.demo.skills import demo_conversations
 from accel_llm.demo.tokenizer import build_demo_tokenizer
+from accel_llm.errors import ConfigError, DataError
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture
 def accelerator() -> Iterator[Accelerator]:
-    """Accelerate's state is global to the process: nothing of another test may be met, nothing is left to the next."""
+    """Accelerate's state is global to the process, so each test starts and ends with a clean state."""
     AcceleratorState._reset_state(True)
     yield Accelerator(cpu=True)
     AcceleratorState._reset_state(True)
@@ -41,7 +42,7 @@ def accelerator() -> Iterator[Accelerator]:
 @pytest.fixture
 def tiny_llama() -> Callable[..., LlamaForCausalLM]:
     def build(seed: int = 0, **sizes: Any) -> LlamaForCausalLM:
-        """Float32, with random weights so large that every token seen shows in the logits."""
+        """Build a float32 model with random weights so large that every visible token changes the logits."""
         torch.manual_seed(seed)
         defaults = {
             "vocab_size": len(SPECIAL) + len(string.printable),
@@ -94,7 +95,7 @@ def make_model() -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def tiny(make_model, tmp_path_factory) -> Path:
-    """A float32 model that tests read and leave as it is."""
+    """The folder of a float32 model that tests must not change."""
     return make_model(tmp_path_factory.mktemp("tiny"))
 
 
@@ -109,13 +110,13 @@ def chats(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def quiet() -> None:
-    """What libraries warn about themselves is silenced, as in every script."""
+    """Silence the libraries' own warnings, as every script does."""
     quiet_libraries()
 
 
 @pytest.fixture
 def script(monkeypatch, tmp_path_factory) -> Callable[..., None]:
-    """`script("sft", "--max_steps", 3)` runs launch/sft.py's main; its errors come out as they are raised."""
+    """`script("sft", "--max_steps", 3)` runs the main function of launch/sft.py in this process; errors are raised."""
     cache = tmp_path_factory.getbasetemp() / "encoded"
 
     def call(name: str, *arguments: object) -> None:
@@ -135,3 +136,24 @@ def script(monkeypatch, tmp_path_factory) -> Callable[..., None]:
             reset()
 
     return call
+
+
+@pytest.fixture
+def sft_errors(script, tiny, chats, tmp_path) -> Callable[..., list[str]]:
+    """`sft_errors(*options)` runs sft.py and returns its error messages. A later option overrides an earlier one."""
+    out = tmp_path / "out"
+
+    def run(*more: object, rows: str | None = None, name: str = "rows.jsonl") -> list[str]:
+        files = chats
+        if rows is not None:
+            files = tmp_path / name
+            files.write_text(rows, encoding="utf-8")
+        words = ("--model_name_or_path", tiny, "--train_files", files, "--max_length", 128, "--output_dir", out)
+        with pytest.raises((ConfigError, DataError)) as error:
+            script("sft", *words, "--max_steps", 1, *more)
+        assert not out.exists()
+        sentences = str(error.value).splitlines()
+        assert all(len(sentence) < 600 for sentence in sentences)
+        return sentences
+
+    return run

@@ -1,4 +1,4 @@
-"""What several test files share: tokenizers, tiny models, rows in memory, chat templates and runs that are cut short."""
+"""Helpers of several test files: tokenizers, tiny models, rows in memory, chat templates, runs that are interrupted."""
 
 import json
 import random
@@ -34,9 +34,12 @@ from accel_llm.data.rows import ARRAYS, Origin, RowPart, Rows
 from accel_llm.model.placement import materialize_weights
 from accel_llm.system.signals import signal_requests
 
+# The Markdown pages of the project.
 ROOT = Path(__file__).parents[1]
 PAGE_FOLDERS = ("accel_llm", "accelerate_configs", "launch", "tests")
 PAGES = [ROOT / "README.md", *(page for name in PAGE_FOLDERS for page in sorted((ROOT / name).rglob("README.md")))]
+
+# The special tokens of `character_tokenizer`, and the sizes of all tiny models.
 SPECIAL = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]  # ids 0 to 4
 SIZES = {
     "vocab_size": 97,
@@ -50,6 +53,8 @@ SIZES = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+
+# Options that several model families share.
 HEADS = {"head_dim": 8}
 WINDOW = {"sliding_window": 4}
 GPT = {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 64, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
@@ -60,6 +65,8 @@ DEEPSEEK = {
     "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "moe_intermediate_size": 24,
     "first_k_dense_replace": 1, "num_key_value_heads": 4,
 }  # fmt: skip
+
+# Families of which several documents can share one row, with the options that `tiny_model` adds to SIZES.
 FAMILIES: dict[str, dict] = {
     "llama": {},
     "qwen2": {**WINDOW, "use_sliding_window": True, "max_window_layers": 0},
@@ -93,6 +100,8 @@ FAMILIES: dict[str, dict] = {
     "ernie4_5": HEADS,
     "glm4_moe": {**EXPERTS, **HEADS, "n_routed_experts": 4, "first_k_dense_replace": 1},
 }
+
+# Families whose attention or state would mix packed documents.
 UNPACKABLE: dict[str, dict] = {
     "stablelm": {},
     "falcon": {"num_kv_heads": 2},
@@ -103,20 +112,26 @@ UNPACKABLE: dict[str, dict] = {
     },
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_ff_dim": 48},
 }  # fmt: skip
-STOCK: dict[str, dict] = {
+
+# Families that keep the loss of transformers, and why.
+UNFUSED_FAMILIES: dict[str, dict] = {
     "hyperclovax": {"logits_scaling": 2.0},  # multiplies where Granite divides, under the same name
-    "recurrent_gemma": {"logits_soft_cap": 3.0},  # a name of its own for the soft-cap
-    "modernbert-decoder": {},  # a layer between the hidden states and the projection to the vocabulary
+    "recurrent_gemma": {"logits_soft_cap": 3.0},  # another name for the soft-cap
+    "modernbert-decoder": {},  # a layer between the hidden states and the output projection
     "llama4_text": {
         **HEADS,
         "num_local_experts": 4,
         "intermediate_size_mlp": 48,
-    },  # no decoder under the prefix it names
+    },  # no decoder under its base_model_prefix
 }
+
+# Conversations.
 SINGLE = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
 MULTI = [*SINGLE, {"role": "user", "content": "And 2+2?"}, {"role": "assistant", "content": "It is 4.\n\nSure."}]
 SYSTEM = [{"role": "system", "content": "Be brief."}, *MULTI]
 CONVERSATIONS = {"single": SINGLE, "multi": MULTI, "system": SYSTEM}
+
+# Chat templates like the published ones, but shorter.
 QWEN25 = """\
 {%- if messages[0]['role'] == 'system' %}{{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}
 {%- else %}{{- '<|im_start|>system\\nYou are kind.<|im_end|>\\n' }}{%- endif %}
@@ -178,6 +193,7 @@ SOURCES = {
     "gemma": GEMMA,
     "qwen3": QWEN3,
 }
+# The special tokens that each template needs.
 CONTROL_TOKENS = {
     "qwen2.5": ["<|im_start|>", "<|im_end|>"],
     "qwen3": ["<|im_start|>", "<|im_end|>"],
@@ -187,17 +203,21 @@ CONTROL_TOKENS = {
     "zephyr": [],
     "gemma": ["<start_of_turn>", "<end_of_turn>"],
 }
+
+# Parts of the conversations in BAD_MESSAGES and of the errors about them.
 USER = {"role": "user", "content": "q"}
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"x": 1}}}
 ROLES = (
     "system, developer, user, human, assistant, gpt, bot, model, function_call, tool_call, tool, observation, function, "
     "tool_response, function_response"
 )
+
+# Steps of a run in the tests of checkpoints, and the step at which it is interrupted.
 STEPS, STOP = 6, 3
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:
-    """Every printable ASCII character is a token, so that ids can be counted by hand."""
+    """Return a tokenizer with one token for each printable ASCII character, so that tests can count ids by hand."""
     vocabulary = {token: index for index, token in enumerate([*SPECIAL, *string.printable])}
     backend: Any = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
@@ -206,26 +226,26 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 
 
-def settled(model: Any, options: Any) -> Any:
-    """The weights of a loaded model read, cast and quantised as `shards.place` does in one process."""
+def materialize(model: Any, options: Any) -> Any:
+    """Read, cast and quantize the weights, as `place_weights` does in one process. Return the model."""
     compute = PRECISION_DTYPES[resolve_precision(options)]
     materialize_weights(model, list(model.modules()), compute, torch.device("cpu"))
     return model
 
 
-def rows_of(encoded: Iterable[tuple[int, list[int], list[int]]], weights: list[list[float]] | None = None) -> Rows:
-    """Rows in memory from (row number, ids, labels)."""
+def make_rows(encoded: Iterable[tuple[int, list[int], list[int]]], weights: list[list[float]] | None = None) -> Rows:
+    """Build rows in memory from (row number, ids, labels)."""
     part = RowPart()
     for k, (number, ids, labels) in enumerate(encoded):
         part.add(array("i", ids), array("i", labels), weights[k] if weights else None, number, 0, number)
     arrays = {name: np.array(getattr(part, name), kind) for name, kind in ARRAYS.items()}
     offsets = np.concatenate([[0], np.cumsum(arrays.pop("lengths"), dtype=np.int64)])
-    found = arrays.pop("weights")
-    return Rows(**arrays, offsets=offsets, weights=found if weights else None, origins=(Origin(0, "rows"),))
+    weight_values = arrays.pop("weights")
+    return Rows(**arrays, offsets=offsets, weights=weight_values if weights else None, origins=(Origin(0, "rows"),))
 
 
 def reset() -> None:
-    """As a fresh process: Accelerate keeps its state in classes."""
+    """Reset the state that a new process would not have: Accelerate's (it is kept in classes), signals and seeds."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     PartialState._reset_state()
@@ -236,8 +256,8 @@ def reset() -> None:
 
 
 def tiny_model(family: str, **options) -> PreTrainedModel:
-    """A float32 model whose random weights are so large that each part of it shows in the logits."""
-    sizes = {**FAMILIES, **UNPACKABLE, **STOCK, "jetmoe": {}}[family]
+    """Return a float32 model with random weights so large that each part of the model changes the logits."""
+    sizes = {**FAMILIES, **UNPACKABLE, **UNFUSED_FAMILIES, "jetmoe": {}}[family]
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**{**SIZES, **sizes, **options}))
     with torch.no_grad():
@@ -258,7 +278,7 @@ def random_rows(number: int, longest: int, seed: int = 0) -> list[tuple[np.ndarr
 
 
 def byte_level(control_tokens: list[str], **options: object) -> PreTrainedTokenizerFast:
-    """A tiny GPT-2-like tokenizer; it merges line ends and spaces with what follows, as real ones do."""
+    """Return a tiny GPT-2-like tokenizer. It merges line ends and spaces with the next characters, as real ones do."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -273,7 +293,7 @@ def byte_level(control_tokens: list[str], **options: object) -> PreTrainedTokeni
 
 
 def sentence_piece_like(control_tokens: list[str]) -> PreTrainedTokenizerFast:
-    """A tiny Llama-2-like tokenizer: a space before the text, bytes for what is unknown, no word borders."""
+    """Return a tiny Llama-2-like tokenizer: a space before the text, bytes for unknown characters, no word borders."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     tokenizer.decoder = decoders.Sequence(
@@ -293,7 +313,7 @@ def sentence_piece_like(control_tokens: list[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def template_of(tokenizer: PreTrainedTokenizerFast, source: str, tmp_path: Path) -> Template:
+def load_source(tokenizer: PreTrainedTokenizerFast, source: str, tmp_path: Path) -> Template:
     path = tmp_path / "template.jinja"
     path.write_text(source, encoding="utf-8")
     return load_template(tokenizer, str(path))
@@ -304,19 +324,19 @@ def assistant(**fields: Any) -> dict[str, Any]:
 
 
 class Stopped(BaseException):
-    """The end of a process, as far as one process can bring it about."""
+    """Simulates a killed process."""
 
 
-def steps(folder: Path) -> list[int]:
+def saved_steps(folder: Path) -> list[int]:
     return sorted(int(path.name.removeprefix("step-")) for path in (folder / "checkpoints").iterdir())
 
 
-def at(folder: Path, step: int) -> Path:
+def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / "checkpoints" / f"step-{step:08d}"
 
 
 def metrics(folder: Path) -> list[dict]:
-    """What training computed, without what the clock and the memory said."""
+    """Return the lines of metrics.jsonl without measured values (speed, memory)."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [{k: v for k, v in line.items() if k not in ("tokens_per_second", "peak_memory_mb")} for line in lines]
 
@@ -326,11 +346,11 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(path)
 
 
-def equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+def equal_tensors(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
-def status(folder: Path) -> dict[str, Any]:
+def run_json(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "run.json").read_text(encoding="utf-8"))
 
 
@@ -347,10 +367,11 @@ def spoil(path: Path, how: str) -> None:
         path.mkdir()
 
 
-BAD: dict[str, tuple[Any, str, str]] = {
-    "no list": (7, "messages: found 7, needs a list of messages that is not empty", NOT_MESSAGES),
-    "null": (None, "messages: found null, needs a list of messages that is not empty", NOT_MESSAGES),
-    "an empty list": ([], "messages: found [], needs a list of messages that is not empty", NOT_MESSAGES),
+# Name: a `messages` value, the error about it, and the reason under which the row is counted.
+BAD_MESSAGES: dict[str, tuple[Any, str, str]] = {
+    "no list": (7, "messages: found 7; needs a list of messages that is not empty", NOT_MESSAGES),
+    "null": (None, "messages: found null; needs a list of messages that is not empty", NOT_MESSAGES),
+    "an empty list": ([], "messages: found []; needs a list of messages that is not empty", NOT_MESSAGES),
     "text": (
         "hi",
         'messages: found "hi", which is not JSON (Expecting value: line 1 column 1 (char 0))',
@@ -358,98 +379,98 @@ BAD: dict[str, tuple[Any, str, str]] = {
     ),
     "a turn that is text": (
         ["hi"],
-        'messages[0]: found "hi", needs an object with role and content',
+        'messages[0]: found "hi"; needs an object with role and content',
         NOT_MESSAGES,
     ),
     "unknown role": (
         [USER, {"from": "narrator", "value": "x"}],
-        f'messages[1].from: unknown role "narrator", known are {ROLES}',
+        f'messages[1].from: unknown role "narrator"; known are {ROLES}',
         UNKNOWN_ROLE,
     ),
     "a role that is no text": (
         [{"role": ["user"], "content": "x"}],
-        f'messages[0].role: unknown role ["user"], known are {ROLES}',
+        f'messages[0].role: unknown role ["user"]; known are {ROLES}',
         UNKNOWN_ROLE,
     ),
     "no role": (
         [{"content": "x"}],
-        f"messages[0].role: missing (its keys: content), known are {ROLES}",
+        f"messages[0].role: missing (its keys: content); known are {ROLES}",
         UNKNOWN_ROLE,
     ),
     "no content": (
         [{"role": "user"}],
-        "messages[0].content: missing, needs text (its keys: role)",
+        "messages[0].content: missing; needs text (its keys: role)",
         MISSING_VALUE,
     ),
     "null content": (
         [{"from": "human", "value": None}],
-        "messages[0].value: found null, needs text (its keys: from, value)",
+        "messages[0].value: found null; needs text (its keys: from, value)",
         MISSING_VALUE,
     ),
     "a null call": (
         [{"from": "function_call", "value": None}],
-        "messages[0].value: found null, needs text (its keys: from, value)",
+        "messages[0].value: found null; needs text (its keys: from, value)",
         MISSING_VALUE,
     ),
     "a number": (
         [USER, {"role": "assistant", "content": 3.3}],
-        "messages[1].content: found 3.3, needs text (its keys: role, content)",
+        "messages[1].content: found 3.3; needs text (its keys: role, content)",
         NOT_TEXT,
     ),
     "an object": (
         [{"role": "tool", "content": {"age": 31}}],
-        'messages[0].content: found {"age": 31}, needs text (its keys: role, content)',
+        'messages[0].content: found {"age": 31}; needs text (its keys: role, content)',
         NOT_TEXT,
     ),
     "half a pair": (
         [{"human": "q", "assistant": None}],
-        "messages[0].assistant: found null, needs text (its keys: human, assistant)",
+        "messages[0].assistant: found null; needs text (its keys: human, assistant)",
         MISSING_VALUE,
     ),
     "an empty answer in a pair": (
         [{"human": "q", "assistant": " "}],
-        "messages[0].assistant: the answer is empty, needs text (its keys: human, assistant)",
+        "messages[0].assistant: the answer is empty; needs text (its keys: human, assistant)",
         EMPTY_ANSWER,
     ),
     "an empty answer": (
         [USER, {"from": "gpt", "value": " \n"}],
-        "messages[1].value: the assistant's answer is empty, needs text to train on",
+        "messages[1].value: the assistant's answer is empty; needs text to train on",
         EMPTY_ANSWER,
     ),
     "an answer of reasoning alone": (
         [assistant(content="", reasoning_content="t")],
-        "messages[0].content: the assistant's answer is empty, needs text to train on",
+        "messages[0].content: the assistant's answer is empty; needs text to train on",
         EMPTY_ANSWER,
     ),
     "an answer of no parts": (
         [assistant(content=[])],
-        "messages[0].content: the assistant's answer is empty, needs text to train on",
+        "messages[0].content: the assistant's answer is empty; needs text to train on",
         EMPTY_ANSWER,
     ),
     "reasoning that is no text": (
         [assistant(thinking=0)],
-        "messages[0].thinking: found 0, needs text (its keys: role, content, thinking)",
+        "messages[0].thinking: found 0; needs text (its keys: role, content, thinking)",
         NOT_TEXT,
     ),
     "two reasonings": (
         [assistant(thinking="t", reasoning_content="s")],
-        "messages[0].reasoning_content: found several reasonings (its keys: role, content, thinking, "
-        "reasoning_content), allowed: one",
+        "messages[0].reasoning_content: has several different reasoning texts; only one is allowed (its keys: role, "
+        "content, thinking, reasoning_content)",
         TWO_REASONINGS,
     ),
     "a part that is text": (
         [{"role": "user", "content": ["q"]}],
-        'messages[0].content[0]: found "q", needs an object with type and text',
+        'messages[0].content[0]: found "q"; needs an object with type and text',
         NOT_TEXT,
     ),
     "a part without text": (
         [{"role": "user", "content": [{"type": "text"}]}],
-        "messages[0].content[0].text: missing, needs text (its keys: type)",
+        "messages[0].content[0].text: missing; needs text (its keys: type)",
         MISSING_VALUE,
     ),
     "an unknown part": (
         [{"role": "user", "content": [{"type": "refusal", "refusal": "x"}]}],
-        'messages[0].content[0].type: found "refusal", allowed: text, reasoning, tool_call',
+        'messages[0].content[0].type: found "refusal"; allowed: text, reasoning, tool_call',
         NOT_TEXT,
     ),
     "an image": (
@@ -459,22 +480,22 @@ BAD: dict[str, tuple[Any, str, str]] = {
     ),
     "no calls, and no text either": (
         [assistant(content=None, tool_calls=[])],
-        "messages[0].content: found null, needs text (its keys: role, content, tool_calls)",
+        "messages[0].content: found null; needs text (its keys: role, content, tool_calls)",
         MISSING_VALUE,
     ),
     "no calls as JSON text, and no text either": (
         [{"role": "user", "content": None, "tool_calls": "[]"}],
-        "messages[0].content: found null, needs text (its keys: role, content, tool_calls)",
+        "messages[0].content: found null; needs text (its keys: role, content, tool_calls)",
         MISSING_VALUE,
     ),
     "a turn of no calls": (
         [{"from": "function_call", "value": "[]"}],
-        "messages[0].value: the assistant's answer is empty, needs text to train on",
+        "messages[0].value: the assistant's answer is empty; needs text to train on",
         EMPTY_ANSWER,
     ),
     "arguments that are a number": (
         [assistant(tool_calls=[{"name": "f", "arguments": 0}])],
-        'messages[0].tool_calls: found the tool call {"name": "f", "arguments": 0}, needs an object with name and '
+        'messages[0].tool_calls: found the tool call {"name": "f", "arguments": 0}; needs an object with name and '
         "arguments (an object)",
         BROKEN_TOOLS,
     ),
@@ -485,58 +506,58 @@ BAD: dict[str, tuple[Any, str, str]] = {
     ),
     "a call without a name": (
         [{"from": "function_call", "value": "{}"}],
-        "messages[0].value: found the tool call {}, needs an object with name and arguments (an object)",
+        "messages[0].value: found the tool call {}; needs an object with name and arguments (an object)",
         BROKEN_TOOLS,
     ),
     "a call that is a number": (
         [assistant(tool_calls=7)],
-        "messages[0].tool_calls: found the tool call 7, needs an object with name and arguments (an object)",
+        "messages[0].tool_calls: found the tool call 7; needs an object with name and arguments (an object)",
         BROKEN_TOOLS,
     ),
     "arguments that are a list": (
         [assistant(tool_calls=[{"name": "f", "arguments": [1]}])],
-        'messages[0].tool_calls: found the tool call {"name": "f", "arguments": [1]}, needs an object with name and '
+        'messages[0].tool_calls: found the tool call {"name": "f", "arguments": [1]}; needs an object with name and '
         "arguments (an object)",
         BROKEN_TOOLS,
     ),
     "a user who calls": (
         [{**USER, "tool_calls": [CALL]}],
-        "messages[0].tool_calls: found in a user turn, only an assistant turn can call tools",
+        "messages[0].tool_calls: found in a user turn; only an assistant turn can call tools",
         BROKEN_TOOLS,
     ),
     "an id that is no text": (
         [{"role": "tool", "content": "1", "tool_call_id": 0}],
-        "messages[0].tool_call_id: found 0, needs text (its keys: role, content, tool_call_id)",
+        "messages[0].tool_call_id: found 0; needs text (its keys: role, content, tool_call_id)",
         NOT_TEXT,
     ),
     "train that is no truth value": (
         [assistant(train="false")],
-        'messages[0].train: found "false", allowed: true and false (context only)',
+        'messages[0].train: found "false"; allowed: true and false (context only)',
         BAD_WEIGHT,
     ),
     "a negative weight": (
         [assistant(weight=-1)],
-        "messages[0].weight: found -1, needs a number from 0 (context only) upwards",
+        "messages[0].weight: found -1; needs a number from 0 (context only) upwards",
         BAD_WEIGHT,
     ),
     "no number as weight": (
         [assistant(weight=float("nan"))],
-        "messages[0].weight: found NaN, needs a number from 0 (context only) upwards",
+        "messages[0].weight: found NaN; needs a number from 0 (context only) upwards",
         BAD_WEIGHT,
     ),
     "an infinite weight": (
         [assistant(loss_weight=float("inf"))],
-        "messages[0].loss_weight: found Infinity, needs a number from 0 (context only) upwards",
+        "messages[0].loss_weight: found Infinity; needs a number from 0 (context only) upwards",
         BAD_WEIGHT,
     ),
     "a weight beyond all floats": (
         [assistant(weight=10**400)],
-        f"messages[0].weight: found 1{'0' * 76}..., needs a number from 0 (context only) upwards",
+        f"messages[0].weight: found 1{'0' * 76}...; needs a number from 0 (context only) upwards",
         BAD_WEIGHT,
     ),
     "a truth value as weight": (
         [assistant(weight=True)],
-        "messages[0].weight: found true, needs a number from 0 (context only) upwards",
+        "messages[0].weight: found true; needs a number from 0 (context only) upwards",
         BAD_WEIGHT,
     ),
 }

@@ -83,7 +83,7 @@ def adopt_adapter_options(options: MethodOptions) -> Any:
 
 
 def _comparable(value: Any) -> Any:
-    """The order of a list, of target modules for example, makes no difference."""
+    """Return a form of `value` for comparison: the order of a list, such as target modules, makes no difference."""
     return sorted(value) if isinstance(value, list) else value
 
 
@@ -120,7 +120,7 @@ def attach_adapter(model: PreTrainedModel, options: MethodOptions, new_tokens: r
 
 
 def _peft_config(options: MethodOptions) -> Any:
-    """The LoRA's config; an earlier adapter's is read as a whole, because not every setting has an option."""
+    """Return the LoRA's config; an earlier adapter's is read as a whole, because not every setting has an option."""
     if options.adapter_name_or_path is None:
         return build_lora_config(options)
     config = PeftConfig.from_pretrained(str(Path(options.adapter_name_or_path).expanduser()))
@@ -182,7 +182,9 @@ def _check_module_names(model: PreTrainedModel, options: MethodOptions) -> None:
         ("lora_target_modules", options.lora_target_modules),
         ("modules_to_save", options.modules_to_save),
     ):
-        for name in names if isinstance(names, list) else []:
+        if not isinstance(names, list):  # a pattern, or all-linear
+            continue
+        for name in names:
             if not any(module == name or module.endswith(f".{name}") for module in modules):
                 problems.append(f"{field}: the model has no {name!r}; its linear layers are {_linear_layers(model)}.")
     raise_problems(problems)

@@ -152,7 +152,7 @@ def _read_weights(folder: Path, allow_pickle: bool) -> dict[str, torch.Tensor]:
 
 
 def _adapter_name_pattern(kind: str) -> re.Pattern[str]:
-    """A pattern for the names of an adapter's own weights; all others in its file are whole modules of the base."""
+    """Return a pattern for the names of an adapter's own weights; the others in its file are whole modules."""
     # Only the first part of PEFT's prefix: VeRA's is "vera_lambda_", but it also has weights such as vera_A.
     stem = PEFT_TYPE_TO_PREFIX_MAPPING.get(PeftType(kind), "").split("_")[0]
     return re.compile(rf"\.{stem}_|\.token_adapter\.|\.trainable_tokens_")

@@ -50,7 +50,7 @@ def new_cpu_group() -> Any:
 
 @cache
 def _cpu_group() -> Any:
-    """The CPU group that all collectives of the main thread share."""
+    """Return the CPU group that all collectives of the main thread share."""
     return new_cpu_group()
 
 

@@ -43,7 +43,7 @@ class BpeCache:
 
     def encode(self, text: str) -> list[int] | None:
         """Return the ids of `text`; None if only the tokenizer itself can encode it."""
-        # A text that the tokenizer may split differently or would normalise is left to it.
+        # A text that the tokenizer may split differently or would normalize is left to it.
         ascii_only = text.isascii()
         if not ascii_only:
             if not self._checked_characters.issuperset(text) and not self._check_characters(set(text)):
@@ -70,10 +70,10 @@ class BpeCache:
                 self._ids[word] = tuple(token.id for token in self._model.tokenize(letters))
 
     def _check_characters(self, characters: set[str]) -> bool:
-        """Whether our patterns split all of `characters` as the tokenizer does.
+        """Return whether our patterns split all of `characters` as the tokenizer does.
 
         Regular expression engines differ in what is a letter or a space, above all by their Unicode version. A pattern
-        can only distinguish characters by such classes, so a few neighbours of each character are enough to tell.
+        can only distinguish characters by such classes, so a few neighbors of each character are enough to tell.
         """
         for character in characters - self._checked_characters:
             probe = f"a{character}a {character}{character} 1{character}1 .{character}. \n{character}\n '{character}"

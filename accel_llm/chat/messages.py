@@ -72,8 +72,9 @@ def read_messages(turns: Any, field: str) -> list[Message]:
     """Read the messages in `turns`, the value of column `field`: a list, or a list as JSON text.
 
     Each message has `role` (system, user, assistant, tool) and `content` (text). If the row has them, it also has
-    `reasoning_content` (copied to `thinking`: no template reads both), `tool_calls`, `tool_call_id`, `name`, `train`
-    (only if False: the turn is context) and `weight` (of its loss, if not 0 or 1). Empty system prompts are dropped.
+    `reasoning_content` (copied to `thinking`: no template reads both), `tool_calls`, `tool_call_id` and `name`. It has
+    `train` only if it is False (the turn is context); `weight`, a factor of the loss, only if it is not 0 or 1. Empty
+    system prompts are dropped.
 
     Raises:
         DataError: not a list of messages, an unknown role, a value that is missing or not text, an empty answer, a
@@ -81,12 +82,12 @@ def read_messages(turns: Any, field: str) -> list[Message]:
     """
     turns = read_json(turns, field)
     if not isinstance(turns, list) or not turns:
-        raise DataError(f"{field}: found {show_value(turns)}, needs a list of messages that is not empty", NOT_MESSAGES)
+        raise DataError(f"{field}: found {show_value(turns)}; needs a list of messages that is not empty", NOT_MESSAGES)
     messages: list[Message] = []
     for index, turn in enumerate(turns):
         if not isinstance(turn, dict):
             raise DataError(
-                f"{field}[{index}]: found {show_value(turn)}, needs an object with role and content", NOT_MESSAGES
+                f"{field}[{index}]: found {show_value(turn)}; needs an object with role and content", NOT_MESSAGES
             )
         try:
             if "human" in turn and "assistant" in turn and not (turn.get("role") or turn.get("from")):
@@ -116,14 +117,13 @@ def check_order(messages: list[Message]) -> None:
         if role == "tool":
             if previous not in ("assistant", "tool"):
                 place = f"after a {previous} turn" if previous else "opens the conversation"
-                raise DataError(f"order: a tool turn {place}, it must follow an assistant turn", TOOL_OUT_OF_PLACE)
+                raise DataError(f"order: a tool turn {place}; it must follow an assistant turn", TOOL_OUT_OF_PLACE)
         elif role == previous:
             reason = TWO_USER_TURNS if role == "user" else TWO_ASSISTANT_TURNS
-            raise DataError(f"order: {reason}, turns must alternate", reason)
+            raise DataError(f"order: {reason}; turns must alternate", reason)
         elif not previous and role == "assistant":
-            raise DataError(
-                "order: an assistant turn opens the conversation, a user turn must be first", ASSISTANT_FIRST
-            )
+            problem = "an assistant turn opens the conversation; a user turn must be first"
+            raise DataError(f"order: {problem}", ASSISTANT_FIRST)
         previous = role
     if all(message["role"] != "assistant" for message in messages):
         raise DataError("order: no assistant turn to train on", NO_ANSWER)
@@ -142,7 +142,7 @@ def read_answer(fields: Mapping[str, Any], field: str) -> Message:
     """
     answer = read_text(fields, field)
     if not answer or answer.isspace():
-        raise DataError(f"{field}: the answer is empty, needs text ({show_keys(fields)})", EMPTY_ANSWER)
+        raise DataError(f"{field}: the answer is empty; needs text ({show_keys(fields)})", EMPTY_ANSWER)
     return {"role": "assistant", "content": answer}
 
 
@@ -156,11 +156,11 @@ def read_tools(tools: Any) -> list[dict[str, Any]] | None:
     """
     tools = read_json(tools, "tools") or []
     if not isinstance(tools, list):
-        raise DataError(f"tools: found {show_value(tools)}, needs a list of JSON schemas", BROKEN_TOOLS)
+        raise DataError(f"tools: found {show_value(tools)}; needs a list of JSON schemas", BROKEN_TOOLS)
     schemas = [read_json(tool, f"tools[{index}]") for index, tool in enumerate(tools)]
     for index, schema in enumerate(schemas):
         if not isinstance(schema, dict):
-            raise DataError(f"tools[{index}]: found {show_value(schema)}, needs a JSON schema", BROKEN_TOOLS)
+            raise DataError(f"tools[{index}]: found {show_value(schema)}; needs a JSON schema", BROKEN_TOOLS)
     return [schema if "function" in schema else {"type": "function", "function": schema} for schema in schemas] or None
 
 
@@ -172,7 +172,7 @@ def _read_message(turn: dict[str, Any]) -> Message:
     role = ROLES.get(role_name) if isinstance(role_name, str) else None
     if role is None:
         problem = f"unknown role {show_value(role_name)}" if role_field in turn else f"missing ({show_keys(turn)})"
-        raise DataError(f"{role_field}: {problem}, known are {', '.join(ROLES)}", UNKNOWN_ROLE)
+        raise DataError(f"{role_field}: {problem}; known are {', '.join(ROLES)}", UNKNOWN_ROLE)
     # The content: text, a tool call in JSON, or a list of typed parts.
     content, content_field = turn.get("content"), "content"
     if content is None and "value" in turn:
@@ -195,9 +195,9 @@ def _read_message(turn: dict[str, Any]) -> Message:
     if role == "assistant":
         text = message["content"]
         if (not text or text.isspace()) and not message.get("tool_calls"):
-            raise DataError(f"{content_field}: the assistant's answer is empty, needs text to train on", EMPTY_ANSWER)
+            raise DataError(f"{content_field}: the assistant's answer is empty; needs text to train on", EMPTY_ANSWER)
     elif "tool_calls" in message:
-        raise DataError(f"tool_calls: found in a {role} turn, only an assistant turn can call tools", BROKEN_TOOLS)
+        raise DataError(f"tool_calls: found in a {role} turn; only an assistant turn can call tools", BROKEN_TOOLS)
     return message
 
 
@@ -206,7 +206,7 @@ def _join_parts(parts: list[Any], where: str) -> Message:
     texts, thoughts, calls = [], [], []
     for index, part in enumerate(parts):
         if not isinstance(part, dict):
-            raise DataError(f"{where}[{index}]: found {show_value(part)}, needs an object with type and text", NOT_TEXT)
+            raise DataError(f"{where}[{index}]: found {show_value(part)}; needs an object with type and text", NOT_TEXT)
         kind = part.get("type")
         try:
             if kind == "text":
@@ -218,7 +218,7 @@ def _join_parts(parts: list[Any], where: str) -> Message:
             elif isinstance(kind, str) and kind in _MEDIA_PARTS:
                 raise DataError(f"type: found {show_value(kind)}, but {TEXT_ONLY}", IMAGES)
             else:
-                raise DataError(f"type: found {show_value(kind)}, allowed: text, reasoning, tool_call", NOT_TEXT)
+                raise DataError(f"type: found {show_value(kind)}; allowed: text, reasoning, tool_call", NOT_TEXT)
         except DataError as error:
             raise DataError(f"{where}[{index}].{error}", error.reason) from None
     message: Message = {"content": "".join(texts)}
@@ -244,9 +244,8 @@ def _add_fields(message: Message, turn: dict[str, Any]) -> None:
     if "thinking" in message:
         thoughts.add(message["thinking"])
     if len(thoughts) > 1:
-        raise DataError(
-            f"reasoning_content: found several reasonings ({show_keys(turn)}), allowed: one", TWO_REASONINGS
-        )
+        problem = "has several different reasoning texts; only one is allowed"
+        raise DataError(f"reasoning_content: {problem} ({show_keys(turn)})", TWO_REASONINGS)
     if thoughts:
         message["reasoning_content"] = message["thinking"] = thoughts.pop()
     for field in ("tool_call_id", "name"):
@@ -263,7 +262,7 @@ def _read_weight(turn: dict[str, Any]) -> float:
     """Return the weight of a message's loss, from `train`, `weight` or `loss_weight`; the default is 1."""
     train = turn.get("train")
     if train not in (None, False, True):
-        raise DataError(f"train: found {show_value(train)}, allowed: true and false (context only)", BAD_WEIGHT)
+        raise DataError(f"train: found {show_value(train)}; allowed: true and false (context only)", BAD_WEIGHT)
     field = "weight" if turn.get("weight") is not None else "loss_weight"
     weight = turn.get(field)
     if weight is None:
@@ -271,7 +270,7 @@ def _read_weight(turn: dict[str, Any]) -> float:
     # The last comparison refuses NaN, infinity and whole numbers too large for a float.
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight <= sys.float_info.max:
         raise DataError(
-            f"{field}: found {show_value(weight)}, needs a number from 0 (context only) upwards", BAD_WEIGHT
+            f"{field}: found {show_value(weight)}; needs a number from 0 (context only) upwards", BAD_WEIGHT
         )
     return float(weight) if train in (None, True) else 0.0
 
@@ -305,7 +304,7 @@ def _read_tool_call(call: Any, where: str) -> dict[str, Any]:
         arguments = {}
     if not isinstance(name, str) or not isinstance(arguments, (dict, str)):
         raise DataError(
-            f"{where}: found the tool call {show_value(call)}, needs an object with name and arguments (an object)",
+            f"{where}: found the tool call {show_value(call)}; needs an object with name and arguments (an object)",
             BROKEN_TOOLS,
         )
     # Arguments that are not a JSON object stay text, and the template writes them as they are.
@@ -330,7 +329,7 @@ def read_text(fields: Mapping[str, Any], field: str) -> str:
         return value
     problem = f"found {show_value(value)}" if field in fields else "missing"
     raise DataError(
-        f"{field}: {problem}, needs text ({show_keys(fields)})", MISSING_VALUE if value is None else NOT_TEXT
+        f"{field}: {problem}; needs text ({show_keys(fields)})", MISSING_VALUE if value is None else NOT_TEXT
     )
 
 

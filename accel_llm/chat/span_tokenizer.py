@@ -1,4 +1,4 @@
-"""Tokenises a text as inference would, with exact token borders between context and trained spans."""
+"""Tokenizes a text as inference would, with exact token borders between context and trained spans."""
 
 import hashlib
 import re
@@ -34,7 +34,7 @@ class Span(NamedTuple):
 class SpanTokenizer:
     """A fast tokenizer that adds, pads and truncates nothing, whatever its files switch on.
 
-    Control tokens in people's text are tokenised as text, unless `allow_special_in_text` is set.
+    Control tokens in people's text are tokenized as text, unless `allow_special_in_text` is set.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, allow_special_in_text: bool = False):
@@ -52,7 +52,7 @@ class SpanTokenizer:
         added_tokens = list(tokenizer.added_tokens_decoder.values())
         self._added_texts = tuple(token.content for token in added_tokens)
         self._space_eaters = tuple(token.content for token in added_tokens if token.rstrip)
-        self.added_pattern = _any_of(self._added_texts)
+        self.added_pattern = _alternatives(self._added_texts)
         named_tokens = set(tokenizer.special_tokens_map.values())
         control_tokens = [
             token.content
@@ -64,7 +64,7 @@ class SpanTokenizer:
         # A quick test that most texts pass: no first character of a control token, no mark, no surrogate.
         starts = "".join(sorted({re.escape(token[0]) for token in control_tokens}))
         self._needs_guard = re.compile(f"[{starts}{GUARD_OPEN}{GUARD_CLOSE}\ud800-\udfff]").search
-        self._control = re.compile(_any_of(control_tokens))
+        self._control = re.compile(_alternatives(control_tokens))
 
         # Faster ways to the same ids, where the tokenizer allows them.
         self._added = re.compile(f"({self.added_pattern})")
@@ -74,7 +74,7 @@ class SpanTokenizer:
         splits_plainly = not any(token.lstrip or token.rstrip or token.single_word for token in added_tokens)
         self._uses_cache = self._bpe_cache.supported and splits_plainly
         self._newline_ids = self._ids("\n")
-        # SentencePiece tokenizers put a space before a text, so their texts cannot be tokenised in pieces.
+        # SentencePiece tokenizers put a space before a text, so their texts cannot be tokenized in pieces.
         self._cuts_freely = self._ids("\na") == self._newline_ids + self._ids("a")
 
     def token_id(self, token: str) -> int | None:
@@ -82,7 +82,7 @@ class SpanTokenizer:
         return self._backend.token_to_id(token)
 
     def is_single(self, token: str) -> bool:
-        """Whether the tokenizer keeps `token` in one piece."""
+        """Return whether the tokenizer keeps `token` in one piece."""
         return len(self._ids(token)) == 1
 
     def guard(self, value: Any) -> Any:
@@ -125,7 +125,7 @@ class SpanTokenizer:
             cuts += [span.start, self._skip_eaten_spaces(text, span.end)]
         pieces = [text[start:end] for start, end in zip(cuts, [*cuts[1:], len(text)], strict=True)]
 
-        # Tokenise each piece; the lengths give the borders.
+        # Tokenize each piece; the lengths give the borders.
         if guarded:
             parts = [self._guarded_ids(piece, continued=index > 0) for index, piece in enumerate(pieces)]
         elif self._uses_cache:
@@ -155,7 +155,7 @@ class SpanTokenizer:
         return ids
 
     def _encode_whole(self, text: str, spans: list[Span], continued: bool = False) -> tuple[list[int], list[Span]]:
-        """Tokenise the whole text with offsets; a token belongs to the span in which it begins.
+        """Tokenize the whole text with offsets; a token belongs to the span in which it begins.
 
         Inference cannot produce a token that reaches from a prompt into a target, so such a text is cut at the target.
         """
@@ -175,7 +175,7 @@ class SpanTokenizer:
         return ids, token_spans
 
     def _ids_and_offsets(self, text: str, continued: bool) -> tuple[list[int], list[tuple[int, int]]]:
-        """Tokenise `text`. If it continues another text (`continued`), no space may be put before it."""
+        """Tokenize `text`. If it continues another text (`continued`), no space may be put before it."""
         if continued and not self._cuts_freely:
             # The space goes before a line end, whose tokens are then removed.
             lead = len(self._newline_ids)
@@ -220,7 +220,7 @@ def check_encodable(text: str) -> None:
         raise DataError(f"found {match[0]!a} in the text, half of a surrogate pair, which is no character", "not text")
 
 
-def _any_of(literals: Iterable[str]) -> str:
+def _alternatives(literals: Iterable[str]) -> str:
     """Return a pattern that matches any of the texts, the longest first; nothing if there are none."""
     longest_first = sorted(literals, key=len, reverse=True)
     return "|".join(map(re.escape, longest_first)) or "(?!)"

@@ -6,7 +6,7 @@ recorded. A text that the template makes of another one (trimmed, a part of it) 
 pattern: it holds for every conversation of the same shape whose texts give the same answers.
 
 An operation that cannot be recorded raises `Untraceable`. Templates that could read a text without asking its stand-in
-are recognised by their syntax tree and never rendered in this way.
+are recognized by their syntax tree and never rendered in this way.
 """
 
 import re
@@ -154,7 +154,7 @@ def _apply(real: str, method: str, arguments: tuple[Any, ...]) -> Any:
 
 
 def _multiplies(method: str, arguments: tuple[Any, ...]) -> bool:
-    """Whether a text may grow without limit. Patterns are filled in without the limits that a render has."""
+    """Return whether a text may grow without limit. Patterns are filled in without the limits that a render has."""
     return method == "replace" and len(arguments) > 1 and len(arguments[1]) > len(arguments[0]) + MAX_REPLACEMENT_GROWTH
 
 
@@ -243,13 +243,14 @@ def _without_stand_ins(value: Any) -> Any:
     """
     if isinstance(value, StandIn):
         raise Untraceable("tojson")
-    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
-        _without_stand_ins(item)
+    if isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            _without_stand_ins(item)
     return value
 
 
 def _is_traceable(tree: nodes.Template) -> bool:
-    """Whether every operation in the template asks stand-ins. `~` does not ask, so its result may only be output."""
+    """Return whether every operation in the template asks stand-ins. `~` does not: its result may only be output."""
     return not (
         any(tree.find_all(_UNTRACEABLE_NODES))
         or any(
@@ -266,7 +267,7 @@ def _is_traceable(tree: nodes.Template) -> bool:
 
 
 def _is_traceable_call(call: nodes.Call) -> bool:
-    """Whether this calls a function from our list, or a method with constant arguments only."""
+    """Return whether this calls a function from our list, or a method with constant arguments only."""
     if isinstance(call.node, nodes.ExtensionAttribute):
         return True
     if isinstance(call.node, nodes.Name):
@@ -276,7 +277,7 @@ def _is_traceable_call(call: nodes.Call) -> bool:
 
 
 def _is_traceable_comparison(compare: nodes.Compare) -> bool:
-    """Whether `x in y` asks x: only y is asked, unless y is a list. Other comparisons are traceable."""
+    """Return whether `x in y` asks x: only y is asked, unless y is a list. Other comparisons are traceable."""
     return all(
         operand.op not in ("in", "notin")
         or isinstance(compare.expr, nodes.Const)

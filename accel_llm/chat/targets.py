@@ -31,7 +31,7 @@ class Target(NamedTuple):
 
 
 class TargetLayout(NamedTuple):
-    """The rows of a conversation before tokenisation: each text with its targets.
+    """The rows of a conversation before tokenization: each text with its targets.
 
     `lost` counts the untrained assistant turns by reason. `shown_as_history` and `without_reasoning` are explained at
     `template.EncodedConversation`.

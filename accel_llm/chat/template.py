@@ -211,7 +211,7 @@ class Template:
     def split_markers(self, strict: bool) -> list[str]:
         """Return the template's control tokens that this tokenizer splits; none if every needed one is a single token.
 
-        Needed is the token that closes a turn. With `strict` all are needed, except role headers: some models learnt
+        Needed is the token that closes a turn. With `strict` all are needed, except role headers: some models learned
         those in pieces (Zephyr's `<|user|>`).
         """
         text = self.render([{"role": "user", "content": "a"}], add_generation_prompt=True) + self._tail

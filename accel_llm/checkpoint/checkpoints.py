@@ -41,6 +41,7 @@ from accel_llm.errors import ConfigError
 from accel_llm.report.metrics import Meter
 from accel_llm.system.disk import disk_errno, disk_failure, sha256, sync_to_disk
 from accel_llm.system.exit import DISK_ADVICE
+from accel_llm.system.folders import hidden_sibling
 from accel_llm.system.manifest import find_damage, find_parts, remove_folder, seal_folder, write_part
 from accel_llm.system.signals import Preempted, ignore_further_signals, signal_requests, stop_deferring_signals
 from accel_llm.system.tensors import find_nonfinite, write_tensors
@@ -137,7 +138,7 @@ class Checkpoints:
         if step == self.saved_step:
             return
         folder, main = self._folder(step), self.accelerator.is_main_process
-        partial = folder.with_name(f".{folder.name}.partial")
+        partial = hidden_sibling(folder, "partial")
 
         # Collect everything that is saved while training waits.
         with self._cleaning_up_errors(step):
@@ -163,7 +164,7 @@ class Checkpoints:
         self.saved_step = step
 
     def _local_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """The tensors that this process writes, and its values for JSON."""
+        """Return the tensors that this process writes, and its values for JSON."""
         sharded = self.accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
         if sharded or self.accelerator.is_main_process:
             shares = local_shares(self.accelerator, self.model, self.optimizer)
@@ -173,7 +174,7 @@ class Checkpoints:
         return tensors, {"numbers": numbers, "tensors": list(tensors)}
 
     def _shared_state(self, meter: Meter, evaluation: Evaluation, bad_steps: BadSteps, step: int) -> dict[str, Any]:
-        """The content of state.json."""
+        """Return the content of state.json."""
         return {
             "step": step,
             "rows": meter.plan.rows_at(step),
@@ -275,8 +276,7 @@ class Checkpoints:
         except Exception as error:
             # Main process only: removing files under a rank that still writes would hide the real error.
             if self.accelerator.is_main_process:
-                folder = self._folder(step)
-                shutil.rmtree(folder.with_name(f".{folder.name}.partial"), ignore_errors=True)
+                shutil.rmtree(hidden_sibling(self._folder(step), "partial"), ignore_errors=True)
             if reason := disk_failure(error):
                 raise ConfigError(
                     f"checkpoints: step {step} could not be written: {DISK_ADVICE.format(reason)}"

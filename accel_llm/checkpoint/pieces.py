@@ -4,16 +4,16 @@ A checkpoint stores each trained tensor as flat ranges of its elements, named `p
 that loads reads only the ranges that it needs, from whichever files hold them.
 """
 
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 
 from accel_llm.errors import ConfigError
-from accel_llm.system.tensors import DTYPES_BY_NAME, MAX_HEADER, tensor_bytes
+from accel_llm.system.tensors import tensor_bytes, tensor_places
 
 # Field of the weights themselves, and the mark of tensors that are saved as they are, not by elements.
 WEIGHT, WHOLE = "weight", "whole"
@@ -85,7 +85,7 @@ class PieceReader:
             raise ConfigError(f"resume_from_checkpoint: {folder} lacks {len(missing)} tensors ({min(missing)}).")
 
     def parameter_sizes(self) -> dict[str, int]:
-        """Number of saved elements of each parameter by name."""
+        """Return the number of saved elements of each parameter by name."""
         return {
             name: sum(stored.size for stored in ranges)
             for (name, field), ranges in self.ranges.items()
@@ -93,7 +93,7 @@ class PieceReader:
         }
 
     def fields(self, share: Share) -> list[str]:
-        """Names of the optimizer's per-element state of a share, in the order in which they were saved."""
+        """Return the names of the optimizer's per-element state of a share, in the order in which they were saved."""
         names = {piece.name for piece in share.pieces}
         return list(dict.fromkeys(field for name, field in self.ranges if name in names and field != WEIGHT))
 
@@ -101,7 +101,7 @@ class PieceReader:
         return next(self.ranges[piece.name, field][0].dtype for piece in share.pieces if self.has(piece.name, field))
 
     def share_numbers(self, share: Share) -> dict[str, Any]:
-        """The single values of a share, such as its count of steps. All parameters of a share have the same values."""
+        """Return the single values of a share, such as its count of steps. They are equal for all its parameters."""
         return next((self.numbers[piece.name] for piece in share.pieces if piece.name in self.numbers), {})
 
     def has(self, name: str, field: str) -> bool:
@@ -161,22 +161,14 @@ class PieceReader:
 
 
 def _read_header(path: Path) -> Iterator[tuple[str, StoredTensor]]:
-    """Read the header of a safetensors file: each tensor's name and place.
+    """Read the header of a safetensors file: yield the name and place of each tensor.
 
     Raises:
         ConfigError: the file is not a safetensors file.
     """
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        try:
-            header = json.loads(file.read(min(length, MAX_HEADER)))
-            ends = [entry["data_offsets"][1] for entry in header.values()]
-            # The size of the file shows whether it is complete, before anything is read from it.
-            if 8 + length + max(ends, default=0) != path.stat().st_size:
-                raise ValueError
-            for name, entry in header.items():
-                position = 8 + length + entry["data_offsets"][0]
-                size = math.prod(entry["shape"])
-                yield name, StoredTensor(path, position, DTYPES_BY_NAME[entry["dtype"]], entry["shape"], 0, size)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ConfigError(f"resume_from_checkpoint: {path} is not a safetensors file.") from None
+    try:
+        places = tensor_places(path)
+    except (SafetensorError, ValueError):
+        raise ConfigError(f"resume_from_checkpoint: {path} is not a safetensors file.") from None
+    for name, (_, position, spec) in places.items():
+        yield name, StoredTensor(path, position, spec.dtype, list(spec.shape), 0, math.prod(spec.shape))

@@ -8,7 +8,7 @@ import torch
 
 
 def generator_states(device: torch.device) -> dict[str, Any]:
-    """The state of every generator that training draws from (torch, NumPy, Python, CUDA), ready for JSON."""
+    """Return the state of every generator that training draws from (torch, NumPy, Python, CUDA), ready for JSON."""
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
     state = {
         "torch": torch.get_rng_state().numpy().tobytes().hex(),

@@ -20,6 +20,7 @@ from accel_llm.data.rows import Rows
 from accel_llm.data.sources import as_source
 from accel_llm.errors import ConfigError, raise_problems
 from accel_llm.model.fingerprint import model_fingerprint
+from accel_llm.system.folders import hidden_sibling
 from accel_llm.system.launcher import process_rank
 from accel_llm.system.manifest import find_damage, remove_folder
 from accel_llm.training.start import Start
@@ -127,7 +128,7 @@ def _check_no_other_run(folder: Path, checkpoint: Path, overwrite: bool) -> None
 
 
 def newest_checkpoint(folder: Path, find_problem: Callable[[Path], str | None]) -> Path | None:
-    """The newest intact checkpoint in `folder`, or None. Damaged ones are reported and skipped."""
+    """Return the newest intact checkpoint in `folder`, or None. Damaged ones are reported and skipped."""
     paths = sorted(folder.glob("step-*"))
     for path in reversed(paths):
         problem = find_problem(path)
@@ -142,39 +143,37 @@ def remove_obsolete_files(start: Start) -> None:
     """Remove what this run replaces: the files of another run, or the checkpoints after the one that it continues."""
     checkpoints = start.output_dir / "checkpoints"
     obsolete = [start.output_dir / name for name in RUN_FILES]
+    obsolete += [hidden_sibling(path, "old") for path in obsolete]  # left by a process that was killed during an export
     if start.folder is not None and start.folder.resolve().parent == checkpoints.resolve():
-        # Rotation keeps the highest step numbers: these would push out the checkpoints that are still to come.
+        # Rotation keeps the highest step numbers, so these later checkpoints would displace new ones.
         obsolete = []
         for path in checkpoints.glob("step-*"):
             if path.name > start.folder.name:
                 remove_folder(path)
     # A killed process may have left an unfinished checkpoint, export or run.json.
-    for path in [
-        *checkpoints.glob(".*.partial"),
-        *start.output_dir.glob(".*.partial"),
-        *start.output_dir.glob(".*.old"),
-        *obsolete,
-    ]:
+    for path in [*checkpoints.glob(".*.partial"), *start.output_dir.glob(".*.partial"), *obsolete]:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     start.output_dir.mkdir(parents=True, exist_ok=True)
 
 
 def _continue_from(fresh: Start, checkpoint: Path, options: TrainOptions) -> Start:
-    """The start of a run that continues `checkpoint`."""
+    """Return the start of a run that continues `checkpoint`."""
     # Settings are compared first: nothing is loaded from a checkpoint of another run.
     state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
     changed = _compare_options(checkpoint, state, options, fresh.identity)
     # With fewer processes than before, each one adds up the sums of several.
     ranks = range(fresh.rank, state["processes"], fresh.world)
     meters = [read_rank_state(checkpoint, rank)["meter"] for rank in ranks]
-    sums = [sum(column) for column in zip(*meters, strict=True)] if meters else [0.0] * 5
+    # The state of a meter: four sums, and the seconds of this process, of which the maximum counts.
+    sums = [sum((meter[k] for meter in meters), 0.0) for k in range(4)]
+    seconds = max((meter[4] for meter in meters), default=0.0)
     start = replace(
         fresh,
         folder=checkpoint,
         step=state["step"],
         rows=state["rows"],
         same_processes=state["processes"] == fresh.world,
-        meter=(*sums[:4], max((meter[4] for meter in meters), default=0.0)),
+        meter=(*sums, seconds),
         skipped=state["skipped"],
         best=tuple(state["best"]) if state["best"] else None,
         evaluate=state["evaluate"],
@@ -186,7 +185,7 @@ def _continue_from(fresh: Start, checkpoint: Path, options: TrainOptions) -> Sta
 
 
 def read_rank_state(checkpoint: Path, rank: int) -> dict[str, Any]:
-    """The JSON values that one process saved."""
+    """Return the JSON values that one process saved."""
     return json.loads((checkpoint / f"rank-{rank:05d}.json").read_text(encoding="utf-8"))
 
 
@@ -206,7 +205,7 @@ def _print_start(start: Start, processes: int) -> None:
 def _compare_options(
     checkpoint: Path, state: dict[str, Any], options: TrainOptions, identity: dict[str, Any]
 ) -> list[str]:
-    """Names of the options that differ from the checkpoint's and are allowed to.
+    """Return the names of the options that differ from the checkpoint's and are allowed to.
 
     Raises:
         ConfigError: options differ that may not, or that are not named in allow_changed.

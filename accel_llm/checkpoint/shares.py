@@ -20,7 +20,7 @@ from accel_llm.system.tensors import DTYPE_NAMES, DTYPES_BY_NAME
 
 
 def local_shares(accelerator: Accelerator, model: Any, optimizer: Any) -> list[Share]:
-    """This process's shares of everything that is trained.
+    """Return this process's shares of everything that is trained.
 
     Raises:
         ConfigError: DeepSpeed runs without ZeRO.
@@ -52,7 +52,7 @@ def _reshard(model: torch.nn.Module) -> None:
 
 
 def _parameter_share(parameter: Any, name: str) -> Share:
-    """A whole parameter, or the rows of it that FSDP2 keeps on this process."""
+    """Return a whole parameter, or the rows of it that FSDP2 keeps on this process."""
     from torch.distributed.tensor import DTensor
 
     if not isinstance(parameter, DTensor):
@@ -67,7 +67,7 @@ def _parameter_share(parameter: Any, name: str) -> Share:
 
 
 def _zero2_shares(engine: Any, names: dict[Any, str], rank: int) -> Iterator[Share]:
-    """ZeRO-1 and 2: each group of parameters is one flat tensor, and each process owns one range of it."""
+    """Return the shares under ZeRO-1 and 2: a group of parameters is one flat tensor; each process owns a range."""
     for k, flat in enumerate(engine.single_partition_of_fp32_groups):
         pieces = []
         for parameter in engine.bit16_groups[k]:
@@ -79,7 +79,7 @@ def _zero2_shares(engine: Any, names: dict[Any, str], rank: int) -> Iterator[Sha
 
 
 def _zero3_shares(engine: Any, names: dict[Any, str], rank: int) -> Iterator[Share]:
-    """ZeRO-3: each process owns an equal range of each parameter; the last range is padded."""
+    """Return the shares under ZeRO-3: each process owns an equal range of each parameter; the last range is padded."""
     for k, flat in enumerate(engine.fp32_partitioned_groups_flat):
         pieces = []
         for parameter in engine.fp16_groups[k]:
@@ -91,7 +91,7 @@ def _zero3_shares(engine: Any, names: dict[Any, str], rank: int) -> Iterator[Sha
 
 
 def share_tensors(shares: list[Share], optimizer: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Weights and optimizer state of this process: flat tensors, and single numbers.
+    """Return the weights and optimizer state of this process: flat tensors, and single numbers.
 
     Tensors are named `parameter|field|first element`, numbers `parameter|field`. State without one value per element,
     such as the scales of 8-bit blocks, is saved as it is, named `share|field|whole`.
@@ -117,7 +117,7 @@ def share_tensors(shares: list[Share], optimizer: Any) -> tuple[dict[str, torch.
 
 
 def _number_to_json(value: Any) -> Any:
-    """A plain number stays as it is; a tensor of one number becomes [dtype, is it on the CPU, number]."""
+    """Return a plain number as it is, and a tensor of one number as [dtype, is it on the CPU, number]."""
     if isinstance(value, torch.Tensor):
         return [DTYPE_NAMES[value.dtype], value.device.type == "cpu", value.item()]
     return value
@@ -183,7 +183,7 @@ def _allocate_state(optimizer: Any, share: Share, reader: PieceReader) -> dict[s
 
 
 def _parameter_position(optimizer: Any, key: torch.Tensor) -> tuple[int, int]:
-    """Index of the parameter's group, and its index in that group."""
+    """Return the index of the parameter's group, and its index in that group."""
     for group, settings in enumerate(optimizer.param_groups):
         for index, parameter in enumerate(settings["params"]):
             if parameter is key:
@@ -206,7 +206,7 @@ def refresh_model_weights(optimizer: Any) -> None:
 
 
 def loss_scale_state(accelerator: Accelerator, optimizer: Any) -> dict[str, Any]:
-    """State of the fp16 loss scaler, for JSON; empty if the loss is not scaled."""
+    """Return the state of the fp16 loss scaler, for JSON; empty if the loss is not scaled."""
     # Outside fp16 nothing is scaled.
     scaler = _loss_scaler(accelerator, optimizer)
     if scaler is None:
@@ -225,5 +225,5 @@ def set_loss_scale_state(accelerator: Accelerator, optimizer: Any, state: dict[s
 
 
 def _loss_scaler(accelerator: Accelerator, optimizer: Any) -> Any:
-    """The object that scales the loss in fp16: Accelerate's or DeepSpeed's, None if nothing does."""
+    """Return the object that scales the loss in fp16: Accelerate's or DeepSpeed's, None if nothing does."""
     return accelerator.scaler or getattr(getattr(optimizer, "optimizer", None), "loss_scaler", None)

@@ -1,8 +1,8 @@
 """The options of training in groups, each with its default, its allowed values and its line in --help.
 
-A script's options are one flat class that inherits from the groups it uses; a helper takes only its own group. pydantic
-checks single options. Rules between options are in each group's `problems`, so that `parse_options` in command_line.py
-can report all problems at once.
+A script's options are one flat class that inherits from the groups it uses; a function that needs one group takes only
+that group. pydantic checks single options. Rules between options are in each group's `problems`, so that
+`parse_options` in command_line.py can report all problems at once.
 """
 
 import os
@@ -82,12 +82,12 @@ class DataOptions(Options):
     limit_rows: int | None = Field(None, ge=1, description="Use only this many rows, from the start of the data")
     data_format: DataFormat | None = Field(None, description="Format of the rows; none: detected")
     columns: Columns = Field(
-        default_factory=dict, description="Columns with other names, such as instruction=question output=reply"
+        default_factory=dict, description="Names in your data, as expected=yours, such as instruction=question"
     )
     on_bad_row: Literal["error", "drop"] = Field("error", description="Stop at an invalid row, or leave it out")
     chat_template: str | None = Field(None, description="chatml or a .jinja file; none: the tokenizer's own template")
     chat_template_kwargs: Variables = Field(
-        default_factory=dict, description="Variables for the template, as enable_thinking=false; those of a row win"
+        default_factory=dict, description="Template variables, as enable_thinking=false; values in a row override them"
     )
     add_tokens: bool = Field(False, description="Add the template's control tokens to a tokenizer that lacks them")
     allow_special_in_text: bool = Field(
@@ -109,7 +109,7 @@ class DataOptions(Options):
     )
     packing: Packing = Field(
         "per_epoch",
-        description="Several documents in one row, which never see each other; static: the same rows in each epoch",
+        description="Pack several separate documents into each row; static: the same rows in each epoch; false: never",
     )
     order: Literal["shuffle", "length", "source"] = Field(
         "shuffle", description="Order of the rows: shuffled anew each epoch, the shortest first, or as in the sources"
@@ -162,7 +162,7 @@ class MethodOptions(Options):
             problems.append(f"lora_r: {self.lora_r} is odd; init_lora_weights orthogonal needs an even rank.")
         if self.init_lora_weights == "pissa" and (self.method == "qlora" or self.load_in_8bit):
             problems.append(
-                "init_lora_weights: pissa needs a base that is not quantised; use method lora without "
+                "init_lora_weights: pissa needs a base that is not quantized; use method lora without "
                 "load_in_8bit, or give olora."
             )
         return problems
@@ -260,7 +260,7 @@ class RunOptions(Options):
     logging_steps: int = Field(10, ge=1, description="Log metrics every this many steps")
     eval_steps: int | None = Field(None, ge=1, description="Evaluate every this many steps; none: at the end")
     save_steps: int | None = Field(None, ge=1, description="Save a checkpoint every this many steps; none: at the end")
-    save_total_limit: int = Field(2, ge=1, description="Newest checkpoints that are kept; the best one is kept too")
+    save_total_limit: int = Field(2, ge=1, description="Number of newest checkpoints to keep; the best one is kept too")
     save_async: bool = Field(False, description="Write checkpoints while the training goes on")
     metric_for_best_model: Literal["eval/loss", "eval/exact_match"] | None = Field(
         None, description="Keep and export the checkpoint that is best by this metric; none: export the last one"
@@ -269,18 +269,20 @@ class RunOptions(Options):
         default_factory=list, description="Options that may differ from those of the checkpoint that the run continues"
     )
     max_skipped_steps: int = Field(
-        3, ge=0, description="Steps to skip because their loss or gradient is not finite, before the run stops"
+        3, ge=0, description="Number of steps with a non-finite loss or gradient to skip before the run stops"
     )
-    seed: int = Field(42, ge=0, lt=2**32, description="Seed of initialisation, order of rows, dropout and noise")
+    seed: int = Field(42, ge=0, lt=2**32, description="Seed of initialization, order of rows, dropout and noise")
     report_to: Trackers = Field(default_factory=list, description="Trackers that get the metrics")
     run_name: str | None = Field(None, description="Name of the run in trackers and run.json")
     dry_run: bool = Field(False, description="Show settings, rows, ledger and steps, then stop before training")
     check_only: bool = Field(False, description="Take one step, show checks and settings, then stop; nothing is kept")
     eval_on_start: bool = Field(False, description="Evaluate before the first step too")
-    eval_generate: int = Field(0, ge=0, description="Evaluation rows that get generated answers, for eval/exact_match")
+    eval_generate: int = Field(
+        0, ge=0, description="Number of evaluation rows to generate answers for (eval/exact_match)"
+    )
 
     @model_validator(mode="after")
-    def _limit_to_check(self) -> "RunOptions":
+    def _apply_check_only(self) -> "RunOptions":
         """With `check_only`: take one step in a temporary folder, without trackers."""
         if self.check_only:
             # All ranks of a launch have the same parent, so they get the same folder.

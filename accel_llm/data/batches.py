@@ -79,7 +79,7 @@ def collate_padded(
         input_ids[i, : len(ids)] = torch.from_numpy(np.asarray(ids, np.int64))
         labels[i, : len(ids)] = torch.from_numpy(np.asarray(row_labels, np.int64))
         attention_mask[i, : len(ids)] = 1
-    # Prompt tuning puts virtual tokens before the row; a labelled first token would then be a target nobody counted.
+    # Prompt tuning puts virtual tokens before the row; a labeled first token would then be a target nobody counted.
     labels[:, 0] = IGNORED
 
     batch = {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}

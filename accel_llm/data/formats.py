@@ -55,7 +55,7 @@ class TokenizedRow(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """A format and the two columns by which it is recognised; a format with one column names it twice."""
+    """A format and the two columns by which it is recognized; a format with one column names it twice."""
 
     data_format: DataFormat
     first: str
@@ -197,12 +197,12 @@ def _optional_text(row: Mapping[str, Any], field: str) -> str:
 def _read_history(history: Any) -> list[Message]:
     history = read_json(history, "history")
     if not isinstance(history, list | tuple):
-        raise DataError(f"history: found {show_value(history)}, needs a list of pairs [question, answer]", NOT_MESSAGES)
+        raise DataError(f"history: found {show_value(history)}; needs a list of pairs [question, answer]", NOT_MESSAGES)
     messages: list[Message] = []
     for index, turn in enumerate(history):
         if not isinstance(turn, list | tuple) or len(turn) != 2:
             raise DataError(
-                f"history[{index}]: found {show_value(turn)}, needs a pair [question, answer]", NOT_MESSAGES
+                f"history[{index}]: found {show_value(turn)}; needs a pair [question, answer]", NOT_MESSAGES
             )
         try:
             messages += question_and_answer({"question": turn[0], "answer": turn[1]}, "question", "answer")
@@ -246,21 +246,21 @@ def _read_tokens(row: Mapping[str, Any]) -> TokenizedRow:
     """Read token ids; without `labels` all of them are trained."""
     ids = _read_integers(row, "input_ids")
     if min(ids) < 0:
-        raise DataError(f"input_ids: found {min(ids)}, needs token ids from 0 upwards", BAD_TOKENS)
+        raise DataError(f"input_ids: found {min(ids)}; needs token ids from 0 upwards", BAD_TOKENS)
     mask = row.get("attention_mask")
     if mask is not None and 0 in _read_integers(row, "attention_mask"):
-        raise DataError("attention_mask: found padding, needs rows without padding", BAD_TOKENS)
+        raise DataError("attention_mask: found padding; needs rows without padding", BAD_TOKENS)
     if row.get("labels") is None:
         return TokenizedRow(ids, list(ids))
 
     labels = _read_integers(row, "labels")
     if len(labels) != len(ids):
-        raise DataError(f"labels: found {len(labels)} for {len(ids)} input_ids, needs one for each", BAD_TOKENS)
+        raise DataError(f"labels: found {len(labels)} for {len(ids)} input_ids; needs one for each", BAD_TOKENS)
     if min(labels) < 0:
         bad_label = next((label for label in labels if label < 0 and label != IGNORED), None)
         if bad_label is not None:
             raise DataError(
-                f"labels: found {bad_label}, needs token ids, or {IGNORED} where nothing is trained", BAD_TOKENS
+                f"labels: found {bad_label}; needs token ids, or {IGNORED} where nothing is trained", BAD_TOKENS
             )
     return TokenizedRow(ids, labels)
 
@@ -269,10 +269,10 @@ def _read_integers(row: Mapping[str, Any], field: str) -> list[int]:
     """Return a copy of the integers in a column: token ids, labels or a mask."""
     numbers = row[field]
     if numbers is None:
-        raise DataError(f"{field}: found null, needs a list of integers ({show_keys(row)})", MISSING_VALUE)
+        raise DataError(f"{field}: found null; needs a list of integers ({show_keys(row)})", MISSING_VALUE)
     # set(map(type)) is the fastest way to check thousands of numbers; unlike isinstance it tells bool from int.
     if not isinstance(numbers, list | tuple) or set(map(type, numbers)) != {int} or max(numbers) > _MAX_TOKEN_ID:
-        raise DataError(f"{field}: found {show_value(numbers)}, needs a list of one or more integers", BAD_TOKENS)
+        raise DataError(f"{field}: found {show_value(numbers)}; needs a list of one or more integers", BAD_TOKENS)
     return list(numbers)
 
 
@@ -281,7 +281,7 @@ def _read_variables(variables: Any) -> dict[str, Any]:
     variables = read_json(variables, "chat_template_kwargs")
     if not isinstance(variables, dict):
         value = show_value(variables)
-        raise DataError(f"chat_template_kwargs: found {value}, needs an object of template variables", BROKEN_VARIABLES)
+        raise DataError(f"chat_template_kwargs: found {value}; needs an object of template variables", BROKEN_VARIABLES)
     reserved = [name for name in _RESERVED_VARIABLES if name in variables]
     if reserved:
         raise DataError(f"chat_template_kwargs: {reserved[0]} is set by this program, not by a row", BROKEN_VARIABLES)

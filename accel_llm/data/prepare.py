@@ -212,17 +212,19 @@ def _chunk_rows(
     waiting: dict[str, list[SourceRow]] = {"train": [], "eval": []}
 
     def read_sources(sources: list[Source], first: int) -> Iterator[SourceRow]:
+        is_evaluation = first > 0
         for number, source in enumerate(sources, first):
+            # Evaluation sources have no weight and no share; in the origin of a row they are all number -1.
+            origin_number = -1 if is_evaluation else number
             for row in read_source(source):
-                # Evaluation sources have no weight and no share; in the origin of a row they are all number -1.
-                yield SourceRow(number, origins[number if not first else -1, row.file], row)
+                yield SourceRow(number, origins[origin_number, row.file], row)
 
     rows = itertools.islice(read_sources(train, 0), options.limit_rows)
     for row in itertools.chain(rows, read_sources(evaluation, len(train)) if evaluation else ()):
         name = "train" if row.source < len(train) else "eval"
 
         # Hold out a share of the training rows.
-        if name == "train" and options.eval_share and _draw_share(seed, row) < options.eval_share:
+        if name == "train" and options.eval_share and _uniform_number(seed, row) < options.eval_share:
             name = "eval"
             ledger.read(encoder.labels[row.source])
             ledger.count(encoder.labels[row.source], HELD_OUT)
@@ -256,7 +258,7 @@ def _note_common_rows(ledger: Ledger, train: Rows, evaluation: Rows) -> None:
         )
 
 
-def _draw_share(seed: int, row: SourceRow) -> float:
+def _uniform_number(seed: int, row: SourceRow) -> float:
     """Return a number in [0, 1) that depends only on the seed, the name of the file and the number of the row."""
     return zlib.crc32(f"{seed} {Path(row.row.file).name} {row.row.number}".encode()) / 2**32
 
@@ -293,7 +295,7 @@ def _explain_broken_pool() -> Iterator[None]:
     except BrokenProcessPool:
         raise ConfigError(
             "preprocessing_num_workers: a worker was killed, because memory ran out (give fewer workers) or the chat "
-            "template did not come to an end (then the lines above name <template>)."
+            "template did not come to an end (the traceback above then shows `<template>`)."
         ) from None
 
 
@@ -334,7 +336,7 @@ def check_lost_share(ledger: Ledger, lengths: dict[str, int], options: DataOptio
             f"the longest {lengths['100']:,}; raise max_length, set overlong: truncate or split"
         )
     raise ConfigError(
-        f"max_lost: {rows:.1%} of the rows and {supervised:.1%} of the supervised tokens would be lost, allowed is "
+        f"max_lost: {rows:.1%} of the rows and {supervised:.1%} of the supervised tokens would be lost; allowed is "
         f"{options.max_lost:.1%}: {', '.join(reasons)}; {remedy}, or raise max_lost."
     )
 
@@ -350,6 +352,6 @@ def check_lost_turns(ledger: Ledger, turns: int, options: DataOptions) -> None:
     if share > options.max_lost:
         reasons = ", ".join(f"{reason} ({count:,} turns)" for reason, count in lost.items())
         raise ConfigError(
-            f"max_lost: {share:.1%} of the assistant turns would train nothing, allowed is {options.max_lost:.1%}: "
+            f"max_lost: {share:.1%} of the assistant turns would train nothing; allowed is {options.max_lost:.1%}: "
             f"{reasons}; set split_turns: true or another chat_template, or raise max_lost."
         )

@@ -32,6 +32,12 @@ ALLOWED_SOURCES = (
 )
 
 PlaceKind = Literal["standard input", "address", "saved dataset", "file", "folder", "glob", "hub dataset", "nothing"]
+# Fields of a source that only these kinds have.
+DATASET_FIELDS: dict[str, set[PlaceKind]] = {
+    "name": {"hub dataset"},
+    "split": {"saved dataset", "hub dataset"},
+    "revision": {"hub dataset"},
+}
 
 
 class RawRow(NamedTuple):
@@ -143,10 +149,11 @@ def _find_problem(source: Source) -> str | None:
         return f"{path} is an address, and addresses cannot be read; download the file and name it"
 
     # Some fields of a source only apply to datasets.
-    for name, field in Source.model_fields.items():
-        kinds = {"name": "a hub", "revision": "a hub", "split": "a saved or hub"}.get(name)
-        if kinds and getattr(source, name) != field.default and place.split()[0] not in kinds.split():
-            return f"{path} takes no {name}, found {getattr(source, name)!r}; only {kinds} dataset has one"
+    for name, kinds in DATASET_FIELDS.items():
+        value = getattr(source, name)
+        if place not in kinds and value != Source.model_fields[name].default:
+            owner = "a hub dataset" if len(kinds) == 1 else "a saved or hub dataset"
+            return f"{path} takes no {name}, found {value!r}; only {owner} has one"
 
     # The checks of each kind of place.
     if place == "standard input":

@@ -20,7 +20,7 @@ from accel_llm.adapters.compat import PEFT_PREFIX, SavedAdapter
 from accel_llm.errors import ConfigError
 from accel_llm.merge.one_module import plain_module
 from accel_llm.merge.skeleton import Skeleton
-from accel_llm.model.loading import short_reason
+from accel_llm.model.loading import describe_shape_mismatch, short_reason
 from accel_llm.system.memory import release_pages
 
 # Methods whose files hold all their weights. Others draw some from a seed, or compute them from the base's weights.
@@ -46,7 +46,7 @@ STORED_METHODS = [
 # Values of init_lora_weights that change the base's weights, or are computed from them.
 BASE_DEPENDENT_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 COMBINED_NAME = "combined"
-# Weights that PEFT names in every layer although all layers share one tensor, or although it draws them from a seed.
+# PEFT lists these weights in every layer, although all layers share one tensor or PEFT draws it from a seed.
 SHARED_TENSORS = ("vblora_vector_bank", ".tinylora_v.", ".unilora_theta_d.")
 
 
@@ -64,7 +64,7 @@ class AttachedAdapters(NamedTuple):
 
 
 def can_be_lazy(adapters: list[SavedAdapter]) -> bool:
-    """Whether the adapter can be attached to a base without weights, which bounds memory by the largest module."""
+    """Return whether the adapter can be attached to a base without weights: then the largest module bounds memory."""
     config: Any = adapters[0].config
     init = str(getattr(config, "init_lora_weights", "")).lower()
     stored = config.peft_type in STORED_METHODS and getattr(config, "save_projection", True)
@@ -153,7 +153,7 @@ def _attach(model: Any, adapter: SavedAdapter, name: str, lazy: bool) -> PeftMod
 
 
 def _rename_weights(wrapped: Any, weights: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
-    """Weights of an adapter's file by their names in `wrapped`, converted by PEFT but not loaded.
+    """Return the weights of an adapter's file by their names in `wrapped`, converted by PEFT but not loaded.
 
     PEFT 0.21 would load them at once. On the meta device that loads nothing, and elsewhere it casts them to the dtype
     of the parameters. So `load_state_dict` is replaced for this call, to get hold of the converted weights.
@@ -170,32 +170,31 @@ def _rename_weights(wrapped: Any, weights: dict[str, torch.Tensor], name: str) -
 def _check_fit(
     wrapped: Any, base: dict[int, str], weights: dict[str, torch.Tensor], adapter: SavedAdapter, name: str
 ) -> bool:
-    """Whether the adapter's file holds all weights of the attached adapter.
+    """Return whether the adapter's file holds all weights of the attached adapter.
 
     Raises:
-        ValueError: its weights have no place in the model or another shape, or an adapted layer has none.
+        ValueError: a weight of the file has no place in the model or a different shape, or a weight of an adapted
+            layer is not in the file.
     """
-    # `keep_vars` keeps the parameters themselves, so that base weights are recognised by identity.
+    # `keep_vars` keeps the parameters themselves, so that base weights are recognized by identity.
     state = wrapped.state_dict(keep_vars=True)
     if unused := weights.keys() - state.keys():
-        raise ValueError(f"{len(unused)} of its weights have no place there, such as {min(unused)}")
-    misshapen = [key for key, tensor in weights.items() if tensor.shape != state[key].shape]
-    if misshapen:
-        first = min(misshapen)
-        shapes = f"{tuple(weights[first].shape)} for {tuple(state[first].shape)}"
-        raise ValueError(f"{len(misshapen)} of its weights have another shape, such as {first}, {shapes}")
+        raise ValueError(f"{len(unused)} of its weights have no place in the model, such as {min(unused)}")
+    shapes = [(key, tensor.shape, state[key].shape) for key, tensor in weights.items()]
+    if mismatch := describe_shape_mismatch(s for s in shapes if s[1] != s[2]):
+        raise ValueError(mismatch)
     # Weights that PEFT draws or computes itself may be missing; the others may not.
     missing = {key for key, tensor in state.items() if id(tensor) not in base} - weights.keys()
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(PeftType(adapter.config.peft_type), "?")
     needed = [key for key in missing if f".{prefix}" in key and not any(shared in key for shared in SHARED_TENSORS)]
     needed += [key for key in missing if f".modules_to_save.{name}." in key]
     if needed:
-        raise ValueError(f"it lacks {len(needed)} weights that it would have there, such as {min(needed)}")
+        raise ValueError(f"{len(needed)} weights of its layers are missing in the file, such as {min(needed)}")
     return not missing
 
 
 def adapted_modules(wrapped: Any) -> list[tuple[str, Any]]:
-    """The adapted modules and their names; of nested ones only the outermost."""
+    """Return the names and modules that are adapted; of nested ones only the outermost."""
     modules: list[tuple[str, Any]] = []
     for name, module in wrapped.base_model.model.named_modules():
         inside = modules and name.startswith(f"{modules[-1][0]}.")
@@ -256,30 +255,31 @@ def untie_head(model: PreTrainedModel, attached: AttachedAdapters) -> bool:
     In one shared matrix, merging a change of the head would change the embedding too.
     """
     # Only tied matrices that the adapter makes different must be separated.
-    ends = [
-        plain_module(end) for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None
-    ]
-    if len(ends) < 2 or ends[0].weight is not ends[1].weight or not _ends_differ(model, attached):
+    modules: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if any(module is None for module in modules):
         return False
-    ends[1].weight = nn.Parameter(ends[0].weight.detach().clone(), requires_grad=False)
+    embedding, head = map(plain_module, modules)
+    if embedding.weight is not head.weight or not _makes_different(model, attached):
+        return False
+    head.weight = nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
     return True
 
 
-def _ends_differ(model: PreTrainedModel, attached: AttachedAdapters) -> bool:
-    """Whether the adapter makes embedding and head different matrices."""
-    ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+def _makes_different(model: PreTrainedModel, attached: AttachedAdapters) -> bool:
+    """Return whether the adapter makes embedding and head different matrices."""
+    embedding_and_head: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
     # Trained rows of both: PEFT knows whether it ties them.
-    if all(isinstance(end, TrainableTokensWrapper) for end in ends):
-        return not ends[1].token_adapter.tied_adapter
+    if all(isinstance(module, TrainableTokensWrapper) for module in embedding_and_head):
+        return not embedding_and_head[1].token_adapter.tied_adapter
     # Both saved whole: they stay tied if they are equal.
-    matrices = [_replacement_matrix(model, attached, end) for end in ends]
+    matrices = [_replacement_matrix(model, attached, module) for module in embedding_and_head]
     if all(matrix is not None for matrix in matrices):
         return not torch.equal(*matrices)  # type: ignore[arg-type]
-    return any(isinstance(end, BaseTunerLayer | AuxiliaryTrainingWrapper) for end in ends)
+    return any(isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) for module in embedding_and_head)
 
 
 def _replacement_matrix(model: PreTrainedModel, attached: AttachedAdapters, module: Any) -> torch.Tensor | None:
-    """The whole matrix that the adapter's file holds for a module (modules_to_save), if it does."""
+    """Return the whole matrix that the adapter's file holds for a module (modules_to_save), if it does."""
     if not isinstance(module, ModulesToSaveWrapper):
         return None
     name = next(name for name, other in model.named_modules() if other is module)

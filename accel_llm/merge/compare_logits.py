@@ -38,10 +38,10 @@ Die Rechnung kam am Montag, zwei Tage nach der Lieferung. Elle l'a payée sans l
 
 
 def compare_logits(folder: Path, source: Path, adapters: list[Path], options: MergeOptions) -> dict[str, float]:
-    """Relative differences |actual - expected| / |expected| of logits on a sample text, computed in a fresh process.
+    """Return relative differences |actual - expected| / |expected| of logits on a text, computed in a fresh process.
 
     `merged`: the model in `folder`, compared with base and adapter. If merge_base is set, also `original` and
-    `dequantized`: the adapter merged into the base's own weights, and into its dequantised 4-bit weights, both compared
+    `dequantized`: the adapter merged into the base's own weights, and into its dequantized 4-bit weights, both compared
     with the adapter on the 4-bit base that it was trained on.
 
     Raises:
@@ -127,17 +127,18 @@ def _load_adapted(adapters: list[SavedAdapter], source: Path, options: MergeOpti
     attached = plan.attached
     for name, tensor in attached.replacements.items():
         getattr(*attached.owners[name]).data = tensor.to(plan.specs[name].dtype)
-    for _, module in adapted_modules(attached.wrapped) if options.scale != 1 else []:
-        scale_module(module, options.scale)
+    if options.scale != 1:
+        for _, module in adapted_modules(attached.wrapped):
+            scale_module(module, options.scale)
     return attached.wrapped
 
 
 def _base_errors(
     adapters: list[SavedAdapter], source: Path, options: MergeOptions, ids: torch.Tensor
 ) -> dict[str, float]:
-    """Relative error of the logits after merging into the original base, and into the dequantised one.
+    """Return the relative error of the logits after merging into the original base, and into the dequantized one.
 
-    Both are compared with the adapter on its 4-bit base. That base computes with the dequantised weights.
+    Both are compared with the adapter on its 4-bit base. That base computes with the dequantized weights.
     """
     dequantized = options.model_copy(update={"merge_base": "dequantized"})
     expected = _logits(_load_adapted(adapters, source, dequantized), ids)
@@ -154,7 +155,7 @@ def _base_errors(
 
 
 def _sample_ids(folder: Path, model: PreTrainedModel, trust_remote_code: bool) -> torch.Tensor:
-    """Token ids [1, tokens] of the sample text, or random ones if the model has no tokenizer."""
+    """Return token ids [1, tokens] of the sample text, or random ones if the model has no tokenizer."""
     config = model.config.get_text_config()
     if not hasattr(config, "vocab_size"):
         raise ConfigError(

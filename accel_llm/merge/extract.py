@@ -28,13 +28,13 @@ from accel_llm.merge.skeleton import (
     saved_names,
 )
 from accel_llm.model.fingerprint import model_fingerprint
-from accel_llm.model.loading import check_model_name, short_reason
+from accel_llm.model.loading import check_model_name, describe_shape_mismatch, short_reason
 from accel_llm.system.folders import atomic_output, check_output_dir
 from accel_llm.system.tensors import TensorSpec, write_tensors
 from accel_llm.system.weights import WeightFiles, open_weights
 
 SMALL_MATRIX = 1024  # up to this length of the shorter side all singular values are computed
-OVERSAMPLING, ITERATIONS = 16, 4  # settings of the randomised decomposition for larger matrices
+OVERSAMPLING, ITERATIONS = 16, 4  # settings of the randomized decomposition for larger matrices
 
 
 class ExtractResult(NamedTuple):
@@ -57,7 +57,7 @@ class ModelReader(NamedTuple):
     specs: dict[str, TensorSpec]
 
     def load(self, name: str) -> torch.Tensor:
-        """One weight in float32, by its name in the model."""
+        """Return one weight in float32, by its name in the model."""
         weights = load_group(self.skeleton.model, self.skeleton.groups[name], self.checkpoint, self.specs)
         return weights[name].float()
 
@@ -133,33 +133,28 @@ def _check_shapes(base: ModelReader, tuned: ModelReader) -> None:
     if unmatched := base.specs.keys() ^ tuned.specs.keys():
         problems.append(f"model: it has other weights than its base, such as {min(unmatched)}.")
     common = base.specs.keys() & tuned.specs
-    misshapen = [name for name in common if base.specs[name].shape != tuned.specs[name].shape]
-    if misshapen:
-        # Name one weight, the first in alphabetical order.
-        first = min(misshapen)
-        problems.append(
-            f"model: {len(misshapen)} of its weights have another shape than the base's, such as {first}, "
-            f"{tuned.specs[first].shape} for {base.specs[first].shape}."
-        )
+    shapes = [(name, tuned.specs[name].shape, base.specs[name].shape) for name in common]
+    if mismatch := describe_shape_mismatch((s for s in shapes if s[1] != s[2]), "the base has"):
+        problems.append(f"model: {mismatch}.")
     raise_problems(problems)
 
 
 def _extract_changes(
     base: ModelReader, tuned: ModelReader, options: ExtractOptions, progress: Callable[[int, int], None]
 ) -> tuple[dict[str, torch.Tensor], dict[str, float], dict[str, float]]:
-    """Weights of the adapter, the error of each layer, and the relative change of weights that it does not cover."""
+    """Return the adapter's weights, the error of each layer, and the relative change of weights it does not cover."""
     state: dict[str, torch.Tensor] = {}
     errors, uncovered = {}, {}
     # Integer buffers have no low-rank change.
     names = [name for name in saved_names(base.skeleton.model) if base.specs[name].dtype.is_floating_point]
-    saved_whole = _modules_saved_whole(base.skeleton.model, options)
+    whole_modules = _modules_saved_whole(base.skeleton.model, options)
     for done, name in enumerate(names):
         progress(done, len(names))
         before, after = base.load(name), tuned.load(name)
         change = after - before
         key, _, attribute = name.rpartition(".")
         module = base.skeleton.model.get_submodule(key)
-        if key in saved_whole:
+        if key in whole_modules:
             state[f"{PEFT_PREFIX}{name}"] = after.to(tuned.specs[name].dtype)
         elif not change.any():
             continue
@@ -177,15 +172,15 @@ def _extract_changes(
 
 
 def _modules_saved_whole(model: PreTrainedModel, options: ExtractOptions) -> set[str]:
-    """Full names of the modules that modules_to_save selects by the ends of their names."""
+    """Return the full names of the modules that modules_to_save selects by the ends of their names."""
     names = [name for name, _ in model.named_modules()]
     return {name for name in names if any(name == end or name.endswith(f".{end}") for end in options.modules_to_save)}
 
 
 def low_rank_factors(change: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Factors B [rows, r] and A [r, columns] of the best rank-r approximation B A of `change` [rows, columns].
+    """Return factors B [rows, r] and A [r, columns] of the best rank-r approximation B A of `change` [rows, columns].
 
-    The approximation keeps the largest singular values (Eckart and Young 1936). Large matrices use a randomised
+    The approximation keeps the largest singular values (Eckart and Young 1936). Large matrices use a randomized
     decomposition with power iterations and a fixed seed (Halko, Martinsson and Tropp 2011). B and A each take the
     square root of every singular value.
     """

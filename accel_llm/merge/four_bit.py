@@ -14,17 +14,17 @@ from accel_llm.errors import ConfigError
 from accel_llm.system.tensors import TensorSpec
 from accel_llm.system.weights import WeightFiles
 
-# Middle part of the name under which bitsandbytes saves how a weight was quantised.
+# Middle part of the name under which bitsandbytes saves how a weight was quantized.
 QUANT_STATE = ".quant_state.bitsandbytes__"
 
 
 def unpack_4_bits(checkpoint: WeightFiles, config: PreTrainedConfig, merge_base: str) -> WeightFiles:
-    """Let a 4-bit checkpoint return its weights in the dtype that they were quantised from.
+    """Let a 4-bit checkpoint return its weights in the dtype that they were quantized from.
 
-    The entry about quantisation is removed from `config`. A checkpoint without quantised weights is returned as it is.
+    The entry about quantization is removed from `config`. A checkpoint without quantized weights is returned as it is.
 
     Raises:
-        ConfigError: the weights are quantised in another way, or merge_base asks for the original ones.
+        ConfigError: the weights are quantized in another way, or merge_base asks for the original ones.
     """
     settings: Any = getattr(config, "quantization_config", None)
     if settings is None:
@@ -34,14 +34,14 @@ def unpack_4_bits(checkpoint: WeightFiles, config: PreTrainedConfig, merge_base:
     # Other formats, such as GPTQ, cannot be unpacked here.
     if method != "bitsandbytes" or not settings.get("load_in_4bit"):
         how = "8-bit bitsandbytes" if method == "bitsandbytes" else method
-        raise ConfigError(f"base: its weights are quantised ({how}); name the base model in 16 or 32 bits with --base.")
+        raise ConfigError(f"base: its weights are quantized ({how}); name the base model in 16 or 32 bits with --base.")
     if merge_base == "original":
         raise ConfigError(
             "merge_base: original needs the base's original weights, but the base holds only 4-bit ones; set "
             "merge_base: dequantized, or name the base model in 16 bits with --base."
         )
     del config.quantization_config  # type: ignore[attr-defined] # getattr above found it
-    # The tensors that belong to each packed weight: its quantisation state and scales.
+    # The tensors that belong to each packed weight: its quantization state and scales.
     packed = {name.split(QUANT_STATE)[0]: name for name in checkpoint.specs if QUANT_STATE in name}
     extra = {
         name
@@ -63,7 +63,7 @@ def unpack_4_bits(checkpoint: WeightFiles, config: PreTrainedConfig, merge_base:
 
 
 def _packed_prefixes(name: str, packed: dict[str, str]) -> list[str]:
-    """Prefixes of `name`, up to a dot, that are names of packed weights."""
+    """Return the prefixes of `name`, up to a dot, that are names of packed weights."""
     parts = name.split(".")
     return [prefix for k in range(1, len(parts)) if (prefix := ".".join(parts[:k])) in packed]
 

@@ -8,6 +8,7 @@ byte by byte. So the largest merged module bounds the memory, not the size of th
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import accel_llm.system.chatter
 
@@ -81,6 +82,15 @@ def merge(options: MergeOptions, progress: Callable[[int, int], None] = lambda d
     return replace(result, folder=target)
 
 
+def merge_adapter(adapter: str | Path, output_dir: str | Path, **settings: Any) -> MergeResult:
+    """Merge one adapter with plain arguments; `settings` are options of launch/merge.py, such as `base` or `verify`.
+
+    Raises:
+        ConfigError: see `merge`.
+    """
+    return merge(MergeOptions(adapter=[str(adapter)], output_dir=str(output_dir), **settings))
+
+
 def _write_model(
     options: MergeOptions,
     adapters: list[SavedAdapter],
@@ -112,7 +122,7 @@ def _write_model(
 
 
 def _card_facts(result: MergeResult, options: MergeOptions) -> list[str]:
-    """Sentences for the model card: what was done, and what was verified."""
+    """Return the sentences for the model card: what was done, and what was verified."""
     dtype = str(result.dtype).removeprefix("torch.")
     facts = [f"{result.modules} modules {'un' * options.unmerge}merged in {dtype}"]
     if options.scale != 1:
@@ -132,7 +142,7 @@ def _card_facts(result: MergeResult, options: MergeOptions) -> list[str]:
 
 
 def describe_base_errors(result: MergeResult) -> dict[str, str]:
-    """For an adapter trained on 4 bits: a sentence about the error of merging into each base, if it was computed."""
+    """Return a sentence about the error of merging a 4-bit adapter into each base, if it was computed."""
     errors = {way: result.differences[way] for way in ("original", "dequantized") if way in result.differences}
     return {
         way: f"merged logits differ from those of the adapter on its 4-bit base by {error:.1e}"

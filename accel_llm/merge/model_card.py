@@ -62,8 +62,9 @@ def write_config_files(model: PreTrainedModel, adapter: Path, base: Path, target
         except LOADING_ERRORS as error:
             raise ConfigError(f"generation_config: the file in {own} cannot be read ({short_reason(error)}).") from None
         saveable_generation_config(settings).save_pretrained(str(target))
-    for file in sorted(base.glob("*.py")) if code else []:
-        shutil.copyfile(file, target / file.name)
+    if code:
+        for file in sorted(base.glob("*.py")):
+            shutil.copyfile(file, target / file.name)
 
 
 def write_card(
@@ -101,7 +102,7 @@ def write_card(
 
 
 def _short_path(folder: Path) -> str:
-    """The last two parts of a path. A card is published, and the rest of the path is private."""
+    """Return the last two parts of a path. A card is published, and the rest of the path is private."""
     return "/".join(folder.resolve().parts[-2:])
 
 

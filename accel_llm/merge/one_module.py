@@ -42,7 +42,7 @@ def merge_module(module: Any, unmerge: bool) -> nn.Module:
 
 def _unmerge(module: Any) -> None:
     if isinstance(module, AuxiliaryTrainingWrapper) or getattr(module, "use_dora", {}).get(module.active_adapters[0]):
-        raise ValueError("the base's weights that it replaced or normalised are in no file")
+        raise ValueError("the base's weights that it replaced or normalized are in no file")
     # PEFT takes out only what it believes to have merged; layers can be nested.
     while isinstance(module, BaseTunerLayer):
         module.merged_adapters = list(module.active_adapters)
@@ -51,7 +51,7 @@ def _unmerge(module: Any) -> None:
 
 
 def _rows_are_independent(module: Any) -> bool:
-    """Whether the module is a plain LoRA, whose rows can be merged separately."""
+    """Return whether the module is a plain LoRA, whose rows can be merged separately."""
     if type(module) not in (Linear, Embedding) or len(module.active_adapters) != 1:
         return False
     # Variants such as DoRA need the whole weight, and a LoRA bias must be added only once.
@@ -108,7 +108,7 @@ def scale_module(module: nn.Module, factor: float) -> None:
 
 
 def plain_module(module: Any) -> Any:
-    """The module of the base model inside all of PEFT's wrappers."""
+    """Return the module of the base model inside all of PEFT's wrappers."""
     while isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
         module = module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module.get_base_layer()
     return module

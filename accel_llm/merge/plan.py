@@ -39,7 +39,7 @@ class MergePlan(NamedTuple):
 def plan_merge(
     options: MergeOptions, adapters: list[SavedAdapter], source: Path, lazy: bool | None = None
 ) -> MergePlan:
-    """Attach the adapters to the base in the folder `source`.
+    """Plan the merge of `adapters` into the base in `source`.
 
     `lazy` leaves the base's weights out of memory; None chooses it whenever the adapters allow it.
 
@@ -61,21 +61,22 @@ def plan_merge(
     _check_base(source, checkpoint)
 
     # Attach the adapters. A lazy attempt that turns out to be impossible is repeated with the weights in memory.
-    lazy = can_be_lazy(adapters) if lazy is None else lazy
     in_4_bits = stored_names != checkpoint.specs.keys()
     rounds_weights = options.merge_base == "dequantized" and not in_4_bits
-    attached = None
-    while attached is None:
+    lazy = can_be_lazy(adapters) if lazy is None else lazy
+    while True:
         skeleton = build_skeleton(config, task, checkpoint, options.dtype, options.trust_remote_code, lazy)
         model = skeleton.model
         extend_vocabulary(model, _new_rows(model, adapters))
         specs, names = parameter_specs(model), saved_names(model)
         four_bit = quantized_weights(model) if rounds_weights else {}
-        for name, transposed in () if lazy else four_bit.items():
-            weight = model.get_parameter(name)
-            weight.data = round_to_4_bits(weight.data, transposed)
+        if not lazy:
+            _round_in_place(model, four_bit)
         attached = attach_adapters(skeleton, adapters, lazy)
+        if attached is not None:
+            break
         lazy = False
+
     # Several adapters become one before anything is merged.
     if len(adapters) > 1:
         weights = options.adapter_weights or [1.0] * len(adapters)
@@ -90,6 +91,13 @@ def plan_merge(
     return MergePlan(source, checkpoint, skeleton, attached, specs, names, four_bit)
 
 
+def _round_in_place(model: PreTrainedModel, four_bit: dict[str, bool]) -> None:
+    """Round the weights in `four_bit` to 4 bits and back; its values say which are stored transposed."""
+    for name, transposed in four_bit.items():
+        weight = model.get_parameter(name)
+        weight.data = round_to_4_bits(weight.data, transposed)
+
+
 def _check_base(source: Path, checkpoint: WeightFiles) -> None:
     """Refuse a base whose files hold weights of an adapter."""
     adapter_weights = [name for name in checkpoint.specs if name.startswith(PEFT_PREFIX) or ".lora_" in name]
@@ -101,7 +109,7 @@ def _check_base(source: Path, checkpoint: WeightFiles) -> None:
 
 
 def _count_labels(adapter: SavedAdapter) -> int | None:
-    """Number of classes of the classification head in the adapter's file, or None if it holds no head."""
+    """Return the number of classes of the classification head in the adapter's file, or None if it holds no head."""
     if adapter.config.task_type not in ("SEQ_CLS", "TOKEN_CLS"):
         return None
     # The names that transformers gives to classification heads.
@@ -110,7 +118,7 @@ def _count_labels(adapter: SavedAdapter) -> int | None:
 
 
 def _new_rows(model: PreTrainedModel, adapters: list[SavedAdapter]) -> range:
-    """Ids of the tokens that the adapters added to the base's vocabulary."""
+    """Return the ids of the tokens that the adapters added to the base's vocabulary."""
     if not hasattr(model.config.get_text_config(), "vocab_size"):  # not a language model
         return range(0)
     size = max(adapter_vocabulary_size(model, adapter.settings, adapter.weights) for adapter in adapters)
@@ -119,10 +127,9 @@ def _new_rows(model: PreTrainedModel, adapters: list[SavedAdapter]) -> range:
 
 def _update_config(model: PreTrainedModel) -> None:
     """Set the config values that `save_pretrained` would set, and whether embedding and head are tied."""
-    ends = [
-        plain_module(end) for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None
-    ]
-    if len(ends) == 2 and ends[0].weight is not ends[1].weight:
+    modules = [model.get_input_embeddings(), model.get_output_embeddings()]
+    embedding_and_head = [plain_module(module) for module in modules if module is not None]
+    if len(embedding_and_head) == 2 and embedding_and_head[0].weight is not embedding_and_head[1].weight:
         for config in (model.config, model.config.get_text_config()):
             if getattr(config, "tie_word_embeddings", False):
                 config.tie_word_embeddings = False

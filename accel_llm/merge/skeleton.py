@@ -88,7 +88,7 @@ def read_model_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig
 
 
 def model_class(config: PreTrainedConfig, task: str | None) -> Any:
-    """The class that loads a model for `task`. Without a task it is the base's own architecture."""
+    """Return the class that loads a model for `task`. Without a task it is the base's own architecture."""
     if task is None:
         own_class = getattr(transformers, (config.architectures or [""])[0], None)
         return own_class or AutoModelForCausalLM
@@ -129,7 +129,7 @@ def build_skeleton(
         )
     except LOADING_ERRORS as error:
         raise ConfigError(f"base: cannot be loaded ({short_reason(error)}).") from None
-    if mismatch := describe_shape_mismatch(report):
+    if mismatch := describe_shape_mismatch(report["mismatched_keys"]):
         raise ConfigError(f"base: does not fill the model: {mismatch}.")
     groups = _group_weights(model, checkpoint.specs)
     if lazy:
@@ -165,7 +165,7 @@ def _empty_tensors(specs: dict[str, TensorSpec]) -> dict[str, torch.Tensor]:
 
 
 def tied_names(model: nn.Module) -> list[list[str]]:
-    """Groups of names that belong to one parameter, usually the embedding's and the head's."""
+    """Return the groups of names that belong to one parameter, usually the embedding's and the head's."""
     names = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names[parameter].append(name)
@@ -173,14 +173,14 @@ def tied_names(model: nn.Module) -> list[list[str]]:
 
 
 def saved_names(model: PreTrainedModel) -> list[str]:
-    """Names of the parameters and buffers that are saved. A tied parameter is saved once."""
+    """Return the names of the parameters and buffers that are saved. A tied parameter is saved once."""
     ignored = set(model._keys_to_ignore_on_save or [])
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in ignored}
     return list(remove_tied_weights_from_state_dict(state, model))
 
 
 def _group_weights(model: PreTrainedModel, specs: dict[str, TensorSpec]) -> dict[str, WeightGroup]:
-    """The group of each parameter by its name, paired as transformers pairs them (core_model_loading, 5.23)."""
+    """Return the group of each parameter by its name, paired as transformers pairs them (core_model_loading, 5.23)."""
     conversions = get_model_conversion_mapping(model)
     # transformers renames single tensors, and converts groups of tensors.
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
@@ -225,7 +225,7 @@ def convert_group(model: PreTrainedModel, group: WeightGroup, tensors: list[torc
 
 
 def parameter_specs(model: PreTrainedModel) -> dict[str, TensorSpec]:
-    """Dtype and shape of each parameter and buffer that can be saved, by name."""
+    """Return the dtype and shape of each parameter and buffer that can be saved, by name."""
     return {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
 
 

@@ -26,7 +26,7 @@ PROBE_ROWS = 8  # random inputs of a linear layer
 
 
 def probe_input(module: Any) -> torch.Tensor | None:
-    """Random input for a module, drawn with a fixed seed. None if the module's input is not a single tensor."""
+    """Return random input for a module, drawn with a fixed seed. None if the module's input is not a single tensor."""
     base: Any = plain_module(module)
     generator = torch.Generator().manual_seed(0)
     if isinstance(base, nn.Embedding):
@@ -53,7 +53,7 @@ def probe_input(module: Any) -> torch.Tensor | None:
 
 
 def module_output(module: Any, x: torch.Tensor | None) -> dict[str, torch.Tensor]:
-    """Output of an adapted module for `x`. Without `x`: its adapted parameters times random vectors, by name."""
+    """Return an adapted module's output for `x`; without `x` its adapted parameters times random vectors, by name."""
     with torch.no_grad():
         if x is not None:
             return {"": module(x).float()}
@@ -61,7 +61,7 @@ def module_output(module: Any, x: torch.Tensor | None) -> dict[str, torch.Tensor
 
 
 def merged_output(module: Any, adapted: Any, x: torch.Tensor | None) -> dict[str, torch.Tensor]:
-    """The same for `module`, the plain module that `adapted` became."""
+    """Return the same for `module`, the plain module that `adapted` became."""
     with torch.no_grad():
         if x is not None:
             return {"": module(x).float()}
@@ -70,7 +70,7 @@ def merged_output(module: Any, adapted: Any, x: torch.Tensor | None) -> dict[str
 
 
 def _parameter_layers(module: Any) -> dict[str, Any]:
-    """PEFT's layers on single parameters, such as the experts of a mixture, by the parameter's name."""
+    """Return PEFT's layers on single parameters, such as the experts of a mixture, by the parameter's name."""
     layers: dict[str, Any] = {}
     while isinstance(module, ParamWrapper):
         layers[module.parameter_name] = module
@@ -79,7 +79,7 @@ def _parameter_layers(module: Any) -> dict[str, Any]:
 
 
 def _random_vectors(weight: torch.Tensor) -> torch.Tensor:
-    """Random [..., width, 1] for a weight [..., rows, width]: one vector for each expert."""
+    """Return random [..., width, 1] for a weight [..., rows, width]: one vector for each expert."""
     shape = (*weight.shape[:-2], weight.shape[-1], 1)
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
@@ -90,7 +90,7 @@ def _product(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 def _adapted_product(layer: Any) -> torch.Tensor:
-    """W x + scaling B (A x) for the parameter that `layer` adapts, without the large product B A."""
+    """Return W x + scaling B (A x) for the parameter that `layer` adapts, without the large product B A."""
     weight = layer.get_param()
     x = _random_vectors(weight)
     result = _product(weight, x)
@@ -108,7 +108,7 @@ def _adapted_product(layer: Any) -> torch.Tensor:
 
 
 def relative_difference(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    """The largest |actual - expected| / |expected| of the tensors. NaN if a tensor holds a NaN."""
+    """Return the largest |actual - expected| / |expected| of the tensors. NaN if a tensor holds a NaN."""
     largest = 0.0
     for name, tensor in expected.items():
         scale = float(tensor.norm())

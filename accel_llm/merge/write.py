@@ -55,11 +55,11 @@ def write_merged(
             names = [name for name in plan.specs if name.startswith(f"{key}.")]
             if not any(name in outputs for name in names):
                 continue  # tied head: its new rows are written with the embedding
-            results, error = _merge_module(plan, key, module, names, options, writer.wait)
+            merged, error = _merge_module(plan, key, module, names, options, writer.wait)
             errors += [error] if error is not None else []
-            ready |= {name: tensor for name, tensor in results.items() if name in outputs}
-            del module, results
-            _write_complete(plan, outputs, ready, writer)
+            ready |= {name: tensor for name, tensor in merged.items() if name in outputs}
+            del module, merged
+            _write_complete_groups(plan, outputs, ready, writer)
             progress(writer.bytes_written, total)
 
         # Write whole base weights that an adapter's file holds, and merged weights that share a tensor in the files
@@ -69,12 +69,12 @@ def write_merged(
         while ready:
             group = outputs[next(iter(ready))].group
             ready = _load_weights(plan, group) | ready
-            _write_complete(plan, outputs, ready, writer)
+            _write_complete_groups(plan, outputs, ready, writer)
 
         # Copy everything that no adapter changes.
         for output in list(outputs.values()):
             if not writer.has(output.specs):
-                _write_unchanged(plan, output, writer)
+                _copy_or_convert(plan, output, writer)
                 progress(writer.bytes_written, total)
         writer.finish()
         progress(writer.bytes_written, total)
@@ -91,31 +91,31 @@ class OutputGroup(NamedTuple):
 
 
 def _plan_outputs(plan: MergePlan) -> dict[str, OutputGroup]:
-    """The output group of each saved parameter, by the parameter's name.
+    """Return the output group of each saved parameter, by the parameter's name.
 
     Raises:
         ConfigError: a parameter is neither in the base nor in the adapter.
     """
     skeleton = plan.skeleton
     outputs: dict[str, OutputGroup] = {}
-    saved_whole = tuple(
+    whole_module_prefixes = tuple(
         f"{key}." for key, module in adapted_modules(plan.attached.wrapped) if isinstance(module, ModulesToSaveWrapper)
     )
     for name in plan.names:
         if name in outputs or (name not in skeleton.groups and name not in skeleton.missing):
             continue  # absent from the files, and from_pretrained does not miss it
         group = skeleton.groups.get(name) or WeightGroup((), (), (name,), None)
-        if not group.sources and not name.startswith(saved_whole) and name not in plan.attached.replacements:
-            missing = sorted(name for name in skeleton.missing if not name.startswith(saved_whole))
+        if not group.sources and not name.startswith(whole_module_prefixes) and name not in plan.attached.replacements:
+            missing = sorted(key for key in skeleton.missing if not key.startswith(whole_module_prefixes))
             raise ConfigError(
                 f"base: {plan.source} does not fill the model: {len(missing)} weights are missing "
                 f"({', '.join(missing[:3])})."
             )
         # Convert empty tensors to learn the names and shapes in the files.
-        targets = {target: plan.specs[target] for target in group.targets}
-        empty = {target: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for target, spec in targets.items()}
-        results = file_tensors(skeleton.model, empty)
-        specs = {result: TensorSpec(tensor.dtype, tuple(tensor.shape)) for result, tensor in results.items()}
+        model_specs = {key: plan.specs[key] for key in group.targets}
+        empty = {key: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for key, spec in model_specs.items()}
+        files = file_tensors(skeleton.model, empty)
+        specs = {key: TensorSpec(tensor.dtype, tuple(tensor.shape)) for key, tensor in files.items()}
         outputs |= dict.fromkeys(group.targets, OutputGroup(group, specs))
     return outputs
 
@@ -123,7 +123,7 @@ def _plan_outputs(plan: MergePlan) -> dict[str, OutputGroup]:
 def _merge_module(
     plan: MergePlan, key: str, module: Any, names: list[str], options: MergeOptions, wait_for_writer: Callable[[], None]
 ) -> tuple[dict[str, torch.Tensor], float | None]:
-    """Merge one module: its weights by name, and its relative difference from the adapted one (None: not verified).
+    """Merge one module; return its weights by name, and the relative difference of its output (None: not verified).
 
     `names` are its weights in the base. Merging needs the most memory, so `wait_for_writer` is called first.
 
@@ -133,7 +133,7 @@ def _merge_module(
     # Bring the weights of the base and of the adapter into memory.
     attached = plan.attached
     if not isinstance(module, ModulesToSaveWrapper):
-        _fill_base(plan, names)
+        _load_base_weights(plan, names)
         _fill_computed_buffers(plan, plain_module(module))
     fill_pending(attached, [name for name in attached.pending if name.startswith(f"{PEFT_PREFIX}{key}.")])
     if options.scale != 1:
@@ -150,28 +150,31 @@ def _merge_module(
             else:
                 plain, error = merge_module_checked(module, key, options.unmerge)
     except (ValueError, NotImplementedError, RuntimeError, TypeError, AttributeError) as reason:
+        verb = "unmerged" if options.unmerge else "merged"
         raise ConfigError(
-            f"adapter: {key} cannot be {'un' * options.unmerge}merged, a {attached.wrapped.peft_type.value} layer of "
+            f"adapter: {key} cannot be {verb}, a {attached.wrapped.peft_type.value} layer of "
             f"PEFT refuses it ({short_reason(reason)})."
         ) from None
 
-    # The plain module takes the place of the adapted one; only its shape is kept.
-    results = {f"{key}.{name}": tensor for name, tensor in plain.state_dict().items()}
-    shapes = {name: tuple(tensor.shape) for name, tensor in results.items()}
+    # Check that names and shapes are those of the base.
+    merged = {f"{key}.{name}": tensor for name, tensor in plain.state_dict().items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in merged.items()}
     if shapes != {name: plan.specs[name].shape for name in names}:
         raise ConfigError(
             f"adapter: {key} cannot be merged, its merged weights have other names or shapes than the base's."
         )
+
+    # Replace the adapted module by an empty plain one, to free its memory.
     parent, _, attribute = key.rpartition(".")
     setattr(plan.skeleton.model.get_submodule(parent), attribute, plain.to("meta"))
-    return {name: tensor.to(plan.specs[name].dtype) for name, tensor in results.items()}, error
+    return {name: tensor.to(plan.specs[name].dtype) for name, tensor in merged.items()}, error
 
 
-def _fill_base(plan: MergePlan, names: list[str]) -> None:
+def _load_base_weights(plan: MergePlan, names: list[str]) -> None:
     """Put the base's weights of these names into the model, in memory of their own."""
-    attached, left = plan.attached, set(names)
+    attached, unfilled = plan.attached, set(names)
     for name in names:
-        if name not in left:
+        if name not in unfilled:
             continue
         module, attribute = attached.owners[name]
         old = getattr(module, attribute)
@@ -179,13 +182,13 @@ def _fill_base(plan: MergePlan, names: list[str]) -> None:
             weights = {name: attached.replacements.pop(name).to(plan.specs[name].dtype, copy=True)}
         elif old.device.type == "meta":
             weights = _load_weights(plan, plan.skeleton.groups[name])
-        else:  # memory-mapped from the file, and perhaps changed when the adapter was initialised
+        else:  # memory-mapped from the file, and perhaps changed when the adapter was initialized
             weights = {name: old.detach().clone()}
             release_pages(old)
         # A group may hold weights of other modules too; they are loaded again when their turn comes.
-        for target in left & weights.keys():
-            put_tensor(*attached.owners[target], weights.pop(target))
-            left.remove(target)
+        for key in unfilled & weights.keys():
+            put_tensor(*attached.owners[key], weights.pop(key))
+            unfilled.remove(key)
 
 
 def _fill_computed_buffers(plan: MergePlan, base: Any) -> None:
@@ -210,31 +213,32 @@ def _load_weights(plan: MergePlan, group: WeightGroup) -> dict[str, torch.Tensor
     }
 
 
-def _write_complete(
+def _write_complete_groups(
     plan: MergePlan, outputs: dict[str, OutputGroup], ready: dict[str, torch.Tensor], writer: WeightWriter
 ) -> None:
     """Write the parameters in `ready` whose group is complete, and remove them from `ready`."""
     for name in list(ready):
-        targets = outputs[name].group.targets
-        if name in ready and all(target in ready for target in targets):
-            tensors = file_tensors(plan.skeleton.model, {target: ready.pop(target) for target in targets})
-            for result in list(tensors):
-                writer.write(result, tensors.pop(result))
+        model_names = outputs[name].group.targets
+        if name in ready and all(key in ready for key in model_names):
+            tensors = file_tensors(plan.skeleton.model, {key: ready.pop(key) for key in model_names})
+            for file_name in list(tensors):
+                writer.write(file_name, tensors.pop(file_name))
 
 
-def _write_unchanged(plan: MergePlan, output: OutputGroup, writer: WeightWriter) -> None:
+def _copy_or_convert(plan: MergePlan, output: OutputGroup, writer: WeightWriter) -> None:
     """Copy the bytes if the base's files hold the tensors exactly as they are written, else load and convert them."""
     # Bytes can be copied only if dtype, shape and form in the files stay the same.
     group, places = output.group, plan.checkpoint.places
-    sources = group.sources if group.converter is None else output.specs
-    pairs = dict(zip(output.specs, sources, strict=False))
+    base_names = group.sources if group.converter is None else output.specs
+    # Not strict: if fewer tensors are written than read, the first condition below is false and they are converted.
+    pairs = list(zip(output.specs, base_names, strict=False))
     if (
         len(pairs) == len(group.sources)
         and not plan.four_bit.keys() & set(group.targets)
-        and all(source in places and places[source].spec == output.specs[name] for name, source in pairs.items())
+        and all(base_name in places and places[base_name].spec == output.specs[name] for name, base_name in pairs)
     ):
-        for name, source in pairs.items():
-            writer.copy(name, places[source])
+        for name, base_name in pairs:
+            writer.copy(name, places[base_name])
         return
     weights = _load_weights(plan, group)
     for name, tensor in file_tensors(plan.skeleton.model, weights).items():

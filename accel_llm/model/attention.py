@@ -67,9 +67,7 @@ def packing_obstacle(model: nn.Module) -> str | None:
         return f"{type(inner).__name__} computes attention outside transformers' AttentionInterface"
     # Linear attention and convolutions carry state over document boundaries.
     if mixing := kinds - ISOLATED_LAYERS:
-        return (
-            f"{type(inner).__name__} has layers of kind {', '.join(sorted(mixing))}, which mix neighbouring documents"
-        )
+        return f"{type(inner).__name__} has layers of kind {', '.join(sorted(mixing))}, which mix neighboring documents"
     # We build no mask, so the family must pass its window to the attention call as well.
     sliding = "sliding_attention" in kinds or getattr(config, "sliding_window", None)
     if sliding and "create_sliding_window_causal_mask" in source and "sliding_window=" not in source:
@@ -192,7 +190,7 @@ def _varlen_attention(
     scaling: float | None,
     window: int | None,
 ) -> torch.Tensor:
-    """[1, T, heads, head_dim of value] from torch's variable-length flash kernel, one launch for the whole row."""
+    """Return [1, T, heads, head_dim of value] from torch's variable-length flash kernel: one launch for the row."""
     # Options have changed between torch releases, see VARLEN_OPTIONS.
     options: dict = {"scale": scaling} if "scale" in VARLEN_OPTIONS else {}
     if "window_size" in VARLEN_OPTIONS:
@@ -221,7 +219,7 @@ def _sdpa_attention(
     scaling: float | None,
     window: int | None,
 ) -> torch.Tensor:
-    """Attention of one document by torch's fused kernel.
+    """Compute the attention of one document by torch's fused kernel.
 
     On a CPU one call per document was 1.1 to 10 times faster than a padded [documents, heads, longest, head_dim] batch
     and 2 to 20 times faster than one masked row, for 40 short documents and for one long one, forward and backward.
@@ -254,7 +252,7 @@ def _eager_attention(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Attention of one document with explicit scores, for terms that no fused kernel has; memory is O(length^2)."""
+    """Compute one document's attention with explicit scores, in O(length^2) memory: no fused kernel has these terms."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = (query @ _repeat_heads(query, key).transpose(2, 3) * scale).float()
     if softcap is not None:
@@ -268,7 +266,7 @@ def _eager_attention(
 
 
 def _visible_keys(length: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """bool [length, length]: the keys (columns) that each query (row) of one document sees."""
+    """Return bool [length, length]: the keys (columns) that each query (row) of one document sees."""
     visible = torch.ones(length, length, dtype=torch.bool, device=device).tril()
     return visible if window is None else visible.triu(1 - window)
 
@@ -346,7 +344,7 @@ def _random_documents(vocab_size: int, device: torch.device | str) -> list[torch
 
 
 def _packed_logits(model: nn.Module, documents: list[torch.Tensor]) -> list[torch.Tensor]:
-    """float32 [n, vocabulary] for each document of n tokens, computed in one packed row."""
+    """Return float32 [n, vocabulary] for each document of n tokens, computed in one packed row."""
     lengths = [len(document) for document in documents]
     boundaries = torch.tensor([0, *lengths]).cumsum(0).to(documents[0].device, torch.int32)
     batch = {
@@ -359,7 +357,7 @@ def _packed_logits(model: nn.Module, documents: list[torch.Tensor]) -> list[torc
 
 
 def _relative_distance(logits: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
-    """The largest relative difference over the documents; sizes are taken without the mean, which softmax ignores."""
+    """Return the largest relative difference over the documents, without the mean, which softmax ignores."""
     return max(
         float((a - b).norm() / (b - b.mean(-1, keepdim=True)).norm()) for a, b in zip(logits, expected, strict=True)
     )

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from transformers.utils.hub import cached_file
 
+from accel_llm.system.tensors import read_header
+
 SAMPLE_BYTES = 1024  # bytes read of each tensor
 MAX_SAMPLES = 4096  # at most so many tensors of a file are read
-MAX_HEADER_BYTES = 2**27  # at most so many bytes of a safetensors header are read
 PICKLE_SAMPLES = 64  # a .bin file is sampled at so many places
 
 
@@ -33,7 +34,7 @@ def model_fingerprint(name: str, revision: str = "main") -> str:
 
 
 def _config_bytes(path: Path) -> bytes:
-    """The config as sorted JSON, without the keys that only say who wrote the file."""
+    """Return the config as sorted JSON, without the keys that only say who wrote the file."""
     settings = json.loads(path.read_text(encoding="utf-8"))
     ignored_keys = {"_name_or_path", "transformers_version"}
     settings = {key: value for key, value in settings.items() if key not in ignored_keys}
@@ -43,8 +44,7 @@ def _config_bytes(path: Path) -> bytes:
 def _add_safetensors(digest: "hashlib._Hash", path: Path) -> None:
     with path.open("rb") as file:
         # The header holds the names, shapes, dtypes and byte ranges of all tensors.
-        header_length = int.from_bytes(file.read(8), "little")
-        header = file.read(min(header_length, MAX_HEADER_BYTES))
+        header, first = read_header(file)
         digest.update(header)
         try:
             entries = json.loads(header).items()
@@ -55,7 +55,7 @@ def _add_safetensors(digest: "hashlib._Hash", path: Path) -> None:
         # One sample from the middle of each tensor, or of every n-th where there are very many.
         spans.sort()
         for start, stop in spans[:: -(-len(spans) // MAX_SAMPLES) or 1]:
-            file.seek(8 + header_length + start + max(0, (stop - start - SAMPLE_BYTES) // 2))
+            file.seek(first + start + max(0, (stop - start - SAMPLE_BYTES) // 2))
             digest.update(file.read(min(SAMPLE_BYTES, stop - start)))
 
 

@@ -3,6 +3,7 @@
 import os
 import re
 import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -53,7 +54,7 @@ def model_problems(options: ModelOptions) -> list[str]:
 
 
 def _option_problems(options: TrainOptions) -> list[str]:
-    """Model options that exclude each other, or that do not work under the launch YAML's strategy."""
+    """Return the problems of model options that exclude each other or do not work under the launch YAML's strategy."""
     problems = []
     if options.load_in_8bit and strategy() in ("zero3", "fsdp2"):
         problems.append(
@@ -144,7 +145,7 @@ def load_model_config(options: ModelOptions, max_length: int | None = None) -> P
 def load_model(options: TrainOptions) -> PreTrainedModel:
     """Load the causal LM with its weights still memory-mapped; `place_weights` reads them layer by layer.
 
-    Only an 8-bit base is read here; transformers quantises it while it loads.
+    Only an 8-bit base is read here; transformers quantizes it while it loads.
 
     Raises:
         ConfigError: the model cannot be loaded, weights are missing, or it cannot keep packed documents apart.
@@ -182,7 +183,7 @@ def load_complete_model(
 
     Raises:
         ConfigError: the model cannot be loaded, or a weight is missing or has the wrong shape (transformers would
-            initialise it at random).
+            initialize it at random).
     """
     # Nothing in the files may run code or lead out of the folder.
     revision, trusted = arguments.get("revision", "main"), arguments.get("trust_remote_code", False)
@@ -247,17 +248,19 @@ def _check_complete(report: dict[str, Any], name: str, field: str) -> None:
     problems = []
     if missing := sorted(report["missing_keys"]):
         problems.append(f"{len(missing)} weights are missing ({', '.join(missing[:3])})")
-    if mismatch := describe_shape_mismatch(report):
+    if mismatch := describe_shape_mismatch(report["mismatched_keys"]):
         problems.append(mismatch)
     if problems:
         raise ConfigError(f"{field}: {name} does not fill the model: {'; '.join(problems)}.")
 
 
-def describe_shape_mismatch(report: dict[str, Any]) -> str:
-    """Say which weights of transformers' loading report have another shape than the model's; empty if none has."""
-    mismatches = report["mismatched_keys"]
-    texts = sorted(f"{name} {tuple(shape)} for {tuple(expected)}" for name, shape, expected in mismatches)
-    return f"{len(texts)} weights have another shape ({', '.join(texts[:3])})" if texts else ""
+def describe_shape_mismatch(mismatches: Iterable[tuple[str, Any, Any]], owner: str = "the model needs") -> str:
+    """Say how many weights have a wrong shape, and name the first; return "" if there are none.
+
+    `mismatches` has the name, the shape and the right shape of each. `owner` is the text before the right shape.
+    """
+    texts = sorted(f"{name} {tuple(shape)}, {owner} {tuple(expected)}" for name, shape, expected in mismatches)
+    return f"{len(texts)} weights have another shape, such as {texts[0]}" if texts else ""
 
 
 def short_reason(error: Exception) -> str:

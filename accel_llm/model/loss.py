@@ -1,4 +1,4 @@
-"""The next-token loss as a sum over labelled tokens, computed inside the model's own forward."""
+"""The next-token loss as a sum over labeled tokens, computed inside the model's own forward."""
 
 import functools
 from types import MethodType
@@ -23,7 +23,7 @@ LOSS_TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-3
 
 
 def next_token_loss(model: nn.Module, batch: dict) -> torch.Tensor:
-    """Return the sum of the cross-entropies of all labelled tokens of a batch, float32 [].
+    """Return the sum of the cross-entropies of all labeled tokens of a batch, float32 [].
 
     `batch` is packed or padded, see data/batches.py. With `weights` in it, each term is multiplied by its token's
     weight. Call `attach_loss` on the model first; after that it may be wrapped (PEFT, DDP, DeepSpeed, FSDP2).
@@ -46,10 +46,10 @@ def attach_loss(
     is the largest number of tokens in a micro-batch. It sets the number of chunks in which the vocabulary is projected;
     evaluation may have larger batches.
 
-    In training mode, and only there, up to three terms are added: label smoothing and z-loss (see `_regularised_terms`)
+    In training mode, and only there, up to three terms are added: label smoothing and z-loss (see `_regularized_terms`)
     and, if the config sets `output_router_logits`, the balance loss of the experts (see `_stock_loss`).
 
-    Returns the path in use. "own" projects only labelled positions, chunk by chunk. "stock" takes the logits of those
+    Returns the path in use. "own" projects only labeled positions, chunk by chunk. "stock" takes the logits of those
     positions from the family's forward; it is used where the own path does not give the family's loss. Weights that
     are sharded or not loaded yet cannot be tested here: then call `check_loss` after `accelerator.prepare`.
 
@@ -87,7 +87,7 @@ def attach_loss(
 
 
 def _candidate_paths(model: PreTrainedModel) -> list[LossPath]:
-    """The paths to try, in order."""
+    """Return the paths to try, in order."""
     balanced = getattr(model.config.get_text_config(), "output_router_logits", False)
     # The family itself computes its balance loss, and a family without a separate decoder gives us no hidden states.
     return ["stock"] if balanced or model.base_model is model else ["own", "stock"]
@@ -122,7 +122,7 @@ def check_loss(model: nn.Module, device: torch.device | str, dtype: torch.dtype)
 
 
 def _random_batch(vocab_size: int, device: torch.device | str) -> dict:
-    """Two rows of different lengths, some tokens without a label."""
+    """Return two rows of different lengths, some tokens without a label."""
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(vocab_size, (2, 12), generator=generator)
     attention_mask = torch.ones_like(input_ids)
@@ -136,15 +136,15 @@ def _random_batch(vocab_size: int, device: torch.device | str) -> dict:
 def _own_loss(
     model: PreTrainedModel, *args, labels: torch.Tensor, weights: torch.Tensor | None, **kwargs
 ) -> torch.Tensor:
-    """Sum over the labelled tokens, projecting only their positions to the vocabulary."""
+    """Sum over the labeled tokens, projecting only their positions to the vocabulary."""
     hidden = model.base_model(*args, **kwargs)[0]
 
     # Position i predicts token i + 1. This is the only place where labels are shifted.
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
-    labelled = (targets != IGNORED).nonzero().squeeze(1)
-    tensors = [hidden.flatten(0, 1).index_select(0, labelled), targets.index_select(0, labelled)]
+    labeled = (targets != IGNORED).nonzero().squeeze(1)
+    tensors = [hidden.flatten(0, 1).index_select(0, labeled), targets.index_select(0, labeled)]
     if weights is not None:
-        tensors.append(F.pad(weights[:, 1:], (0, 1)).flatten().index_select(0, labelled))
+        tensors.append(F.pad(weights[:, 1:], (0, 1)).flatten().index_select(0, labeled))
 
     chunks: int = (not model.training and model.eval_loss_chunks) or model.loss_chunks  # type: ignore
     if chunks == 1:
@@ -158,7 +158,7 @@ def _own_loss(
 def _chunk_loss(
     model: PreTrainedModel, hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The loss of hidden [n, width] for targets [n], float32 []; for n = 0 it is 0, but still has a gradient graph."""
+    """Return the loss of hidden [n, width] for targets [n], float32 []; for n = 0 it is 0, with a gradient graph."""
     return _sum_terms(model, _project(model, hidden).float(), targets, weights)
 
 
@@ -168,7 +168,7 @@ def _sum_terms(
     """Sum over logits [n, vocabulary] of the terms of targets [n], each times its weight if there are any."""
     smoothing, z_coef = (model.label_smoothing, model.z_loss_coef) if model.training else (0.0, 0.0)
     if smoothing or z_coef:
-        terms = _regularised_terms(logits, targets, smoothing, z_coef)  # type: ignore
+        terms = _regularized_terms(logits, targets, smoothing, z_coef)  # type: ignore
     elif weights is None:
         return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
     else:
@@ -176,8 +176,8 @@ def _sum_terms(
     return (terms if weights is None else terms * weights).sum()
 
 
-def _regularised_terms(logits: torch.Tensor, targets: torch.Tensor, smoothing: float, z_coef: float) -> torch.Tensor:
-    """Of each target: (1 - smoothing) * -log p(target) + smoothing * mean of all -log p + z_coef * (log Z)^2.
+def _regularized_terms(logits: torch.Tensor, targets: torch.Tensor, smoothing: float, z_coef: float) -> torch.Tensor:
+    """Return for each target (1 - smoothing) * -log p(target) + smoothing * mean of all -log p + z_coef * (log Z)^2.
 
     logits [n, vocabulary] -> [n], 0 where there is no label. Z is the sum of exp(logits); the squared term keeps it
     near 1 (PaLM, arXiv 2204.02311, section 5). Label smoothing: Szegedy et al. 2016, arXiv 1512.00567, section 7.
@@ -196,7 +196,7 @@ def _regularised_terms(logits: torch.Tensor, targets: torch.Tensor, smoothing: f
 
 
 def _project(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
-    """hidden [n, width] -> logits [n, vocabulary], with the scales and caps that some families apply to logits."""
+    """Return the logits [n, vocabulary] of hidden [n, width], with the scales and caps of some families."""
     config = model.config.get_text_config()
     logits = model.get_output_embeddings()(hidden)  # type: ignore
     if scale := getattr(config, "logit_scale", None):  # Cohere
@@ -213,7 +213,7 @@ def _project(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
 def _stock_loss(
     model: PreTrainedModel, *args, labels: torch.Tensor, weights: torch.Tensor | None, **kwargs
 ) -> torch.Tensor:
-    """The same sum as `_own_loss`, from the family's logits; in training mode plus the balance loss of the experts.
+    """Return the same sum as `_own_loss`, from the family's logits; in training plus the balance loss of the experts.
 
     The family computes the balance loss from the routing of this micro-batch's real tokens. We multiply it by the
     micro-batch's `total_weight`, as if it were one more term of each target. The training loop divides by the weight of
@@ -236,7 +236,7 @@ def _stock_loss(
 
 
 def _balance_loss(model: PreTrainedModel, output: ModelOutput) -> torch.Tensor | float:
-    """The term that the family adds to its mean loss to balance its experts; 0 if it has none."""
+    """Return the term that the family adds to its mean loss to balance its experts; 0 if it has none."""
     if getattr(output, "aux_loss", None) is None:
         return 0.0
     holders = (model, model.config.get_text_config())
@@ -248,7 +248,7 @@ def _balance_loss(model: PreTrainedModel, output: ModelOutput) -> torch.Tensor |
 def _family_loss(
     model: PreTrainedModel, *args, labels: torch.Tensor, weights: torch.Tensor | None, **kwargs
 ) -> torch.Tensor:
-    """The reference of `check_loss`: the family's mean loss times its number of targets, without the balance loss."""
+    """Return the reference of `check_loss`: the family's mean loss times the number of targets, no balance loss."""
     assert weights is None, "the families' own losses do not support weights"
     output = type(model).forward(model, *args, labels=labels, **kwargs)
     return (output.loss - _balance_loss(model, output)) * count_targets(labels)

@@ -24,7 +24,7 @@ def attach_neftune(model: nn.Module, alpha: float | None) -> None:
         if (boundaries := kwargs.get("cu_seq_lens_q")) is not None:
             document_lengths = boundaries.diff()
             tokens = kwargs["input_ids"].shape[-1]
-            # Giving output_size avoids a synchronisation with the GPU.
+            # Giving output_size avoids a synchronization with the GPU.
             per_token = document_lengths.repeat_interleave(document_lengths, output_size=tokens)
             lengths.append(per_token[None, :, None])
         elif (mask := kwargs.get("attention_mask")) is not None:

@@ -1,7 +1,7 @@
-"""Brings weights from the files to the devices layer by layer: read, cast, quantised, sharded.
+"""Brings weights from the files to the devices layer by layer: read, cast, quantized, sharded.
 
 `load_model` only memory-maps the checkpoint, which takes no memory until a weight is read. Here each layer is read,
-cast to its final dtype, quantised if the options say so and, under ZeRO-3 and FSDP2, sharded over the ranks before the
+cast to its final dtype, quantized if the options say so and, under ZeRO-3 and FSDP2, sharded over the ranks before the
 next layer is read. So a process never holds more than its own shard and one layer.
 """
 
@@ -49,7 +49,7 @@ def place_weights(accelerator: Accelerator, model: nn.Module, options: OptimOpti
 
 
 def _shard_units(model: nn.Module) -> list[nn.Module]:
-    """The modules that are read and sharded one after the other: decoder layers, embedding, then the whole model."""
+    """Return the modules to read and shard one after the other: decoder layers, embedding, then the whole model."""
     inner = unwrap_causal_lm(model)
     layer_classes = set(inner._no_split_modules or [])
     # Backwards, so that a layer inside another one comes first.
@@ -66,7 +66,7 @@ def materialize_weights(
     """Copy the weights directly in `modules` (not in submodules) from the files to `device`, in their final dtype.
 
     Frozen weights get the dtype `compute`; trained ones are float32 with `masters`, else also `compute`. The weights of
-    4-bit layers (see `prepare_4bit_layers`) are quantised here.
+    4-bit layers (see `prepare_4bit_layers`) are quantized here.
     """
     float32 = _float32_parameter_ids(model)
     for module in modules:
@@ -75,9 +75,9 @@ def materialize_weights(
         for name, parameter in list(module.named_parameters(recurse=False)):
             old = parameter.data
             if isinstance(parameter, Params4bit) and not parameter.bnb_quantized:
-                # vars() passes on the settings and also the layer, which bitsandbytes updates when it quantises.
+                # vars() passes on the settings and also the layer, which bitsandbytes updates when it quantizes.
                 unquantized: Any = Params4bit(old.to(device, compute), requires_grad=False, **vars(parameter))
-                module._parameters[name] = unquantized.to(device)  # bitsandbytes quantises in `to`
+                module._parameters[name] = unquantized.to(device)  # bitsandbytes quantizes in `to`
             elif parameter.is_floating_point() and not isinstance(parameter, Params4bit):
                 full_precision = (parameter.requires_grad and masters) or id(parameter) in float32
                 dtype = torch.float32 if full_precision else compute
@@ -89,7 +89,7 @@ def materialize_weights(
 
 
 def _float32_parameter_ids(model: nn.Module) -> set[int]:
-    """`id` of each parameter that the family keeps in float32 always; none under DeepSpeed, which needs one dtype."""
+    """Return the `id` of each parameter that the family always keeps in float32; none under DeepSpeed (one dtype)."""
     inner = unwrap_causal_lm(model)
     # The pattern matches a whole part of a dotted name, and nothing if there are no names.
     names = [] if strategy().startswith("zero") else list(inner._keep_in_fp32_modules_strict or [])

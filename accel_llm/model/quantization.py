@@ -18,7 +18,7 @@ from accel_llm.config.options import MethodOptions
 
 
 def _layers_to_quantize(model: PreTrainedModel) -> tuple[dict[str, Any], list[str]]:
-    """The linear layers that QLoRA holds in 4 bits, by name, and transformers' name patterns of excluded layers."""
+    """Return the linear layers that QLoRA holds in 4 bits, by name, and transformers' patterns of excluded layers."""
     excluded = HfQuantizer.get_modules_to_not_convert(model, None, list(model._keep_in_fp32_modules or []))
     layers = {
         name: module
@@ -30,14 +30,14 @@ def _layers_to_quantize(model: PreTrainedModel) -> tuple[dict[str, Any], list[st
 
 
 def prepare_4bit_layers(model: PreTrainedModel, config: BitsAndBytesConfig) -> None:
-    """Replace the linear layers of a loaded model by 4-bit layers; `materialize_weights` quantises them later.
+    """Replace the linear layers of a loaded model by 4-bit layers; `materialize_weights` quantizes them later.
 
-    transformers itself quantises during loading, so every rank would hold the whole 4-bit model before it is sharded.
+    transformers itself quantizes during loading, so every rank would hold the whole 4-bit model before it is sharded.
     """
     layers, excluded = _layers_to_quantize(model)
     replace_with_bnb_linear(model, excluded, config)
 
-    # The new layers are empty: give each the weight of the layer that it replaces, not yet quantised.
+    # The new layers are empty: give each the weight of the layer that it replaces, not yet quantized.
     for name, old in layers.items():
         new: Any = model.get_submodule(name)
         weight = old.weight.data.T if isinstance(old, Conv1D) else old.weight.data
@@ -45,7 +45,7 @@ def prepare_4bit_layers(model: PreTrainedModel, config: BitsAndBytesConfig) -> N
         new.bias = old.bias
 
     keep_gradients(model)
-    # transformers and PEFT look at these two to know that the model is quantised.
+    # transformers and PEFT look at these two to know that the model is quantized.
     model.is_loaded_in_4bit = True  # type: ignore[assignment]
     model.config.quantization_config = config
 
@@ -63,7 +63,7 @@ def keep_gradients(model: nn.Module) -> None:
 
 
 def build_quantization_config(method: MethodOptions, compute: torch.dtype, sharded: bool) -> BitsAndBytesConfig | None:
-    """Return the quantisation that the options ask for: NF4 for QLoRA, 8 bits for `load_in_8bit`, None for neither."""
+    """Return the quantization that the options ask for: NF4 for QLoRA, 8 bits for `load_in_8bit`, None for neither."""
     if method.method == "qlora":
         return BitsAndBytesConfig(
             load_in_4bit=True,
@@ -83,9 +83,9 @@ def quantized_weights(model: PreTrainedModel) -> dict[str, bool]:
 
 
 def round_to_4_bits(weight: torch.Tensor, transposed: bool) -> torch.Tensor:
-    """Quantise `weight` to NF4 and back: the values that a 4-bit layer of a QLoRA run computes with.
+    """Quantize `weight` to NF4 and back: the values that a 4-bit layer of a QLoRA run computes with.
 
-    Blocks of 64 values; their scales are quantised too (Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized
+    Blocks of 64 values; their scales are quantized too (Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized
     LLMs").
     """
     packed, state = quantize_4bit(

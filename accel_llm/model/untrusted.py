@@ -95,7 +95,7 @@ def _code_refusal(name: str, field: str, file: str) -> str:
 
 
 def _read_config(name: str, field: str, revision: str) -> dict[str, Any]:
-    """The config that transformers will use: config.json, or the file that it names for this version of transformers.
+    """Return the config that transformers will use: config.json, or the file it names for this version of transformers.
 
     Raises:
         ConfigError: it names files outside the folder.
@@ -112,13 +112,14 @@ def _read_config(name: str, field: str, revision: str) -> dict[str, Any]:
 
 
 def _nested_mappings(value: Any, depth: int = 0) -> Iterator[dict[str, Any]]:
-    """Every mapping inside a config, at any depth, without the config itself."""
+    """Yield every mapping inside a config, at any depth, without the config itself."""
     if isinstance(value, dict):
         if depth:
             yield value
         value = list(value.values())
-    for item in value if isinstance(value, list) else ():
-        yield from _nested_mappings(item, depth + 1)
+    if isinstance(value, list):
+        for item in value:
+            yield from _nested_mappings(item, depth + 1)
 
 
 def _check_file_names(file_names: Any, name: str, field: str, file: str, *endings: str) -> None:
@@ -127,7 +128,9 @@ def _check_file_names(file_names: Any, name: str, field: str, file: str, *ending
     Raises:
         ConfigError: a name is not text, leads out of the model's folder, or has none of `endings`.
     """
-    for file_name in file_names if isinstance(file_names, list) else [file_names] if file_names else []:
+    if not isinstance(file_names, list):
+        file_names = [file_names] if file_names else []
+    for file_name in file_names:
         is_relative = isinstance(file_name, str) and not re.match(r"[\\/]|\w:", file_name)
         if not is_relative or ".." in re.split(r"[\\/]", file_name):
             allowed = "files of its own folder are"
@@ -139,7 +142,7 @@ def _check_file_names(file_names: Any, name: str, field: str, file: str, *ending
 
 
 def _tokenizer_class(class_name: Any, name: str) -> Any:
-    """The tokenizer class that transformers has under `class_name`, or None (then it uses its general one).
+    """Return the tokenizer class that transformers has under `class_name`, or None (then it uses its general one).
 
     transformers 5.23 accepts the name of any of its classes here, even of a model, and calls its from_pretrained.
 
@@ -162,7 +165,7 @@ def _has_file(name: str, file: str, revision: str) -> bool:
 
 
 def _read_json(name: str, file: str, revision: str) -> dict[str, Any]:
-    """The JSON object in a file of a folder or repository; empty if it cannot be read, which loading will report."""
+    """Return the JSON object in a file of a folder or repository; empty if it cannot be read: loading reports that."""
     try:
         path = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
         content = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}

@@ -59,8 +59,8 @@ def extend_vocabulary(model: PreTrainedModel, tokens: range) -> None:
 
     # Grow the matrices.
     if tokens.stop > embedding.num_embeddings:
-        # Resizing draws random rows, a different number under ZeRO-3. Restore the generator, so that the adapter's
-        # first values depend on the seed alone.
+        # Resizing draws random numbers; under ZeRO-3 it draws a different amount. Restore the generator, so that the
+        # adapter's first values depend on the seed alone.
         with torch.random.fork_rng([embedding.weight.device] if embedding.weight.is_cuda else []):
             # mean_resizing would compute a covariance over the whole vocabulary, for rows that are overwritten below.
             model.resize_token_embeddings(tokens.stop, mean_resizing=False)
@@ -131,12 +131,12 @@ def train_new_rows(model: PreTrainedModel, tokens: range) -> dict[str, list[int]
 
     # One parameter for each matrix; tied modules share it.
     indices = {}
-    for module, replace in ((embedding, _embedding_hook), (head, _logits_hook)):
+    for module, make_hook in ((embedding, _embedding_hook), (head, _logits_hook)):
         if isinstance(module, ModulesToSaveWrapper):
             continue
         shared = module is head and tied
         module.register_parameter(NEW_ROWS, embedding.new_rows if shared else _copy_rows(module.weight, tokens))
-        module.register_forward_hook(replace(tokens))
+        module.register_forward_hook(make_hook(tokens))
         if not shared:
             indices[names[module]] = list(tokens)
     return indices
@@ -166,8 +166,8 @@ def _copy_rows(matrix: nn.Parameter, tokens: range) -> nn.Parameter:
 
 
 def _embedding_hook(tokens: range) -> Any:
-    def replace(module: Any, args: tuple[torch.Tensor], embedded: torch.Tensor) -> torch.Tensor:
-        """embedded [..., width] of ids args[0] [...]; the result has the trained rows at the new tokens."""
+    def hook(module: Any, args: tuple[torch.Tensor], embedded: torch.Tensor) -> torch.Tensor:
+        """Return `embedded` [..., width] with the trained rows for new tokens; `args[0]` [...] holds the ids."""
         positions = args[0] - tokens.start
         is_new = (positions >= 0) & (positions < len(tokens))
         # Look up a row for every token, so that the rows are in the gradient graph of every rank, whatever its tokens.
@@ -175,16 +175,16 @@ def _embedding_hook(tokens: range) -> Any:
         rows = F.embedding(positions.clamp(0, len(tokens) - 1), module.new_rows) * getattr(module, "embed_scale", 1)
         return torch.where(is_new[..., None], rows.to(embedded.dtype), embedded)
 
-    return replace
+    return hook
 
 
 def _logits_hook(tokens: range) -> Any:
-    def replace(module: Any, args: tuple[torch.Tensor], logits: torch.Tensor) -> torch.Tensor:
-        """logits [..., vocabulary] of hidden states args[0] [..., width]; those of the new tokens are replaced."""
+    def hook(module: Any, args: tuple[torch.Tensor], logits: torch.Tensor) -> torch.Tensor:
+        """Return `logits` [..., vocabulary] with those of new tokens replaced; `args[0]` [..., width] is the input."""
         logits[..., tokens.start : tokens.stop] = F.linear(args[0], module.new_rows.to(args[0].dtype))
         return logits
 
-    return replace
+    return hook
 
 
 def adapter_vocabulary_size(model: PreTrainedModel, settings: dict[str, Any], weights: dict[str, torch.Tensor]) -> int:

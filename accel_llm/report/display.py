@@ -1,4 +1,4 @@
-"""What a run prints for people before and after training: settings, coloured rows, ledger, plan, the next commands."""
+"""What a run prints for people before and after training: settings, colored rows, ledger, plan, the next commands."""
 
 import json
 import shutil
@@ -27,8 +27,8 @@ from accel_llm.report.page import write_report
 from accel_llm.system.secrecy import hide_secrets
 
 
-def colour_row(tokenizer: PreTrainedTokenizerFast, ids: np.ndarray, labels: np.ndarray) -> Text:
-    """A row as the model reads it, with trained tokens in green and context in grey."""
+def color_row(tokenizer: PreTrainedTokenizerFast, ids: np.ndarray, labels: np.ndarray) -> Text:
+    """Return a row as the model reads it, with trained tokens in green and context in gray."""
     text = Text()
     for trained, part in _runs(ids, labels):
         text.append(decode_tokens(tokenizer, part), style="green" if trained else "bright_black")
@@ -36,7 +36,7 @@ def colour_row(tokenizer: PreTrainedTokenizerFast, ids: np.ndarray, labels: np.n
 
 
 def trained_text(tokenizer: PreTrainedTokenizerFast, ids: np.ndarray, labels: np.ndarray) -> str:
-    """Only the trained tokens of a row, decoded."""
+    """Return the decoded trained tokens of a row."""
     return "".join(decode_tokens(tokenizer, part) for trained, part in _runs(ids, labels) if trained)
 
 
@@ -60,7 +60,7 @@ def show_settings(options: Options) -> None:
 
 
 def ledger_table(ledger: Ledger) -> Table:
-    """The ledger as a table: one line for each bin of a source, lost ones in red.
+    """Return the ledger as a table: one line for each bin of a source, lost ones in red.
 
     Turns without a label, notes and dropped rows stand below the table.
     """
@@ -92,7 +92,7 @@ def show_rows(tokenizer: PreTrainedTokenizerFast, rows: Rows, count: int) -> Non
         ids, labels = rows[k]
         share = float((labels != IGNORED).mean())
         console.rule(f"{rows.name(k)}: {len(ids)} tokens, {share:.0%} trained")
-        console.print(colour_row(tokenizer, ids, labels), soft_wrap=True)
+        console.print(color_row(tokenizer, ids, labels), soft_wrap=True)
     console.rule()
 
 
@@ -109,7 +109,7 @@ def show_histogram(title: str, values: np.ndarray, bins: int = 10) -> None:
 
 
 def describe_plan(rows: Rows, plan: TrainingPlan, max_length: int) -> str:
-    """Documents, tokens and steps of the run, and how full its packed rows are, in one sentence."""
+    """Describe documents, tokens and steps of the run, and how full its packed rows are, in one sentence."""
     tokens = int(rows.offsets[-1])
     supervised = int((np.asarray(rows.labels) != IGNORED).sum())
     return (
@@ -142,7 +142,7 @@ def advise(accelerator: Accelerator, sentence: str) -> None:
         console.print(sentence, style="yellow")
 
 
-def show_stop_proof(
+def show_stop_token_check(
     accelerator: Accelerator, rows: Rows, tokenizer: PreTrainedTokenizerFast, turn_end: int | None, stop: list[int]
 ) -> None:
     """Print whether the model will learn to stop, on the main process.
@@ -153,7 +153,7 @@ def show_stop_proof(
     if not accelerator.is_main_process:
         return
     if turn_end is None:
-        console.print("stop proof: the template closes no turn; answers will not stop by themselves", style="yellow")
+        console.print("stop token: the template closes no turn; answers will not stop by themselves", style="yellow")
         return
 
     # The last trained position of each document that has any.
@@ -166,7 +166,7 @@ def show_stop_proof(
     token = tokenizer.convert_ids_to_tokens(turn_end)
     assert turn_end in stop
     console.print(
-        f"stop proof: {token} is the last trained token of {ended:,} of {len(rows):,} documents and an eos of the "
+        f"stop token: {token} is the last trained token of {ended:,} of {len(rows):,} documents and an eos of the "
         "generation config that will be saved",
         style="green" if ended == len(rows) else "yellow",
         markup=False,

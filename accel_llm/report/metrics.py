@@ -37,10 +37,10 @@ class Meter:
         step: int = 0,
         state: Sequence[float] = (0.0,) * 5,
     ):
-        """`step` and `state` are those of the checkpoint that a run resumes from."""
+        """Start the sums of a run. `step` and `state` are those of the checkpoint that a run resumes from."""
         self.accelerator, self.options, self.plan = accelerator, options, plan
         self.file = Path(options.output_dir) / "metrics.jsonl"
-        self.supervised = 0  # labelled targets up to the last line of metrics, over all processes
+        self.supervised = 0  # labeled targets up to the last line of metrics, over all processes
         # Trackers accept numbers and texts only. Without a tracker the call does nothing.
         settings = {k: v if isinstance(v, int | float | str) else str(v) for k, v in resolved_options(options).items()}
         accelerator.init_trackers(options.run_name or "accel-llm", config=settings)
@@ -55,11 +55,11 @@ class Meter:
         self.since = time.perf_counter() - state[4]
 
     def state(self) -> list[float]:
-        """The sums of this process since the last line of metrics, and the seconds since then."""
+        """Return the sums of this process since the last line of metrics, and the seconds since then."""
         return [*self.sums.tolist(), time.perf_counter() - self.since]
 
     def add(self, loss: torch.Tensor, batch: Batch) -> None:
-        """Add one micro-batch of this process: its summed loss, labelled targets, and tokens without padding.
+        """Add one micro-batch of this process: its summed loss, labeled targets, and tokens without padding.
 
         A loss that is not finite is left out of the mean; `BadSteps` decides whether its step is skipped.
         """
@@ -115,7 +115,7 @@ class Meter:
             print(line, flush=True)
 
     def pause_clock(self) -> "_PausedClock":
-        """A context whose time (evaluating, saving) does not count in tokens per second."""
+        """Return a context whose time (evaluating, saving) does not count in tokens per second."""
         return _PausedClock(self)
 
     def close(self) -> None:
@@ -159,7 +159,7 @@ def _status(values: dict[str, Any]) -> str:
 
 
 def _start_progress(accelerator: Accelerator, plan: TrainingPlan, first_step: int) -> Progress | None:
-    """A progress bar on the terminal of the main process, else None: a log file gets the lines of metrics only."""
+    """Return a progress bar on the terminal of the main process, else None: a log file gets only the metrics."""
     if not (accelerator.is_main_process and console.is_terminal):
         return None
     columns = (
@@ -176,7 +176,7 @@ def _start_progress(accelerator: Accelerator, plan: TrainingPlan, first_step: in
 
 
 def _json_line(values: dict[str, Any]) -> str:
-    """One line of metrics.jsonl. JSON has neither NaN nor infinity, so such a number is written as null."""
+    """Return one line of metrics.jsonl. JSON has neither NaN nor infinity, so such a number is written as null."""
     nulls = {name: None for name, value in values.items() if isinstance(value, float) and not math.isfinite(value)}
     return json.dumps(values | nulls, allow_nan=False) + "\n"
 
@@ -184,7 +184,8 @@ def _json_line(values: dict[str, Any]) -> str:
 def _drop_lines_after(file: Path, step: int) -> int:
     """Remove the lines of later steps, which a resumed run does again. Return the supervised tokens up to `step`."""
     remaining = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    for line in lines:
         try:
             values = json.loads(line)
         except json.JSONDecodeError:  # the run was killed while it wrote its last line
@@ -196,7 +197,7 @@ def _drop_lines_after(file: Path, step: int) -> int:
 
 
 def peak_memory_mb(device: torch.device) -> int:
-    """Peak memory of this process in MiB: allocated on the GPU, or, without a GPU, resident in main memory."""
+    """Return the peak memory of this process in MiB: allocated on the GPU, or, without one, resident in main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) // 2**20
     import resource

@@ -59,9 +59,11 @@ def write_report(folder: Path) -> Path:
 
 
 def _read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl that have a step. A null stands for a number that is not finite and becomes NaN."""
+    """Return the lines of metrics.jsonl that have a step. A null stands for a number that is not finite: NaN."""
+    if not path.is_file():
+        return []
     lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []:
+    for text in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             line = json.loads(text)
         except json.JSONDecodeError:  # the run was killed while it wrote its last line
@@ -72,7 +74,7 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _page(run: dict[str, Any], lines: list[dict[str, Any]], folder_name: str) -> str:
-    """The HTML of the page. Each section takes its keys out of `run`; the last one shows what is left."""
+    """Return the HTML of the page. Each section takes its keys out of `run`; the last one shows what is left."""
     options, python, commit = run.pop("options", None) or {}, run.pop("python", None), run.pop("git_commit", None)
     name = _escape(run.pop("run_name", None) or options.get("run_name") or folder_name)
     status, error = _escape(run.pop("status", None) or "unknown"), run.pop("error", None)
@@ -108,12 +110,12 @@ def _escape(value: object) -> str:
 
 
 def _is_drawable(value: Any) -> bool:
-    """Whether `value` is a number that can be drawn. The bound keeps the difference of two such numbers finite."""
+    """Return whether `value` is a number that can be drawn. Within the bound, differences are finite."""
     return isinstance(value, int | float) and abs(value) < 1e300
 
 
 def _format_number(value: float, digits: int = 4) -> str:
-    """A number for people, with so many significant digits: 0.01234, 12.35, 12,346."""
+    """Return a number for people, with so many significant digits: 0.01234, 12.35, 12,346."""
     if isinstance(value, int) or not math.isfinite(value):
         return f"{value:,}"
     return f"{value:,.0f}" if 10 ** (digits - 1) <= abs(value) < 1e7 else f"{value:,.{digits}g}"
@@ -124,17 +126,17 @@ def _points(lines: list[dict[str, Any]], key: str) -> list[Point]:
 
 
 def _headline_tiles(lines: list[dict[str, Any]]) -> str:
-    """The most important numbers of a run, a box for each; an evaluation has its first and its last value."""
+    """Return the most important numbers of a run, a box for each; an evaluation has its first and its last value."""
     tiles = [
         ("Final loss", _format_number(value), f"step {_format_number(step)}")
         for step, value in _points(lines, "loss")[-1:]
     ]
     for key in dict.fromkeys(key for line in lines for key in line if key.startswith("eval/")):
         points = _points(lines, key)
-        ends = points[:1] + points[1:][-1:]
-        if ends and not key.endswith("_tokens"):
-            steps = " and ".join(_format_number(step) for step, _ in ends)
-            tiles.append((key, " → ".join(_format_number(value) for _, value in ends), f"at step {steps}"))
+        first_and_last = points[:1] + points[1:][-1:]
+        if first_and_last and not key.endswith("_tokens"):
+            steps = " and ".join(_format_number(step) for step, _ in first_and_last)
+            tiles.append((key, " → ".join(_format_number(value) for _, value in first_and_last), f"at step {steps}"))
     if speeds := [speed for _, speed in _points(lines, "tokens_per_second") if _is_drawable(speed)]:
         tiles.append(("Tokens per second", _format_number(statistics.median(speeds)), "median, all processes"))
     if memory := [size for _, size in _points(lines, "peak_memory_mb") if _is_drawable(size)]:
@@ -143,12 +145,13 @@ def _headline_tiles(lines: list[dict[str, Any]]) -> str:
     counts = [f"{_format_number(value)} {unit}" for key, unit in units for _, value in _points(lines, key)[-1:]]
     tiles.append(("Steps", _format_number(max((line["step"] for line in lines), default=0)), ", ".join(counts)))
     return "".join(
-        f'<div class="box"><small>{_escape(a)}</small><b>{b}</b><small>{c}</small></div>' for a, b, c in tiles
+        f'<div class="box"><small>{_escape(label)}</small><b>{value}</b><small>{note}</small></div>'
+        for label, value, note in tiles
     )
 
 
 def _draw_chart(title: str, series: dict[str, list[Point]], *included: float) -> str:
-    """A figure with a line and dots for each of `series`. The value axis also covers the values `included`."""
+    """Draw a figure with a line and dots for each of `series`. The value axis also covers the values `included`."""
     all_points = [point for points in series.values() for point in points]
     drawable = [point for point in all_points if _is_drawable(point[1])]
 
@@ -172,7 +175,7 @@ def _draw_chart(title: str, series: dict[str, list[Point]], *included: float) ->
 
 
 def _axis_range(numbers: list[float]) -> Range:
-    """The smallest and largest of `numbers`, moved apart if labels of six digits would look the same."""
+    """Return the smallest and largest of `numbers`, moved apart if labels of six digits would look the same."""
     low, high = float(min(numbers)), float(max(numbers))
     largest = max(abs(low), abs(high))
     if high - low > max(1e-4 * largest, 1e-100):
@@ -182,7 +185,7 @@ def _axis_range(numbers: list[float]) -> Range:
 
 
 def _round_ticks(axis: Range) -> list[float]:
-    """Three to six round numbers at equal distances that cover the axis, as closely as round numbers can."""
+    """Return three to six round numbers at equal distances that cover the axis, as closely as round numbers can."""
     low, high = axis
     unit = 10.0 ** math.floor(math.log10((high - low) / 4))
     step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor * 4 >= (high - low) * (1 - 1e-9))
@@ -191,13 +194,13 @@ def _round_ticks(axis: Range) -> list[float]:
 
 
 def _svg_position(step: float, value: float, steps: Range, values: Range) -> tuple[float, float]:
-    """(x, y) of a point in SVG units, with y downwards, in a chart of these ranges."""
+    """Return (x, y) of a point in SVG units, with y downwards, in a chart of these ranges."""
     x = LEFT + (step - steps[0]) / (steps[1] - steps[0]) * (WIDTH - LEFT - RIGHT)
     return x, TOP + (values[1] - value) / (values[1] - values[0]) * (HEIGHT - TOP - BOTTOM)
 
 
 def _draw_axes(steps: Range, ticks: list[float]) -> str:
-    """A horizontal line and a label for each tick of the values, and a mark and a label for each tick of the steps."""
+    """Draw a horizontal line and a label for each tick of the values, a mark and a label for each tick of the steps."""
     marks = []
     for tick in ticks:
         y = _svg_position(steps[0], tick, steps, (ticks[0], ticks[-1]))[1]
@@ -211,7 +214,7 @@ def _draw_axes(steps: Range, ticks: list[float]) -> str:
 
 
 def _draw_line(name: str, points: list[Point], steps: Range, values: Range) -> str:
-    """A path through all finite values, with gaps at the others, and dots that show their value under the pointer."""
+    """Draw a path through the finite values, with gaps elsewhere, and dots that show their values under the pointer."""
     # In an SVG path "M" moves the pen without drawing and "L" draws a line to the next point.
     path, pen = [], "M"
     for point in points:
@@ -236,9 +239,9 @@ def _ledger_section(values: dict[str, Any]) -> str:
     # A line for each source, followed by its bins.
     rows = []
     for source, total in ledger.inputs.items():
-        for bin, amount in [("read", total), *sorted(ledger.bins.get(source, {}).items(), reverse=True)]:
-            look = "lost" if is_lost(bin) else bin
-            cells = [source if bin == "read" else "", bin, *(f"{amount[quantity]:,}" for quantity in QUANTITIES)]
+        for name, amount in [("read", total), *sorted(ledger.bins.get(source, {}).items(), reverse=True)]:
+            look = "lost" if is_lost(name) else name
+            cells = [source if name == "read" else "", name, *(f"{amount[quantity]:,}" for quantity in QUANTITIES)]
             rows.append(f'<tr class="{_escape(look)}">{"".join(f"<td>{_escape(cell)}</td>" for cell in cells)}</tr>')
 
     # Remarks below the table.
@@ -271,7 +274,7 @@ def _sample_box(sample: dict[str, Any]) -> str:
 
 
 def _pairs_table(values: dict[str, Any]) -> str:
-    """A table of names and values, with dicts folded."""
+    """Return a table of names and values, with dicts folded."""
     rows = []
     for name, value in values.items():
         cell = _escape(value if isinstance(value, str) else json.dumps(value, indent=2, ensure_ascii=False))

@@ -34,7 +34,7 @@ RECORDED_PACKAGES = (
 
 
 def environment() -> dict[str, Any]:
-    """Versions of Python and of packages, and the git commit of this project (with `-dirty` if files were changed)."""
+    """Return the versions of Python and packages, and this project's git commit (`-dirty` if files were changed)."""
     return {
         "python": platform.python_version(),
         "packages": {name: version(name) for name in RECORDED_PACKAGES if _installed(name)},
@@ -43,7 +43,7 @@ def environment() -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
-    """The commit, or None without git or without a working copy, for example in a container."""
+    """Return the commit, or None without git or without a working copy, for example in a container."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     here = Path(__file__).resolve().parent
     try:

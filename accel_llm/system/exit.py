@@ -36,7 +36,7 @@ def run_script(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         _end(128 + signal.SIGINT, "interrupted" if not rank else "")
     except Preempted as end:
-        message = f"preempted by {end}; the same command continues from there"
+        message = f"preempted by {end}; run the same command to continue"
         _end(128 + end.number, message if not rank else "")
     except Exception as error:
         if launched and signal_requests.stop:

@@ -29,11 +29,15 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     try:
         partial.mkdir(parents=True)
         yield partial
+        sync_folder(partial)  # before the old folder moves away: a disk can fail here
         if target.exists():
             target.rename(old)
-        rename_into_place(partial, target)
+        partial.rename(target)
+        sync_to_disk(target.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        if old.exists() and not target.exists():
+            old.rename(target)
         if target.exists():
             shutil.rmtree(old, ignore_errors=True)
 
@@ -43,10 +47,15 @@ def hidden_sibling(target: Path, kind: str) -> Path:
     return target.with_name(f".{target.name}.{kind}")
 
 
-def rename_into_place(partial: Path, target: Path) -> None:
-    """Sync a folder and its content to the disk, then rename it to `target`."""
-    for path in [*partial.rglob("*"), partial]:
+def sync_folder(folder: Path) -> None:
+    """Wait until a folder and all that is in it is on the disk."""
+    for path in [*folder.rglob("*"), folder]:
         sync_to_disk(path)
+
+
+def rename_into_place(partial: Path, target: Path) -> None:
+    """Sync a folder and its content to the disk, then rename it to `target`, which does not exist yet."""
+    sync_folder(partial)
     partial.rename(target)
     sync_to_disk(target.parent)
 
@@ -84,7 +93,7 @@ def _exit_on_sigterm() -> Iterator[None]:
 
 
 def check_output_dir(target: Path, sources: list[tuple[str, Path]], overwrite: bool, mark: str) -> None:
-    """Check that writing `target` destroys nothing but an earlier result, which is recognised by a file named `mark`.
+    """Check that writing `target` destroys nothing but an earlier result, which is recognized by a file named `mark`.
 
     `sources` are the folders that the script reads, as (what it is, path).
 

@@ -47,7 +47,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def _keep(values: list[float]) -> list[float]:
-    """Sums over a single process."""
+    """Return the sums over a single process."""
     return values
 
 

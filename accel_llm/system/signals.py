@@ -36,7 +36,7 @@ class Preempted(Exception):
 
 @dataclass
 class SignalRequests:
-    """Requests of signals: `stop` is the number of the signal to stop (0: none), `save` asks for a checkpoint."""
+    """What signals have asked for: `stop` is the number of the stop signal (0: none), `save` asks for a checkpoint."""
 
     stop: int = 0
     save: bool = False
@@ -52,10 +52,10 @@ _on_stop: Callable[[int], None] | None = None  # called with the number of the s
 
 
 def listen_for_signals(folder: Path | None) -> None:
-    """Handle signals from now on as the module says. If a signal ends the process, `folder`/run.json records it.
+    """Handle signals from now on as described at the top of this file.
 
-    A thread handles them. Python's own handlers only run when the main thread returns from C code, and a collective
-    whose peers are gone may never return.
+    If a signal ends the process, `folder`/run.json records it. A thread handles the signals: Python's own handlers only
+    run when the main thread returns from C code, and a collective whose peers are gone may never return.
     """
     global _run_folder, _listening
     _run_folder = folder
@@ -82,7 +82,7 @@ def _reset_handlers() -> None:
 
 
 def _end_with_launcher() -> None:
-    """Get SIGTERM when the launcher ends: for a single process `accelerate launch` forwards no signal, it just ends."""
+    """Get SIGTERM when the launcher ends. With one process `accelerate launch` ends without forwarding the signal."""
     if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
@@ -95,7 +95,7 @@ def _read_signals(reader: socket.socket, writer: socket.socket) -> None:
 
 
 def handle_signal(number: int) -> None:
-    """React to a signal: note it, or end the process, as the module says."""
+    """React to a signal: note it, or end the process, as described at the top of this file."""
     global _stop_time
     if number == signal.SIGUSR1:
         signal_requests.save = True
@@ -135,7 +135,7 @@ def deferring_signals(on_stop: Callable[[int], None]) -> Iterator[None]:
     _deferring, _on_stop = True, on_stop
     try:
         yield
-        # Not after an error: a signal that comes while the process fails must still be reported.
+        # Only on success: after an error, a later signal must still be reported.
         _on_stop = None
     finally:
         _deferring = False
@@ -169,7 +169,7 @@ def _end(number: int) -> None:
                 _record_preemption(_run_folder)
         if process_rank() == 0:
             name = signal.Signals(number).name
-            message = f"preempted by {name}: nothing is lost; the same command continues from there"
+            message = f"preempted by {name}: nothing is lost; run the same command to continue"
             print(message, file=sys.stderr, flush=True)
     finally:
         os._exit(128 + number)

@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -29,7 +29,7 @@ DTYPES_BY_NAME = {
     "F8_E5M2": torch.float8_e5m2,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES_BY_NAME.items()}
-MAX_HEADER = 2**27  # bytes
+MAX_HEADER = 2**27  # bytes of a header that are read at most
 COPY_BLOCK_SIZE = 2**23  # bytes
 
 
@@ -110,6 +110,15 @@ class TensorPlace(NamedTuple):
     spec: TensorSpec
 
 
+def read_header(stream: BinaryIO) -> tuple[bytes, int]:
+    """Read the header of a safetensors file: return its JSON text and the offset in bytes of the first tensor.
+
+    Of a broken header at most MAX_HEADER bytes are read.
+    """
+    length = int.from_bytes(stream.read(8), "little")
+    return stream.read(min(length, MAX_HEADER)), 8 + length
+
+
 def tensor_places(file: Path) -> dict[str, TensorPlace]:
     """Return the place of each tensor in a safetensors file.
 
@@ -121,15 +130,15 @@ def tensor_places(file: Path) -> dict[str, TensorPlace]:
     with safe_open(file, framework="pt"):
         pass
     with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
+        text, first = read_header(stream)
+    header = json.loads(text)
     header.pop("__metadata__", None)
     places = {}
     for name, entry in header.items():
         if entry["dtype"] not in DTYPES_BY_NAME:
             raise ValueError(f"{file.name}: {name} has dtype {entry['dtype']}, which cannot be read")
         spec = TensorSpec(DTYPES_BY_NAME[entry["dtype"]], tuple(entry["shape"]))
-        places[name] = TensorPlace(file, 8 + length + entry["data_offsets"][0], spec)
+        places[name] = TensorPlace(file, first + entry["data_offsets"][0], spec)
     return places
 
 

@@ -48,7 +48,7 @@ class BadSteps:
             print(f"step {step} skipped: its {what} is not finite ({self.skipped} of {allowed}); {rows}", flush=True)
 
     def _bad_micro_batches(self, losses: list[torch.Tensor]) -> list[tuple[int, int]]:
-        """(process, micro-batch) of each loss that is not finite, over all processes."""
+        """Return (process, micro-batch) of each loss that is not finite, over all processes."""
         world, count = self.accelerator.num_processes, len(losses)
         flags = [0.0] * (world * count)
         for micro, loss in enumerate(losses):
@@ -56,7 +56,7 @@ class BadSteps:
         return [divmod(k, count) for k, flag in enumerate(sum_on_cpus(self.accelerator, flags)) if flag]
 
     def _row_names(self, step: int, bad: list[tuple[int, int]]) -> list[str]:
-        """Names of the rows in the `bad` micro-batches; of all rows of the step if only the gradient is not finite."""
+        """Return the names of the rows in the `bad` micro-batches; of all rows if only the gradient is not finite."""
         world, stream = self.accelerator.num_processes, self.stream
         places = bad or [(rank, micro) for rank in range(world) for micro in range(stream.accumulation)]
         names = [stream.rows.name(k) for rank, micro in places for k in stream.row_indices(step - 1, micro, rank)]

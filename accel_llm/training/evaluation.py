@@ -96,7 +96,7 @@ class Evaluation:
 def find_new_best(
     metric: str | None, evaluation: Evaluation, step: int, best: tuple[int, float] | None
 ) -> tuple[int, float] | None:
-    """(step, value) if the evaluation of `step` is better by `metric` than `best`, the best so far; else None.
+    """Return (step, value) if the evaluation of `step` is better by `metric` than `best`, the best so far; else None.
 
     A value that is not finite is never better.
     """
@@ -135,7 +135,7 @@ class GeneratedAnswer:
 def mean_loss(
     accelerator: Accelerator, model: Any, rows: Rows, options: TrainOptions, pad_token_id: int
 ) -> dict[str, float]:
-    """The mean next-token loss over all labelled tokens of `rows`, by their weights, and its exponential.
+    """Return the mean next-token loss over all labeled tokens of `rows`, by their weights, and its exponential.
 
     The sums are float64 and taken over all processes, so batch size and number of processes do not change the loss.
     """
@@ -167,7 +167,7 @@ def mean_loss(
 
 
 def select_questions(rows: Rows, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The last trained turn of the first `count` rows that have a prompt before it, as (prompt ids, answer ids)."""
+    """Return the last trained turn of the first `count` rows with a prompt before it, as (prompt ids, answer ids)."""
     questions = []
     for ids, labels in (rows[k] for k in range(len(rows))):
         if len(questions) == count:

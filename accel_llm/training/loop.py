@@ -25,7 +25,7 @@ def clip_gradients(accelerator: Accelerator, model: torch.nn.Module, max_grad_no
 
 
 def may_step(accelerator: Accelerator, grad_norm: float) -> bool:
-    """Whether to call `optimizer.step`: only with a finite gradient, or with a loss scaler (fp16).
+    """Return whether to call `optimizer.step`: only with a finite gradient, or with a loss scaler (fp16).
 
     The scaler skips such a step itself and then lowers its scale. DeepSpeed has stepped or skipped inside `backward`.
     """
@@ -33,7 +33,7 @@ def may_step(accelerator: Accelerator, grad_norm: float) -> bool:
 
 
 def undo_averaging(accelerator: Accelerator) -> int:
-    """The factor on each loss that turns averaged gradients into summed ones: processes times accumulation steps.
+    """Return the factor on each loss that makes summed from averaged gradients: processes times accumulation steps.
 
     DDP, FSDP2 and DeepSpeed average gradients over the processes, and `accelerator.backward` divides the loss by the
     accumulation steps.
@@ -42,7 +42,7 @@ def undo_averaging(accelerator: Accelerator) -> int:
 
 
 def total_targets(accelerator: Accelerator, micro_batches: list[Batch]) -> float:
-    """The number of labelled targets in an optimizer step, over all processes, each times its weight.
+    """Return the number of labeled targets in an optimizer step, over all processes, each times its weight.
 
     The losses of the step are divided by it; 0 means that there is nothing to learn. Costs one all-reduce.
     """

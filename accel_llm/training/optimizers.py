@@ -47,7 +47,7 @@ def parameter_groups(model: nn.Module, options: OptimOptions) -> list[dict]:
 
 
 def effective_optimizer(options: OptimOptions, device_type: str) -> str:
-    """The name of the optimizer that will run: `optim`, without paging if there is no CUDA (bitsandbytes needs it)."""
+    """Return the name of the optimizer that will run: `optim`, without paging if there is no CUDA."""
     return options.optim if device_type == "cuda" else options.optim.removeprefix("paged_")
 
 

@@ -37,7 +37,9 @@ class RoundedAdamW(torch.optim.Optimizer):
         saved = [key for group in state_dict["param_groups"] for key in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for key, parameter in zip(saved, parameters, strict=True):
-            for name in ("exp_avg", "exp_avg_sq") if key in state_dict["state"] else ():
+            if key not in state_dict["state"]:
+                continue
+            for name in ("exp_avg", "exp_avg_sq"):
                 self.state[parameter][name] = state_dict["state"][key][name].to(parameter.device, copy=True)
 
     def _update(self, group: dict, parameter: nn.Parameter, position: int) -> None:
@@ -109,13 +111,13 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 
 def _filter_groups(groups: list[dict], condition: Callable[[nn.Parameter], bool]) -> list[dict]:
-    """The groups with only those parameters that meet the condition, without groups that are empty then."""
+    """Return the groups with only those parameters that meet the condition, without groups that are empty then."""
     filtered = [{**group, "params": [p for p in group["params"] if condition(p)]} for group in groups]
     return [group for group in filtered if group["params"]]
 
 
 def embedding_weight_ids(model: nn.Module) -> set[int]:
-    """The `id` of each weight of an embedding or of the output head."""
+    """Return the `id` of each weight of an embedding or of the output head."""
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
     return {id(parameter) for module in [*tables, *([head] if head else [])] for parameter in module.parameters()}

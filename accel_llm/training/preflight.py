@@ -31,7 +31,7 @@ def preflight(accelerator: Accelerator, model: nn.Module, optimizer: Any, option
     call it.
 
     Returns:
-        The settings in force, for run.json. The first step adds its own to the same dict.
+        The settings in force, for run.json. The first optimizer step adds `first_step` and more dtypes to this dict.
 
     Raises:
         ConfigError: the loss cannot be computed exactly, packed documents see each other, or (in the first step) a
@@ -44,14 +44,14 @@ def preflight(accelerator: Accelerator, model: nn.Module, optimizer: Any, option
     # Checks that need no forward pass. They come first: after a forward pass FSDP2 keeps the parameters outside the
     # layers unsharded until the next backward pass.
     _check_engine(model)
-    _check_trained(unwrap_model(accelerator, model), options)
+    _check_trainable_parameters(unwrap_model(accelerator, model), options)
     facts: dict[str, Any] = {}
     _watch_first_step(accelerator, model, optimizer, facts)
     parameters = parameter_counts(model)
     held = [0] * accelerator.num_processes
     held[accelerator.process_index] = parameters["this_process"]
     if accelerator.num_processes > 1:
-        _check_sharded(model)
+        _check_sharding(model)
 
     # Checks that run the model, and all settings as they are.
     facts |= {
@@ -65,7 +65,7 @@ def preflight(accelerator: Accelerator, model: nn.Module, optimizer: Any, option
         "loss_path": check_loss(model, accelerator.device, dtype),
         "parameters": parameters | {"each_process": sum_over_processes(accelerator, torch.tensor(held)).tolist()},
         "dtypes": {"trained": _dtypes(model, True), "frozen": _dtypes(model, False)},
-        "weights_hash": _equal_hash(accelerator, model),
+        "weights_hash": _check_equal_weights(accelerator, model),
         "attention": unwrap_causal_lm(model).config._attn_implementation,
     }
     if options.packing:
@@ -93,10 +93,10 @@ def _check_engine(model: nn.Module) -> None:
         )
 
 
-def _check_trained(model: nn.Module, options: TrainOptions) -> None:
+def _check_trainable_parameters(model: nn.Module, options: TrainOptions) -> None:
     """Raise RuntimeError if method full leaves a parameter frozen, or another method trains one outside the adapter.
 
-    Beside the adapter its `modules_to_save`, the rows of added tokens and, with `lora_bias`, biases may be trained.
+    Also trainable: `modules_to_save`, the rows of added tokens and, with `lora_bias`, biases.
     """
     parts = ["lora_", ".modules_to_save.", f".{NEW_ROWS}", *([".bias"] if options.lora_bias != "none" else [])]
     full = options.method == "full"
@@ -110,7 +110,7 @@ def _check_trained(model: nn.Module, options: TrainOptions) -> None:
         raise RuntimeError(f"method {options.method}: {len(names)} parameters are {state} ({', '.join(names[:3])}).")
 
 
-def _check_sharded(model: nn.Module) -> None:
+def _check_sharding(model: nn.Module) -> None:
     """Raise RuntimeError if ZeRO-3 or FSDP2 left a parameter unsharded.
 
     Parameters below ZeRO-3's persistence threshold stay whole on purpose.
@@ -135,7 +135,7 @@ def _check_sharded(model: nn.Module) -> None:
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:
-    """Numbers of parameters: trainable, in total, and held by this process.
+    """Count the parameters: trainable, in total, and held by this process.
 
     A 4-bit tensor counts as the weights that it encodes, but in `this_process` as the elements that it stores.
     """
@@ -150,7 +150,7 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
             # Small tensors stay whole on every process: stage3_param_persistence_threshold.
             held = size if parameter.ds_persist else parameter.ds_tensor.numel()
         elif isinstance(parameter, DTensor):
-            held = parameter.to_local().numel()
+            held = local_part(parameter).numel()
         elif type(parameter).__name__ == "Params4bit" and getattr(parameter, "quant_state", None) is not None:
             size = parameter.quant_state.shape.numel()
         counts["total"] += size
@@ -160,13 +160,13 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
 
 
 def _dtypes(model: nn.Module, trained: bool) -> dict[str, int]:
-    """The number of trained or frozen tensors by dtype."""
+    """Return the number of trained or frozen tensors by dtype."""
     names = (str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad == trained)
     return dict(Counter(names))
 
 
-def _equal_hash(accelerator: Accelerator, model: nn.Module) -> str | None:
-    """A hash of all weights, as 16 hexadecimal digits. Under ZeRO-3 and FSDP2 None: there each rank holds other parts.
+def _check_equal_weights(accelerator: Accelerator, model: nn.Module) -> str | None:
+    """Return a hash of all weights, 16 hexadecimal digits; None under ZeRO-3 and FSDP2, where each rank holds a part.
 
     Raises:
         RuntimeError: the ranks hold different weights.
@@ -176,10 +176,10 @@ def _equal_hash(accelerator: Accelerator, model: nn.Module) -> str | None:
     total = torch.zeros((), dtype=torch.int64)
     for number, parameter in enumerate(model.parameters()):
         bits = torch.hash_tensor(parameter.detach().contiguous().view(INTEGERS_BY_SIZE[parameter.element_size()]))
-        # The factor makes the order of the tensors count. int64 wraps around on overflow, which a hash may.
+        # The factor makes the order of the tensors count. int64 wraps around on overflow: for a hash that is fine.
         total += bits.cpu().view(torch.int64) * (2 * number + 1)
 
-    # If all ranks have this rank's hash, the sums of the hashes and of their squares are multiples of it.
+    # If all n ranks have the same hash h, the two sums are n*h and n*h*h.
     sums = sum_over_processes(accelerator, torch.stack([total, total * total]))
     expected = [int(total * accelerator.num_processes), int(total * total * accelerator.num_processes)]
     if sums.cpu().tolist() != expected:
@@ -229,5 +229,5 @@ def _mark_gradient(flags: torch.Tensor, k: int, gradient: Any) -> None:
 
 
 def _moments(state: dict[str, Any]) -> list[torch.Tensor]:
-    """The tensors of an optimizer's state that are more than a single number."""
+    """Return the tensors of an optimizer's state that are more than a single number."""
     return [value for value in state.values() if isinstance(value, torch.Tensor) and value.ndim]

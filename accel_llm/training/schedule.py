@@ -11,7 +11,7 @@ SCHEDULES = ("linear", "cosine", "cosine_with_min_lr", "constant", "constant_wit
 
 
 def count_warmup_steps(warmup_steps: float, total_steps: int) -> int:
-    """The number of warmup steps: `warmup_steps` itself, or, below 1, that share of `total_steps`, rounded up."""
+    """Return the number of warmup steps: `warmup_steps`, or, below 1, that share of `total_steps`, rounded up."""
     return int(warmup_steps) if warmup_steps >= 1 else math.ceil(warmup_steps * total_steps)
 
 
@@ -23,7 +23,7 @@ def learning_rate_factor(
     min_lr_rate: float = 0.0,
     decay_share: float = 0.1,
 ) -> float:
-    """The learning rate of optimizer step `step` (from 0), as a share of its peak.
+    """Return the learning rate of optimizer step `step` (from 0), as a share of its peak.
 
     `warmup_steps` are counted as in `count_warmup_steps`; `constant` has none. Warmup rises in equal parts from above
     0, so no step is idle, and the step after it has the peak rate. The rate then falls towards its end value, which it
@@ -60,7 +60,7 @@ def learning_rate_factor(
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, options: OptimOptions, total_steps: int) -> LambdaLR:
-    """The schedule that the options name. Call its `step` once per optimizer step.
+    """Return the schedule that the options name. Call its `step` once per optimizer step.
 
     It does not go through `accelerator.prepare`, which would step it once per process.
     """

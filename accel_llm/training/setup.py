@@ -17,19 +17,16 @@ from accel_llm.chat.template import Template, configured_template
 from accel_llm.config.command_line import parse_options, resolved_options
 from accel_llm.config.options import OVERFIT_DEFAULTS, PretrainOptions, SftOptions, TrainOptions
 from accel_llm.data.prepare import EncodedData, encode_conversations, encode_texts
+from accel_llm.data.rows import Rows
 from accel_llm.data.sources import source_problems
+from accel_llm.data.stream import Position, Stream
 from accel_llm.demo.files import TrainOptionsT, parse_options_or_demo, resolve_demo
 from accel_llm.errors import raise_problems
 from accel_llm.model.generation import stop_token_ids
 from accel_llm.model.loading import build_model, load_model, load_model_config, model_problems
 from accel_llm.model.neftune import attach_neftune
 from accel_llm.model.placement import place_weights
-from accel_llm.model.tokenizer import check_token_ids
-
-# The scripts call these two as `setup.configured_tokenizer` and `setup.pad_token_id`. The repeated name tells linters
-# and type checkers that the import is there for others.
-from accel_llm.model.tokenizer import configured_tokenizer as configured_tokenizer
-from accel_llm.model.tokenizer import pad_token_id as pad_token_id
+from accel_llm.model.tokenizer import check_token_ids, configured_tokenizer, pad_token_id
 from accel_llm.model.vocabulary import add_missing_tokens, extend_vocabulary
 from accel_llm.training.optimizers import build_optimizer
 from accel_llm.training.schedule import build_schedule
@@ -96,6 +93,15 @@ def chat_tokenizer(options: SftOptions) -> ChatTokenizer:
     return ChatTokenizer(tokenizer, template, new_tokens)
 
 
+def text_tokenizer(options: PretrainOptions) -> PreTrainedTokenizerFast:
+    """Load the tokenizer of a run on plain text, which needs no chat template.
+
+    Raises:
+        ConfigError: it cannot be loaded.
+    """
+    return configured_tokenizer(options)
+
+
 def encode_chats(options: SftOptions, config: PreTrainedConfig, chat: ChatTokenizer) -> EncodedData:
     """Encode conversations as rows for training and evaluation. With `overfit` the training rows are evaluated.
 
@@ -122,14 +128,19 @@ def read_config(options: TrainOptions) -> PreTrainedConfig:
     return load_model_config(options, options.max_length)
 
 
+def open_stream(options: TrainOptions, rows: Rows, start: Position, tokenizer: PreTrainedTokenizerFast) -> Stream:
+    """Open the endless stream of this process's micro-batches, which begins at `start`."""
+    return Stream(rows, options, start, pad_token_id(tokenizer))
+
+
 def assemble_model(
     accelerator: Accelerator, options: TrainOptions, config: PreTrainedConfig, new_tokens: range = range(0)
 ) -> torch.nn.Module:
     """Build or load the model, adapt it, and place its weights on their devices. All processes must call it.
 
     The order matters. The seed comes before all random weights. New tokens get their rows before an adapter freezes the
-    model. NEFTune's noise goes on the embedding as it is after that. Weights are quantised and sharded last, when all
-    of them are there.
+    model. NEFTune is attached to the finished embedding. Weights are quantized and sharded last, when all of them are
+    there.
     """
     set_seed(options.seed)
     fresh = isinstance(options, PretrainOptions) and options.config_name
@@ -153,12 +164,12 @@ def optimizer_and_schedule(
 def stop_tokens(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, template: Template | None = None
 ) -> list[int]:
-    """Ids of the tokens that end an answer, both in evaluation and in the exported generation config."""
+    """Return the ids of the tokens that end an answer, both in evaluation and in the exported generation config."""
     return stop_token_ids(model, tokenizer, template.turn_end_id if template else None)
 
 
 def run_facts(options: TrainOptions, data: EncodedData, checks: dict[str, Any]) -> dict[str, Any]:
-    """Facts for run.json that are known before the first step: checks, all options, the data and its ledger."""
+    """Collect the facts for run.json that are known before the first step: checks, all options, the data and its ledger."""
     return checks | {
         "options": resolved_options(options),
         "data": data.fingerprint,

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
-from support import settled
+from support import materialize
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from accel_llm.adapters.attach import attach_adapter
@@ -25,17 +25,17 @@ IDS = torch.randint(600, (2, 20), generator=torch.Generator().manual_seed(3))
 LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
-def attached(base: Path, **options) -> PeftModel:
+def load_with_adapter(base: Path, **options) -> PeftModel:
     settings = TrainOptions(model_name_or_path=str(base), packing=False, **options)
     torch.manual_seed(0)
-    return settled(attach_adapter(load_model(settings), settings), settings)
+    return materialize(attach_adapter(load_model(settings), settings), settings)
 
 
 def trainable_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def adapted(model: torch.nn.Module) -> list[str]:
+def adapted_modules(model: torch.nn.Module) -> list[str]:
     """Names, in the base model, of the modules that have a LoRA."""
     return [
         name.removeprefix("base_model.model.")
@@ -50,37 +50,40 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 
 def test_rank_alpha_and_dropout(tiny):
-    model = attached(tiny, lora_r=4, lora_alpha=6, lora_dropout=0.25)
+    model = load_with_adapter(tiny, lora_r=4, lora_alpha=6, lora_dropout=0.25)
     layer = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
     assert (layer.r, layer.scaling) == ({"default": 4}, {"default": 1.5})
     assert layer.lora_dropout["default"].p == 0.25
     assert (layer.lora_A["default"].weight.shape, layer.lora_B["default"].weight.shape) == ((4, 32), (64, 4))
-    rescaled = attached(tiny, lora_r=4, lora_alpha=6, use_rslora=True)
+    rescaled = load_with_adapter(tiny, lora_r=4, lora_alpha=6, use_rslora=True)
     assert rescaled.get_submodule("base_model.model.model.layers.0.mlp.up_proj").scaling == {"default": 3.0}
 
 
 def test_targets_all_linear_a_list_and_a_pattern(tiny):
-    everywhere = adapted(attached(tiny))
+    everywhere = adapted_modules(load_with_adapter(tiny))
     assert {name.rsplit(".", 1)[1] for name in everywhere} == LINEAR and len(everywhere) == 14
     two = ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]
-    assert adapted(attached(tiny, lora_target_modules="q_proj")) == two
+    assert adapted_modules(load_with_adapter(tiny, lora_target_modules="q_proj")) == two
     names = ["layers.1.self_attn.q_proj", "1.mlp.up_proj"]
-    assert adapted(attached(tiny, lora_target_modules=names)) == [two[1], "model.layers.1.mlp.up_proj"]
+    assert adapted_modules(load_with_adapter(tiny, lora_target_modules=names)) == [two[1], "model.layers.1.mlp.up_proj"]
     pattern = r".*\.1\..*(q|up)_proj"
-    assert adapted(attached(tiny, lora_target_modules=pattern)) == [two[1], "model.layers.1.mlp.up_proj"]
+    assert adapted_modules(load_with_adapter(tiny, lora_target_modules=pattern)) == [
+        two[1],
+        "model.layers.1.mlp.up_proj",
+    ]
 
 
 @pytest.mark.parametrize("bias, count", [("none", 0), ("all", 6), ("lora_only", 2)])
 def test_biases_are_trained_as_asked(make_model, tmp_path, bias, count):
     base = make_model(tmp_path, attention_bias=True)
-    model = attached(base, lora_bias=bias, lora_target_modules=["q_proj"])
+    model = load_with_adapter(base, lora_bias=bias, lora_target_modules=["q_proj"])
     names = [name for name in trainable_state(model) if name.endswith("bias")]
     # q, k, v and o in two layers
     assert len(names) == {0: 0, 6: 8, 2: 2}[count]
 
 
 def test_dora_learns_magnitudes(tiny):
-    model = attached(tiny, use_dora=True, lora_target_modules=["q_proj"])
+    model = load_with_adapter(tiny, use_dora=True, lora_target_modules=["q_proj"])
     vectors = [p for name, p in trainable_state(model).items() if "lora_magnitude_vector" in name]
     assert [v.shape for v in vectors] == [(32,)] * 2
     base = load_file(tiny / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"]
@@ -89,7 +92,7 @@ def test_dora_learns_magnitudes(tiny):
 
 @pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal", "olora", "pissa"])
 def test_initialisations(tiny, init):
-    model = attached(tiny, init_lora_weights=init, lora_r=4)
+    model = load_with_adapter(tiny, init_lora_weights=init, lora_r=4)
     assert model.peft_config["default"].init_lora_weights == init
     layer = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
@@ -105,7 +108,7 @@ def test_initialisations(tiny, init):
 def test_all_that_is_trained_is_float32(make_model, tmp_path, dtype):
     base = make_model(tmp_path, attention_bias=True)
     more = {"lora_bias": "all", "modules_to_save": ["lm_head"], "use_dora": True}
-    model = attached(base, precision=dtype, **more)
+    model = load_with_adapter(base, precision=dtype, **more)
     kinds = {name.rsplit(".", 1)[1] if "lora" not in name else "lora" for name in trainable_state(model)}
     assert kinds == {"lora", "bias", "weight"}
     assert {tensor.dtype for tensor in trainable_state(model).values()} == {torch.float32}
@@ -118,7 +121,7 @@ def test_all_that_is_trained_is_float32(make_model, tmp_path, dtype):
 
 
 def test_a_float32_head_on_a_bf16_base_trains_under_autocast(make_model, tmp_path):
-    model = attached(make_model(tmp_path), precision="bf16", modules_to_save=["embed_tokens", "lm_head"])
+    model = load_with_adapter(make_model(tmp_path), precision="bf16", modules_to_save=["embed_tokens", "lm_head"])
     with torch.autocast("cpu", torch.bfloat16):
         model(input_ids=IDS).logits.float().logsumexp(-1).sum().backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if "modules_to_save" in name}
@@ -126,29 +129,29 @@ def test_a_float32_head_on_a_bf16_base_trains_under_autocast(make_model, tmp_pat
     assert all(g is not None and g.dtype == torch.float32 and float(g.norm()) > 0 for g in gradients.values())
 
 
-def test_names_that_the_model_does_not_have_are_told_together(tiny):
+def test_names_missing_in_the_model_are_reported_together(tiny):
     layers = "down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj"
     with pytest.raises(ConfigError) as error:
-        attached(tiny, lora_target_modules=["q_proj", "query"], modules_to_save=["lm_head", "head"])
+        load_with_adapter(tiny, lora_target_modules=["q_proj", "query"], modules_to_save=["lm_head", "head"])
     assert error.value.problems == [
         f"lora_target_modules: the model has no 'query'; its linear layers are {layers}.",
         f"modules_to_save: the model has no 'head'; its linear layers are {layers}.",
     ]
     with pytest.raises(ConfigError) as error:
-        attached(tiny, lora_target_modules=r".*\.query")
+        load_with_adapter(tiny, lora_target_modules=r".*\.query")
     assert str(error.value) == (
         r"lora_target_modules: '.*\\.query' does not fit the model (Target modules .*\.query not found in the base "
         f"model. Please check the target modules and try again.); its linear layers are {layers}."
     )
     with pytest.raises(ConfigError, match=r"Target module LlamaRMSNorm\(.*is not supported"):
-        attached(tiny, lora_target_modules=["input_layernorm"])
+        load_with_adapter(tiny, lora_target_modules=["input_layernorm"])
 
 
 def test_the_linear_layers_of_gpt2_are_named_too(tmp_path):
     GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=50, n_positions=32)).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"its linear layers are c_attn, c_fc, c_proj, lm_head\.$"):
-        attached(tmp_path, lora_target_modules=["q_proj"])
-    assert len(adapted(attached(tmp_path))) == 4
+        load_with_adapter(tmp_path, lora_target_modules=["q_proj"])
+    assert len(adapted_modules(load_with_adapter(tmp_path))) == 4
 
 
 OPTIONS = [
@@ -165,7 +168,7 @@ OPTIONS = [
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_what_was_saved_is_what_comes_back(make_model, tmp_path, options, dtype):
     base = make_model(tmp_path / "base", PRECISION_DTYPES[dtype], attention_bias=True)
-    model = attached(base, precision=dtype, **options)
+    model = load_with_adapter(base, precision=dtype, **options)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -190,14 +193,14 @@ def test_what_was_saved_is_what_comes_back(make_model, tmp_path, options, dtype)
 
 def test_the_base_is_recorded_where_it_can_be_found_again(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tiny.parent)
-    model = attached(Path(tiny.name))
+    model = load_with_adapter(Path(tiny.name))
     for name, recorded in ((tiny.name, str(tiny)), ("owner/model", "owner/model")):
         save_adapter(model, tmp_path / "adapter", trainable_state(model), name)
         assert read_adapter_config(tmp_path / "adapter")["base_model_name_or_path"] == recorded
 
 
 def test_the_saved_config_says_what_was_asked(tiny, tmp_path):
-    model = attached(
+    model = load_with_adapter(
         tiny, lora_r=6, lora_alpha=10.5, lora_dropout=0.1, use_rslora=True, use_dora=True, modules_to_save=["norm"]
     )
     save_adapter(model, tmp_path, trainable_state(model), str(tiny))

@@ -49,11 +49,11 @@ def train(base: str, output: str, *words: str) -> None:
     seconds: list[float] = []
     save = Checkpoints._save
 
-    def timed(self: Any, *arguments: Any, **named: Any) -> None:
+    def timed(self: Any, *arguments: Any, **keywords: Any) -> None:
         if self.writer is not None:  # wait for the save before, which is not measured
             self.writer.join()
         since = time.perf_counter()
-        save(self, *arguments, **named)
+        save(self, *arguments, **keywords)
         seconds.append(time.perf_counter() - since)
 
     Checkpoints._save = timed  # type: ignore[method-assign]
@@ -76,26 +76,26 @@ def train(base: str, output: str, *words: str) -> None:
     print(json.dumps({"saves": seconds, "peak": int(peak.split()[1]) / 1024}), flush=True)
 
 
-def measured(base: Path, output: Path, *words: str) -> dict[str, Any]:
+def measure(base: Path, output: Path, *words: str) -> dict[str, Any]:
     command = [sys.executable, __file__, "--train", str(base), str(output), *words]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(done.stdout[-2000:] + done.stderr[-2000:])
-    return json.loads(done.stdout.splitlines()[-1])
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if finished.returncode:
+        raise SystemExit(finished.stdout[-2000:] + finished.stderr[-2000:])
+    return json.loads(finished.stdout.splitlines()[-1])
 
 
 def skip() -> float:
     """Return the seconds until the first batch after a million steps."""
     sys.path.insert(0, str(ROOT / "tests"))
     import numpy as np
-    from support import rows_of
+    from support import make_rows
 
     from accel_llm.config.options import TrainOptions
     from accel_llm.data.stream import Position, Stream
 
     lengths = np.random.default_rng(0).integers(16, 512, 100_000)
     ids = [5] * 512
-    rows = rows_of((k + 1, ids[:length], ids[:length]) for k, length in enumerate(lengths.tolist()))
+    rows = make_rows((k + 1, ids[:length], ids[:length]) for k, length in enumerate(lengths.tolist()))
     options = TrainOptions(max_steps=2_000_000, max_length=2048, per_device_train_batch_size=4)
     since = time.perf_counter()
     stream = Stream(rows, options, Position(step=1_000_000, rows=4_000_000), 0)
@@ -116,12 +116,12 @@ def main() -> None:
         base, work = Path(name) / "base", Path(name)
         base.mkdir()
         count = build(base, args.layers, args.width)
-        never = measured(base, work / "never")
-        background = measured(base, work / "background", "--save_async")
+        never = measure(base, work / "never")
+        background = measure(base, work / "background", "--save_async")
         checkpoint = work / "never" / "checkpoints" / f"step-{STEPS:08d}"
         size = sum(path.stat().st_size for path in checkpoint.iterdir()) / 2**20
         longer = ("--max_steps", str(2 * STEPS), "--allow_changed", "max_steps")
-        resumed = measured(base, work / "resumed", "--resume_from_checkpoint", str(checkpoint), *longer)
+        resumed = measure(base, work / "resumed", "--resume_from_checkpoint", str(checkpoint), *longer)
     # The first save in the background makes room for the copies, the last one waits: the run is at its end.
     waits, blocking = background["saves"][1:-1], never["saves"]
     print(

@@ -58,9 +58,9 @@ def main() -> None:
             tokens, ours = time_ours(file, tokenizer, Path(folder))
             theirs = time_theirs(messages, tokenizer, Path(folder))
             rates = len(messages) / ours, len(messages) / theirs
-            shown = Path(name).name or "generated"
+            label = Path(name).name or "generated"
             print(
-                f"{shown:44}{len(messages):>8,}{tokens:>11,}"
+                f"{label:44}{len(messages):>8,}{tokens:>11,}"
                 f"{rates[0]:>10,.0f}/s{rates[1]:>10,.0f}/s{theirs / ours:>7.1f}x"
             )
 

@@ -83,10 +83,10 @@ def measure(folder: Path, repeat: int) -> dict[str, dict[str, float]]:
                         pass
             subprocess.run(["sync"], check=True)
             command = [sys.executable, __file__, "--folder", str(folder), "--way", way]
-            # What launch/merge.py sets before it imports torch.
+            # launch/merge.py sets the same before it imports torch.
             ours = {} if way == "peft" else {"THP_MEM_ALLOC_ENABLE": "1"}
-            done = subprocess.run(command, check=True, capture_output=True, env=os.environ | ours)
-            figures = json.loads(done.stdout.splitlines()[-1])
+            finished = subprocess.run(command, check=True, capture_output=True, env=os.environ | ours)
+            figures = json.loads(finished.stdout.splitlines()[-1])
             best[way] = min(figures, best.get(way, figures), key=lambda entry: entry["seconds"])
     return best
 

@@ -27,7 +27,7 @@ TEXTS = st.text(
 )
 
 
-def backend_of(cut: str = "gpt2", nfc: bool = False) -> Tokenizer:
+def make_backend(cut: str = "gpt2", nfc: bool = False) -> Tokenizer:
     backend: Tokenizer = byte_level([]).backend_tokenizer  # type: ignore[assignment]
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=cut == "gpt2")
     steps: list = {
@@ -43,7 +43,7 @@ def backend_of(cut: str = "gpt2", nfc: bool = False) -> Tokenizer:
 @pytest.mark.parametrize("nfc", [False, True])
 @pytest.mark.parametrize("cut", ["gpt2", "gpt4", "digits"])
 def test_words_give_the_ids_of_the_tokenizer(cut: str, nfc: bool) -> None:
-    backend = backend_of(cut, nfc)
+    backend = make_backend(cut, nfc)
     cache = BpeCache(backend)
     assert cache.supported
     encoded = 0
@@ -89,15 +89,15 @@ def test_words_give_the_ids_of_real_tokenizers(name: str) -> None:
 
 
 def test_characters_that_engines_cut_differently_are_left_to_the_tokenizer() -> None:
-    cache = BpeCache(backend_of("gpt4"))
-    assert cache.encode("a\x1cb") is None or cache.encode("a\x1cb") == backend_of("gpt4").encode("a\x1cb").ids
-    assert BpeCache(backend_of("gpt4", nfc=True)).encode("e\u0301") is None  # the tokenizer composes it first
-    assert BpeCache(backend_of("gpt4")).encode("e\u0301") is not None
+    cache = BpeCache(make_backend("gpt4"))
+    assert cache.encode("a\x1cb") is None or cache.encode("a\x1cb") == make_backend("gpt4").encode("a\x1cb").ids
+    assert BpeCache(make_backend("gpt4", nfc=True)).encode("e\u0301") is None  # the tokenizer composes it first
+    assert BpeCache(make_backend("gpt4")).encode("e\u0301") is not None
 
 
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("accel_llm.chat.bpe_cache._MAX_WORDS", 10)
-    backend = backend_of()
+    backend = make_backend()
     cache = BpeCache(backend)
     for k in range(50):
         assert cache.encode(f"word{k} x{k}") == backend.encode(f"word{k} x{k}").ids
@@ -106,7 +106,7 @@ def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("change", ["prefix space", "another normalizer", "no byte level", "sentencepiece", "no cut"])
 def test_other_kinds_of_tokenizers_are_not_served(change: str) -> None:
-    backend = backend_of()
+    backend = make_backend()
     if change == "prefix space":
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     elif change == "another normalizer":

@@ -31,7 +31,7 @@ from specification import (
     Chat,
     Family,
     Format,
-    Refused,
+    Refusal,
     Tools,
     bare,
     byte_level,
@@ -40,10 +40,10 @@ from specification import (
     compare,
     fill,
     get_conversation,
+    mark_trained,
     mutations,
     qwen3,
     qwen25,
-    shown,
     system,
     take_turns,
     thought_and_answer,
@@ -121,7 +121,7 @@ GEMMA = Format(
 
 def gemma2(chat: Chat, tools: Tools) -> str:
     if chat[0]["role"] == "system":
-        raise Refused("System role not supported")
+        raise Refusal("System role not supported")
     return GEMMA(chat, tools)
 
 
@@ -624,7 +624,7 @@ LITERALS: dict[tuple[str, str], str] = {
 
 
 @lru_cache
-def loaded(name: str) -> tuple[PreTrainedTokenizerFast, Template]:
+def load(name: str) -> tuple[PreTrainedTokenizerFast, Template]:
     tokenizer = byte_level(FAMILIES[name])
     return tokenizer, load_template(tokenizer, str(TEMPLATES / f"{name}.jinja"))
 
@@ -651,7 +651,7 @@ def test_specifications_give_the_literals(name: str, shape: str) -> None:
 @pytest.mark.parametrize("shape", ALL_SHAPES)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_masks(name: str, shape: str) -> None:
-    check(*loaded(name), FAMILIES[name].specification, shape)
+    check(*load(name), FAMILIES[name].specification, shape)
 
 
 REFUSED = {
@@ -669,7 +669,7 @@ REFUSED = {
 def test_a_refusal_has_the_words_of_the_template(name: str, shape: str) -> None:
     chat, tools = SHAPES[shape]
     with pytest.raises(DataError, match=re.escape(REFUSED[name, shape])):
-        loaded(name)[1].encode(chat, tools=tools)
+        load(name)[1].encode(chat, tools=tools)
 
 
 # Rows with `split_turns`: the whole conversation, then each turn that it shows in another way than it was generated.
@@ -709,16 +709,16 @@ SPLIT: dict[tuple[str, str], list[str]] = {
 
 @pytest.mark.parametrize(("name", "shape"), SPLIT)
 def test_split_turns_trains_every_turn_in_its_own_context(name: str, shape: str) -> None:
-    tokenizer, template = loaded(name)
+    tokenizer, template = load(name)
     chat, tools = SHAPES[shape]
     encoding = template.encode(chat, tools=tools, split_turns=True)
-    assert [shown(tokenizer, row) for row in encoding.rows] == SPLIT[name, shape]
+    assert [mark_trained(tokenizer, row) for row in encoding.rows] == SPLIT[name, shape]
     assert (encoding.lost, encoding.shown_as_history) == ({}, 0)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_split_turns_changes_nothing_where_history_is_kept(name: str) -> None:
-    template = loaded(name)[1]
+    template = load(name)[1]
     for shape in SHAPES:
         chat, tools = SHAPES[shape]
         try:
@@ -732,7 +732,7 @@ def test_split_turns_changes_nothing_where_history_is_kept(name: str) -> None:
 
 
 def test_a_thought_that_enable_thinking_closes_in_the_prompt_is_not_trained() -> None:
-    tokenizer = loaded("qwen3")[0]
+    tokenizer = load("qwen3")[0]
     path = str(TEMPLATES / "qwen3.jinja")
     by_default, off = (
         load_template(tokenizer, path),
@@ -744,7 +744,7 @@ def test_a_thought_that_enable_thinking_closes_in_the_prompt_is_not_trained() ->
         (off, question + "<think>\n\n</think>\n\n⟦Hello.<|im_end|>⟧\n"),
     ]:
         (row,) = template.encode(SINGLE).rows
-        assert shown(tokenizer, row) == expected
+        assert mark_trained(tokenizer, row) == expected
 
 
 # ---- negative controls: an error of one character or one token is noticed
@@ -752,18 +752,18 @@ def test_a_thought_that_enable_thinking_closes_in_the_prompt_is_not_trained() ->
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_wrong_expectation_is_noticed(name: str) -> None:
-    tokenizer, template = loaded(name)
+    tokenizer, template = load(name)
     expected, encoding = FAMILIES[name].specification(MULTI, None), template.encode(MULTI)
     compare(tokenizer, template, MULTI, expected, encoding)
-    for wrong in mutations(expected, template.turn_end).values():
-        assert bare(wrong) == bare(expected)
+    for mutation in mutations(expected, template.turn_end).values():
+        assert bare(mutation) == bare(expected)
         with pytest.raises(AssertionError):
-            compare(tokenizer, template, MULTI, wrong, encoding)
+            compare(tokenizer, template, MULTI, mutation, encoding)
 
 
 @pytest.mark.parametrize("name", sorted(set(FAMILIES) - {"deepseek-r1"}))
 def test_a_wrong_mask_is_noticed(name: str) -> None:
-    tokenizer, template = loaded(name)
+    tokenizer, template = load(name)
     expected = FAMILIES[name].specification(MULTI, None)
     encoding = template.encode(MULTI)
     (row,) = encoding.rows
@@ -783,4 +783,4 @@ def test_a_wrong_mask_is_noticed(name: str) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_any_conversation(name: str) -> None:
     # Qwen3 strips an answer only while it is the last one, so an answer that begins with whitespace may be lost.
-    check_any_conversation(FAMILIES[name], *loaded(name), examples=20, may_lose=name == "qwen3")
+    check_any_conversation(FAMILIES[name], *load(name), examples=20, may_lose=name == "qwen3")

@@ -28,10 +28,10 @@ from specification import (
     check_any_conversation,
     compare,
     get_conversation,
+    mark_trained,
     mutations,
     qwen3,
     qwen25,
-    shown,
     system,
     user,
 )
@@ -88,7 +88,7 @@ def instructions(template: Template) -> str:
 
 
 def qwen25_published(chat: Chat, tools: Tools) -> str:
-    return qwen25(QWEN_DEFAULT, instructions(loaded("qwen2.5-instruct")[1]))(chat, tools)
+    return qwen25(QWEN_DEFAULT, instructions(load("qwen2.5-instruct")[1]))(chat, tools)
 
 
 def qwen3_published(chat: Chat, tools: Tools) -> str:
@@ -203,14 +203,14 @@ WITHOUT_SPACES = Format(
 )
 
 
-def composed(specification: Specification) -> Specification:
+def with_nfc(specification: Specification) -> Specification:
     """Return the specification after Unicode composition (NFC), which some tokenizers apply."""
     return lambda chat, tools: unicodedata.normalize("NFC", specification(chat, tools))
 
 
 TOKENIZED: dict[str, Specification] = {
-    "qwen3": composed(qwen3_published),
-    "happy-llm_tokenizer_k": composed(OWN["happy-llm_tokenizer_k"].specification),
+    "qwen3": with_nfc(qwen3_published),
+    "happy-llm_tokenizer_k": with_nfc(OWN["happy-llm_tokenizer_k"].specification),
     "phi-3-mini": WITHOUT_SPACES,
 }
 # Templates that need no control tokens beside bos and eos, with tokenizers that put a space before a text.
@@ -392,24 +392,24 @@ LITERALS: dict[tuple[str, str], str] = {
 
 
 @lru_cache
-def pretrained(name: str) -> PreTrainedTokenizerFast:
+def load_pretrained(name: str) -> PreTrainedTokenizerFast:
     return AutoTokenizer.from_pretrained(DATA / "tokenizers" / name)
 
 
 @lru_cache
-def loaded(name: str) -> tuple[PreTrainedTokenizerFast, Template]:
+def load(name: str) -> tuple[PreTrainedTokenizerFast, Template]:
     tokenizer = byte_level(FAMILIES[name])
     return tokenizer, load_template(tokenizer, str(FILES / f"{name}.jinja"))
 
 
 @lru_cache
 def own(name: str) -> tuple[PreTrainedTokenizerFast, Template]:
-    return pretrained(name), load_template(pretrained(name))
+    return load_pretrained(name), load_template(load_pretrained(name))
 
 
 @lru_cache
 def loaded_with(name: str, tokenizer_name: str) -> tuple[PreTrainedTokenizerFast, Template]:
-    tokenizer = pretrained(tokenizer_name)
+    tokenizer = load_pretrained(tokenizer_name)
     return tokenizer, load_template(tokenizer, str(FILES / f"{name}.jinja"))
 
 
@@ -431,7 +431,7 @@ def test_specifications_give_the_literals(name: str, shape: str) -> None:
 @pytest.mark.parametrize("shape", ALL_SHAPES)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_masks(name: str, shape: str) -> None:
-    check(*loaded(name), FAMILIES[name].specification, shape)
+    check(*load(name), FAMILIES[name].specification, shape)
 
 
 @pytest.mark.parametrize("shape", ALL_SHAPES)
@@ -458,14 +458,14 @@ def test_masks_with_tokenizers_that_put_a_space_before_a_text(name: str, tokeniz
 def test_masks_with_real_byte_level_tokenizers(name: str, tokenizer_name: str, specification: Specification) -> None:
     for shape in ALL_SHAPES:
         tokenizer, template = loaded_with(name, tokenizer_name)
-        check(tokenizer, template, specification, shape, composed(specification) if tokenizer_name == "qwen3" else None)
+        check(tokenizer, template, specification, shape, with_nfc(specification) if tokenizer_name == "qwen3" else None)
 
 
 def test_the_call_of_a_tool_with_the_published_qwen_templates() -> None:
     for tokenizer, template in (loaded_with("qwen2.5-instruct", "qwen3"), own("qwen3")):
         chat, tools = SHAPES["tools"]
         (row,) = template.encode(chat, tools=tools).rows
-        text = shown(tokenizer, row)
+        text = mark_trained(tokenizer, row)
         assert text.endswith("⟧\n") and text[text.index("<|im_start|>user") :].startswith(
             '<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n⟦<tool_call>\n{"name": "add", "arguments": '
             '{"a": 2, "b": 2}}\n</tool_call><|im_end|>⟧\n<|im_start|>user\n<tool_response>\n4\n</tool_response><|im_end|>\n'
@@ -473,27 +473,27 @@ def test_the_call_of_a_tool_with_the_published_qwen_templates() -> None:
 
 
 def test_the_context_of_chatqa_stands_after_the_system_message() -> None:
-    tokenizer, template = loaded("chatqa")
+    tokenizer, template = load("chatqa")
     chat = [system("Be brief."), {"role": "context", "content": " It is May. "}, *MULTI]
-    assert [shown(tokenizer, row) for row in template.encode(chat).rows] == [
+    assert [mark_trained(tokenizer, row) for row in template.encode(chat).rows] == [
         "<s>System: Be brief.\n\nIt is May.\n\nUser: Hi\n\nAssistant:⟦ Hello.⟧\n\nUser: 2+2?\n\nAssistant:⟦ 4.\n\nSure.⟧"
     ]
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *OWN])
 def test_a_wrong_expectation_is_noticed(name: str) -> None:
-    tokenizer, template = own(name) if name in OWN else loaded(name)
+    tokenizer, template = own(name) if name in OWN else load(name)
     expected, encoding = (TOKENIZED.get(name) or FAMILIES[name].specification)(MULTI, None), template.encode(MULTI)
     compare(tokenizer, template, MULTI, expected, encoding)
-    for wrong in mutations(expected, template.turn_end).values():
-        assert bare(wrong) == bare(expected)
+    for mutation in mutations(expected, template.turn_end).values():
+        assert bare(mutation) == bare(expected)
         with pytest.raises(AssertionError):
-            compare(tokenizer, template, MULTI, wrong, encoding)
+            compare(tokenizer, template, MULTI, mutation, encoding)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_any_conversation(name: str) -> None:
-    check_any_conversation(FAMILIES[name], *loaded(name), examples=12)
+    check_any_conversation(FAMILIES[name], *load(name), examples=12)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "happy-llm_tokenizer_k"])

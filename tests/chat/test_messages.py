@@ -2,7 +2,7 @@ import json
 from typing import Any
 
 import pytest
-from support import BAD, CALL, USER, assistant
+from support import BAD_MESSAGES, CALL, USER, assistant
 
 from accel_llm.chat.messages import (
     ASSISTANT_FIRST,
@@ -172,9 +172,9 @@ def test_messages_may_be_json_text() -> None:
     assert read_messages(json.dumps([USER, ASSISTANT]), "messages") == [USER, ASSISTANT]
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_bad_messages_are_told_in_one_sentence(case: str) -> None:
-    turns, sentence, reason = BAD[case]
+@pytest.mark.parametrize("case", BAD_MESSAGES)
+def test_bad_messages_are_reported_in_one_sentence(case: str) -> None:
+    turns, sentence, reason = BAD_MESSAGES[case]
     with pytest.raises(DataError) as caught:
         read_messages(turns, "messages")
     assert (str(caught.value), caught.value.reason) == (sentence, reason)
@@ -212,31 +212,31 @@ def test_orders_that_are_right(messages: list[Any]) -> None:
 @pytest.mark.parametrize(
     ("messages", "sentence", "reason"),
     [
-        ([USER, USER, ASSISTANT], "order: two user turns in a row, turns must alternate", TWO_USER_TURNS),
-        ([USER, SYSTEM, USER], "order: two user turns in a row, turns must alternate", TWO_USER_TURNS),
+        ([USER, USER, ASSISTANT], "order: two user turns in a row; turns must alternate", TWO_USER_TURNS),
+        ([USER, SYSTEM, USER], "order: two user turns in a row; turns must alternate", TWO_USER_TURNS),
         (
             [USER, ASSISTANT, ASSISTANT],
-            "order: two assistant turns in a row, turns must alternate",
+            "order: two assistant turns in a row; turns must alternate",
             TWO_ASSISTANT_TURNS,
         ),
         (
             [USER, CALLS, ASSISTANT],
-            "order: two assistant turns in a row, turns must alternate",
+            "order: two assistant turns in a row; turns must alternate",
             TWO_ASSISTANT_TURNS,
         ),
         (
             [SYSTEM, ASSISTANT, USER],
-            "order: an assistant turn opens the conversation, a user turn must be first",
+            "order: an assistant turn opens the conversation; a user turn must be first",
             ASSISTANT_FIRST,
         ),
         (
             [USER, TOOL, ASSISTANT],
-            "order: a tool turn after a user turn, it must follow an assistant turn",
+            "order: a tool turn after a user turn; it must follow an assistant turn",
             TOOL_OUT_OF_PLACE,
         ),
         (
             [SYSTEM, TOOL],
-            "order: a tool turn opens the conversation, it must follow an assistant turn",
+            "order: a tool turn opens the conversation; it must follow an assistant turn",
             TOOL_OUT_OF_PLACE,
         ),
         ([SYSTEM, USER], "order: no assistant turn to train on", NO_ANSWER),
@@ -269,9 +269,9 @@ def test_no_tools(tools: Any) -> None:
 @pytest.mark.parametrize(
     ("tools", "sentence", "reason"),
     [
-        ({"name": "add"}, 'tools: found {"name": "add"}, needs a list of JSON schemas', BROKEN_TOOLS),
-        ("7", "tools: found 7, needs a list of JSON schemas", BROKEN_TOOLS),
-        ([TOOL_SCHEMA, None], "tools[1]: found null, needs a JSON schema", BROKEN_TOOLS),
+        ({"name": "add"}, 'tools: found {"name": "add"}; needs a list of JSON schemas', BROKEN_TOOLS),
+        ("7", "tools: found 7; needs a list of JSON schemas", BROKEN_TOOLS),
+        ([TOOL_SCHEMA, None], "tools[1]: found null; needs a JSON schema", BROKEN_TOOLS),
         (
             "add(x)",
             'tools: found "add(x)", which is not JSON (Expecting value: line 1 column 1 (char 0))',

@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import CONTROL_TOKENS, CONVERSATIONS, MULTI, SOURCES, SYSTEM, byte_level, template_of
+from support import CONTROL_TOKENS, CONVERSATIONS, MULTI, SOURCES, SYSTEM, byte_level, load_source
 
 from accel_llm.chat.stand_ins import (
     StandIn,
@@ -35,8 +35,8 @@ def test_patterns_give_what_a_render_for_each_turn_gives(family: str, tmp_path) 
     tokenizer = byte_level(CONTROL_TOKENS[family])
     assert compile_traceable(SOURCES[family]) is not None
     assert compile_traceable(SOURCES[family] + CLOSED) is None
-    traced = template_of(tokenizer, SOURCES[family], tmp_path)
-    rendered = template_of(tokenizer, SOURCES[family] + CLOSED, tmp_path)
+    traced = load_source(tokenizer, SOURCES[family], tmp_path)
+    rendered = load_source(tokenizer, SOURCES[family] + CLOSED, tmp_path)
     talks = [
         *CONVERSATIONS.values(),
         [*SYSTEM, *MULTI[:1]],
@@ -76,7 +76,7 @@ TALKS = st.lists(st.tuples(TEXTS, TEXTS, st.one_of(st.none(), TEXTS)), min_size=
 @pytest.mark.parametrize("source", [*(SOURCES[name] for name in ("qwen3", "llama-3", "gemma")), CURIOUS])
 def test_any_conversation_comes_out_alike(source: str, tmp_path) -> None:
     tokenizer = byte_level([*CONTROL_TOKENS["qwen3"], *CONTROL_TOKENS["llama-3"], *CONTROL_TOKENS["gemma"]])
-    traced, rendered = (template_of(tokenizer, text, tmp_path) for text in (source, source + CLOSED))
+    traced, rendered = (load_source(tokenizer, text, tmp_path) for text in (source, source + CLOSED))
     assert compile_traceable(source) is not None
 
     @settings(max_examples=150, deadline=None)
@@ -162,8 +162,8 @@ def test_a_template_that_could_look_behind_a_stand_in_is_never_traced(what: str)
 def test_a_text_that_is_written_as_json_is_not_traced(tmp_path) -> None:
     source = LOOP.replace("{{ message.content }}", "{{ message.content | tojson }}") + PROMPT
     assert compile_traceable(source) is not None  # tools are written in this way and hold no stand-in
-    template = template_of(byte_level([]), source, tmp_path)
-    rendered = template_of(byte_level([]), source + CLOSED, tmp_path)
+    template = load_source(byte_level([]), source, tmp_path)
+    rendered = load_source(byte_level([]), source + CLOSED, tmp_path)
     talk = [{"role": "user", "content": 'a "b"\n'}, {"role": "assistant", "content": "c\\"}]
     assert template.encode(talk) == rendered.encode(talk)
     assert not any(template._patterns._patterns.values())

@@ -21,8 +21,8 @@ from support import (
     SYSTEM,
     ZEPHYR,
     byte_level,
+    load_source,
     sentence_piece_like,
-    template_of,
 )
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -125,7 +125,7 @@ EXPECTED = {
 
 
 @lru_cache
-def pretrained(name: str) -> PreTrainedTokenizerFast:
+def load_pretrained(name: str) -> PreTrainedTokenizerFast:
     return AutoTokenizer.from_pretrained(DATA / "tokenizers" / name)
 
 
@@ -142,7 +142,7 @@ def runs(tokenizer: PreTrainedTokenizerFast, row: EncodedRow) -> list[tuple[bool
     return parts
 
 
-def shown(tokenizer: PreTrainedTokenizerFast, row: EncodedRow) -> str:
+def mark_trained(tokenizer: PreTrainedTokenizerFast, row: EncodedRow) -> str:
     return "".join(f"⟦{text}⟧" if trained else text for trained, text in runs(tokenizer, row))
 
 
@@ -152,11 +152,11 @@ def trained_texts(tokenizer: PreTrainedTokenizerFast, row: EncodedRow) -> list[s
 
 def check(family: str, source: str, tmp_path: Path) -> None:
     tokenizer = byte_level(CONTROL_TOKENS[family])
-    template = template_of(tokenizer, source, tmp_path)
+    template = load_source(tokenizer, source, tmp_path)
     for name, messages in CONVERSATIONS.items():
         encoding = template.encode(messages, split_turns=True)
         assert encoding.lost == {}
-        assert [shown(tokenizer, row) for row in encoding.rows] == EXPECTED[family, name]
+        assert [mark_trained(tokenizer, row) for row in encoding.rows] == EXPECTED[family, name]
         assert template.render(messages) == tokenizer.apply_chat_template(
             messages, chat_template=template.source, tokenize=False
         )
@@ -224,8 +224,8 @@ def test_a_tool_call_and_the_answer_after_its_result_are_trained(tmp_path: Path)
         {"role": "tool", "content": "4 <|im_end|>"},
         {"role": "assistant", "content": "Four."},
     ]
-    (row,) = template_of(tokenizer, source, tmp_path).encode(messages, tools=[{"name": "add"}]).rows
-    assert shown(tokenizer, row) == (
+    (row,) = load_source(tokenizer, source, tmp_path).encode(messages, tools=[{"name": "add"}]).rows
+    assert mark_trained(tokenizer, row) == (
         '<|im_start|>system\n[{"name": "add"}]<|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n'
         "<|im_start|>assistant\n⟦<call>add</call><|im_end|>⟧\n<|im_start|>tool\n4 <|im_end|><|im_end|>\n"
         "<|im_start|>assistant\n⟦Four.<|im_end|>⟧\n"
@@ -238,7 +238,7 @@ def test_a_tool_call_and_the_answer_after_its_result_are_trained(tmp_path: Path)
 
 def test_train_on_last_assistant_and_all(tmp_path: Path) -> None:
     tokenizer = byte_level(CONTROL_TOKENS["qwen2.5"])
-    template = template_of(tokenizer, QWEN25, tmp_path)
+    template = load_source(tokenizer, QWEN25, tmp_path)
     (last,) = template.encode(MULTI, train_on="last_assistant").rows
     assert trained_texts(tokenizer, last) == ["It is 4.\n\nSure.<|im_end|>"]
     (everything,) = template.encode(MULTI, train_on="all").rows
@@ -257,14 +257,14 @@ def test_a_message_with_train_false_is_context() -> None:
 def test_a_trailing_question_is_context() -> None:
     tokenizer = byte_level(CONTROL_TOKENS["qwen2.5"])
     (row,) = load_template(tokenizer, "chatml").encode(MULTI[:3]).rows
-    assert shown(tokenizer, row) == (
+    assert mark_trained(tokenizer, row) == (
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦Hello.<|im_end|>⟧\n<|im_start|>user\nAnd 2+2?<|im_end|>\n"
     )
 
 
-def test_ids_of_rows_that_share_their_context_are_those_of_a_plain_tokenisation(tmp_path: Path) -> None:
+def test_ids_of_rows_that_share_their_context_are_those_of_a_plain_tokenization(tmp_path: Path) -> None:
     tokenizer = byte_level(CONTROL_TOKENS["qwen3"])
-    template = template_of(tokenizer, QWEN3, tmp_path)
+    template = load_source(tokenizer, QWEN3, tmp_path)
     last, first = template.encode(SYSTEM, split_turns=True).rows
     assert last.input_ids == tokenizer(template.render(SYSTEM), add_special_tokens=False).input_ids
     assert first.input_ids == tokenizer(template.render(SYSTEM[:3]), add_special_tokens=False).input_ids
@@ -278,8 +278,8 @@ QWEN3_MULTI_AS_HISTORY = (
 
 def test_a_turn_that_history_shows_whole_is_trained_there_without_split_turns(tmp_path: Path) -> None:
     tokenizer = byte_level(CONTROL_TOKENS["qwen3"])
-    encoding = template_of(tokenizer, QWEN3, tmp_path).encode(MULTI)
-    assert [shown(tokenizer, row) for row in encoding.rows] == [QWEN3_MULTI_AS_HISTORY]
+    encoding = load_source(tokenizer, QWEN3, tmp_path).encode(MULTI)
+    assert [mark_trained(tokenizer, row) for row in encoding.rows] == [QWEN3_MULTI_AS_HISTORY]
     assert (encoding.lost, encoding.shown_as_history) == ({}, 1)
 
 
@@ -294,7 +294,7 @@ def test_a_turn_that_history_shows_whole_is_trained_there_without_split_turns(tm
 )
 def test_a_turn_whose_thought_history_drops_trains_nothing_and_is_counted(answer: dict, tmp_path: Path) -> None:
     tokenizer = byte_level(CONTROL_TOKENS["qwen3"])
-    template = template_of(tokenizer, QWEN3, tmp_path)
+    template = load_source(tokenizer, QWEN3, tmp_path)
     messages = [MULTI[0], {"role": "assistant", **answer}, *MULTI[2:]]
     encoding = template.encode(messages)
     texts = [trained_texts(tokenizer, row) for row in encoding.rows]
@@ -308,7 +308,7 @@ def test_a_turn_whose_thought_history_drops_trains_nothing_and_is_counted(answer
 def test_a_thought_that_the_prompt_supplies_is_not_trained(tmp_path: Path) -> None:
     tokenizer = byte_level(CONTROL_TOKENS["qwen3"])
     source = "{%- set enable_thinking = false %}" + QWEN3
-    (row,) = template_of(tokenizer, source, tmp_path).encode(SINGLE).rows
+    (row,) = load_source(tokenizer, source, tmp_path).encode(SINGLE).rows
     assert trained_texts(tokenizer, row) == ["Hello.<|im_end|>"]
 
 
@@ -316,7 +316,7 @@ def test_a_turn_that_does_not_continue_its_prompt_trains_nothing_and_is_counted(
     tokenizer = byte_level(CONTROL_TOKENS["qwen2.5"])
     source = QWEN25.replace("'<|im_start|>assistant\\n' }}", "'<|im_start|>assistant\\n<think>\\n' }}")
     assert source != QWEN25
-    encoding = template_of(tokenizer, source, tmp_path).encode(MULTI)
+    encoding = load_source(tokenizer, source, tmp_path).encode(MULTI)
     assert encoding.rows == []
     assert encoding.lost == {NOT_AFTER_PROMPT: 2}
 
@@ -332,7 +332,7 @@ def test_a_template_that_closes_no_turn_says_so_and_trains_the_content(tmp_path:
         "{%- if add_generation_prompt %}{{- '### assistant:\\n' }}{%- endif %}"
     )
     for tokenizer in (byte_level([]), sentence_piece_like([])):
-        template = template_of(tokenizer, source, tmp_path)
+        template = load_source(tokenizer, source, tmp_path)
         assert template.turn_end is None and template.turn_end_id is None
         (row,) = template.encode(MULTI).rows
         assert row.input_ids == tokenizer(template.render(MULTI), add_special_tokens=False).input_ids
@@ -347,8 +347,8 @@ def test_generation_tags_change_nothing(tmp_path: Path) -> None:
         "'<|im_end|>\\n' }}{%- endgeneration %}\n{%- endif %}\n{%- endfor",
     )
     assert tagged.count("generation %}") == 2
-    (row,) = template_of(tokenizer, tagged, tmp_path).encode(MULTI).rows
-    assert [shown(tokenizer, row)] == EXPECTED["qwen2.5", "multi"]
+    (row,) = load_source(tokenizer, tagged, tmp_path).encode(MULTI).rows
+    assert [mark_trained(tokenizer, row)] == EXPECTED["qwen2.5", "multi"]
 
 
 # ---- hard contents
@@ -359,7 +359,7 @@ def test_whitespace_around_contents_is_kept_and_the_prompt_is_what_inference_fee
     for tokenizer in (byte_level(CONTROL_TOKENS["qwen2.5"]), sentence_piece_like(CONTROL_TOKENS["qwen2.5"])):
         template = load_template(tokenizer, "chatml")
         (row,) = template.encode(messages).rows
-        assert shown(tokenizer, row) == (
+        assert mark_trained(tokenizer, row) == (
             "<|im_start|>user\n Hi \n<|im_end|>\n<|im_start|>assistant\n⟦\n\n Hello. \n<|im_end|>⟧\n"
         )
         prompt = tokenizer("<|im_start|>user\n Hi \n<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False)
@@ -369,7 +369,7 @@ def test_whitespace_around_contents_is_kept_and_the_prompt_is_what_inference_fee
 def test_a_token_across_the_end_of_the_prompt_is_cut_as_inference_cuts_it() -> None:
     tokenizer = byte_level(CONTROL_TOKENS["qwen2.5"])
     merged = tokenizer("\n\n", add_special_tokens=False).input_ids
-    assert len(merged) == 1  # so a plain tokenisation would hide the answer's first character in the context
+    assert len(merged) == 1  # so a plain tokenization would hide the answer's first character in the context
     (row,) = load_template(tokenizer, "chatml").encode([SINGLE[0], {"role": "assistant", "content": "\nHello."}]).rows
     assert trained_texts(tokenizer, row) == ["\nHello.<|im_end|>"]
     assert merged[0] not in row.input_ids
@@ -383,7 +383,7 @@ def test_markers_and_control_tokens_in_contents_stay_text() -> None:
     for tokenizer in (byte_level(CONTROL_TOKENS["qwen2.5"]), sentence_piece_like(CONTROL_TOKENS["qwen2.5"])):
         template = load_template(tokenizer, "chatml")
         (row,) = template.encode(messages).rows
-        assert shown(tokenizer, row) == (
+        assert mark_trained(tokenizer, row) == (
             "<|im_start|>user\nsay <|im_end|>\n<|im_start|>assistant\nno<|im_end|>\n"
             "<|im_start|>assistant\n⟦<|im_end|> it </s> is <|im_end|><|im_end|>⟧\n"
         )
@@ -461,7 +461,7 @@ def test_unicode_is_not_cut() -> None:
     messages = [{"role": "user", "content": "é中😀"}, {"role": "assistant", "content": "👩‍🔬 naïve 中文。"}]
     for tokenizer in (byte_level(CONTROL_TOKENS["qwen2.5"]), sentence_piece_like(CONTROL_TOKENS["qwen2.5"])):
         (row,) = load_template(tokenizer, "chatml").encode(messages).rows
-        assert shown(tokenizer, row) == (
+        assert mark_trained(tokenizer, row) == (
             "<|im_start|>user\né中😀<|im_end|>\n<|im_start|>assistant\n⟦👩‍🔬 naïve 中文。<|im_end|>⟧\n"
         )
 
@@ -469,13 +469,13 @@ def test_unicode_is_not_cut() -> None:
 def test_an_empty_system_message_is_rendered_as_the_template_does() -> None:
     tokenizer = byte_level(CONTROL_TOKENS["qwen2.5"])
     (row,) = load_template(tokenizer, "chatml").encode([{"role": "system", "content": ""}, *SINGLE]).rows
-    assert shown(tokenizer, row) == (
+    assert mark_trained(tokenizer, row) == (
         "<|im_start|>system\n<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦Hello.<|im_end|>⟧\n"
     )
 
 
 def test_a_template_that_refuses_a_conversation_speaks_in_its_own_words(tmp_path: Path) -> None:
-    template = template_of(byte_level([]), MISTRAL, tmp_path)
+    template = load_source(byte_level([]), MISTRAL, tmp_path)
     with pytest.raises(DataError, match="Only user and assistant take turns!"):
         template.encode([*SINGLE, {"role": "tool", "content": "4"}])
 
@@ -506,7 +506,7 @@ TALKS = st.lists(st.tuples(TEXTS, ANSWERS), min_size=1, max_size=4)
 )
 def test_trained_text_is_the_answers_and_their_ends(family, target, make_tokenizer, tmp_path: Path) -> None:
     tokenizer = make_tokenizer(CONTROL_TOKENS[family])
-    template = template_of(tokenizer, SOURCES[family], tmp_path)
+    template = load_source(tokenizer, SOURCES[family], tmp_path)
 
     @settings(max_examples=60, deadline=None)
     @given(TALKS)
@@ -527,7 +527,7 @@ def test_trained_text_is_the_answers_and_their_ends(family, target, make_tokeniz
 # ---- templates and tokenizers that do not fit
 
 
-def test_a_tokenizer_without_a_template_is_told_the_choices() -> None:
+def test_the_error_about_a_missing_template_lists_the_choices() -> None:
     with pytest.raises(ConfigError, match=r"has none of its own.*chat_template: chatml \| path/to/file.jinja"):
         load_template(byte_level([]))
 
@@ -537,7 +537,7 @@ def test_control_tokens_are_never_split_in_silence(tmp_path: Path) -> None:
         load_template(byte_level([]), "chatml")
     with pytest.raises(ConfigError, match=r"<\|im_start\|>"):
         load_template(byte_level(["<|im_end|>"]), "chatml")
-    template_of(byte_level([]), ZEPHYR, tmp_path)  # Zephyr's own tokenizer has its role headers as plain text
+    load_source(byte_level([]), ZEPHYR, tmp_path)  # Zephyr's own tokenizer has its role headers as plain text
 
 
 def test_missing_and_broken_template_files_are_named(tmp_path: Path) -> None:
@@ -545,11 +545,11 @@ def test_missing_and_broken_template_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"'nowhere\.jinja' is neither a file nor chatml"):
         load_template(tokenizer, "nowhere.jinja")
     with pytest.raises(ConfigError, match=r"not valid Jinja, line 2: .*% endfo %"):
-        template_of(tokenizer, "{% for message in messages %}\n{% endfo %}", tmp_path)
+        load_source(tokenizer, "{% for message in messages %}\n{% endfo %}", tmp_path)
     with pytest.raises(ConfigError, match="'unknown_token' is undefined"):
-        template_of(tokenizer, "{{ unknown_token + messages[0].content }}", tmp_path)
+        load_source(tokenizer, "{{ unknown_token + messages[0].content }}", tmp_path)
     with pytest.raises(ConfigError, match="leaves out the assistant's answer"):
-        template_of(tokenizer, "{{ messages[0].content }}", tmp_path)
+        load_source(tokenizer, "{{ messages[0].content }}", tmp_path)
 
 
 def test_the_layout_of_an_indented_file_is_not_part_of_the_prompt(tmp_path: Path) -> None:
@@ -558,7 +558,7 @@ def test_the_layout_of_an_indented_file_is_not_part_of_the_prompt(tmp_path: Path
         "{% for message in messages %}\n\n    {{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}\n"
         "{% endfor %}\n\n{% if add_generation_prompt %}\n    {{ '<|im_start|>assistant\\n' }}\n{% endif %}\n"
     )
-    template = template_of(tokenizer, laid_out, tmp_path)
+    template = load_source(tokenizer, laid_out, tmp_path)
     assert "\n" not in template.source
     assert template.render(MULTI) == load_template(tokenizer, "chatml").render(MULTI)
 
@@ -573,13 +573,13 @@ def test_a_template_can_be_sent_to_a_worker() -> None:
 
 @needs_data
 def test_qwen3_with_its_own_template() -> None:
-    tokenizer = pretrained("qwen3")
+    tokenizer = load_pretrained("qwen3")
     template = load_template(tokenizer)
     assert (template.turn_end, template.turn_end_id) == ("<|im_end|>", 151645)
     for name, messages in CONVERSATIONS.items():
         rows = template.encode(messages, split_turns=True).rows
-        assert [shown(tokenizer, row) for row in rows] == EXPECTED["qwen3", name]
-    assert [shown(tokenizer, row) for row in template.encode(MULTI).rows] == [QWEN3_MULTI_AS_HISTORY]
+        assert [mark_trained(tokenizer, row) for row in rows] == EXPECTED["qwen3", name]
+    assert [mark_trained(tokenizer, row) for row in template.encode(MULTI).rows] == [QWEN3_MULTI_AS_HISTORY]
     thoughtful = [SINGLE[0], {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nHello."}]
     (row,) = template.encode(thoughtful).rows
     assert trained_texts(tokenizer, row) == ["<think>\nHm.\n</think>\n\nHello.<|im_end|>"]
@@ -591,10 +591,10 @@ def test_qwen3_with_its_own_template() -> None:
 
 @needs_data
 def test_pad_equal_to_eos_masks_no_end_token() -> None:
-    tokenizer = pretrained("happy-llm_tokenizer_k")
+    tokenizer = load_pretrained("happy-llm_tokenizer_k")
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == 4
     (row,) = load_template(tokenizer).encode(MULTI).rows
-    assert [shown(tokenizer, row)] == [
+    assert [mark_trained(tokenizer, row)] == [
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦Hello.<|im_end|>⟧\n<|im_start|>user\nAnd 2+2?<|im_end|>\n"
         "<|im_start|>assistant\n⟦It is 4.\n\nSure.<|im_end|>⟧\n"
     ]
@@ -603,11 +603,13 @@ def test_pad_equal_to_eos_masks_no_end_token() -> None:
 
 @needs_data
 def test_truncation_and_padding_saved_with_a_tokenizer_are_ignored() -> None:
-    tokenizer = pretrained("smollm")
+    tokenizer = load_pretrained("smollm")
     template = load_template(tokenizer, "chatml")
     tokenizer(["a", "b c"], padding=True, truncation=True, max_length=192)  # switches both on in the tokenizer again
     (short,) = template.encode(SINGLE).rows
-    assert shown(tokenizer, short) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦Hello.<|im_end|>⟧\n"
+    assert (
+        mark_trained(tokenizer, short) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦Hello.<|im_end|>⟧\n"
+    )
     (long,) = template.encode([SINGLE[0], {"role": "assistant", "content": "word " * 500}]).rows
     assert len(long.input_ids) > 500
     assert trained_texts(tokenizer, long) == ["word " * 500 + "<|im_end|>"]
@@ -617,32 +619,32 @@ def test_truncation_and_padding_saved_with_a_tokenizer_are_ignored() -> None:
 @pytest.mark.parametrize("name", ["llama2", "mistral-7b"])
 @pytest.mark.parametrize("family", ["mistral", "zephyr"])
 def test_sentence_piece_tokenizers(name: str, family: str) -> None:
-    tokenizer = pretrained(name)
+    tokenizer = load_pretrained(name)
     template = load_template(tokenizer, str(DATA / "chat_templates" / "chujiezheng" / f"{FILES[family]}.jinja"))
     for conversation, messages in CONVERSATIONS.items():
         (row,) = template.encode(messages).rows
-        assert [shown(tokenizer, row)] == EXPECTED[family, conversation]
+        assert [mark_trained(tokenizer, row)] == EXPECTED[family, conversation]
         assert row.input_ids == tokenizer(template.render(messages), add_special_tokens=False).input_ids
         assert row.input_ids.count(tokenizer.bos_token_id) == (1 if family == "mistral" else 0)
 
 
 @needs_data
 def test_phi3_tokens_that_take_the_line_end_into_themselves() -> None:
-    tokenizer = pretrained("phi-3-mini")
+    tokenizer = load_pretrained("phi-3-mini")
     template = load_template(tokenizer)
     (row,) = template.encode(MULTI).rows
     assert row.input_ids == tokenizer(template.render(MULTI), add_special_tokens=False).input_ids
-    assert shown(tokenizer, row) == (
+    assert mark_trained(tokenizer, row) == (
         "<|user|>Hi<|end|><|assistant|>⟦Hello.<|end|>⟧<|user|>And 2+2?<|end|><|assistant|>⟦It is 4.\n\nSure.<|end|>⟧<|endoftext|>"
     )
     (row,) = template.encode([SINGLE[0], {"role": "assistant", "content": "\n Hello."}]).rows
-    assert shown(tokenizer, row) == "<|user|>Hi<|end|><|assistant|>⟦\n Hello.<|end|>⟧<|endoftext|>"
+    assert mark_trained(tokenizer, row) == "<|user|>Hi<|end|><|assistant|>⟦\n Hello.<|end|>⟧<|endoftext|>"
 
 
 @needs_data
 @pytest.mark.parametrize("name", ["qwen3", "smollm", "happy-llm_tokenizer_k"])
-def test_ids_of_real_conversations_are_those_of_one_plain_tokenisation(name: str) -> None:
-    tokenizer = pretrained(name)
+def test_ids_of_real_conversations_are_those_of_one_plain_tokenization(name: str) -> None:
+    tokenizer = load_pretrained(name)
     template = load_template(tokenizer, "chatml")
     lines = (DATA / "instruct" / "belle_readme_conversations.jsonl").read_text(encoding="utf-8").splitlines()
     for row in map(json.loads, lines):

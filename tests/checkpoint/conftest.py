@@ -1,4 +1,4 @@
-"""Runs that are cut short, for the tests of checkpoints and of resuming."""
+"""Runs that are interrupted, for the tests of checkpoints and of resuming."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +24,7 @@ def train(script, tiny, chats) -> Callable[..., Path]:
 
 @pytest.fixture
 def at_step(monkeypatch) -> Callable[..., None]:
-    """`at_step(3, what)`: what was due at step 3 of the next run is done, and then `what`."""
+    """`at_step(3, what)`: call `what` after step 3 of the next run is saved; with `before=True`, before that."""
     when_due = Checkpoints.when_due
 
     def register(last: int, what: Callable[[Any], None], before: bool = False) -> None:
@@ -42,12 +42,12 @@ def at_step(monkeypatch) -> Callable[..., None]:
 
 @pytest.fixture
 def interrupt(at_step, monkeypatch) -> Callable[[int], None]:
-    """`interrupt(3)`: the next run ends after step 3, what was due at it done."""
+    """`interrupt(3)`: end the next run after its step 3 is saved."""
     when_due = Checkpoints.when_due
 
     def stop(checkpoints: Any) -> None:
         monkeypatch.setattr(Checkpoints, "when_due", when_due)
-        if checkpoints.writer:  # what is left of this process must not write on
+        if checkpoints.writer:  # a killed process would not go on writing
             checkpoints.writer.join()
         raise Stopped("the power went")
 

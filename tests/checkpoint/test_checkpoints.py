@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import STEPS, STOP, Stopped, at, equal, metrics, spoil, status, steps, weights
+from support import STEPS, STOP, Stopped, checkpoint_path, equal_tensors, metrics, run_json, saved_steps, spoil, weights
 
 from accel_llm.checkpoint import checkpoints as checkpoints_module
 from accel_llm.errors import ConfigError, DataError
@@ -44,15 +44,15 @@ def test_a_stopped_and_resumed_run_is_bit_equal_to_one_never_stopped(train, inte
     interrupt(STOP)
     with pytest.raises(Stopped):
         train(tmp_path / "parts", *options)
-    assert status(tmp_path / "parts")["status"] == "failed" and steps(tmp_path / "parts") == [STOP]
+    assert run_json(tmp_path / "parts")["status"] == "failed" and saved_steps(tmp_path / "parts") == [STOP]
 
     parts = train(tmp_path / "parts", *options)
-    assert status(parts)["status"] == "done"
+    assert run_json(parts)["status"] == "done"
     assert metrics(parts) == metrics(whole)
-    assert equal(weights(parts), weights(whole))
-    last = [load_file(at(folder, STEPS) / "rank-00000.safetensors") for folder in (parts, whole)]
-    assert equal(*last)
-    ends = [json.loads((at(folder, STEPS) / "rank-00000.json").read_text()) for folder in (parts, whole)]
+    assert equal_tensors(weights(parts), weights(whole))
+    last = [load_file(checkpoint_path(folder, STEPS) / "rank-00000.safetensors") for folder in (parts, whole)]
+    assert equal_tensors(*last)
+    ends = [json.loads((checkpoint_path(folder, STEPS) / "rank-00000.json").read_text()) for folder in (parts, whole)]
     assert ends[0]["randomness"] == ends[1]["randomness"] and ends[0]["numbers"] == ends[1]["numbers"]
     assert any(tensor.dtype == torch.uint8 for tensor in last[0].values()) == ("adamw_8bit" in options)
 
@@ -64,12 +64,12 @@ def test_a_resume_without_the_generators_ends_elsewhere(train, interrupt, tmp_pa
     with pytest.raises(Stopped):
         train(tmp_path / "parts", *LORA)
     monkeypatch.setattr(checkpoints_module, "set_generator_states", lambda state, device: None)
-    assert not equal(weights(train(tmp_path / "parts", *LORA)), weights(whole))
+    assert not equal_tensors(weights(train(tmp_path / "parts", *LORA)), weights(whole))
 
 
 @contextmanager
-def traced(check: Callable[[], None]) -> Iterator[list[str]]:
-    """`check` before and after everything that takes a name away from a file or folder."""
+def check_around_removals(check: Callable[[], None]) -> Iterator[list[str]]:
+    """Call `check` before each rename or removal of a file or folder. Yield the list of these events."""
     events: list[str] = []
 
     def hook(event: str, _: Any) -> None:
@@ -101,10 +101,10 @@ def test_at_every_moment_there_is_a_complete_checkpoint(train, tmp_path, limit):
         assert folders or not started, "the last checkpoint is gone"
 
     started: list[int] = []
-    with traced(check) as events:
+    with check_around_removals(check) as events:
         train(run, "--save_steps", 1, "--save_total_limit", limit)
     assert {"os.rename", "os.remove", "shutil.rmtree"} <= set(events) and least[0] == 1
-    assert steps(run) == list(range(STEPS - limit + 1, STEPS + 1)) and max(started) == min(limit + 1, STEPS)
+    assert saved_steps(run) == list(range(STEPS - limit + 1, STEPS + 1)) and max(started) == min(limit + 1, STEPS)
 
 
 def test_the_best_checkpoint_is_kept_and_exported(train, chats, tmp_path, monkeypatch):
@@ -114,14 +114,18 @@ def test_the_best_checkpoint_is_kept_and_exported(train, chats, tmp_path, monkey
     words = ("--method", "full", "--eval_files", chats, "--eval_steps", 1, "--save_steps", 6)
     best = ("--metric_for_best_model", "eval/loss", "--save_total_limit", 1)
     run = train(tmp_path / "run", *words, *best)
-    assert steps(run) == [3, 6] and status(run)["exported_step"] == 3
-    assert json.loads((at(run, 6) / "state.json").read_text())["best"] == [3, 1.0]
-    saved = load_file(at(run, 3) / "rank-00000.safetensors")
+    assert saved_steps(run) == [3, 6] and run_json(run)["exported_step"] == 3
+    assert json.loads((checkpoint_path(run, 6) / "state.json").read_text())["best"] == [3, 1.0]
+    saved = load_file(checkpoint_path(run, 3) / "rank-00000.safetensors")
     assert all(torch.equal(tensor.view(-1), saved[f"{name}|weight|0"]) for name, tensor in weights(run).items())
 
     losses = iter([3.0, 2.0, 1.0, 1.5, 1.2, 1.0])
     last = train(tmp_path / "last", *words)
-    assert steps(last) == [6] and status(last)["exported_step"] == 6 and not equal(weights(last), weights(run))
+    assert (
+        saved_steps(last) == [6]
+        and run_json(last)["exported_step"] == 6
+        and not equal_tensors(weights(last), weights(run))
+    )
 
 
 def test_the_best_checkpoint_is_remembered_after_a_resume(train, interrupt, chats, tmp_path, monkeypatch):
@@ -131,10 +135,10 @@ def test_the_best_checkpoint_is_remembered_after_a_resume(train, interrupt, chat
     interrupt(4)
     with pytest.raises(Stopped):
         train(tmp_path / "run", *words)
-    assert steps(tmp_path / "run") == [1, 3]
+    assert saved_steps(tmp_path / "run") == [1, 3]
     losses = iter([4.0, 5.0, 6.0])
     run = train(tmp_path / "run", *words)
-    assert steps(run) == [1, 6] and status(run)["exported_step"] == 1
+    assert saved_steps(run) == [1, 6] and run_json(run)["exported_step"] == 1
 
 
 @pytest.mark.parametrize("step, words", [(STEPS, ()), (4, ("--save_steps", 2, "--save_async"))])
@@ -147,9 +151,9 @@ def test_a_state_with_a_nan_is_not_saved(train, at_step, tmp_path, step, words):
     with pytest.raises(ConfigError) as error:
         train(tmp_path / "run", *LORA, *words)
     assert f"after step {step} 1 tensors hold a NaN or an infinity (base_model" in str(error.value)
-    assert steps(tmp_path / "run") == ([2] if words else [3])
+    assert saved_steps(tmp_path / "run") == ([2] if words else [3])
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
-    assert status(tmp_path / "run")["status"] == "failed"
+    assert run_json(tmp_path / "run")["status"] == "failed"
 
 
 @pytest.mark.parametrize("background", [False, True])
@@ -172,7 +176,7 @@ def test_a_full_disk_ends_in_one_sentence_and_keeps_the_last_checkpoint(train, t
     )
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
     run = train(tmp_path / "run", *words)
-    assert equal(weights(run), weights(train(tmp_path / "whole", *words)))
+    assert equal_tensors(weights(run), weights(train(tmp_path / "whole", *words)))
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
@@ -180,7 +184,7 @@ def test_steps_that_are_not_finite_are_skipped_up_to_a_limit(train, tmp_path, mo
     original, sick = next_token_loss, {3, 5}
     calls = iter(range(1, 99))
 
-    def loss_of(model: Any, batch: Any) -> torch.Tensor:
+    def failing_loss(model: Any, batch: Any) -> torch.Tensor:
         loss = original(model, batch)
         if sys._getframe(1).f_code.co_name != "train" or next(calls) not in sick:
             return loss
@@ -188,12 +192,12 @@ def test_steps_that_are_not_finite_are_skipped_up_to_a_limit(train, tmp_path, mo
             return loss * math.nan
         return loss + (0 * next(p for p in model.parameters() if p.requires_grad)).sum().sqrt()  # infinite slope at 0
 
-    monkeypatch.setattr(loss_module, "next_token_loss", loss_of)
+    monkeypatch.setattr(loss_module, "next_token_loss", failing_loss)
     moved = []
     step = torch.optim.AdamW.step
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a, **k: moved.append(1) or step(self, *a, **k))
     run = train(tmp_path / "run", *LORA, "--max_skipped_steps", 2)
-    assert len(moved) == STEPS - 2 and status(run)["status"] == "done"
+    assert len(moved) == STEPS - 2 and run_json(run)["status"] == "done"
     lines = [line for line in capsys.readouterr().out.splitlines() if " skipped: " in line]
     assert (
         lines[0].startswith(f"step 3 skipped: its {where} is not finite (1 of 2); ") and "chats.jsonl, row " in lines[0]
@@ -206,7 +210,7 @@ def test_steps_that_are_not_finite_are_skipped_up_to_a_limit(train, tmp_path, mo
     with pytest.raises(DataError) as error:
         train(tmp_path / "less", *LORA, "--max_skipped_steps", 1)
     assert f"the {where} of step 5 is not finite (2 such steps, 1 allowed). Its rows: " in str(error.value)
-    assert steps(tmp_path / "less") == [3] and status(tmp_path / "less")["status"] == "failed"
+    assert saved_steps(tmp_path / "less") == [3] and run_json(tmp_path / "less")["status"] == "failed"
 
 
 def test_a_step_without_a_target_changes_nothing(train, tmp_path, monkeypatch):
@@ -215,8 +219,8 @@ def test_a_step_without_a_target_changes_nothing(train, tmp_path, monkeypatch):
     count, calls = loop.total_targets, iter(range(1, 99))
     monkeypatch.setattr(loop, "total_targets", lambda *arguments: 0.0 if next(calls) == 4 else count(*arguments))
     run = train(tmp_path / "run", "--save_steps", 1, "--save_total_limit", 9)
-    three, four, five = (load_file(at(run, step) / "rank-00000.safetensors") for step in (3, 4, 5))
-    assert equal(three, four) and not equal(four, five)
+    three, four, five = (load_file(checkpoint_path(run, step) / "rank-00000.safetensors") for step in (3, 4, 5))
+    assert equal_tensors(three, four) and not equal_tensors(four, five)
     assert metrics(run)[3]["grad_norm"] == 0.0
 
 
@@ -228,16 +232,16 @@ def test_a_stop_signal_saves_and_the_run_can_be_resumed(train, at_step, tmp_path
     with pytest.raises(Preempted) as end:
         train(tmp_path / "run", *LORA)
     assert (end.value.number, end.value.step) == (15, 4)
-    run = status(tmp_path / "run")
-    assert run["status"] == "preempted" and run["step"] == 4 and steps(tmp_path / "run") == [3, 4]
+    run = run_json(tmp_path / "run")
+    assert run["status"] == "preempted" and run["step"] == 4 and saved_steps(tmp_path / "run") == [3, 4]
     at_step(99, ask)
-    assert equal(weights(train(tmp_path / "run", *LORA)), weights(train(tmp_path / "whole", *LORA)))
+    assert equal_tensors(weights(train(tmp_path / "run", *LORA)), weights(train(tmp_path / "whole", *LORA)))
 
 
 def test_a_save_signal_saves_and_training_continues(train, at_step, tmp_path):
     at_step(2, lambda _: handle_signal(10), before=True)
     run = train(tmp_path / "run", "--save_total_limit", 9)
-    assert steps(run) == [2, 3, 6] and status(run)["status"] == "done"
+    assert saved_steps(run) == [2, 3, 6] and run_json(run)["status"] == "done"
 
 
 def test_an_interrupted_evaluation_is_repeated_after_the_resume(train, chats, tmp_path, monkeypatch):
@@ -247,24 +251,24 @@ def test_an_interrupted_evaluation_is_repeated_after_the_resume(train, chats, tm
 
     original, calls = evaluation.next_token_loss, iter(range(99))
 
-    def loss_of(*arguments: Any) -> torch.Tensor:
+    def interrupted_loss(*arguments: Any) -> torch.Tensor:
         if next(calls) == 3:  # in the middle of the first evaluation
             handle_signal(2)
         return original(*arguments)
 
-    monkeypatch.setattr(evaluation, "next_token_loss", loss_of)
+    monkeypatch.setattr(evaluation, "next_token_loss", interrupted_loss)
     with pytest.raises(Preempted):
         train(tmp_path / "run", *words)
-    assert status(tmp_path / "run")["step"] == 2 and [line["step"] for line in metrics(tmp_path / "run")] == [1, 2]
+    assert run_json(tmp_path / "run")["step"] == 2 and [line["step"] for line in metrics(tmp_path / "run")] == [1, 2]
     run = train(tmp_path / "run", *words)
-    assert metrics(run) == metrics(whole) and equal(weights(run), weights(whole))
+    assert metrics(run) == metrics(whole) and equal_tensors(weights(run), weights(whole))
 
 
 def test_an_adapters_checkpoint_is_small(train, make_model, tmp_path):
     base = make_model(tmp_path / "base", hidden_size=256, intermediate_size=512, num_hidden_layers=2)
     run = train(tmp_path / "run", "--model_name_or_path", base, "--method", "lora", "--lora_r", 32, "--max_steps", 1)
-    trained = status(run)["accelerate"]["parameters"]["trainable"] * 4
-    size = sum(path.stat().st_size for path in at(run, 1).iterdir())
+    trained = run_json(run)["accelerate"]["parameters"]["trainable"] * 4
+    size = sum(path.stat().st_size for path in checkpoint_path(run, 1).iterdir())
     assert trained > 1_000_000 and 3 * trained < size < 1.1 * 3 * trained
 
 
@@ -273,11 +277,11 @@ def test_a_damaged_newer_checkpoint_is_removed_by_the_resume(train, interrupt, t
     interrupt(4)
     with pytest.raises(Stopped):
         train(tmp_path / "run", "--save_steps", 2)
-    spoil(at(tmp_path / "run", 4) / "rank-00000.safetensors", "truncated")
+    spoil(checkpoint_path(tmp_path / "run", 4) / "rank-00000.safetensors", "truncated")
     interrupt(3)
     with pytest.raises(Stopped):
         train(tmp_path / "run", "--save_steps", 1, "--save_total_limit", 1)
-    assert steps(tmp_path / "run") == [3] and find_damage(at(tmp_path / "run", 3)) is None
+    assert saved_steps(tmp_path / "run") == [3] and find_damage(checkpoint_path(tmp_path / "run", 3)) is None
 
 
 def test_missing_state_is_an_error(train, interrupt, tmp_path):
@@ -285,7 +289,7 @@ def test_missing_state_is_an_error(train, interrupt, tmp_path):
     interrupt(STOP)
     with pytest.raises(Stopped):
         train(tmp_path / "run", *LORA)
-    folder = at(tmp_path / "run", STOP)
+    folder = checkpoint_path(tmp_path / "run", STOP)
     path = folder / "rank-00000.safetensors"
     tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
     removed = next(name for name in tensors if "|exp_avg|" in name)

@@ -32,7 +32,7 @@ def test_a_written_file_is_a_safetensors_file_with_the_returned_hash(tmp_path: P
     )
 
 
-def reader_of(folder: Path, cuts: list[int]) -> PieceReader:
+def open_reader(folder: Path, cuts: list[int]) -> PieceReader:
     """`WEIGHTS` as written by several processes, cut at `cuts`."""
     bounds = [0, *cuts, len(WEIGHTS)]
     for rank, (start, stop) in enumerate(pairwise(bounds)):
@@ -42,7 +42,7 @@ def reader_of(folder: Path, cuts: list[int]) -> PieceReader:
 
 @pytest.mark.parametrize("cuts", [[], [12], [5, 6, 20]])
 def test_any_range_can_be_read_from_any_split(tmp_path: Path, cuts: list[int]) -> None:
-    reader = reader_of(tmp_path, cuts)
+    reader = open_reader(tmp_path, cuts)
     assert reader.parameter_sizes() == {"w": 24}
     for start in range(24):
         for size in range(1, 25 - start):
@@ -61,7 +61,7 @@ def test_fields_keep_their_order(tmp_path: Path) -> None:
 
 
 def test_missing_elements_and_other_dtypes_are_reported(tmp_path: Path) -> None:
-    reader = reader_of(tmp_path, [12])
+    reader = open_reader(tmp_path, [12])
     with pytest.raises(ConfigError, match=r"holds 4 of 6 elements of w \(weight\)\.$"):
         reader.fill(Piece("w", 20, 0, 6), "weight", torch.zeros(6))
     with pytest.raises(ConfigError, match=r"holds 0 of 2 elements of v \(exp_avg\)"):

@@ -1,4 +1,4 @@
-"""Where a run starts: which output folders are accepted, and whether a checkpoint belongs to the run."""
+"""The start of a run: which output folders are accepted, and whether a checkpoint belongs to the run."""
 
 import json
 import shutil
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
-from support import Stopped, at, equal, metrics, status, steps, weights
+from support import Stopped, checkpoint_path, equal_tensors, metrics, run_json, saved_steps, weights
 
 from accel_llm.checkpoint.resume import (
     FIXED_OPTIONS,
@@ -26,7 +26,7 @@ Train = Callable[..., Path]
 
 
 @pytest.fixture
-def parted(train, interrupt, tmp_path) -> Path:
+def half_run(train, interrupt, tmp_path) -> Path:
     """The folder of a run that ended after its third step of six."""
     interrupt(STOP)
     with pytest.raises(Stopped):
@@ -43,7 +43,7 @@ def test_finished_runs_and_other_files_in_output_dir_are_refused(train, tmp_path
         f"output_dir: {run} holds a finished run; name another folder, or set overwrite_output_dir to start anew."
     )
     with pytest.raises(ConfigError, match="holds a finished run"):
-        train(run, "--resume_from_checkpoint", at(run, 1))
+        train(run, "--resume_from_checkpoint", checkpoint_path(run, 1))
     assert (run / "run.json").read_bytes() == before
 
     foreign = tmp_path / "foreign"
@@ -66,7 +66,7 @@ def test_hidden_files_of_a_killed_process_do_not_stop_a_run(train, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".run.json.77.partial").write_text("{", encoding="utf-8")
     run = train(tmp_path / "run", "--max_steps", 1)
-    assert status(run)["status"] == "done" and not list(run.glob(".*"))
+    assert run_json(run)["status"] == "done" and not list(run.glob(".*"))
 
 
 def test_overwriting_removes_only_files_of_a_run_and_only_when_the_new_run_is_ready(train, tmp_path):
@@ -78,7 +78,7 @@ def test_overwriting_removes_only_files_of_a_run_and_only_when_the_new_run_is_re
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
     train(run, "--overwrite_output_dir", "--max_steps", 1, "--method", "full")
-    assert steps(run) == [1] and not (run / "adapter").exists() and (run / "model").is_dir()
+    assert saved_steps(run) == [1] and not (run / "adapter").exists() and (run / "model").is_dir()
     assert (run / "notes.txt").read_text(encoding="utf-8") == "mine"
     assert [line["step"] for line in metrics(run)] == [1]
 
@@ -89,7 +89,7 @@ def test_an_interrupted_run_without_a_checkpoint_starts_anew(train, interrupt, t
         train(tmp_path / "run")
     assert not (tmp_path / "run" / "checkpoints").exists()
     run, whole = train(tmp_path / "run"), train(tmp_path / "whole")
-    assert metrics(run) == metrics(whole) and equal(weights(run), weights(whole))
+    assert metrics(run) == metrics(whole) and equal_tensors(weights(run), weights(whole))
 
 
 def test_a_run_with_damaged_checkpoints_only_is_not_started_anew_without_a_word(train, interrupt, tmp_path):
@@ -97,16 +97,16 @@ def test_a_run_with_damaged_checkpoints_only_is_not_started_anew_without_a_word(
     with pytest.raises(Stopped):
         train(tmp_path / "run", "--save_steps", 2)
     for step in (2, 4):
-        (at(tmp_path / "run", step) / "state.json").unlink()
+        (checkpoint_path(tmp_path / "run", step) / "state.json").unlink()
     with pytest.raises(ConfigError) as error:
         train(tmp_path / "run", "--save_steps", 2)
     assert str(error.value) == (
         f"resume_from_checkpoint: auto: none of the checkpoints in {tmp_path / 'run' / 'checkpoints'} is intact; repair one, "
         "or set resume_from_checkpoint: none to start anew."
     )
-    assert steps(tmp_path / "run") == [2, 4] and len(metrics(tmp_path / "run")) == 4
+    assert saved_steps(tmp_path / "run") == [2, 4] and len(metrics(tmp_path / "run")) == 4
     train(tmp_path / "run", "--resume_from_checkpoint", "none", "--max_steps", 1)
-    assert steps(tmp_path / "run") == [1]
+    assert saved_steps(tmp_path / "run") == [1]
 
 
 def test_a_process_killed_while_it_removes_old_files_leaves_run_json(tmp_path, monkeypatch):
@@ -128,19 +128,19 @@ def test_a_process_killed_while_it_removes_old_files_leaves_run_json(tmp_path, m
 
 def test_resume_from_a_named_checkpoint_from_none_and_from_nothing(train, interrupt, tmp_path):
     whole = train(tmp_path / "whole", "--save_steps", 2, "--save_total_limit", 9)
-    named = at(whole, 2)
-    other = train(tmp_path / "other", "--resume_from_checkpoint", named)
+    checkpoint = checkpoint_path(whole, 2)
+    other = train(tmp_path / "other", "--resume_from_checkpoint", checkpoint)
     assert [line["step"] for line in metrics(other)] == [3, 4, 5, 6]
-    assert equal(weights(other), weights(whole)) and named.is_dir()
+    assert equal_tensors(weights(other), weights(whole)) and checkpoint.is_dir()
 
     interrupt(4)
     with pytest.raises(Stopped):
         train(tmp_path / "run", "--save_steps", 2)
     with pytest.raises(ConfigError, match=r"run holds checkpoints of another run than .*step-00000002; name another"):
-        train(tmp_path / "run", "--resume_from_checkpoint", named)
-    assert steps(tmp_path / "run") == [2, 4]
+        train(tmp_path / "run", "--resume_from_checkpoint", checkpoint)
+    assert saved_steps(tmp_path / "run") == [2, 4]
     train(tmp_path / "run", "--resume_from_checkpoint", "none", "--max_steps", 1)
-    assert [line["step"] for line in metrics(tmp_path / "run")] == [1] and steps(tmp_path / "run") == [1]
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1] and saved_steps(tmp_path / "run") == [1]
 
     missing = tmp_path / "nowhere"
     with pytest.raises(ConfigError) as error:
@@ -151,10 +151,10 @@ def test_resume_from_a_named_checkpoint_from_none_and_from_nothing(train, interr
     assert not (tmp_path / "new").exists()
 
 
-def test_settings_that_change_the_run_are_listed_and_refused_unless_allowed(train, parted, tmp_path):
-    saved = at(parted, STOP)
+def test_settings_that_change_the_run_are_listed_and_refused_unless_allowed(train, half_run, tmp_path):
+    saved = checkpoint_path(half_run, STOP)
     with pytest.raises(ConfigError) as error:
-        train(parted, "--lora_r", 8, "--optim", "sgd", "--seed", 7, "--learning_rate", 1e-3, "--logging_steps", 2)
+        train(half_run, "--lora_r", 8, "--optim", "sgd", "--seed", 7, "--learning_rate", 1e-3, "--logging_steps", 2)
     anew, allow = "or resume_from_checkpoint: none.", "give the same, allow it by allow_changed:"
     assert sorted(error.value.problems) == [
         f"learning_rate: {saved} was saved with 0.01, this run has 0.001; {allow} learning_rate, {anew}",
@@ -164,18 +164,18 @@ def test_settings_that_change_the_run_are_listed_and_refused_unless_allowed(trai
     ]
     words = ("--lora_r", 4, "--learning_rate", 1e-3, "--max_steps", 4)
     with pytest.raises(ConfigError, match=r"^max_steps: .* was saved with 6, this run has 4"):
-        train(parted, *words, "--allow_changed", "learning_rate")
+        train(half_run, *words, "--allow_changed", "learning_rate")
     with pytest.raises(ConfigError, match=r"lora_r: .* was saved with 4, this run has 8; give the same, or resume"):
-        train(parted, "--lora_r", 8, "--allow_changed", "lora_r")
-    assert steps(parted) == [STOP]
-    train(parted, *words, "--allow_changed", "learning_rate", "max_steps")
-    assert metrics(parted)[-1]["step"] == 4 and metrics(parted)[-1]["learning_rate"] < 1e-3
+        train(half_run, "--lora_r", 8, "--allow_changed", "lora_r")
+    assert saved_steps(half_run) == [STOP]
+    train(half_run, *words, "--allow_changed", "learning_rate", "max_steps")
+    assert metrics(half_run)[-1]["step"] == 4 and metrics(half_run)[-1]["learning_rate"] < 1e-3
 
 
-def test_harmless_settings_pass_and_change_nothing(train, parted, tmp_path):
+def test_harmless_settings_pass_and_change_nothing(train, half_run, tmp_path):
     harmless = ("--logging_steps", 2, "--save_steps", 2, "--save_total_limit", 1, "--run_name", "again")
-    run = train(parted, "--lora_r", 4, *harmless, "--preprocessing_num_workers", 2, "--per_device_eval_batch_size", 3)
-    assert equal(weights(run), weights(train(tmp_path / "whole", "--lora_r", 4)))
+    run = train(half_run, "--lora_r", 4, *harmless, "--preprocessing_num_workers", 2, "--per_device_eval_batch_size", 3)
+    assert equal_tensors(weights(run), weights(train(tmp_path / "whole", "--lora_r", 4)))
 
 
 def test_every_option_is_harmless_or_compared():
@@ -183,31 +183,31 @@ def test_every_option_is_harmless_or_compared():
     assert not HARMLESS_OPTIONS & (set(FIXED_OPTIONS) | LOCATION_OPTIONS.keys())
 
 
-def test_the_rows_of_a_step_may_be_split_differently_but_their_number_must_be_equal(train, parted, tmp_path):
+def test_the_rows_of_a_step_may_be_split_differently_but_their_number_must_be_equal(train, half_run, tmp_path):
     with pytest.raises(
         ConfigError, match=r"^total_batch_size: .* was saved with 1, this run has 2; give the same, allow"
     ):
-        train(parted, "--lora_r", 4, "--per_device_train_batch_size", 2)
-    run = train(parted, "--lora_r", 4, "--total_batch_size", 2, "--allow_changed", "total_batch_size")
+        train(half_run, "--lora_r", 4, "--per_device_train_batch_size", 2)
+    run = train(half_run, "--lora_r", 4, "--total_batch_size", 2, "--allow_changed", "total_batch_size")
     assert metrics(run)[-1]["epoch"] > metrics(run)[2]["epoch"]
-    assert json.loads((at(run, 6) / "state.json").read_text())["rows"] == 3 + 3 * 2
+    assert json.loads((checkpoint_path(run, 6) / "state.json").read_text())["rows"] == 3 + 3 * 2
 
 
-def test_the_same_model_and_data_may_be_moved_but_not_replaced(train, parted, tmp_path, tiny, chats, make_model):
+def test_the_same_model_and_data_may_be_moved_but_not_replaced(train, half_run, tmp_path, tiny, chats, make_model):
     model = shutil.copytree(tiny, tmp_path / "moved")
     rows = shutil.copy(chats, tmp_path / "rows.jsonl")
     words = ("--lora_r", 4, "--model_name_or_path", model)
     other = tmp_path / "other.jsonl"
     other.write_text("".join(chats.read_text().splitlines(keepends=True)[1:]), encoding="utf-8")
     with pytest.raises(ConfigError, match=r"^train_files: .* was saved with .*chats.jsonl.*this run has .*other.jsonl"):
-        train(parted, *words, "--train_files", other)
+        train(half_run, *words, "--train_files", other)
     wider = make_model(tmp_path / "wider", hidden_size=64)
     with pytest.raises(ConfigError, match=r"^model_name_or_path: .* was saved with .*tiny.*this run has .*wider"):
-        train(parted, "--lora_r", 4, "--model_name_or_path", wider)
+        train(half_run, "--lora_r", 4, "--model_name_or_path", wider)
     with pytest.raises(ConfigError, match=r"holds other weights than this run trains|holds .* elements of"):
-        train(parted, "--lora_r", 4, "--model_name_or_path", wider, "--allow_changed", "model_name_or_path")
-    run = train(parted, *words, "--train_files", rows)
-    assert equal(weights(run), weights(train(tmp_path / "whole", "--lora_r", 4)))
+        train(half_run, "--lora_r", 4, "--model_name_or_path", wider, "--allow_changed", "model_name_or_path")
+    run = train(half_run, *words, "--train_files", rows)
+    assert equal_tensors(weights(run), weights(train(tmp_path / "whole", "--lora_r", 4)))
 
 
 def test_rows_and_weights_that_changed_at_the_same_path_are_noticed(train, interrupt, tmp_path, tiny, chats):

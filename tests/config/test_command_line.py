@@ -164,7 +164,7 @@ def test_a_wrong_value_gives_one_sentence(line, problem):
         ("--init_lora_weights orthogonal --lora_r 3",
          "lora_r: 3 is odd; init_lora_weights orthogonal needs an even rank."),
         ("--init_lora_weights pissa --load_in_8bit",
-         "init_lora_weights: pissa needs a base that is not quantised; use method lora without load_in_8bit, or give olora."),
+         "init_lora_weights: pissa needs a base that is not quantized; use method lora without load_in_8bit, or give olora."),
         ("--warmup_steps 1.5", "warmup_steps: 1.5 is neither a whole number of steps nor a share below 1."),
         ("--lr_scheduler_type warmup_stable_decay --warmup_steps 0.3 --decay_share 0.8",
          "decay_share: 0.8 and warmup_steps 0.3 are more than all steps."),

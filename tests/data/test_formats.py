@@ -8,7 +8,7 @@ from typing import Any, get_args
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import BAD
+from support import BAD_MESSAGES
 
 from accel_llm.chat import messages as messages_module
 from accel_llm.chat.messages import (
@@ -299,77 +299,77 @@ FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "null messages": (
         {"messages": None},
-        "messages: found null, needs a list of messages that is not empty",
+        "messages: found null; needs a list of messages that is not empty",
         NOT_MESSAGES,
     ),
     "a missing answer": (
         {"instruction": "q", "output": None},
-        f"output: found null, needs text {ALPACA}",
+        f"output: found null; needs text {ALPACA}",
         MISSING_VALUE,
     ),
     "a missing answer beside text": (
         {"instruction": "q", "output": None, "text": "t"},
-        "output: found null, needs text (its keys: instruction, output, text)",
+        "output: found null; needs text (its keys: instruction, output, text)",
         MISSING_VALUE,
     ),
     "a missing question is no plain text": (
         {"query": None, "response": "a"},
-        "query: found null, needs text (its keys: query, response)",
+        "query: found null; needs text (its keys: query, response)",
         MISSING_VALUE,
     ),
     "all missing": (
         {"prompt": None, "completion": None},
-        "prompt: found null, needs text (its keys: prompt, completion)",
+        "prompt: found null; needs text (its keys: prompt, completion)",
         MISSING_VALUE,
     ),
     "a number as question": (
         {"instruction": 7, "output": "a"},
-        f"instruction: found 7, needs text {ALPACA}",
+        f"instruction: found 7; needs text {ALPACA}",
         NOT_TEXT,
     ),
     "a number as answer": (
         {"instruction": "q", "output": 3.3},
-        f"output: found 3.3, needs text {ALPACA}",
+        f"output: found 3.3; needs text {ALPACA}",
         NOT_TEXT,
     ),
     "a list as answer": (
         {"question": "q", "answer": ["a", "b"]},
-        'answer: found ["a", "b"], needs text (its keys: question, answer)',
+        'answer: found ["a", "b"]; needs text (its keys: question, answer)',
         NOT_TEXT,
     ),
     "a number as input": (
         {"instruction": "q", "output": "a", "input": 0},
-        "input: found 0, needs text (its keys: instruction, output, input)",
+        "input: found 0; needs text (its keys: instruction, output, input)",
         NOT_TEXT,
     ),
     "a number as system": (
         {"system": 0, "query": "q", "response": "a"},
-        "system: found 0, needs text (its keys: system, query, response)",
+        "system: found 0; needs text (its keys: system, query, response)",
         NOT_TEXT,
     ),
     "an empty answer": (
         {"instruction": "q", "output": " \n"},
-        f"output: the answer is empty, needs text {ALPACA}",
+        f"output: the answer is empty; needs text {ALPACA}",
         EMPTY_ANSWER,
     ),
     "an empty answer of a message": (
         {"messages": [USER, {"role": "assistant", "content": ""}]},
-        "messages[1].content: the assistant's answer is empty, needs text to train on",
+        "messages[1].content: the assistant's answer is empty; needs text to train on",
         EMPTY_ANSWER,
     ),
     "an empty answer in history": (
         {"query": "q", "response": "a", "history": [["q", ""]]},
-        "history[0].answer: the answer is empty, needs text (its keys: question, answer)",
+        "history[0].answer: the answer is empty; needs text (its keys: question, answer)",
         EMPTY_ANSWER,
     ),
     "no pair in history": (
         {"query": "q", "response": "a", "history": [["q", "a"], ["q"]]},
-        'history[1]: found ["q"], needs a pair [question, answer]',
+        'history[1]: found ["q"]; needs a pair [question, answer]',
         NOT_MESSAGES,
     ),
     "history that is no list": (
         {"query": "q", "response": "a", "history": 7},
-        "history: found 7, needs a list of pairs [question, answer]",
+        "history: found 7; needs a list of pairs [question, answer]",
         NOT_MESSAGES,
     ),
     "history that is not JSON": (
@@ -379,7 +379,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "unknown role": (
         {"prompt": [{"role": "narrator", "content": "x"}], "completion": "a"},
-        'prompt[0].role: unknown role "narrator", known are system, developer, user, human, assistant, gpt, bot, model, '
+        'prompt[0].role: unknown role "narrator"; known are system, developer, user, human, assistant, gpt, bot, model, '
         "function_call, tool_call, tool, observation, function, tool_response, function_response",
         UNKNOWN_ROLE,
     ),
@@ -390,22 +390,22 @@ FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "an empty completion": (
         {"prompt": [USER], "completion": []},
-        "completion: found [], needs a list of messages that is not empty",
+        "completion: found []; needs a list of messages that is not empty",
         NOT_MESSAGES,
     ),
     "a completion that goes on with an answer": (
         {"prompt": [USER, ASSISTANT], "completion": [ASSISTANT_2]},
-        "order: two assistant turns in a row, turns must alternate",
+        "order: two assistant turns in a row; turns must alternate",
         TWO_ASSISTANT_TURNS,
     ),
     "two questions": (
         {"messages": [USER, USER_2, ASSISTANT]},
-        "order: two user turns in a row, turns must alternate",
+        "order: two user turns in a row; turns must alternate",
         TWO_USER_TURNS,
     ),
     "an answer first": (
         {"system": "s", "conversations": turns(("gpt", "lost"), ("human", "q"), ("gpt", "a"))},
-        "order: an assistant turn opens the conversation, a user turn must be first",
+        "order: an assistant turn opens the conversation; a user turn must be first",
         ASSISTANT_FIRST,
     ),
     "no answer": ({"messages": [USER]}, "order: no assistant turn to train on", NO_ANSWER),
@@ -416,17 +416,17 @@ FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "a result that nobody asked for": (
         {"messages": [USER, {"role": "tool", "content": "1"}, ASSISTANT]},
-        "order: a tool turn after a user turn, it must follow an assistant turn",
+        "order: a tool turn after a user turn; it must follow an assistant turn",
         TOOL_OUT_OF_PLACE,
     ),
     "tools that are no list": (
         {"messages": [USER, ASSISTANT], "tools": '{"name": "add"}'},
-        'tools: found {"name": "add"}, needs a list of JSON schemas',
+        'tools: found {"name": "add"}; needs a list of JSON schemas',
         BROKEN_TOOLS,
     ),
     "variables that are no object": (
         {"messages": [USER, ASSISTANT], "chat_template_kwargs": "[1]"},
-        "chat_template_kwargs: found [1], needs an object of template variables",
+        "chat_template_kwargs: found [1]; needs an object of template variables",
         BROKEN_VARIABLES,
     ),
     "variables that are not ours to give": (
@@ -440,50 +440,50 @@ FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
         IMAGES,
     ),
     "an empty text": ({"text": " \n"}, "text: the text is empty (its keys: text)", EMPTY_TEXT),
-    "a text that is none": ({"text": 7}, "text: found 7, needs text (its keys: text)", NOT_TEXT),
+    "a text that is none": ({"text": 7}, "text: found 7; needs text (its keys: text)", NOT_TEXT),
     "null input_ids": (
         {"input_ids": None},
-        "input_ids: found null, needs a list of integers (its keys: input_ids)",
+        "input_ids: found null; needs a list of integers (its keys: input_ids)",
         MISSING_VALUE,
     ),
     "no input_ids": (
         {"input_ids": []},
-        "input_ids: found [], needs a list of one or more integers",
+        "input_ids: found []; needs a list of one or more integers",
         BAD_TOKENS,
     ),
     "truth values as input_ids": (
         {"input_ids": [1, True]},
-        "input_ids: found [1, true], needs a list of one or more integers",
+        "input_ids: found [1, true]; needs a list of one or more integers",
         BAD_TOKENS,
     ),
     "input_ids that are no integers": (
         {"input_ids": [1.0]},
-        "input_ids: found [1.0], needs a list of one or more integers",
+        "input_ids: found [1.0]; needs a list of one or more integers",
         BAD_TOKENS,
     ),
     "input_ids beyond all vocabularies": (
         {"input_ids": [2**31]},
-        "input_ids: found [2147483648], needs a list of one or more integers",
+        "input_ids: found [2147483648]; needs a list of one or more integers",
         BAD_TOKENS,
     ),
     "a negative id": (
         {"input_ids": [1, -100]},
-        "input_ids: found -100, needs token ids from 0 upwards",
+        "input_ids: found -100; needs token ids from 0 upwards",
         BAD_TOKENS,
     ),
     "labels of another length": (
         {"input_ids": [1, 2], "labels": [1]},
-        "labels: found 1 for 2 input_ids, needs one for each",
+        "labels: found 1 for 2 input_ids; needs one for each",
         BAD_TOKENS,
     ),
     "a negative label": (
         {"input_ids": [1, 2], "labels": [-100, -1]},
-        "labels: found -1, needs token ids, or -100 where nothing is trained",
+        "labels: found -1; needs token ids, or -100 where nothing is trained",
         BAD_TOKENS,
     ),
     "padding": (
         {"input_ids": [1, 0], "attention_mask": [1, 0]},
-        "attention_mask: found padding, needs rows without padding",
+        "attention_mask: found padding; needs rows without padding",
         BAD_TOKENS,
     ),
 }
@@ -512,7 +512,7 @@ def test_columns_that_a_row_lacks() -> None:
 
 def test_every_reason_is_met() -> None:
     every = {value for name, value in vars(messages_module).items() if name.isupper() and isinstance(value, str)}
-    met = {reason for _, _, reason in FAULTS.values()} | {reason for _, _, reason in BAD.values()}
+    met = {reason for _, _, reason in FAULTS.values()} | {reason for _, _, reason in BAD_MESSAGES.values()}
     assert every - met == {TEXT_ONLY}
 
 
@@ -819,5 +819,5 @@ def test_one_row_with_reasoning_calls_and_tools() -> None:
 def test_an_empty_answer_in_a_real_file_is_reported() -> None:
     with pytest.raises(DataError) as caught:
         parse_row(load("axolotl_conversation.missingturns.json")[0])
-    sentence = "conversations[1].value: the assistant's answer is empty, needs text to train on"
+    sentence = "conversations[1].value: the assistant's answer is empty; needs text to train on"
     assert (str(caught.value), caught.value.reason) == (sentence, "empty answer")

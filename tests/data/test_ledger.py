@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from accel_llm.data.ledger import Ledger, is_lost
 
 
-def filled() -> Ledger:
+def make_ledger() -> Ledger:
     ledger = Ledger()
     ledger.read("a.jsonl", rows=10, supervised=60, context=40)
     ledger.count("a.jsonl", "trained", rows=8, supervised=45, context=30)
@@ -20,20 +20,20 @@ def filled() -> Ledger:
 
 
 def test_balance_holds_when_all_is_in_one_bin():
-    filled().balance()
+    make_ledger().balance()
     Ledger().balance()
 
 
 @pytest.mark.parametrize("quantity", ["rows", "supervised", "context"])
 def test_balance_names_source_and_quantity_of_what_is_missing(quantity):
-    ledger = filled()
+    ledger = make_ledger()
     ledger.read("b.jsonl", **{"rows": 0, quantity: 3})
     with pytest.raises(RuntimeError, match=rf"b\.jsonl does not balance: \d+ {quantity} read, \d+ in bins$"):
         ledger.balance()
 
 
 def test_balance_names_what_is_counted_twice_or_never_read():
-    ledger = filled()
+    ledger = make_ledger()
     ledger.count("a.jsonl", "trained", supervised=4)
     with pytest.raises(RuntimeError, match="10 rows read, 11 in bins; 60 supervised read, 64 in bins"):
         ledger.balance()
@@ -53,7 +53,7 @@ def test_each_source_must_balance_by_itself():
 
 
 def test_lost_share_counts_cut_and_dropped_only():
-    assert filled().lost_share() == (2 / 12, 15 / 100)
+    assert make_ledger().lost_share() == (2 / 12, 15 / 100)
     assert Ledger().lost_share() == (0.0, 0.0)
     ledger = Ledger()
     ledger.read("a", supervised=4)
@@ -67,7 +67,7 @@ def test_cut_and_dropped_bins_are_lost():
 
 
 def test_json_round_trip():
-    ledger = filled()
+    ledger = make_ledger()
     ledger.skip_turns("the template rewrites it", 3)
     ledger.note("The template closes no turn.")
     values = json.loads(json.dumps(ledger.to_dict()))

@@ -13,7 +13,7 @@ CORPORA = st.integers(1, 64).flatmap(
 )
 
 
-def rows_of(bins) -> list[list[int]]:
+def bin_contents(bins) -> list[list[int]]:
     return [bins.order[a:b].tolist() for a, b in zip(bins.offsets[:-1], bins.offsets[1:], strict=True)]
 
 
@@ -33,7 +33,7 @@ def best_fit_decreasing(lengths: list[int], capacity: int) -> list[int]:
 def test_every_document_is_placed_once_as_the_textbook_algorithm_would(corpus, shuffled):
     lengths, capacity = corpus
     bins = pack(np.array(lengths, np.int64), capacity, np.random.default_rng(0) if shuffled else None)
-    rows = rows_of(bins)
+    rows = bin_contents(bins)
     assert sorted(bins.order.tolist()) == list(range(len(lengths)))
     spaces = [capacity - sum(lengths[document] for document in row) for row in rows]
     assert all(rows)
@@ -58,11 +58,11 @@ def test_rng_shuffles_documents_and_rows_and_nothing_else():
     assert not np.array_equal(first.order, second.order)
 
     def contents(bins):
-        return sorted(tuple(sorted(lengths[row])) for row in rows_of(bins))
+        return sorted(tuple(sorted(lengths[row])) for row in bin_contents(bins))
 
     assert contents(plain) == contents(first) == contents(second)
-    assert {frozenset(row) for row in rows_of(first)} != {frozenset(row) for row in rows_of(second)}
-    assert [tuple(lengths[row]) for row in rows_of(plain)] != [tuple(lengths[row]) for row in rows_of(first)]
+    assert {frozenset(row) for row in bin_contents(first)} != {frozenset(row) for row in bin_contents(second)}
+    assert [tuple(lengths[row]) for row in bin_contents(plain)] != [tuple(lengths[row]) for row in bin_contents(first)]
 
 
 @pytest.mark.parametrize("lengths", [[3, 9], [0, 3]])
@@ -74,7 +74,7 @@ def test_a_length_that_fits_no_row_is_refused(lengths):
 def test_a_list_of_lengths_is_packed_like_an_array():
     for function in (pack, pack_in_order):
         from_list, from_array = function([3, 5, 8, 2], 8), function(np.array([3, 5, 8, 2]), 8)
-        assert rows_of(from_list) == rows_of(from_array) and from_list.order.dtype == np.int64
+        assert bin_contents(from_list) == bin_contents(from_array) and from_list.order.dtype == np.int64
 
 
 def test_nothing_to_pack():

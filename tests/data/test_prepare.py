@@ -67,7 +67,7 @@ def show_all(rows: Rows) -> list[str]:
     return [show(*rows[k]) for k in range(len(rows))]
 
 
-def encoded(folder: Path, rows: list[dict[str, Any]], seed: int = 0, **changes: Any):
+def encode(folder: Path, rows: list[dict[str, Any]], seed: int = 0, **changes: Any):
     values: dict[str, Any] = {
         "train_files": [write_rows(folder, rows)],
         "cache_dir": str(folder / "cache"),
@@ -135,7 +135,7 @@ def test_each_policy_keeps_exactly_what_it_says(policy, max_length, expected, co
 
 def test_rows_of_a_file_come_back_in_order(tmp_path):
     talks = [conversation([("user", "a"), ("assistant", "b" * k)]) for k in (1, 40, 2)]
-    data = encoded(tmp_path, talks, max_length=30)
+    data = encode(tmp_path, talks, max_length=30)
     assert show_all(data.train) == [f"{FIRST}⟦b<|im_end|>⟧\n", f"{FIRST}⟦bb<|im_end|>⟧\n"]
     assert data.train.number.tolist() == [1, 3] and data.eval is None
     assert bins(data.ledger, f"{tmp_path}/a.jsonl") == {
@@ -144,7 +144,7 @@ def test_rows_of_a_file_come_back_in_order(tmp_path):
 
 
 def test_train_on_all_cannot_train_a_first_token(tmp_path):
-    data = encoded(tmp_path, [conversation(TALK)], train_on="all")
+    data = encode(tmp_path, [conversation(TALK)], train_on="all")
     first, rest = WHOLE.replace("⟦", "").replace("⟧", "").split("user", 1)
     assert show_all(data.train) == [f"{first}⟦user{rest}⟧"]
     assert bins(data.ledger, f"{tmp_path}/a.jsonl") == {"trained": (1, 49, 1)}
@@ -153,12 +153,12 @@ def test_train_on_all_cannot_train_a_first_token(tmp_path):
 def test_error_names_file_and_row(tmp_path):
     rows = [conversation(TALK[:2]), conversation(TALK)]
     with pytest.raises(DataError) as error:
-        encoded(tmp_path, rows, overlong="error", max_length=49)
+        encode(tmp_path, rows, overlong="error", max_length=49)
     assert str(error.value) == (
         f"{tmp_path}/a.jsonl, row 2: 50 tokens are longer than max_length=49; "
         "raise it, or set overlong: drop, truncate or split."
     )
-    assert len(encoded(tmp_path, rows, overlong="error", max_length=50).train) == 2
+    assert len(encode(tmp_path, rows, overlong="error", max_length=50).train) == 2
 
 
 def silent_row() -> dict[str, Any]:
@@ -168,12 +168,12 @@ def silent_row() -> dict[str, Any]:
 
 
 def test_rows_without_anything_to_train_are_counted(tmp_path):
-    data = encoded(tmp_path, [silent_row(), conversation(TALK[:2])])
+    data = encode(tmp_path, [silent_row(), conversation(TALK[:2])])
     assert show_all(data.train) == [f"{FIRST}⟦bb<|im_end|>⟧\n"]
     assert bins(data.ledger, f"{tmp_path}/a.jsonl") == {"trained": (1, 3, 21), "dropped: nothing to train": (1, 0, 0)}
 
 
-BAD: list[tuple[str, dict[str, Any]]] = [
+BAD_ROWS: list[tuple[str, dict[str, Any]]] = [
     ("unknown role", conversation([("user", "a"), ("wizard", "b")])),
     ("empty answer", conversation([("user", "a"), ("assistant", " ")])),
     ("two user turns in a row", conversation([("user", "a"), ("user", "b"), ("assistant", "c")])),
@@ -188,12 +188,12 @@ BAD: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("reason, row", BAD, ids=[f"{k} {reason}" for k, (reason, _) in enumerate(BAD)])
+@pytest.mark.parametrize("reason, row", BAD_ROWS, ids=[f"{k} {reason}" for k, (reason, _) in enumerate(BAD_ROWS)])
 def test_a_bad_row_stops_the_run_or_is_dropped_and_counted(tmp_path, reason, row):
     rows = [conversation(TALK[:2]), row, conversation(TALK[:2])]
     with pytest.raises(DataError, match=r"a\.jsonl, row 2: .*; on_bad_row: drop leaves such rows out\.$") as error:
-        encoded(tmp_path, rows)
-    data = encoded(tmp_path, rows, on_bad_row="drop")
+        encode(tmp_path, rows)
+    data = encode(tmp_path, rows, on_bad_row="drop")
     assert data.train.number.tolist() == [1, 3]
     assert bins(data.ledger, f"{tmp_path}/a.jsonl") == {"trained": (2, 6, 42), f"dropped: {reason}": (1, 0, 0)}
     sentence = str(error.value).removesuffix("; on_bad_row: drop leaves such rows out.")
@@ -201,8 +201,8 @@ def test_a_bad_row_stops_the_run_or_is_dropped_and_counted(tmp_path, reason, row
 
 
 def test_the_first_three_dropped_rows_are_kept_and_max_lost_applies(tmp_path):
-    rows = [row for _, row in BAD[:2]] * 5 + [conversation(TALK[:2])]
-    data = encoded(tmp_path, rows, on_bad_row="drop")
+    rows = [row for _, row in BAD_ROWS[:2]] * 5 + [conversation(TALK[:2])]
+    data = encode(tmp_path, rows, on_bad_row="drop")
     shown_rows = {
         reason: [sentence.split(":")[0] for sentence in some] for reason, some in data.ledger.examples.items()
     }
@@ -211,7 +211,7 @@ def test_the_first_three_dropped_rows_are_kept_and_max_lost_applies(tmp_path):
         "unknown role": [f"{name} {k}" for k in (1, 3, 5)], "empty answer": [f"{name} {k}" for k in (2, 4, 6)],
     }  # fmt: skip
     with pytest.raises(ConfigError, match=r"max_lost: 90\.9% of the rows.*dropped: unknown role \(5 rows\)"):
-        encoded(tmp_path, rows, on_bad_row="drop", max_lost=0.9)
+        encode(tmp_path, rows, on_bad_row="drop", max_lost=0.9)
 
 
 def test_a_row_that_the_template_refuses_is_a_bad_row(tmp_path):
@@ -227,7 +227,7 @@ def test_a_row_that_the_template_refuses_is_a_bad_row(tmp_path):
 
 def test_one_file_may_hold_documents_tokens_and_conversations(tmp_path):
     rows = [{"text": "abc"}, conversation(TALK[:2]), {"input_ids": [5, 6, 7], "labels": [-100, -100, 7]}, {"text": "d"}]
-    data = encoded(tmp_path, rows)
+    data = encode(tmp_path, rows)
     assert show_all(data.train)[:2] == ["a⟦bc</s>⟧", f"{FIRST}⟦bb<|im_end|>⟧\n"] and len(data.train) == 4
     assert data.train[2][0].tolist() == [5, 6, 7] and data.train[2][1].tolist() == [-100, -100, 7]
     assert data.train.number.tolist() == [1, 2, 3, 4]
@@ -236,7 +236,7 @@ def test_one_file_may_hold_documents_tokens_and_conversations(tmp_path):
 def test_weights_of_messages_reach_the_rows(tmp_path):
     row = conversation(TALK)
     row["messages"][1]["weight"] = 0.5
-    data = encoded(tmp_path, [conversation(TALK[:2]), row])
+    data = encode(tmp_path, [conversation(TALK[:2]), row])
     weights = data.train.label_weights([0, 1])
     assert weights is not None and set(weights[0].tolist()) == {1.0}
     labels = data.train[1][1]
@@ -250,34 +250,34 @@ def test_a_source_has_its_own_shape_columns_and_limit(tmp_path):
         {"path": plain, "limit_rows": 2},
         {"path": renamed, "data_format": "query_response", "columns": {"query": "q", "response": "r"}},
     ]
-    data = encoded(tmp_path, [], train_files=sources)
+    data = encode(tmp_path, [], train_files=sources)
     assert show_all(data.train) == [f"{FIRST}⟦bb<|im_end|>⟧\n"] * 5
     assert data.train.source.tolist() == [0, 0, 1, 1, 1] and data.train.number.tolist() == [1, 2, 1, 2, 3]
     assert list(data.ledger.inputs) == [plain, renamed]
     with pytest.raises(ConfigError, match=r"columns: qq=q, but 'qq' is not a field"):
-        encoded(tmp_path, [], train_files=[plain], columns={"qq": "q"})
+        encode(tmp_path, [], train_files=[plain], columns={"qq": "q"})
 
 
 def test_sources_are_mixed_by_weight_and_the_shares_are_noted(tmp_path):
     few = write_rows(tmp_path, [conversation(TALK[:2])] * 2, "few.jsonl")
     many = write_rows(tmp_path, [conversation(TALK[:2])] * 9, "many.jsonl")
     sources = [{"path": few, "weight": 1}, {"path": many, "weight": 3}]
-    data = encoded(tmp_path, [], train_files=sources)
+    data = encode(tmp_path, [], train_files=sources)
     assert len(data.train) == 11
     assert data.ledger.notes == [
         f"Mixed by weight: an epoch is {few} 25.0% of the rows (3 drawn from 2) and 25.0% of the tokens; "
         f"{many} 75.0% of the rows (9 drawn from 9) and 75.0% of the tokens."
     ]
-    again = encoded(tmp_path, [], train_files=[few, many])
+    again = encode(tmp_path, [], train_files=[few, many])
     assert again.fingerprint != data.fingerprint or again.ledger.notes == []
     bad = write_rows(tmp_path, [{"a": 1}], "bad.jsonl")
     with pytest.raises(DataError, match=r"bad\.jsonl has a weight of 1\.0, but no row to train on is left"):
-        encoded(tmp_path, [], train_files=[sources[0], {"path": bad, "weight": 1}], on_bad_row="drop")
+        encode(tmp_path, [], train_files=[sources[0], {"path": bad, "weight": 1}], on_bad_row="drop")
 
 
 def test_rows_in_both_training_and_evaluation_are_counted_and_named(tmp_path):
-    evaluation = write_rows(tmp_path, [conversation(TALK[:2]), *numbered(3)], "eval.jsonl")
-    data = encoded(tmp_path, [*numbered(2), conversation(TALK)], eval_files=[evaluation])
+    evaluation = write_rows(tmp_path, [conversation(TALK[:2]), *numbered_rows(3)], "eval.jsonl")
+    data = encode(tmp_path, [*numbered_rows(2), conversation(TALK)], eval_files=[evaluation])
     assert data.ledger.notes == [
         f"2 of 4 rows to evaluate on are trained on as well: {evaluation}, row 2 = {tmp_path}/a.jsonl, row 1; "
         f"{evaluation}, row 3 = {tmp_path}/a.jsonl, row 2."
@@ -288,70 +288,70 @@ def test_too_many_lost_rows_stop_the_run_with_reasons_and_a_remedy(tmp_path):
     rows = [conversation([("user", "a"), ("assistant", "b" * (length - 22))]) for length in (30, 40, 50, 80)]
     options = {"max_length": 50, "max_lost": 0.2}
     with pytest.raises(ConfigError) as error:
-        encoded(tmp_path, rows, **options)
+        encode(tmp_path, rows, **options)
     assert str(error.value) == (
-        "max_lost: 25.0% of the rows and 50.9% of the supervised tokens would be lost, allowed is 20.0%: "
+        "max_lost: 25.0% of the rows and 50.9% of the supervised tokens would be lost; allowed is 20.0%: "
         "dropped: longer than max_length=50 (1 rows); half of the rows have at most 45 tokens, 95% 75, 99% 79, "
         "the longest 80; raise max_length, set overlong: truncate or split, or raise max_lost."
     )
     for remedy in ({"max_length": 80}, {"overlong": "split"}, {"max_lost": 0.6}):
-        assert len(encoded(tmp_path, rows, **options | remedy).train) >= 3
+        assert len(encode(tmp_path, rows, **options | remedy).train) >= 3
 
 
 def test_too_many_lost_supervised_tokens_stop_the_run(tmp_path):
     rows = [conversation(TALK)] * 3
-    assert len(encoded(tmp_path, rows, overlong="truncate", max_length=48, max_lost=5 / 8).train) == 3
+    assert len(encode(tmp_path, rows, overlong="truncate", max_length=48, max_lost=5 / 8).train) == 3
     with pytest.raises(ConfigError, match=r"0\.0% of the rows and 62\.5% of the supervised tokens.*: cut: longer than"):
-        encoded(tmp_path, rows, overlong="truncate", max_length=48, max_lost=0.62)
+        encode(tmp_path, rows, overlong="truncate", max_length=48, max_lost=0.62)
 
 
 def test_rows_without_a_label_stop_the_run_with_their_own_remedy(tmp_path):
     with pytest.raises(ConfigError) as error:
-        encoded(tmp_path, [silent_row(), conversation(TALK)], max_lost=0.01)
+        encode(tmp_path, [silent_row(), conversation(TALK)], max_lost=0.01)
     assert str(error.value) == (
-        "max_lost: 50.0% of the rows and 0.0% of the supervised tokens would be lost, allowed is 1.0%: dropped: nothing "
+        "max_lost: 50.0% of the rows and 0.0% of the supervised tokens would be lost; allowed is 1.0%: dropped: nothing "
         "to train (1 rows); look at train_on, chat_template and the rows themselves, or raise max_lost."
     )
     with pytest.raises(DataError, match=rf"train_files: no row is left to train on \({tmp_path}/a\.jsonl\)"):
-        encoded(tmp_path, [silent_row()])
+        encode(tmp_path, [silent_row()])
 
 
-def numbered(count: int) -> list[dict[str, Any]]:
+def numbered_rows(count: int) -> list[dict[str, Any]]:
     return [conversation([("user", str(k)), ("assistant", "b")]) for k in range(count)]
 
 
 def test_limit_rows_takes_the_first_rows_and_says_so(tmp_path):
-    data = encoded(tmp_path, numbered(9), limit_rows=4)
+    data = encode(tmp_path, numbered_rows(9), limit_rows=4)
     assert data.train.number.tolist() == [1, 2, 3, 4]
     assert data.ledger.notes == ["limit_rows: at most the first 4 rows were read."]
-    assert encoded(tmp_path, numbered(9)).ledger.notes == []
+    assert encode(tmp_path, numbered_rows(9)).ledger.notes == []
 
 
 def test_eval_share_holds_out_rows_by_seed(tmp_path):
     parts = {}
     for seed in (1, 1, 2):
-        data = encoded(tmp_path, numbered(200), seed=seed, eval_share=0.2)
+        data = encode(tmp_path, numbered_rows(200), seed=seed, eval_share=0.2)
         held, trained = data.eval.number.tolist(), data.train.number.tolist()
         assert sorted(held + trained) == list(range(1, 201)) and 20 < len(held) < 60
         assert bins(data.ledger, f"{tmp_path}/a.jsonl")["held out"] == (len(held), 0, 0)
         assert bins(data.ledger, f"{tmp_path}/a.jsonl")["trained"][0] == len(trained)
         assert parts.setdefault(seed, held) == held
     assert parts[1] != parts[2]
-    elsewhere = encoded(tmp_path, numbered(200), seed=1, eval_share=0.2, cache_dir=str(tmp_path / "other"))
+    elsewhere = encode(tmp_path, numbered_rows(200), seed=1, eval_share=0.2, cache_dir=str(tmp_path / "other"))
     assert elsewhere.eval.number.tolist() == parts[1]
 
 
 def test_a_row_held_out_stays_so_when_rows_are_added_or_the_share_grows(tmp_path):
-    few = encoded(tmp_path, numbered(100), eval_share=0.2).eval.number.tolist()
-    more = encoded(tmp_path, numbered(200), eval_share=0.2).eval.number.tolist()
-    wider = encoded(tmp_path, numbered(100), eval_share=0.4).eval.number.tolist()
+    few = encode(tmp_path, numbered_rows(100), eval_share=0.2).eval.number.tolist()
+    more = encode(tmp_path, numbered_rows(200), eval_share=0.2).eval.number.tolist()
+    wider = encode(tmp_path, numbered_rows(100), eval_share=0.4).eval.number.tolist()
     assert [number for number in more if number <= 100] == few
     assert set(few) < set(wider)
 
 
 def test_eval_files_are_encoded_alike_and_their_lost_rows_are_noted(tmp_path):
     evaluation = write_rows(tmp_path, [conversation(TALK[:2]), conversation(TALK)], "eval.jsonl")
-    data = encoded(tmp_path, [conversation(TALK[:2])] * 2, eval_files=[evaluation], max_length=40)
+    data = encode(tmp_path, [conversation(TALK[:2])] * 2, eval_files=[evaluation], max_length=40)
     assert len(data.train) == 2 and show_all(data.eval) == [f"{FIRST}⟦bb<|im_end|>⟧\n"]
     assert list(data.ledger.inputs) == [f"{tmp_path}/a.jsonl"]
     assert data.ledger.notes[:1] == [
@@ -362,16 +362,16 @@ def test_eval_files_are_encoded_alike_and_their_lost_rows_are_noted(tmp_path):
 def test_nothing_to_evaluate_on_is_an_error(tmp_path):
     evaluation = write_rows(tmp_path, [conversation(TALK)], "eval.jsonl")
     with pytest.raises(DataError, match=r"eval_files: .*eval\.jsonl leaves no row to evaluate on"):
-        encoded(tmp_path, numbered(3), eval_files=[evaluation], max_length=40)
+        encode(tmp_path, numbered_rows(3), eval_files=[evaluation], max_length=40)
     with pytest.raises(DataError, match=r"eval_share: 0\.001 leaves no row to evaluate on"):
-        encoded(tmp_path, numbered(3), eval_share=0.001)
+        encode(tmp_path, numbered_rows(3), eval_share=0.001)
 
 
 def test_worker_processes_change_nothing(tmp_path):
     rows = [conversation([("user", str(k)), ("assistant", "b" * (k % 60 + 1))]) for k in range(600)]
     options = {"max_length": 50, "overlong": "split", "eval_share": 0.1, "seed": 3}
-    one = encoded(tmp_path, rows, **options)
-    two = encoded(tmp_path, rows, **options, preprocessing_num_workers=2, cache_dir=str(tmp_path / "two"))
+    one = encode(tmp_path, rows, **options)
+    two = encode(tmp_path, rows, **options, preprocessing_num_workers=2, cache_dir=str(tmp_path / "two"))
     for part in ("train", "eval"):
         for name in ("input_ids", "labels", "offsets", "number", "digest"):
             assert np.array_equal(getattr(getattr(one, part), name), getattr(getattr(two, part), name))
@@ -436,7 +436,7 @@ def test_a_row_without_text_names_file_and_row(tmp_path):
 
 def variants(folder: Path) -> dict[str, str]:
     """The fingerprint of an encoding, and those of encodings that differ from it in one thing."""
-    rows, more = numbered(40), write_rows(folder, numbered(2), "b.jsonl")
+    rows, more = numbered_rows(40), write_rows(folder, numbered_rows(2), "b.jsonl")
     copy = write_rows(folder, rows, "copy.jsonl")
     options = {"eval_share": 0.5, "max_length": 64}
     changes: dict[str, dict[str, Any]] = {
@@ -459,8 +459,8 @@ def variants(folder: Path) -> dict[str, str]:
         "allow_special_in_text": {"allow_special_in_text": True},
         "chat_template_kwargs": {"chat_template_kwargs": {"x": 1}},
     }
-    fingerprints = {name: encoded(folder, rows, **options | change).fingerprint for name, change in changes.items()}
-    fingerprints["content"] = encoded(folder, numbered(41), **options).fingerprint
+    fingerprints = {name: encode(folder, rows, **options | change).fingerprint for name, change in changes.items()}
+    fingerprints["content"] = encode(folder, numbered_rows(41), **options).fingerprint
     values = {"train_files": [write_rows(folder, rows)], "cache_dir": str(folder / "cache"), "max_lost": 1, **options}
     other = character_tokenizer()
     jinja = folder / "other.jinja"
@@ -487,9 +487,9 @@ def test_everything_that_changes_the_encoding_changes_the_cache_key(tmp_path):
 
 
 def test_other_options_do_not_change_the_cache_key(tmp_path):
-    plain = encoded(tmp_path, numbered(5))
+    plain = encode(tmp_path, numbered_rows(5))
     for change in ({"seed": 7}, {"packing": False}, {"max_lost": 0.5}, {"order": "length"}):
-        assert encoded(tmp_path, numbered(5), **change).fingerprint == plain.fingerprint
+        assert encode(tmp_path, numbered_rows(5), **change).fingerprint == plain.fingerprint
     assert len([path for path in (tmp_path / "cache").iterdir() if path.is_dir()]) == 1
 
 

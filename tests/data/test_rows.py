@@ -129,8 +129,8 @@ cached_rows(Path(sys.argv[1]), build)
 
 
 def test_a_build_that_is_killed_is_built_again(tmp_path):
-    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "key")], env=os.environ, check=False)
-    assert done.returncode == -signal.SIGKILL
+    process = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "key")], env=os.environ, check=False)
+    assert process.returncode == -signal.SIGKILL
     left = tmp_path / ".key.partial"
     assert not (tmp_path / "key").exists() and (left / "train" / "labels.bin").is_file()
     parts, facts = cached_rows(tmp_path / "key", Builder(ENCODED))

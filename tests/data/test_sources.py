@@ -112,7 +112,7 @@ def test_limit_counts_the_rows_of_all_files_and_opens_no_more(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> Path:
+def saved_datasets(tmp_path_factory) -> Path:
     """Saved datasets: `one` has one split, `two` has two; both have a column of mixed types."""
     root = tmp_path_factory.mktemp("saved")
     rows = [{"text": str(n), "x": [n, {"a": n}][n % 2]} for n in range(600)]
@@ -125,23 +125,25 @@ def saved(tmp_path_factory) -> Path:
     return root
 
 
-def test_a_saved_dataset_is_read_with_its_split(saved):
-    rows = list(read_source(Source(path=str(saved / "two"))))
-    assert rows[0] == RawRow(str(saved / "two"), 1, {"text": "0", "x": 0})
-    assert rows[599] == RawRow(str(saved / "two"), 600, {"text": "599", "x": {"a": 599}})
-    assert [tuple(row) for row in read_source(Source(path=str(saved / "two"), split="test"))] == [
-        (f"{saved}/two:test", 1, {"text": "7", "x": {"a": 7}}),
-        (f"{saved}/two:test", 2, {"text": "3", "x": {"a": 3}}),
+def test_a_saved_dataset_is_read_with_its_split(saved_datasets):
+    rows = list(read_source(Source(path=str(saved_datasets / "two"))))
+    assert rows[0] == RawRow(str(saved_datasets / "two"), 1, {"text": "0", "x": 0})
+    assert rows[599] == RawRow(str(saved_datasets / "two"), 600, {"text": "599", "x": {"a": 599}})
+    assert [tuple(row) for row in read_source(Source(path=str(saved_datasets / "two"), split="test"))] == [
+        (f"{saved_datasets}/two:test", 1, {"text": "7", "x": {"a": 7}}),
+        (f"{saved_datasets}/two:test", 2, {"text": "3", "x": {"a": 3}}),
     ]
-    assert texts(saved / "one") == texts(saved / "two" / "train") == [row.fields["text"] for row in rows]
-    assert texts(saved / "two", limit_rows=300) == [str(n) for n in range(300)]
+    assert (
+        texts(saved_datasets / "one") == texts(saved_datasets / "two" / "train") == [row.fields["text"] for row in rows]
+    )
+    assert texts(saved_datasets / "two", limit_rows=300) == [str(n) for n in range(300)]
     with pytest.raises(DataError, match=r"/empty: the dataset has no rows\.$"):
-        texts(saved / "empty")
+        texts(saved_datasets / "empty")
 
 
-def test_a_damaged_saved_dataset_is_named(saved, tmp_path):
+def test_a_damaged_saved_dataset_is_named(saved_datasets, tmp_path):
     place = tmp_path / "one"
-    datasets.load_from_disk(saved / "one").select([0]).save_to_disk(place)
+    datasets.load_from_disk(saved_datasets / "one").select([0]).save_to_disk(place)
     next(place.glob("*.arrow")).write_bytes(b"no arrow")
     with pytest.raises(DataError, match=rf"^{place}: cannot be read \(.+\)\.$"):
         list(read_source(as_source(str(place))))
@@ -244,14 +246,14 @@ MISTAKES = [
 ]  # fmt: skip
 
 
-def test_source_problems_names_every_mistake_at_once(tmp_path, saved, monkeypatch):
+def test_source_problems_names_every_mistake_at_once(tmp_path, saved_datasets, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("a.md", "bare", "a.tar.gz", "a.parquet.gz"):
         (tmp_path / name).write_text("x", encoding="utf-8")
     (tmp_path / "empty" / "inside").mkdir(parents=True)
     write_texts(tmp_path / "a.jsonl", "x")
     for name in ("one", "two"):
-        (tmp_path / name).symlink_to(saved / name)
+        (tmp_path / name).symlink_to(saved_datasets / name)
     places = [Source(**place) if isinstance(place, dict) else place for place, _ in MISTAKES]
     expected = [sentence.replace("{ALLOWED}", ALLOWED_SOURCES) for _, sentence in MISTAKES]
     assert source_problems(DataOptions(train_files=places)) == [f"train_files: {sentence}" for sentence in expected]
@@ -268,7 +270,7 @@ def test_source_problems_names_every_mistake_at_once(tmp_path, saved, monkeypatc
     assert source_problems(DataOptions()) == [f"train_files: is missing; name at least one source: {ALLOWED_SOURCES}."]
 
 
-def test_identity_is_of_the_content_and_its_order(tmp_path, saved):
+def test_identity_is_of_the_content_and_its_order(tmp_path, saved_datasets):
     write_texts(tmp_path / "a.jsonl", "x")
     write_texts(tmp_path / "b.jsonl", "y")
 
@@ -291,12 +293,12 @@ def test_identity_is_of_the_content_and_its_order(tmp_path, saved):
     assert len(identities) == 4
     (tmp_path / "README.md").write_text("no rows", encoding="utf-8")
     assert identity() in identities
-    parts = [source_identity(Source(path=str(saved / "two"), split=split)) for split in ("train", "test")]
+    parts = [source_identity(Source(path=str(saved_datasets / "two"), split=split)) for split in ("train", "test")]
     assert parts[0] != parts[1] and len(parts[0]) == 3
 
 
-def test_a_changed_byte_of_a_saved_dataset_is_another_source(saved, tmp_path):
-    datasets.load_from_disk(saved / "one").select([0]).save_to_disk(tmp_path / "one")
+def test_a_changed_byte_of_a_saved_dataset_is_another_source(saved_datasets, tmp_path):
+    datasets.load_from_disk(saved_datasets / "one").select([0]).save_to_disk(tmp_path / "one")
     before = source_identity(Source(path=str(tmp_path / "one")))
     arrow = next((tmp_path / "one").glob("*.arrow"))
     arrow.write_bytes(arrow.read_bytes() + b"\0")
@@ -320,28 +322,28 @@ def test_fingerprint_depends_on_the_borders_between_its_parts(tmp_path):
 
 
 @pytest.fixture
-def piped(tmp_path, monkeypatch):
+def piped_source(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "HF_HOME", str(tmp_path / "home"))
     with write_texts(tmp_path / "in", "x", "y").open(encoding="utf-8") as stdin:
         monkeypatch.setattr(sys, "stdin", stdin)
         yield tmp_path / "home" / "accel_llm" / "stdin"
 
 
-def test_standard_input_is_kept_in_a_file_to_be_read_again(piped):
+def test_standard_input_is_kept_in_a_file_to_be_read_again(piped_source):
     assert source_problems(DataOptions(train_files=["-"])) == []
     assert list(read_source(as_source("-"))) == [
         RawRow("standard input", 1, {"text": "x"}),
         RawRow("standard input", 2, {"text": "y"}),
     ]
     assert texts("-", limit_rows=1) == ["x"]
-    spool = next(piped.glob("*/*.jsonl"))
+    spool = next(piped_source.glob("*/*.jsonl"))
     assert source_identity(as_source("-")) == [("standard input", data_fingerprint(spool))]
     assert spool.name.startswith(f"{os.getpid()}-") and str(hash(psutil.Process())) in spool.name
 
 
-def test_standard_input_of_ended_runs_is_removed(piped):
+def test_standard_input_of_ended_runs_is_removed(piped_source):
     assert texts("-", limit_rows=1) == ["x"]
-    spool = next(piped.glob("*/*.jsonl"))
+    spool = next(piped_source.glob("*/*.jsonl"))
     ended, alive = spool.with_name("4194305-1.jsonl"), spool.with_name(f"{os.getppid()}-1.jsonl")  # no id is so large
     spool.unlink()
     ended.write_text("{}", encoding="utf-8")
@@ -351,9 +353,9 @@ def test_standard_input_of_ended_runs_is_removed(piped):
     assert not ended.exists() and alive.exists()
 
 
-def test_standard_input_without_rows_or_with_a_broken_one_is_named(piped, tmp_path):
+def test_standard_input_without_rows_or_with_a_broken_one_is_named(piped_source, tmp_path):
     list(read_source(as_source("-")))
-    spool = next(piped.glob("*/*.jsonl"))
+    spool = next(piped_source.glob("*/*.jsonl"))
     spool.write_text("", encoding="utf-8")
     with pytest.raises(DataError, match=r"^standard input: the file has no rows\.$"):
         texts("-")

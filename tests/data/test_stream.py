@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support import rows_of
+from support import make_rows
 
 from accel_llm.chat.targets import IGNORED
 from accel_llm.config.options import TrainOptions
@@ -23,7 +23,7 @@ MAX_LENGTH = 16
 def documents(count: int = 50, longest: int = 9) -> Rows:
     """Document k is the token k + 1, repeated 2 to `longest` times; all but the first are labels."""
     lengths = np.random.default_rng(7).integers(2, longest + 1, count)
-    return rows_of((k + 1, [k + 1] * n, [IGNORED] + [k + 1] * (n - 1)) for k, n in enumerate(lengths.tolist()))
+    return make_rows((k + 1, [k + 1] * n, [IGNORED] + [k + 1] * (n - 1)) for k, n in enumerate(lengths.tolist()))
 
 
 ROWS = documents()
@@ -200,12 +200,12 @@ def test_a_stream_that_starts_late_is_the_end_of_the_whole_stream(monkeypatch, p
 def test_no_row_is_lost_or_repeated_when_the_rows_per_step_change(monkeypatch, size, world):
     """After three steps of 8 rows, a run with size x world rows per step ends where the data ends."""
     before = Cutting(monkeypatch, 1, 8, packing=False, num_train_epochs=2)
-    done = [number for step in range(3) for number in before.step(step)]
+    rows_before = [number for step in range(3) for number in before.step(step)]
     after = Cutting(monkeypatch, world, size, packing=False, num_train_epochs=2, first_step=3, first_row=24)
     assert after.plan.rows_per_step == size * world and after.plan.total_steps == 3 + -(-76 // (size * world))
     assert after.plan.rows_at(3) == 24 and after.plan.epoch(after.plan.total_steps) == 2.0
     left = [number for step in range(3, after.plan.total_steps) for number in after.step(step)]
-    assert Counter(done + left) == dict.fromkeys(range(1, 51), 2)
+    assert Counter(rows_before + left) == dict.fromkeys(range(1, 51), 2)
     begin = 24 + size * world
     assert after.step(4) == sorted(before.ranks[0].documents(k)[0] + 1 for k in range(begin, begin + size * world))
 

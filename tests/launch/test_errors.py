@@ -1,4 +1,4 @@
-"""Bad input through the scripts themselves: one sentence for each mistake, all of them at once, nothing left behind."""
+"""Bad input to the scripts: one message for each mistake, all at once, and no files are left."""
 
 import json
 import os
@@ -6,13 +6,10 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from accel_llm.backend.zero import build_deepspeed_plugin, deepspeed_settings
-from accel_llm.config.options import TrainOptions
 from accel_llm.data.sources import ALLOWED_SOURCES
 from accel_llm.errors import ConfigError, DataError, raise_problems
 from accel_llm.system.exit import run_script
@@ -20,40 +17,19 @@ from accel_llm.system.exit import run_script
 CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}
 
 
-@pytest.fixture
-def told(script, tiny, chats, tmp_path) -> Callable[..., list[str]]:
-    """The sentences that sft.py ends with; a later option overrules an earlier one."""
-    out = tmp_path / "out"
-
-    def run(*more: object, rows: str | None = None, name: str = "rows.jsonl") -> list[str]:
-        files = chats
-        if rows is not None:
-            files = tmp_path / name
-            files.write_text(rows, encoding="utf-8")
-        words = ("--model_name_or_path", tiny, "--train_files", files, "--max_length", 128, "--output_dir", out)
-        with pytest.raises((ConfigError, DataError)) as error:
-            script("sft", *words, "--max_steps", 1, *more)
-        assert not out.exists()
-        sentences = str(error.value).splitlines()
-        assert all(len(sentence) < 600 for sentence in sentences)
-        return sentences
-
-    return run
-
-
 def line(row: object) -> str:
     return json.dumps(row) + "\n"
 
 
-def test_check_raises_all_problems_or_nothing():
+def test_raise_problems_raises_all_or_nothing():
     raise_problems([])
     with pytest.raises(ConfigError) as error:
         raise_problems(["a: wrong.", "b: wrong."])
     assert error.value.problems == ["a: wrong.", "b: wrong."] and str(error.value) == "a: wrong.\nb: wrong."
 
 
-def test_options_are_told_together(told):
-    sentences = told(
+def test_bad_options_are_reported_together(sft_errors):
+    sentences = sft_errors(
         "--lerning_rate", 1, "--lora_dropout", 3, "--max_grad_norm", "much", "--optim", "adam", "--seed", -1
     )
     assert sorted(sentences) == [
@@ -66,17 +42,17 @@ def test_options_are_told_together(told):
     ]
 
 
-def test_an_option_of_another_method_is_an_error(told):
-    assert told("--method", "full", "--lora_r", 8) == [
+def test_an_option_of_another_method_is_an_error(sft_errors):
+    assert sft_errors("--method", "full", "--lora_r", 8) == [
         "lora_r: only method lora or qlora uses it, but method is full; remove it."
     ]
-    assert told("--method", "qlora", "--load_in_8bit") == [
+    assert sft_errors("--method", "qlora", "--load_in_8bit") == [
         "load_in_8bit: only method lora uses it, but method is qlora; remove it."
     ]
 
 
-def test_missing_model_files_and_clashing_options_are_told_together(told, tmp_path):
-    sentences = told(
+def test_missing_model_files_and_clashing_options_are_reported_together(sft_errors, tmp_path):
+    sentences = sft_errors(
         *("--model_name_or_path", tmp_path / "nowhere", "--train_files", tmp_path / "a.jsonl", tmp_path),
         *("--eval_files", tmp_path / "b.jsonl", "--attn_implementation", "eager"),
     )
@@ -117,8 +93,8 @@ def test_a_model_without_data_and_data_without_a_model(script, tiny, chats, tmp_
         (line({"messages": [{"role": "wizard", "content": "Hi"}]}), "rows.jsonl", "{file}, row 1: "),
     ],
 )
-def test_files_and_rows_are_named_with_file_and_line(told, tmp_path, rows, name, expected):
-    (sentence,) = told(rows=rows, name=name)
+def test_files_and_rows_are_named_with_file_and_line(sft_errors, tmp_path, rows, name, expected):
+    (sentence,) = sft_errors(rows=rows, name=name)
     assert sentence.startswith(expected.format(file=tmp_path / name))
     if "question" in rows:
         assert "question" in sentence and "reply" in sentence and "messages" in sentence and "conversations" in sentence
@@ -126,102 +102,57 @@ def test_files_and_rows_are_named_with_file_and_line(told, tmp_path, rows, name,
         assert "wizard" in sentence and "assistant" in sentence
 
 
-def test_rows_without_anything_to_train(told):
-    (sentence,) = told(rows=line({"messages": [{"role": "user", "content": "Hi"}]}) * 3)
+def test_rows_without_anything_to_train(sft_errors):
+    (sentence,) = sft_errors(rows=line({"messages": [{"role": "user", "content": "Hi"}]}) * 3)
     assert "train" in sentence
 
 
-def test_rows_that_are_too_long_are_told_with_their_lengths(told):
+def test_rows_that_are_too_long_are_reported_with_their_lengths(sft_errors):
     long = {"messages": [{"role": "user", "content": "x" * 500}, CHAT["messages"][1]]}
-    (sentence,) = told(rows=line(CHAT) + line(long))
+    (sentence,) = sft_errors(rows=line(CHAT) + line(long))
     assert sentence.startswith("max_lost: 50.0% of the rows ") and "longer than max_length=128" in sentence
     assert sentence.endswith("raise max_length, set overlong: truncate or split, or raise max_lost.")
 
 
-def test_a_model_that_is_none(told, tiny, tmp_path):
+def test_unusable_models(sft_errors, tiny, tmp_path):
     folder = shutil.copytree(tiny, tmp_path / "model")
-    assert told("--model_name_or_path", folder, "--max_length", 300) == [
+    assert sft_errors("--model_name_or_path", folder, "--max_length", 300) == [
         "max_length: 300 is beyond the model's 256 positions; set max_length to 256 or less."
     ]
     (folder / "adapter_config.json").write_text("{}")
-    assert told("--model_name_or_path", folder)[0].startswith(
+    assert sft_errors("--model_name_or_path", folder)[0].startswith(
         f"model_name_or_path: {folder} is an adapter, not a model; merge it first with launch/merge.py --adapter {folder}"
     )
     (folder / "adapter_config.json").unlink()
     (folder / "model.safetensors").write_bytes(b"half")
-    assert told("--model_name_or_path", folder)[0].startswith(f"model_name_or_path: {folder} cannot be loaded (")
+    assert sft_errors("--model_name_or_path", folder)[0].startswith(f"model_name_or_path: {folder} cannot be loaded (")
     (folder / "config.json").unlink()
-    assert "has no config.json" in told("--model_name_or_path", folder)[0]
+    assert "has no config.json" in sft_errors("--model_name_or_path", folder)[0]
 
 
-def test_ids_beyond_the_vocabulary(told, make_model, tmp_path):
+def test_ids_beyond_the_vocabulary(sft_errors, make_model, tmp_path):
     small = make_model(tmp_path / "small", vocab_size=100)
-    (sentence,) = told("--model_name_or_path", small)
+    (sentence,) = sft_errors("--model_name_or_path", small)
     assert sentence.startswith("tokenizer_name: the data holds token id ")
     assert sentence.endswith("but the model's vocabulary has 100 rows; use the model's own tokenizer.")
 
 
-def test_a_tokenizer_without_a_template_is_named_with_the_choices(told, make_model, tmp_path):
+def test_a_tokenizer_without_a_template_is_named_with_the_choices(sft_errors, make_model, tmp_path):
     folder = make_model(tmp_path / "model")
     (folder / "chat_template.jinja").unlink()
-    (sentence,) = told("--model_name_or_path", folder)
+    (sentence,) = sft_errors("--model_name_or_path", folder)
     assert "chat_template" in sentence and "chatml" in sentence and ".jinja" in sentence
 
 
-def test_adapter_names_and_quantised_sharding(told, monkeypatch):
-    assert told("--lora_target_modules", "nope")[0].startswith("lora_target_modules: the model has no 'nope'; ")
-    assert told("--modules_to_save", "nope")[0].startswith("modules_to_save: the model has no 'nope'; ")
+def test_adapter_names_and_quantized_sharding(sft_errors, monkeypatch):
+    assert sft_errors("--lora_target_modules", "nope")[0].startswith("lora_target_modules: the model has no 'nope'; ")
+    assert sft_errors("--modules_to_save", "nope")[0].startswith("modules_to_save: the model has no 'nope'; ")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert told("--load_in_8bit")[0].startswith("load_in_8bit: fsdp2 cannot shard 8-bit weights")
+    assert sft_errors("--load_in_8bit")[0].startswith("load_in_8bit: fsdp2 cannot shard 8-bit weights")
 
 
-def test_more_cpu_processes_than_allowed(told, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "9")
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    assert told()[0].startswith("num_processes: 9 processes without a GPU, but at most 8 are allowed; ")
-
-
-def test_a_launch_yaml_that_contradicts_the_recipe(told, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    assert told("--precision", "fp32") == [
-        "mixed_precision: the launch YAML says bf16, but the recipe's precision is fp32; remove it there, or set "
-        "precision: bf16 in the recipe."
-    ]
-    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "true")
-    monkeypatch.setenv("FSDP_AUTO_WRAP_POLICY", "SIZE_BASED_WRAP")
-    fields = [sentence.split(":")[0] for sentence in told()]
-    assert fields == ["fsdp_activation_checkpointing", "fsdp_auto_wrap_policy"]
-
-
-def test_a_deepspeed_configuration_that_contradicts_the_recipe(told, monkeypatch, tmp_path):
-    settings = {"zero_optimization": {"stage": 2}, "gradient_accumulation_steps": 4, "gradient_clipping": 0.5}
-    settings |= {"train_micro_batch_size_per_gpu": 3, "bf16": {"enabled": True}, "optimizer": {"type": "Adam"}}
-    (tmp_path / "zero.json").write_text(json.dumps(settings))
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(tmp_path / "zero.json"))
-    sentences = {sentence.split(":")[0]: sentence for sentence in told()}
-    fields = {"gradient_accumulation_steps", "gradient_clipping", "train_micro_batch_size_per_gpu", "optimizer", "bf16"}
-    assert sentences.keys() == fields
-    assert sentences["gradient_clipping"].endswith(
-        'says 0.5; set it to "auto" there and use max_grad_norm in the recipe.'
-    )
-
-
-def test_what_the_launcher_says_where_an_inline_deepspeed_configuration_is_silent_is_no_contradiction(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
-    monkeypatch.setenv("ACCELERATE_CONFIG_DS_FIELDS", "deepspeed_config_file,zero_stage,gradient_accumulation_steps")
-    assert deepspeed_settings()["gradient_accumulation_steps"] == "auto"
-    assert build_deepspeed_plugin(TrainOptions(), 2, cpu=True).gradient_accumulation_steps == 2
-    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
-    assert deepspeed_settings()["gradient_accumulation_steps"] == 4
-
-
-def test_show_data_needs_a_tokenizer_alone_and_tells_the_same(script, tiny, chats, tmp_path, capsys):
+def test_show_data_needs_only_a_tokenizer_and_shows_the_same_rows(script, tiny, chats, tmp_path, capsys):
     tokenizer = tmp_path / "tokenizer"
     tokenizer.mkdir()
     for path in tiny.iterdir():
@@ -236,8 +167,8 @@ def test_show_data_needs_a_tokenizer_alone_and_tells_the_same(script, tiny, chat
     assert rows[0]["trained_text"] == "".join(answers) and (rows[0]["file"], rows[0]["row"]) == (str(chats), 1)
     assert rows[0]["text"].startswith(f"<|im_start|>{first[0]['role']}\n{first[0]['content']}<|im_end|>\n")
     script("show_data", "--model_name_or_path", tiny, "--train_files", chats, "--max_length", 128)
-    shown = capsys.readouterr().out
-    assert first[0]["content"] in shown and "Tokens a row" in shown and "Ledger" in shown
+    output = capsys.readouterr().out
+    assert first[0]["content"] in output and "Tokens a row" in output and "Ledger" in output
 
     nowhere = tmp_path / "nowhere.jsonl"
     with pytest.raises(ConfigError) as error:
@@ -249,7 +180,7 @@ def test_show_data_needs_a_tokenizer_alone_and_tells_the_same(script, tiny, chat
         script("show_data", "--tokenizer_name", tokenizer, "--train_files", broken)
 
 
-def test_merge_tells_what_is_missing_and_misspelled(script, tmp_path):
+def test_merge_reports_missing_and_misspelled_options(script, tmp_path):
     with pytest.raises(ConfigError) as error:
         script("merge", "--adaptor", "x", "--output_dir", tmp_path / "m")
     assert error.value.problems == [
@@ -258,11 +189,11 @@ def test_merge_tells_what_is_missing_and_misspelled(script, tmp_path):
     ]
 
 
-def test_a_person_reads_the_sentences_alone_and_the_code_is_2(monkeypatch, capsys):
+def test_errors_are_printed_without_traceback_and_the_code_is_2(monkeypatch, capsys):
     def main() -> None:
         raise ConfigError("a: wrong.", "b: wrong.")
 
-    # `run` ends the process itself, past all that still waits.
+    # `run_script` ends with os._exit, without waiting for threads.
     monkeypatch.setattr(os, "_exit", sys.exit)
     with pytest.raises(SystemExit) as ended:
         run_script(main)
@@ -270,7 +201,7 @@ def test_a_person_reads_the_sentences_alone_and_the_code_is_2(monkeypatch, capsy
     assert (ended.value.code, captured.out, captured.err) == (2, "", "error: a: wrong.\nerror: b: wrong.\n")
 
 
-def test_ctrl_c_is_told_without_a_traceback(monkeypatch, capsys):
+def test_ctrl_c_is_reported_without_a_traceback(monkeypatch, capsys):
     def main() -> None:
         raise KeyboardInterrupt
 
@@ -280,12 +211,12 @@ def test_ctrl_c_is_told_without_a_traceback(monkeypatch, capsys):
     assert (ended.value.code, capsys.readouterr().err) == (130, "interrupted\n")
 
 
-def test_a_bug_of_ours_keeps_its_traceback():
+def test_a_bug_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         run_script(lambda: print(1 / 0))
 
 
-# One rank of two: it does what it is told after it has said that it is ready.
+# The program of one rank: it prints "ready", reads a word and fails as the word says.
 RANK = """
 import os, sys
 from accel_llm.errors import ConfigError
@@ -299,10 +230,10 @@ run_script(main)
 """
 
 
-def ranks(what: list[str], folder: Path) -> tuple[list[str], list[int], float]:
-    """Start a process for each of `what` (bug, mistake or nothing) and end all when one has failed, as a launcher does.
+def run_ranks(what: list[str], folder: Path) -> tuple[list[str], list[int], float]:
+    """Start a process for each of `what` (bug, mistake or nothing). When one fails, end all, as a launcher does.
 
-    Returns what each said on stderr, the exit codes, and the seconds until the first ended.
+    Returns the stderr of each, the exit codes, and the seconds until the first ended.
     """
     started = []
     for rank in range(len(what)):
@@ -323,28 +254,28 @@ def ranks(what: list[str], folder: Path) -> tuple[list[str], list[int], float]:
     seconds = time.monotonic() - since
     for process in started:
         process.terminate()
-    said = [process.communicate()[1] for process in started]
-    return said, [process.returncode for process in started], seconds
+    errors = [process.communicate()[1] for process in started]
+    return errors, [process.returncode for process in started], seconds
 
 
-def test_a_bug_that_all_ranks_meet_is_told_by_the_first_alone(tmp_path):
-    (first, second), codes, seconds = ranks(["bug", "bug"], tmp_path)
+def test_a_bug_on_all_ranks_is_reported_by_the_first_alone(tmp_path):
+    (first, second), codes, seconds = run_ranks(["bug", "bug"], tmp_path)
     assert second == "" and codes == [1, -15] and 2.5 < seconds < 30
     assert first.startswith("Traceback (most recent call last):\n") and first.count("ZeroDivisionError") == 1
     assert first.endswith("\nerror (rank 0): ZeroDivisionError: division by zero\n")
-    # What torchrun repeats in its last lines.
+    # torchrun repeats this message in its last lines.
     assert json.loads((tmp_path / "0").read_text())["message"] == "ZeroDivisionError: division by zero"
     assert [path.name for path in tmp_path.iterdir()] == ["0"]
 
 
-def test_a_mistake_that_all_ranks_meet_is_told_at_once_and_by_the_first_alone(tmp_path):
-    (first, second), codes, seconds = ranks(["mistake", "mistake"], tmp_path)
+def test_a_mistake_on_all_ranks_is_reported_at_once_by_the_first_alone(tmp_path):
+    (first, second), codes, seconds = run_ranks(["mistake", "mistake"], tmp_path)
     assert (first, second) == ("error: a: wrong.\nerror: b: wrong.\n", "") and codes == [2, -15] and seconds < 2
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_mistake_of_one_rank_names_it(tmp_path):
-    (first, second), codes, _ = ranks(["", "mistake"], tmp_path)
+    (first, second), codes, _ = run_ranks(["", "mistake"], tmp_path)
     assert (first, second) == ("", "error (rank 1): a: wrong.\nerror (rank 1): b: wrong.\n") and codes == [-15, 2]
 
 

@@ -1,4 +1,4 @@
-"""What keeps the project one house: layers, equal loops, names, recipes and commands that parse."""
+"""Rules for the whole project: imports between packages, equal training loops, names, recipes, documented commands."""
 
 import ast
 import importlib.metadata
@@ -37,7 +37,7 @@ FAMILIES = {
 SIZES = (8, 12, 24, 80)  # GB of one GPU
 FOR_A_GPU = [(family, size) for family in FAMILIES for size in SIZES]
 
-# The floors of the house: a package imports those before it, and modules of its own without a circle.
+# The order of the packages: each imports only those before it. Modules of one package do not import in a circle.
 FLOORS = ["errors", "system", "config", "backend", "chat", "data", "model", "adapters", "demo", "report", "preference"]
 FLOORS += ["training", "checkpoint", "merge"]
 
@@ -50,15 +50,15 @@ def script(name: str) -> ModuleType:
     return module
 
 
-def dotted(path: Path) -> str:
+def module_name(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
 
-MODULES = {dotted(path): path for path in PACKAGE if path.stem != "__init__"}
+MODULES = {module_name(path): path for path in PACKAGE if path.stem != "__init__"}
 
 
-def imported(path: Path) -> set[str]:
-    """Dotted names of the modules of accel_llm that a file imports, anywhere in it."""
+def imported_modules(path: Path) -> set[str]:
+    """Return the dotted names of the modules of accel_llm that a file imports at any place."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "accel_llm":
@@ -75,30 +75,30 @@ def floor(module: str) -> int:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_packages_import_only_packages_below_them(module: str) -> None:
-    assert not {name for name in imported(MODULES[module]) if floor(name) > floor(module)}
+    assert not {name for name in imported_modules(MODULES[module]) if floor(name) > floor(module)}
 
 
 def circle(graph: dict[str, set[str]]) -> list[str]:
-    """The modules of a circle of imports, or nothing."""
-    done: set[str] = set()
+    """Return the modules of a circle of imports, or an empty list."""
+    visited: set[str] = set()
 
     def visit(module: str, path: list[str]) -> list[str]:
         if module in path:
             return path[path.index(module) :]
-        if module in done:
+        if module in visited:
             return []
         for name in sorted(graph.get(module, ())):
-            if found := visit(name, [*path, module]):
-                return found
-        done.add(module)
+            if cycle := visit(name, [*path, module]):
+                return cycle
+        visited.add(module)
         return []
 
-    return next((found for module in graph if (found := visit(module, []))), [])
+    return next((cycle for module in graph if (cycle := visit(module, []))), [])
 
 
 def test_no_imports_go_round_in_a_circle() -> None:
     assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c"]
-    assert circle({module: imported(path) for module, path in MODULES.items()}) == []
+    assert circle({module: imported_modules(path) for module, path in MODULES.items()}) == []
 
 
 def test_imports_are_found_wherever_they_stand(tmp_path: Path) -> None:
@@ -107,11 +107,11 @@ def test_imports_are_found_wherever_they_stand(tmp_path: Path) -> None:
         "def f():\n    from accel_llm.chat import targets\n    import accel_llm.system.disk\n"
         "    from accel_llm.data.rows import Rows\n"
     )
-    assert imported(file) == {"accel_llm.chat.targets", "accel_llm.system.disk", "accel_llm.data.rows"}
+    assert imported_modules(file) == {"accel_llm.chat.targets", "accel_llm.system.disk", "accel_llm.data.rows"}
 
 
 def public_names(tree: ast.Module) -> set[str]:
-    """Functions, classes and constants that a module defines for others."""
+    """Return the names of a module's public functions, classes and constants."""
     names: set[str] = set()
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -138,24 +138,24 @@ def test_packages_say_what_they_are_for_and_nothing_else() -> None:
         assert ast.get_docstring(tree) and len(tree.body) == 1, path
 
 
-def loop_of(path: Path) -> str | None:
+def training_loop(path: Path) -> str | None:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     return next((ast.dump(n) for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "train"), None)
 
 
-def names_of_ours(path: Path) -> set[str]:
+def our_imports(path: Path) -> set[str]:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     ours = [n for n in tree.body if isinstance(n, ast.ImportFrom) and (n.module or "").split(".")[0] == "accel_llm"]
     return {alias.asname or alias.name for node in ours for alias in node.names}
 
 
 def test_training_loops_are_equal_and_fit_a_screen() -> None:
-    loops = {path.stem: loop_of(path) for path in SCRIPTS if loop_of(path)}
+    loops = {path.stem: training_loop(path) for path in SCRIPTS if training_loop(path)}
     assert {"sft", "pretrain"} <= loops.keys()
     assert len(set(loops.values())) == 1
     for path in SCRIPTS:
         assert path.read_text(encoding="utf-8").count("\n") <= 120, path
-        assert len(names_of_ours(path)) <= 16, path
+        assert len(our_imports(path)) <= 16, path
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.FunctionDef) and node.name == "train":
                 assert node.end_lineno and node.end_lineno - node.body[0].lineno + 1 <= 40, path
@@ -165,7 +165,7 @@ def test_training_loops_are_equal_and_fit_a_screen() -> None:
                 assert node.end_lineno and node.end_lineno - node.lineno <= 45, path
 
 
-def test_modules_are_no_two_rooms() -> None:
+def test_modules_have_at_most_365_lines() -> None:
     assert [path.name for path in PACKAGE if path.read_text(encoding="utf-8").count("\n") > 365] == []
 
 
@@ -199,8 +199,8 @@ def test_every_recipe_is_read_by_its_script_and_short(path: Path) -> None:
 
 
 def test_every_family_has_a_recipe_for_every_size() -> None:
-    wanted = {f"{family}_{size}gb.yaml" for family, size in FOR_A_GPU}
-    assert {path.name for path in RECIPES} == wanted | {"demo.yaml", "demo_base.yaml"}
+    expected = {f"{family}_{size}gb.yaml" for family, size in FOR_A_GPU}
+    assert {path.name for path in RECIPES} == expected | {"demo.yaml", "demo_base.yaml"}
 
 
 @pytest.mark.parametrize(("family", "size"), FOR_A_GPU)
@@ -213,7 +213,7 @@ def test_recipes_for_a_gpu_are_estimated_to_fit_it(family: str, size: int) -> No
     first, second = path.read_text(encoding="utf-8").splitlines()[:2]
     assert first.startswith(f"# {options.model_name_or_path.split('/')[1]}, ") and first.endswith(f" {size} GB.")
     assert second == f"# Estimated, not measured: {memory.sentence(options)}"
-    # What the estimate takes for granted.
+    # The estimate assumes these settings.
     assert options.gradient_checkpointing and options.packing and not options.load_in_8bit
     assert options.lora_target_modules == "all-linear" and not options.modules_to_save
     assert options.per_device_eval_batch_size == options.per_device_train_batch_size
@@ -222,7 +222,7 @@ def test_recipes_for_a_gpu_are_estimated_to_fit_it(family: str, size: int) -> No
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21.2
 @pytest.mark.parametrize("name", memory.SHAPES)
 def test_shapes_are_those_of_the_published_models(name: str) -> None:
-    """The number of parameters in the model's card, and that of the architecture built from the shape."""
+    """The shape gives the number of parameters in the model card and of the architecture built from it."""
     shape = memory.SHAPES[name]
     sizes = {
         "vocab_size": shape.vocab,
@@ -253,20 +253,20 @@ def test_the_estimate_of_a_model_that_is_too_large_does_not_fit() -> None:
     recipe = ["--config", str(ROOT / "launch" / "recipes" / "qwen3_12gb.yaml")]
     options = parse_options(script("sft").Options, [*recipe, "--model_name_or_path", "Qwen/Qwen3-14B"])
     assert memory.estimate(options) > 12
-    # QLoRA's paper: double quantisation leaves 0.127 of the 0.5 bits a weight that the scales take.
+    # QLoRA's paper: double quantization leaves 0.127 of the 0.5 bits a weight that the scales take.
     bits = memory.NF4 * 8
     assert bits == pytest.approx(4 + 0.127, abs=1e-3)
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
-def test_launch_configs_say_only_where(path: Path) -> None:
+def test_launch_configs_hold_no_training_settings(path: Path) -> None:
     config = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert not config.keys() & {"mixed_precision", "gradient_accumulation_steps", "gradient_clipping"}
     assert "fsdp_transformer_layer_cls_to_wrap" not in config.get("fsdp_config", {})
     if "deepspeed_config" in config:
-        named = config["deepspeed_config"]["deepspeed_config_file"]
-        assert named == f"accelerate_configs/{path.stem}.json"
-        settings = json.loads((ROOT / named).read_text(encoding="utf-8"))
+        file_name = config["deepspeed_config"]["deepspeed_config_file"]
+        assert file_name == f"accelerate_configs/{path.stem}.json"
+        settings = json.loads((ROOT / file_name).read_text(encoding="utf-8"))
         assert settings["zero_optimization"]["stage"] == int(path.stem[4])
         deciding = {
             "gradient_accumulation_steps",
@@ -279,7 +279,7 @@ def test_launch_configs_say_only_where(path: Path) -> None:
 
 
 def commands(text: str) -> list[list[str]]:
-    """Commands in fenced blocks and module docstrings that start one of the scripts, as argument lists."""
+    """Return the commands of a text that start one of the scripts, as argument lists."""
     joined = re.sub(r"\\\n\s*", " ", text)
     lines = [line.strip().split("&&")[-1].strip() for line in joined.splitlines()]
     return [shlex.split(line) for line in lines if re.match(r"(accelerate launch|python launch/)", line)]
@@ -293,9 +293,9 @@ TEXTS = [page for page in PAGES if commands(page.read_text(encoding="utf-8"))] +
 def test_documented_commands_parse(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     text = text if path.suffix == ".md" else ast.get_docstring(ast.parse(text)) or ""
-    found = commands(text)
-    assert found
-    for words in found:
+    command_lines = commands(text)
+    assert command_lines
+    for words in command_lines:
         if words[0] == "accelerate":
             assert words[2] == "--config_file" and (ROOT / words[3]).is_file()
         at = next(i for i, word in enumerate(words) if word.startswith("launch/"))
@@ -315,7 +315,7 @@ def test_the_readme_sets_everything_up_in_two_commands() -> None:
     ]
 
 
-def test_a_name_that_shadows_would_be_found() -> None:
+def test_the_check_for_shadowed_modules_works() -> None:
     assert {"inspect", "evaluate", "tokenize", "profile"} & (
         set(sys.stdlib_module_names) | set(importlib.metadata.packages_distributions())
     ) >= {"inspect", "tokenize", "profile"}

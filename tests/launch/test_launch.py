@@ -1,4 +1,4 @@
-"""The scripts as a person starts them: real launches, every strategy, two processes on the CPU."""
+"""Real launches of the scripts: every strategy, two processes on the CPU."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def launch(*words: str, code: int = 0, **environment: str) -> str:
     """Run a command line in the repository; return its combined output."""
     command = [sys.executable, *words] if words[0].endswith(".py") else list(words)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
+    process = subprocess.run(
         command,
         cwd=ROOT,
         env=os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1"} | environment,
@@ -39,8 +39,8 @@ def launch(*words: str, code: int = 0, **environment: str) -> str:
         timeout=600,
         check=False,
     )
-    assert (done.returncode == 0) == (code == 0), done.stdout[-4000:] + done.stderr[-4000:]
-    return done.stdout + done.stderr
+    assert (process.returncode == 0) == (code == 0), process.stdout[-4000:] + process.stderr[-4000:]
+    return process.stdout + process.stderr
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -150,13 +150,13 @@ print("score", right / len(rows))
 
 def test_the_demo_learns_exports_merges_and_answers(tmp_path: Path) -> None:
     output, merged = tmp_path / "demo", tmp_path / "merged"
-    said = launch(
+    screen = launch(
         *["accelerate", "launch", "--config_file", "accelerate_configs/zero2.yaml", "launch/sft.py"],
         *["--output_dir", str(output)],
     )
     scores = [line["eval/exact_match"] for line in metrics(output) if "eval/exact_match" in line]
     assert scores[0] <= 0.1 and scores[-1] >= 0.9
-    assert "stop proof" in said and "launch/merge.py" in said
+    assert "stop token" in screen and "launch/merge.py" in screen
 
     assert "verified" in launch("launch/merge.py", "--adapter", str(output), "--output_dir", str(merged))
     options = json.loads((output / "run.json").read_text(encoding="utf-8"))["options"]
@@ -168,7 +168,7 @@ def test_the_demo_learns_exports_merges_and_answers(tmp_path: Path) -> None:
 @pytest.mark.long
 def test_bad_input_is_one_sentence_from_one_process(tmp_path: Path) -> None:
     output = tmp_path / "never"
-    said = launch(
+    screen = launch(
         *[
             "accelerate",
             "launch",
@@ -182,15 +182,15 @@ def test_bad_input_is_one_sentence_from_one_process(tmp_path: Path) -> None:
         *["--output_dir", str(output)],
         code=1,
     )
-    assert said.count("error: model_name_or_path") == 1 and said.count("error: train_files") == 1
-    assert "error (rank" not in said and 'File "' not in said.split("error: train_files")[0]
+    assert screen.count("error: model_name_or_path") == 1 and screen.count("error: train_files") == 1
+    assert "error (rank" not in screen and 'File "' not in screen.split("error: train_files")[0]
     assert not output.exists()
 
 
 def test_the_exit_code_of_a_mistake_is_2() -> None:
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "launch/sft.py", "--lerning_rate", "1"], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 2
-    assert done.stderr.strip() == "error: lerning_rate: no such option; did you mean learning_rate?"
-    assert done.stdout == ""
+    assert process.returncode == 2
+    assert process.stderr.strip() == "error: lerning_rate: no such option; did you mean learning_rate?"
+    assert process.stdout == ""

@@ -1,4 +1,4 @@
-"""A part of the matrix: every two values of two factors meet in a cell that works, and every sabotage is noticed."""
+"""A part of the matrix: a cell for every pair of values of two factors. Every sabotage is noticed."""
 
 import re
 import subprocess
@@ -14,9 +14,9 @@ ROOT = Path(__file__).parents[2]
 def matrix(*words: str) -> str:
     """Run tests/proofs/matrix.py in a process that has no threads yet; return its output."""
     command = [sys.executable, "tests/proofs/matrix.py", *words]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
-    return done.stdout
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
+    assert process.returncode == 0, process.stdout[-6000:] + process.stderr[-3000:]
+    return process.stdout
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The pages of the project keep their word: their snippets run, the loop they show is the script's, their links exist."""
+"""The Markdown pages are right: snippets run, the training loop equals that of the script, linked files exist."""
 
 import ast
 import importlib
@@ -129,12 +129,12 @@ def test_snippets_of_the_package_page_run(title: str, tmp_path: Path, monkeypatc
 
 
 def test_the_readme_shows_the_loop_of_the_scripts() -> None:
-    (shown,) = SNIPPET.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+    (snippet,) = SNIPPET.findall((ROOT / "README.md").read_text(encoding="utf-8"))
     source = (ROOT / "launch" / "sft.py").read_text(encoding="utf-8")
     functions = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
     loop = next(node for node in functions["train"].body if isinstance(node, ast.For))
     lines = source.splitlines(keepends=True)[loop.lineno - 1 : loop.end_lineno]
-    assert shown == textwrap.dedent("".join(lines))
+    assert snippet == textwrap.dedent("".join(lines))
 
 
 def test_pages_are_short() -> None:
@@ -146,8 +146,8 @@ def test_pages_are_short() -> None:
 def test_links_between_pages_and_named_files_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert [link for link in LINK.findall(text) if not (page.parent / link).exists()] == []
-    named = re.findall(r"`(?:python |pytest )?((?:tests|launch|accelerate_configs|accel_llm)/[\w./-]+)", text)
-    assert [name for name in named if not (ROOT / name).exists()] == []
+    paths = re.findall(r"`(?:python |pytest )?((?:tests|launch|accelerate_configs|accel_llm)/[\w./-]+)", text)
+    assert [name for name in paths if not (ROOT / name).exists()] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -171,13 +171,13 @@ def test_pages_show_the_results_that_were_recorded() -> None:
     def cells(name: str) -> dict[str, dict[str, Any]]:
         return json.loads((matrix.GOLDEN / f"{name}.json").read_text(encoding="utf-8"))["cells"]
 
-    def shown(name: str) -> str:
+    def page_table(name: str) -> str:
         text = (ROOT / matrix.PAGES[name]).read_text(encoding="utf-8")
         return text.split(f"<!-- {name} -->\n")[1].split(f"\n<!-- /{name} -->")[0]
 
     backends, stops = cells("matrix"), {name: cell for name, cell in cells("resumes").items() if "-workers" in name}
-    assert shown("matrix") == matrix.table(backends)
-    assert shown("resumes") == resumes.table(stops)
+    assert page_table("matrix") == matrix.table(backends)
+    assert page_table("resumes") == resumes.table(stops)
 
     worst = [max(cell[what] for cell in backends.values() if what in cell) for what in ("loss", "weights", "gradient")]
     same = sum(cell["status"] == "same" for cell in backends.values())

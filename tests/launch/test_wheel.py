@@ -1,4 +1,4 @@
-"""A wheel of the package, used from outside of the checkout by scripts that have no package beside them."""
+"""A wheel of the package, used outside the checkout by scripts that have no package beside them."""
 
 import os
 import shutil
@@ -32,15 +32,15 @@ def installed(tmp_path_factory) -> Path:
 
 def run(installed: Path, folder: Path, *command: str) -> str:
     environment = os.environ | {"PYTHONPATH": str(installed)}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    process = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stdout + process.stderr
+    return process.stdout
 
 
 def test_the_wheel_holds_every_module_and_the_demo(installed):
     def files(root: Path) -> set[str]:
-        kept = (path for path in (root / "accel_llm").rglob("*") if path.is_file() and path.suffix != ".pyc")
-        return {str(path.relative_to(root)) for path in kept if path.name != "README.md"}
+        paths = (path for path in (root / "accel_llm").rglob("*") if path.is_file() and path.suffix != ".pyc")
+        return {str(path.relative_to(root)) for path in paths if path.name != "README.md"}
 
     assert files(installed) == files(ROOT)
     assert {path.name for path in installed.iterdir()} == {"accel_llm", next(installed.glob("*.dist-info")).name}

@@ -37,7 +37,7 @@ def tune(base: Path, target: Path, rank: int | None = None, also: tuple[str, ...
     return target
 
 
-def extracted(base: Path, model: Path, target: Path, **options) -> ExtractResult:
+def extract_to_folder(base: Path, model: Path, target: Path, **options) -> ExtractResult:
     return extract_adapter(ExtractOptions(base=str(base), model=str(model), output_dir=str(target), **options))
 
 
@@ -48,7 +48,7 @@ def merged(base: Path, adapter: Path, target: Path) -> dict[str, torch.Tensor]:
 
 def test_a_change_of_low_rank_is_extracted_exactly(tiny, tmp_path):
     model = tune(tiny, tmp_path / "tuned", rank=4)
-    result = extracted(tiny, model, tmp_path / "adapter", lora_r=4)
+    result = extract_to_folder(tiny, model, tmp_path / "adapter", lora_r=4)
     assert len(result.errors) == 14 and max(result.errors.values()) < 1e-5 and not result.uncovered_changes
     again = merged(tiny, tmp_path / "adapter", tmp_path / "merged")
     for name, tensor in load_file(model / "model.safetensors").items():
@@ -62,7 +62,7 @@ def test_errors_equal_those_of_the_best_approximation_of_that_rank(tiny, tmp_pat
     before, after = load_file(tiny / "model.safetensors"), load_file(model / "model.safetensors")
     last = 2.0
     for rank in (2, 8, 32):
-        result = extracted(tiny, model, tmp_path / f"adapter{rank}", lora_r=rank)
+        result = extract_to_folder(tiny, model, tmp_path / f"adapter{rank}", lora_r=rank)
         name = "model.layers.1.mlp.up_proj"
         values = torch.linalg.svdvals(after[f"{name}.weight"] - before[f"{name}.weight"])
         expected = float(values[rank:].norm() / values.norm())
@@ -89,11 +89,11 @@ def test_large_matrices_come_near_the_best_approximation(monkeypatch):
 def test_weights_outside_linear_layers_are_reported_or_saved_whole(tiny, tmp_path):
     also = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
     model = tune(tiny, tmp_path / "tuned", rank=4, also=also)
-    result = extracted(tiny, model, tmp_path / "adapter", lora_r=4)
+    result = extract_to_folder(tiny, model, tmp_path / "adapter", lora_r=4)
     assert result.uncovered_changes.keys() == {"model.embed_tokens.weight", "model.norm.weight"}
     assert "lm_head" in result.errors
     saved = ["embed_tokens", "norm", "lm_head"]
-    result = extracted(tiny, model, tmp_path / "whole", lora_r=4, modules_to_save=saved)
+    result = extract_to_folder(tiny, model, tmp_path / "whole", lora_r=4, modules_to_save=saved)
     assert not result.uncovered_changes and "lm_head" not in result.errors
     again = merged(tiny, tmp_path / "whole", tmp_path / "merged")
     for name, tensor in load_file(model / "model.safetensors").items():
@@ -108,7 +108,7 @@ def test_transposed_layers_are_extracted(tmp_path):
     with torch.no_grad():
         model.transformer.h[0].attn.c_attn.weight += torch.randn(16, 3) @ torch.randn(3, 48)
     model.save_pretrained(tmp_path / "tuned")
-    result = extracted(tmp_path / "base", tmp_path / "tuned", tmp_path / "adapter", lora_r=3)
+    result = extract_to_folder(tmp_path / "base", tmp_path / "tuned", tmp_path / "adapter", lora_r=3)
     assert (
         list(result.errors) == ["transformer.h.0.attn.c_attn"] and result.errors["transformer.h.0.attn.c_attn"] < 1e-5
     )
@@ -127,11 +127,11 @@ def test_models_that_allow_no_extraction_are_refused(tiny, make_model, tmp_path)
             tmp_path / "no",
             f"model: {tmp_path / 'no'} does not exist; a model folder or a hub id (owner/name) is allowed.",
         ),
-        (make_model(tmp_path / "wide", hidden_size=64), "weights have another shape than the base's"),
+        (make_model(tmp_path / "wide", hidden_size=64), "weights have another shape, such as"),
         (make_model(tmp_path / "deep", num_hidden_layers=3), "model: it has other weights than its base, such as "),
     ):
         with pytest.raises(ConfigError) as error:
-            extracted(tiny, model, target)
+            extract_to_folder(tiny, model, target)
         assert sentence in str(error.value).replace("of its weights", "weights")
         assert not target.exists() and not target.with_name(".adapter.partial").exists()
 

@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import constants
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from support import settled
+from support import materialize
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from accel_llm.adapters.attach import attach_adapter
@@ -51,7 +51,7 @@ def make_adapter(tmp_path) -> Callable[..., Path]:
     def make(base: Path, **options) -> Path:
         settings = TrainOptions(model_name_or_path=str(base), packing=False, **options)
         torch.manual_seed(0)
-        model = settled(attach_adapter(load_model(settings), settings), settings)
+        model = materialize(attach_adapter(load_model(settings), settings), settings)
         state = {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
@@ -69,7 +69,7 @@ def make_adapter(tmp_path) -> Callable[..., Path]:
     return make
 
 
-def merged(folder: Path, target: Path, **options) -> MergeResult:
+def merge_adapter(folder: Path, target: Path, **options) -> MergeResult:
     return merge(MergeOptions(adapter=str(folder), output_dir=str(target), **options))  # type: ignore[arg-type]
 
 
@@ -99,7 +99,7 @@ def test_the_merged_model_has_the_logits_of_base_and_adapter(
     expected = logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder))
     assert distance(logits(AutoModelForCausalLM.from_pretrained(base)), expected) > 0.3
 
-    result = merged(folder, tmp_path / "merged")
+    result = merge_adapter(folder, tmp_path / "merged")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert distance(logits(loaded), expected) <= bound
     assert result.largest_error is not None and result.largest_error <= bound
@@ -113,7 +113,7 @@ def test_tokenizer_template_and_generation_config_are_written(tiny, make_adapter
     folder = make_adapter(tiny)
     # The folder of the run that holds adapter/ will do as well, and so will a target below folders yet to be made.
     target = tmp_path / "some" / "where" / "merged"
-    assert merged(folder.parent, target).folder == target
+    assert merge_adapter(folder.parent, target).folder == target
     assert sorted(path.name for path in target.iterdir()) == [
         "README.md",
         "chat_template.jinja",
@@ -140,20 +140,20 @@ def test_an_adapter_alone_takes_tokenizer_and_generation_config_of_its_base(make
     for path in folder.iterdir():
         if not path.name.startswith("adapter"):
             path.unlink()
-    merged(folder, tmp_path / "merged")
+    merge_adapter(folder, tmp_path / "merged")
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == CHATML
     assert GenerationConfig.from_pretrained(tmp_path / "merged").eos_token_id == 5
 
 
 def test_a_chosen_dtype_is_written(tiny, make_adapter, tmp_path):
-    assert merged(make_adapter(tiny), tmp_path / "merged", dtype="bfloat16").dtype == torch.bfloat16
+    assert merge_adapter(make_adapter(tiny), tmp_path / "merged", dtype="bfloat16").dtype == torch.bfloat16
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").dtype == torch.bfloat16
 
 
 def test_an_adapter_of_a_4_bit_base_merges_into_the_original_weights(make_model, make_adapter, tmp_path):
     base = make_model(tmp_path / "base", torch.bfloat16)
     folder = make_adapter(base, method="qlora")
-    result = merged(folder, tmp_path / "merged")
+    result = merge_adapter(folder, tmp_path / "merged")
     assert result.dtype == torch.bfloat16 and result.base == str(base)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert not hasattr(loaded.config, "quantization_config")
@@ -164,7 +164,7 @@ def test_an_adapter_of_a_4_bit_base_merges_into_the_original_weights(make_model,
 def refusal(target: Path, folder: Path, **options) -> str:
     """The sentence of a merge that must leave nothing behind."""
     with pytest.raises(ConfigError) as error:
-        merged(folder, target, **options)
+        merge_adapter(folder, target, **options)
     assert not target.exists() and not target.with_name(f".{target.name}.partial").exists()
     return str(error.value)
 
@@ -183,18 +183,18 @@ def test_adapters_that_cannot_be_merged_are_refused_in_one_sentence(tiny, make_m
     wider = make_model(tmp_path / "wider", hidden_size=64)
     other = {"allow_other_base": True}
     assert refusal(target, folder, base=str(wider), **other) == (
-        f"adapter: {folder} does not fit its base (22 of its weights have another shape, such as "
-        "base_model.model.model.layers.0.mlp.down_proj.lora_B.default.weight, (32, 16) for (64, 16))."
+        f"adapter: {folder} does not fit its base (22 weights have another shape, such as "
+        "base_model.model.model.layers.0.mlp.down_proj.lora_B.default.weight (32, 16), the model needs (64, 16))."
     )
     shallow = make_model(tmp_path / "shallow", num_hidden_layers=1)
     first = "base_model.model.model.layers.1.mlp.down_proj.lora_A.weight"
     assert refusal(target, folder, base=str(shallow), **other) == (
-        f"adapter: {folder} does not fit its base (14 of its weights have no place there, such as {first})."
+        f"adapter: {folder} does not fit its base (14 of its weights have no place in the model, such as {first})."
     )
     deep = make_model(tmp_path / "deep", num_hidden_layers=3)
     folder = make_adapter(tiny, lora_target_modules=["q_proj"])
     assert refusal(target, folder, base=str(deep), **other) == (
-        f"adapter: {folder} does not fit its base (it lacks 2 weights that it would have there, such as "
+        f"adapter: {folder} does not fit its base (2 weights of its layers are missing in the file, such as "
         "base_model.model.model.layers.2.self_attn.q_proj.lora_A.default.weight)."
     )
     hollow = make_model(tmp_path / "hollow")
@@ -221,10 +221,10 @@ def test_an_adapter_of_another_base_is_recognised_by_its_fingerprint(
     assert own != fingerprint and refusal(target, folder, base=str(other)) == sentence
     with pytest.raises(ConfigError, match=re.escape(sentence)):
         script("chat", "--model", folder, "--base", other, "--prompt", "?")
-    assert merged(folder, target, base=str(other), allow_other_base=True).base == str(other)
+    assert merge_adapter(folder, target, base=str(other), allow_other_base=True).base == str(other)
     assert f"| base `{tmp_path.name}/other`, fingerprint | {fingerprint} |" in (target / "README.md").read_text()
     base.rename(tmp_path / "moved")  # the same model wherever it lies
-    assert merged(folder, tmp_path / "again", base=str(tmp_path / "moved")).modules
+    assert merge_adapter(folder, tmp_path / "again", base=str(tmp_path / "moved")).modules
 
 
 def test_a_missing_base_must_be_named(make_model, make_adapter, tmp_path):
@@ -235,7 +235,7 @@ def test_a_missing_base_must_be_named(make_model, make_adapter, tmp_path):
         f"base: {base} does not exist; a model folder or a hub id (owner/name) is allowed; {folder} names it as its "
         "base, say where it is with --base."
     )
-    assert merged(folder, tmp_path / "merged", base=str(tmp_path / "moved")).base == str(tmp_path / "moved")
+    assert merge_adapter(folder, tmp_path / "merged", base=str(tmp_path / "moved")).base == str(tmp_path / "moved")
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
     assert refusal(tmp_path / "again", folder) == f"base: {folder} does not name its base model; say where it is."
@@ -265,13 +265,13 @@ def test_a_broken_adapter_is_refused(tiny, make_adapter, tmp_path, how):
 def test_a_used_output_dir_is_refused_and_only_a_model_is_replaced(tiny, make_adapter, tmp_path):
     folder, target = make_adapter(tiny), tmp_path / "merged"
     target.mkdir()
-    merged(folder, target)  # an empty folder will do
+    merge_adapter(folder, target)  # an empty folder will do
     before = (target / "model.safetensors").read_bytes()
     with pytest.raises(ConfigError) as error:
-        merged(folder, target)
+        merge_adapter(folder, target)
     assert str(error.value) == (f"output_dir: {target} is not empty; name another folder, or set overwrite_output_dir.")
     (target / "stale.txt").write_text("of the old model")
-    merged(folder, target, overwrite_output_dir=True)
+    merge_adapter(folder, target, overwrite_output_dir=True)
     assert not (target / "stale.txt").exists() and (target / "model.safetensors").read_bytes() == before
 
     home = tmp_path / "home"
@@ -285,22 +285,22 @@ def test_a_used_output_dir_is_refused_and_only_a_model_is_replaced(tiny, make_ad
         (tiny, "holds the base that is read; name another folder."),
     ):
         with pytest.raises(ConfigError) as error:
-            merged(folder, name, overwrite_output_dir=True)
+            merge_adapter(folder, name, overwrite_output_dir=True)
         assert str(error.value) == f"output_dir: {name} {reason}"
     assert (home / "thesis.txt").exists() and (folder / "adapter_config.json").exists() and tiny.is_dir()
 
 
 def test_a_merge_that_differs_is_not_written(tiny, make_adapter, tmp_path, monkeypatch):
     folder, target = make_adapter(tiny), tmp_path / "merged"
-    merged(folder, target)
+    merge_adapter(folder, target)
     before = (target / "model.safetensors").read_bytes()
 
     def write_badly(plan, partial, options, progress):
-        written = write(plan, partial, options, progress)
+        specs = write(plan, partial, options, progress)
         state = load_file(partial / "model.safetensors")
         state["model.layers.0.mlp.up_proj.weight"] *= 1.01
         save_file(state, partial / "model.safetensors", metadata={"format": "pt"})
-        return written
+        return specs
 
     write = write_merged
     monkeypatch.setattr(merge_module, "write_merged", write_badly)
@@ -310,14 +310,14 @@ def test_a_merge_that_differs_is_not_written(tiny, make_adapter, tmp_path, monke
     monkeypatch.setattr(merge_module, "read_back", lambda partial, sums: {})
     sentence = r"^verify: the merged model's logits differ from .* \(allowed for torch\.float32: 1e-04\); nothing was written\.$"
     with pytest.raises(ConfigError, match=sentence):
-        merged(folder, target, overwrite_output_dir=True, verify="logits")
+        merge_adapter(folder, target, overwrite_output_dir=True, verify="logits")
     assert (target / "model.safetensors").read_bytes() == before
     # The same damage goes through where nobody looks.
-    assert merged(folder, tmp_path / "blind", verify="none").largest_error is None
+    assert merge_adapter(folder, tmp_path / "blind", verify="none").largest_error is None
 
 
 def test_logits_are_compared_in_a_fresh_process(tiny, make_adapter, tmp_path):
-    result = merged(make_adapter(tiny), tmp_path / "merged", verify="logits")
+    result = merge_adapter(make_adapter(tiny), tmp_path / "merged", verify="logits")
     assert result.differences.keys() == {"merged"} and 0 <= result.differences["merged"] < 1e-5
     facts = (tmp_path / "merged" / "README.md").read_text()
     assert "logits compared with those of base and adapter: relative difference" in facts
@@ -327,8 +327,8 @@ def test_an_interrupted_merge_leaves_no_files(tiny, make_adapter, tmp_path):
     folder = make_adapter(tiny)
     options = MergeOptions(adapter=[str(folder)], output_dir=str(tmp_path / "merged"))
 
-    def interrupted(done: int, total: int) -> None:
-        if done > total / 2:
+    def interrupted(written_bytes: int, total: int) -> None:
+        if written_bytes > total / 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -338,7 +338,7 @@ def test_an_interrupted_merge_leaves_no_files(tiny, make_adapter, tmp_path):
 
 def test_the_model_card_names_what_was_merged(tiny, make_adapter, tmp_path):
     folder = make_adapter(tiny)
-    result = merged(folder, tmp_path / "merged")
+    result = merge_adapter(folder, tmp_path / "merged")
     text = (tmp_path / "merged" / "README.md").read_text()
     digest = hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
     assert f"| adapter `run/adapter`, adapter_model.safetensors | {digest} |" in text
@@ -351,13 +351,13 @@ def test_the_model_card_names_what_was_merged(tiny, make_adapter, tmp_path):
 
 def test_the_tokenizer_comes_from_the_adapter_or_else_from_the_base(tiny, make_adapter, tmp_path):
     folder = make_adapter(tiny)
-    assert merged(folder, tmp_path / "a").notes == (f"tokenizer: of the adapter ({folder})",)
+    assert merge_adapter(folder, tmp_path / "a").notes == (f"tokenizer: of the adapter ({folder})",)
     (folder / "tokenizer_config.json").unlink()
     (folder / "tokenizer.json").unlink()
-    assert merged(folder, tmp_path / "b").notes == (f"tokenizer: of the base ({tiny})",)
+    assert merge_adapter(folder, tmp_path / "b").notes == (f"tokenizer: of the base ({tiny})",)
     bare = tmp_path / "bare"
     AutoModelForCausalLM.from_pretrained(tiny).save_pretrained(bare)
-    result = merged(folder, tmp_path / "c", base=str(bare))
+    result = merge_adapter(folder, tmp_path / "c", base=str(bare))
     assert result.notes == ("tokenizer: neither the adapter's folder nor the base's has one",)
 
 
@@ -385,7 +385,7 @@ def test_a_hub_id_that_cannot_be_reached_is_refused(tiny, make_adapter, tmp_path
         if field == "adapter":
             merge(MergeOptions(adapter=[name], output_dir=str(tmp_path / "merged")))
         else:
-            merged(make_adapter(tiny), tmp_path / "merged", base=name)
+            merge_adapter(make_adapter(tiny), tmp_path / "merged", base=name)
 
 
 def test_options_that_exclude_each_other_are_refused():
@@ -412,7 +412,7 @@ def test_an_adapter_made_by_plain_peft_merges(tiny, tmp_path):
     config = LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights=False, target_modules=["q_proj", "v_proj"])
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), config)
     model.save_pretrained(tmp_path / "plain")
-    assert merged(tmp_path / "plain", tmp_path / "merged").base == str(tiny)
+    assert merge_adapter(tmp_path / "plain", tmp_path / "merged").base == str(tiny)
     assert distance(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), logits(model)) <= 1e-5
 
 

@@ -36,7 +36,7 @@ class Tiny(nn.Module):
         return x
 
 
-def adapted(name: str, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
+def adapted_layer(name: str, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
     torch.manual_seed(0)
     config = LoraConfig(r=4, target_modules=[name], init_lora_weights=False, **settings)
     return getattr(get_peft_model(Tiny().to(dtype), config).eval().base_model.model, name)
@@ -45,7 +45,7 @@ def adapted(name: str, dtype: torch.dtype = torch.float32, **settings: Any) -> A
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["linear", "embedding", "conv", "line"])
 def test_a_merged_module_computes_the_same_within_the_bound(name, dtype):
-    module = adapted(name, dtype)
+    module = adapted_layer(name, dtype)
     plain, error = merge_module_checked(module, name, unmerge=False)
     assert plain is module.get_base_layer() and error is not None and 0 <= error < MODULE_BOUNDS[dtype] / 3
     assert error > 0 or name == "embedding"
@@ -53,7 +53,7 @@ def test_a_merged_module_computes_the_same_within_the_bound(name, dtype):
 
 @pytest.mark.parametrize("damage", [1.001, 0.0, float("nan")])
 def test_a_badly_merged_module_is_refused(damage, monkeypatch):
-    module = adapted("linear")
+    module = adapted_layer("linear")
 
     def fold(layer: Any, unmerge: bool) -> nn.Module:
         if damage:
@@ -97,7 +97,7 @@ def test_experts_are_compared_by_products_with_random_vectors():
 
 
 @pytest.fixture
-def written(tmp_path) -> Callable[[], tuple[Path, dict[str, int]]]:
+def write_files(tmp_path) -> Callable[[], tuple[Path, dict[str, int]]]:
     def write() -> tuple[Path, dict[str, int]]:
         state = {name: torch.randn(20, 10) for name in "abc"}
         specs = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
@@ -110,16 +110,16 @@ def written(tmp_path) -> Callable[[], tuple[Path, dict[str, int]]]:
     return write
 
 
-def test_files_are_read_again_and_hashed(written):
-    folder, sums = written()
+def test_files_are_read_again_and_hashed(write_files):
+    folder, sums = write_files()
     hashes = read_back(folder, sums)
     assert list(hashes) == [f"model-0000{k}-of-00003.safetensors" for k in (1, 2, 3)]
     assert all(len(digest) == 64 for digest in hashes.values())
 
 
 @pytest.mark.parametrize("how", ["bit", "lost", "other"])
-def test_a_damaged_file_is_refused(written, how):
-    folder, sums = written()
+def test_a_damaged_file_is_refused(write_files, how):
+    folder, sums = write_files()
     file = folder / "model-00002-of-00003.safetensors"
     if how == "bit":
         data = bytearray(file.read_bytes())

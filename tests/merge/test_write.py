@@ -51,8 +51,8 @@ CAUSAL = {"task_type": "CAUSAL_LM"}
 TWO = ["q_proj", "down_proj"]
 
 
-def moved(model: torch.nn.Module) -> None:
-    """Random weights that no initialisation gives, so that B is not zero and nothing is as it began."""
+def randomize(model: torch.nn.Module) -> None:
+    """Random weights that no initialization gives, so that B is not zero and nothing is as it began."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -64,10 +64,10 @@ def make(folder: Path, family: str, config: Any, dtype: torch.dtype = torch.floa
     torch.manual_seed(0)
     loader = AutoModelForSequenceClassification if config.task_type == "SEQ_CLS" else AutoModelForCausalLM
     base = loader.from_config(FAMILIES[family](**extra), dtype=dtype)
-    moved(base)
+    randomize(base)
     base.save_pretrained(folder / "base")
     wrapped = get_peft_model(loader.from_pretrained(folder / "base", dtype="auto"), config)
-    moved(wrapped)
+    randomize(wrapped)
     wrapped.save_pretrained(folder / "adapter")
 
 
@@ -81,7 +81,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
-def merged(folder: Path, **options: Any) -> MergeResult:
+def merge_adapter(folder: Path, **options: Any) -> MergeResult:
     target = options.pop("output_dir", folder / "merged")
     values = {"adapter": [str(folder / "adapter")], "base": str(folder / "base"), "output_dir": str(target)} | options
     return merge(MergeOptions(**values))
@@ -141,7 +141,7 @@ CASES = [(name, torch.bfloat16) for name in METHODS] + [(name, torch.float32) fo
 @pytest.mark.parametrize("name, dtype", CASES, ids=[f"{name}-{str(dtype)[6:]}" for name, dtype in CASES])
 def test_every_mergeable_method_gives_the_bits_of_peft(tmp_path, name, dtype):
     make(tmp_path, "llama", METHODS[name](), dtype)
-    result = merged(tmp_path)
+    result = merge_adapter(tmp_path)
     assert_same(tensors(tmp_path / "merged"), reference(tmp_path, dtype))
     assert result.modules and result.largest_error is not None and result.dtype == dtype
     base = tensors(tmp_path / "base")
@@ -154,7 +154,7 @@ def test_methods_that_cannot_be_merged_are_refused_by_name(tmp_path, kind):
     settings = {"num_virtual_tokens": 4} if "T" in kind else {"r": 4, "target_modules": ["q_proj"]}
     make(tmp_path, "llama", getattr(peft, kind)(**CAUSAL, **settings))
     with pytest.raises(ConfigError, match=r"cannot be merged, a \w+ (adapter has no|layer of PEFT refuses)") as error:
-        merged(tmp_path)
+        merge_adapter(tmp_path)
     assert kind.removesuffix("Config").lower() in str(error.value).lower().replace("_", "")
     assert not (tmp_path / "merged").exists() and not (tmp_path / ".merged.partial").exists()
 
@@ -177,7 +177,7 @@ EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 )
 def test_families_whose_files_differ_from_the_model_have_the_bits_and_names_of_peft(tmp_path, family, config, dtype):
     make(tmp_path, family, config(), dtype)
-    merged(tmp_path)
+    merge_adapter(tmp_path)
     assert_same(tensors(tmp_path / "merged"), reference(tmp_path, dtype))
     assert tensors(tmp_path / "merged").keys() == tensors(tmp_path / "base").keys()
     _, report = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
@@ -194,9 +194,9 @@ def test_convolutions_have_the_bits_of_peft(tmp_path, task, dtype):
     base.save_pretrained(tmp_path / "base")
     config = LoraConfig(r=4, target_modules=["projection", "q_proj"], task_type=task, use_dora=task is None)
     wrapped = get_peft_model(ViTModel.from_pretrained(tmp_path / "base", dtype=dtype), config)
-    moved(wrapped)
+    randomize(wrapped)
     wrapped.save_pretrained(tmp_path / "adapter")
-    result = merged(tmp_path)
+    result = merge_adapter(tmp_path)
     base = ViTModel.from_pretrained(tmp_path / "base", dtype=dtype)
     peft.PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload().save_pretrained(
         tmp_path / "reference"
@@ -210,7 +210,7 @@ def test_convolutions_have_the_bits_of_peft(tmp_path, task, dtype):
 def test_a_layer_that_peft_cannot_merge_is_refused_by_name(tmp_path):
     make(tmp_path, "lfm2", lora(target_modules=["conv.conv", "in_proj"], r=64))
     with pytest.raises(ConfigError) as error:
-        merged(tmp_path)
+        merge_adapter(tmp_path)
     assert str(error.value) == (
         "adapter: model.layers.0.conv.conv cannot be merged, a LORA layer of PEFT refuses it (Merging is not supported for "
         "_ConvNd layers with groups > 1!)."
@@ -237,7 +237,7 @@ def test_an_adapter_of_separate_experts_merges_into_stacked_experts(tmp_path):
         "target_parameters": None,
     }
     path.write_text(json.dumps(settings | {"rank_pattern": {}, "alpha_pattern": {}}))
-    merged(tmp_path)
+    merge_adapter(tmp_path)
     actual, base = tensors(tmp_path / "merged"), tensors(tmp_path / "base")
     assert_same(actual, reference(tmp_path, torch.float32))
     scale = settings["lora_alpha"] / 4
@@ -259,7 +259,7 @@ def test_classifiers_and_reward_models_get_the_trained_head(tmp_path, labels):
     for key in ("id2label", "label2id", "num_labels"):
         config.pop(key, None)
     (tmp_path / "base" / "config.json").write_text(json.dumps(config))
-    merged(tmp_path)
+    merge_adapter(tmp_path)
     actual = tensors(tmp_path / "merged")
     assert expected is None or not assert_same(actual, expected)
     assert actual["score.weight"].shape == (labels, 64)
@@ -283,7 +283,7 @@ def test_classifiers_and_reward_models_get_the_trained_head(tmp_path, labels):
 )
 def test_tied_embeddings_stay_tied_or_the_config_says_so(tmp_path, config, tied):
     make(tmp_path, "llama", config(), tie_word_embeddings=True)
-    merged(tmp_path)
+    merge_adapter(tmp_path)
     assert ("lm_head.weight" in tensors(tmp_path / "merged")) is not tied
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"] is tied
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
@@ -299,7 +299,7 @@ def test_equal_matrices_that_the_files_hold_twice_are_tied(tmp_path):
     state = load_file(tmp_path / "base" / "model.safetensors")
     for value, tied in ((state["model.embed_tokens.weight"].clone(), True), (torch.randn(300, 64), False)):
         save_file(state | {"lm_head.weight": value}, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
-        merged(tmp_path, overwrite_output_dir=True)
+        merge_adapter(tmp_path, overwrite_output_dir=True)
         actual = tensors(tmp_path / "merged")
         assert_same(actual, reference(tmp_path, torch.float32))
         assert ("lm_head.weight" not in actual) is tied
@@ -309,13 +309,13 @@ def test_equal_matrices_that_the_files_hold_twice_are_tied(tmp_path):
 def test_added_tokens_are_written(tmp_path, tied):
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(FAMILIES["llama"](tie_word_embeddings=tied))
-    moved(base)
+    randomize(base)
     base.save_pretrained(tmp_path / "base")
     base.resize_token_embeddings(310)
     wrapped = get_peft_model(base, lora(target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"]))
-    moved(wrapped)
+    randomize(wrapped)
     wrapped.save_pretrained(tmp_path / "adapter")
-    merged(tmp_path)
+    merge_adapter(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert loaded.config.vocab_size == 310 and loaded.get_input_embeddings().weight.shape == (310, 64)
     ids = torch.arange(270, 310)[None]
@@ -330,7 +330,7 @@ def test_weights_without_an_adapter_are_copied_byte_by_byte(tmp_path):
     odd = torch.tensor([0x7FC1, -0x8000, 0x0001, 0x7F80] * 16, dtype=torch.int16).view(torch.bfloat16)
     state["model.norm.weight"] = odd
     save_file(state, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
-    merged(tmp_path)
+    merge_adapter(tmp_path)
     actual = tensors(tmp_path / "merged")["model.norm.weight"]
     assert torch.equal(actual.view(torch.int16), odd.view(torch.int16))
 
@@ -338,14 +338,14 @@ def test_weights_without_an_adapter_are_copied_byte_by_byte(tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_chosen_dtype_has_the_bits_of_peft_in_that_dtype(tmp_path, dtype):
     make(tmp_path, "llama", lora())
-    assert merged(tmp_path, dtype=dtype).dtype == getattr(torch, dtype)
+    assert merge_adapter(tmp_path, dtype=dtype).dtype == getattr(torch, dtype)
     assert_same(tensors(tmp_path / "merged"), reference(tmp_path, getattr(torch, dtype)))
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == dtype
 
 
 def test_shards_have_the_requested_size_and_load(tmp_path):
     make(tmp_path, "llama", lora())
-    merged(tmp_path, max_shard_size="100KB")
+    merge_adapter(tmp_path, max_shard_size="100KB")
     files = sorted((tmp_path / "merged").glob("*.safetensors"))
     assert len(files) > 3 and max(file.stat().st_size for file in files) < 110_000
     assert_same(tensors(tmp_path / "merged"), reference(tmp_path, torch.float32))
@@ -353,12 +353,12 @@ def test_shards_have_the_requested_size_and_load(tmp_path):
         dict(AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()), tensors(tmp_path / "merged")
     )
     # A base in shards is read as well.
-    merged(tmp_path, base=str(tmp_path / "merged"), output_dir=tmp_path / "twice", verify="none")
+    merge_adapter(tmp_path, base=str(tmp_path / "merged"), output_dir=tmp_path / "twice", verify="none")
     assert tensors(tmp_path / "twice").keys() == tensors(tmp_path / "merged").keys()
 
 
 def delta(folder: Path) -> dict[str, torch.Tensor]:
-    merged(folder, output_dir=folder / "whole", verify="none", overwrite_output_dir=True)
+    merge_adapter(folder, output_dir=folder / "whole", verify="none", overwrite_output_dir=True)
     base = tensors(folder / "base")
     return {name: tensor - base[name] for name, tensor in tensors(folder / "whole").items()}
 
@@ -366,7 +366,7 @@ def delta(folder: Path) -> dict[str, torch.Tensor]:
 def test_scale_multiplies_what_an_adapter_adds(tmp_path):
     make(tmp_path, "llama", lora())
     whole, base = delta(tmp_path), tensors(tmp_path / "base")
-    merged(tmp_path, scale=-0.5)
+    merge_adapter(tmp_path, scale=-0.5)
     for name, tensor in tensors(tmp_path / "merged").items():
         assert torch.allclose(tensor, base[name] - 0.5 * whole[name], atol=1e-6)
 
@@ -374,7 +374,7 @@ def test_scale_multiplies_what_an_adapter_adds(tmp_path):
 def test_only_lora_can_be_scaled(tmp_path):
     make(tmp_path, "llama", METHODS["ia3"]())
     with pytest.raises(ConfigError, match=r"^scale: 0.5 works with LoRA only"):
-        merged(tmp_path, scale=0.5)
+        merge_adapter(tmp_path, scale=0.5)
 
 
 def several(folder: Path, *configs: Any) -> list[str]:
@@ -394,7 +394,7 @@ def test_concatenated_adapters_add_their_weighted_sum(tmp_path):
     names = several(tmp_path, lora(r=4), lora(r=2, target_modules=["q_proj", "up_proj"], lora_alpha=3))
     base = str(tmp_path / "0" / "base")
     options = {"adapter": names, "base": base, "adapter_weights": [0.7, -0.4]}
-    result = merged(tmp_path, **options)
+    result = merge_adapter(tmp_path, **options)
     first, second = delta(tmp_path / "0"), delta(tmp_path / "1")
     for name, tensor in tensors(tmp_path / "merged").items():
         expected = tensors(tmp_path / "0" / "base")[name] + 0.7 * first[name] - 0.4 * second[name]
@@ -408,7 +408,7 @@ def test_combined_adapters_have_the_bits_of_peft(tmp_path, how):
     names = several(tmp_path, lora(), lora())
     base = tmp_path / "0" / "base"
     settings = {"combination_type": how} | ({} if how == "linear" else {"density": 0.4})
-    merged(tmp_path, adapter=names, base=str(base), adapter_weights=[0.6, 0.4], seed=5, **settings)
+    merge_adapter(tmp_path, adapter=names, base=str(base), adapter_weights=[0.6, 0.4], seed=5, **settings)
     wrapped: Any = peft.PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(base), names[0], adapter_name="adapter0"
     )
@@ -424,22 +424,22 @@ def test_adapters_that_cannot_be_combined_are_refused(tmp_path):
     names = several(tmp_path, lora(), lora(r=2))
     bases = ", ".join(str(tmp_path / k / "base") for k in "01")
     with pytest.raises(ConfigError) as error:
-        merged(tmp_path, adapter=names, base=None)
+        merge_adapter(tmp_path, adapter=names, base=None)
     assert str(error.value) == f"base: the adapters name different bases ({bases}); choose one with --base."
     options = {"adapter": names, "base": str(tmp_path / "0" / "base")}
     with pytest.raises(ConfigError, match=r"^combination_type: linear cannot combine these adapters"):
-        merged(tmp_path, combination_type="linear", **options)
+        merge_adapter(tmp_path, combination_type="linear", **options)
     names = several(tmp_path / "saved", lora(modules_to_save=["lm_head"]), lora())
     with pytest.raises(ConfigError, match=r"^adapter: adapters with whole modules"):
-        merged(tmp_path, adapter=names, base=options["base"])
+        merge_adapter(tmp_path, adapter=names, base=options["base"])
 
 
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("name", ["lora", "rank", "loha", "oft", "ia3"])
 def test_merged_minus_adapter_is_the_base(tmp_path, name, dtype, bound):
     make(tmp_path, "llama", METHODS[name](), dtype)
-    merged(tmp_path)
-    result = merged(tmp_path, base=str(tmp_path / "merged"), output_dir=tmp_path / "again", unmerge=True)
+    merge_adapter(tmp_path)
+    result = merge_adapter(tmp_path, base=str(tmp_path / "merged"), output_dir=tmp_path / "again", unmerge=True)
     base, again = tensors(tmp_path / "base"), tensors(tmp_path / "again")
     for key, tensor in base.items():
         assert float((again[key].float() - tensor.float()).norm()) <= bound * float(tensor.float().norm()), key
@@ -451,11 +451,11 @@ def test_merged_minus_adapter_is_the_base(tmp_path, name, dtype, bound):
 @pytest.mark.parametrize("name", ["dora", "saved", "tokens"])
 def test_replaced_weights_cannot_be_unmerged(tmp_path, name):
     make(tmp_path, "llama", METHODS[name]())
-    merged(tmp_path)
+    merge_adapter(tmp_path)
     with pytest.raises(
-        ConfigError, match=r"cannot be unmerged, .*the base's weights that it replaced or normalised are in no file"
+        ConfigError, match=r"cannot be unmerged, .*the base's weights that it replaced or normalized are in no file"
     ):
-        merged(tmp_path, base=str(tmp_path / "merged"), output_dir=tmp_path / "again", unmerge=True)
+        merge_adapter(tmp_path, base=str(tmp_path / "merged"), output_dir=tmp_path / "again", unmerge=True)
 
 
 def test_progress_counts_bytes(tmp_path):
@@ -464,10 +464,12 @@ def test_progress_counts_bytes(tmp_path):
     options = MergeOptions(
         adapter=[str(tmp_path / "adapter")], base=str(tmp_path / "base"), output_dir=str(tmp_path / "merged")
     )
-    merge(options, lambda done, total: calls.append((done, total)))
+    merge(options, lambda written_bytes, total: calls.append((written_bytes, total)))
     total = sum(tensor.numel() * 4 for tensor in tensors(tmp_path / "base").values())
     assert {entry[1] for entry in calls} == {total}
-    assert [done for done, _ in calls] == sorted(done for done, _ in calls) and calls[-1] == (total, total)
+    assert [written_bytes for written_bytes, _ in calls] == sorted(
+        written_bytes for written_bytes, _ in calls
+    ) and calls[-1] == (total, total)
 
 
 def resident(field: str) -> int:
@@ -475,14 +477,14 @@ def resident(field: str) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells and forgets a peak")
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux to read and reset the peak")
 def test_memory_is_bounded_by_the_largest_weight_and_not_by_the_model(tmp_path):
     sizes = {"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 6, "vocab_size": 2000}
     make(tmp_path, "llama", lora(), **sizes)
-    merged(tmp_path, output_dir=tmp_path / "first")  # what is imported and allocated once
+    merge_adapter(tmp_path, output_dir=tmp_path / "first")  # what is imported and allocated once
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM begins anew
     before = resident("VmRSS")
-    merged(tmp_path)
+    merge_adapter(tmp_path)
     weight = 512 * 4096 * 4
     assert sum(file.stat().st_size for file in (tmp_path / "merged").glob("*.safetensors")) > 18 * weight
     assert resident("VmHWM") - before < 6 * weight

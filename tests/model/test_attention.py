@@ -53,9 +53,9 @@ def test_changing_one_document_moves_no_bit_of_another(family):
     rows = random_rows(5, 20)
     model = tiny_model(family)
     enable_packing(model)
-    changed = [rows[0], (rows[1][0][::-1].copy(), rows[1][1]), *rows[2:]]
+    changed_rows = [rows[0], (rows[1][0][::-1].copy(), rows[1][1]), *rows[2:]]
     with torch.no_grad():
-        before, after = in_one_row(model, rows), in_one_row(model, changed)
+        before, after = in_one_row(model, rows), in_one_row(model, changed_rows)
     # An expert multiplies the tokens of all documents that chose it at once, and with more than one thread the number of
     # rows decides how a product is summed: seen up to 6e-7. That nothing crosses over is in the gradients, exactly.
     rounding = 2e-6 if any("expert" in name for name in FAMILIES[family]) else 0.0
@@ -114,7 +114,7 @@ def test_isolation_check_catches_a_backend_that_ignores_boundaries(family, dtype
         check_isolation(model, "cpu", dtype)
 
 
-def changed(**changes: Callable):
+def changed_backend(**changes: Callable):
     """A backend that differs from the right one in what `changes` does to some of its arguments."""
 
     def attend(module, query, key, value, mask, **others):
@@ -138,18 +138,18 @@ def shift_inner(boundaries: torch.Tensor) -> torch.Tensor:
 
 
 BROKEN = {
-    "boundaries one token late": ("llama", changed(cu_seq_lens_q=shift_inner)),
-    "last document joined to the one before": ("llama", changed(cu_seq_lens_q=lambda b: b[[0, 1, 3]], max_length_q=lambda n: n + 5)),
+    "boundaries one token late": ("llama", changed_backend(cu_seq_lens_q=shift_inner)),
+    "last document joined to the one before": ("llama", changed_backend(cu_seq_lens_q=lambda b: b[[0, 1, 3]], max_length_q=lambda n: n + 5)),
     "future tokens seen": ("llama", seeing_the_future),
-    "window one token too wide": ("mistral", changed(sliding_window=lambda n: n + 1)),
-    "window one token too narrow": ("starcoder2", changed(sliding_window=lambda n: n - 1)),
-    "window left out": ("qwen2", changed(sliding_window=lambda n: None)),
-    "window left out where layers alternate": ("gemma3_text", changed(sliding_window=lambda n: None)),
-    "soft-cap left out": ("gemma2", changed(softcap=lambda cap: None)),
-    "soft-cap half as high": ("gemma2", changed(softcap=lambda cap: cap / 2)),
-    "sinks left out": ("gpt_oss", changed(s_aux=lambda sinks: None)),
-    "scale left out": ("granite", changed(scaling=lambda scale: None)),
-    "another head's keys": ("llama", changed(key=lambda key: key.roll(1, 1))),
+    "window one token too wide": ("mistral", changed_backend(sliding_window=lambda n: n + 1)),
+    "window one token too narrow": ("starcoder2", changed_backend(sliding_window=lambda n: n - 1)),
+    "window left out": ("qwen2", changed_backend(sliding_window=lambda n: None)),
+    "window left out where layers alternate": ("gemma3_text", changed_backend(sliding_window=lambda n: None)),
+    "soft-cap left out": ("gemma2", changed_backend(softcap=lambda cap: None)),
+    "soft-cap half as high": ("gemma2", changed_backend(softcap=lambda cap: cap / 2)),
+    "sinks left out": ("gpt_oss", changed_backend(s_aux=lambda sinks: None)),
+    "scale left out": ("granite", changed_backend(scaling=lambda scale: None)),
+    "another head's keys": ("llama", changed_backend(key=lambda key: key.roll(1, 1))),
 }  # fmt: skip
 
 
@@ -253,7 +253,7 @@ def brute_force(query, key, value, lengths, scaling, window, softcap, sinks) -> 
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("window", [None, 1, 3, 100])
 @pytest.mark.parametrize("scaling", [0.3, 8**-0.5])
-def test_scores_are_what_the_definition_says(scaling, window, softcap, sinks):
+def test_scores_follow_their_definition(scaling, window, softcap, sinks):
     generator = torch.Generator().manual_seed(0)
     lengths = [5, 1, 7]
     query, key, value = (torch.randn(1, heads, 13, 8, generator=generator, dtype=torch.float64) for heads in (4, 2, 2))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
-from support import reset, settled
+from support import materialize, reset
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, ByT5Tokenizer, GenerationConfig
 
@@ -42,7 +42,7 @@ def copy(tiny: Path, folder: Path) -> Path:
 # Names that are not a model, before any file is read
 
 
-def test_what_is_no_model_is_named(tiny, tmp_path):
+def test_folders_that_hold_no_model_are_reported(tiny, tmp_path):
     bare = tmp_path / "bare"
     bare.mkdir()
     advice = "a model folder or a hub id (owner/name) is allowed."
@@ -95,7 +95,7 @@ def test_a_hub_id_without_a_network_is_a_sentence(monkeypatch):
         assert "\n" not in sentence and len(sentence) < 400
 
 
-def test_options_that_exclude_each_other_are_told_together_before_anything_is_read(monkeypatch):
+def test_conflicting_options_are_reported_together_before_files_are_read(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert model_problems(options("missing/", load_in_8bit=True, attn_implementation="eager")) == [
@@ -154,8 +154,8 @@ def test_weights_that_do_not_fill_the_model_are_refused(tiny, tmp_path, how):
         path.write_bytes(path.read_bytes()[: 3000 if how == "truncated" else 0])
     expected = {
         "missing": f"does not fill the model: 1 weights are missing ({gone}).",
-        "shape": f"does not fill the model: 1 weights have another shape ({bent} (3,) for (32,)).",
-        "both": f"does not fill the model: 1 weights are missing ({gone}); 1 weights have another shape ({bent} (3,) for (32,)).",
+        "shape": f"does not fill the model: 1 weights have another shape, such as {bent} (3,), the model needs (32,).",
+        "both": f"does not fill the model: 1 weights are missing ({gone}); 1 weights have another shape, such as {bent} (3,), the model needs (32,).",
         "none": "cannot be loaded (Error no file named model.safetensors",
     }.get(how, "cannot be loaded (Error while deserializing header")
     with pytest.raises(ConfigError) as error:
@@ -250,7 +250,7 @@ def test_a_tokenizer_of_its_own_comes_before_the_models(tiny, tmp_path):
     assert "<new>" not in configured_tokenizer(options(tiny)).get_vocab()
 
 
-def test_the_home_folder_is_found_in_a_recipe_too(tiny, tmp_path, monkeypatch):
+def test_a_recipe_can_use_the_home_folder(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     copy(tiny, tmp_path)
     home_options = options("~/copy")
@@ -258,7 +258,7 @@ def test_the_home_folder_is_found_in_a_recipe_too(tiny, tmp_path, monkeypatch):
     assert configured_tokenizer(home_options) and load_model(home_options)
 
 
-# What is loaded
+# Loaded weights and configs
 
 
 @pytest.mark.parametrize(
@@ -277,7 +277,7 @@ def test_weights_are_masters_when_trained_and_in_the_compute_dtype_when_frozen(
 ):
     train_options = options(make_model(tmp_path, stored), method=method, precision=precision)
     model = load_model(train_options).requires_grad_(method == "full")
-    assert {p.dtype for p in settled(model, train_options).parameters()} == {expected}
+    assert {p.dtype for p in materialize(model, train_options).parameters()} == {expected}
     assert stored_dtype(load_model_config(train_options)) == stored
 
 
@@ -299,9 +299,9 @@ def test_who_keeps_the_masters_of_full_training_in_bf16(tiny, monkeypatch, strat
     assert {parameter.dtype for parameter in model.parameters()} == {expected}
 
 
-def test_the_4_bit_base_is_nf4_doubly_quantised(tiny, make_model, tmp_path):
+def test_the_4_bit_base_is_nf4_doubly_quantized(tiny, make_model, tmp_path):
     train_options = options(tiny, method="qlora", precision="bf16")
-    model = settled(load_model(train_options), train_options)
+    model = materialize(load_model(train_options), train_options)
     settings = model.config.quantization_config
     assert (settings.bnb_4bit_quant_type, settings.bnb_4bit_use_double_quant) == ("nf4", True)
     assert (settings.bnb_4bit_compute_dtype, settings.bnb_4bit_quant_storage) == (torch.bfloat16, torch.uint8)

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from pydantic import ValidationError
-from support import FAMILIES, ROOT, STOCK, UNPACKABLE, random_rows, tiny_model
+from support import FAMILIES, ROOT, UNFUSED_FAMILIES, UNPACKABLE, random_rows, tiny_model
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
@@ -73,7 +73,7 @@ def test_own_loss_is_the_familys(family, tied):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("family", STOCK)
+@pytest.mark.parametrize("family", UNFUSED_FAMILIES)
 def test_a_family_that_treats_its_logits_in_a_way_of_its_own_takes_the_stock_path(family, tied):
     model = tiny_model(family, tie_word_embeddings=tied)
     assert is_tied(model) == tied
@@ -392,13 +392,13 @@ def defined_loss(
         ("hyperclovax", True, 1, False),
     ],
 )
-def test_smoothing_and_z_loss_are_what_the_definition_says(family, packed, chunks, weighted, smoothing, z_coef):
+def test_smoothing_and_z_loss_follow_their_definitions(family, packed, chunks, weighted, smoothing, z_coef):
     rows, weights = weighted_rows()
     weights = weights if weighted else [np.ones(len(ids), np.float32) for ids, _ in rows]
     model = tiny_model(family).train()
     expected, expected_gradients = defined_loss(model, rows, weights, smoothing, z_coef)
     path = attach_loss(model, 1024, label_smoothing=smoothing, z_loss_coef=z_coef)
-    assert path == ("stock" if family in STOCK else "own")
+    assert path == ("stock" if family in UNFUSED_FAMILIES else "own")
     model.loss_chunks = chunks
     if packed:
         enable_packing(model)
@@ -421,7 +421,7 @@ def test_smoothing_and_z_loss_act_in_training_only(extra):
     assert check_loss(model, "cpu", torch.float32) == "own" and model.training
 
 
-def test_a_model_that_says_nothing_has_the_same_loss_smoothed():
+def test_uniform_predictions_have_the_same_loss_smoothed():
     model = tiny_model("llama", tie_word_embeddings=False).train()
     with torch.no_grad():
         model.lm_head.weight.zero_()
@@ -456,12 +456,12 @@ def test_smoothing_and_z_loss_keep_no_second_copy_of_the_logits(family):
 
 
 @pytest.mark.parametrize(
-    "given",
+    "values",
     [{"label_smoothing_factor": 1.0}, {"label_smoothing_factor": -0.1}, {"z_loss_coef": -1e-4}, {"z_loss_coef": "x"}],
 )
-def test_impossible_terms_are_refused(given):
-    with pytest.raises(ValidationError, match=next(iter(given))):
-        TrainOptions(**given)
+def test_impossible_terms_are_refused(values):
+    with pytest.raises(ValidationError, match=next(iter(values))):
+        TrainOptions(**values)
     assert TrainOptions(label_smoothing_factor=0.999, z_loss_coef=7).z_loss_coef == 7.0
     assert (TrainOptions().label_smoothing_factor, TrainOptions().z_loss_coef) == (0.0, 0.0)
 

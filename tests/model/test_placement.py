@@ -1,4 +1,4 @@
-"""Weights stay memory-mapped until their layer is loaded, cast and quantised; tests/proofs/matrix.py tests sharding."""
+"""Weights stay memory-mapped until their layer is loaded, cast and quantized; tests/proofs/matrix.py tests sharding."""
 
 import re
 import shutil
@@ -9,7 +9,7 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file
-from support import settled
+from support import materialize
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from accel_llm.adapters.attach import attach_adapter
@@ -23,8 +23,8 @@ from accel_llm.system import memory
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/smaps")
 
 
-def options(base: Path, **given) -> TrainOptions:
-    return TrainOptions(model_name_or_path=str(base), packing=False, **given)
+def options(base: Path, **settings) -> TrainOptions:
+    return TrainOptions(model_name_or_path=str(base), packing=False, **settings)
 
 
 def mapped_kb(folder: Path) -> int:
@@ -57,7 +57,7 @@ def test_weights_are_read_only_when_placed_and_no_page_of_the_file_stays_in_memo
         model = attach_adapter(model, train_options)
     frozen = [p for p in model.parameters() if method == "full" or not p.requires_grad]
     assert all(in_a_map(parameter) for parameter in frozen)
-    settled(model, train_options)
+    materialize(model, train_options)
     assert mapped_kb(large) < size / 5 and size > 10_000
     assert not any(in_a_map(parameter) for parameter in model.parameters())
 
@@ -66,7 +66,7 @@ def test_placed_weights_do_not_depend_on_the_file(make_model, tmp_path):
     base = make_model(tmp_path / "base")
     before = load_file(base / "model.safetensors")
     train_options = options(base, method="full")
-    model = settled(load_model(train_options), train_options)
+    model = materialize(load_model(train_options), train_options)
     with torch.no_grad():
         model.lm_head.weight.zero_()
     assert torch.equal(load_file(base / "model.safetensors")["lm_head.weight"], before["lm_head.weight"])
@@ -77,18 +77,18 @@ def test_placed_weights_do_not_depend_on_the_file(make_model, tmp_path):
 
 def test_tied_weights_stay_one(make_model, tmp_path):
     train_options = options(make_model(tmp_path, tie_word_embeddings=True), method="full")
-    model = settled(load_model(train_options), train_options)
+    model = materialize(load_model(train_options), train_options)
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
 
 
 def eager(base: Path) -> torch.nn.Module:
-    """transformers' own quantisation while loading."""
+    """transformers' own quantization while loading."""
     config = build_quantization_config(options(base, method="qlora"), torch.float32, sharded=False)
     return load_complete_model(str(base), dtype=torch.float32, quantization_config=config)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_quantised_later_is_quantised_as_transformers_does(family, make_model, tmp_path, quiet):
+def test_late_quantization_equals_that_of_transformers(family, make_model, tmp_path, quiet):
     if family == "llama":
         base = make_model(tmp_path, torch.bfloat16, attention_bias=True)
     else:  # its layers hold their weights transposed
@@ -97,7 +97,7 @@ def test_quantised_later_is_quantised_as_transformers_does(family, make_model, t
         GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=64, n_layer=2, n_head=2)).save_pretrained(base)
         tokenizer.save_pretrained(base)
     train_options = options(base, method="qlora")
-    ours, theirs = settled(load_model(train_options), train_options), eager(base)
+    ours, theirs = materialize(load_model(train_options), train_options), eager(base)
     assert ours.is_loaded_in_4bit and ours.config.quantization_config.load_in_4bit
     expected = dict(theirs.named_parameters())
     for name, parameter in ours.named_parameters():
@@ -116,7 +116,7 @@ def test_4_bit_layers_keep_their_gradient_after_an_evaluation_on_every_cpu(tiny,
     monkeypatch.setattr("bitsandbytes.nn.modules._convert_weight_packed_for_cpu", repacked)
     train_options = options(tiny, method="qlora", lora_dropout=0.0, init_lora_weights="gaussian")
     eager(tiny).save_pretrained(tmp_path / "stored")  # a model whose files are in 4 bits
-    model = settled(attach_adapter(load_model(train_options), train_options), train_options)
+    model = materialize(attach_adapter(load_model(train_options), train_options), train_options)
     stored = load_complete_model(str(tmp_path / "stored"), dtype=torch.float32)
     ids = torch.arange(12)[None]
     with torch.no_grad():
@@ -141,9 +141,9 @@ def test_4_bit_layers_keep_their_gradient_after_an_evaluation_on_every_cpu(tiny,
 
 
 @pytest.mark.parametrize("chosen", [{"use_dora": True}, {"init_lora_weights": "olora"}])
-def test_an_adapter_made_from_quantised_weights_finds_them(chosen, tiny, quiet):
+def test_an_adapter_made_from_quantized_weights_finds_them(chosen, tiny, quiet):
     settings = options(tiny, method="qlora", **chosen)
-    model = settled(attach_adapter(load_model(settings), settings), settings)
+    model = materialize(attach_adapter(load_model(settings), settings), settings)
     assert torch.isfinite(model(input_ids=torch.arange(12)[None]).logits).all()
 
 
@@ -151,7 +151,7 @@ def test_modules_that_a_family_keeps_in_float32_stay_float32_in_bf16(tiny):
     train_options = options(tiny, precision="bf16")
     model = load_model(train_options).requires_grad_(False)
     model._keep_in_fp32_modules_strict = {"norm"}
-    settled(model, train_options)
+    materialize(model, train_options)
     float32_names = {name for name, parameter in model.named_parameters() if parameter.dtype == torch.float32}
     assert float32_names == {"model.norm.weight"}
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from datasets.data_files import resolve_pattern
 from safetensors.torch import load_file
-from support import settled
+from support import materialize
 from transformers import AutoModelForCausalLM, Gemma3Config
 
 from accel_llm.config.command_line import parse_options
@@ -76,9 +76,9 @@ def change(path: Path, **values: Any) -> None:
     path.write_text(json.dumps(old_values | values), encoding="utf-8")
 
 
-def refused(act: Any, *arguments: Any, **named: Any) -> str:
+def refusal(act: Any, *arguments: Any, **keywords: Any) -> str:
     with pytest.raises((ConfigError, DataError)) as error:
-        act(*arguments, **named)
+        act(*arguments, **keywords)
     assert "\n" not in str(error.value) and len(str(error.value)) < 700
     return str(error.value)
 
@@ -103,15 +103,15 @@ def as_pickle(folder: Path, shards: int = 1) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("shards", [1, 2])
 def test_a_pickle_is_read_with_the_flag_alone(folder, tiny, shards):
     as_pickle(folder, shards)
-    sentence = refused(load_model, options(folder))
+    sentence = refusal(load_model, options(folder))
     assert sentence == (
         f"model_name_or_path: the weights of {folder} are a pickle (pytorch_model.bin), not safetensors. A pickle is a "
         "program: convert it to safetensors in a safe place, or set allow_pickle: true, which unpickles only tensors."
     )
     pickle_options = options(folder, allow_pickle=True)
     ours, theirs = (
-        settled(load_model(pickle_options), pickle_options),
-        settled(load_model(options(tiny)), options(tiny)),
+        materialize(load_model(pickle_options), pickle_options),
+        materialize(load_model(options(tiny)), options(tiny)),
     )
     expected = theirs.state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in ours.state_dict().items())
@@ -129,8 +129,8 @@ def test_a_pickle_that_is_a_program_is_never_run(folder, mark, zipped):
     as_pickle(folder)
     file = folder / "pytorch_model.bin"
     torch.save({"model.norm.weight": Payload(mark)}, file, _use_new_zipfile_serialization=zipped)
-    refused(load_model, options(folder))
-    sentence = refused(load_model, options(folder, allow_pickle=True))
+    refusal(load_model, options(folder))
+    sentence = refusal(load_model, options(folder, allow_pickle=True))
     assert sentence == f"model_name_or_path: {folder} cannot be loaded (its pickle holds more than tensors)."
     assert not mark.exists()
     torch.load(file, weights_only=False)
@@ -146,16 +146,16 @@ def test_a_repository_of_the_hub_is_looked_at_alike(tiny, tmp_path, mark, monkey
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     load_model(options("o/n"))
     change(snapshot / "adapter_config.json", base_model_name_or_path=str(tiny))
-    assert refused(load_model_config, options("o/n")) == (
+    assert refusal(load_model_config, options("o/n")) == (
         "model_name_or_path: o/n is an adapter, not a model; name its base model."
     )
     (snapshot / "adapter_config.json").unlink()
     as_pickle(snapshot)
-    assert "the weights of o/n are a pickle" in refused(load_model, options("o/n"))
+    assert "the weights of o/n are a pickle" in refusal(load_model, options("o/n"))
     assert load_model(options("o/n", allow_pickle=True)).num_parameters()
     payload(snapshot, mark, "config.json", "AutoConfig")
     change(snapshot / "config.json", model_type="strange")
-    assert "o/n needs its own Python code" in refused(load_model_config, options("o/n"))
+    assert "o/n needs its own Python code" in refusal(load_model_config, options("o/n"))
     assert not mark.exists()
 
 
@@ -179,7 +179,7 @@ def test_a_map_of_weights_stays_in_its_folder(folder, tiny, name):
     assert AutoModelForCausalLM.from_pretrained(folder).num_parameters()
     change(index, weight_map={**weights, "model.norm.weight": name})
     for allowed in (False, True):
-        assert refused(load_model, options(folder, allow_pickle=allowed)).startswith(
+        assert refusal(load_model, options(folder, allow_pickle=allowed)).startswith(
             f"model_name_or_path: {folder} names "
         )
 
@@ -192,14 +192,14 @@ def test_a_map_of_weights_names_no_pickle(folder, mark):
     change(index, metadata={"total_size": 1}, weight_map=names)
     assert load_model(options(folder)).num_parameters()
     change(index, weight_map=names | {"model.norm.weight": "b.bin"})
-    assert refused(load_model, options(folder)) == (
+    assert refusal(load_model, options(folder)) == (
         f"model_name_or_path: {folder} names 'b.bin' in its model.safetensors.index.json; only .safetensors is allowed."
     )
     shutil.move(folder / "a.safetensors", folder / "model.safetensors")
     index.unlink()
     for file_name in ("adapter_model.bin", "../model.safetensors", "/model.safetensors"):
         change(folder / "config.json", transformers_weights=file_name)
-        assert f"{folder} names {file_name!r} in its config.json" in refused(load_model, options(folder))
+        assert f"{folder} names {file_name!r} in its config.json" in refusal(load_model, options(folder))
     assert not mark.exists()
 
 
@@ -215,7 +215,7 @@ def test_a_safetensors_file_with_a_false_header_is_a_sentence(folder, how):
         second[1] += 1 << 40
     header_bytes = b"\xff" * 64 if how == "text" else json.dumps(header).encode()
     file.write_bytes(struct.pack("<Q", 1 << 62 if how == "length" else len(header_bytes)) + header_bytes + body)
-    assert refused(load_model, options(folder)).startswith(f"model_name_or_path: {folder} cannot be loaded (")
+    assert refusal(load_model, options(folder)).startswith(f"model_name_or_path: {folder} cannot be loaded (")
 
 
 # Code that comes with a model
@@ -234,17 +234,17 @@ def payload(folder: Path, mark: Path, file: str, *names: str) -> None:
 def test_code_that_a_model_needs_is_refused_unasked(folder, mark, terminal_questions):
     payload(folder, mark, "config.json", "AutoConfig", "AutoModelForCausalLM")
     change(folder / "config.json", model_type="strange")
-    assert refused(load_model_config, options(folder)) == (
+    assert refusal(load_model_config, options(folder)) == (
         f"model_name_or_path: {folder} needs its own Python code (auto_map in config.json), which is not run by default; "
         "read the code, and if you trust it, set trust_remote_code: true."
     )
-    refused(load_model, options(folder))
+    refusal(load_model, options(folder))
     # A config of a family that has no causal LM of its own.
     change(folder / "config.json", model_type="clip")
-    refused(load_model_config, options(folder))
+    refusal(load_model_config, options(folder))
     assert not terminal_questions and not mark.exists()
     change(folder / "config.json", model_type="llama", vision_config={"auto_map": {"AutoModel": "code.C"}})
-    assert "needs its own Python code" in refused(load_model_config, options(folder))
+    assert "needs its own Python code" in refusal(load_model_config, options(folder))
 
 
 def test_code_of_a_family_that_transformers_has_is_passed_over(folder, tiny, mark, terminal_questions):
@@ -270,7 +270,7 @@ def test_code_that_a_tokenizer_needs_is_refused_unasked(folder, mark, terminal_q
     payload(folder, mark, "tokenizer_config.json", "AutoTokenizer")
     change(folder / "tokenizer_config.json", tokenizer_class="StrangeTokenizer")
     change(folder / "config.json", model_type="strange")
-    assert refused(load_tokenizer, str(folder)) == (
+    assert refusal(load_tokenizer, str(folder)) == (
         f"tokenizer_name: {folder} needs its own Python code (auto_map in tokenizer_config.json), which is not run by "
         "default; read the code, and if you trust it, set trust_remote_code: true."
     )
@@ -281,14 +281,14 @@ def test_the_class_of_a_tokenizer_is_one(folder, mark, terminal_questions):
     payload(folder, mark, "config.json", "AutoModel")
     change(folder / "config.json", model_type="strange")
     change(folder / "tokenizer_config.json", tokenizer_class="AutoModel")
-    assert refused(load_tokenizer, str(folder)) == (
+    assert refusal(load_tokenizer, str(folder)) == (
         f"tokenizer_name: {folder} has 'AutoModel' as its tokenizer_class, which is not a tokenizer."
     )
     change(folder / "tokenizer_config.json", tokenizer_class="utils")
-    refused(load_tokenizer, str(folder))
+    refusal(load_tokenizer, str(folder))
     change(folder / "tokenizer_config.json", tokenizer_class=None)
     change(folder / "config.json", tokenizer_class="AutoModel")
-    refused(load_tokenizer, str(folder))
+    refusal(load_tokenizer, str(folder))
     assert not terminal_questions and not mark.exists()
 
 
@@ -298,7 +298,7 @@ def test_no_other_config_or_tokenizer_outside_is_read(folder):
         ("fast_tokenizer_files", "tokenizer_config.json", configured_tokenizer),
     ):
         change(folder / file, **{field: ["config.4.0.0.json", "../tokenizer.4.0.json"]})
-        assert f"{folder} names '../tokenizer.4.0.json' in its {file};" in refused(act, options(folder))
+        assert f"{folder} names '../tokenizer.4.0.json' in its {file};" in refusal(act, options(folder))
         change(folder / file, **{field: []})
     # transformers 5.23 reads no other vocabulary than the folder's, whatever the file says.
     change(folder / "tokenizer_config.json", tokenizer_file="/etc/passwd", vocab_file="/etc/passwd")
@@ -326,22 +326,22 @@ def test_a_kernel_that_a_config_names_is_passed_over(folder, key):
 def test_a_kernel_for_a_part_of_a_model_is_passed_over():
     config = Gemma3Config(attn_implementation={"": "sdpa", "text_config": "o/kernel"})
     assert config.text_config._attn_implementation == "o/kernel"
-    # What transformers 5.23 does with an argument that it is given beside a config.
+    # transformers 5.23 does this with an argument that it gets beside a config.
     config._attn_implementation = OWN_IMPLEMENTATIONS["attn_implementation"]
     assert config.text_config._attn_implementation is None
 
 
-def test_json_that_is_none_is_a_sentence(folder):
+def test_a_broken_config_json_is_reported_in_one_sentence(folder):
     for text in ("[" * 100_000, "[]", "7", '{"auto_map": 7}', '{"model_type": []}', '{"transformers_weights": [1]}'):
         (folder / "config.json").write_text(text, encoding="utf-8")
-        refused(load_model_config, options(folder))
-        refused(load_model, options(folder))
+        refusal(load_model_config, options(folder))
+        refusal(load_model, options(folder))
 
 
 def test_chat_reads_a_pickle_with_the_flag_alone(folder, script, capsys):
     as_pickle(folder)
     asks = ["--model", folder, "--prompt", "Hi", "--max_new_tokens", 2]
-    assert "set allow_pickle: true" in refused(script, "chat", *asks)
+    assert "set allow_pickle: true" in refusal(script, "chat", *asks)
     script("chat", *asks, "--allow_pickle")
     assert capsys.readouterr().out
 
@@ -362,7 +362,7 @@ def test_chat_reads_a_pickle_with_the_flag_alone(folder, script, capsys):
 def test_a_tag_of_python_in_a_recipe_is_refused(tmp_path, mark, text):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(text.replace("MARK", str(mark)), encoding="utf-8")
-    sentence = refused(parse_options, Options, ["--config", str(recipe), "--model_name_or_path", "o/n"])
+    sentence = refusal(parse_options, Options, ["--config", str(recipe), "--model_name_or_path", "o/n"])
     assert sentence.startswith(
         (f"config: {recipe}, line 1, is not YAML: could not determine", "chat_template_kwargs: ")
     )
@@ -390,7 +390,7 @@ BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 9
 def test_a_recipe_out_of_all_proportion_is_refused(tmp_path, text, reason):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(text, encoding="utf-8")
-    assert refused(parse_options, Options, ["--config", str(recipe)]).startswith(
+    assert refusal(parse_options, Options, ["--config", str(recipe)]).startswith(
         f"config: {recipe} cannot be read: {reason}"
     )
 
@@ -414,7 +414,7 @@ def test_data_that_is_a_program_is_never_run(tmp_path, mark):
         ("code.py", "is of kind '.py'"),
         ("rows.jsonl", "line 1: not "),
     ):
-        assert reason in refused(lambda name=name: list(read_source(Source(path=str(tmp_path / name)))))
+        assert reason in refusal(lambda name=name: list(read_source(Source(path=str(tmp_path / name)))))
     with pytest.raises(RuntimeError, match=r"Dataset scripts are no longer supported"):
         datasets.load_dataset(str(script))
     assert not mark.exists()
@@ -425,7 +425,7 @@ def test_data_that_is_a_program_is_never_run(tmp_path, mark):
 def test_json_that_python_cannot_hold_is_a_sentence(tmp_path, text, kind):
     path = tmp_path / f"rows.{kind}"
     path.write_text(text, encoding="utf-8")
-    assert f"{path}, line 1: not JSON (" in refused(lambda: list(read_source(Source(path=str(path)))))
+    assert f"{path}, line 1: not JSON (" in refusal(lambda: list(read_source(Source(path=str(path)))))
 
 
 def test_a_saved_dataset_reads_its_own_files(tmp_path):
@@ -437,7 +437,7 @@ def test_a_saved_dataset_reads_its_own_files(tmp_path):
     name = json.loads((secret / "state.json").read_text(encoding="utf-8"))["_data_files"][0]["filename"]
     for outside in (f"../../secret/{name}", str(secret / name), f"x/../../../secret/{name}"):
         change(state, _data_files=[{"filename": outside}])
-        assert refused(lambda: list(read_source(Source(path=str(dataset))))) == (
+        assert refusal(lambda: list(read_source(Source(path=str(dataset))))) == (
             f"{state} names {outside!r}; only files of its own folder are allowed."
         )
     change(state, _data_files=[{"filename": f"../../secret/{name}"}])
@@ -447,7 +447,7 @@ def test_a_saved_dataset_reads_its_own_files(tmp_path):
 def test_a_hub_dataset_reads_files_of_the_hub(tmp_path):
     own = tmp_path / "own.txt"
     own.write_text("a key", encoding="utf-8")
-    # What datasets 5.2 makes of a name in the README of a repository.
+    # datasets 5.2 resolves a file name in the README of a repository to this URL.
     urls = resolve_pattern(str(own), "hf://datasets/o/n@main")
     assert urls == [str(own)] and file_outside_hub(urls) == str(own)
     inside = ["hf://datasets/o/n@main/a.parquet", "zip://a.csv::hf://datasets/o/n@main/a.zip"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from support import settled
+from support import materialize
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from transformers import (
@@ -93,7 +93,7 @@ def load(base: Path, new: range = NEW, **options) -> tuple[torch.nn.Module, torc
     extend_vocabulary(model, new)
     assert attach_loss(model, IDS.numel()) == "own"
     wrapped = model if settings.method == "full" else attach_adapter(model, settings, new)
-    return settled(wrapped, settings), model  # type: ignore
+    return materialize(wrapped, settings), model  # type: ignore
 
 
 def backward(model: torch.nn.Module) -> None:
@@ -151,7 +151,7 @@ def test_what_is_there_already_gets_no_new_id():
     assert tokenizer.convert_tokens_to_ids(CHATML) == [258, 257]
 
 
-def test_missing_tokens_are_added_where_the_option_says_so():
+def test_missing_tokens_are_added_if_the_option_is_set():
     for options, new, ids in (
         ({"chat_template": "chatml", "add_tokens": True}, NEW, [257, 258]),
         ({"chat_template": "chatml"}, range(257, 257), [None, None]),
@@ -272,7 +272,7 @@ def test_only_new_rows_and_the_adapter_are_trained(make, options, tied):
     for name in rows:
         assert after[name].shape == (2, 32) and after[name].dtype == torch.float32
         assert all(not torch.equal(*pair) for pair in zip(after[name], before[name], strict=True))
-    # What is looked up and what is projected to is the trained row for a new token, the frozen one for any other.
+    # Embedding and head use the trained row for a new token and the frozen row for any other.
     embedded = embedding(torch.tensor([3, 257, 258]))
     assert torch.equal(embedded[0], embedding.weight[3]) and torch.equal(embedded[1:], embedding.new_rows)
     projected = head(torch.eye(32)).T

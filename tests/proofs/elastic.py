@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from forks import Run, execute
-from resumes import both, metrics, stop_after
+from resumes import metrics, run_all, stop_after
 from safetensors.numpy import load_file
 
 STOP, STEPS, TOLERANCE = 3, 6, 1e-5
@@ -56,7 +56,7 @@ def save_loaded_state(folder: Path) -> None:
 
     resume = Checkpoints.resume
 
-    def resumed(self: Any) -> None:
+    def resume_and_save(self: Any) -> None:
         resume(self)
         local = shares.local_shares(self.accelerator, self.model, self.optimizer)
         tensors, numbers = shares.share_tensors(local, self.optimizer)
@@ -65,10 +65,10 @@ def save_loaded_state(folder: Path) -> None:
         write_tensors(folder / f"rank-{rank:05d}.safetensors", tensors)
         (folder / f"rank-{rank:05d}.json").write_text(json.dumps({"numbers": numbers}))
 
-    Checkpoints.resume = resumed  # type: ignore[method-assign]
+    Checkpoints.resume = resume_and_save  # type: ignore[method-assign]
 
 
-def assembled(folder: Path) -> dict[str, np.ndarray]:
+def join_ranges(folder: Path) -> dict[str, np.ndarray]:
     """Join the ranges of all processes into one flat array for each parameter's weights and state."""
     ranges: dict[str, dict[int, np.ndarray]] = {}
     numbers: dict[str, Any] = {}
@@ -88,7 +88,7 @@ def judge(cell: Cell, work: Path) -> dict[str, Any]:
     where = work / "elastic" / cell.name
     whole, parts = where / "whole", where / "parts"
     first = partial(stop_after, STOP)
-    second = partial(both, partial(save_loaded_state, where / "loaded"))
+    second = partial(run_all, partial(save_loaded_state, where / "loaded"))
     runs = [
         Run(f"{cell.name}-whole", "sft", cell.before, cell.saved_by, script_arguments(cell, work, whole), whole),
         Run(f"{cell.name}-0", "sft", cell.before, cell.saved_by, script_arguments(cell, work, parts), parts, first),
@@ -107,12 +107,12 @@ def judge(cell: Cell, work: Path) -> dict[str, Any]:
         end = next(iter(execute([run], work)))
         if end.code and run is not runs[1]:
             return {"status": "failed", "note": f"{run.name}: exit code {end.code}: {end.cause}"}
-    saved, loaded = assembled(parts / "checkpoints" / f"step-{STOP:08d}"), assembled(where / "loaded")
+    saved, loaded = join_ranges(parts / "checkpoints" / f"step-{STOP:08d}"), join_ranges(where / "loaded")
     changed = [name for name in saved.keys() | loaded.keys() if not same(saved.get(name), loaded.get(name))]
     if changed:
         note = f"{len(changed)} of {len(saved)} are not what was saved ({min(changed)})"
         return {"status": "different", "note": note}
-    last = [assembled(folder / "checkpoints" / f"step-{STEPS:08d}") for folder in (whole, parts)]
+    last = [join_ranges(folder / "checkpoints" / f"step-{STEPS:08d}") for folder in (whole, parts)]
     weights = [name for name in last[0] if name.endswith("|weight")]
     apart = max(float(np.abs(last[0][name] - last[1][name]).max()) for name in weights)
     lines = [[(line["step"], line["supervised_tokens"]) for line in metrics(folder)] for folder in (whole, parts)]

@@ -1,4 +1,4 @@
-"""Show what a person sees, and how soon, when one process of a run fails: every stage, strategy and rank.
+"""Let one process of a run fail, at every stage, strategy and rank, and check the output and the time to the end.
 
     python tests/proofs/failures.py                          the whole table: about half an hour on two cores
     python tests/proofs/failures.py --write                  the same, kept in tests/proofs/golden/failures.md
@@ -72,7 +72,7 @@ class Outcome:
     code: int
     screen: str
     run: dict[str, Any] | None  # run.json
-    halves: list[str]  # files and folders in the output folder that are not complete
+    incomplete: list[str]  # files and folders in the output folder that are not complete
     alive: list[int]  # processes of the launch that outlived the launcher
 
 
@@ -93,11 +93,11 @@ def inject() -> None:
     calls = iter(range(1, sys.maxsize))
 
     def failing(original: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapper(*arguments: Any, **named: Any) -> Any:
+        def wrapper(*arguments: Any, **keywords: Any) -> Any:
             # The check before training computes losses as well.
             if (stage != "forward" or sys._getframe(1).f_globals["__name__"] == "__main__") and next(calls) == call:
                 strike(cell)
-            return original(*arguments, **named)
+            return original(*arguments, **keywords)
 
         return wrapper
 
@@ -125,15 +125,15 @@ def cause(cell: Cell) -> str:
 
 
 def _delayed(original: Callable[..., Any]) -> Callable[..., Any]:
-    def wrapper(*arguments: Any, **named: Any) -> Any:
+    def wrapper(*arguments: Any, **keywords: Any) -> Any:
         time.sleep(3)
-        return original(*arguments, **named)
+        return original(*arguments, **keywords)
 
     return wrapper
 
 
 def _with(original: Callable[..., Any], **forced: Any) -> Callable[..., Any]:
-    return lambda *arguments, **named: original(*arguments, **named | forced)
+    return lambda *arguments, **keywords: original(*arguments, **keywords | forced)
 
 
 def _patch(module: str, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
@@ -165,16 +165,16 @@ def launch(cell: Cell, work: Path) -> Outcome:
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
     }
-    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    process = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
     ended = time.time()
     struck = folder / "fault"
     run = folder / "output" / "run.json"
     return Outcome(
         ended - float(struck.read_text(encoding="utf-8")) if struck.is_file() else None,
-        done.returncode,
-        done.stdout + done.stderr,
+        process.returncode,
+        process.stdout + process.stderr,
         json.loads(run.read_text(encoding="utf-8")) if run.is_file() else None,
-        halves(folder / "output"),
+        find_incomplete(folder / "output"),
         alive(str(struck)),
     )
 
@@ -192,7 +192,7 @@ def _config(strategy: str, work: Path) -> Path:
     return work / "zero3.yaml"
 
 
-def halves(output: Path) -> list[str]:
+def find_incomplete(output: Path) -> list[str]:
     """Return incomplete checkpoints and exports that look complete in an output folder; hidden names do not count."""
     from accel_llm.system.manifest import find_damage
 
@@ -222,7 +222,7 @@ def error_lines(screen: str) -> list[str]:
 
 
 def find_problems(cell: Cell, outcome: Outcome) -> list[str]:
-    """Return what the launch of `cell` should have done but did not."""
+    """Return the differences between the outcome of `cell` and the expected one."""
     if outcome.seconds is None:
         return ["the fault was never reached"]
     if cell.kind == "slow":
@@ -230,12 +230,15 @@ def find_problems(cell: Cell, outcome: Outcome) -> list[str]:
         return [] if ended == (0, [], "done") else [f"ended with {ended}"]
     problems = [f"ended {outcome.seconds:.0f} s after the fault"] if outcome.seconds >= LIMIT else []
     problems += ["exit code 0"] if outcome.code == 0 else []
-    problems += [f"{name} is not whole" for name in outcome.halves]
+    problems += [f"{name} is not whole" for name in outcome.incomplete]
     problems += [f"process {process} lives on" for process in outcome.alive]
-    named = f" (rank {cell.rank})" if cell.rank or cell.kind != "mistake" else ""
-    lines = {"raise": [f"error{named}: RuntimeError: {cause(cell)}"], "mistake": [f"error{named}: {cause(cell)}"]}
+    rank_suffix = f" (rank {cell.rank})" if cell.rank or cell.kind != "mistake" else ""
+    lines = {
+        "raise": [f"error{rank_suffix}: RuntimeError: {cause(cell)}"],
+        "mistake": [f"error{rank_suffix}: {cause(cell)}"],
+    }
     if error_lines(outcome.screen) != lines.get(cell.kind, []):
-        problems.append(f"told {error_lines(outcome.screen)}")
+        problems.append(f"reported {error_lines(outcome.screen)}")
     # The launcher prints the rest: its own traceback, and the rank that failed first.
     if cell.kind == "raise" and outcome.screen.count("Traceback (most recent call last)") != 2:
         problems.append("not one traceback of the run and one of the launcher")
@@ -267,7 +270,7 @@ def row(cell: Cell, outcome: Outcome) -> list[str]:
 
 
 def table(rows: list[list[str]]) -> str:
-    head = ["strategy", "rank", "stage", "fault", "seconds to the end", "told", "exit code", "run.json", "verdict"]
+    head = ["strategy", "rank", "stage", "fault", "seconds to the end", "errors", "exit code", "run.json", "verdict"]
     lines = [head, ["---"] * len(head), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 

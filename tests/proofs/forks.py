@@ -154,7 +154,7 @@ def be_launcher(run: Run, config: Path, port: int) -> None:
     os.execv(program, [program, "launch", *where, str(script_path(run)), *run.words])
 
 
-def forked(task: Callable[[], None], log: Path) -> int:
+def start_fork(task: Callable[[], None], log: Path) -> int:
     """Start a fork that does `task`, appends its output to `log` and ends; return its process id."""
     if pid := os.fork():
         return pid
@@ -177,13 +177,13 @@ def forked(task: Callable[[], None], log: Path) -> int:
 
 def compute(task: Callable[[], None], log: Path) -> None:
     """Do `task` in a fork and wait for it, because computing starts threads."""
-    code = os.waitstatus_to_exitcode(os.waitpid(forked(task, log), 0)[1])
+    code = os.waitstatus_to_exitcode(os.waitpid(start_fork(task, log), 0)[1])
     if code:
         raise RuntimeError(f"exit code {code}: {log.read_text(encoding='utf-8')}")
 
 
-def ended(pids: dict[int, int | None], since: float) -> bool:
-    """Record the exit codes of processes and return whether all have ended; one that fails ends the others."""
+def poll_and_end(pids: dict[int, int | None], since: float) -> bool:
+    """Record the exit codes of processes. If one failed, end the others. Return True when all have ended."""
     for pid in [pid for pid, code in pids.items() if code is None]:
         ended_pid, status = os.waitpid(pid, os.WNOHANG)
         pids[pid] = os.waitstatus_to_exitcode(status) if ended_pid else None
@@ -219,7 +219,7 @@ def execute(runs: list[Run], work: Path, launch: bool = False) -> Iterator[Ended
                 run = waiting.pop(0)
                 running.append((run, start(run, work, launch), time.monotonic()))
             time.sleep(0.01)
-            for entry in [entry for entry in running if ended(*entry[1:])]:
+            for entry in [entry for entry in running if poll_and_end(*entry[1:])]:
                 running.remove(entry)
                 run, pids, since = entry
                 yield Ended(run, first_cause([*pids.values()]), time.monotonic() - since)
@@ -236,7 +236,9 @@ def start(run: Run, work: Path, launch: bool) -> dict[int, int | None]:
     run.log.unlink(missing_ok=True)
     config, port = launch_config(run.strategy, work), free_port()
     tasks = [partial(be_rank, run, config, rank, port) for rank in range(run.processes)]
-    return {forked(task, run.log): None for task in ([partial(be_launcher, run, config, port)] if launch else tasks)}
+    return {
+        start_fork(task, run.log): None for task in ([partial(be_launcher, run, config, port)] if launch else tasks)
+    }
 
 
 def metric(output: Path, name: str) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Fill the disk at any call of a run, by fulldisk.c: the run ends with one error message, and nothing is lost."""
+"""Let the disk fill up at any call of a run, by fulldisk.c: the run ends with one error, and nothing is lost."""
 
 import ctypes
 import itertools
@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import forks
-from failures import halves
-from supervise import Course, compared, gone_on, noted, supervise, traced, undisturbed
+from failures import find_incomplete
+from supervise import RunKind, baseline_run, find_differences, read_trace, resume_and_compare, start_trace, supervise
 
 SOURCE = Path(__file__).with_suffix(".c")
 LIMIT = 60.0  # seconds to the end of all processes
@@ -30,9 +30,9 @@ SENTENCE = (
 
 
 class Point(NamedTuple):
-    """The disk is full for `ranks` from their call number `call` on, or, with `alone`, at that call only."""
+    """The disk is full for `ranks` from their call number `call` on; with `alone`, at that call only."""
 
-    course: Course
+    kind: RunKind
     ranks: tuple[int, ...]
     alone: bool
     call: int
@@ -40,7 +40,7 @@ class Point(NamedTuple):
     @property
     def name(self) -> str:
         ranks = "+".join(map(str, self.ranks))
-        return f"{self.course.name}-rank{ranks}-{'at' if self.alone else 'from'}{self.call}"
+        return f"{self.kind.name}-rank{ranks}-{'at' if self.alone else 'from'}{self.call}"
 
 
 class Refused(NamedTuple):
@@ -50,8 +50,8 @@ class Refused(NamedTuple):
     what: str
     codes: list[int]
     seconds: float
-    told: list[str]
-    wrong: list[str]
+    errors: list[str]
+    problems: list[str]
 
 
 class Book(ctypes.Structure):
@@ -65,11 +65,11 @@ class Book(ctypes.Structure):
     )
 
 
-def preloaded() -> bool:
+def is_preloaded() -> bool:
     return hasattr(ctypes.CDLL(None), "disk_full_at")
 
 
-def compiled(folder: Path) -> Path | None:
+def compile_library(folder: Path) -> Path | None:
     """Compile fulldisk.c into `folder`; return the library, or None if there is no C compiler."""
     if (compiler := shutil.which("cc")) is None:
         return None
@@ -78,18 +78,18 @@ def compiled(folder: Path) -> Path | None:
     return library
 
 
-def begin_anew(library: Path, more: list[str]) -> None:
-    """Start this program again with `more` arguments and with `library` loaded before everything else."""
+def restart_with_library(library: Path, more: list[str]) -> None:
+    """Replace this process by one with `more` arguments that loads `library` before everything else."""
     os.execve(sys.executable, [sys.executable, *sys.argv, *more], os.environ | {"LD_PRELOAD": str(library)})
 
 
-def courses() -> list[Course]:
+def run_kinds() -> list[RunKind]:
     return [
-        Course("cpu", "full", STEPS),
-        Course("cpu", "lora", STEPS),
-        Course("ddp", "lora", STEPS),
-        Course("zero2", "full", STEPS),
-        Course("ddp", "full", STEPS, save_async=True),
+        RunKind("cpu", "full", STEPS),
+        RunKind("cpu", "lora", STEPS),
+        RunKind("ddp", "lora", STEPS),
+        RunKind("zero2", "full", STEPS),
+        RunKind("ddp", "full", STEPS, save_async=True),
     ]
 
 
@@ -101,16 +101,16 @@ def fill(ranks: tuple[int, ...], folder: Path, call: int, alone: bool, books: li
     arm(bytes(folder), call if rank in ranks else NEVER, alone, books[rank])
 
 
-def refuse(point: Point, work: Path) -> tuple[Refused, list[list[str]]]:
-    """Do the run of a point and repeat its command; return the result and the calls of each rank in the first run."""
-    course = point.course
+def run_point(point: Point, work: Path) -> tuple[Refused, list[list[str]]]:
+    """Do the run of a point, then resume it. Return the result and the calls of each rank in the first run."""
+    kind = point.kind
     output = work / "disk" / point.name
-    shared = mmap.mmap(-1, course.processes * ctypes.sizeof(Book))
-    books = (Book * course.processes).from_buffer(shared)
+    shared = mmap.mmap(-1, kind.processes * ctypes.sizeof(Book))
+    books = (Book * kind.processes).from_buffer(shared)
     places = [ctypes.addressof(book) for book in books]
     sabotage = partial(fill, point.ranks, output.resolve(), point.call, point.alone, places)
-    trace, whole_sabotage = traced(output, sabotage)
-    run = course.run(work, output, whole_sabotage)
+    trace, whole_sabotage = start_trace(output, sabotage)
+    run = kind.run(work, output, whole_sabotage)
     since = time.monotonic()
     pids = forks.start(run, work, launch=False)
     supervise(pids)
@@ -119,50 +119,50 @@ def refuse(point: Point, work: Path) -> tuple[Refused, list[list[str]]]:
     what = next((book.first.decode() for book in books if book.refused), "")
     codes = [code or 0 for code in pids.values()]
     log = run.log.read_text(encoding="utf-8", errors="replace")
-    told = [line for line in log.splitlines() if line.startswith("error")]
-    wrong = judged(output, trace, what, codes, log, told, seconds)
-    wrong += gone_on(course, work, output) if any(codes) else compared(course, work, output)
+    errors = [line for line in log.splitlines() if line.startswith("error")]
+    problems = find_problems(output, trace, what, codes, log, errors, seconds)
+    problems += resume_and_compare(kind, work, output) if any(codes) else find_differences(kind, work, output)
     shutil.rmtree(output, ignore_errors=True)
-    return Refused(point, what, codes, seconds, told, wrong), calls
+    return Refused(point, what, codes, seconds, errors, problems), calls
 
 
-def judged(
-    output: Path, trace: Path, what: str, codes: list[int], log: str, told: list[str], seconds: float
+def find_problems(
+    output: Path, trace: Path, what: str, codes: list[int], log: str, errors: list[str], seconds: float
 ) -> list[str]:
-    """Return what a run on a full disk did wrong."""
-    wrong = [f"{name} is not whole" for name in halves(output)]
-    sealed = noted(trace, "sealed")
-    kept = {path.name for path in (output / "checkpoints").glob("step-*")}
-    if sealed and f"step-{sealed[-1]:08d}" not in kept:
-        wrong.append(f"the checkpoint of step {sealed[-1]} is gone")
+    """Return the problems of a run on a full disk."""
+    problems = [f"{name} is not whole" for name in find_incomplete(output)]
+    sealed = read_trace(trace, "sealed")
+    checkpoint_names = {path.name for path in (output / "checkpoints").glob("step-*")}
+    if sealed and f"step-{sealed[-1]:08d}" not in checkpoint_names:
+        problems.append(f"the checkpoint of step {sealed[-1]} is gone")
     if not what:
-        return wrong + (["was not refused anything, and failed"] if any(codes) else [])
+        return problems + (["was not refused anything, and failed"] if any(codes) else [])
     if not any(codes):  # then everything must be there
         status = json.loads((output / "run.json").read_text(encoding="utf-8"))["status"]
-        return wrong + ([f"exit code 0, status {status}"] if status != "done" else [])
-    if len(told) != 1 or not told[0].endswith(SENTENCE):
-        wrong.append(f"told {told}")
+        return problems + ([f"exit code 0, status {status}"] if status != "done" else [])
+    if len(errors) != 1 or not errors[0].endswith(SENTENCE):
+        problems.append(f"reported {errors}")
     if "Traceback" in log:
-        wrong.append(f"a traceback: {log[-300:]!r}")
+        problems.append(f"a traceback: {log[-300:]!r}")
     if 2 not in codes or not {*codes} <= {0, 2, 128 + signal.SIGTERM}:
-        wrong.append(f"exit codes {codes}")
-    return wrong + ([f"took {seconds:.0f} s"] if seconds > LIMIT else [])
+        problems.append(f"exit codes {codes}")
+    return problems + ([f"took {seconds:.0f} s"] if seconds > LIMIT else [])
 
 
-def points(course: Course, work: Path, thin: bool) -> Iterator[Point]:
-    """Yield every call of every rank alone and of all ranks together; `thin`: only the calls that `thinned` keeps."""
-    undisturbed(course, work)
-    _, calls = refuse(Point(course, (), False, NEVER), work)
-    each = [(rank,) for rank in range(course.processes)]
-    for ranks in [*each, *([tuple(range(course.processes))] if course.processes > 1 else [])]:
+def points(kind: RunKind, work: Path, thin: bool) -> Iterator[Point]:
+    """Yield every call of every rank alone and of all ranks together; `thin`: only the calls that `thin_calls` keeps."""
+    baseline_run(kind, work)
+    _, calls = run_point(Point(kind, (), False, NEVER), work)
+    each = [(rank,) for rank in range(kind.processes)]
+    for ranks in [*each, *([tuple(range(kind.processes))] if kind.processes > 1 else [])]:
         most = max((calls[rank] for rank in ranks), key=len)
         # A disk is never full at one call of all ranks and free again right after it.
         ways = (False, True) if len(ranks) == 1 else (False,)
-        for call, alone in itertools.product(thinned(most) if thin else range(1, len(most) + 1), ways):
-            yield Point(course, ranks, alone, call)
+        for call, alone in itertools.product(thin_calls(most) if thin else range(1, len(most) + 1), ways):
+            yield Point(kind, ranks, alone, call)
 
 
-def thinned(calls: list[str]) -> list[int]:
+def thin_calls(calls: list[str]) -> list[int]:
     """Return the first, middle and last of equal calls in a row, such as the many writes of one file."""
     numbers, last = set(), 0
     for _, equal in itertools.groupby(calls):
@@ -172,13 +172,13 @@ def thinned(calls: list[str]) -> list[int]:
 
 
 def every(work: Path, thin: bool) -> Iterator[Point]:
-    for course in courses():
-        yield from points(course, work, thin)
+    for kind in run_kinds():
+        yield from points(kind, work, thin)
 
 
 def some(work: Path, draw: random.Random, count: int) -> Iterator[Point]:
-    """Yield a few points: one process, and two of which one or both meet the full disk."""
-    alone, together = ([*points(course, work, True)] for course in (courses()[0], courses()[3]))
+    """Yield a few points: for one process, and for two processes of which one or both have a full disk."""
+    alone, together = ([*points(kind, work, True)] for kind in (run_kinds()[0], run_kinds()[3]))
     two = [[point for point in together if point.ranks == ranks] for ranks in ((0,), (1,), (0, 1))]
     kinds = [alone, *two]
     yield from (draw.choice(kinds[k % len(kinds)]) for k in range(count))

@@ -134,7 +134,7 @@ def launch(strategy: str, folder: str, method: str) -> list[dict]:
     command = ["accelerate", "launch", "--config_file", f"accelerate_configs/{strategy}.yaml", "--num_processes", "2"]
     command += ["tests/proofs/loading.py", "--rank", folder, method]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
+    process = subprocess.run(
         command,
         cwd=ROOT,
         env=os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
@@ -142,9 +142,9 @@ def launch(strategy: str, folder: str, method: str) -> list[dict]:
         text=True,
         check=False,
     )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("MEASURED ")]
+    lines = [line for line in process.stdout.splitlines() if line.startswith("MEASURED ")]
     if not lines:
-        raise RuntimeError(done.stdout[-2000:] + done.stderr[-4000:])
+        raise RuntimeError(process.stdout[-2000:] + process.stderr[-4000:])
     return json.loads(lines[0].removeprefix("MEASURED "))
 
 

@@ -299,7 +299,7 @@ def run_cells(
     for end in execute([build_run(cell, kind, work) for cell, kind in runs.values()], work, launch):
         cell, kind = runs[end.run.name]
         result = results[cell.name]
-        result |= merged(result, judge(cell, kind, end, work))
+        result |= merge_results(result, judge(cell, kind, end, work))
         result["seconds"] = round(result.get("seconds", 0) + end.seconds, 1)
         kinds[cell].remove(kind)
         if not kinds[cell]:
@@ -309,7 +309,7 @@ def run_cells(
     return results
 
 
-def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+def merge_results(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """Merge the results of a cell's two runs; the status is the worse one."""
     order = ["same", "refused", "different", "failed"]
     return old | new | {"status": max(old.get("status", "same"), new["status"], key=order.index)}
@@ -329,9 +329,9 @@ def table(results: dict[str, dict[str, Any]]) -> str:
             cells = [result for name, result in results.items() if name.startswith(f"{strategy}-{method}-")]
             same = [result for result in cells if result["status"] == "same"]
             worst = [max((r[n] for r in same if n in r), default=None) for n in ("loss", "weights", "gradient")]
-            shown = " / ".join(f"{value:.0e}" for value in worst if value is not None)
+            differences = " / ".join(f"{value:.0e}" for value in worst if value is not None)
             others = Counter(result["status"] for result in cells if result["status"] != "same")
-            parts = ([(shown, len(same))] if same else []) + list(others.items())
+            parts = ([(differences, len(same))] if same else []) + list(others.items())
             row.append(", ".join(f"{what} ({count})" for what, count in parts))
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)
@@ -428,9 +428,9 @@ def main() -> None:
     if args.record:
         trajectories.record(work, tiny)
     everything = not (args.only or args.pairwise or args.controls or args.trajectories or args.record or args.resumes)
-    wrong = []
+    problems = []
     if args.resumes:
-        wrong = run_resumes(work, args)
+        problems = run_resumes(work, args)
     elif everything or args.only or args.pairwise:
         cells = [cell for cell in all_cells() if fnmatch.fnmatch(cell.name, args.only or "*")]
         kinds = {cell: ["curve", "gradient"] if cell.method in EXPOSED else ["curve"] for cell in cells}
@@ -438,16 +438,16 @@ def main() -> None:
             # One run a cell: what a float64 gradient proves of a step needs no reference run.
             kinds = {cell: kinds[cell][-1:] for cell in pairwise([cell for cell in cells if cell.must])}
         results = run_cells(kinds, work, args.launch, keep=args.work is not None)
-        wrong = failures(list(kinds), results)
+        problems = failures(list(kinds), results)
         print(f"{table(results)}\n{len(results)} cells, {time.monotonic() - since:.0f} s", flush=True)
         if args.write:
             write(results)
     if everything or args.controls:
-        wrong += run_controls(work)
+        problems += run_controls(work)
     if everything or args.trajectories:
-        wrong += trajectories.check(work, tiny)
-    if wrong:
-        raise SystemExit("\n".join(wrong))
+        problems += trajectories.check(work, tiny)
+    if problems:
+        raise SystemExit("\n".join(problems))
     if args.work is None:
         shutil.rmtree(work)
 

@@ -13,7 +13,7 @@ STATES = {"adamw": 8, "adamw_8bit": 2}  # bytes a trained parameter
 
 
 class Shape(NamedTuple):
-    """What the config.json of a published model says, and the parameters in billions that its card names."""
+    """The sizes in a published model's config.json, and the billions of parameters in its model card."""
 
     kind: str
     layers: int

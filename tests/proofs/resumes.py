@@ -22,7 +22,7 @@ from forks import Run, execute
 STOPS = (2, 3, 4, 9)  # an epoch has 4 steps without packing
 STEPS, ROWS, BATCH = 10, 32, 8
 METHODS = ("full", "lora", "qlora")
-# These differ from run to run.
+# Metrics that differ from run to run.
 MEASURED = ("tokens_per_second", "peak_memory_mb")
 
 
@@ -31,7 +31,7 @@ class Cell(NamedTuple):
     method: str
     processes: int
     accumulation: int
-    workers: int  # they encode the rows, and again before the last part
+    workers: int  # processes that encode the rows, and again before the last part
 
     @property
     def name(self) -> str:
@@ -64,12 +64,12 @@ def stop_after(last: int) -> None:
 
     when_due = Checkpoints.when_due
 
-    def dying(self: Any, meter: Any, evaluation: Any, health: Any, step: int) -> None:
-        when_due(self, meter, evaluation, health, step)
+    def killing_when_due(self: Any, meter: Any, evaluation: Any, bad_steps: Any, step: int) -> None:
+        when_due(self, meter, evaluation, bad_steps, step)
         if step == last:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    Checkpoints.when_due = dying  # type: ignore[method-assign]
+    Checkpoints.when_due = killing_when_due  # type: ignore[method-assign]
 
 
 def without_randomness() -> None:
@@ -100,7 +100,7 @@ def without_moments() -> None:
 CONTROLS = (without_randomness, without_schedule, without_position, without_moments)
 
 
-def both(*parts: Callable[[], None]) -> None:
+def run_all(*parts: Callable[[], None]) -> None:
     for part in parts:
         part()
 
@@ -122,8 +122,10 @@ def build_runs(
         sabotage = [*([control] if control and k else []), *([partial(stop_after, stop)] if stop else [])]
         words = script_arguments(cell, work, where / "parts", stop is None)
         name = f"{cell.name}-{k}"
-        done = partial(both, *sabotage) if sabotage else None
-        parts.append(Run(name, "sft", cell.strategy, cell.processes, words, where / "parts", done, resumed=k > 0))
+        sabotage_all = partial(run_all, *sabotage) if sabotage else None
+        parts.append(
+            Run(name, "sft", cell.strategy, cell.processes, words, where / "parts", sabotage_all, resumed=k > 0)
+        )
     words = script_arguments(cell, work, where / "whole", False)
     return Run(f"{cell.name}-whole", "sft", cell.strategy, cell.processes, words, where / "whole"), parts
 

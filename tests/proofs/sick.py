@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from elastic import assembled
+from elastic import join_ranges
 from forks import Run, execute
 
 SICK, STEPS = 3, 5
@@ -46,7 +46,7 @@ def sicken(where: str) -> None:
         return
     original, calls = sft.next_token_loss, iter(range(1, 999))
 
-    def loss_of(model: Any, batch: Any) -> Any:
+    def sick_loss(model: Any, batch: Any) -> Any:
         loss = original(model, batch)
         if sys._getframe(1).f_code.co_name != "train" or next(calls) != 2 * SICK:
             return loss
@@ -55,7 +55,7 @@ def sicken(where: str) -> None:
         loss.register_hook(lambda gradient: gradient * math.inf)
         return loss
 
-    sft.next_token_loss = loss_of
+    sft.next_token_loss = sick_loss
 
 
 def script_arguments(cell: Cell, work: Path, output: Path, allowed: int) -> list[str]:
@@ -86,7 +86,7 @@ def judge(cell: Cell, work: Path) -> dict[str, Any]:
     missing = [step for step, folder in folders.items() if not folder.is_dir()]
     if ends[0].code or missing:
         return {"status": "failed", "note": f"exit code {ends[0].code}, no {missing}: {ends[0].cause}"}
-    states = {step: assembled(folder) for step, folder in folders.items()}
+    states = {step: join_ranges(folder) for step, folder in folders.items()}
     problems = [] if equal(states[SICK - 1], states[SICK]) else ["step 3 changed something"]
     problems += [f"step {k} changed nothing" for k in (2, 4, 5) if equal(states[k - 1], states[k])]
     problems += [f"{name} is not finite" for name, array in states[STEPS].items() if not np.isfinite(array).all()]

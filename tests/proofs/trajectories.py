@@ -51,7 +51,7 @@ def record(work: Path, tiny: dict[str, list[str]]) -> None:
 
 def check(work: Path, tiny: dict[str, list[str]]) -> list[str]:
     """Return the curves that differ from the recorded ones by more than 1e-4. CPUs add up in different orders."""
-    golden, wrong = json.loads(FILE.read_text(encoding="utf-8")), []
+    golden, problems = json.loads(FILE.read_text(encoding="utf-8")), []
     if golden["versions"] != versions():
         print(f"recorded with {golden['versions']}, here are {versions()}", flush=True)
     for name, curves in trajectories(work, tiny).items():
@@ -59,5 +59,5 @@ def check(work: Path, tiny: dict[str, list[str]]) -> list[str]:
             expected = golden["runs"][name][kind]
             worst = max(abs(a - b) for a, b in zip(curve, expected, strict=True))
             print(f"trajectory {name}: {kind} within {worst:.1e}", flush=True)
-            wrong += [f"trajectory {name}: {kind} is off by {worst:.1e}"] if worst > 1e-4 else []
-    return wrong
+            problems += [f"trajectory {name}: {kind} is off by {worst:.1e}"] if worst > 1e-4 else []
+    return problems

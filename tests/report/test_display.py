@@ -1,15 +1,15 @@
-"""What a person sees: the ledger as a table, coloured rows, and the proof that answers will stop."""
+"""The output on the screen: the ledger as a table, colored rows, and the check that answers will stop."""
 
 import io
 
 import numpy as np
 import pytest
 from rich.console import Console
-from support import rows_of
+from support import make_rows
 
 from accel_llm.data.ledger import Ledger
 from accel_llm.report import display
-from accel_llm.report.display import colour_row, ledger_table, show_stop_proof, trained_text
+from accel_llm.report.display import color_row, ledger_table, show_stop_token_check, trained_text
 
 
 def test_the_ledger_table_shows_every_bin_turn_and_note():
@@ -47,9 +47,9 @@ def test_trained_tokens_are_green_and_context_is_grey(tokenizer):
     text = "ask</s>answer</s>\n"
     ids = np.array(tokenizer(text)["input_ids"])
     labels = np.where((np.arange(len(ids)) >= 4) & (np.arange(len(ids)) < 11), ids, -100)
-    coloured = colour_row(tokenizer, ids, labels)
-    assert coloured.plain == text
-    spans = [(coloured.plain[span.start : span.end], span.style) for span in coloured.spans]
+    colored = color_row(tokenizer, ids, labels)
+    assert colored.plain == text
+    spans = [(colored.plain[span.start : span.end], span.style) for span in colored.spans]
     assert spans == [("ask</s>", "bright_black"), ("answer</s>", "green"), ("\n", "bright_black")]
     assert trained_text(tokenizer, ids, labels) == "answer</s>"
 
@@ -60,8 +60,8 @@ END = 4  # <|im_end|>
 def proof(accelerator, tokenizer, monkeypatch, documents: list[list[int]], turn_end: int | None = END) -> str:
     screen = io.StringIO()
     monkeypatch.setattr(display, "console", Console(file=screen, width=400))
-    rows = rows_of((1, [9] * len(labels), labels) for labels in documents)
-    show_stop_proof(accelerator, rows, tokenizer, turn_end, [END, 2])
+    rows = make_rows((1, [9] * len(labels), labels) for labels in documents)
+    show_stop_token_check(accelerator, rows, tokenizer, turn_end, [END, 2])
     return screen.getvalue().strip()
 
 
@@ -79,11 +79,11 @@ def proof(accelerator, tokenizer, monkeypatch, documents: list[list[int]], turn_
 )
 def test_the_stop_proof_counts_documents(accelerator, tokenizer, monkeypatch, documents, ended):
     assert proof(accelerator, tokenizer, monkeypatch, documents) == (
-        f"stop proof: <|im_end|> is the last trained token of {ended} of {len(documents)} documents and an eos of the "
+        f"stop token: <|im_end|> is the last trained token of {ended} of {len(documents)} documents and an eos of the "
         "generation config that will be saved"
     )
 
 
 def test_the_stop_proof_names_a_template_that_closes_no_turn(accelerator, tokenizer, monkeypatch):
     output = proof(accelerator, tokenizer, monkeypatch, [[-100, 9]], turn_end=None)
-    assert output == "stop proof: the template closes no turn; answers will not stop by themselves"
+    assert output == "stop token: the template closes no turn; answers will not stop by themselves"

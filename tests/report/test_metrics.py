@@ -1,4 +1,4 @@
-"""One line a logging step with the loss of its window, readable by any JSON parser; and what the screen says."""
+"""One line a logging step with the loss of its window, readable by any JSON parser; and the lines on the screen."""
 
 import io
 import json

@@ -21,7 +21,7 @@ SECTIONS = ["Curves", "Ledger", "Samples", "Settings", "In force", "Versions", "
 
 
 class Page(HTMLParser):
-    """What a reader sees: every element as (tag, attributes, text inside it); fails where tags do not match."""
+    """Parses a page into elements (tag, attributes, text inside). Fails if a start tag and its end tag do not match."""
 
     def __init__(self, html: str):
         super().__init__()
@@ -190,10 +190,10 @@ def test_ledger_table_has_every_bin_and_the_lost_share(tmp_path):
 
 def test_samples_are_marked_right_wrong_or_not_at_all(tmp_path):
     page = write_page(tmp_path, RUN)
-    right, wrong, open_ended = page.texts("div", "box")[-3:]
+    right, incorrect, open_ended = page.texts("div", "box")[-3:]
     # The newline after <pre> is the browser's to drop; the second one of the last sample is the model's own.
     assert right == "prompt\n2+2=expected\n4<|im_end|>generated\n4<|im_end|>✓ right"
-    assert wrong == "prompt\n3+3=expected\n6generated\n7✗ wrong"
+    assert incorrect == "prompt\n3+3=expected\n6generated\n7✗ wrong"
     assert open_ended == "prompt\nOncegenerated\n\nupon a time"
 
 
@@ -236,7 +236,7 @@ def test_a_curve_of_three_points_lies_where_a_ruler_puts_it(tmp_path):
     assert page.texts("text") == [*loss_axes, "0", "5e-06", "1e-05", "1.5e-05", "2e-05", "0", "50", "100"]
 
 
-def test_a_value_that_is_not_finite_breaks_the_line_and_is_told(tmp_path):
+def test_a_value_that_is_not_finite_breaks_the_line_and_is_reported(tmp_path):
     values = [4.0, 3.0, math.nan, 2.0, math.inf, 1.0]
     page = write_page(tmp_path, {}, [{"step": k, "loss": value} for k, value in enumerate(values)])
     (path,) = page.all("path", "train")
@@ -330,7 +330,7 @@ def test_an_open_old_page_can_be_read_to_its_end(tmp_path):
         assert Page(old.read()).texts("h1") == ["first-try"]
 
 
-def test_a_page_that_cannot_be_made_leaves_the_old_one(tmp_path):
+def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path):
     write_page(tmp_path, RUN)
     before = (tmp_path / "report.html").read_bytes()
     (tmp_path / "run.json").write_text("{", encoding="utf-8")

@@ -47,7 +47,7 @@ def test_only_the_main_process_writes(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_any_process_notes_its_failure_and_the_first_to_do_so_is_kept(monkeypatch, tmp_path):
+def test_the_first_failure_of_any_process_is_recorded(monkeypatch, tmp_path):
     main = Record(tmp_path, True)
     main.update(status="running", options={"seed": 1})
     monkeypatch.setenv("RANK", "1")

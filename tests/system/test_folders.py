@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from accel_llm.errors import ConfigError
+from accel_llm.system import folders
 from accel_llm.system.folders import atomic_folder, atomic_output, check_output_dir
 
 
@@ -100,3 +101,23 @@ def test_a_folder_that_holds_something_else_is_not_replaced(tmp_path):
         check_output_dir(target, [], True, "adapter_config.json")
     (target / "config.json").touch()
     check_output_dir(target, [], True, "config.json")
+
+
+@pytest.mark.parametrize("call", ["sync", "rename"])
+def test_a_disk_that_fails_at_the_end_leaves_the_earlier_folder(tmp_path, monkeypatch, call):
+    target = tmp_path / "target"
+    write(target, "1")
+    sync, rename = folders.sync_to_disk, Path.rename
+
+    def fail(path: Path, *other: Path) -> None:
+        if path == tmp_path / ".target.partial":
+            raise OSError(errno.EIO, "Input/output error")
+        (sync if call == "sync" else rename)(path, *other)
+
+    if call == "sync":
+        monkeypatch.setattr(folders, "sync_to_disk", fail)
+    else:
+        monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="Input/output error"), atomic_folder(target) as partial:
+        (partial / "new").write_text("2")
+    assert names(tmp_path) == ["target"] and (target / "new").read_text() == "1"

@@ -1,4 +1,4 @@
-"""A damaged folder is recognised; a folder appears and disappears by one rename."""
+"""A damaged folder is recognized; a folder appears and disappears by one rename."""
 
 import json
 import shutil
@@ -31,32 +31,32 @@ def write(folder: Path) -> Path:
 
 
 @pytest.fixture
-def sealed(tmp_path: Path) -> Path:
+def checkpoints(tmp_path: Path) -> Path:
     for step in (3, 6):
         write(tmp_path / "checkpoints" / f"step-{step:08d}")
     return tmp_path / "checkpoints"
 
 
-def test_a_sealed_folder_holds_only_its_files_and_the_manifest(sealed: Path) -> None:
-    folder = sealed / "step-00000006"
+def test_a_sealed_folder_holds_only_its_files_and_the_manifest(checkpoints: Path) -> None:
+    folder = checkpoints / "step-00000006"
     assert sorted(path.name for path in folder.iterdir()) == sorted([*FILES, "manifest.json"])
-    assert sorted(path.name for path in sealed.iterdir()) == ["step-00000003", "step-00000006"]
-    assert find_damage(folder) is None and newest_checkpoint(sealed, find_damage) == folder
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000003", "step-00000006"]
+    assert find_damage(folder) is None and newest_checkpoint(checkpoints, find_damage) == folder
 
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("how", ["missing", "truncated", "flipped", "a folder"])
-def test_a_damaged_file_is_named_and_an_older_checkpoint_taken(sealed: Path, capsys, name: str, how: str) -> None:
-    folder = sealed / "step-00000006"
+def test_a_damaged_file_is_named_and_an_older_checkpoint_taken(checkpoints: Path, capsys, name: str, how: str) -> None:
+    folder = checkpoints / "step-00000006"
     spoil(folder / name, how)
     problem = f"lacks {name}" if how in ("missing", "a folder") else f"has a damaged {name}"
     assert find_damage(folder) == problem
-    assert newest_checkpoint(sealed, find_damage) == sealed / "step-00000003"
+    assert newest_checkpoint(checkpoints, find_damage) == checkpoints / "step-00000003"
     assert capsys.readouterr().out == f"checkpoint {folder} {problem}; taking an older one\n"
 
 
-def test_processes_share_the_reading_and_all_know_the_result(sealed: Path) -> None:
-    folder = sealed / "step-00000006"
+def test_processes_share_the_reading_and_all_know_the_result(checkpoints: Path) -> None:
+    folder = checkpoints / "step-00000006"
     spoil(folder / "rank-00001.json", "flipped")
     codes: list[list[float]] = []
     for rank in range(2):
@@ -67,10 +67,10 @@ def test_processes_share_the_reading_and_all_know_the_result(sealed: Path) -> No
         assert find_damage(folder, rank, 2, lambda _: sums) == "has a damaged rank-00001.json"
 
 
-def test_without_a_whole_manifest_a_folder_is_no_checkpoint(sealed: Path) -> None:
-    (sealed / "step-00000006" / "manifest.json").unlink()
-    assert find_damage(sealed / "step-00000006") == "is not a whole checkpoint (no manifest.json)"
-    path = sealed / "step-00000003" / "manifest.json"
+def test_without_a_whole_manifest_a_folder_is_no_checkpoint(checkpoints: Path) -> None:
+    (checkpoints / "step-00000006" / "manifest.json").unlink()
+    assert find_damage(checkpoints / "step-00000006") == "is not a whole checkpoint (no manifest.json)"
+    path = checkpoints / "step-00000003" / "manifest.json"
     for content in (
         '{"state.json": [1',
         "[]",
@@ -81,12 +81,12 @@ def test_without_a_whole_manifest_a_folder_is_no_checkpoint(sealed: Path) -> Non
     ):
         path.write_text(content, encoding="utf-8")
         assert find_damage(path.parent) == "has a damaged manifest.json"
-    assert newest_checkpoint(sealed, find_damage) is None
-    assert find_damage(sealed / "step-00000009") == "does not exist"
+    assert newest_checkpoint(checkpoints, find_damage) is None
+    assert find_damage(checkpoints / "step-00000009") == "does not exist"
 
 
-def test_a_removed_folder_loses_its_name_first(sealed: Path, monkeypatch) -> None:
-    folder = sealed / "step-00000003"
+def test_a_removed_folder_loses_its_name_first(checkpoints: Path, monkeypatch) -> None:
+    folder = checkpoints / "step-00000003"
     rmtree = shutil.rmtree
 
     def interrupted(path: Path, **settings: bool) -> None:
@@ -98,5 +98,5 @@ def test_a_removed_folder_loses_its_name_first(sealed: Path, monkeypatch) -> Non
     monkeypatch.setattr(shutil, "rmtree", interrupted)
     with pytest.raises(KeyboardInterrupt):
         remove_folder(folder)
-    assert newest_checkpoint(sealed, find_damage) == sealed / "step-00000006"
-    assert json.loads((sealed / "step-00000006" / "state.json").read_text()) == {"step": 3}
+    assert newest_checkpoint(checkpoints, find_damage) == checkpoints / "step-00000006"
+    assert json.loads((checkpoints / "step-00000006" / "state.json").read_text()) == {"step": 3}

@@ -39,7 +39,7 @@ def test_other_values_are_not_hidden(monkeypatch, name, value):
 
 
 @pytest.mark.parametrize(
-    ("text", "shown"),
+    ("text", "expected"),
     [
         ("s3://me:secret@host/a", "s3://***@host/a"),
         ("clone https://ghp_123@github.com/a/b.git, then", "clone https://***@github.com/a/b.git, then"),
@@ -52,9 +52,9 @@ def test_other_values_are_not_hidden(monkeypatch, name, value):
         ("<|im_start|>user\nmax_length=4", "<|im_start|>user\nmax_length=4"),
     ],
 )
-def test_urls_lose_only_their_secrets(text, shown):
-    assert hide_secrets(text) == shown
-    assert hide_secrets(shown) == shown
+def test_urls_lose_only_their_secrets(text, expected):
+    assert hide_secrets(text) == expected
+    assert hide_secrets(expected) == expected
 
 
 def test_the_table_of_settings_and_the_report_show_no_secret(monkeypatch, tmp_path, capsys):
@@ -70,11 +70,11 @@ def test_the_table_of_settings_and_the_report_show_no_secret(monkeypatch, tmp_pa
     }
     options = Options(model_name_or_path="o/n", **values)
     show_settings(options)
-    shown = capsys.readouterr().out
+    output = capsys.readouterr().out
     run = {"status": "failed", "error": "OSError: s3://me:secret@host", "options": options.model_dump(mode="json")}
     (tmp_path / "run.json").write_text(json.dumps(run), encoding="utf-8")
     page = write_report(tmp_path).read_text(encoding="utf-8")
-    for text in (shown, page):
+    for text in (output, page):
         assert "run of ***" in text and "s3://***@host" in text and "?token=***" in text
         assert not any(secret in text for secret in ("0123456789abcdef", "me:secret", "x1y2z3"))
 

@@ -78,12 +78,12 @@ def get_conversation(shape: str, specification: Specification) -> tuple[Chat, To
     chat, tools = with_markers(specification)
     try:
         specification(chat, tools)
-    except Refused:
+    except Refusal:
         return chat[1:], tools
     return chat, tools
 
 
-class Refused(Exception):
+class Refusal(Exception):
     """The template refuses the conversation, with these words."""
 
 
@@ -103,7 +103,7 @@ def unchanged(text: str) -> str:
 def take_turns(chat: Chat, words: str) -> None:
     """Refuse a conversation, with the template's words, if users and assistants do not alternate."""
     if any((message["role"] == "user") != (index % 2 == 0) for index, message in enumerate(chat)):
-        raise Refused(words)
+        raise Refusal(words)
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ class Family:
         """Whether anyone may speak twice."""
         try:
             self.specification(SHAPES["consecutive"][0], None)
-        except Refused:
+        except Refusal:
             return False
         return True
 
@@ -258,7 +258,7 @@ def byte_level(family: Family) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=family.bos, eos_token=family.eos)
 
 
-def shown(tokenizer: PreTrainedTokenizerFast, row: EncodedRow) -> str:
+def mark_trained(tokenizer: PreTrainedTokenizerFast, row: EncodedRow) -> str:
     """Return the row's text with ⟦ ⟧ around what is trained.
 
     Pieces are cut from decoded prefixes of the row, because some decoders strip a first space.
@@ -287,7 +287,7 @@ def compare(
     """Compare a conversation's mask with the expected text. Every assistant turn must be trained or counted as lost."""
     assert expected.count("⟦") + sum(encoding.lost.values()) == sum(turn["role"] == "assistant" for turn in chat)
     expected = expected.replace("⟧⟦", "")  # turns that touch each other are one run of labels
-    texts = [shown(tokenizer, row) for row in encoding.rows]
+    texts = [mark_trained(tokenizer, row) for row in encoding.rows]
     if template.turn_end is None:
         expected, texts = without_end_spaces(expected), [without_end_spaces(text) for text in texts]
     assert texts == ([expected] if "⟦" in expected else [])
@@ -296,8 +296,8 @@ def compare(
 def plain_ids(tokenizer: PreTrainedTokenizerFast, expected: str, template: Template) -> list[int]:
     """Return the ids that inference and generation would give.
 
-    If the tokenizer puts nothing before a text, prompts and answers are tokenised apart: the whole text may differ from
-    that where whitespace stands on both sides of a border. Otherwise the whole text is tokenised.
+    If the tokenizer puts nothing before a text, prompts and answers are tokenized apart: the whole text may differ from
+    that where whitespace stands on both sides of a border. Otherwise the whole text is tokenized.
     """
     if template.turn_end is None or token_ids(tokenizer, "\na") != token_ids(tokenizer, "\n") + token_ids(
         tokenizer, "a"
@@ -337,7 +337,7 @@ def check(
     chat, tools = get_conversation(shape, specification)
     try:
         expected = specification(chat, tools)
-    except Refused as refusal:
+    except Refusal as refusal:
         with pytest.raises(DataError) as raised:
             template.encode(chat, tools=tools)
         assert str(refusal) in str(raised.value)
@@ -405,7 +405,7 @@ def check_any_conversation(
     def holds(chat: Chat) -> None:
         try:
             expected = family.specification(chat, None)
-        except Refused:
+        except Refusal:
             with pytest.raises(DataError):
                 template.encode(chat)
             return
@@ -413,7 +413,7 @@ def check_any_conversation(
         assert len(encoding.rows) <= 1
         trained: set[tuple[int, int]] = set()
         for row in encoding.rows:
-            marked = shown(tokenizer, row)
+            marked = mark_trained(tokenizer, row)
             if template.turn_end is None:
                 marked, expected = without_end_spaces(marked), without_end_spaces(expected)
             assert bare(marked) == bare(expected)

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from support import character_tokenizer, rows_of
+from support import character_tokenizer, make_rows
 from transformers import LlamaForCausalLM
 
 from accel_llm.config.options import TrainOptions
@@ -40,7 +40,7 @@ def random_rows(count: int = 13) -> Rows:
         labels = [-100, *(token if rng.random() < 0.6 else -100 for token in ids[1:-1]), ids[-1]]
         encoded.append((number, ids, labels))
     encoded.append((count + 1, [7, 8, 9, 10], [-100, -100, 9, -100]))
-    return rows_of(encoded)
+    return make_rows(encoded)
 
 
 def reference(model: LlamaForCausalLM, rows: Rows) -> tuple[float, int]:
@@ -69,7 +69,7 @@ def test_mean_loss_equals_a_float64_reference(accelerator, tiny_llama, packing, 
     assert metrics["eval/perplexity"] == pytest.approx(np.exp(expected), rel=1e-5)
     assert metrics["eval/supervised_tokens"] == count and model.training
     # A mean of the documents' means would be another number.
-    alone = [reference(tiny_llama(), rows_of(iter([(1, *map(np.ndarray.tolist, rows[k]))])))[0] for k in range(14)]
+    alone = [reference(tiny_llama(), make_rows(iter([(1, *map(np.ndarray.tolist, rows[k]))])))[0] for k in range(14)]
     assert abs(float(np.mean(alone)) - expected) > 1e-2
 
 
@@ -92,7 +92,7 @@ def test_a_loss_beyond_float_has_no_infinite_perplexity(accelerator, tiny_llama)
 
 
 def test_questions_ask_for_the_last_trained_turn():
-    rows = rows_of(
+    rows = make_rows(
         iter(
             [
                 (1, [1, 11, 12, 13, 14, 15], [-100, -100, 12, -100, 14, 15]),  # two turns: the second
@@ -167,7 +167,7 @@ def test_a_right_answer_that_does_not_end_is_not_right(accelerator, tiny_llama, 
     assert answers[0].generated.endswith("<|im_start|>") and not answers[0].right
 
 
-def generated(accelerator, model, tokenizer, questions, batch_size: int) -> list[str]:
+def generate(accelerator, model, tokenizer, questions, batch_size: int) -> list[str]:
     return [answer.generated for answer in exact_match(accelerator, model, tokenizer, questions, batch_size, [EOS])[1]]
 
 
@@ -175,26 +175,26 @@ def generated(accelerator, model, tokenizer, questions, batch_size: int) -> list
 def test_padding_on_the_left_changes_no_answer(accelerator, tiny_llama, tokenizer, packed):
     model, rng = tiny_llama(3), np.random.default_rng(2)
     questions = [(rng.integers(5, 100, n), np.array([7, EOS])) for n in (3, 17, 1, 9, 30)]
-    alone = generated(accelerator, model, tokenizer, questions, 1)
+    alone = generate(accelerator, model, tokenizer, questions, 1)
     assert len(set(alone)) == 5
     if packed:  # the attention of packed rows steps aside while generating, and is back afterwards
         enable_packing(model)
     attach_loss(model, MAX_LENGTH)
     for batch_size in (2, 5, 8):
-        assert generated(accelerator, model, tokenizer, questions, batch_size) == alone
+        assert generate(accelerator, model, tokenizer, questions, batch_size) == alone
     assert (model.config._attn_implementation == PACKED_ATTENTION) == packed
     # This model would notice a padding token that it attends to.
     padded = [(np.concatenate([np.zeros(30 - len(prompt), np.int64), prompt]), answer) for prompt, answer in questions]
-    assert generated(accelerator, model, tokenizer, padded, 5)[:4] != alone[:4]
+    assert generate(accelerator, model, tokenizer, padded, 5)[:4] != alone[:4]
 
 
-def memorised(tiny_llama) -> tuple[LlamaForCausalLM, Rows]:
-    """A model trained on four rows until it knows them by heart; only the first token tells them apart."""
+def memorized(tiny_llama) -> tuple[LlamaForCausalLM, Rows]:
+    """Return a model that has memorized four rows, and the rows; they differ only in the first token and the answer."""
     encoded = [
         (k, [10 + k, 50, 51, *answer, EOS], [-100, -100, -100, *answer, EOS])
         for k, answer in enumerate([[20, 21], [22], [23, 24, 25], [26, 20]], 1)
     ]
-    rows, model = rows_of(encoded), tiny_llama()
+    rows, model = make_rows(encoded), tiny_llama()
     attach_loss(model, MAX_LENGTH)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     batch = collate_padded([rows[k] for k in range(4)], 0)
@@ -205,8 +205,8 @@ def memorised(tiny_llama) -> tuple[LlamaForCausalLM, Rows]:
     return model, rows
 
 
-def test_a_run_evaluates_when_due_and_writes_what_it_found(accelerator, tiny_llama, tokenizer, tmp_path):
-    model, rows = memorised(tiny_llama)
+def test_a_run_evaluates_when_due_and_writes_the_results(accelerator, tiny_llama, tokenizer, tmp_path):
+    model, rows = memorized(tiny_llama)
     options = TrainOptions(
         output_dir=str(tmp_path),
         packing=False,
@@ -257,7 +257,7 @@ def uneven_rows(count: int, weighted: bool) -> Rows:
     documents = [(k + 1, rows[k][0].tolist(), rows[k][1].tolist()) for k in range(count)]
     drawn = np.random.default_rng(3)
     weights = [drawn.choice([0.0, 0.5, 2.0], len(ids)).tolist() for _, ids, _ in documents]
-    return rows_of(documents, weights if weighted else None)
+    return make_rows(documents, weights if weighted else None)
 
 
 # How many rows, packed, weighted. One row leaves two of three processes without any.

@@ -1,4 +1,4 @@
-"""What a run leaves for others: complete, in the dtype of the base, ending where the template ends a turn."""
+"""Exported models and adapters: complete, in the dtype of the base, with the template's end of turn as end token."""
 
 import json
 from collections.abc import Callable
@@ -107,7 +107,7 @@ def test_a_chosen_template_is_saved_and_its_end_stops(train, make_model, tmp_pat
     assert GenerationConfig.from_pretrained(folder).eos_token_id == [2, 0]
 
 
-def test_no_stop_at_all_is_none(tiny):
+def test_without_stop_tokens_the_config_has_none(tiny):
     model = load_model(TrainOptions(model_name_or_path=str(tiny), packing=False))
     tokenizer = build_demo_tokenizer()
     assert build_generation_config(model, tokenizer, []).eos_token_id is None

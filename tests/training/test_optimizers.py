@@ -280,7 +280,7 @@ def test_every_group_keeps_its_ratio_through_the_schedule(model):
 
 
 def added_noise(model, batch: dict, alpha: float = 5.0) -> torch.Tensor:
-    """What NEFTune adds to the embeddings [B, L, width] of a batch."""
+    """Return the noise that NEFTune adds to the embeddings [B, L, width] of a batch."""
     embeddings_seen = []
     embeddings = model.get_input_embeddings()
     handle = embeddings.register_forward_hook(lambda module, args, embedded: embeddings_seen.append(embedded))
@@ -369,8 +369,11 @@ def drawn_logits(model: nn.Module, packed: bool, seed: int) -> list[torch.Tensor
 
 
 def distances(first: torch.Tensor, second: torch.Tensor) -> tuple[float, float]:
-    """How far two samples [copies, ...] are apart: the mean over coordinates of the squared difference of their means in
-    standard errors (1 where both have one distribution), and of the logarithm of the ratio of their variances (0)."""
+    """Compare two samples [copies, ...]. Return two means over the coordinates.
+
+    The first is of the squared difference of the means in standard errors (1 if both have the same distribution), the
+    second of the logarithm of the ratio of the variances (0 if they have).
+    """
     a, b = first.double(), second.double()
     squares = (a.mean(0) - b.mean(0)).square() / ((a.var(0) + b.var(0)) / COPIES)
     return float(squares.mean()), float((a.var(0) / b.var(0)).log().mean())
@@ -430,7 +433,7 @@ STREAM |= {"max_length_q": 64, "max_length_k": 64, "cu_seq_lens_k": PACKED["cu_s
 
 
 def draw_noise(model: nn.Module) -> torch.Tensor:
-    """What NOISES forwards add to the embeddings, and after it which inputs of an adapter they drop: [NOISES, -1]."""
+    """Return the noise of NOISES forwards on the embeddings, followed by the dropped inputs of an adapter: [NOISES, -1]."""
     dropped = []
     layer = next(module for name, module in model.named_modules() if name.endswith("q_proj.lora_dropout.default"))
     handle = layer.register_forward_hook(lambda module, args, output: dropped.append((output == 0).float()))
@@ -485,7 +488,7 @@ def test_ranks_draw_noise_of_their_own_from_one_distribution(tmp_path, monkeypat
 # Stochastic rounding
 
 
-def test_values_are_rounded_to_a_neighbour_with_odds_that_keep_the_mean():
+def test_values_are_rounded_to_a_neighbor_with_odds_that_keep_the_mean():
     generator = torch.Generator().manual_seed(0)
     for value in (1.0 + 2**-9, -3.3, 1e-20, 0.1):
         exact = torch.full((200_000,), value)
@@ -499,7 +502,7 @@ def test_values_are_rounded_to_a_neighbour_with_odds_that_keep_the_mean():
     assert torch.equal(round_stochastically(representable, generator).float(), representable)
 
 
-def rounded(weight: torch.Tensor, steps: int, seed: int = 0, master_weights: str = "stochastic_rounding"):
+def train_rounded(weight: torch.Tensor, steps: int, seed: int = 0, master_weights: str = "stochastic_rounding"):
     model = nn.Linear(*weight.shape[::-1], bias=False).to(weight.dtype)
     model.weight.data.copy_(weight)
     options = OptimOptions(learning_rate=1e-4, master_weights=master_weights)
@@ -512,16 +515,16 @@ def rounded(weight: torch.Tensor, steps: int, seed: int = 0, master_weights: str
 
 def test_steps_too_small_for_bfloat16_arrive_in_the_mean():
     start = torch.ones(64, 64, dtype=torch.bfloat16)
-    # Below 1 neighbours are 2^-8 apart: a step of 1e-4 is lost by rounding to the nearest.
-    lost, _ = rounded(start, 20, master_weights="float32")
+    # Below 1 neighbors are 2^-8 apart: a step of 1e-4 is lost by rounding to the nearest.
+    lost, _ = train_rounded(start, 20, master_weights="float32")
     assert torch.equal(lost, start)
-    weights, optimizer = rounded(start, 20)
+    weights, optimizer = train_rounded(start, 20)
     assert float(weights.float().mean()) == pytest.approx(1 - 20e-4, abs=1e-4)
     assert {t.dtype for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t)} == {
         torch.float32
     }
-    again, _ = rounded(start, 20)
-    other, _ = rounded(start, 20, seed=1)
+    again, _ = train_rounded(start, 20)
+    other, _ = train_rounded(start, 20, seed=1)
     assert torch.equal(weights, again) and not torch.equal(weights, other)
 
 
@@ -543,8 +546,8 @@ def test_on_float32_weights_rounding_changes_nothing_but_the_last_bits_of_adamw(
 
 def test_a_resumed_run_rounds_alike():
     start = torch.ones(8, 8, dtype=torch.bfloat16)
-    whole, _ = rounded(start, 6)
-    half, optimizer = rounded(start, 3)
+    whole, _ = train_rounded(start, 6)
+    half, optimizer = train_rounded(start, 3)
     model = nn.Linear(8, 8, bias=False).to(torch.bfloat16)
     model.weight.data.copy_(half)
     options = OptimOptions(learning_rate=1e-4, master_weights="stochastic_rounding")

@@ -12,8 +12,8 @@ from accel_llm.training.optimizers import build_optimizer
 from accel_llm.training.preflight import preflight
 
 
-def prepared(accelerator, base, **given):
-    options = TrainOptions(model_name_or_path=str(base), packing=False, precision="fp32", **given)
+def prepare(accelerator, base, **settings):
+    options = TrainOptions(model_name_or_path=str(base), packing=False, precision="fp32", **settings)
     model = load_model(options)
     place_weights(accelerator, model, options)
     optimizer = build_optimizer(model, options, "cpu", "none")
@@ -27,7 +27,7 @@ def step(accelerator, model, optimizer) -> None:
 
 
 def test_facts_before_and_after_the_first_step(accelerator, tiny):
-    model, optimizer, options = prepared(accelerator, tiny, method="full")
+    model, optimizer, options = prepare(accelerator, tiny, method="full")
     facts = preflight(accelerator, model, optimizer, options)["accelerate"]
     count = sum(parameter.numel() for parameter in model.parameters())
     counts = {"trainable": count, "total": count, "this_process": count, "each_process": [count]}
@@ -41,8 +41,8 @@ def test_facts_before_and_after_the_first_step(accelerator, tiny):
 
 
 def test_the_hash_is_that_of_the_weights_in_their_order(accelerator, tiny):
-    model, *_ = prepared(accelerator, tiny, method="full")
-    first, again = (preflight_module._equal_hash(accelerator, model) for _ in range(2))
+    model, *_ = prepare(accelerator, tiny, method="full")
+    first, again = (preflight_module._check_equal_weights(accelerator, model) for _ in range(2))
     assert first == again and len(first) == 16
     layers = model.model.layers
     with torch.no_grad():
@@ -50,16 +50,16 @@ def test_the_hash_is_that_of_the_weights_in_their_order(accelerator, tiny):
         original = a.clone()
         a.copy_(b)
         b.copy_(original)
-    assert preflight_module._equal_hash(accelerator, model) != first
+    assert preflight_module._check_equal_weights(accelerator, model) != first
     with torch.no_grad():
         b.copy_(a)
         a.copy_(original)
         a[0, 0] += 1e-6
-    assert preflight_module._equal_hash(accelerator, model) != first
+    assert preflight_module._check_equal_weights(accelerator, model) != first
 
 
-def test_what_gets_no_gradient_is_named_before_anything_moves(accelerator, tiny):
-    model, optimizer, options = prepared(accelerator, tiny, method="full")
+def test_parameters_without_a_gradient_are_named_before_any_step(accelerator, tiny):
+    model, optimizer, options = prepare(accelerator, tiny, method="full")
     preflight(accelerator, model, optimizer, options)
     before = model.lm_head.weight.clone()
     model.model.norm.weight.register_hook(lambda gradient: gradient * 0)
@@ -73,8 +73,8 @@ def test_what_gets_no_gradient_is_named_before_anything_moves(accelerator, tiny)
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_what_is_trained_must_be_what_was_asked_for(accelerator, tiny, method):
-    model, optimizer, options = prepared(accelerator, tiny, method="full")
+def test_the_trained_parameters_must_fit_the_method(accelerator, tiny, method):
+    model, optimizer, options = prepare(accelerator, tiny, method="full")
     if method == "full":
         model.model.norm.weight.requires_grad = False
     else:
@@ -84,11 +84,11 @@ def test_what_is_trained_must_be_what_was_asked_for(accelerator, tiny, method):
         preflight(accelerator, model, optimizer, options)
 
 
-@pytest.mark.parametrize("wanted", ["ddp", "fsdp2", "zero2"])
-def test_another_engine_than_the_launch_asks_for_is_an_error(accelerator, tiny, monkeypatch, wanted):
-    model, optimizer, options = prepared(accelerator, tiny, method="full")
-    monkeypatch.setattr(preflight_module, "strategy", lambda: wanted)
-    with pytest.raises(RuntimeError, match=f"asks for {wanted}, but the model was prepared as LlamaForCausalLM"):
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2"])
+def test_another_engine_than_the_launch_asks_for_is_an_error(accelerator, tiny, monkeypatch, strategy):
+    model, optimizer, options = prepare(accelerator, tiny, method="full")
+    monkeypatch.setattr(preflight_module, "strategy", lambda: strategy)
+    with pytest.raises(RuntimeError, match=f"asks for {strategy}, but the model was prepared as LlamaForCausalLM"):
         preflight(accelerator, model, optimizer, options)
 
 
