@@ -3,7 +3,8 @@
     python launch/show_data.py --model_name_or_path Qwen/Qwen3-0.6B --train_files chats.jsonl
     python launch/show_data.py --tokenizer_name Qwen/Qwen3-0.6B --train_files chats.jsonl --json > rows.jsonl
 
-It takes the data options of sft.py. It reads the tokenizer, never the weights.
+It takes the data options of sft.py. It reads the tokenizer, never the weights; rows of plain text need no chat
+template. With --json the rows go to standard output, one JSON object a line, and the ledger goes to standard error.
 """
 
 import json
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
 from accel_llm.chat.span_tokenizer import decode_tokens
@@ -21,7 +23,6 @@ from accel_llm.config.tool_options import ShowOptions
 from accel_llm.data.prepare import encode_conversations
 from accel_llm.data.rows import Rows
 from accel_llm.report import display
-from accel_llm.report.metrics import console
 from accel_llm.system.exit import run_script
 from accel_llm.training import setup
 
@@ -34,16 +35,18 @@ class Options(ShowOptions, SftOptions):
 
 def main() -> None:
     options = setup.read_data_options(Options, Path(__file__).parent / "recipes" / "demo.yaml")
-    chat = setup.chat_tokenizer(options)
-    data = encode_conversations(options, options.seed, chat.tokenizer, chat.template)
+    tokenizer, template, no_template = setup.tokenizer_and_template(options)
+    data = encode_conversations(options, options.seed, tokenizer, template, no_template)
     if options.json_lines:
-        for row in json_rows(chat.tokenizer, data.train):
-            print(json.dumps(row, ensure_ascii=False))
+        for row in json_rows(tokenizer, data.train):
+            # Half a surrogate pair, in the name of a file, cannot be written as UTF-8; its escape means the same.
+            print(json.dumps(row, ensure_ascii=False).encode(errors="backslashreplace").decode())
+        display.show_ledger(data.ledger, Console(stderr=True, highlight=False))
         return
-    display.show_rows(chat.tokenizer, data.train, SHOWN_ROWS)
+    display.show_rows(tokenizer, data.train, SHOWN_ROWS)
     display.show_histogram("Tokens a row", data.train.lengths)
     display.show_histogram("Share of a row that is trained", trained_shares(data.train))
-    console.print(display.ledger_table(data.ledger))
+    display.show_ledger(data.ledger)
 
 
 def json_rows(tokenizer: PreTrainedTokenizerFast, rows: Rows) -> Iterator[dict[str, Any]]:

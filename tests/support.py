@@ -16,7 +16,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from accel_llm.backend.strategy import PRECISION_DTYPES, resolve_precision
-from accel_llm.chat.messages import (
+from accel_llm.chat.targets import IGNORED
+from accel_llm.chat.template import Template, load_template
+from accel_llm.chat.values import (
     BAD_WEIGHT,
     BROKEN_TOOLS,
     EMPTY_ANSWER,
@@ -28,8 +30,6 @@ from accel_llm.chat.messages import (
     TWO_REASONINGS,
     UNKNOWN_ROLE,
 )
-from accel_llm.chat.targets import IGNORED
-from accel_llm.chat.template import Template, load_template
 from accel_llm.data.rows import ARRAYS, Origin, RowPart, Rows
 from accel_llm.model.placement import materialize_weights
 from accel_llm.system.signals import signal_requests
@@ -208,8 +208,10 @@ CONTROL_TOKENS = {
 USER = {"role": "user", "content": "q"}
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"x": 1}}}
 ROLES = (
-    "system, developer, user, human, assistant, gpt, bot, model, function_call, tool_call, tool, observation, function, "
-    "tool_response, function_response"
+    "system, developer, user, human, prompter, assistant, gpt, chatgpt, bing, bard, bot, chatbot, ai, model, "
+    "function_call, tool_call, tool, observation, function, ipython, environment, tool_response, tool_result, "
+    "tool_results, tool_output, function_response, function_result; columns: role:NAME=user (or system, assistant, "
+    "tool) adds one"
 )
 
 # Steps of a run in the tests of checkpoints, and the step at which it is interrupted.

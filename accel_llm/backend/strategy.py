@@ -17,6 +17,11 @@ def use_cpu() -> bool:
     return os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true" or not torch.cuda.is_available()
 
 
+def training_device() -> torch.device:
+    """Return the device of this process: the CPU, or the GPU that Accelerate has chosen for its rank."""
+    return torch.device("cpu") if use_cpu() else torch.device("cuda", torch.cuda.current_device())
+
+
 def strategy() -> str:
     """Return the strategy of the launch YAML: `single`, `ddp`, `fsdp2` or `zero0` to `zero3`."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":

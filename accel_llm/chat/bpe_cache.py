@@ -7,6 +7,7 @@ again.
 
 import json
 import re
+import sys
 import unicodedata
 from itertools import chain
 from typing import Any
@@ -20,7 +21,12 @@ _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)
 _SINGLE_DIGITS, _DIGITS = r"\p{N}|[^\p{N}]+", r"\p{N}+|[^\p{N}]+"
 _ASCII_CLASSES = {r"\p{L}": "a-zA-Z", r"\p{N}": "0-9", r"\p{Lu}": "A-Z", r"\p{Ll}": "a-z"}
 _ASCII_CLASSES |= dict.fromkeys((r"\p{Lt}", r"\p{Lm}", r"\p{Lo}", r"\p{M}"), "")
-_MAX_WORDS = 1 << 19  # in the cache; they take about 100 MB
+# Bounds of what is kept. Ordinary texts seldom repeat a longer word, and a longer one could fill the memory.
+_MAX_WORD = 128  # characters
+_MAX_BYTES = 40 << 20  # of words with their ids, as estimated
+_MAX_CHARACTERS = 1 << 15  # checked ones; each takes about 150 bytes
+# An estimate of what a word takes beside its text and its tuple of ids: its place in the dict, and each id.
+_BYTES_PER_WORD, _BYTES_PER_ID = 100, 32
 
 
 class BpeCache:
@@ -38,6 +44,7 @@ class BpeCache:
         self._patterns = [regex.compile(pattern) for pattern in patterns or []]
         self._ascii_patterns: list[Any] = [_compile_for_ascii(pattern) for pattern in patterns or []]
         self._ids: dict[str, tuple[int, ...]] = {}
+        self._bytes = 0  # that the words and their ids take, as estimated
         self._checked_characters: set[str] = set()
         self.supported = self.supported and self._check_characters(set(map(chr, range(128))))
 
@@ -57,17 +64,22 @@ class BpeCache:
         try:
             return list(chain.from_iterable(map(self._ids.__getitem__, words)))
         except KeyError:
-            self._add_words(words)
-            return list(chain.from_iterable(map(self._ids.__getitem__, words)))
+            known = self._ids.get
+            return list(chain.from_iterable([known(word) or self._new_word_ids(word) for word in words]))
 
-    def _add_words(self, words: list[str]) -> None:
-        if len(self._ids) > _MAX_WORDS:
-            self._ids.clear()
-        for word in words:
-            if word not in self._ids:
-                letters = "".join(map(_BYTE_LETTERS.__getitem__, word.encode("utf-8")))
-                # Tuples, because the garbage collector does not track tuples of integers; it would scan all lists.
-                self._ids[word] = tuple(token.id for token in self._model.tokenize(letters))
+    def _new_word_ids(self, word: str) -> tuple[int, ...]:
+        """Return the ids of a word that is not in the cache, and keep them unless the word is long."""
+        letters = "".join(map(_BYTE_LETTERS.__getitem__, word.encode("utf-8")))
+        # A tuple, because the garbage collector does not track tuples of integers; it would scan all lists.
+        ids = tuple(token.id for token in self._model.tokenize(letters))
+        if len(word) <= _MAX_WORD:
+            size = sys.getsizeof(word) + sys.getsizeof(ids) + _BYTES_PER_WORD + _BYTES_PER_ID * len(ids)
+            if self._bytes + size > _MAX_BYTES:
+                self._ids.clear()
+                self._bytes = 0
+            self._ids[word] = ids
+            self._bytes += size
+        return ids
 
     def _check_characters(self, characters: set[str]) -> bool:
         """Return whether our patterns split all of `characters` as the tokenizer does.
@@ -75,6 +87,8 @@ class BpeCache:
         Regular expression engines differ in what is a letter or a space, above all by their Unicode version. A pattern
         can only distinguish characters by such classes, so a few neighbors of each character are enough to tell.
         """
+        if len(self._checked_characters) > _MAX_CHARACTERS:
+            self._checked_characters.clear()
         for character in characters - self._checked_characters:
             probe = f"a{character}a {character}{character} 1{character}1 .{character}. \n{character}\n '{character}"
             probe = unicodedata.normalize("NFC", probe) if self._must_be_nfc else probe

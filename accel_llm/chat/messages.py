@@ -1,66 +1,49 @@
 """Converts messages from the spellings of data sets to the one that chat templates read.
 
-Errors about a row are `DataError`s with one of the reasons below. Their text has no file, row number or full stop: the
-caller knows file and row and completes the sentence.
+A bad message raises DataError: one sentence without file and row number, and a reason from `accel_llm.chat.values`.
 """
 
-import json
-import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
+from accel_llm.chat.parts import join_parts, join_texts
+from accel_llm.chat.reads import TemplateReads
+from accel_llm.chat.roles import CALL_ROLES, ROLES, read_role
+from accel_llm.chat.tool_calls import read_tool_calls
+from accel_llm.chat.values import (
+    ASSISTANT_FIRST,
+    BAD_WEIGHT,
+    BROKEN_TOOLS,
+    EMPTY_ANSWER,
+    NO_ANSWER,
+    NOT_MESSAGES,
+    TOOL_OUT_OF_PLACE,
+    TWO_ASSISTANT_TURNS,
+    TWO_REASONINGS,
+    TWO_USER_TURNS,
+    Findings,
+    is_blank,
+    is_nothing,
+    read_json,
+    read_text,
+    show_keys,
+    show_value,
+)
+from accel_llm.chat.weights import WEIGHT_KEYS, Segments, read_train_detail, read_weight, set_weight
 from accel_llm.errors import DataError
 
 Message = dict[str, Any]
 
-# Reasons to refuse a row; the ledger counts refused rows by them.
-UNKNOWN_SHAPE = "unknown shape"
-MISSING_VALUE = "missing value"
-NOT_TEXT = "not text"
-NOT_JSON = "not JSON"
-NOT_MESSAGES = "not a list of messages"
-UNKNOWN_ROLE = "unknown role"
-EMPTY_ANSWER = "empty answer"
-EMPTY_TEXT = "empty text"
-NO_ANSWER = "no answer"
-ASSISTANT_FIRST = "assistant first"
-TWO_USER_TURNS = "two user turns in a row"
-TWO_ASSISTANT_TURNS = "two assistant turns in a row"
-TOOL_OUT_OF_PLACE = "tool turn out of place"
-BROKEN_TOOLS = "broken tools"
-BROKEN_VARIABLES = "broken chat_template_kwargs"
-TWO_REASONINGS = "two reasonings"
-BAD_WEIGHT = "bad weight"
-BAD_TOKENS = "bad tokens"
-IMAGES = "images"
+READS_NOTHING = TemplateReads()
 
-TEXT_ONLY = "this program trains on text alone"
-
-ROLES = {
-    "system": "system",
-    "developer": "system",  # OpenAI's newer name; most templates know only the older one
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "tool_call": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-    "function": "tool",  # OpenAI's older name for a result
-    "tool_response": "tool",
-    "function_response": "tool",
-}
-# Roles whose content is a tool call in JSON.
-_CALL_ROLES = frozenset({"function_call", "tool_call"})
 # Templates of Qwen3 and most others read the first, gpt-oss the second; some servers return the third.
-_REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 _EMPTY = (None, "")  # data loaders fill absent fields with these
-_MEDIA_PARTS = frozenset(
-    {"image", "image_url", "input_image", "video", "video_url", "audio", "audio_url", "input_audio"}
-)
+# Keys of messages that this module reads, or that are another spelling of one; templates get the result.
+_READ_KEYS = WEIGHT_KEYS | {"role", "from", "content", "value", "human", "assistant", *REASONING_FIELDS}
+_READ_KEYS |= {"tool_calls", "function_call", "tool_call_id", "name"}
+# A system message of no text is left out, unless the template reads other keys of it.
+_SYSTEM_KEYS = {"role", "content", "name", "tool_call_id", "train", "weight"}
 # Fields of a message that the option `columns` can rename.
 MESSAGE_FIELDS = (
     *("role", "content", "human", "assistant", "reasoning_content", "tool_calls", "tool_call_id", "name"),
@@ -68,36 +51,52 @@ MESSAGE_FIELDS = (
 )
 
 
-def read_messages(turns: Any, field: str) -> list[Message]:
+def read_messages(
+    turns: Any,
+    field: str,
+    reads: TemplateReads = READS_NOTHING,
+    roles: Mapping[str, str] = ROLES,
+    findings: Findings | None = None,
+) -> list[Message]:
     """Read the messages in `turns`, the value of column `field`: a list, or a list as JSON text.
 
     Each message has `role` (system, user, assistant, tool) and `content` (text). If the row has them, it also has
-    `reasoning_content` (copied to `thinking`: no template reads both), `tool_calls`, `tool_call_id` and `name`. It has
-    `train` only if it is False (the turn is context); `weight`, a factor of the loss, only if it is not 0 or 1. Empty
-    system prompts are dropped.
+    `reasoning_content` (copied to `thinking`: no template reads both), `tool_calls`, `tool_call_id` and `name`, and
+    the further keys that `reads` names. It has `train` only if it is False (the turn is context); `weight`, a factor
+    of the loss, only if it is not 0 or 1; `segments`, pairs (characters, weight) that cover its content, only if their
+    weights differ. Empty system prompts are dropped. `roles` maps names of roles to ours; `findings` receives what is
+    no message: tools of system messages, and keys that nothing uses.
 
     Raises:
         DataError: not a list of messages, an unknown role, a value that is missing or not text, an empty answer, a
             broken tool call or weight, or an image.
     """
+    findings = findings or Findings()
+    as_text, earlier_calls = isinstance(turns, str), len(findings.calls)
     turns = read_json(turns, field)
     if not isinstance(turns, list) or not turns:
         raise DataError(f"{field}: found {show_value(turns)}; needs a list of messages that is not empty", NOT_MESSAGES)
     messages: list[Message] = []
     for index, turn in enumerate(turns):
+        # Most messages are a role and a text and nothing else. The meaning of an empty text depends on the role.
+        if type(turn) is dict and len(turn) == 2:
+            name, content = turn.get("role"), turn.get("content")
+            if name is None:
+                name, content = turn.get("from"), turn.get("value")
+            role = roles.get(name) if type(name) is str and type(content) is str else None
+            if role and content and not content.isspace() and name not in CALL_ROLES:
+                messages.append({"role": role, "content": content})
+                continue
         if not isinstance(turn, dict):
             raise DataError(
                 f"{field}[{index}]: found {show_value(turn)}; needs an object with role and content", NOT_MESSAGES
             )
         try:
-            if "human" in turn and "assistant" in turn and not (turn.get("role") or turn.get("from")):
-                messages += question_and_answer(turn, "human", "assistant")
-                continue
-            message = _read_message(turn)
+            _add_message(messages, turn, _Reading(reads, roles, findings, f"{field}[{index}]"))
         except DataError as error:
             raise DataError(f"{field}[{index}].{error}", error.reason) from None
-        if not _append_calls(messages, message, turn) and (message["role"] != "system" or message["content"]):
-            messages.append(message)
+    if as_text:
+        del findings.calls[earlier_calls:]  # Arrow adds nothing inside a text
     return messages
 
 
@@ -146,133 +145,154 @@ def read_answer(fields: Mapping[str, Any], field: str) -> Message:
     return {"role": "assistant", "content": answer}
 
 
-def read_tools(tools: Any) -> list[dict[str, Any]] | None:
-    """Return the column `tools` as a list of JSON schemas in OpenAI's format, or None if it is empty.
+class _Reading(NamedTuple):
+    """What is the same for all steps of reading one message; `place` names the message."""
 
-    The column holds a list of schemas, or such a list as JSON text.
-
-    Raises:
-        DataError: the column holds something else.
-    """
-    tools = read_json(tools, "tools") or []
-    if not isinstance(tools, list):
-        raise DataError(f"tools: found {show_value(tools)}; needs a list of JSON schemas", BROKEN_TOOLS)
-    schemas = [read_json(tool, f"tools[{index}]") for index, tool in enumerate(tools)]
-    for index, schema in enumerate(schemas):
-        if not isinstance(schema, dict):
-            raise DataError(f"tools[{index}]: found {show_value(schema)}; needs a JSON schema", BROKEN_TOOLS)
-    return [schema if "function" in schema else {"type": "function", "function": schema} for schema in schemas] or None
+    reads: TemplateReads
+    roles: Mapping[str, str]
+    findings: Findings
+    place: str
 
 
-def _read_message(turn: dict[str, Any]) -> Message:
-    # The role, under either of its two field names.
-    role_name, role_field = turn.get("role"), "role"
-    if role_name is None and turn.get("from") is not None:
-        role_name, role_field = turn["from"], "from"
-    role = ROLES.get(role_name) if isinstance(role_name, str) else None
-    if role is None:
-        problem = f"unknown role {show_value(role_name)}" if role_field in turn else f"missing ({show_keys(turn)})"
-        raise DataError(f"{role_field}: {problem}; known are {', '.join(ROLES)}", UNKNOWN_ROLE)
+def _add_message(messages: list[Message], turn: dict[str, Any], reading: _Reading) -> None:
+    """Read a turn and add its messages to `messages`: one, or two if the turn is a pair of question and answer."""
+    if "human" in turn and "assistant" in turn and not (turn.get("role") or turn.get("from")):
+        messages += question_and_answer(turn, "human", "assistant")
+        if len(turn) > 2:
+            _add_fields(messages[-1], turn, ("human", "assistant"), None, reading)
+        return
+    message = _read_message(turn, reading)
+    is_empty = message["role"] == "system" and not message["content"] and message.keys() <= _SYSTEM_KEYS
+    if not is_empty and not _append_calls(messages, message, turn):
+        messages.append(message)
+
+
+def _read_message(turn: dict[str, Any], reading: _Reading) -> Message:
+    role_name, role_field, role = read_role(turn, reading.roles)
     # The content: text, a tool call in JSON, or a list of typed parts.
-    content, content_field = turn.get("content"), "content"
-    if content is None and "value" in turn:
-        content, content_field = turn["value"], "value"
+    content_field = "content"
+    if turn.get("content") is None or (turn["content"] == "" and turn.get("value") not in _EMPTY):
+        content_field = "value" if "value" in turn else "content"
+    content = turn.get(content_field)
     message: Message = {"role": role, "content": content}
-    if role_name in _CALL_ROLES and content is not None:
-        message = {
-            "role": role,
-            "content": "",
-            "tool_calls": _read_tool_calls(read_json(content, content_field), content_field),
-        }
+    segments: Segments | None = None
+    if role_name.lower() in CALL_ROLES and content is not None:
+        calls = read_tool_calls(content, content_field, reading.findings)
+        message = {"role": role, "content": "", "tool_calls": calls}
     elif isinstance(content, list):
-        message.update(_join_parts(content, content_field))
-    if len(turn) > 2 or content is None:
-        _add_fields(message, turn)
+        parts, segments = join_parts(content, content_field, role, reading.findings)
+        message.update(parts)
+    if len(turn) > 2 or content is None or segments:
+        _add_fields(message, turn, (role_field, content_field), segments, reading)
     if not isinstance(message["content"], str):
-        # A message may lack its text only if it calls tools.
-        message["content"] = "" if content is None and "tool_calls" in message else read_text(turn, content_field)
-    # Only assistants may call tools, and they must write something.
-    if role == "assistant":
+        # A message may lack its text only if it calls tools, or if it is there for its tools.
+        may_lack = content is None and ("tool_calls" in message or (role == "system" and _has_tools(turn)))
+        message["content"] = "" if may_lack else read_text(turn, content_field)
+    _check_role(message, content_field)
+    return message
+
+
+def _check_role(message: Message, content_field: str) -> None:
+    """Check that only assistants call tools, and that they write something."""
+    if message["role"] == "assistant":
         text = message["content"]
         if (not text or text.isspace()) and not message.get("tool_calls"):
             raise DataError(f"{content_field}: the assistant's answer is empty; needs text to train on", EMPTY_ANSWER)
     elif "tool_calls" in message:
-        raise DataError(f"tool_calls: found in a {role} turn; only an assistant turn can call tools", BROKEN_TOOLS)
-    return message
+        problem = f"found in a {message['role']} turn; only an assistant turn can call tools"
+        raise DataError(f"tool_calls: {problem}", BROKEN_TOOLS)
 
 
-def _join_parts(parts: list[Any], where: str) -> Message:
-    """Return the texts, reasoning and tool calls of a list of typed parts, in the fields that templates read."""
-    texts, thoughts, calls = [], [], []
-    for index, part in enumerate(parts):
-        if not isinstance(part, dict):
-            raise DataError(f"{where}[{index}]: found {show_value(part)}; needs an object with type and text", NOT_TEXT)
-        kind = part.get("type")
-        try:
-            if kind == "text":
-                texts.append(_part_text(part, "text"))
-            elif kind in ("reasoning", "thinking"):
-                thoughts.append(_part_text(part, kind))
-            elif kind == "tool_call":
-                calls.append(_read_tool_call(part.get("value"), "value"))
-            elif isinstance(kind, str) and kind in _MEDIA_PARTS:
-                raise DataError(f"type: found {show_value(kind)}, but {TEXT_ONLY}", IMAGES)
-            else:
-                raise DataError(f"type: found {show_value(kind)}; allowed: text, reasoning, tool_call", NOT_TEXT)
-        except DataError as error:
-            raise DataError(f"{where}[{index}].{error}", error.reason) from None
-    message: Message = {"content": "".join(texts)}
-    if thoughts:
-        message["reasoning_content"] = message["thinking"] = "".join(thoughts)
+def _add_fields(
+    message: Message, turn: dict[str, Any], used: tuple[str, str], segments: Segments | None, reading: _Reading
+) -> None:
+    """Add the optional fields that `turn` has: tool calls, reasoning, ids, names, weights, and what templates read.
+
+    `used` are the keys that the role and the content, or question and answer, came from.
+    """
+    findings = reading.findings
+    calls = _read_calls(turn, findings)
     if calls:
-        message["tool_calls"] = calls
-    return message
+        message["tool_calls"] = [*message.get("tool_calls", ()), *calls]
+    _add_reasoning(message, turn, findings)
+    for field in ("tool_call_id", "name"):
+        if turn.get(field) not in _EMPTY:
+            message[field] = read_text(turn, field)
+    # Weights: of the whole message, and of its segments.
+    role = message["role"]
+    if not WEIGHT_KEYS.isdisjoint(turn) and not is_nothing(turn.get("train_detail")):
+        if isinstance(turn.get(used[1]), list):
+            raise DataError("train_detail: found beside a list of parts; needs a content of one text", BAD_WEIGHT)
+        content = message["content"] if isinstance(message["content"], str) else ""
+        segments = read_train_detail(turn["train_detail"], content, role)
+    set_weight(message, read_weight(turn, role), segments)
+    _add_other_keys(message, turn, used, reading)
 
 
-def _part_text(part: dict[str, Any], kind: str) -> str:
-    """Return the text of a part. OpenAI's field has the name of the part's type, others use `text` or `value`."""
-    return read_text(part, next((field for field in (kind, "text", "value") if part.get(field) is not None), kind))
+def _read_calls(turn: dict[str, Any], findings: Findings) -> list[dict[str, Any]]:
+    """Return the calls in `tool_calls`, or else in the older `function_call`."""
+    calls, older = turn.get("tool_calls"), turn.get("function_call")
+    result = [] if is_blank(calls) else read_tool_calls(calls, "tool_calls", findings)
+    if is_blank(older):
+        return result
+    if not result:
+        return read_tool_calls(older, "function_call", findings)
+    functions = [call["function"] for call in read_tool_calls(older, "function_call", Findings())]
+    if any(function not in [call["function"] for call in result] for function in functions):
+        findings.leave("function_call", "messages", older)
+    return result
 
 
-def _add_fields(message: Message, turn: dict[str, Any]) -> None:
-    """Add the optional fields that `turn` has: tool calls, reasoning, ids, names, weight."""
-    calls = read_json(turn.get("tool_calls"), "tool_calls") or turn.get("function_call")
-    if calls:
-        message["tool_calls"] = [*message.get("tool_calls", ()), *_read_tool_calls(calls, "tool_calls")]
-    # The reasoning may stand under several names, but must be the same text under each.
-    thoughts = {read_text(turn, field) for field in _REASONING_FIELDS if turn.get(field) not in _EMPTY}
-    if "thinking" in message:
-        thoughts.add(message["thinking"])
+def _add_reasoning(message: Message, turn: dict[str, Any], findings: Findings) -> None:
+    """Add the reasoning, which may stand under several names, but must be the same text under each."""
+    thoughts = {message["thinking"]} if "thinking" in message else set()
+    for field in REASONING_FIELDS:
+        value = turn.get(field)
+        if isinstance(value, list):
+            value = join_texts(value, field, findings)
+        if value not in _EMPTY:
+            thoughts.add(value if isinstance(value, str) else read_text(turn, field))
     if len(thoughts) > 1:
         problem = "has several different reasoning texts; only one is allowed"
         raise DataError(f"reasoning_content: {problem} ({show_keys(turn)})", TWO_REASONINGS)
     if thoughts:
         message["reasoning_content"] = message["thinking"] = thoughts.pop()
-    for field in ("tool_call_id", "name"):
-        if turn.get(field) not in _EMPTY:
-            message[field] = read_text(turn, field)
-    weight = _read_weight(turn)
-    if weight == 0:
-        message["train"] = False
-    elif weight != 1:
-        message["weight"] = weight
 
 
-def _read_weight(turn: dict[str, Any]) -> float:
-    """Return the weight of a message's loss, from `train`, `weight` or `loss_weight`; the default is 1."""
-    train = turn.get("train")
-    if train not in (None, False, True):
-        raise DataError(f"train: found {show_value(train)}; allowed: true and false (context only)", BAD_WEIGHT)
-    field = "weight" if turn.get("weight") is not None else "loss_weight"
-    weight = turn.get(field)
-    if weight is None:
-        return 1.0 if train in (None, True) else 0.0
-    # The last comparison refuses NaN, infinity and whole numbers too large for a float.
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight <= sys.float_info.max:
-        raise DataError(
-            f"{field}: found {show_value(weight)}; needs a number from 0 (context only) upwards", BAD_WEIGHT
-        )
-    return float(weight) if train in (None, True) else 0.0
+def _add_other_keys(message: Message, turn: dict[str, Any], used: tuple[str, str], reading: _Reading) -> None:
+    """Add the keys that the template reads beside those above, and note the keys that nothing uses."""
+    reads, findings = reading.reads, reading.findings
+    for key, value in turn.items():
+        if key in used or value is None:
+            continue
+        if key not in _READ_KEYS:
+            if key in reads.message_keys:
+                message[key] = value
+            elif key in ("tools", "functions") and message["role"] == "system":
+                findings.tools.append((f"{reading.place}.{key}", value))
+            elif reads.whole_messages:
+                message[key] = value
+            else:
+                findings.leave(key, "messages", value)
+        elif key in ("name", "tool_call_id"):
+            if key not in reads.message_keys and not reads.whole_messages:
+                findings.leave(key, "messages", value)
+        elif key in ("role", "from", "content", "value", "human", "assistant"):
+            _leave_second_spelling(message, key, value, reading)
+
+
+def _leave_second_spelling(message: Message, key: str, value: Any, reading: _Reading) -> None:
+    """Note a second role or content that differs from the one that is used."""
+    if key in ("role", "from"):
+        same = isinstance(value, str) and reading.roles.get(value) == message["role"]
+    else:
+        same = value == message["content"]
+    if not same:
+        reading.findings.leave(key, "messages", value)
+
+
+def _has_tools(turn: dict[str, Any]) -> bool:
+    return not (is_blank(turn.get("tools")) and is_blank(turn.get("functions")))
 
 
 def _append_calls(messages: list[Message], message: Message, turn: dict[str, Any]) -> bool:
@@ -281,84 +301,10 @@ def _append_calls(messages: list[Message], message: Message, turn: dict[str, Any
     Some data sets write each call as a turn of its own; templates want one message.
     """
     role_name = turn.get("role") or turn.get("from")
-    if role_name not in _CALL_ROLES or not messages or messages[-1]["role"] != "assistant":
+    if str(role_name).lower() not in CALL_ROLES or not messages or messages[-1]["role"] != "assistant":
         return False
     # Turns with a weight or other fields of their own stay apart.
-    if len(message) > 3 or not messages[-1].keys().isdisjoint(("train", "weight")):
+    if len(message) > 3 or not messages[-1].keys().isdisjoint(("train", "weight", "segments")):
         return False
     messages[-1]["tool_calls"] = [*messages[-1].get("tool_calls", ()), *message["tool_calls"]]
     return True
-
-
-def _read_tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
-    return [_read_tool_call(call, where) for call in (calls if isinstance(calls, list) else [calls])]
-
-
-def _read_tool_call(call: Any, where: str) -> dict[str, Any]:
-    """Return a call in OpenAI's format, but with the arguments as an object: templates print it or loop over it."""
-    call = read_json(call, where)
-    function = call.get("function") or call if isinstance(call, dict) else None
-    name = function.get("name") if isinstance(function, dict) else None
-    arguments = function.get("arguments") if isinstance(function, dict) else None
-    if arguments in (None, "", []):
-        arguments = {}
-    if not isinstance(name, str) or not isinstance(arguments, (dict, str)):
-        raise DataError(
-            f"{where}: found the tool call {show_value(call)}; needs an object with name and arguments (an object)",
-            BROKEN_TOOLS,
-        )
-    # Arguments that are not a JSON object stay text, and the template writes them as they are.
-    if isinstance(arguments, str):
-        try:
-            parsed = json.loads(arguments)
-        except (ValueError, RecursionError):
-            parsed = None
-        arguments = parsed if isinstance(parsed, dict) else arguments
-    result: dict[str, Any] = {"type": "function", "function": {"name": name, "arguments": arguments}}
-    return {"id": call["id"], **result} if isinstance(call.get("id"), str) and call["id"] else result
-
-
-def read_text(fields: Mapping[str, Any], field: str) -> str:
-    """Return the text of a field.
-
-    Raises:
-        DataError: the field is missing or not text.
-    """
-    value = fields.get(field)
-    if isinstance(value, str):
-        return value
-    problem = f"found {show_value(value)}" if field in fields else "missing"
-    raise DataError(
-        f"{field}: {problem}; needs text ({show_keys(fields)})", MISSING_VALUE if value is None else NOT_TEXT
-    )
-
-
-def read_json(value: Any, where: str) -> Any:
-    """Parse `value` if it is text ("" gives None); return anything else unchanged.
-
-    Raises:
-        DataError: the text is not JSON; `where` names the field.
-    """
-    if not isinstance(value, str):
-        return value
-    if not value:
-        return None
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: found {show_value(value)}, which is not JSON ({error})", NOT_JSON) from None
-
-
-def show_value(value: Any) -> str:
-    """Format `value` for an error message: JSON in one line of at most 80 characters."""
-    try:
-        text = json.dumps(value, ensure_ascii=False, default=lambda other: f"<{type(other).__name__}>")
-    except (TypeError, ValueError, RecursionError):  # a key, number or nesting that JSON cannot write
-        text = f"<{type(value).__name__}>"
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def show_keys(fields: Mapping[str, Any]) -> str:
-    """Format the keys of a row or message for an error message: one line of at most 200 characters of names."""
-    names = " ".join(", ".join(map(str, fields)).split())
-    return "its keys: " + (names if len(names) <= 200 else names[:197] + "...")

@@ -7,10 +7,8 @@ from collections.abc import Callable
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
-from jinja2 import TemplateError
-
 from accel_llm.chat.messages import Message
-from accel_llm.chat.sandbox import MAX_GROWTH, begin_render
+from accel_llm.chat.sandbox import MAX_GROWTH, TEMPLATE_ERRORS, begin_render
 from accel_llm.chat.stand_ins import (
     Question,
     Trace,
@@ -19,10 +17,12 @@ from accel_llm.chat.stand_ins import (
     fill_stand_ins,
     format_string,
     replay,
+    stand_in_numbers,
 )
-from accel_llm.chat.targets import Render, Target, TargetLayout, TrainOn
+from accel_llm.chat.targets import Render, Target, TargetFinder, TargetLayout
 
 MAX_SHAPES, MAX_PATTERNS = 4096, 8  # shapes in the cache, and patterns for each; others are worked out each time
+MAX_MESSAGES = 64  # longer conversations hardly share a shape, and learning one takes a render for each turn
 _PLAIN_FIELDS = {"role", "content", "reasoning_content", "thinking", "train", "weight"}
 
 
@@ -38,55 +38,61 @@ class Pattern(NamedTuple):
     lost: dict[str, int]
     shown_as_history: int
     without_reasoning: int
+    closed_thoughts: int
+    left_out: tuple[str, ...]
 
 
 class PatternCache:
     """The target layouts of one template, cached by the shape of the conversation.
 
-    `source` and `variables` are the template's; `lay_out` works a layout out from renders (`TargetFinder.lay_out`).
+    `source` and `variables` are the template's; `finder` works a layout out from renders; `spell` gives messages to the
+    template under the keys that it reads. `options` are those of `TargetFinder.lay_out`.
     """
 
-    def __init__(self, source: str, variables: dict[str, Any], lay_out: Callable[..., TargetLayout]):
-        self._source, self._variables, self._lay_out = source, variables, lay_out
+    def __init__(
+        self,
+        source: str,
+        variables: dict[str, Any],
+        finder: TargetFinder,
+        spell: Callable[[list[Message]], list[Message]],
+    ):
+        self._source, self._variables, self._finder, self._spell = source, variables, finder, spell
         self._patterns: dict[Any, list[Pattern]] = {}
         self._renders: dict[Any, list[tuple[list[Question], str]]] = {}
+        frame = finder.frame
+        self._openings = [text.strip() for text in (frame.opening, frame.thought.opening if frame.thought else "")]
 
     def recall(
-        self, messages: list[Message], variables: dict[str, Any] | None, train_on: TrainOn, split_turns: bool
+        self, messages: list[Message], variables: dict[str, Any] | None, options: tuple[Any, ...]
     ) -> TargetLayout | None:
         """Return a conversation's layout from a cached pattern; None if no pattern fits."""
         texts = _texts(messages) if self._patterns else None
         if texts is None:
             return None
-        for pattern in self._patterns.get(_cache_key(messages, variables, train_on, split_turns), ()):
-            layout = _fill(pattern, texts)
+        for pattern in self._patterns.get(_cache_key(messages, variables, options), ()):
+            layout = self._fill(pattern, texts)
             if layout is not None:
                 return layout
         return None
 
     def learn(
-        self,
-        messages: list[Message],
-        render: Render,
-        variables: dict[str, Any] | None,
-        train_on: TrainOn,
-        split_turns: bool,
+        self, messages: list[Message], render: Render, variables: dict[str, Any] | None, options: tuple[Any, ...]
     ) -> TargetLayout | None:
         """Return a conversation's layout from a new pattern, which is cached; None if it has no pattern."""
-        texts = _texts(messages)
+        texts = _texts(messages) if len(messages) <= MAX_MESSAGES else None
         if texts is None or compile_traceable(self._source) is None:
             return None
 
         # Full caches learn nothing more.
-        key = _cache_key(messages, variables, train_on, split_turns)
+        key = _cache_key(messages, variables, options)
         patterns = self._patterns.get(key, [])
         if len(patterns) >= MAX_PATTERNS or (not patterns and len(self._patterns) >= MAX_SHAPES):
             return None
-        pattern = self._make_pattern(messages, texts, render, variables, train_on, split_turns)
-        if pattern is None:
-            return None
-        self._patterns[key] = [*patterns, pattern]
-        return _fill(pattern, texts)
+        pattern = self._make_pattern(messages, texts, render, variables, options)
+        layout = self._fill(pattern, texts) if pattern else None
+        if pattern and layout:
+            self._patterns[key] = [*patterns, pattern]
+        return layout
 
     def _make_pattern(
         self,
@@ -94,27 +100,29 @@ class PatternCache:
         texts: list[str],
         render: Render,
         variables: dict[str, Any] | None,
-        train_on: TrainOn,
-        split_turns: bool,
+        options: tuple[Any, ...],
     ) -> Pattern | None:
         trace = Trace(texts)
+        stand_ins = _with_stand_ins(messages, trace)
 
-        def render_traced(some: list[Message], add_generation_prompt: bool) -> str:
-            return self._render_stand_ins(some, add_generation_prompt, variables, trace, len(texts))
+        def render_traced(count: int, add_generation_prompt: bool) -> str:
+            return self._render_stand_ins(stand_ins[:count], add_generation_prompt, variables, trace, len(texts))
 
         # Lay the conversation out with stand-ins for its texts.
-        stand_ins = _with_stand_ins(messages, trace)
         try:
-            full = render_traced(stand_ins, False)
-            layout = self._lay_out(stand_ins, full, render_traced, train_on, split_turns)
-        except (Untraceable, TypeError):
-            return None
+            full = render_traced(len(messages), False)
+            layout = self._finder.lay_out(stand_ins, full, render_traced, *options)
+        except (Untraceable, *TEMPLATE_ERRORS):
+            return None  # the real renders decide
 
-        # Refuse what may not hold for other conversations of this shape.
-        unusual = layout.lost or layout.shown_as_history or layout.without_reasoning or len(layout.rows) > 1
-        if len(trace.texts) > len(texts) and unusual:
-            return None  # it may depend on whether a new text equals another one, which a pattern cannot express
-        if not full or fill_stand_ins(full, trace.texts) != render(messages, False):
+        # Refuse what may not hold for other conversations of this shape. A turn is lost if one text does not begin with
+        # another, and a real text might begin with it where its stand-in does not.
+        unusual = layout.shown_as_history or layout.without_reasoning or layout.closed_thoughts or len(layout.rows) > 1
+        if layout.lost or (len(trace.texts) > len(texts) and unusual):
+            return None
+        if not full or fill_stand_ins(full, trace.texts) != render(len(messages), False):
+            return None
+        if not _arrive(_content_numbers(messages), full, trace, len(texts)):
             return None
         rows = [
             (_split_at_targets(text, targets), [target.weight for target in targets]) for text, targets in layout.rows
@@ -122,6 +130,14 @@ class PatternCache:
         if any(sum(len(numbers) for _, numbers in pieces) > MAX_GROWTH * len(texts) for pieces, _ in rows):
             return None  # it repeats texts, and a pattern is filled in without the limits that a render has
         return Pattern(trace.questions, rows, *layout[1:])
+
+    def _fill(self, pattern: Pattern, texts: list[str]) -> TargetLayout | None:
+        """Return the layout of a conversation with these texts; None if the pattern may not hold for them."""
+        # An answer that itself begins with the template's opening may continue the prompt where others do not.
+        unsure = pattern.shown_as_history or pattern.closed_thoughts or pattern.without_reasoning
+        if unsure and any(opening and opening in text for opening in self._openings for text in texts):
+            return None
+        return _fill(pattern, texts)
 
     def _render_stand_ins(
         self,
@@ -131,7 +147,7 @@ class PatternCache:
         trace: Trace,
         text_count: int,
     ) -> str:
-        """Render messages of stand-ins; "" if the template refuses them.
+        """Render messages of stand-ins. Raises as the template does, and Untraceable.
 
         Conversations often begin alike, so renders are cached, unless the template made new texts of the conversation's
         `text_count` texts.
@@ -149,19 +165,16 @@ class PatternCache:
 
         # A new render, whose questions are collected in `trace.recent`.
         trace.recent.clear()
-        values = {**self._variables, **(variables or {}), "tools": None, "documents": None}
+        values = {"documents": None, **self._variables, **(variables or {}), "tools": None}
         begin_render()
-        try:
-            text = template.render(messages=messages, add_generation_prompt=add_generation_prompt, **values)
-        except TemplateError:
-            text = ""
+        text = template.render(messages=self._spell(messages), add_generation_prompt=add_generation_prompt, **values)
         if len(trace.texts) == text_count and len(renders) < MAX_PATTERNS and len(self._renders) < MAX_SHAPES:
             self._renders.setdefault(key, []).append((list(trace.recent), text))
         return text
 
 
-def _cache_key(messages: list[Message], variables: dict[str, Any] | None, train_on: TrainOn, split_turns: bool) -> Any:
-    return _shape(messages), train_on, split_turns, repr(variables) if variables else None
+def _cache_key(messages: list[Message], variables: dict[str, Any] | None, options: tuple[Any, ...]) -> Any:
+    return _shape(messages), options, repr(variables) if variables else None
 
 
 def _shape(messages: list[Message]) -> tuple[tuple[Any, ...], ...]:
@@ -182,6 +195,40 @@ def _texts(messages: list[Message]) -> list[str] | None:
         if "reasoning_content" in message:
             texts.append(message["reasoning_content"])
     return texts
+
+
+def _content_numbers(messages: list[Message]) -> list[int]:
+    """Return the numbers that the contents have among the texts of `_texts`."""
+    numbers, number = [], 0
+    for message in messages:
+        numbers.append(number)
+        number += 2 if "reasoning_content" in message else 1
+    return numbers
+
+
+def _arrive(numbers: list[int], full: str, trace: Trace, text_count: int) -> bool:
+    """Return whether the render `full` holds each of these texts whole, but for spaces around it."""
+    written = set(stand_in_numbers(full))
+    stripped: dict[int, list[int]] = {}  # text -> the same text without spaces around it
+    new_text = text_count
+    for question in trace.questions:
+        if question.new_texts and _keeps_all(question):
+            for number in stand_in_numbers(question.marked):
+                stripped.setdefault(number, []).append(new_text)
+        new_text += question.new_texts
+
+    def arrives(number: int) -> bool:
+        return number in written or any(map(arrives, stripped.get(number, ())))
+
+    return all(map(arrives, numbers))
+
+
+def _keeps_all(question: Question) -> bool:
+    """Return whether the new text of a question is the whole text, but for spaces around it."""
+    if question.method in ("split", "rsplit"):
+        return question.new_texts == 1
+    spaces = not any(argument is not None and argument.strip() for argument in question.arguments)
+    return question.method in ("strip", "lstrip", "rstrip") and spaces
 
 
 def _with_stand_ins(messages: list[Message], trace: Trace) -> list[Message]:

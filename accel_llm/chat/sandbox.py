@@ -15,6 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
+import jinja2
+
 from accel_llm.errors import ConfigError
 
 if sys.platform == "linux":
@@ -26,6 +28,10 @@ STUCK_SECONDS = 10  # seconds of CPU time inside one call of C code, which Pytho
 # A rendered text may have this many characters, or this many times the characters of its conversation.
 FREE_OUTPUT, MAX_GROWTH = 1 << 20, 16
 FRESH_SECONDS = 0.1  # a memory measurement is used again for so long, because it costs as much as a render
+
+# Errors that a render can raise. Python raises SyntaxError for loops that are nested too deep.
+TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
+TEMPLATE_ERRORS += (RecursionError, SyntaxError)
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")

@@ -3,7 +3,6 @@
 import hashlib
 import re
 from bisect import bisect_left
-from collections.abc import Iterable
 from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
@@ -12,16 +11,11 @@ from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerBase
 
 from accel_llm.chat.bpe_cache import BpeCache
+from accel_llm.chat.guard import GUARD_CLOSE, GUARD_OPEN, match_any
 from accel_llm.errors import DataError
 
-# Marks around control tokens in people's text. They are Unicode noncharacters: no text contains them, and Jinja's
-# `trim` does not remove them.
-GUARD_OPEN, GUARD_CLOSE = "\ufdd0", "\ufdd1"
 SHORT_TEXT, MAX_SHORT_TEXTS = 16, 4096  # texts up to this many characters are cached, and this many of them
-_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _GUARDED = re.compile(f"{GUARD_OPEN}([^{GUARD_OPEN}{GUARD_CLOSE}]+){GUARD_CLOSE}")
-# Some tokenizers have these as special tokens, but people write them in their data on purpose.
-_TAG = re.compile(r"</?(?:think|thinking|reasoning|answer|tool_calls?|tool_response|tools)>")
 
 
 class Span(NamedTuple):
@@ -34,10 +28,10 @@ class Span(NamedTuple):
 class SpanTokenizer:
     """A fast tokenizer that adds, pads and truncates nothing, whatever its files switch on.
 
-    Control tokens in people's text are tokenized as text, unless `allow_special_in_text` is set.
+    Control tokens between the marks of `guard` are tokenized as text.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, allow_special_in_text: bool = False):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
         # A copy, because any padded call switches padding and truncation on again in the original. Files saved during a
         # training run have both, too. A post-processor would report offsets without the space that belongs to a token.
         backend: Any = tokenizer.backend_tokenizer
@@ -48,23 +42,10 @@ class SpanTokenizer:
         self._backend.no_truncation()
         self._backend.post_processor = processors.Sequence([])
 
-        # Added tokens, and the special ones among them that people's text must not contain.
         added_tokens = list(tokenizer.added_tokens_decoder.values())
         self._added_texts = tuple(token.content for token in added_tokens)
         self._space_eaters = tuple(token.content for token in added_tokens if token.rstrip)
-        self.added_pattern = _alternatives(self._added_texts)
-        named_tokens = set(tokenizer.special_tokens_map.values())
-        control_tokens = [
-            token.content
-            for token in added_tokens
-            if token.special
-            and not allow_special_in_text
-            and (token.content in named_tokens or not _TAG.fullmatch(token.content))
-        ]
-        # A quick test that most texts pass: no first character of a control token, no mark, no surrogate.
-        starts = "".join(sorted({re.escape(token[0]) for token in control_tokens}))
-        self._needs_guard = re.compile(f"[{starts}{GUARD_OPEN}{GUARD_CLOSE}\ud800-\udfff]").search
-        self._control = re.compile(_alternatives(control_tokens))
+        self.added_pattern = match_any(self._added_texts)
 
         # Faster ways to the same ids, where the tokenizer allows them.
         self._added = re.compile(f"({self.added_pattern})")
@@ -84,28 +65,6 @@ class SpanTokenizer:
     def is_single(self, token: str) -> bool:
         """Return whether the tokenizer keeps `token` in one piece."""
         return len(self._ids(token)) == 1
-
-    def guard(self, value: Any) -> Any:
-        """Return `value` (text, or nested messages or tools) with each control token in a text marked as plain text.
-
-        Raises:
-            DataError: a text contains the marks themselves, or half of a surrogate pair.
-        """
-        if isinstance(value, str):
-            if not self._needs_guard(value):
-                return value
-            check_encodable(value)
-            if GUARD_OPEN in value or GUARD_CLOSE in value:
-                raise DataError(
-                    f"content: holds {GUARD_OPEN!a} or {GUARD_CLOSE!a}, Unicode noncharacters that no text may hold",
-                    "noncharacters",
-                )
-            return self._control.sub(rf"{GUARD_OPEN}\g<0>{GUARD_CLOSE}", value)
-        if isinstance(value, dict):
-            return {key: self.guard(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [self.guard(item) for item in value]
-        return value
 
     def encode(self, text: str, spans: list[Span]) -> tuple[list[int], list[Span]]:
         """Return the token ids of `text` and, for each span of characters, its span of tokens.
@@ -208,22 +167,6 @@ class SpanTokenizer:
 
     def _ids(self, text: str) -> list[int]:
         return self._backend.encode(text, add_special_tokens=False).ids
-
-
-def check_encodable(text: str) -> None:
-    """Check that `text` can be written as UTF-8.
-
-    Raises:
-        DataError: it contains half of a surrogate pair, which JSON can express.
-    """
-    if match := _LONE_SURROGATE.search(text):
-        raise DataError(f"found {match[0]!a} in the text, half of a surrogate pair, which is no character", "not text")
-
-
-def _alternatives(literals: Iterable[str]) -> str:
-    """Return a pattern that matches any of the texts, the longest first; nothing if there are none."""
-    longest_first = sorted(literals, key=len, reverse=True)
-    return "|".join(map(re.escape, longest_first)) or "(?!)"
 
 
 def decode_tokens(tokenizer: PreTrainedTokenizerBase, ids: list[int] | np.ndarray) -> str:

@@ -141,9 +141,14 @@ def fill_stand_ins(marked: str, texts: list[str]) -> str:
     return "".join(parts)
 
 
+def stand_in_numbers(marked: str) -> list[int]:
+    """Return the numbers of the texts whose stand-ins stand in `marked`."""
+    return [int(number) for number in _STAND_IN.findall(marked)]
+
+
 def format_string(marked: str) -> tuple[str, tuple[int, ...]]:
     """Return `marked` as a string for the % operator, and the numbers of the texts that go in."""
-    numbers = tuple(int(number) for number in _STAND_IN.findall(marked))
+    numbers = tuple(stand_in_numbers(marked))
     return _STAND_IN.sub("%s", marked.replace("%", "%%")), numbers
 
 
@@ -224,7 +229,10 @@ def compile_traceable(source: str) -> jinja2.Template | None:
         if type(value) is dict and name not in _DICT_METHODS:
             return value[name] if name in value else environment.undefined(obj=value, name=name)
         if isinstance(value, LoopContext | Namespace) and not name.startswith("_"):
-            return getattr(value, name)
+            try:
+                return getattr(value, name)
+            except AttributeError:
+                return environment.undefined(obj=value, name=name)
         return get(value, name)
 
     environment.filters = {

@@ -12,11 +12,16 @@ IGNORED = -100  # label of an untrained token: the default ignore_index of PyTor
 
 
 TrainOn = Literal["assistant", "last_assistant", "all"]
-Render = Callable[[list[Message], bool], str]  # (messages, add_generation_prompt) -> text, "" if the template refuses
+SplitTurns = Literal[True, False, "auto"]
+OpenThought = Literal["refuse", "close", "history"]
+# (number of messages, add_generation_prompt) -> text of the first messages, "" if the template refuses them
+Render = Callable[[int, bool], str]
 
 # Reasons why an assistant turn is not trained; the ledger counts turns by them.
 NO_PROMPT = "the template cannot render the prompt of this turn"
 NOT_AFTER_PROMPT = "the template does not continue its own prompt with this turn"
+NO_THOUGHT = "the template's prompt opens a thought, which this turn does not continue"
+CLOSED_THOUGHT = "the template's prompt closes the thought of this turn, which has reasoning"
 UNKNOWN_END = "the template closes this turn in an unknown way"
 NO_CALL = "the template does not write the tool calls of this turn"
 REWRITTEN = "the template rewrites this turn once another one follows"
@@ -33,110 +38,219 @@ class Target(NamedTuple):
 class TargetLayout(NamedTuple):
     """The rows of a conversation before tokenization: each text with its targets.
 
-    `lost` counts the untrained assistant turns by reason. `shown_as_history` and `without_reasoning` are explained at
+    `lost` counts the untrained assistant turns by reason. The other counts are explained at
     `template.EncodedConversation`.
     """
 
     rows: list[tuple[str, list[Target]]]
     lost: dict[str, int]
-    shown_as_history: int
-    without_reasoning: int
+    shown_as_history: int = 0
+    without_reasoning: int = 0
+    closed_thoughts: int = 0
+    left_out: tuple[str, ...] = ()
+
+
+class Thought(NamedTuple):
+    """A thought that the generation prompt begins, and that finished turns need not continue.
+
+    `opening` is the end of the prompt (DeepSeek-R1's `<think>` and a line end). `closing` is what the template writes
+    between a thought and its answer: "" if the prompt itself closes the thought (Gemma 4), None if it is unknown.
+    `empty` is what the template writes in place of `opening` if the last answer has no thought.
+    """
+
+    opening: str
+    closing: str | None
+    empty: str
 
 
 class AnswerFrame(NamedTuple):
     """How a template writes the last answer of a conversation.
 
-    `opening` stands between the generation prompt and the content, `tail` after the content; `writes_reasoning` says
-    whether the template writes the answer's reasoning.
+    `opening` stands between the generation prompt and the content, `tail` after the content; the first `closing`
+    characters of `tail` close the turn. `around_reasoning` stands before and after an answer's reasoning; None if the
+    template does not write it. `thought` is None if the prompt opens none.
     """
 
     opening: str
     tail: str
-    writes_reasoning: bool
+    closing: int
+    around_reasoning: tuple[str, str] | None
+    thought: Thought | None
+
+
+class _Turn(NamedTuple):
+    """An assistant turn as the model must generate it: `text[span]`."""
+
+    text: str
+    span: Span
+    closing: int  # the last characters of the span, which close the turn
+    own: int  # where the turn's own text begins, after the template's opening or the reasoning
+    history: int  # where history may begin the turn: before a thought that the prompt opens, else at the span
+    built: bool = False  # put together here, because the template itself does not continue its prompt
+    as_history: bool = False  # trained without the thought that the prompt opens
 
 
 class TargetFinder:
     """Finds which characters of a template's texts are trained.
 
-    `frame` describes the template's last answer; the first `closing` characters of its tail are trained: the
-    end-of-turn token. `added_pattern` is a regular expression that matches the tokenizer's added tokens.
+    `frame` describes the template's last answer. `added_pattern` is a regular expression that matches the tokenizer's
+    added tokens.
     """
 
-    def __init__(self, frame: AnswerFrame, closing: int, added_pattern: str):
-        self._opening, self._tail, self._writes_reasoning = frame
-        self._closing = closing
+    def __init__(self, frame: AnswerFrame, added_pattern: str):
+        self.frame = frame
         self._added_token_at_end = re.compile(rf"({added_pattern})\s*$")
 
     def lay_out(
-        self, messages: list[Message], full: str, render: Render, train_on: TrainOn, split_turns: bool
+        self,
+        messages: list[Message],
+        full: str,
+        render: Render,
+        train_on: TrainOn,
+        split_turns: SplitTurns,
+        open_thought: OpenThought,
     ) -> TargetLayout:
         """Return the rows of a conversation and their targets; see `Template.encode` for the options.
 
-        `full` is the render of all messages; `render` renders the first messages of the conversation.
+        `full` is the render of all messages.
         """
         if train_on == "all":
-            return TargetLayout([(full, [Target(0, len(full), 1.0)])], {}, 0, 0)
+            return TargetLayout([(full, [Target(0, len(full), 1.0)])], {})
         turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         if train_on == "last_assistant":
             turns = turns[-1:]
         in_full: list[Target] = []  # turns that are trained inside the full text
         own_rows: list[tuple[str, list[Target]]] = []  # turns that need a row of their own
         lost: Counter[str] = Counter()
-        shown_as_history = without_reasoning = 0
-        for turn in turns:
-            message = messages[turn]
+        history = without_reasoning = closed_thoughts = 0
+        for index in turns:
+            message, is_last = messages[index], index == len(messages) - 1
             weight = float(message.get("weight", 1.0))
             if not message.get("train", True) or not weight:
                 continue
             # What the model must generate: the difference between the turn's prompt and the finished turn.
-            finished = full if turn == len(messages) - 1 else render(messages[: turn + 1], False)
-            span = self._find_span(render(messages[:turn], True), finished, message)
-            if isinstance(span, str):
-                lost[span] += 1
+            finished = full if is_last else render(index + 1, False)
+            turn = self._find_turn(render(index, True), finished, message, open_thought)
+            if isinstance(turn, str):
+                lost[turn] += 1
                 continue
-            without_reasoning += not self._writes_reasoning and _has_reasoning(message)
+            if turn.built and is_last:
+                full = turn.text
             # Where it is trained: in the full text if that contains the finished turn unchanged.
-            if full.startswith(finished[: span.end]):
-                in_full.append(Target(*span, weight))
-            elif split_turns:
-                own_rows.append((finished, [Target(*span, weight)]))
-            elif history_span := self._find_in_history(message, full, finished, span):
+            if full.startswith(turn.text[: turn.span.end]):
+                in_full.append(Target(*turn.span, weight))
+            elif split_turns is True:
+                own_rows.append((turn.text, [Target(*turn.span, weight)]))
+            elif history_span := self._find_in_history(message, full, turn, open_thought == "history"):
                 in_full.append(Target(*history_span, weight))
-                shown_as_history += 1
+                turn = turn._replace(built=False, as_history=True)
+            elif split_turns == "auto":
+                own_rows.append((turn.text, [Target(*turn.span, weight)]))
             else:
                 lost[REWRITTEN] += 1
+                continue
+            history += turn.as_history
+            closed_thoughts += turn.built and not _has_reasoning(message)
+            writes_reasoning = turn.built or (self.frame.around_reasoning and not turn.as_history)
+            without_reasoning += _has_reasoning(message) and not writes_reasoning
         rows = [(full, in_full)] * bool(in_full) + own_rows
-        return TargetLayout(rows, dict(lost), shown_as_history, without_reasoning)
+        return TargetLayout(rows, dict(lost), history, without_reasoning, closed_thoughts)
 
-    def _find_span(self, prompt: str, finished: str, message: Message) -> Span | str:
-        """Return the characters of `finished` that the model must generate after `prompt`, or why there are none."""
+    def _find_turn(self, prompt: str, finished: str, message: Message, open_thought: OpenThought) -> _Turn | str:
+        """Return the turn that the model must generate after `prompt`, or why there is none."""
         if not prompt or not finished:
             return NO_PROMPT
-        if not finished.startswith(prompt):
+        turn = self._end_turn(prompt, finished, message) if finished.startswith(prompt) else None
+        thought = self.frame.thought
+        if turn is None and (thought is None or not prompt.endswith(thought.opening)):
             return NOT_AFTER_PROMPT
+        if turn is None and thought:
+            turn = self._close_thought(prompt, finished, message, thought, open_thought)
+        if not isinstance(turn, _Turn):
+            return turn or NOT_AFTER_PROMPT
         calls = message.get("tool_calls") or []
-        if finished.endswith(self._tail):
-            end = len(finished) - len(self._tail) + self._closing
-        elif calls and (match := self._added_token_at_end.search(finished)):
-            end = match.end(1)  # gpt-oss closes a tool call with another token than an answer
-        else:
-            return UNKNOWN_END
-        if any(call["function"]["name"] not in finished[len(prompt) : end] for call in calls):
+        if any(call["function"]["name"] not in turn.text[turn.span.start : turn.span.end] for call in calls):
             return NO_CALL
-        return Span(len(prompt), end) if end > len(prompt) else NOT_AFTER_PROMPT
+        return turn
 
-    def _find_in_history(self, message: Message, full: str, finished: str, span: Span) -> Span | None:
-        """Return where `full` shows a turn without the template's opening of a last answer, else None.
+    def _end_turn(self, prompt: str, text: str, message: Message) -> _Turn | str:
+        """Return the turn that `text` adds to `prompt`, which it begins with; or why there is none."""
+        end, closing = self._find_end(text, message)
+        if end is None:
+            return UNKNOWN_END
+        if end <= len(prompt):
+            return NOT_AFTER_PROMPT
+        start = own = len(prompt)
+        if _has_reasoning(message):
+            own += self._length_of_reasoning(text[start:], message)
+        elif text.startswith(self.frame.opening, start):
+            own += len(self.frame.opening)
+        thought = self.frame.thought
+        history = start - len(thought.opening) if thought and prompt.endswith(thought.opening) else start
+        return _Turn(text, Span(start, end), closing, own, history)
 
-        The turn must follow the same prompt, and all of its own text must still be there (Qwen3 removes only its empty
-        think block).
+    def _length_of_reasoning(self, text: str, message: Message) -> int:
+        """Return how many characters of `text`, which follows the prompt, are the reasoning and the words around it."""
+        before, after = self.frame.around_reasoning or ("", "")
+        reasoning = message.get("reasoning_content") or message.get("thinking") or ""
+        for form in (reasoning, reasoning.strip(), reasoning.strip("\n")):
+            if text.startswith(before + form + after):
+                return len(before + form + after)
+        return 0
+
+    def _close_thought(
+        self, prompt: str, finished: str, message: Message, thought: Thought, open_thought: OpenThought
+    ) -> _Turn | str:
+        """Return a turn that the template writes without the thought that its prompt opens; or why there is none."""
+        start = len(prompt) - len(thought.opening)
+        if not finished.startswith(prompt[:start]):
+            return NOT_AFTER_PROMPT
+        reasoning, answer = message.get("reasoning_content") or "", finished[start:].removeprefix(thought.empty)
+        if reasoning and thought.closing == "":
+            return CLOSED_THOUGHT
+        if not reasoning and thought.closing != "":
+            if open_thought == "history":
+                turn = self._end_turn(prompt[:start], finished, message)
+                return turn._replace(as_history=True) if isinstance(turn, _Turn) else turn
+            if open_thought == "refuse":
+                return NOT_AFTER_PROMPT if thought.closing is None else NO_THOUGHT
+        if thought.closing is None:
+            return NOT_AFTER_PROMPT
+        # Close the thought, around the row's reasoning if it has one.
+        text = prompt + reasoning + thought.closing + answer
+        turn = self._end_turn(prompt, text, message)
+        if isinstance(turn, _Turn):
+            turn = turn._replace(own=len(text) - len(answer), history=start, built=True)
+        return turn
+
+    def _find_end(self, text: str, message: Message) -> tuple[int | None, int]:
+        """Return where the turn that ends `text` ends, and how many characters before that close it."""
+        frame = self.frame
+        if text.endswith(frame.tail):
+            return len(text) - len(frame.tail) + frame.closing, frame.closing
+        if message.get("tool_calls") and (match := self._added_token_at_end.search(text)):
+            return match.end(1), len(match[1])  # gpt-oss closes a tool call with another token than an answer
+        return None, 0
+
+    def _find_in_history(self, message: Message, full: str, turn: _Turn, drop_reasoning: bool) -> Span | None:
+        """Return where `full` shows a turn without the template's own words of a last answer, else None.
+
+        Missing may be the words before the answer (Qwen3's empty think block) and those that close it (gpt-oss, OLMo).
+        The turn must follow the same prompt, and all of its own text must still be there. `drop_reasoning` allows that
+        its reasoning is not.
         """
-        text = finished[span.start : span.end].removeprefix(self._opening)
-        if not self._opening or _has_reasoning(message) or message["content"].strip() not in text:
-            return None
-        if not full.startswith(finished[: span.start] + text):
-            return None
-        return Span(span.start, span.start + len(text))
+        (start, end), own = turn.span, turn.text[turn.own : turn.span.end]
+        candidates = [(start, turn.text[start:end])]
+        if message["content"].strip() in own and (drop_reasoning or not _has_reasoning(message)):
+            empty = self.frame.thought.empty if self.frame.thought else ""
+            candidates += [(start, own), (turn.history, empty + own), (turn.history, own)]
+        for place, text in candidates:
+            if not full.startswith(turn.text[:place]):
+                continue
+            for length in (len(text), len(text) - turn.closing):
+                if length > 0 and full.startswith(text[:length], place):
+                    return Span(place, place + length)
+        return None
 
 
 def _has_reasoning(message: Message) -> bool:

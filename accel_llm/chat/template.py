@@ -12,44 +12,44 @@ would merge its last characters with the first ones of the answer.
 """
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
 from typing import Any, Literal
 
-from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from accel_llm.chat.arrival import CALL_NAMES, has_tools, left_out, probe_conversation, said_kinds
+from accel_llm.chat.frame import FRAME_CHAT, find_frame, split_tokens
+from accel_llm.chat.guard import GUARD_CLOSE, GUARD_OPEN, ControlGuard, restore_marks
 from accel_llm.chat.messages import Message
 from accel_llm.chat.patterns import PatternCache
-from accel_llm.chat.sandbox import MAX_SOURCE, begin_render, check_output_size, check_template_size, run_bounded
-from accel_llm.chat.span_tokenizer import GUARD_CLOSE, GUARD_OPEN, Span, SpanTokenizer
-from accel_llm.chat.targets import IGNORED, AnswerFrame, Target, TargetFinder, TargetLayout, TrainOn
+from accel_llm.chat.reads import template_reads
+from accel_llm.chat.sandbox import TEMPLATE_ERRORS, begin_render, check_output_size, check_template_size, run_bounded
+from accel_llm.chat.segments import apply_segments, mark_segments
+from accel_llm.chat.span_tokenizer import Span, SpanTokenizer
+from accel_llm.chat.spelling import Spelling
+from accel_llm.chat.targets import (
+    IGNORED,
+    AnswerFrame,
+    OpenThought,
+    SplitTurns,
+    Target,
+    TargetFinder,
+    TargetLayout,
+    TrainOn,
+)
+from accel_llm.chat.template_source import describe_template, read_template
 from accel_llm.config.options import DataOptions
 from accel_llm.errors import ConfigError, DataError
 
 Tools = list[Any] | None  # JSON schemas
 TrainOnEos = Literal["turn", "last", "none"]
 
-
-CHATML = """\
-{%- for message in messages %}
-    {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-{%- endif %}
-"""
-
-# Control tokens as the known template families write them. Role names in brackets ([INST]) are plain text.
-_MARKER = re.compile(r"<\|[^<>|\s]+\|>|<\uff5c[^<>\uff5c]+\uff5c>|</?s>|<(?:start|end)_of_\w+>|<(?:bos|eos)>")
-_ROLE_HEADER = re.compile(r"<\|(?:system|user|assistant|tool)\|>")
-_INDENTED_OUTPUT = re.compile(r"^[ \t]+\{\{(?!-)", re.MULTILINE)
-
 TEMPLATE_REFUSED = "refused by the chat template"  # reason to refuse a row, see `messages`
-# Errors that a render can raise. Python raises SyntaxError for loops that are nested too deep.
-TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
-TEMPLATE_ERRORS += (RecursionError, SyntaxError)
 MAX_REFUSAL_LENGTH = 500  # characters of a template's own error message
 
 
@@ -71,21 +71,28 @@ class EncodedConversation:
     """The rows of a conversation, and what happened to its assistant turns.
 
     `lost` counts the turns that are not trained, by reason. `shown_as_history` counts the turns that are trained
-    without the words that the template puts before a last answer (Qwen3's empty think block). `without_reasoning`
-    counts the turns that are trained without their reasoning, because the template does not write it.
+    as the conversation shows them, without the words that the template puts around a last answer only (Qwen3's empty
+    think block). `without_reasoning` counts the turns that are trained without their reasoning, because the template
+    does not write it. `closed_thoughts` counts the turns whose thought, opened by the prompt, is closed at once.
+    `left_out` names what the template does not write, as in `arrival`. `rendered_before` says that a message holds
+    the template's own control tokens.
     """
 
     rows: list[EncodedRow]
     lost: dict[str, int]
     shown_as_history: int = 0
     without_reasoning: int = 0
+    closed_thoughts: int = 0
+    left_out: tuple[str, ...] = ()
+    rendered_before: bool = False
 
 
 class Template:
     """A chat template bound to a tokenizer; `load_template` builds it. It can be pickled.
 
-    `turn_end` is the token that closes an assistant turn, `turn_end_id` its id. Both are None if the template closes no
-    turn; a model trained with such a template never learns to stop.
+    `turn_end` is the token that ends generation after an assistant turn, `turn_end_id` its id. Both are None if the
+    template closes no turn; a model trained with such a template never learns to stop. `reads` says what the template
+    takes from a row. `source_for_tools` is another template of the tokenizer, for conversations with tools.
     """
 
     def __init__(
@@ -94,21 +101,63 @@ class Template:
         source: str,
         variables: dict[str, Any] | None = None,
         allow_special_in_text: bool = False,
+        source_for_tools: str | None = None,
     ):
         check_template_size(source)
-        self.source = source
+        self.source, self.source_for_tools = source, source_for_tools
         self._variables: dict[str, Any] = {**tokenizer.special_tokens_map, **(variables or {})}
-        self._tokenizer = SpanTokenizer(tokenizer, allow_special_in_text)
+        self._tokenizer = SpanTokenizer(tokenizer)
+        self._guard = ControlGuard(tokenizer, allow_special_in_text)
         self.tokenizer_digest = self._tokenizer.digest
+        self._for_tools: Template | None = None
+        with _refusals():
+            self.reads = reads = run_bounded(template_reads, source)
+        self._spelling = Spelling(reads)
 
-        # The end-of-turn token is an added token at the beginning of what follows an answer.
+        # How an answer is written, and the tokens that close it.
+        added_pattern = self._tokenizer.added_pattern
         frame = self._find_frame()
-        self._tail, added_pattern = frame.tail, self._tokenizer.added_pattern
-        closing = re.match(rf"\s*({added_pattern})", frame.tail)
-        self.turn_end: str | None = closing[1] if closing else None
-        self.turn_end_id: int | None = self._tokenizer.token_id(closing[1]) if closing else None
-        self._targets = TargetFinder(frame, closing.end() if closing else 0, added_pattern)
-        self._patterns = PatternCache(source, self._variables, self._targets.lay_out)
+        closers = re.findall(added_pattern, frame.tail[: frame.closing])
+        self._closing_ids = [self._tokenizer.token_id(token) for token in closers]
+        # Generation stops at the last of them, or where the family's own stops.
+        self.turn_end: str | None = None
+        if closers:
+            self.turn_end = tokenizer.eos_token if tokenizer.eos_token in closers else closers[-1]
+        self.turn_end_id: int | None = self._tokenizer.token_id(self.turn_end) if self.turn_end else None
+        self._own_tokens = {*re.findall(added_pattern, self._frame_prompt), *closers}
+        self._targets = TargetFinder(frame, added_pattern)
+        self._patterns = PatternCache(source, self._variables, self._targets, self._spelling.spell)
+
+        if "tool_calls" in reads.message_keys and CALL_NAMES in self._never_written:
+            # DeepSeek-R1's template writes the calls of a message only if its content is null.
+            self._spelling.empty_content = None
+            del self._never_written
+            if CALL_NAMES in self._never_written:
+                self._spelling.empty_content = ""
+
+        # Rows with tools may have a template of their own.
+        if source_for_tools is not None:
+            self._for_tools = Template(tokenizer, source_for_tools, variables, allow_special_in_text)
+            self.reads = reads.union(self._for_tools.reads)
+
+    def _find_frame(self) -> AnswerFrame:
+        """Find out how an answer is written; some templates need tools, or content in parts, to write one at all."""
+        problem: DataError | None = None
+        for self._spelling.in_parts in (False, True):
+            for self._frame_tools in (None, probe_conversation()[1]):
+                try:
+                    text = self.render(FRAME_CHAT, tools=self._frame_tools)
+                    self._frame_prompt = self.render(FRAME_CHAT[:1], True, self._frame_tools)
+                    return run_bounded(
+                        find_frame, text, self._frame_prompt, self._try_frame_render, self._tokenizer.added_pattern
+                    )
+                except DataError as error:
+                    problem = problem or error
+        assert problem is not None
+        raise problem
+
+    def _try_frame_render(self, messages: list[Message], add_generation_prompt: bool) -> str:
+        return self._try_render(messages, add_generation_prompt, self._frame_tools)
 
     def render(
         self,
@@ -123,6 +172,9 @@ class Template:
             DataError: the template refuses the conversation; the template's own message is in the error.
             ConfigError: the template exceeds a limit of `sandbox`.
         """
+        if self._for_tools and tools:
+            return self._for_tools.render(messages, add_generation_prompt, tools, variables)
+        messages = self._spelling.place_tools(messages, tools)
         text = run_bounded(self._render, messages, add_generation_prompt, tools, variables)
         check_output_size(text, (messages, tools))
         return text
@@ -135,28 +187,23 @@ class Template:
         variables: dict[str, Any] | None,
     ) -> str:
         begin_render()
-        # `apply_chat_template` leaves out fields that are None, too.
-        chat = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        messages = self._spelling.spell(messages)
         options = {
             **self._variables,
             **(variables or {}),
             "tools": tools,
             "add_generation_prompt": add_generation_prompt,
         }
-        # A template is a program: it may fail in any of Python's ways, depending on the conversation.
-        try:
-            return render_jinja_template([chat], chat_template=self.source, **options)[0][0]
-        except TemplateSyntaxError:  # an error of the template, not of this conversation
-            raise
-        except TEMPLATE_ERRORS as error:
-            words = str(error)[:MAX_REFUSAL_LENGTH]
-            raise DataError(f"the chat template refuses this conversation: {words}", TEMPLATE_REFUSED) from error
+        with _refusals():
+            text = render_jinja_template([messages], chat_template=self.source, **options)[0][0]
+        return restore_marks(text, (messages, tools, variables))
 
     def prompt_ids(
         self, messages: list[Message], tools: Tools = None, variables: dict[str, Any] | None = None
     ) -> list[int]:
         """Return the token ids that inference feeds. Control tokens in messages stay text. Raises as `render` does."""
-        text = self.render(self._tokenizer.guard(messages), True, self._tokenizer.guard(tools), variables)
+        guard = self._guard.guard
+        text = self.render(guard(messages), True, guard(tools), guard(variables))
         return self._tokenizer.encode(text, [])[0]
 
     def encode(
@@ -164,81 +211,116 @@ class Template:
         messages: list[Message],
         train_on: TrainOn = "assistant",
         tools: Tools = None,
-        split_turns: bool = False,
+        split_turns: SplitTurns = False,
         train_on_eos: TrainOnEos = "turn",
         variables: dict[str, Any] | None = None,
+        open_thought: OpenThought = "refuse",
     ) -> EncodedConversation:
         """Return a conversation's rows of token ids and labels: one, or more with `split_turns`.
 
         `train_on`: train every assistant turn, only the last one, or every token of the conversation (`all`). A message
-        with `train` False is context; `weight` of a message is the weight of its labels.
+        with `train` False is context; `weight` of a message is the weight of its labels, `segments` are pairs
+        (characters, weight) that cover its content.
         `train_on_eos`: train the end-of-turn tokens of all trained turns, of the last one, or none.
         `split_turns`: a turn that the conversation's text shows in another way than it was generated gets a row of its
         own. Without it such a turn is trained as the text shows it, if only the template's words are missing (Qwen3's
-        empty think block); if some of the turn's own text is missing, the turn is counted as lost.
+        empty think block); if some of the turn's own text is missing, the turn is counted as lost. `auto` gives rows of
+        their own to just the turns that would be lost.
+        `open_thought`: where the prompt opens a thought, and the template writes the answer without one: count the turn
+        as lost (`refuse`), close the thought before the answer (`close`), or train the turn as history shows it, after
+        a prompt without the thought (`history`). A row's own reasoning is always written into the thought.
         `tools` are JSON schemas, `variables` are set for the template. Raises as `render` does.
         """
-        messages, tools = self._tokenizer.guard(messages), self._tokenizer.guard(tools)
+        if self._for_tools and tools:
+            return self._for_tools.encode(messages, train_on, tools, split_turns, train_on_eos, variables, open_thought)
+        people_wrote = messages
+        messages, tools, variables = map(self._guard.guard, (messages, tools, variables))
+        rendered_before = messages != people_wrote and self._looks_rendered(messages)
+        messages = self._spelling.place_tools(messages, tools)
+        weights: list[float] = []
+        if any("segments" in message for message in messages):
+            messages = [_with_segments(message, weights, train_on != "all") for message in messages]
 
         # The texts of the rows and their trained characters; the cache knows conversations without tools only.
-        layout = None if tools else self._patterns.recall(messages, variables, train_on, split_turns)
+        options = (train_on, split_turns, open_thought)
+        layout = None if tools else self._patterns.recall(messages, variables, options)
         if layout is None:
-            layout = run_bounded(self._lay_out, messages, train_on, tools, split_turns, variables)
+            layout = run_bounded(self._lay_out, messages, tools, variables, options)
         for text, _ in layout.rows:
             check_output_size(text, (messages, tools))
 
-        rows = [self._make_row(text, targets, train_on_eos) for text, targets in layout.rows]
-        return EncodedConversation(rows, *layout[1:])
+        rows = [self._make_row(text, targets, weights, train_on_eos) for text, targets in layout.rows]
+        return EncodedConversation(rows, *layout[1:], rendered_before=rendered_before)
 
     def _lay_out(
-        self,
-        messages: list[Message],
-        train_on: TrainOn,
-        tools: Tools,
-        split_turns: bool,
-        variables: dict[str, Any] | None,
+        self, messages: list[Message], tools: Tools, variables: dict[str, Any] | None, options: tuple[Any, ...]
     ) -> TargetLayout:
-        def render(some: list[Message], add_generation_prompt: bool) -> str:
-            return self._try_render(some, add_generation_prompt, tools, variables)
+        renders: dict[tuple[int, bool], str] = {}
+
+        def render(count: int, add_generation_prompt: bool) -> str:
+            key = count, add_generation_prompt
+            if key not in renders:
+                renders[key] = self._try_render(messages[:count], add_generation_prompt, tools, variables)
+            return renders[key]
 
         # Work it out once for all conversations of this shape, or else for this conversation alone.
-        layout = None if tools else self._patterns.learn(messages, render, variables, train_on, split_turns)
+        layout = None if tools else self._patterns.learn(messages, render, variables, options)
         if layout is not None:
             return layout
         full = self._render(messages, False, tools, variables)
-        return self._targets.lay_out(messages, full, render, train_on, split_turns)
+        missing = left_out(messages, tools, full)
+        if has_tools(messages, tools):
+            # What the template never writes is missing, even if the same words happen to stand elsewhere.
+            missing |= self._never_written & said_kinds(messages, tools)
+        return self._targets.lay_out(messages, full, render, *options)._replace(left_out=tuple(sorted(missing)))
+
+    @cached_property
+    def _never_written(self) -> set[str]:
+        messages, tools = probe_conversation()
+        placed = self._spelling.place_tools(messages, tools)
+        text = self._try_render(placed, False, tools, None)
+        return left_out(messages, tools, text) if text else set()
+
+    def _looks_rendered(self, messages: list[Message]) -> bool:
+        """Return whether a message holds a control token that this template writes around messages."""
+        marked = (f"{GUARD_OPEN}{token}{GUARD_CLOSE}" for token in self._own_tokens)
+        texts = [message["content"] for message in messages if isinstance(message["content"], str)]
+        return any(token in text for token in marked for text in texts)
 
     def split_markers(self, strict: bool) -> list[str]:
-        """Return the template's control tokens that this tokenizer splits; none if every needed one is a single token.
+        """Return the template's control tokens that this tokenizer splits, as `frame.split_tokens` does."""
+        tail = self._targets.frame.tail
+        return split_tokens(self._frame_prompt + tail, tail, self._tokenizer.is_single, strict)
 
-        Needed is the token that closes a turn. With `strict` all are needed, except role headers: some models learned
-        those in pieces (Zephyr's `<|user|>`).
-        """
-        text = self.render([{"role": "user", "content": "a"}], add_generation_prompt=True) + self._tail
-        split = [marker for marker in dict.fromkeys(_MARKER.findall(text)) if not self._tokenizer.is_single(marker)]
-        closing = _MARKER.match(self._tail.lstrip())
-        needed = {closing[0]} if closing else set()
-        if strict:
-            needed |= {marker for marker in split if not _ROLE_HEADER.fullmatch(marker)}
-        return split if needed & set(split) else []
-
-    def _make_row(self, text: str, targets: list[Target], train_on_eos: TrainOnEos) -> EncodedRow:
+    def _make_row(self, text: str, targets: list[Target], weights: list[float], train_on_eos: TrainOnEos) -> EncodedRow:
+        if weights:
+            text, targets = apply_segments(text, targets, weights)
         ids, token_spans = self._tokenizer.encode(text, [Span(target.start, target.end) for target in targets])
         labels = [IGNORED] * len(ids)
-        weights = [1.0] * len(ids) if any(target.weight != 1 for target in targets) else None
+        weighted = any(target.weight != 1 for target in targets)
+        row_weights = [1.0] * len(ids) if weighted else None
         for k, ((start, end), target) in enumerate(zip(token_spans, targets, strict=True)):
-            # Shorten the span if its end-of-turn token is not to be trained.
-            untrained_end = train_on_eos == "none" or (train_on_eos == "last" and k < len(targets) - 1)
-            if untrained_end and end > start and ids[end - 1] == self.turn_end_id:
-                end -= 1
+            # Shorten the span if its end-of-turn tokens are not to be trained.
+            if train_on_eos == "none" or (train_on_eos == "last" and k < len(targets) - 1):
+                end = self._without_closing(ids, start, end)
             # Labels go by position: a pad token that is also the end-of-turn token masks nothing.
             labels[start:end] = ids[start:end]
-            if weights:
-                weights[start:end] = [target.weight] * (end - start)
-        return EncodedRow(ids, labels, weights)
+            if row_weights:
+                row_weights[start:end] = [target.weight] * (end - start)
+        return EncodedRow(ids, labels, row_weights)
+
+    def _without_closing(self, ids: list[int], start: int, end: int) -> int:
+        for token in reversed(self._closing_ids):
+            if end > start and ids[end - 1] == token:
+                end -= 1
+        return end
 
     def _try_render(
-        self, messages: list[Message], add_generation_prompt: bool, tools: Tools, variables: dict[str, Any] | None
+        self,
+        messages: list[Message],
+        add_generation_prompt: bool,
+        tools: Tools = None,
+        variables: dict[str, Any] | None = None,
     ) -> str:
         """Render a part of a conversation; "" if the template refuses it. It may refuse a part and accept the whole."""
         try:
@@ -246,19 +328,29 @@ class Template:
         except DataError:
             return ""
 
-    def _find_frame(self) -> AnswerFrame:
-        """Render a question and an answer between two marks, and take what stands around the answer."""
-        question = {"role": "user", "content": "a"}
-        answer = {"role": "assistant", "content": f"{GUARD_OPEN}b{GUARD_CLOSE}"}
-        text, prompt = self.render([question, answer]), self.render([question], add_generation_prompt=True)
-        before, mark, _ = text.partition(GUARD_OPEN)
-        if not mark:
-            raise DataError("the chat template leaves out the assistant's answer")
-        # A noncharacter as reasoning shows whether the template writes it.
-        reasoning = answer | {"reasoning_content": "\ufdd5"}
-        with_reasoning = run_bounded(self._try_render, [question, reasoning], False, None, None)
-        opening = before.removeprefix(prompt) if before.startswith(prompt) else ""
-        return AnswerFrame(opening, text.rpartition(GUARD_CLOSE)[2], "\ufdd5" in with_reasoning)
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Turn an error of a template into a DataError: it is a program, and may fail in any of Python's ways.
+
+    A TemplateSyntaxError stays as it is: it does not depend on the conversation.
+    """
+    try:
+        yield
+    except TemplateSyntaxError:
+        raise
+    except TEMPLATE_ERRORS as error:
+        words = str(error)[:MAX_REFUSAL_LENGTH]
+        raise DataError(f"the chat template refuses this conversation: {words}", TEMPLATE_REFUSED) from error
+
+
+def _with_segments(message: Message, weights: list[float], marked: bool) -> Message:
+    """Return the message without `segments`, with marks in its content if they are to count."""
+    message = dict(message)
+    segments = message.pop("segments", None)
+    if segments and marked:
+        message["content"] = mark_segments(message["content"], segments, weights)
+    return message
 
 
 def load_template(
@@ -267,7 +359,7 @@ def load_template(
     variables: dict[str, Any] | None = None,
     allow_special_in_text: bool = False,
 ) -> Template:
-    """Load a chat template: the tokenizer's own (None), `chatml`, or a Jinja file by its path.
+    """Load a chat template: the tokenizer's own (None), one of its own by name, `chatml`, or a Jinja file by its path.
 
     `variables` are set in every render. With `allow_special_in_text` control tokens in messages do not become text.
 
@@ -279,7 +371,7 @@ def load_template(
     split = template.split_markers(strict=chat_template is not None)
     if split:
         raise ConfigError(
-            f"chat_template: {_describe(chat_template)} writes {', '.join(split)}, which the tokenizer "
+            f"chat_template: {describe_template(chat_template)} writes {', '.join(split)}, which the tokenizer "
             f"{tokenizer.name_or_path!r} would split into pieces; add them with add_tokens: true, or use a tokenizer "
             "that has them or a template made for this one (chat_template: chatml | path/to/file.jinja)."
         )
@@ -306,12 +398,12 @@ def _bind(
         raise ConfigError(
             f"tokenizer_name: {tokenizer.name_or_path!r} is a slow tokenizer; use one that has a tokenizer.json."
         )
-    source, name = _read_source(tokenizer, chat_template), _describe(chat_template)
+    source, name = read_template(tokenizer, chat_template), describe_template(chat_template)
     # Errors of the test renders in `Template` mean that no conversation could be rendered.
     try:
-        return Template(tokenizer, source, variables, allow_special_in_text)
+        return Template(tokenizer, source.text, variables, allow_special_in_text, source.for_tools)
     except TemplateSyntaxError as error:
-        line = source.splitlines()[error.lineno - 1 : error.lineno]
+        line = source.text.splitlines()[error.lineno - 1 : error.lineno]
         raise ConfigError(
             f"chat_template: {name} is not valid Jinja, line {error.lineno}: {error.message} in "
             f"{''.join(line).strip()!r}."
@@ -319,41 +411,3 @@ def _bind(
     except DataError as error:
         words = str(error).rstrip(".")  # the template's own message may end with one
         raise ConfigError(f"chat_template: {name} cannot be used with this tokenizer: {words}.") from None
-
-
-def _describe(chat_template: str | None) -> str:
-    return "the tokenizer's own template" if chat_template is None else repr(chat_template)
-
-
-def _read_source(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> str:
-    if chat_template is None:
-        try:
-            return tokenizer.get_chat_template()
-        except ValueError:
-            raise ConfigError(
-                f"chat_template: the tokenizer {tokenizer.name_or_path!r} has none of its own; set one "
-                "(chat_template: chatml | path/to/file.jinja)."
-            ) from None
-    if chat_template == "chatml":
-        return CHATML
-
-    # A file; no more of it is read than a template may have.
-    path = Path(chat_template)
-    if not path.is_file():
-        raise ConfigError(f"chat_template: {chat_template!r} is neither a file nor chatml, the built-in template.")
-    with path.open(encoding="utf-8") as file:
-        source = file.read(MAX_SOURCE + 1)
-    check_template_size(source)
-    return _remove_indentation(source)
-
-
-def _remove_indentation(source: str) -> str:
-    """Join the lines of a file that is written as indented lines of whole tags; return any other file unchanged.
-
-    Some template collections publish such files and say to join the lines before use: otherwise the indentation before
-    an output would be in every prompt.
-    """
-    lines = [line.strip() for line in source.splitlines() if line.strip()]
-    if _INDENTED_OUTPUT.search(source) and all(line[0] == "{" and line[-1] == "}" for line in lines):
-        return "".join(lines)
-    return source

@@ -211,8 +211,10 @@ def loss_scale_state(accelerator: Accelerator, optimizer: Any) -> dict[str, Any]
     scaler = _loss_scaler(accelerator, optimizer)
     if scaler is None:
         return {}
-    # torch's scaler has a method for it, DeepSpeed's has plain attributes.
-    return scaler.state_dict() if hasattr(scaler, "state_dict") else dict(vars(scaler))
+    # torch's scaler has a method for it. DeepSpeed's has plain attributes: numbers, and the dtype, which never changes.
+    if hasattr(scaler, "state_dict"):
+        return scaler.state_dict()
+    return {name: value for name, value in vars(scaler).items() if isinstance(value, bool | int | float)}
 
 
 def set_loss_scale_state(accelerator: Accelerator, optimizer: Any, state: dict[str, Any]) -> None:

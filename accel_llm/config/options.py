@@ -49,6 +49,7 @@ TURN_OPTIONS = (
     "train_on",
     "train_on_eos",
     "split_turns",
+    "open_thought",
     "chat_template",
     "chat_template_kwargs",
     "add_tokens",
@@ -82,10 +83,13 @@ class DataOptions(Options):
     limit_rows: int | None = Field(None, ge=1, description="Use only this many rows, from the start of the data")
     data_format: DataFormat | None = Field(None, description="Format of the rows; none: detected")
     columns: Columns = Field(
-        default_factory=dict, description="Names in your data, as expected=yours, such as instruction=question"
+        default_factory=dict,
+        description="Names in your data, as expected=yours (instruction=question), or role:yours=ours",
     )
     on_bad_row: Literal["error", "drop"] = Field("error", description="Stop at an invalid row, or leave it out")
-    chat_template: str | None = Field(None, description="chatml or a .jinja file; none: the tokenizer's own template")
+    chat_template: str | None = Field(
+        None, description="chatml, a .jinja file, or a name of the tokenizer's; none: its own"
+    )
     chat_template_kwargs: Variables = Field(
         default_factory=dict, description="Template variables, as enable_thinking=false; values in a row override them"
     )
@@ -97,8 +101,14 @@ class DataOptions(Options):
     train_on_eos: Literal["turn", "last", "none"] = Field(
         "turn", description="Which end-of-turn tokens are trained: of every trained turn, of the last one, or none"
     )
-    split_turns: bool = Field(
-        False, description="Give each turn a row of its own if the template changes it once other turns follow"
+    split_turns: bool | Literal["auto"] = Field(
+        False,
+        description="Rows of their own for turns that the template changes once others follow; auto: for lost ones only",
+    )
+    open_thought: Literal["refuse", "close", "history"] = Field(
+        "refuse",
+        description="If the prompt opens a thought that an answer lacks: do not train it, close the thought at once, or "
+        "train it as the template shows earlier turns",
     )
     max_length: int = Field(2048, ge=2, description="Maximum tokens in a row; packed rows are filled up to it")
     overlong: Literal["drop", "truncate", "split", "error"] = Field(

@@ -4,13 +4,14 @@ import hashlib
 from array import array
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerFast
 
-from accel_llm.chat.span_tokenizer import check_encodable
+from accel_llm.chat.guard import check_encodable
+from accel_llm.chat.reads import TemplateReads
 from accel_llm.chat.targets import IGNORED
-from accel_llm.chat.template import EncodedRow, Template
+from accel_llm.chat.template import EncodedConversation, EncodedRow, Template
 from accel_llm.config.fields import DataFormat
 from accel_llm.config.options import DataOptions
 from accel_llm.data.formats import Conversation, Document, TokenizedRow, parse_row
@@ -22,10 +23,22 @@ from accel_llm.errors import DataError
 NOTHING_TRAINED = "dropped: nothing to train"
 SPLIT_NOTE = "The template shows some answers differently once others follow: these also train in rows of their own."
 HISTORY_NOTE = (
-    "The template writes something before an answer only while it is the last (for example an empty think block): "
-    "earlier answers are trained without it, as the template shows them; split_turns trains each as the last one."
+    "The template writes something around an answer only while it is the last (for example an empty think block, or "
+    "another end token): earlier answers are trained without it, as the template shows them; split_turns trains each "
+    "as the last one."
 )
 REASONING_NOTE = "Some answers have reasoning that the template does not write: they are trained without it."
+THOUGHT_NOTE = (
+    "The prompt begins a thought that some answers lack: it is closed before them, and what the prompt does not write "
+    "of it is trained."
+)
+RENDERED_REMARK = (
+    "a message holds the template's own control tokens, as if it were rendered already: they stay text; give messages "
+    "without them, or set allow_special_in_text"
+)
+TRIED_PER_CHUNK = 4  # conversations with lost turns that are tried with other settings, for the advice
+THINKING_VARIABLES = frozenset({"enable_thinking", "thinking"})
+A_CHAT = "found a conversation, but pretraining takes plain text; train it with launch/sft.py", "a chat"
 
 
 class SourceRow(NamedTuple):
@@ -40,7 +53,8 @@ class SourceRow(NamedTuple):
 class Encoder:
     """Everything needed to encode rows; it can be sent to a worker process.
 
-    Without a template the rows are documents or token ids, and a conversation is an error.
+    Without a template the rows are documents or token ids, and a conversation is an error: `no_template` is its
+    message and reason.
     """
 
     options: DataOptions
@@ -48,6 +62,7 @@ class Encoder:
     template: Template | None
     labels: list[str]  # for each source: its name in the ledger
     formats: list[tuple[DataFormat | None, dict[str, str]]]  # for each source: data_format and columns
+    no_template: tuple[str, str] = A_CHAT
 
 
 @dataclass
@@ -84,45 +99,92 @@ def encode_chunk(rows: list[SourceRow], encoder: Encoder) -> Chunk:
 
 def _encode(row: SourceRow, encoder: Encoder, chunk: Chunk) -> list[EncodedRow] | Document:
     """Return the encoded rows of one row. A document is returned as text; `encode_chunk` tokenizes it."""
-    options, template = encoder.options, encoder.template
-    parsed = parse_row(row.row.fields, *encoder.formats[row.source])
+    template, ledger = encoder.template, chunk.ledger
+    data_format, columns = encoder.formats[row.source]
+    parsed = parse_row(row.row.fields, data_format, columns, template.reads if template else TemplateReads())
     if isinstance(parsed, TokenizedRow):
-        return [EncodedRow(parsed.input_ids, parsed.labels)]
-    if isinstance(parsed, Document):
+        rows = [EncodedRow(parsed.input_ids, parsed.labels, parsed.weights)]
+    elif isinstance(parsed, Document):
         check_encodable(parsed.text)
-        return parsed
-    if template is None:
-        raise DataError("found a conversation, but pretraining takes plain text; train it with launch/sft.py", "a chat")
-    return _encode_conversation(parsed, template, options, encoder.labels[row.source], chunk)
+        rows = parsed
+    elif template is None:
+        raise DataError(*encoder.no_template)
+    else:
+        rows = _encode_conversation(parsed, template, encoder.options, encoder.labels[row.source], chunk)
+
+    # Count what the row says and nothing reads.
+    ledger.characters += parsed.characters
+    for name, values in parsed.unused:
+        ledger.leave_unused(name, values)
+    for sentence in parsed.remarks:
+        ledger.remark(sentence)
+    return rows
 
 
 def _encode_conversation(
     conversation: Conversation, template: Template, options: DataOptions, label: str, chunk: Chunk
 ) -> list[EncodedRow]:
     """Encode one conversation, and note in the ledger whatever the template did not write as the row has it."""
-    encoding = template.encode(
+    ledger = chunk.ledger
+    encoding = _apply_template(conversation, template, options)
+    for reason, turns in encoding.lost.items():
+        ledger.skip_turns(reason, turns)
+    if encoding.lost:
+        _try_remedies(conversation, template, options, ledger)
+    for kind in encoding.left_out:
+        ledger.left_out[kind] += 1
+    if len(encoding.rows) > 1:
+        ledger.note(SPLIT_NOTE)
+    if encoding.shown_as_history:
+        ledger.note(HISTORY_NOTE)
+    if encoding.without_reasoning:
+        ledger.note(REASONING_NOTE)
+    if encoding.closed_thoughts:
+        ledger.note(THOUGHT_NOTE)
+    if encoding.rendered_before:
+        ledger.remark(RENDERED_REMARK)
+
+    chunk.turns += sum([message["role"] == "assistant" for message in conversation.messages])
+    if not encoding.rows:
+        ledger.read(label)
+        ledger.count(label, NOTHING_TRAINED)
+    return encoding.rows
+
+
+def _apply_template(
+    conversation: Conversation, template: Template, options: DataOptions, variables: dict[str, Any] | None = None
+) -> EncodedConversation:
+    """Encode a conversation as the options say; `variables` are further variables for the template."""
+    return template.encode(
         conversation.messages,
         options.train_on,
         conversation.tools,
         options.split_turns,
         options.train_on_eos,
-        conversation.variables or None,
+        {**conversation.variables, **(variables or {})} or None,
+        options.open_thought,
     )
 
-    for reason, turns in encoding.lost.items():
-        chunk.ledger.skip_turns(reason, turns)
-    if len(encoding.rows) > 1:
-        chunk.ledger.note(SPLIT_NOTE)
-    if encoding.shown_as_history:
-        chunk.ledger.note(HISTORY_NOTE)
-    if encoding.without_reasoning:
-        chunk.ledger.note(REASONING_NOTE)
 
-    chunk.turns += sum([message["role"] == "assistant" for message in conversation.messages])
-    if not encoding.rows:
-        chunk.ledger.read(label)
-        chunk.ledger.count(label, NOTHING_TRAINED)
-    return encoding.rows
+def _try_remedies(conversation: Conversation, template: Template, options: DataOptions, ledger: Ledger) -> None:
+    """Count the settings that would train every turn of a conversation of which some turns are lost."""
+    if ledger.tried >= TRIED_PER_CHUNK:
+        return
+    ledger.tried += 1
+    settings: list[tuple[str, dict[str, Any], dict[str, Any]]] = [  # name, options, variables
+        ("split_turns: auto", {"split_turns": "auto"}, {}),
+        ("open_thought: close", {"open_thought": "close"}, {}),
+        ("open_thought: history", {"open_thought": "history"}, {}),
+    ]
+    for name in sorted(THINKING_VARIABLES & template.reads.variables):
+        for value in (False, True):
+            settings.append((f"chat_template_kwargs: {name}={str(value).lower()}", {}, {name: value}))
+    for sentence, changes, variables in settings:
+        try:
+            encoding = _apply_template(conversation, template, options.model_copy(update=changes), variables)
+        except DataError:
+            continue
+        ledger.remedies[sentence] += not encoding.lost
 
 
 def _drop_or_raise(row: SourceRow, error: DataError, encoder: Encoder, chunk: Chunk) -> None:
@@ -144,6 +206,10 @@ def _encode_documents(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> l
     """Tokenize plain texts; all tokens are trained, and each text ends with the end-of-text token."""
     if not texts:
         return []
+    # A text may begin with the token that the tokenizer puts before each text; one is enough.
+    begin = tokenizer.bos_token
+    if isinstance(begin, str) and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]:
+        texts = [text.removeprefix(begin) if text.startswith(begin) else text for text in texts]
     end = tokenizer.eos_token_id
     # Some tokenizers have no end-of-text token, others add it themselves.
     documents = [ids if end is None or ids[-1:] == [end] else [*ids, end] for ids in tokenizer(texts)["input_ids"]]

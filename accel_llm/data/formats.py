@@ -1,181 +1,158 @@
 """Parse a row of any known dataset shape into a conversation, a document of plain text, or token ids.
 
-A bad row raises DataError: one sentence without file and row number, and a reason from `accel_llm.chat.messages`.
+A bad row raises DataError: one sentence without file and row number, and a reason from `accel_llm.chat.values`.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from accel_llm.chat.messages import (
-    BAD_TOKENS,
-    BROKEN_VARIABLES,
-    EMPTY_TEXT,
-    IMAGES,
-    MESSAGE_FIELDS,
-    MISSING_VALUE,
-    NO_ANSWER,
-    NOT_MESSAGES,
-    TEXT_ONLY,
-    UNKNOWN_SHAPE,
+    READS_NOTHING,
     Message,
     check_order,
     question_and_answer,
     read_answer,
-    read_json,
     read_messages,
+)
+from accel_llm.chat.reads import TemplateReads
+from accel_llm.chat.roles import ROLES
+from accel_llm.chat.tools import clear_calls, collect_tools
+from accel_llm.chat.values import (
+    BROKEN_VARIABLES,
+    EMPTY_TEXT,
+    NO_ANSWER,
+    NOT_MESSAGES,
+    TOO_DEEP,
+    Findings,
+    read_json,
     read_text,
-    read_tools,
     show_keys,
     show_value,
 )
-from accel_llm.chat.targets import IGNORED
 from accel_llm.config.fields import DataFormat
-from accel_llm.errors import ConfigError, DataError
+from accel_llm.data.columns import (
+    FIELDS,
+    Renames,
+    rename_columns,
+    rename_keys,
+)
+from accel_llm.data.ledger import Unused
+from accel_llm.data.shapes import Shape, find_shape
+from accel_llm.data.tokenized import TokenizedRow, read_tokens
+from accel_llm.data.unused import count_characters, list_unused
+from accel_llm.errors import DataError
 
 
 class Conversation(NamedTuple):
-    """A chat, with the tools and the template variables of its row."""
+    """A chat, with the tools and the template variables of its row.
+
+    `unused` counts by name (`column 'x'`, `'x' of messages`) what the row has and nothing uses; `characters` is the
+    size of the whole row, to compare with; `remarks` are sentences for the ledger that are true of this row.
+    """
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None  # JSON schemas as OpenAI writes them
-    variables: dict[str, Any]  # `chat_template_kwargs` of the row
+    variables: dict[str, Any]  # `chat_template_kwargs` of the row, and columns that the template reads
+    unused: tuple[tuple[str, Unused], ...] = ()
+    characters: int = 0
+    remarks: tuple[str, ...] = ()
 
 
 class Document(NamedTuple):
-    """Plain text; all of it is trained."""
+    """Plain text; all of it is trained. For the other fields see `Conversation`."""
 
     text: str
+    unused: tuple[tuple[str, Unused], ...] = ()
+    characters: int = 0
+    remarks: tuple[str, ...] = ()
 
 
-class TokenizedRow(NamedTuple):
-    """Token ids; `labels[k]` belongs to `input_ids[k]` (unshifted) and is IGNORED where it is not trained."""
-
-    input_ids: list[int]
-    labels: list[int]
-
-
-class Shape(NamedTuple):
-    """A format and the two columns by which it is recognized; a format with one column names it twice."""
-
-    data_format: DataFormat
-    first: str
-    second: str
-
-
-# The first match counts, so finished forms come first: a row may still have the columns that it was made from.
-_SHAPES = (
-    Shape("tokenized", "input_ids", "input_ids"),
-    Shape("messages", "messages", "messages"),
-    Shape("messages", "conversations", "conversations"),
-    Shape("messages", "conversation", "conversation"),
-    Shape("alpaca", "instruction", "output"),
-    Shape("prompt_completion", "prompt", "completion"),
-    Shape("query_response", "query", "response"),
-    Shape("question_answer", "question", "answer"),
-    Shape("text", "text", "text"),
-)
-_SHAPES_BY_FORMAT: dict[DataFormat | None, tuple[Shape, ...]] = {
-    None: _SHAPES,
-    **{shape.data_format: tuple(other for other in _SHAPES if other[0] == shape.data_format) for shape in _SHAPES},
-}
-_CONVERSATION_COLUMNS = ("system", "tools", "chat_template_kwargs")
-# The fields that `columns` can rename.
-_COLUMNS: dict[DataFormat, tuple[str, ...]] = {
-    "messages": ("messages", "conversations", "conversation", *_CONVERSATION_COLUMNS, *MESSAGE_FIELDS),
-    "alpaca": ("instruction", "input", "output", "history", *_CONVERSATION_COLUMNS),
-    "prompt_completion": ("prompt", "completion", "history", *_CONVERSATION_COLUMNS, *MESSAGE_FIELDS),
-    "query_response": ("query", "response", "history", *_CONVERSATION_COLUMNS),
-    "question_answer": ("question", "answer", "history", *_CONVERSATION_COLUMNS),
-    "text": ("text",),
-    "tokenized": ("input_ids", "labels", "attention_mask"),
-}
-_KNOWN_SHAPES = (
-    "messages, conversations or conversation (a list of role/content, from/value or human/assistant), "
-    "instruction/output (optional: input), prompt/completion, query/response, question/answer (optional for all: "
-    "system, history), text, response alone, input_ids (optional: labels)"
-)
-_MEDIA_COLUMNS = frozenset({"image", "images", "video", "videos", "audio", "audios"})
+_NO_RENAMES = Renames({}, {}, ROLES)
+# Columns that are used if they hold text and nothing else of the row has their place.
+_SYSTEM_COLUMNS = ("system", "system_prompt", "system_message")
+_REASONING_COLUMNS = ("reasoning_content", "reasoning", "thinking")
+JOINED_CONTEXT = "the column context was joined to the question, as alpaca's input is."
 _RESERVED_VARIABLES = ("messages", "tools", "add_generation_prompt")
-_MAX_TOKEN_ID = 2**31 - 1  # ids are stored as int32
-
-
-def column_problems(columns: Mapping[str, str], data_format: DataFormat | None = None) -> list[str]:
-    """Return one sentence for each field that `columns` renames but `data_format` (None: any format) does not have."""
-    formats: Iterable[DataFormat] = [data_format] if data_format else _COLUMNS
-    fields = list(dict.fromkeys(column for name in formats for column in _COLUMNS[name]))
-    format_text = f" of data_format {data_format}" if data_format else ""
-    return [
-        f"columns: {field}={column}, but {field!r} is not a field{format_text}; the fields are {', '.join(fields)}."
-        for field, column in columns.items()
-        if field not in fields
-    ]
 
 
 def parse_row(
-    row: Mapping[str, Any], data_format: DataFormat | None = None, columns: Mapping[str, str] = {}
+    row: Mapping[str, Any],
+    data_format: DataFormat | None = None,
+    columns: Mapping[str, str] = {},
+    reads: TemplateReads = READS_NOTHING,
 ) -> Conversation | Document | TokenizedRow:
     """Parse `row` as `data_format`, or as the format that its columns show. `row` is not changed.
 
     `columns` maps a field to the column of the row, or to the key of a message, that holds it: {"instruction":
-    "question"}. None counts as missing, because loaders fill missing columns with it. An empty system prompt, input or
-    history counts as missing, too. If the prompt is a list of messages, its answers are context (`train` False).
+    "question"}; {"role:agent": "assistant"} names a role. `reads` says what the chat template takes from a row beside
+    what every template reads: those keys of messages are kept, and those columns become its variables.
+
+    None counts as missing, because loaders fill missing columns with it. An empty system prompt, input or history
+    counts as missing, too. If the prompt is a list of messages, its answers are context (`train` False).
 
     Raises:
-        DataError: the row is bad; `reason` is one of those in `accel_llm.chat.messages`.
+        DataError: the row is bad; `reason` is one of those in `accel_llm.chat.values`.
         ConfigError: `columns` names an unknown field.
     """
-    # Rename the columns, and find the format.
-    message_keys: dict[str, str] = {}
+    characters = count_characters(row)
+    renames, overwritten = _NO_RENAMES, []
     if columns:
-        row, message_keys = _rename_columns(row, columns, data_format)
-    if not _MEDIA_COLUMNS.isdisjoint(row):
-        _refuse_media(row)
-    shape = _find_shape(row, data_format)
+        row, renames, overwritten = rename_columns(row, columns, data_format)
+    shape, labels = find_shape(row, data_format)
+    try:
+        if shape.data_format == "text":
+            unused = _list_columns(row, row.keys() - shape.used, overwritten, None) if len(row) > 1 else ()
+            return Document(_read_document(row, shape.first), unused, characters)
+        if shape.data_format == "tokenized":
+            unused = _list_columns(row, row.keys() - shape.used, overwritten, None)
+            return read_tokens(row)._replace(unused=unused, characters=characters)
+        messages, tools, variables, left, findings = _read_conversation(row, shape, renames, reads)
+        unused = (
+            _list_columns(row, left - labels, overwritten, findings) if left or overwritten or findings.unused else ()
+        )
+        return Conversation(messages, tools, variables, unused, characters, tuple(findings.remarks))
+    except RecursionError:
+        raise DataError(f"values nested too deep ({show_keys(row)}); needs fewer levels", TOO_DEEP) from None
 
-    if shape.data_format == "text":
-        return Document(_read_document(row, shape.first))
-    if shape.data_format == "tokenized":
-        return _read_tokens(row)
 
-    # All other formats are conversations.
+def _read_conversation(
+    row: Mapping[str, Any], shape: Shape, renames: Renames, reads: TemplateReads
+) -> tuple[list[Message], list[dict[str, Any]] | None, dict[str, Any], set[str], Findings]:
+    """Return messages, tools and variables of a row, the columns that are left, and what else was found."""
+    findings, is_pair = Findings(), False
     if shape.data_format == "messages":
-        messages = read_messages(_rename_keys(row[shape.first], shape.first, message_keys), shape.first)
+        turns = rename_keys(row[shape.first], shape.first, renames.keys, findings)
+        messages = read_messages(turns, shape.first, reads, renames.roles, findings)
     elif shape.first == "prompt" and (isinstance(row["prompt"], list) or isinstance(row["completion"], list)):
-        messages = _read_prompt_and_completion(row, shape, message_keys)
+        messages = _read_prompt_and_completion(row, renames, reads, findings)
     else:
-        messages = _read_pair(row, shape)
-    system = _optional_text(row, "system")
-    if system and not (messages and messages[0]["role"] == "system"):
-        messages.insert(0, {"role": "system", "content": system})
+        messages, is_pair = _read_pair(row, shape), True
+
+    # What the other columns say.
+    left = row.keys() - shape.used
+    if not is_pair and row.get("history"):
+        left.add("history")
+    if left or "system" in row:
+        _add_columns(messages, row, left, is_pair, findings)
     check_order(messages)
-    tools, variables = row.get("tools"), row.get("chat_template_kwargs")
-    return Conversation(messages, read_tools(tools) if tools else None, _read_variables(variables) if variables else {})
+    tools = None
+    if "tools" in row or "functions" in row or findings.tools:
+        places = [("tools", row.get("tools")), ("functions", row.get("functions")), *findings.tools]
+        tools = collect_tools(places, findings)
+    if findings.calls:
+        clear_calls(findings, tools)
+    given = row.get("chat_template_kwargs")
+    variables = _read_variables(given, reads, findings) if given else {}
+    for name in left & reads.variables - FIELDS if left and reads.variables else ():
+        _add_variable(variables, name, row[name], left)
+    return messages, tools, variables, left, findings
 
 
-def _find_shape(row: Mapping[str, Any], data_format: DataFormat | None) -> Shape:
-    """Return the first shape that has both columns in the row, with a value in at least one of them.
-
-    A row with a value in one column is taken as this shape, so that the error names the value that is missing.
-    """
-    shapes = _SHAPES_BY_FORMAT[data_format]
-    for shape in shapes:
-        first, second = shape.first, shape.second
-        if first in row and second in row and (row[first] is not None or row[second] is not None):
-            return shape
-
-    # A row of one response is plain text. A shape without any value is the last choice.
-    filled = [column for column, value in row.items() if value is not None]
-    if filled == ["response"] and data_format in (None, "text"):
-        return Shape("text", "response", "response")
-    for shape in shapes:
-        if shape.first in row and shape.second in row:
-            return shape
-
-    if data_format is None:
-        raise DataError(f"unknown row shape: {show_keys(row)}, known shapes are {_KNOWN_SHAPES}", UNKNOWN_SHAPE)
-    # Each shape of `data_format`, as the columns that it needs.
-    needed = " or ".join(" and ".join(dict.fromkeys((shape.first, shape.second))) for shape in shapes)
-    raise DataError(f"data_format {data_format}: the row has no {needed} ({show_keys(row)})", MISSING_VALUE)
+def _list_columns(
+    row: Mapping[str, Any], left: set[str], overwritten: list[tuple[str, Any]], findings: Findings | None
+) -> tuple[tuple[str, Unused], ...]:
+    """Return what nothing uses: the columns of `left` in the order of the row, then the rest."""
+    return list_unused([*((name, row[name]) for name in row if name in left), *overwritten], findings)
 
 
 def _read_pair(row: Mapping[str, Any], shape: Shape) -> list[Message]:
@@ -185,13 +162,51 @@ def _read_pair(row: Mapping[str, Any], shape: Shape) -> list[Message]:
     messages += question_and_answer(row, shape.first, shape.second)
     # The input of alpaca follows its instruction, in the same user turn.
     if shape.data_format == "alpaca" and (extra := _optional_text(row, "input")):
-        question = messages[-2]
-        question["content"] = "\n".join(filter(None, (question["content"], extra)))
+        _join_to_question(messages, extra)
     return messages
+
+
+def _join_to_question(messages: list[Message], extra: str) -> None:
+    question = messages[-2]
+    question["content"] = "\n".join(filter(None, (question["content"], extra)))
 
 
 def _optional_text(row: Mapping[str, Any], field: str) -> str:
     return "" if row.get(field) is None else read_text(row, field)
+
+
+def _add_columns(
+    messages: list[Message], row: Mapping[str, Any], left: set[str], is_pair: bool, findings: Findings
+) -> None:
+    """Add the columns for a system message and, beside question and answer, for context and reasoning.
+
+    What is used is taken out of `left`. A second text for the same place is put there.
+    """
+    system = messages[0]["content"] if messages and messages[0]["role"] == "system" else None
+    _optional_text(row, "system")  # anything but text is an error in this column
+    if (text := _first_text(row, _SYSTEM_COLUMNS, system, left)) and system is None:
+        messages.insert(0, {"role": "system", "content": text})
+    if not (is_pair and left):
+        return
+    context = row.get("context")
+    if isinstance(context, str) and context.strip():
+        _join_to_question(messages, context)
+        findings.remark(JOINED_CONTEXT)
+        left.discard("context")
+    if reasoning := _first_text(row, _REASONING_COLUMNS, None, left):
+        messages[-1]["reasoning_content"] = messages[-1]["thinking"] = reasoning
+
+
+def _first_text(row: Mapping[str, Any], columns: tuple[str, ...], text: str | None, left: set[str]) -> str | None:
+    """Return `text`, or the first text of the columns; those that have another one are left."""
+    for column in columns:
+        value = row.get(column)
+        if isinstance(value, str) and value and text in (None, value):
+            text = value
+            left.discard(column)
+        elif value:
+            left.add(column)
+    return text
 
 
 def _read_history(history: Any) -> list[Message]:
@@ -212,17 +227,20 @@ def _read_history(history: Any) -> list[Message]:
     return messages
 
 
-def _read_prompt_and_completion(row: Mapping[str, Any], shape: Shape, message_keys: Mapping[str, str]) -> list[Message]:
+def _read_prompt_and_completion(
+    row: Mapping[str, Any], renames: Renames, reads: TemplateReads, findings: Findings
+) -> list[Message]:
     """Read two lists of messages, or one list and one text. The completion is trained, the prompt is context."""
-    prompt, completion = row[shape.first], row[shape.second]
+    prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, list):
-        prompt = read_messages(_rename_keys(prompt, "prompt", message_keys), "prompt")
-        messages = [_as_context(message) for message in prompt]
+        turns = rename_keys(prompt, "prompt", renames.keys, findings)
+        messages = [_as_context(m) for m in read_messages(turns, "prompt", reads, renames.roles, findings)]
     else:
         messages: list[Message] = [{"role": "user", "content": read_text(row, "prompt")}]
     if not isinstance(completion, list):
         return [*messages, read_answer(row, "completion")]
-    answers = read_messages(_rename_keys(completion, "completion", message_keys), "completion")
+    turns = rename_keys(completion, "completion", renames.keys, findings)
+    answers = read_messages(turns, "completion", reads, renames.roles, findings)
     if all(message["role"] != "assistant" for message in answers):
         raise DataError("completion: no assistant turn to train on", NO_ANSWER)
     return messages + answers
@@ -232,7 +250,7 @@ def _as_context(message: Message) -> Message:
     """Return the message so that it is not trained."""
     if message["role"] != "assistant":
         return message
-    return {**{field: value for field, value in message.items() if field != "weight"}, "train": False}
+    return {**{field: value for field, value in message.items() if field not in ("weight", "segments")}, "train": False}
 
 
 def _read_document(row: Mapping[str, Any], field: str) -> str:
@@ -242,93 +260,25 @@ def _read_document(row: Mapping[str, Any], field: str) -> str:
     return text
 
 
-def _read_tokens(row: Mapping[str, Any]) -> TokenizedRow:
-    """Read token ids; without `labels` all of them are trained."""
-    ids = _read_integers(row, "input_ids")
-    if min(ids) < 0:
-        raise DataError(f"input_ids: found {min(ids)}; needs token ids from 0 upwards", BAD_TOKENS)
-    mask = row.get("attention_mask")
-    if mask is not None and 0 in _read_integers(row, "attention_mask"):
-        raise DataError("attention_mask: found padding; needs rows without padding", BAD_TOKENS)
-    if row.get("labels") is None:
-        return TokenizedRow(ids, list(ids))
-
-    labels = _read_integers(row, "labels")
-    if len(labels) != len(ids):
-        raise DataError(f"labels: found {len(labels)} for {len(ids)} input_ids; needs one for each", BAD_TOKENS)
-    if min(labels) < 0:
-        bad_label = next((label for label in labels if label < 0 and label != IGNORED), None)
-        if bad_label is not None:
-            raise DataError(
-                f"labels: found {bad_label}; needs token ids, or {IGNORED} where nothing is trained", BAD_TOKENS
-            )
-    return TokenizedRow(ids, labels)
-
-
-def _read_integers(row: Mapping[str, Any], field: str) -> list[int]:
-    """Return a copy of the integers in a column: token ids, labels or a mask."""
-    numbers = row[field]
-    if numbers is None:
-        raise DataError(f"{field}: found null; needs a list of integers ({show_keys(row)})", MISSING_VALUE)
-    # set(map(type)) is the fastest way to check thousands of numbers; unlike isinstance it tells bool from int.
-    if not isinstance(numbers, list | tuple) or set(map(type, numbers)) != {int} or max(numbers) > _MAX_TOKEN_ID:
-        raise DataError(f"{field}: found {show_value(numbers)}; needs a list of one or more integers", BAD_TOKENS)
-    return list(numbers)
-
-
-def _read_variables(variables: Any) -> dict[str, Any]:
-    """Read the variables that a row sets for the chat template."""
-    variables = read_json(variables, "chat_template_kwargs")
+def _read_variables(variables: Any, reads: TemplateReads, findings: Findings) -> dict[str, Any]:
+    """Read the variables that a row sets for the chat template, and note those that it does not read."""
+    variables = read_json(variables, "chat_template_kwargs") or {}
     if not isinstance(variables, dict):
         value = show_value(variables)
         raise DataError(f"chat_template_kwargs: found {value}; needs an object of template variables", BROKEN_VARIABLES)
     reserved = [name for name in _RESERVED_VARIABLES if name in variables]
     if reserved:
         raise DataError(f"chat_template_kwargs: {reserved[0]} is set by this program, not by a row", BROKEN_VARIABLES)
+    for name, value in variables.items():
+        if name not in reads.variables:
+            findings.leave(name, "chat_template_kwargs", value)
     # Loaders fill keys that a row does not have with None.
     return {name: value for name, value in variables.items() if value is not None}
 
 
-def _refuse_media(row: Mapping[str, Any]) -> None:
-    for column in row:
-        if column in _MEDIA_COLUMNS and row[column]:
-            raise DataError(f"{column}: found {show_value(row[column])}, but {TEXT_ONLY}", IMAGES)
-
-
-def _rename_columns(
-    row: Mapping[str, Any], columns: Mapping[str, str], data_format: DataFormat | None
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the row with columns under our names, and the entries of `columns` that rename keys of its messages."""
-    problems = column_problems(columns, data_format)
-    if problems:
-        raise ConfigError(*problems)
-
-    # Fields of messages are keys inside the row; all other fields are columns of it.
-    message_keys = {field: column for field, column in columns.items() if field in MESSAGE_FIELDS}
-    row_columns = {field: column for field, column in columns.items() if field not in message_keys}
-    for field, column in row_columns.items():
-        if column not in row:
-            raise DataError(
-                f"columns: {field} is read from {column!r}, which is missing ({show_keys(row)})", MISSING_VALUE
-            )
-    return _rename(row, row_columns), message_keys
-
-
-def _rename(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """Return `values` with each name of `names` in place of the name that it maps to."""
-    old_names = set(names.values())
-    others = {name: value for name, value in values.items() if name not in old_names}
-    return {**others, **{name: values[old_name] for name, old_name in names.items() if old_name in values}}
-
-
-def _rename_keys(turns: Any, field: str, message_keys: Mapping[str, str]) -> Any:
-    """Return `turns` with the keys of its messages under our names."""
-    turns = read_json(turns, field)
-    if not message_keys or not isinstance(turns, list):
-        return turns
-    # A message may lack an optional key, but these keys must be in some message.
-    for name in ("role", "content", "human", "assistant"):
-        key = message_keys.get(name)
-        if key is not None and not any(isinstance(turn, dict) and key in turn for turn in turns):
-            raise DataError(f"columns: {name} is read from {key!r}, which no message of {field} has", MISSING_VALUE)
-    return [_rename(turn, message_keys) if isinstance(turn, dict) else turn for turn in turns]
+def _add_variable(variables: dict[str, Any], name: str, value: Any, left: set[str]) -> None:
+    """Make a column a variable of the chat template, unless the row sets the variable itself or the tokenizer does."""
+    if value is None or name.endswith("_token") or name in _RESERVED_VARIABLES:
+        return
+    if variables.setdefault(name, value) == value:
+        left.discard(name)

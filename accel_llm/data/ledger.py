@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 TRAINED, CUT, DROPPED = "trained", "cut", "dropped"
@@ -13,6 +13,23 @@ QUANTITIES = ("rows", "supervised", "context")
 def is_lost(bin: str) -> bool:
     """Tell whether the rows and tokens of `bin` are lost: they were cut or dropped, for whatever reason."""
     return bin.split(":")[0] in (CUT, DROPPED)
+
+
+@dataclass
+class Unused:
+    """A column, or a key of messages, that nothing reads: what the rows lose by it."""
+
+    rows: int = 0
+    characters: int = 0
+    example: str = ""
+    is_record: bool = False  # plainly a record of where the row comes from: an id, a source, a score
+
+    def add(self, other: "Unused") -> None:
+        """Add what another part of the rows has under the same name. Values of one row that are no record decide."""
+        self.rows += other.rows
+        self.characters += other.characters
+        self.is_record = other.is_record if not self.example else self.is_record and other.is_record
+        self.example = self.example or other.example
 
 
 @dataclass
@@ -29,6 +46,12 @@ class Ledger:
     bins: dict[str, dict[str, Counter[str]]] = field(default_factory=dict)  # source -> bin -> amounts
     turns: Counter[str] = field(default_factory=Counter)  # reason -> turns without a label
     notes: list[str] = field(default_factory=list)
+    remarks: Counter[str] = field(default_factory=Counter)  # sentence -> rows that it is true of
+    left_out: Counter[str] = field(default_factory=Counter)  # what the template does not write -> rows that have it
+    remedies: Counter[str] = field(default_factory=Counter)  # setting -> lost conversations, tried, that it would train
+    tried: int = 0  # lost conversations that were tried with other settings
+    unused: dict[str, Unused] = field(default_factory=dict)  # column, or key of messages, that nothing reads
+    characters: int = 0  # of all rows, everything in them
     examples: dict[str, list[str]] = field(default_factory=dict)  # reason -> a sentence for each of the first rows
 
     def read(self, source: str, rows: int = 1, supervised: int = 0, context: int = 0) -> None:
@@ -47,6 +70,14 @@ class Ledger:
         """Add a remark on the numbers; the same remark is kept once."""
         if sentence not in self.notes:
             self.notes.append(sentence)
+
+    def remark(self, sentence: str, rows: int = 1) -> None:
+        """Count rows that a remark is true of."""
+        self.remarks[sentence] += rows
+
+    def leave_unused(self, name: str, values: Unused) -> None:
+        """Count a column, or a key of messages, that nothing reads."""
+        self.unused.setdefault(name, Unused()).add(values)
 
     def example(self, reason: str, sentence: str) -> None:
         """Add a sentence about a row that was dropped; the first three of each reason are kept."""
@@ -87,6 +118,13 @@ class Ledger:
         self.turns.update(other.turns)
         for sentence in other.notes:
             self.note(sentence)
+        self.remarks.update(other.remarks)
+        self.left_out.update(other.left_out)
+        self.remedies.update(other.remedies)
+        self.tried += other.tried
+        self.characters += other.characters
+        for name, values in other.unused.items():
+            self.leave_unused(name, values)
         for reason, sentences in other.examples.items():
             for sentence in sentences:
                 self.example(reason, sentence)
@@ -98,6 +136,12 @@ class Ledger:
             "bins": {source: {bin: dict(c) for bin, c in bins.items()} for source, bins in self.bins.items()},
             "turns_without_label": dict(self.turns),
             "notes": list(self.notes),
+            "remarks": dict(self.remarks),
+            "left_out": dict(self.left_out),
+            "remedies": dict(self.remedies),
+            "tried": self.tried,
+            "unused": {name: asdict(values) for name, values in self.unused.items()},
+            "characters": self.characters,
             "examples": {reason: list(sentences) for reason, sentences in self.examples.items()},
         }
 
@@ -109,7 +153,13 @@ class Ledger:
             bins={s: {bin: Counter(c) for bin, c in bins.items()} for s, bins in values["bins"].items()},
             turns=Counter(values["turns_without_label"]),
             notes=list(values["notes"]),
-            # The ledger of an older run has no examples.
+            # The ledger of an older run has none of these.
+            remarks=Counter(values.get("remarks", {})),
+            left_out=Counter(values.get("left_out", {})),
+            remedies=Counter(values.get("remedies", {})),
+            tried=values.get("tried", 0),
+            unused={name: Unused(**fields) for name, fields in values.get("unused", {}).items()},
+            characters=values.get("characters", 0),
             examples={reason: list(sentences) for reason, sentences in values.get("examples", {}).items()},
         )
 

@@ -21,20 +21,20 @@ from transformers import PreTrainedTokenizerFast
 from accel_llm.chat.template import Template
 from accel_llm.config.fields import DataFormat, Source
 from accel_llm.config.options import DataOptions
+from accel_llm.data.columns import column_problems
 from accel_llm.data.encode import NOTHING_TRAINED, Chunk, Encoder, SourceRow, encode_chunk
-from accel_llm.data.formats import column_problems
 from accel_llm.data.ledger import TRAINED, Ledger, is_lost
 from accel_llm.data.order import mix_sources
 from accel_llm.data.rows import Rows, RowWriter, cache_folder, cached_rows, load_rows
 from accel_llm.data.sources import as_source, data_fingerprint, read_source, source_identity
 from accel_llm.errors import ConfigError, DataError, raise_problems
 
-CACHE_VERSION = 3  # raise it with every change of the encoding, so that no old cache is used
+CACHE_VERSION = 4  # raise it with every change of the encoding, so that no old cache is used
 ROWS_PER_CHUNK = 256  # rows that are encoded together, and sent to a worker together
 HELD_OUT = "held out"  # the bin of rows that `eval_share` takes for evaluation
 # The options that change the encoding, beside the rows themselves, the tokenizer and the template.
 CACHE_OPTIONS = ("max_length", "overlong", "train_on", "train_on_eos", "split_turns", "limit_rows", "eval_share")
-CACHE_OPTIONS += ("on_bad_row", "data_format", "columns", "allow_special_in_text")
+CACHE_OPTIONS += ("on_bad_row", "data_format", "columns", "allow_special_in_text", "open_thought")
 NO_TURN_END_NOTE = (
     "The template does not close turns, so no end token is trained, and the model does not learn to stop."
 )
@@ -104,6 +104,7 @@ def encode_sources(
     ledger.balance()
     check_lost_share(ledger, facts["lengths"], options)
     check_lost_turns(ledger, facts["turns"], options)
+    check_left_out(ledger, options)
     if not len(parts["train"]):
         raise DataError(f"train_files: no row is left to train on ({', '.join(source.label for source in train)}).")
     if "eval" in parts and not len(parts["eval"]):
@@ -154,7 +155,7 @@ def _cache_key(
     backend: Any = tokenizer.backend_tokenizer
     backend_digest = template.tokenizer_digest if template else backend.to_str()
     tokenization = (backend_digest, sorted(tokenizer.special_tokens_map.items()))
-    chat = template and (template.source, sorted(options.chat_template_kwargs.items()))
+    chat = template and (template.source, template.source_for_tools, sorted(options.chat_template_kwargs.items()))
     versions = CACHE_VERSION, transformers.__version__, tokenizers.__version__
     split_seed = seed if options.eval_share else None
     values = [getattr(options, name) for name in CACHE_OPTIONS]
@@ -353,5 +354,30 @@ def check_lost_turns(ledger: Ledger, turns: int, options: DataOptions) -> None:
         reasons = ", ".join(f"{reason} ({count:,} turns)" for reason, count in lost.items())
         raise ConfigError(
             f"max_lost: {share:.1%} of the assistant turns would train nothing; allowed is {options.max_lost:.1%}: "
-            f"{reasons}; set split_turns: true or another chat_template, or raise max_lost."
+            f"{reasons}; {_advise(ledger)}, or raise max_lost."
+        )
+
+
+def _advise(ledger: Ledger) -> str:
+    """Return which settings would train the lost turns; some of their conversations were tried with each."""
+    cures = [setting for setting, count in ledger.remedies.items() if count == ledger.tried]
+    if cures:
+        return f"set {' or '.join(cures)}"
+    helpful = [f"{setting} (helps {count} of {ledger.tried})" for setting, count in ledger.remedies.items() if count]
+    return f"set {' or '.join(helpful)}, or another chat_template" if helpful else "set another chat_template"
+
+
+def check_left_out(ledger: Ledger, options: DataOptions) -> None:
+    """Check that the template leaves nothing out in more than `max_lost` of the rows.
+
+    Raises:
+        ConfigError: it does; the message names what.
+    """
+    rows = sum(amount["rows"] for amount in ledger.inputs.values())
+    lost = {kind: count for kind, count in ledger.left_out.items() if count > options.max_lost * rows}
+    if lost:
+        kinds = ", ".join(f"{kind} (in {count:,} of {rows:,} rows)" for kind, count in lost.items())
+        raise ConfigError(
+            f"chat_template: the template does not write everything that the rows say; missing are {kinds}; allowed is "
+            f"{options.max_lost:.1%} of the rows; use a template that writes them, or raise max_lost."
         )

@@ -3,15 +3,13 @@
 import glob
 import hashlib
 import itertools
-import json
 import os
 import re
 import shutil
 import socket
 import sys
 from collections.abc import Iterator
-from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal, NamedTuple
 
 import psutil
@@ -21,7 +19,10 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from accel_llm.config.fields import Source
 from accel_llm.config.options import DataOptions
+from accel_llm.data.hub import is_reader_name, load_hub_dataset
 from accel_llm.data.readers import READERS, ROWS_PER_BATCH, SourceFile, file_kind, is_readable, plain_values, read_rows
+from accel_llm.data.saved_datasets import is_saved_dataset, saved_problem
+from accel_llm.data.splits import SplitChoice, choose_files, list_splits
 from accel_llm.errors import DataError
 from accel_llm.system.disk import atomic_file
 from accel_llm.system.launcher import is_launched
@@ -33,10 +34,10 @@ ALLOWED_SOURCES = (
 
 PlaceKind = Literal["standard input", "address", "saved dataset", "file", "folder", "glob", "hub dataset", "nothing"]
 # Fields of a source that only these kinds have.
-DATASET_FIELDS: dict[str, set[PlaceKind]] = {
-    "name": {"hub dataset"},
-    "split": {"saved dataset", "hub dataset"},
-    "revision": {"hub dataset"},
+DATASET_FIELDS: dict[str, tuple[PlaceKind, ...]] = {
+    "name": ("hub dataset",),
+    "split": ("folder", "glob", "saved dataset", "hub dataset"),
+    "revision": ("hub dataset",),
 }
 
 
@@ -50,7 +51,8 @@ class RawRow(NamedTuple):
 
 def as_source(place: str | Source) -> Source:
     """Return `place` as a Source; a path alone becomes a Source with defaults."""
-    return Source.model_validate({"path": place}) if isinstance(place, str) else place
+    # Not validated, because pydantic refuses names of files that are not UTF-8.
+    return Source.model_construct(path=place) if isinstance(place, str) else place
 
 
 def source_problems(options: DataOptions) -> list[str]:
@@ -90,6 +92,20 @@ def source_identity(source: Source) -> list[tuple[str, str]]:
     return [(file.label, data_fingerprint(file.path)) for file in _list_files(source)]
 
 
+def left_out_note(source: Source) -> str | None:
+    """Return a sentence for the ledger on the files of a folder or glob that are of other splits; None if all are read.
+
+    Raises:
+        DataError: the source cannot be read.
+    """
+    _check_source(source)
+    choice = _choose_files(source) if _place_kind(source) in ("folder", "glob") else None
+    if not isinstance(choice, SplitChoice) or not choice.left_out:
+        return None
+    left_out = list_splits(choice.left_out, _named_folder(source))
+    return f"{source.path}: only the files of its split {source.split} are read; left out: {left_out}."
+
+
 def data_fingerprint(*parts: object) -> str:
     """Hash `parts` to a name of 24 characters. A Path counts as the content of its file, other parts as their repr."""
     digest = hashlib.sha256()
@@ -114,7 +130,7 @@ def _place_kind(source: Source) -> PlaceKind:
         return "standard input"
     if re.match(r"[A-Za-z][\w+.-]+://", source.path):
         return "address"
-    if (path / "dataset_dict.json").is_file() or _is_saved_dataset(path):
+    if (path / "dataset_dict.json").is_file() or is_saved_dataset(path):
         return "saved dataset"
     if path.exists():
         return "folder" if path.is_dir() else "file"
@@ -143,6 +159,8 @@ def _check_source(source: Source) -> None:
 def _find_problem(source: Source) -> str | None:
     """Return the problem of a source as a sentence without full stop, or None."""
     path, place = source.path, _place_kind(source)
+    if not path:
+        return f"'' is no path; name {ALLOWED_SOURCES}"
     if place == "nothing":
         return f"{path} does not exist; name {ALLOWED_SOURCES}"
     if place == "address":
@@ -152,17 +170,17 @@ def _find_problem(source: Source) -> str | None:
     for name, kinds in DATASET_FIELDS.items():
         value = getattr(source, name)
         if place not in kinds and value != Source.model_fields[name].default:
-            owner = "a hub dataset" if len(kinds) == 1 else "a saved or hub dataset"
-            return f"{path} takes no {name}, found {value!r}; only {owner} has one"
+            return f"{path} takes no {name}, found {value!r}; only a {' or '.join(kinds)} has one"
 
     # The checks of each kind of place.
     if place == "standard input":
         piped = sys.stdin is not None and not sys.stdin.isatty()
         return None if piped else "- is standard input, and nothing is piped into it; give it JSON lines or name a file"
     if place == "hub dataset":
-        return _hub_problem(path)
+        is_kind = is_reader_name(path)
+        return f"{path} is a kind of file, not a dataset; name {ALLOWED_SOURCES}" if is_kind else None
     if place == "saved dataset":
-        return _split_problem(source)
+        return saved_problem(path, _local_path(source), source.split)
     return _file_problem(path) if place == "file" else _folder_problem(source)
 
 
@@ -183,47 +201,11 @@ def _folder_problem(source: Source) -> str | None:
         return f"{source.path} {verb} no file that can be read; name {ALLOWED_SOURCES}"
 
     # The .json files of a saved dataset inside would be read as rows.
-    saved = next(filter(_is_saved_dataset, sorted({Path(name).parent for name in names})), None)
-    return f"{source.path} holds the saved dataset {saved}; name each saved dataset by itself" if saved else None
-
-
-def _hub_problem(path: str) -> str | None:
-    if "/" in path:
-        return None
-    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
-
-    # datasets 5.2 takes a name like `json` for a reader, and some readers then read every file of the working folder.
-    if path in _PACKAGED_DATASETS_MODULES:
-        return f"{path} is a kind of file, not a dataset; name {ALLOWED_SOURCES}"
-    return None
-
-
-def _split_problem(source: Source) -> str | None:
-    """Check a saved dataset. Its JSON file lists the splits, so nothing else has to be read."""
-    folder = _local_path(source)
-    has_one_split = _is_saved_dataset(folder)
-    state = folder / ("state.json" if has_one_split else "dataset_dict.json")
-    try:
-        values = json.loads(state.read_text(encoding="utf-8"))
-        splits = [values["_split"] or "train"] if has_one_split else values["splits"]
-    except (OSError, ValueError, KeyError) as error:
-        return f"{state} was not written by datasets ({type(error).__name__}: {error})"
-
-    # With one split the default `train` means this split, whatever its name is.
-    if source.split in splits or (has_one_split and source.split == "train"):
-        return _data_files_problem(folder if has_one_split else folder / source.split)
-    return f"{source.path} has no split {source.split!r}; it has {', '.join(splits)}"
-
-
-def _data_files_problem(folder: Path) -> str | None:
-    """Check that `state.json` names only files of its own folder; datasets 5.2 would read files anywhere."""
-    state = folder / "state.json"
-    try:
-        names = [file["filename"] for file in json.loads(state.read_text(encoding="utf-8"))["_data_files"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{state} was not written by datasets ({type(error).__name__}: {error})"
-    outside = next((name for name in names if Path(str(name)).name != name), None)
-    return f"{state} names {outside!r}; only files of its own folder are allowed" if outside is not None else None
+    saved = next(filter(is_saved_dataset, sorted({Path(name).parent for name in names})), None)
+    if saved:
+        return f"{source.path} holds the saved dataset {saved}; name each saved dataset by itself"
+    choice = _choose_files(source)
+    return f"{source.path} {choice}" if isinstance(choice, str) else None
 
 
 def _local_path(source: Source) -> Path:
@@ -231,11 +213,6 @@ def _local_path(source: Source) -> Path:
         return Path(source.path).expanduser()
     except RuntimeError:  # unknown user in `~name`
         return Path(source.path)
-
-
-def _is_saved_dataset(folder: Path) -> bool:
-    """Tell whether a folder holds one saved dataset (a dictionary of several has a `dataset_dict.json`)."""
-    return (folder / "dataset_info.json").is_file() and (folder / "state.json").is_file()
 
 
 def _matching_files(source: Source) -> list[str]:
@@ -247,6 +224,20 @@ def _matching_files(source: Source) -> list[str]:
     return [name for name in names if Path(name).is_file()]
 
 
+def _named_folder(source: Source) -> PurePath:
+    """Return the folder of a folder or glob below which names say splits: for a glob, the part without wildcards."""
+    path = _local_path(source)
+    if _place_kind(source) == "folder":
+        return path
+    return PurePath(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
+
+
+def _choose_files(source: Source) -> SplitChoice | str:
+    """Choose the files that are read of a folder or glob, or return the end of a sentence on why none fits."""
+    files = list(filter(is_readable, _matching_files(source)))
+    return choose_files(files, _named_folder(source), source.split, _place_kind(source) == "glob")
+
+
 def _list_files(source: Source) -> list[SourceFile]:
     """Return the files of a source in the order in which they are read."""
     place, path = _place_kind(source), _local_path(source)
@@ -255,9 +246,11 @@ def _list_files(source: Source) -> list[SourceFile]:
     if place == "file":
         return [SourceFile(path, source.path, *file_kind(source.path))]
     if place == "saved dataset":
-        folder = path if _is_saved_dataset(path) else path / source.split
+        folder = path if is_saved_dataset(path) else path / source.split
         return [SourceFile(file, str(file), "", "") for file in sorted(folder.iterdir()) if file.is_file()]
-    return [SourceFile(Path(name), name, *file_kind(name)) for name in _matching_files(source) if is_readable(name)]
+    choice = _choose_files(source)
+    assert isinstance(choice, SplitChoice)  # `_check_source` has found a choice
+    return [SourceFile(Path(name), name, *file_kind(name)) for name in choice.files]
 
 
 def _spool_standard_input() -> Path:
@@ -311,41 +304,13 @@ def _load_dataset(source: Source) -> Any:
     path, on_hub = _local_path(source), _place_kind(source) == "hub dataset"
     try:
         if on_hub:
-            return _hub_dataset(source.path, source.name, source.split, source.revision)
-        return load_from_disk(path if _is_saved_dataset(path) else path / source.split)
+            return load_hub_dataset(source.path, source.name, source.split, source.revision)
+        return load_from_disk(path if is_saved_dataset(path) else path / source.split)
+    except DataError:
+        raise
     except Exception as error:  # datasets, huggingface_hub, httpx, fsspec and pyarrow each raise errors of their own
         problem = "no file or folder has this name, and the hub gives no such dataset" if on_hub else "cannot be read"
         raise DataError(f"{source.label}: {problem} ({_one_line(error)}).") from error
-
-
-# Cached, so that identity and rows come from the same revision, even if the dataset on the hub changes in between.
-@cache
-def _hub_dataset(path: str, name: str | None, split: str, revision: str | None) -> Any:
-    from datasets import load_dataset_builder
-    from datasets.packaged_modules.cache.cache import Cache
-
-    builder = load_dataset_builder(path, name, revision=revision)
-
-    # Without the hub, datasets 5.2 takes the newest revision in its cache, whatever `revision` says.
-    if revision and isinstance(builder, Cache) and builder.hash != revision:
-        raise ValueError(
-            f"only {builder.hash} is in the cache, and without the hub nobody knows whether it is {revision!r}"
-        )
-
-    # The README of a dataset names the files to read. datasets 5.2 would also read files outside the repository, such
-    # as private files on this computer.
-    files = [str(file) for files in (builder.config.data_files or {}).values() for file in files]
-    if outside := file_outside_hub(files):
-        raise ValueError(f"its README names {outside}, which is not a file of a hub dataset")
-
-    builder.download_and_prepare()
-    return builder.as_dataset(split=split)
-
-
-def file_outside_hub(files: list[str]) -> str | None:
-    """Return the first of a dataset's `files` that is not on the hub, or None."""
-    # The address of a file in an archive ends with the address of the archive, after a `::`.
-    return next((file for file in files if not file.rpartition("::")[2].startswith("hf://datasets/")), None)
 
 
 def _one_line(error: Exception) -> str:

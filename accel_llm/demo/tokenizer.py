@@ -3,7 +3,7 @@
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast
 
-from accel_llm.chat.template import CHATML
+from accel_llm.chat.template_source import CHATML
 
 SPECIAL_TOKENS = END_OF_TEXT, START_OF_TURN, END_OF_TURN = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 THING_WORDS = (

@@ -173,6 +173,7 @@ def _varlen_supports(query: torch.Tensor, scaling: float | None, window: int | N
     head_dim = query.shape[-1]
     return (
         query.is_cuda
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)  # Ampere; the kernel refuses older GPUs
         and query.dtype in (torch.float16, torch.bfloat16)
         and head_dim % 8 == 0
         and head_dim <= VARLEN_MAX_HEAD_DIM

@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from accel_llm.backend.strategy import compute_dtype, resolve_precision, strategy
+from accel_llm.backend.strategy import compute_dtype, resolve_precision, strategy, training_device
 from accel_llm.config.options import ModelOptions, PretrainOptions, TrainOptions
 from accel_llm.errors import ConfigError
 from accel_llm.model.attention import enable_packing
@@ -60,6 +60,12 @@ def _option_problems(options: TrainOptions) -> list[str]:
         problems.append(
             f"load_in_8bit: {strategy()} cannot shard 8-bit weights, of which bitsandbytes keeps whole copies; use "
             "ddp.yaml, zero1.yaml or zero2.yaml, or method qlora."
+        )
+    if options.lora_bias != "none" and (options.method == "qlora" or options.load_in_8bit):
+        base = "method qlora" if options.method == "qlora" else "load_in_8bit"
+        problems.append(
+            f"lora_bias: {options.lora_bias} does not train with {base}, because bitsandbytes rounds the biases of its "
+            "layers at every use; give none, or use method lora on 16-bit weights."
         )
     if options.master_weights == "stochastic_rounding":
         if strategy().startswith("zero"):
@@ -167,10 +173,11 @@ def load_model(options: TrainOptions) -> PreTrainedModel:
     model.unread = True  # type: ignore[assignment]
 
     # 4-bit layers wait for `place_weights`, except where PEFT computes an adapter's first values from their weights.
+    # Then the device quantizes them, in seconds; a CPU would take minutes.
     if quantization and not options.load_in_8bit:
         prepare_4bit_layers(model, quantization)
-        if options.use_dora or isinstance(options.init_lora_weights, str):
-            materialize_weights(model, list(model.modules()), compute, torch.device("cpu"))
+        if options.use_dora or options.init_lora_weights == "olora":
+            materialize_weights(model, list(model.modules()), compute, training_device())
     return configure_for_training(model, options)
 
 

@@ -66,7 +66,7 @@ def materialize_weights(
     """Copy the weights directly in `modules` (not in submodules) from the files to `device`, in their final dtype.
 
     Frozen weights get the dtype `compute`; trained ones are float32 with `masters`, else also `compute`. The weights of
-    4-bit layers (see `prepare_4bit_layers`) are quantized here.
+    4-bit layers (see `prepare_4bit_layers`) are quantized here, unless that was done before.
     """
     float32 = _float32_parameter_ids(model)
     for module in modules:
@@ -78,6 +78,9 @@ def materialize_weights(
                 # vars() passes on the settings and also the layer, which bitsandbytes updates when it quantizes.
                 unquantized: Any = Params4bit(old.to(device, compute), requires_grad=False, **vars(parameter))
                 module._parameters[name] = unquantized.to(device)  # bitsandbytes quantizes in `to`
+            elif isinstance(parameter, Params4bit) and old.device != device:
+                quantized: Any = parameter
+                module._parameters[name] = quantized.to(device)  # together with the scales, its quant_state
             elif parameter.is_floating_point() and not isinstance(parameter, Params4bit):
                 full_precision = (parameter.requires_grad and masters) or id(parameter) in float32
                 dtype = torch.float32 if full_precision else compute

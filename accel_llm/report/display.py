@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
@@ -22,9 +23,12 @@ from accel_llm.data.prepare import EncodedData
 from accel_llm.data.rows import Rows
 from accel_llm.data.stream import TrainingPlan
 from accel_llm.errors import ConfigError
+from accel_llm.report.ledger_text import ledger_lines, one_line
 from accel_llm.report.metrics import console
 from accel_llm.report.page import write_report
 from accel_llm.system.secrecy import hide_secrets
+
+_UNLIMITED = 1 << 20  # characters of a line
 
 
 def color_row(tokenizer: PreTrainedTokenizerFast, ids: np.ndarray, labels: np.ndarray) -> Text:
@@ -55,30 +59,41 @@ def show_settings(options: Options) -> None:
     table = Table(title="Settings", show_header=False, box=None)
     for name, value in options.model_dump().items():
         style = "bold" if name in options.model_fields_set else "bright_black"
-        table.add_row(name, hide_secrets(str(value)), style=style)
+        table.add_row(name, Text(one_line(hide_secrets(str(value)))), style=style)
     console.print(table)
 
 
-def ledger_table(ledger: Ledger) -> Table:
-    """Return the ledger as a table: one line for each bin of a source, lost ones in red.
+def show_ledger(ledger: Ledger, screen: Console | None = None) -> None:
+    """Print the ledger on `screen` (standard output by default): a line for each bin of a source, lost ones in red.
 
-    Turns without a label, notes and dropped rows stand below the table.
+    Everything that `ledger_lines` says stands below the table. Nothing is cut off; and where the output is no terminal,
+    because it goes into a file or another program, no line is wrapped.
     """
-    table = Table(title="Ledger", caption_justify="left")
+    screen = screen or console
+    table = _ledger_table(ledger)
+    if screen.is_terminal:
+        screen.print(table)
+    else:
+        # As wide as the table, for rich prints nothing wider than its screen.
+        width = screen.measure(table, options=screen.options.update(width=_UNLIMITED)).maximum
+        Console(file=screen.file, width=width, highlight=False).print(table)
+    for line in ledger_lines(ledger):
+        screen.print(line, soft_wrap=True, markup=False, emoji=False)
+
+
+def _ledger_table(ledger: Ledger) -> Table:
+    table = Table(title="Ledger")
     table.add_column("Source", overflow="fold")
-    table.add_column("Bin")
+    table.add_column("Bin", overflow="fold")
     for heading in ("Rows", "Supervised tokens", "Context tokens"):
         table.add_column(heading, justify="right")
 
     for source, total in ledger.inputs.items():
-        table.add_row(source, "read", *_format_amount(total), style="bold")
+        table.add_row(Text(one_line(source)), "read", *_format_amount(total), style="bold")
         bins = sorted(ledger.bins.get(source, {}).items(), key=lambda item: (is_lost(item[0]), item[0]))
         for bin, amount in bins:
-            table.add_row("", bin, *_format_amount(amount), style="red" if is_lost(bin) else None)
-
-    turns = [f"{count:,} turns without a label: {reason}" for reason, count in ledger.turns.items()]
-    dropped = [f"dropped, {reason}: {row}" for reason, rows in ledger.examples.items() for row in rows]
-    table.caption = "\n".join(map(escape, turns + ledger.notes + dropped)) or None
+            row_style = "red" if is_lost(bin) else None
+            table.add_row("", Text(one_line(bin)), *_format_amount(amount), style=row_style)
     return table
 
 
@@ -91,7 +106,7 @@ def show_rows(tokenizer: PreTrainedTokenizerFast, rows: Rows, count: int) -> Non
     for k in range(min(count, len(rows))):
         ids, labels = rows[k]
         share = float((labels != IGNORED).mean())
-        console.rule(f"{rows.name(k)}: {len(ids)} tokens, {share:.0%} trained")
+        console.rule(f"{escape(one_line(rows.name(k)))}: {len(ids)} tokens, {share:.0%} trained")
         console.print(color_row(tokenizer, ids, labels), soft_wrap=True)
     console.rule()
 
@@ -132,7 +147,7 @@ def show_plan(
     if options.dry_run:
         show_settings(options)
         show_rows(tokenizer, data.train, 3)
-    console.print(ledger_table(data.ledger))
+    show_ledger(data.ledger)
     console.print(describe_plan(data.train, plan, options.max_length))
 
 

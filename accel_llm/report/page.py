@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from accel_llm.data.ledger import QUANTITIES, Ledger, is_lost
+from accel_llm.report.ledger_text import ledger_lines
 from accel_llm.system.disk import write_atomically
 from accel_llm.system.secrecy import hide_secrets
 
@@ -247,8 +248,7 @@ def _ledger_section(values: dict[str, Any]) -> str:
     # Remarks below the table.
     lost_rows, lost_tokens = ledger.lost_share()
     remarks = [f"{lost_rows:.2%} of the rows and {lost_tokens:.2%} of the supervised tokens were cut or dropped."]
-    remarks += [f"{count:,} turns without a label: {reason}" for reason, count in ledger.turns.items()] + ledger.notes
-    remarks += [f"dropped, {reason}: {row}" for reason, examples in ledger.examples.items() for row in examples]
+    remarks += ledger_lines(ledger)
     paragraphs = "".join(f"<p>{_escape(remark)}</p>" for remark in remarks)
 
     head = "".join(f"<th>{name}</th>" for name in ("Source", "Bin", "Rows", "Supervised tokens", "Context tokens"))

@@ -14,9 +14,12 @@ DISK_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a text file at once: readers see the old file or the new one, never a part of it."""
+    """Write a text file at once: readers see the old file or the new one, never a part of it.
+
+    Half a surrogate pair, which UTF-8 cannot hold, becomes its escape `\\ud800`, as JSON writes it.
+    """
     with atomic_file(path) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="backslashreplace"))
 
 
 @contextlib.contextmanager

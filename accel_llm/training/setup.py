@@ -21,7 +21,7 @@ from accel_llm.data.rows import Rows
 from accel_llm.data.sources import source_problems
 from accel_llm.data.stream import Position, Stream
 from accel_llm.demo.files import TrainOptionsT, parse_options_or_demo, resolve_demo
-from accel_llm.errors import raise_problems
+from accel_llm.errors import ConfigError, raise_problems
 from accel_llm.model.generation import stop_token_ids
 from accel_llm.model.loading import build_model, load_model, load_model_config, model_problems
 from accel_llm.model.neftune import attach_neftune
@@ -91,6 +91,26 @@ def chat_tokenizer(options: SftOptions) -> ChatTokenizer:
     template = configured_template(tokenizer, options)
     tokenizer.chat_template = template.source  # so that the export has the template of the training
     return ChatTokenizer(tokenizer, template, new_tokens)
+
+
+def tokenizer_and_template(
+    options: SftOptions,
+) -> tuple[PreTrainedTokenizerFast, Template | None, tuple[str, str]]:
+    """Load the tokenizer and, if there is one, the chat template, for rows that may all be plain text.
+
+    The third value is for `Encoder.no_template`: the message and reason of the error that a conversation is without it.
+
+    Raises:
+        ConfigError: one of them cannot be loaded, or they do not fit each other.
+    """
+    tokenizer = configured_tokenizer(options)
+    try:
+        add_missing_tokens(tokenizer, options)
+        return tokenizer, configured_template(tokenizer, options), ("", "")
+    except ConfigError as error:
+        if options.chat_template or tokenizer.chat_template:
+            raise
+        return tokenizer, None, (str(error).rstrip("."), "no chat template")
 
 
 def text_tokenizer(options: PretrainOptions) -> PreTrainedTokenizerFast:

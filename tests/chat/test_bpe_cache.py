@@ -1,5 +1,9 @@
 """The cache gives the ids of the tokenizer itself, or None."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -96,12 +100,83 @@ def test_characters_that_engines_cut_differently_are_left_to_the_tokenizer() -> 
 
 
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("accel_llm.chat.bpe_cache._MAX_WORDS", 10)
+    monkeypatch.setattr(bpe_cache, "_MAX_BYTES", 5000)
+    monkeypatch.setattr(bpe_cache, "_MAX_CHARACTERS", 150)
     backend = make_backend()
     cache = BpeCache(backend)
-    for k in range(50):
-        assert cache.encode(f"word{k} x{k}") == backend.encode(f"word{k} x{k}").ids
-        assert len(cache._ids) <= 14
+    sizes = []
+    for k in range(200):
+        text = f"word{k} x{k} {chr(0x4E00 + k)}"
+        assert cache.encode(text) == backend.encode(text).ids
+        held = sum(sys.getsizeof(word) + sys.getsizeof(ids) + 100 + 32 * len(ids) for word, ids in cache._ids.items())
+        assert held == cache._bytes <= 5000 and len(cache._checked_characters) <= 150 + 12
+        sizes.append(len(cache._ids))
+    assert max(sizes) > 10 and sizes != sorted(sizes)  # it was emptied and filled again
+    many = " ".join(f"n{k}" for k in range(2000))  # words of one text that do not fit either
+    assert cache.encode(many) == cache.encode(many) == backend.encode(many).ids and cache._bytes <= 5000
+
+
+def test_long_words_are_not_kept() -> None:
+    backend = make_backend()
+    cache = BpeCache(backend)
+    for length in (127, 128, 129, 4000):
+        text = "a" * length + " b"
+        for _ in range(2):
+            assert cache.encode(text) == backend.encode(text).ids
+    assert sorted(map(len, cache._ids)) == [2, 127, 128]
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="needs the shared data folder")
+def test_a_word_of_4000_characters_has_the_ids_of_the_tokenizer() -> None:
+    path = DATA.parents[1] / "cases" / "one_long_word.jsonl"
+    answer = json.loads(path.read_text(encoding="utf-8"))["messages"][1]["content"]
+    assert max(map(len, answer.split())) >= 3900
+    backend = AutoTokenizer.from_pretrained(DATA / "qwen3").backend_tokenizer
+    cache = BpeCache(backend)
+    for text in (answer, f"Sequence: {answer}, again {answer}!"):
+        for _ in range(2):
+            assert cache.encode(text) == backend.encode(text, add_special_tokens=False).ids
+    assert all(len(word) <= 128 for word in cache._ids)
+
+
+# Prints how many MB the process grows by different words of so many characters. It imports only what it must.
+GROWTH = """
+from tokenizers import Tokenizer, models, pre_tokenizers
+from accel_llm.chat import bpe_cache
+{change}
+letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+backend = Tokenizer(models.BPE({{letter: 1000 + k for k, letter in enumerate(letters)}}, []))
+backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+cache = bpe_cache.BpeCache(backend)
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096 / 2**20
+before = resident()
+for k in range({count}):
+    word = "".join("abcdefghij"[int(digit)] for digit in str(k)).rjust({length}, "x")
+    assert len(cache.encode(word)) == {length}
+print(resident() - before)
+"""
+
+
+def growth(count: int, length: int, change: str = "") -> float:
+    code = GROWTH.format(change=change, count=count, length=length)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    assert run.returncode == 0, run.stderr
+    return float(run.stdout)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
+@pytest.mark.parametrize("count, length", [(3000, 4000), (100_000, 30)])
+def test_many_different_words_take_little_memory(count: int, length: int) -> None:
+    assert growth(count, length) < 48
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
+def test_without_the_bounds_they_would_take_much() -> None:
+    change = "bpe_cache._MAX_WORD = bpe_cache._MAX_BYTES = 1 << 60"
+    assert growth(1000, 4000, change) > 64 and growth(100_000, 30, change) > 64
 
 
 @pytest.mark.parametrize("change", ["prefix space", "another normalizer", "no byte level", "sentencepiece", "no cut"])

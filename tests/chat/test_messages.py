@@ -4,7 +4,10 @@ from typing import Any
 import pytest
 from support import BAD_MESSAGES, CALL, USER, assistant
 
-from accel_llm.chat.messages import (
+from accel_llm.chat.messages import READS_NOTHING, check_order, read_messages
+from accel_llm.chat.reads import TemplateReads
+from accel_llm.chat.tools import read_tools
+from accel_llm.chat.values import (
     ASSISTANT_FIRST,
     BROKEN_TOOLS,
     NO_ANSWER,
@@ -12,9 +15,7 @@ from accel_llm.chat.messages import (
     TOOL_OUT_OF_PLACE,
     TWO_ASSISTANT_TURNS,
     TWO_USER_TURNS,
-    check_order,
-    read_messages,
-    read_tools,
+    Findings,
 )
 from accel_llm.errors import DataError
 
@@ -37,6 +38,10 @@ ASSISTANT = {"role": "assistant", "content": "a"}
         ("function", "tool"),
         ("tool_response", "tool"),
         ("function_response", "tool"),
+        *(("prompter", "user"), ("chatgpt", "assistant"), ("bing", "assistant"), ("bard", "assistant")),
+        *(("chatbot", "assistant"), ("ai", "assistant"), ("ipython", "tool"), ("environment", "tool")),
+        *(("tool_result", "tool"), ("tool_results", "tool"), ("tool_output", "tool"), ("function_result", "tool")),
+        *(("USER", "user"), ("Assistant", "assistant")),
     ],
 )
 def test_every_role_under_both_names_of_the_fields(role: str, read: str) -> None:
@@ -187,6 +192,78 @@ def test_no_kind_of_media_is_taken_for_text(kind: str) -> None:
     with pytest.raises(DataError) as caught:
         read_messages([{"role": "user", "content": [{"type": kind, "text": "x"}]}], "messages")
     assert caught.value.reason == "images"
+
+
+def read(turn: dict[str, Any], reads: TemplateReads = READS_NOTHING) -> tuple[list[Any], dict[str, list[Any]]]:
+    findings = Findings()
+    return read_messages([turn], "messages", reads, findings=findings), findings.unused
+
+
+def test_keys_that_the_template_reads_are_kept_as_they_are() -> None:
+    turn = {**USER, "citations": [1], "flag": False, "empty": "", "null": None, "mood": {"x": None}}
+    everything = {key: value for key, value in turn.items() if value is not None}
+    assert read(turn, TemplateReads(message_keys=frozenset({"flag", "empty", "mood", "null"}))) == (
+        [{**USER, "flag": False, "empty": "", "mood": {"x": None}}],
+        {"'citations' of messages": [[1]]},
+    )
+    assert read(turn, TemplateReads(whole_messages=True)) == ([everything], {})
+    assert read(turn) == (
+        [USER],
+        {"'citations' of messages": [[1]], "'flag' of messages": [False], "'mood' of messages": [{"x": None}]},
+    )
+
+
+def test_the_template_of_olmo_reads_the_functions_of_the_system_message_itself() -> None:
+    turn = {"role": "system", "content": "", "functions": "[]"}
+    assert read(turn, TemplateReads(message_keys=frozenset({"functions"}))) == ([turn], {})
+    assert read(turn) == ([], {})
+
+
+def test_names_and_ids_are_used_if_the_template_reads_them() -> None:
+    turn = {"role": "tool", "content": "1", "name": "add", "tool_call_id": "c"}
+    assert read(turn) == ([turn], {"'name' of messages": ["add"], "'tool_call_id' of messages": ["c"]})
+    assert read(turn, TemplateReads(message_keys=frozenset({"name"}))) == (
+        [turn],
+        {"'tool_call_id' of messages": ["c"]},
+    )
+    assert read(turn, TemplateReads(whole_messages=True)) == ([turn], {})
+
+
+def test_a_second_spelling_that_loses_is_counted() -> None:
+    both = {"role": "user", "from": "human", "content": "q", "value": "q"}
+    assert read(both) == ([USER], {})
+    assert read({**both, "from": "gpt", "value": "x"}) == (
+        [USER],
+        {"'from' of messages": ["gpt"], "'value' of messages": ["x"]},
+    )
+    assert read({"role": "", "from": "human", "content": "", "value": "q"}) == ([USER], {})
+    parts = [{"type": "text", "text": "q", "value": "q2", "cache_control": {"type": "x"}, "citations": None}]
+    assert read({"role": "user", "content": parts}) == (
+        [USER],
+        {"'value' of content parts": ["q2"], "'cache_control' of content parts": [{"type": "x"}]},
+    )
+
+
+def test_a_part_may_have_its_text_under_other_keys() -> None:
+    for key in ("text", "value", "content"):
+        assert read({"role": "user", "content": [{"type": "text", key: "q", "text ": ""}]}) == ([USER], {})
+    assert read({"role": "user", "content": [{"type": "text", "text": "", "content": None}]}) == (
+        [{"role": "user", "content": ""}],
+        {},
+    )
+
+
+def test_other_keys_of_a_pair_are_read_as_those_of_its_answer() -> None:
+    turn = {"human": "q", "assistant": "a", "reasoning": "t", "source": "x", "train": False}
+    answer = {**ASSISTANT, "reasoning_content": "t", "thinking": "t", "train": False}
+    assert read(turn) == ([USER, answer], {"'source' of messages": ["x"]})
+
+
+def test_halves_of_characters_do_not_stop_an_error_message() -> None:
+    for turn in ({"role": "\ud83d", "content": "x"}, {"role": "user", "a\ud83d\n": 1}):
+        with pytest.raises(DataError) as caught:
+            read_messages([turn], "messages")
+        assert str(caught.value).encode().isascii() and "\\ud83d" in str(caught.value)
 
 
 SYSTEM = {"role": "system", "content": "s"}

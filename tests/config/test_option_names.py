@@ -13,7 +13,7 @@ gradient_checkpointing
 """
 DATA = """
 train_files eval_files eval_share limit_rows data_format columns on_bad_row chat_template chat_template_kwargs add_tokens
-allow_special_in_text train_on train_on_eos split_turns max_length overlong max_lost packing order
+allow_special_in_text train_on train_on_eos split_turns open_thought max_length overlong max_lost packing order
 preprocessing_num_workers cache_dir
 """
 METHOD = """

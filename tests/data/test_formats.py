@@ -8,10 +8,11 @@ from typing import Any, get_args
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import BAD_MESSAGES
+from support import BAD_MESSAGES, ROLES
 
-from accel_llm.chat import messages as messages_module
-from accel_llm.chat.messages import (
+from accel_llm.chat import values
+from accel_llm.chat.reads import TemplateReads
+from accel_llm.chat.values import (
     ASSISTANT_FIRST,
     BAD_TOKENS,
     BROKEN_TOOLS,
@@ -24,7 +25,10 @@ from accel_llm.chat.messages import (
     NOT_JSON,
     NOT_MESSAGES,
     NOT_TEXT,
+    NOT_TO_LEARN,
+    PREFERENCE_ROW,
     TEXT_ONLY,
+    TOO_DEEP,
     TOOL_OUT_OF_PLACE,
     TWO_ASSISTANT_TURNS,
     TWO_USER_TURNS,
@@ -32,7 +36,9 @@ from accel_llm.chat.messages import (
     UNKNOWN_SHAPE,
 )
 from accel_llm.config.fields import DataFormat
-from accel_llm.data.formats import Conversation, Document, TokenizedRow, column_problems, parse_row
+from accel_llm.data import formats
+from accel_llm.data.columns import column_problems
+from accel_llm.data.formats import Conversation, Document, TokenizedRow
 from accel_llm.errors import ConfigError, DataError
 
 INSTRUCT = Path(__file__).parents[3] / "shared" / "data" / "instruct"
@@ -47,9 +53,14 @@ CALL = {"type": "function", "function": {"name": "add", "arguments": {"x": 1}}}
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {}}}
 KNOWN_SHAPES = (
     "known shapes are messages, conversations or conversation (a list of role/content, from/value or human/assistant), "
-    "instruction/output (optional: input), prompt/completion, query/response, question/answer (optional for all: "
-    "system, history), text, response alone, input_ids (optional: labels)"
+    "instruction/output (optional: input), instruction/response, prompt/completion, query/response, question/answer "
+    "(optional for all: system, history, context, reasoning), text, response alone, input_ids (optional: labels)"
 )
+
+
+def parse_row(*args: Any, **options: Any) -> Any:
+    """Parse a row, without what `test_unused.py` tests: the values that nothing uses, the size, the remarks."""
+    return formats.parse_row(*args, **options)._replace(unused=(), characters=0, remarks=())
 
 
 def conversation(*messages: dict[str, Any]) -> Conversation:
@@ -126,6 +137,15 @@ SHAPES: dict[str, tuple[dict[str, Any], Conversation | Document | TokenizedRow]]
     ),
     "alpaca as Stanford has it, with the whole prompt beside it": (
         {"instruction": "q", "input": "", "output": "a", "text": "Below is an instruction ..."},
+        conversation(USER, ASSISTANT),
+    ),
+    "Dolly": ({"instruction": "q", "context": "", "response": "a"}, conversation(USER, ASSISTANT)),
+    "Dolly with a context": (
+        {"instruction": "q", "context": "x", "response": "a"},
+        conversation({"role": "user", "content": "q\nx"}, ASSISTANT),
+    ),
+    "instruction and response, where a loader filled output": (
+        {"instruction": "q", "output": None, "response": "a"},
         conversation(USER, ASSISTANT),
     ),
     "prompt and completion": ({"prompt": "q", "completion": "a"}, conversation(USER, ASSISTANT)),
@@ -206,7 +226,7 @@ def test_data_format_chooses_among_the_shapes_of_a_row(data_format: DataFormat) 
 
 NEEDED = {
     "messages": "messages or conversations or conversation",
-    "alpaca": "instruction and output",
+    "alpaca": "instruction and output or instruction and response",
     "prompt_completion": "prompt and completion",
     "query_response": "query and response",
     "question_answer": "question and answer",
@@ -258,8 +278,8 @@ def test_unknown_columns_are_named() -> None:
     assert column_problems({"instruction": "q", "content": "c", "labels": "l"}) == []
     assert column_problems({"instruction": "q", "output": "a"}, "alpaca") == []
     assert column_problems({"query": "q", "input": "x"}, "alpaca") == [
-        "columns: query=q, but 'query' is not a field of data_format alpaca; the fields are instruction, input, output, "
-        "history, system, tools, chat_template_kwargs."
+        "columns: query=q, but 'query' is not a field of data_format alpaca; the fields are instruction, input, "
+        "output, response, history, context, reasoning, system, tools, functions, chat_template_kwargs."
     ]
     (problem,) = column_problems({"sytem": "s"})
     assert problem.startswith("columns: sytem=s, but 'sytem' is not a field; the fields are messages, conversations, ")
@@ -293,8 +313,8 @@ FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
         UNKNOWN_SHAPE,
     ),
     "a response that is not alone": (
-        {"instruction": "q", "response": "a"},
-        f"unknown row shape: its keys: instruction, response, {KNOWN_SHAPES}",
+        {"title": "q", "response": "a"},
+        f"unknown row shape: its keys: title, response, {KNOWN_SHAPES}",
         UNKNOWN_SHAPE,
     ),
     "null messages": (
@@ -379,8 +399,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "unknown role": (
         {"prompt": [{"role": "narrator", "content": "x"}], "completion": "a"},
-        'prompt[0].role: unknown role "narrator"; known are system, developer, user, human, assistant, gpt, bot, model, '
-        "function_call, tool_call, tool, observation, function, tool_response, function_response",
+        f'prompt[0].role: unknown role "narrator"; known are {ROLES}',
         UNKNOWN_ROLE,
     ),
     "a completion without an answer": (
@@ -481,6 +500,28 @@ FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
         "labels: found -1; needs token ids, or -100 where nothing is trained",
         BAD_TOKENS,
     ),
+    "an answer not to learn": (
+        {"messages": [USER, ASSISTANT], "label": False},
+        "label: found false, so the answer is one not to learn, which is for preference training, not for this script; "
+        "allowed: true",
+        NOT_TO_LEARN,
+    ),
+    "an answer not to learn, as a number": (
+        {"prompt": "q", "completion": "a", "label": 0},
+        "label: found 0, so the answer is one not to learn, which is for preference training, not for this script; "
+        "allowed: true",
+        NOT_TO_LEARN,
+    ),
+    "two answers": (
+        {"messages": [USER, ASSISTANT], "rejected_response": "b"},
+        'rejected_response: found "b", but a row of two answers is for preference training, not for this script',
+        PREFERENCE_ROW,
+    ),
+    "two answers and no completion": (
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
+        'rejected: found "b", but a row of two answers is for preference training, not for this script',
+        PREFERENCE_ROW,
+    ),
     "padding": (
         {"input_ids": [1, 0], "attention_mask": [1, 0]},
         "attention_mask: found padding; needs rows without padding",
@@ -511,9 +552,19 @@ def test_columns_that_a_row_lacks() -> None:
 
 
 def test_every_reason_is_met() -> None:
-    every = {value for name, value in vars(messages_module).items() if name.isupper() and isinstance(value, str)}
+    every = {value for name, value in vars(values).items() if name.isupper() and isinstance(value, str)}
     met = {reason for _, _, reason in FAULTS.values()} | {reason for _, _, reason in BAD_MESSAGES.values()}
-    assert every - met == {TEXT_ONLY}
+    assert every - met == {TEXT_ONLY, TOO_DEEP}
+
+
+def test_values_nested_beyond_all_bounds_are_a_bad_row() -> None:
+    arguments: dict[str, Any] = {"x": None}
+    for _ in range(3000):
+        arguments = {"x": arguments}
+    with pytest.raises(DataError) as caught:
+        parse_row({"messages": [USER, {**ASSISTANT, "tool_calls": [{"name": "f", "arguments": arguments}]}]})
+    sentence = "values nested too deep (its keys: messages); needs fewer levels"
+    assert (str(caught.value), caught.value.reason) == (sentence, TOO_DEEP)
 
 
 KEYS = st.sampled_from(
@@ -522,11 +573,29 @@ KEYS = st.sampled_from(
         *("completion", "query", "response", "question", "answer", "text", "input_ids", "labels", "attention_mask"),
         *("tools", "chat_template_kwargs", "image", "role", "content", "from", "value", "human", "assistant", "type"),
         *("reasoning_content", "thinking", "reasoning", "tool_calls", "function_call", "tool_call_id", "name", "id"),
-        *("function", "arguments", "train", "weight", "loss_weight"),
+        *("function", "arguments", "train", "weight", "loss_weight", "loss", "loss_scale", "masked", "train_detail"),
+        *("begin_offset", "end_offset", "functions", "parameters", "properties", "default", "enum", "anyOf", "context"),
+        *("system_prompt", "label", "rejected", "loss_mask", "prompt_mask", "tool_mask", "weights", "mood", "\ud83d\n"),
     ]
 )
 WORDS = st.sampled_from(
-    ["user", "assistant", "gpt", "system", "tool", "tool_call", "text", "image", "", " ", "{}", "[]", "[["]
+    [
+        "user",
+        "assistant",
+        "gpt",
+        "system",
+        "tool",
+        "tool_call",
+        "text",
+        "image",
+        "",
+        " ",
+        "{}",
+        "[]",
+        "[[",
+        "\ud83d",
+        '"{}"',
+    ]
 )
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | WORDS | st.text(max_size=5)
 VALUES = st.recursive(
@@ -553,11 +622,17 @@ def test_a_row_is_parsed_or_refused_and_never_changed(
 ) -> None:
     before = copy.deepcopy(row)
     columns = {"content": "value"} if renamed and data_format in (None, "messages") else {}
+    reads = TemplateReads(frozenset({"mood", "context"}), frozenset({"mood"}), whole_messages=renamed)
     try:
-        parsed = parse_row(row, data_format, columns)
+        parsed = formats.parse_row(row, data_format, columns, reads)
     except DataError as error:
-        assert error.reason in vars(messages_module).values() and "\n" not in str(error)
+        assert error.reason in vars(values).values()
+        assert "\n" not in str(error) and str(error).encode()
     else:
+        shown = "".join(name + value.example for name, value in parsed.unused)
+        assert "\n" not in shown
+        shown.encode()  # no halves of characters
+        assert sum(value.characters for _, value in parsed.unused) <= parsed.characters
         if isinstance(parsed, Conversation):
             assert all(isinstance(message["content"], str) for message in parsed.messages)
             assert any(message["role"] == "assistant" for message in parsed.messages)

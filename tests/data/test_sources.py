@@ -14,7 +14,7 @@ import pytest
 
 from accel_llm.config.fields import Source
 from accel_llm.config.options import DataOptions
-from accel_llm.data import sources
+from accel_llm.data import hub, sources
 from accel_llm.data.sources import (
     ALLOWED_SOURCES,
     RawRow,
@@ -141,15 +141,47 @@ def test_a_saved_dataset_is_read_with_its_split(saved_datasets):
         texts(saved_datasets / "empty")
 
 
+@pytest.mark.parametrize(
+    "split, by_default",
+    [
+        *[(name, True) for name in ("train", "train[:10%]", "chats", None)],
+        *[(name, False) for name in ("test", "validation", "test_sft", "train+test", "dev[:5]")],
+    ],
+)
+def test_a_saved_dataset_for_a_test_is_read_only_if_its_split_is_said(tmp_path, split, by_default):
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_dict({"text": ["x"]}, split=split and datasets.NamedSplit(split)).save_to_disk(tmp_path)
+    assert texts(tmp_path, split=split or "train") == ["x"]
+    if by_default:
+        assert texts(tmp_path) == ["x"]
+        return
+    for look in (read_source, source_identity):
+        with pytest.raises(DataError) as error:
+            look(Source(path=str(tmp_path)))
+        sentence = f"{tmp_path} has no split 'train'; it has {split}; set split to one of them."
+        assert str(error.value) == sentence
+
+
+def test_saved_datasets_without_a_train_split_are_listed(tmp_path):
+    datasets.disable_progress_bars()
+    rows = datasets.Dataset.from_dict({"text": ["x"]})
+    datasets.DatasetDict(test=rows, validation=rows).save_to_disk(tmp_path)
+    with pytest.raises(DataError) as error:
+        read_source(Source(path=str(tmp_path)))
+    sentence = f"{tmp_path} has no split 'train'; it has test, validation; set split to one of them."
+    assert str(error.value) == sentence
+
+
 def test_a_damaged_saved_dataset_is_named(saved_datasets, tmp_path):
     place = tmp_path / "one"
     datasets.load_from_disk(saved_datasets / "one").select([0]).save_to_disk(place)
     next(place.glob("*.arrow")).write_bytes(b"no arrow")
     with pytest.raises(DataError, match=rf"^{place}: cannot be read \(.+\)\.$"):
         list(read_source(as_source(str(place))))
-    (place / "state.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(DataError, match=r"state\.json was not written by datasets \(KeyError: '_split'\)\.$"):
-        read_source(as_source(str(place)))
+    for broken, fault in (("{}", r"KeyError: '_split'"), ("[]", "TypeError: .*"), ("{", "JSONDecodeError: .*")):
+        (place / "state.json").write_text(broken, encoding="utf-8")
+        with pytest.raises(DataError, match=rf"state\.json was not written by datasets \({fault}\)\.$"):
+            read_source(as_source(str(place)))
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +207,7 @@ def offline(monkeypatch, tmp_path, cached_hub) -> None:
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cached_hub)
     monkeypatch.chdir(tmp_path)
-    sources._hub_dataset.cache_clear()
+    hub.load_hub_dataset.cache_clear()
 
 
 def test_a_hub_dataset_is_read_with_its_configuration_and_split(offline):
@@ -196,7 +228,6 @@ def test_a_hub_dataset_is_read_with_its_configuration_and_split(offline):
     [
         ({"path": "owner/talk"}, "owner/talk", "en, zh"),
         ({"path": "owner/talk", "name": "fr"}, "owner/talk:fr", "['en', 'zh']"),
-        ({"path": "owner/talk", "name": "en", "split": "dev"}, "owner/talk:en:dev", "['train', 'test']"),
         ({"path": "owner/talk", "name": "en", "revision": "v1"}, "owner/talk:en", "whether it is 'v1'"),
         ({"path": "nobody/none"}, "nobody/none", "Couldn't reach 'nobody/none' on the Hub"),
         ({"path": "none"}, "none", "Couldn't reach 'none' on the Hub"),
@@ -212,12 +243,36 @@ def test_a_missing_hub_dataset_is_reported_in_one_sentence(offline, source, labe
         assert detail in sentence and "\n" not in sentence and sentence.endswith(").")
 
 
+@pytest.mark.parametrize("split", ["dev", "train+dev", "train[:1]+dev[50%:]", "dev(33%)"])
+def test_a_missing_split_of_a_hub_dataset_gives_the_list_of_its_splits(offline, split):
+    for look in (lambda source: list(read_source(source)), source_identity):
+        with pytest.raises(DataError) as error:
+            look(Source(path="owner/talk", name="en", split=split))
+        sentence = f"owner/talk:en has no split {split!r}; it has train, test; set split to one of them."
+        assert str(error.value) == sentence
+    assert texts("owner/talk", name="en", split="train+test") == ["en 1", "en 2", "en test"]
+
+
+def test_a_hub_dataset_without_a_train_split_is_not_read_in_silence(offline, tmp_path, monkeypatch, cached_hub):
+    write_texts(tmp_path / "quiz" / "test.jsonl", "question")
+    write_texts(tmp_path / "quiz" / "dev.jsonl", "try")
+    datasets.load_dataset(str(tmp_path / "quiz"), cache_dir=str(tmp_path / "cache"))
+    (tmp_path / "cache" / "quiz").rename(tmp_path / "cache" / "owner___quiz")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    with pytest.raises(DataError) as error:
+        read_source(Source(path="owner/quiz")).__next__()
+    sentence = "owner/quiz has no split 'train'; it has validation, test; set split to one of them."
+    assert str(error.value) == sentence
+    assert texts("owner/quiz", split="test") == ["question"]
+
+
 def test_a_local_folder_comes_before_the_hub(offline, tmp_path):
     write_texts(tmp_path / "owner" / "talk" / "a.jsonl", "local")
     assert texts("owner/talk") == ["local"]
 
 
 MISTAKES = [
+    ("", "'' is no path; name {ALLOWED}."),
     ("none.json", "none.json does not exist; name {ALLOWED}."),
     ("none.csv.zst", "none.csv.zst does not exist; name {ALLOWED}."),
     ("./none", "./none does not exist; name {ALLOWED}."),
@@ -236,12 +291,12 @@ MISTAKES = [
     ("https://x.org/a.json", "https://x.org/a.json is an address, and addresses cannot be read; download the file and name it."),
     ("s3://bucket/a.jsonl", "s3://bucket/a.jsonl is an address, and addresses cannot be read; download the file and name it."),
     ("json", "json is a kind of file, not a dataset; name {ALLOWED}."),
-    ({"path": "a.jsonl", "split": "test"}, "a.jsonl takes no split, found 'test'; only a saved or hub dataset has one."),
+    ({"path": "a.jsonl", "split": "test"}, "a.jsonl takes no split, found 'test'; only a folder or glob or saved dataset or hub dataset has one."),
     ({"path": "*.jsonl", "name": "en"}, "*.jsonl takes no name, found 'en'; only a hub dataset has one."),
     ({"path": "two", "revision": "v1"}, "two takes no revision, found 'v1'; only a hub dataset has one."),
-    ({"path": "-", "split": "test"}, "- takes no split, found 'test'; only a saved or hub dataset has one."),
-    ({"path": "two", "split": "dev"}, "two has no split 'dev'; it has train, test."),
-    ({"path": "one", "split": "test"}, "one has no split 'test'; it has train."),
+    ({"path": "-", "split": "test"}, "- takes no split, found 'test'; only a folder or glob or saved dataset or hub dataset has one."),
+    ({"path": "two", "split": "dev"}, "two has no split 'dev'; it has train, test; set split to one of them."),
+    ({"path": "one", "split": "test"}, "one has no split 'test'; it has train; set split to one of them."),
     (".", ". holds the saved dataset one; name each saved dataset by itself."),
 ]  # fmt: skip
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from accel_llm.adapters.attach import attach_adapter
 from accel_llm.adapters.saved import save_adapter
-from accel_llm.chat.template import CHATML
+from accel_llm.chat.template_source import CHATML
 from accel_llm.config.command_line import parse_options
 from accel_llm.config.options import TrainOptions
 from accel_llm.config.tool_options import MergeOptions

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -293,6 +294,14 @@ def test_unknown_score_terms_are_refused(term):
         packed_attention(
             nn.Module(), query, query, query, None, cu_seq_lens_q=torch.tensor([0, 4]), max_length_q=4, **term
         )
+
+
+@pytest.mark.parametrize(("capability", "supported"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_the_variable_length_kernel_is_asked_from_ampere_on(capability, supported, monkeypatch):
+    """On a T4 or an RTX 20xx one call for each document takes its place."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    query = SimpleNamespace(is_cuda=True, device="cuda:0", dtype=torch.float16, shape=(1, 8, 233, 64))
+    assert attention._varlen_supports(query, None, None) == supported  # type: ignore[arg-type]
 
 
 def on_cuda(query, key, value, boundaries, dtype, **options) -> list[torch.Tensor]:

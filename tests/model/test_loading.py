@@ -110,6 +110,15 @@ def test_conflicting_options_are_reported_together_before_files_are_read(monkeyp
     assert model_problems(options("o/n", method="qlora", attn_implementation="flash_attention_2")) == []
 
 
+@pytest.mark.parametrize("settings", [{"method": "qlora"}, {"load_in_8bit": True}])
+def test_biases_of_quantized_layers_are_not_trained(settings):
+    """bitsandbytes 0.50.2 casts such a bias in place to the dtype of the products, where small steps are lost."""
+    (sentence,) = model_problems(options("o/n", lora_bias="all", **settings))
+    name = "method qlora" if "method" in settings else "load_in_8bit"
+    assert sentence.startswith(f"lora_bias: all does not train with {name}, because bitsandbytes rounds the biases")
+    assert model_problems(options("o/n", lora_bias="all")) == model_problems(options("o/n", **settings)) == []
+
+
 # Configs and weights
 
 

@@ -4,10 +4,11 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit, Params4bit
 from safetensors.torch import load_file
 from support import materialize
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -17,6 +18,7 @@ from accel_llm.config.options import TrainOptions
 from accel_llm.demo.tokenizer import build_demo_tokenizer
 from accel_llm.model import placement
 from accel_llm.model.loading import load_complete_model, load_model
+from accel_llm.model.placement import materialize_weights
 from accel_llm.model.quantization import build_quantization_config, quantized_weights, round_to_4_bits
 from accel_llm.system import memory
 
@@ -145,6 +147,25 @@ def test_an_adapter_made_from_quantized_weights_finds_them(chosen, tiny, quiet):
     settings = options(tiny, method="qlora", **chosen)
     model = materialize(attach_adapter(load_model(settings), settings), settings)
     assert torch.isfinite(model(input_ids=torch.arange(12)[None]).logits).all()
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal"])
+def test_first_values_that_need_no_weights_leave_them_in_the_files(init, tiny, quiet):
+    settings = options(tiny, method="qlora", init_lora_weights=init)
+    model = attach_adapter(load_model(settings), settings)
+    assert not any(p.bnb_quantized for p in model.parameters() if isinstance(p, Params4bit))
+
+
+def test_weights_that_were_quantized_before_move_to_the_device_with_their_scales(tiny, quiet):
+    settings = options(tiny, method="qlora", use_dora=True)
+    model = attach_adapter(load_model(settings), settings)
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    materialize_weights(model, layers, torch.float32, torch.device("meta"))
+    quantized = [parameter for parameter in model.parameters() if isinstance(parameter, Params4bit)]
+    assert quantized and all(parameter.bnb_quantized for parameter in quantized)
+    for parameter in quantized:
+        state = parameter.quant_state
+        assert {parameter.device.type, state.absmax.device.type, state.state2.absmax.device.type} == {"meta"}
 
 
 def test_modules_that_a_family_keeps_in_float32_stay_float32_in_bf16(tiny):

@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, Gemma3Config
 from accel_llm.config.command_line import parse_options
 from accel_llm.config.fields import MAX_YAML_CHARACTERS, Source
 from accel_llm.config.options import SftOptions, TrainOptions
-from accel_llm.data.sources import file_outside_hub, read_source
+from accel_llm.data.hub import file_outside_hub
+from accel_llm.data.sources import read_source
 from accel_llm.errors import ConfigError, DataError
 from accel_llm.model.loading import OWN_IMPLEMENTATIONS, build_model, load_complete_model, load_model, load_model_config
 from accel_llm.model.tokenizer import configured_tokenizer, load_tokenizer

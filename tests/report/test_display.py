@@ -7,13 +7,13 @@ import pytest
 from rich.console import Console
 from support import make_rows
 
-from accel_llm.data.ledger import Ledger
+from accel_llm.data.ledger import Ledger, Unused
 from accel_llm.report import display
-from accel_llm.report.display import color_row, ledger_table, show_stop_token_check, trained_text
+from accel_llm.report.display import color_row, show_ledger, show_stop_token_check, trained_text
 
 
-def test_the_ledger_table_shows_every_bin_turn_and_note():
-    ledger = Ledger()
+def make_ledger() -> Ledger:
+    ledger = Ledger(characters=1000, tried=20)
     ledger.read("a.jsonl", rows=10, supervised=60, context=40)
     ledger.count("a.jsonl", "trained", rows=9, supervised=55, context=38)
     ledger.count("a.jsonl", "cut: truncated", rows=0, supervised=5, context=2)
@@ -22,16 +22,96 @@ def test_the_ledger_table_shows_every_bin_turn_and_note():
     ledger.read("large.jsonl", rows=0, context=1234567)
     ledger.skip_turns("the template trims it", 3)
     ledger.note("The template closes no turn.")
-    console = Console(width=140, record=True, file=io.StringIO())
-    console.print(ledger_table(ledger))
-    lines = [" ".join(line.split()) for line in console.export_text().replace("│", " ").replace("┃", " ").splitlines()]
+    return ledger
+
+
+def screen_text(ledger: Ledger, **screen) -> str:
+    file = io.StringIO()
+    show_ledger(ledger, Console(file=file, highlight=False, **screen))
+    return file.getvalue()
+
+
+def screen_lines(ledger: Ledger, **screen) -> list[str]:
+    """Return what is printed, with runs of spaces as one, and without the borders of the table."""
+    text = screen_text(ledger, **screen).replace("│", " ").replace("┃", " ")
+    return [" ".join(line.split()) for line in text.splitlines()]
+
+
+def test_the_ledger_shows_every_bin_turn_and_note():
+    lines = screen_lines(make_ledger(), width=140)
     assert "a.jsonl read 10 60 40" in lines
     assert "cut: truncated 0 5 2" in lines
     assert "large.jsonl read 0 0 1,234,567" in lines
-    assert "3 turns without a label: the template trims it" in lines
-    assert "The template closes no turn." in lines
-    assert "dropped, broken row: a.jsonl, row 3: no messages" in lines
-    assert [row.style for row in ledger_table(ledger).rows] == ["bold", None, "red", "red", "bold"]
+    assert lines[-3:] == [
+        "3 turns without a label: the template trims it",
+        "The template closes no turn.",
+        "dropped, broken row: a.jsonl, row 3: no messages",
+    ]
+    assert [row.style for row in display._ledger_table(make_ledger()).rows] == ["bold", None, "red", "red", "bold"]
+
+
+LONG = "a very long sentence about the rows " * 20 + "which has an end."
+
+
+def make_long_ledger() -> Ledger:
+    ledger = make_ledger()
+    ledger.read("folder/" * 30 + "rows.jsonl")
+    ledger.count("folder/" * 30 + "rows.jsonl", f"dropped: {LONG}")
+    ledger.note(LONG)
+    ledger.remark(LONG, 1234)
+    return ledger
+
+
+def test_piped_output_is_whole_with_each_fact_on_one_line():
+    lines = screen_lines(make_long_ledger(), width=80)
+    assert LONG in lines and f"1,234 rows: {LONG}" in lines
+    assert f"dropped: {LONG} 1 0 0" in lines and "folder/" * 30 + "rows.jsonl read 1 0 0" in lines
+    assert "cut: truncated 0 5 2" in lines
+
+
+def test_a_terminal_shows_all_of_it_too():
+    lines = screen_text(make_long_ledger(), width=80, force_terminal=True, color_system=None).splitlines()
+    assert LONG in lines and f"1,234 rows: {LONG}" in lines  # the terminal itself wraps them
+    cells = [line.split("│") for line in lines if line.startswith("│")]
+    assert {len("│".join(row)) for row in cells} == {80}
+    sources, bins = ("".join(row[column].replace(" ", "") for row in cells) for column in (1, 2))
+    assert "folder/" * 30 + "rows.jsonl" in sources and f"dropped:{LONG.replace(' ', '')}" in bins
+
+
+def test_text_of_the_data_is_no_markup_and_breaks_no_line():
+    ledger = Ledger(characters=10)
+    ledger.read("[red]x[/red].jsonl", context=1)
+    ledger.count("[red]x[/red].jsonl", "dropped: [/oops] :smile:")
+    ledger.leave_unused("[bold]", Unused(1, 1, "two\nlines [/red] \x1b[2J \\"))
+    lines = screen_lines(ledger, width=140)
+    assert "[red]x[/red].jsonl read 1 0 1" in lines and "dropped: [/oops] :smile: 1 0 0" in lines
+    assert (
+        lines[-1] == "Nothing reads [bold]: 1 row, 10.0% of all characters, for example: two\\nlines [/red] \\x1b[2J \\"
+    )
+
+
+def test_half_a_surrogate_pair_is_printed_as_its_escape(monkeypatch, tokenizer):
+    ledger = Ledger(characters=1)
+    ledger.read("caf\udce9.jsonl", context=1)
+    ledger.count("caf\udce9.jsonl", "dropped: \ud800", 1, 0, 1)
+    for add in (ledger.note, ledger.remark, ledger.skip_turns, lambda text: ledger.example(text, text)):
+        add("half \ud800")
+    ledger.leave_unused("key \ud800", Unused(1, 1, "half \udfff"))
+    ledger.leave_unused("id \ud800", Unused(1, 0, "1", is_record=True))
+    ledger.left_out["part \ud800"] = ledger.remedies["set \ud800"] = 1
+    written = io.BytesIO()
+    with io.TextIOWrapper(written, encoding="utf-8") as file:
+        show_ledger(ledger, Console(file=file, width=80))
+        monkeypatch.setattr(display, "console", Console(file=file, width=80))
+        rows = make_rows([(1, [9, 9], [-100, 9])])
+        monkeypatch.setattr(type(rows), "name", lambda rows, k: "caf\udce9.jsonl, row 1")
+        display.show_rows(tokenizer, rows, 1)
+        file.flush()
+        shown = written.getvalue().decode()
+    assert shown.count(r"caf\udce9.jsonl") == 2 and shown.count(r"half \ud800") == 5 and r"half \udfff" in shown
+    assert all(
+        part in shown for part in (r"key \ud800", r"id \ud800", r"part \ud800", r"set \ud800", r"dropped: \ud800")
+    )
 
 
 def runs(labels: list[int]) -> list[tuple[bool, list[int]]]:

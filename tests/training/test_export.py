@@ -10,7 +10,7 @@ from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config, DeepseekV3ForCausalLM, GenerationConfig
 
-from accel_llm.chat.template import CHATML
+from accel_llm.chat.template_source import CHATML
 from accel_llm.config.options import TrainOptions
 from accel_llm.demo.tokenizer import build_demo_tokenizer
 from accel_llm.model.generation import build_generation_config, stop_token_ids

@@ -1,0 +1,126 @@
+"""Finds out, by a few renders, how a template writes an answer: what opens it, what closes it, what is a thought."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from accel_llm.chat.guard import GUARD_CLOSE, GUARD_OPEN
+from accel_llm.chat.targets import AnswerFrame, Thought
+from accel_llm.errors import DataError
+
+# Control tokens as the known template families write them. Role names in brackets ([INST]) are plain text.
+TOKEN_MARKER = re.compile(r"<\|[^<>|\s]+\|>|<\uff5c[^<>\uff5c]+\uff5c>|</?s>|<(?:start|end)_of_\w+>|<(?:bos|eos)>")
+_ROLE_HEADER = re.compile(r"<\|(?:system|user|assistant|tool)\|>")
+# What opens a thought and what closes it, as the known families write them.
+_THOUGHT_TAG = re.compile(r"<((?:\w+:)?\w*(?:think|thought|reason)\w*)>")
+_THOUGHT_TOKENS = {"<|START_THINKING|>": "<|END_THINKING|>", "[THINK]": "[/THINK]", "<|channel>thought": "<channel|>"}
+_REASONING = "\ufdd5"  # a noncharacter shows where a template writes the reasoning
+_QUESTION = {"role": "user", "content": "a"}
+_ANSWER = {"role": "assistant", "content": f"{GUARD_OPEN}b{GUARD_CLOSE}"}
+
+TryRender = Callable[[list[dict[str, Any]], bool], str]  # "" if the template refuses the messages
+
+
+def find_frame(text: str, prompt: str, try_render: TryRender, added_pattern: str) -> AnswerFrame:
+    """Return how a template writes the last answer of a conversation.
+
+    `text` is the render of `FRAME_CHAT`, `prompt` that of its first message with the generation prompt.
+
+    Raises:
+        DataError: the template leaves out the answer.
+    """
+    before, mark, _ = text.partition(GUARD_OPEN)
+    if not mark:
+        raise DataError("the chat template leaves out the assistant's answer")
+    tail = text.rpartition(GUARD_CLOSE)[2]
+    opening = before.removeprefix(prompt) if before.startswith(prompt) else ""
+    reasoned = try_render([_QUESTION, _ANSWER | {"reasoning_content": _REASONING, "thinking": _REASONING}], False)
+    around = _around_reasoning(reasoned, prompt)
+    middle = try_render([_QUESTION, _ANSWER, _QUESTION], True).rpartition(GUARD_CLOSE)[2]
+    closing = _closing_length(tail, middle, added_pattern)
+    return AnswerFrame(opening, tail, closing, around, _find_thought(before, prompt, around))
+
+
+FRAME_CHAT = [_QUESTION, _ANSWER]
+
+
+def _around_reasoning(reasoned: str, prompt: str) -> tuple[str, str] | None:
+    """Return what a template writes before the reasoning of an answer (after the prompt) and between the two."""
+    before, mark, after = reasoned.partition(_REASONING)
+    if not mark:
+        return None
+    return before.removeprefix(prompt) if before.startswith(prompt) else "", after.partition(GUARD_OPEN)[0]
+
+
+def _closing_length(tail: str, middle: str, added_pattern: str) -> int:
+    """Return how many characters of `tail`, which follows the last answer, close it.
+
+    They are added tokens without anything between them: all that stand there both after the last answer and after one
+    in the middle (Command R7B writes two). Some templates end a conversation with a further token that no earlier
+    answer has: it does not count. If the two have nothing in common, all count that stand at the end.
+    """
+    run = re.match(rf"\s*(?:{added_pattern})+", tail)
+    first = re.match(rf"\s*(?:{added_pattern})", tail)
+    if not run or not first:
+        return 0
+    if tail.strip() != run[0].strip():
+        # More follows, which may be the header of a next turn.
+        return first.end()
+    tokens = re.findall(added_pattern, run[0])
+    for count in range(len(tokens), 0, -1):
+        closing = run[0][: run[0].index(tokens[0])] + "".join(tokens[:count])
+        if middle.startswith(closing):
+            return len(closing)
+    return run.end()
+
+
+def _find_thought(before: str, prompt: str, around: tuple[str, str] | None) -> Thought | None:
+    """Return the thought that the prompt begins and the last answer does not continue, or that the prompt leaves open.
+
+    `before` is the text before the last answer. None if there is no such thought.
+    """
+    start = next((k for k, pair in enumerate(zip(before, prompt, strict=False)) if pair[0] != pair[1]), min(len(before), len(prompt)))
+    # Not inside a token: `<think></think>` and `</think>` have their first character in common.
+    opened = prompt.rfind("<", 0, start)
+    if opened > prompt.rfind(">", 0, start):
+        start = opened
+    opening = prompt[start:]
+    if not opening:
+        # The last answer does continue the prompt (Qwen3.5 writes an empty thought into it), but may not do so always.
+        tag = list(_THOUGHT_TAG.finditer(prompt))
+        if not tag or prompt[tag[-1].end() :].strip():
+            return None
+        start = tag[-1].start()
+        opening = prompt[start:]
+    pair = _thought_pair(opening)
+    if pair is not None and pair[1] in opening:
+        closing = ""
+    elif around and around[1].strip():
+        closing = around[1]
+    elif pair is not None:
+        # What DeepSeek-R1 itself writes, and DeepSeek-V3.1 where no line end follows the opening.
+        closing = f"\n{pair[1]}\n\n" if opening.endswith("\n") else pair[1]
+    else:
+        closing = None
+    return Thought(opening, closing, before[start:])
+
+
+def _thought_pair(text: str) -> tuple[str, str] | None:
+    """Return what opens the first thought in `text`, and what would close it; None if there is none."""
+    if tag := _THOUGHT_TAG.search(text):
+        return tag[0], f"</{tag[1]}>"
+    return next((pair for pair in _THOUGHT_TOKENS.items() if pair[0] in text), None)
+
+
+def split_tokens(text: str, tail: str, is_single: Callable[[str], bool], strict: bool) -> list[str]:
+    """Return the control tokens of `text` that the tokenizer splits; none if every needed one is a single token.
+
+    Needed is the token that closes a turn, at the beginning of `tail`. With `strict` all are needed, except role
+    headers: some models learned those in pieces (Zephyr's `<|user|>`).
+    """
+    split = [marker for marker in dict.fromkeys(TOKEN_MARKER.findall(text)) if not is_single(marker)]
+    closing = TOKEN_MARKER.match(tail.lstrip())
+    needed = {closing[0]} if closing else set()
+    if strict:
+        needed |= {marker for marker in split if not _ROLE_HEADER.fullmatch(marker)}
+    return split if needed & set(split) else []

@@ -1,0 +1,93 @@
+"""show_data.py: rows and ledger, with --json and when piped; rows of plain text need no chat template."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from accel_llm.errors import ConfigError, DataError
+
+
+def write_rows(path: Path, *rows: dict) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+CHAT = {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]}
+
+
+@pytest.fixture
+def bare(tiny, tmp_path) -> Path:
+    """A tokenizer without a chat template."""
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    for path in tiny.glob("tokenizer*"):
+        shutil.copy(path, folder)
+    return folder
+
+
+def test_rows_of_plain_text_need_no_template(script, bare, tmp_path, capsys):
+    rows = write_rows(tmp_path / "rows.jsonl", {"text": "one"}, {"text": "two"})
+    script("show_data", "--tokenizer_name", bare, "--train_files", rows, "--max_length", 128, "--json")
+    shown = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["file"], row["row"], row["text"].split("<")[0]) for row in shown] == [
+        (str(rows), 1, "one"),
+        (str(rows), 2, "two"),
+    ]
+    script("show_data", "--tokenizer_name", bare, "--train_files", rows, "--max_length", 128)
+    assert "one" in capsys.readouterr().out
+
+
+def test_a_conversation_without_a_template_is_named_with_file_and_row(script, bare, tmp_path, capsys):
+    rows = write_rows(tmp_path / "rows.jsonl", {"text": "one"}, CHAT)
+    with pytest.raises(DataError) as error:
+        script("show_data", "--tokenizer_name", bare, "--train_files", rows, "--max_length", 128)
+    sentence = str(error.value)
+    assert sentence.startswith(
+        f"{rows}, row 2: chat_template: the tokenizer {str(bare)!r} has none of its own; set one "
+    )
+    assert "chatml" in sentence and ".jinja" in sentence and "\n" not in sentence
+    script(
+        "show_data", "--tokenizer_name", bare, "--train_files", rows, "--max_length", 128, "--chat_template", "chatml"
+    )
+    assert "2+2?" in capsys.readouterr().out
+
+
+def test_a_template_that_cannot_be_used_is_still_an_error(script, bare, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", {"text": "one"})
+    with pytest.raises(ConfigError, match="chat_template: "):
+        script("show_data", "--tokenizer_name", bare, "--train_files", rows, "--chat_template", tmp_path / "no.jinja")
+    (bare / "chat_template.jinja").write_text("{% if %}", encoding="utf-8")
+    with pytest.raises(ConfigError, match="chat_template: the tokenizer's own template is not valid Jinja"):
+        script("show_data", "--tokenizer_name", bare, "--train_files", rows)
+
+
+def test_the_ledger_is_whole_when_piped_and_on_stderr_with_json(script, tiny, tmp_path, capsys):
+    folder = tmp_path / "data"
+    write_rows(folder / "train.jsonl", CHAT, *[{"text": "ab"}] * 9)
+    write_rows(folder / "test.jsonl", CHAT)
+    options = ("--tokenizer_name", tiny, "--train_files", folder, "--max_length", 128)
+    script("show_data", *options, "--json")
+    captured = capsys.readouterr()
+    assert [json.loads(line)["file"] for line in captured.out.splitlines()] == [str(folder / "train.jsonl")] * 10
+    script("show_data", *options)
+    piped = capsys.readouterr().out
+    note = f"{folder}: only the files of its split train are read; left out: test (test.jsonl)."
+    for text in (captured.err, piped):
+        lines = [" ".join(line.replace("│", " ").split()) for line in text.splitlines()]
+        assert note in lines and any(line.startswith(f"{folder} read 10 ") for line in lines)
+    ledger = captured.err[captured.err.index("Ledger") :].strip()
+    assert ledger in piped and "Ledger" not in captured.out
+
+
+def test_a_file_whose_name_is_no_utf_8_is_shown(script, tiny, tmp_path, capsys):
+    rows = write_rows(Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jsonl")), CHAT)
+    options = ("--tokenizer_name", tiny, "--train_files", rows, "--max_length", 128)
+    script("show_data", *options, "--json")
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["file"] == str(rows) and r"caf\udce9.jsonl" in captured.err
+    script("show_data", *options)
+    assert r"caf\udce9.jsonl" in capsys.readouterr().out
