@@ -79,7 +79,10 @@ def _find_thought(before: str, prompt: str, around: tuple[str, str] | None) -> T
 
     `before` is the text before the last answer. None if there is no such thought.
     """
-    start = next((k for k, pair in enumerate(zip(before, prompt, strict=False)) if pair[0] != pair[1]), min(len(before), len(prompt)))
+    start = next(
+        (k for k, pair in enumerate(zip(before, prompt, strict=False)) if pair[0] != pair[1]),
+        min(len(before), len(prompt)),
+    )
     # Not inside a token: `<think></think>` and `</think>` have their first character in common.
     opened = prompt.rfind("<", 0, start)
     if opened > prompt.rfind(">", 0, start):

@@ -3,11 +3,11 @@
 Without this module every turn of every row is rendered (`targets.TargetFinder.lay_out`), with the same result.
 """
 
-from collections.abc import Callable
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 from accel_llm.chat.messages import Message
+from accel_llm.chat.renderer import Renderer
 from accel_llm.chat.sandbox import MAX_GROWTH, TEMPLATE_ERRORS, begin_render
 from accel_llm.chat.stand_ins import (
     Question,
@@ -45,18 +45,11 @@ class Pattern(NamedTuple):
 class PatternCache:
     """The target layouts of one template, cached by the shape of the conversation.
 
-    `source` and `variables` are the template's; `finder` works a layout out from renders; `spell` gives messages to the
-    template under the keys that it reads. `options` are those of `TargetFinder.lay_out`.
+    `finder` works a layout out from renders. `options` are those of `TargetFinder.lay_out`.
     """
 
-    def __init__(
-        self,
-        source: str,
-        variables: dict[str, Any],
-        finder: TargetFinder,
-        spell: Callable[[list[Message]], list[Message]],
-    ):
-        self._source, self._variables, self._finder, self._spell = source, variables, finder, spell
+    def __init__(self, renderer: Renderer, finder: TargetFinder):
+        self._renderer, self._finder = renderer, finder
         self._patterns: dict[Any, list[Pattern]] = {}
         self._renders: dict[Any, list[tuple[list[Question], str]]] = {}
         frame = finder.frame
@@ -80,7 +73,7 @@ class PatternCache:
     ) -> TargetLayout | None:
         """Return a conversation's layout from a new pattern, which is cached; None if it has no pattern."""
         texts = _texts(messages) if len(messages) <= MAX_MESSAGES else None
-        if texts is None or compile_traceable(self._source) is None:
+        if texts is None or compile_traceable(self._renderer.source) is None:
             return None
 
         # Full caches learn nothing more.
@@ -152,7 +145,7 @@ class PatternCache:
         Conversations often begin alike, so renders are cached, unless the template made new texts of the conversation's
         `text_count` texts.
         """
-        template = compile_traceable(self._source)
+        template = compile_traceable(self._renderer.source)
         if not messages or template is None:
             return ""
 
@@ -165,9 +158,11 @@ class PatternCache:
 
         # A new render, whose questions are collected in `trace.recent`.
         trace.recent.clear()
-        values = {"documents": None, **self._variables, **(variables or {}), "tools": None}
+        values = {"documents": None, **self._renderer.variables, **(variables or {}), "tools": None}
         begin_render()
-        text = template.render(messages=self._spell(messages), add_generation_prompt=add_generation_prompt, **values)
+        text = template.render(
+            messages=self._renderer.spelling.spell(messages), add_generation_prompt=add_generation_prompt, **values
+        )
         if len(trace.texts) == text_count and len(renders) < MAX_PATTERNS and len(self._renders) < MAX_SHAPES:
             self._renders.setdefault(key, []).append((list(trace.recent), text))
         return text

@@ -25,6 +25,7 @@ from accel_llm.chat.recorder import CHOICE, COUNT, ITER, PROMPT, Key, Loop, Memo
 from accel_llm.chat.sandbox import begin_render
 
 MAX_RECORDS = 4  # results of a part that are kept at a time
+BLOCK = 64  # texts that are joined, so that a long text is put together from few pieces
 # Options of `render_jinja_template` that are not variables.
 _OPTIONS = {"conversations", "chat_template", "documents", "return_assistant_tokens_mask", "continue_final_message"}
 
@@ -160,6 +161,7 @@ class _Forward:
 
     def __init__(self) -> None:
         self._texts: list[str] = []  # of each iteration
+        self._blocks: list[str] = []  # the same, in blocks
         self._broke = False  # the last one left the loop
         self._ranges: dict[Key, list[tuple[int, tuple[float, float]]]] = {}  # each narrower than the one before
         self._exact: dict[Key, tuple[int, Any]] = {}
@@ -177,12 +179,19 @@ class _Forward:
         settled = self._apply(valid, state)
         if aside:
             last = prefixes.run_iteration(part, view, view.start + valid, settled)
-            return [*self._texts[:valid], last.text]
+            return [*self._first_texts(valid), last.text]
         for position in () if ended else range(view.start + valid, view.stop):
             self._add(prefixes.run_iteration(part, view, position, self._writes))
             if self._broke:
                 break
-        return self._texts[:count]
+        return self._first_texts(count)
+
+    def _first_texts(self, count: int) -> list[str]:
+        count = min(count, len(self._texts))  # a loop that was left has fewer
+        for block in range(len(self._blocks), len(self._texts) // BLOCK):
+            self._blocks.append("".join(self._texts[block * BLOCK : (block + 1) * BLOCK]))
+        blocks = count // BLOCK
+        return self._blocks[:blocks] + self._texts[blocks * BLOCK : count]
 
     def _count_valid(self, state: dict[Key, Any]) -> int:
         """Return how many iterations, from the first on, would be the same in this state."""
@@ -228,7 +237,7 @@ class _Forward:
         """Forget all iterations but the first `valid` ones."""
         if valid == len(self._texts):
             return
-        del self._texts[valid:]
+        del self._texts[valid:], self._blocks[valid // BLOCK :]
         self._broke = False
         self._exact = {key: entry for key, entry in self._exact.items() if entry[0] < valid}
         for logs in (self._ranges, self._writes):

@@ -12,79 +12,26 @@ would merge its last characters with the first ones of the answer.
 """
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Literal
 
 from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 
-from accel_llm.chat.arrival import CALL_NAMES, has_tools, left_out, probe_conversation, said_kinds
-from accel_llm.chat.frame import FRAME_CHAT, find_frame, split_tokens
-from accel_llm.chat.guard import GUARD_CLOSE, GUARD_OPEN, ControlGuard, restore_marks
+from accel_llm.chat.encoded import EncodedConversation, EncodedRow
+from accel_llm.chat.frame import split_tokens
+from accel_llm.chat.guard import GUARD_CLOSE, GUARD_OPEN, ControlGuard
 from accel_llm.chat.messages import Message
 from accel_llm.chat.patterns import PatternCache
-from accel_llm.chat.reads import template_reads
-from accel_llm.chat.sandbox import TEMPLATE_ERRORS, begin_render, check_output_size, check_template_size, run_bounded
+from accel_llm.chat.renderer import Renderer, Tools
+from accel_llm.chat.sandbox import check_output_size, run_bounded
 from accel_llm.chat.segments import apply_segments, mark_segments
 from accel_llm.chat.span_tokenizer import Span, SpanTokenizer
-from accel_llm.chat.spelling import Spelling
-from accel_llm.chat.targets import (
-    IGNORED,
-    AnswerFrame,
-    OpenThought,
-    SplitTurns,
-    Target,
-    TargetFinder,
-    TargetLayout,
-    TrainOn,
-)
+from accel_llm.chat.targets import IGNORED, OpenThought, SplitTurns, Target, TargetFinder, TargetLayout, TrainOn
 from accel_llm.chat.template_source import describe_template, read_template
-from accel_llm.config.options import DataOptions
+from accel_llm.config.data_options import DataOptions
 from accel_llm.errors import ConfigError, DataError
 
-Tools = list[Any] | None  # JSON schemas
 TrainOnEos = Literal["turn", "last", "none"]
-
-TEMPLATE_REFUSED = "refused by the chat template"  # reason to refuse a row, see `messages`
-MAX_REFUSAL_LENGTH = 500  # characters of a template's own error message
-
-
-@dataclass(frozen=True)
-class EncodedRow:
-    """One row of token ids with labels and weights, all of the same length.
-
-    `labels[k]` is `input_ids[k]` if position k is trained, else -100 (not shifted). `weights[k]` is the weight of that
-    label in the loss; None if all are 1.
-    """
-
-    input_ids: list[int]
-    labels: list[int]
-    weights: list[float] | None = None
-
-
-@dataclass(frozen=True)
-class EncodedConversation:
-    """The rows of a conversation, and what happened to its assistant turns.
-
-    `lost` counts the turns that are not trained, by reason. `shown_as_history` counts the turns that are trained
-    as the conversation shows them, without the words that the template puts around a last answer only (Qwen3's empty
-    think block). `without_reasoning` counts the turns that are trained without their reasoning, because the template
-    does not write it. `closed_thoughts` counts the turns whose thought, opened by the prompt, is closed at once.
-    `left_out` names what the template does not write, as in `arrival`. `rendered_before` says that a message holds
-    the template's own control tokens.
-    """
-
-    rows: list[EncodedRow]
-    lost: dict[str, int]
-    shown_as_history: int = 0
-    without_reasoning: int = 0
-    closed_thoughts: int = 0
-    left_out: tuple[str, ...] = ()
-    rendered_before: bool = False
 
 
 class Template:
@@ -103,20 +50,16 @@ class Template:
         allow_special_in_text: bool = False,
         source_for_tools: str | None = None,
     ):
-        check_template_size(source)
         self.source, self.source_for_tools = source, source_for_tools
-        self._variables: dict[str, Any] = {**tokenizer.special_tokens_map, **(variables or {})}
         self._tokenizer = SpanTokenizer(tokenizer)
         self._guard = ControlGuard(tokenizer, allow_special_in_text)
         self.tokenizer_digest = self._tokenizer.digest
-        self._for_tools: Template | None = None
-        with _refusals():
-            self.reads = reads = run_bounded(template_reads, source)
-        self._spelling = Spelling(reads)
+        self._renderer = Renderer(source, {**tokenizer.special_tokens_map, **(variables or {})})
+        self.reads = self._renderer.reads
 
         # How an answer is written, and the tokens that close it.
         added_pattern = self._tokenizer.added_pattern
-        frame = self._find_frame()
+        frame = self._renderer.find_frame(added_pattern)
         closers = re.findall(added_pattern, frame.tail[: frame.closing])
         self._closing_ids = [self._tokenizer.token_id(token) for token in closers]
         # Generation stops at the last of them, or where the family's own stops.
@@ -124,40 +67,15 @@ class Template:
         if closers:
             self.turn_end = tokenizer.eos_token if tokenizer.eos_token in closers else closers[-1]
         self.turn_end_id: int | None = self._tokenizer.token_id(self.turn_end) if self.turn_end else None
-        self._own_tokens = {*re.findall(added_pattern, self._frame_prompt), *closers}
+        self._own_tokens = {*re.findall(added_pattern, self._renderer.frame_prompt), *closers}
         self._targets = TargetFinder(frame, added_pattern)
-        self._patterns = PatternCache(source, self._variables, self._targets, self._spelling.spell)
-
-        if "tool_calls" in reads.message_keys and CALL_NAMES in self._never_written:
-            # DeepSeek-R1's template writes the calls of a message only if its content is null.
-            self._spelling.empty_content = None
-            del self._never_written
-            if CALL_NAMES in self._never_written:
-                self._spelling.empty_content = ""
+        self._patterns = PatternCache(self._renderer, self._targets)
 
         # Rows with tools may have a template of their own.
+        self._for_tools: Template | None = None
         if source_for_tools is not None:
             self._for_tools = Template(tokenizer, source_for_tools, variables, allow_special_in_text)
-            self.reads = reads.union(self._for_tools.reads)
-
-    def _find_frame(self) -> AnswerFrame:
-        """Find out how an answer is written; some templates need tools, or content in parts, to write one at all."""
-        problem: DataError | None = None
-        for self._spelling.in_parts in (False, True):
-            for self._frame_tools in (None, probe_conversation()[1]):
-                try:
-                    text = self.render(FRAME_CHAT, tools=self._frame_tools)
-                    self._frame_prompt = self.render(FRAME_CHAT[:1], True, self._frame_tools)
-                    return run_bounded(
-                        find_frame, text, self._frame_prompt, self._try_frame_render, self._tokenizer.added_pattern
-                    )
-                except DataError as error:
-                    problem = problem or error
-        assert problem is not None
-        raise problem
-
-    def _try_frame_render(self, messages: list[Message], add_generation_prompt: bool) -> str:
-        return self._try_render(messages, add_generation_prompt, self._frame_tools)
+            self.reads = self.reads.union(self._for_tools.reads)
 
     def render(
         self,
@@ -174,29 +92,10 @@ class Template:
         """
         if self._for_tools and tools:
             return self._for_tools.render(messages, add_generation_prompt, tools, variables)
-        messages = self._spelling.place_tools(messages, tools)
-        text = run_bounded(self._render, messages, add_generation_prompt, tools, variables)
+        messages = self._renderer.spelling.place_tools(messages, tools)
+        text = run_bounded(self._renderer.render, messages, add_generation_prompt, tools, variables)
         check_output_size(text, (messages, tools))
         return text
-
-    def _render(
-        self,
-        messages: list[Message],
-        add_generation_prompt: bool,
-        tools: Tools,
-        variables: dict[str, Any] | None,
-    ) -> str:
-        begin_render()
-        messages = self._spelling.spell(messages)
-        options = {
-            **self._variables,
-            **(variables or {}),
-            "tools": tools,
-            "add_generation_prompt": add_generation_prompt,
-        }
-        with _refusals():
-            text = render_jinja_template([messages], chat_template=self.source, **options)[0][0]
-        return restore_marks(text, (messages, tools, variables))
 
     def prompt_ids(
         self, messages: list[Message], tools: Tools = None, variables: dict[str, Any] | None = None
@@ -236,7 +135,7 @@ class Template:
         people_wrote = messages
         messages, tools, variables = map(self._guard.guard, (messages, tools, variables))
         rendered_before = messages != people_wrote and self._looks_rendered(messages)
-        messages = self._spelling.place_tools(messages, tools)
+        messages = self._renderer.spelling.place_tools(messages, tools)
         weights: list[float] = []
         if any("segments" in message for message in messages):
             messages = [_with_segments(message, weights, train_on != "all") for message in messages]
@@ -255,31 +154,14 @@ class Template:
     def _lay_out(
         self, messages: list[Message], tools: Tools, variables: dict[str, Any] | None, options: tuple[Any, ...]
     ) -> TargetLayout:
-        renders: dict[tuple[int, bool], str] = {}
-
-        def render(count: int, add_generation_prompt: bool) -> str:
-            key = count, add_generation_prompt
-            if key not in renders:
-                renders[key] = self._try_render(messages[:count], add_generation_prompt, tools, variables)
-            return renders[key]
-
+        render = self._renderer.of_first_messages(messages, tools, variables)
         # Work it out once for all conversations of this shape, or else for this conversation alone.
         layout = None if tools else self._patterns.learn(messages, render, variables, options)
-        if layout is not None:
-            return layout
-        full = self._render(messages, False, tools, variables)
-        missing = left_out(messages, tools, full)
-        if has_tools(messages, tools):
-            # What the template never writes is missing, even if the same words happen to stand elsewhere.
-            missing |= self._never_written & said_kinds(messages, tools)
-        return self._targets.lay_out(messages, full, render, *options)._replace(left_out=tuple(sorted(missing)))
-
-    @cached_property
-    def _never_written(self) -> set[str]:
-        messages, tools = probe_conversation()
-        placed = self._spelling.place_tools(messages, tools)
-        text = self._try_render(placed, False, tools, None)
-        return left_out(messages, tools, text) if text else set()
+        if layout is None:
+            full = self._renderer.render(messages, False, tools, variables)
+            layout = self._targets.lay_out(messages, full, render, *options)
+            layout = layout._replace(left_out=self._renderer.left_out(messages, tools, full))
+        return layout
 
     def _looks_rendered(self, messages: list[Message]) -> bool:
         """Return whether a message holds a control token that this template writes around messages."""
@@ -290,7 +172,7 @@ class Template:
     def split_markers(self, strict: bool) -> list[str]:
         """Return the template's control tokens that this tokenizer splits, as `frame.split_tokens` does."""
         tail = self._targets.frame.tail
-        return split_tokens(self._frame_prompt + tail, tail, self._tokenizer.is_single, strict)
+        return split_tokens(self._renderer.frame_prompt + tail, tail, self._tokenizer.is_single, strict)
 
     def _make_row(self, text: str, targets: list[Target], weights: list[float], train_on_eos: TrainOnEos) -> EncodedRow:
         if weights:
@@ -314,34 +196,6 @@ class Template:
             if end > start and ids[end - 1] == token:
                 end -= 1
         return end
-
-    def _try_render(
-        self,
-        messages: list[Message],
-        add_generation_prompt: bool,
-        tools: Tools = None,
-        variables: dict[str, Any] | None = None,
-    ) -> str:
-        """Render a part of a conversation; "" if the template refuses it. It may refuse a part and accept the whole."""
-        try:
-            return self._render(messages, add_generation_prompt, tools, variables) if messages else ""
-        except DataError:
-            return ""
-
-
-@contextmanager
-def _refusals() -> Iterator[None]:
-    """Turn an error of a template into a DataError: it is a program, and may fail in any of Python's ways.
-
-    A TemplateSyntaxError stays as it is: it does not depend on the conversation.
-    """
-    try:
-        yield
-    except TemplateSyntaxError:
-        raise
-    except TEMPLATE_ERRORS as error:
-        words = str(error)[:MAX_REFUSAL_LENGTH]
-        raise DataError(f"the chat template refuses this conversation: {words}", TEMPLATE_REFUSED) from error
 
 
 def _with_segments(message: Message, weights: list[float], marked: bool) -> Message:

@@ -15,7 +15,8 @@ from accelerate import Accelerator
 from accel_llm.backend.collectives import sum_on_cpus
 from accel_llm.backend.strategy import rows_per_step
 from accel_llm.config.command_line import resolved_options
-from accel_llm.config.options import DataOptions, RunOptions, TrainOptions
+from accel_llm.config.data_options import DataOptions
+from accel_llm.config.options import RunOptions, TrainOptions
 from accel_llm.data.rows import Rows
 from accel_llm.data.sources import as_source
 from accel_llm.errors import ConfigError, raise_problems

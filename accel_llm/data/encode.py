@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerFast
 
+from accel_llm.chat.encoded import EncodedConversation, EncodedRow
 from accel_llm.chat.guard import check_encodable
 from accel_llm.chat.reads import TemplateReads
 from accel_llm.chat.targets import IGNORED
-from accel_llm.chat.template import EncodedConversation, EncodedRow, Template
+from accel_llm.chat.template import Template
+from accel_llm.config.data_options import DataOptions
 from accel_llm.config.fields import DataFormat
-from accel_llm.config.options import DataOptions
 from accel_llm.data.formats import Conversation, Document, TokenizedRow, parse_row
 from accel_llm.data.ledger import TRAINED, Ledger
 from accel_llm.data.rows import RowPart

@@ -19,14 +19,15 @@ import transformers
 from transformers import PreTrainedTokenizerFast
 
 from accel_llm.chat.template import Template
+from accel_llm.config.data_options import DataOptions
 from accel_llm.config.fields import DataFormat, Source
-from accel_llm.config.options import DataOptions
 from accel_llm.data.columns import column_problems
-from accel_llm.data.encode import NOTHING_TRAINED, Chunk, Encoder, SourceRow, encode_chunk
-from accel_llm.data.ledger import TRAINED, Ledger, is_lost
+from accel_llm.data.encode import A_CHAT, Chunk, Encoder, SourceRow, encode_chunk
+from accel_llm.data.ledger import TRAINED, Ledger
+from accel_llm.data.limits import check_left_out, check_lost_share, check_lost_turns
 from accel_llm.data.order import mix_sources
 from accel_llm.data.rows import Rows, RowWriter, cache_folder, cached_rows, load_rows
-from accel_llm.data.sources import as_source, data_fingerprint, read_source, source_identity
+from accel_llm.data.sources import as_source, data_fingerprint, left_out_note, read_source, source_identity
 from accel_llm.errors import ConfigError, DataError, raise_problems
 
 CACHE_VERSION = 4  # raise it with every change of the encoding, so that no old cache is used
@@ -57,13 +58,20 @@ class EncodedData:
 
 
 def encode_conversations(
-    options: DataOptions, seed: int, tokenizer: PreTrainedTokenizerFast, template: Template
+    options: DataOptions,
+    seed: int,
+    tokenizer: PreTrainedTokenizerFast,
+    template: Template | None,
+    no_template: tuple[str, str] = A_CHAT,
 ) -> EncodedData:
-    """Encode chats with `template`; the sources may also hold plain text and token ids. See `encode_sources`."""
-    encoded = encode_sources(options, seed, tokenizer, template)
-    if template.turn_end is None:
+    """Encode chats with `template`; the sources may also hold plain text and token ids. See `encode_sources`.
+
+    `template` may be None for sources without chats; `no_template` is message and reason for a chat among them.
+    """
+    encoded = encode_sources(options, seed, tokenizer, template, no_template)
+    if template and template.turn_end is None:
         encoded.ledger.note(NO_TURN_END_NOTE)
-    if "strftime_now" in template.source:
+    if template and "strftime_now" in template.source:
         encoded.ledger.note(DATE_NOTE)
     return encoded
 
@@ -76,7 +84,11 @@ def encode_texts(options: DataOptions, seed: int, tokenizer: PreTrainedTokenizer
 
 
 def encode_sources(
-    options: DataOptions, seed: int, tokenizer: PreTrainedTokenizerFast, template: Template | None
+    options: DataOptions,
+    seed: int,
+    tokenizer: PreTrainedTokenizerFast,
+    template: Template | None,
+    no_template: tuple[str, str] = A_CHAT,
 ) -> EncodedData:
     """Encode the training and evaluation sources, or load them from the cache.
 
@@ -95,13 +107,16 @@ def encode_sources(
     raise_problems(list(dict.fromkeys(problems)))
 
     # Encode, or load the rows from the cache.
-    encoder = Encoder(options, tokenizer, template, [source.label for source in (*train, *evaluation)], formats)
+    labels = [source.label for source in (*train, *evaluation)]
+    encoder = Encoder(options, tokenizer, template, labels, formats, no_template)
     key = _cache_key(options, seed, tokenizer, template, train, evaluation)
     parts, facts = cached_rows(cache_folder(options) / key, partial(_encode_into, encoder, seed, train, evaluation))
 
     # Check that enough is left.
     ledger = Ledger.from_dict(facts["ledger"])
     ledger.balance()
+    for note in filter(None, map(left_out_note, (*train, *evaluation))):
+        ledger.note(note)
     check_lost_share(ledger, facts["lengths"], options)
     check_lost_turns(ledger, facts["turns"], options)
     check_left_out(ledger, options)
@@ -261,7 +276,8 @@ def _note_common_rows(ledger: Ledger, train: Rows, evaluation: Rows) -> None:
 
 def _uniform_number(seed: int, row: SourceRow) -> float:
     """Return a number in [0, 1) that depends only on the seed, the name of the file and the number of the row."""
-    return zlib.crc32(f"{seed} {Path(row.row.file).name} {row.row.number}".encode()) / 2**32
+    name = f"{seed} {Path(row.row.file).name} {row.row.number}"
+    return zlib.crc32(name.encode(errors="surrogatepass")) / 2**32  # a file name need not be UTF-8
 
 
 def _encode_chunks(tasks: Iterator[tuple[str, list[SourceRow]]], encoder: Encoder) -> Iterator[tuple[str, Chunk]]:
@@ -308,76 +324,3 @@ def _set_worker_encoder(encoder: Encoder) -> None:
 
 def _encode_in_worker(rows: list[SourceRow]) -> Chunk:
     return encode_chunk(rows, _worker_encoder)
-
-
-def check_lost_share(ledger: Ledger, lengths: dict[str, int], options: DataOptions) -> None:
-    """Check that at most `max_lost` of the rows and of the supervised tokens are lost. `lengths`: percentile -> tokens.
-
-    Raises:
-        ConfigError: more would be lost; the message names the reasons and a remedy.
-    """
-    rows, supervised = ledger.lost_share()
-    if max(rows, supervised) <= options.max_lost:
-        return
-
-    # The reasons, with the number of rows over all sources.
-    lost: dict[str, int] = {}
-    for bins in ledger.bins.values():
-        for name, amount in bins.items():
-            if is_lost(name):
-                lost[name] = lost.get(name, 0) + amount["rows"]
-    reasons = [f"{name} ({count:,} rows)" if count else name for name, count in lost.items()]
-    reasons += [f"{turns:,} turns without a label because {reason}" for reason, turns in ledger.turns.items()]
-
-    if lost.keys() == {NOTHING_TRAINED}:
-        remedy = "look at train_on, chat_template and the rows themselves"
-    else:
-        remedy = (
-            f"half of the rows have at most {lengths['50']:,} tokens, 95% {lengths['95']:,}, 99% {lengths['99']:,}, "
-            f"the longest {lengths['100']:,}; raise max_length, set overlong: truncate or split"
-        )
-    raise ConfigError(
-        f"max_lost: {rows:.1%} of the rows and {supervised:.1%} of the supervised tokens would be lost; allowed is "
-        f"{options.max_lost:.1%}: {', '.join(reasons)}; {remedy}, or raise max_lost."
-    )
-
-
-def check_lost_turns(ledger: Ledger, turns: int, options: DataOptions) -> None:
-    """Check that the template leaves at most `max_lost` of the assistant turns, `turns` in all, without a label.
-
-    Raises:
-        ConfigError: more turns would train nothing.
-    """
-    lost = ledger.turns
-    share = sum(lost.values()) / max(turns, 1)
-    if share > options.max_lost:
-        reasons = ", ".join(f"{reason} ({count:,} turns)" for reason, count in lost.items())
-        raise ConfigError(
-            f"max_lost: {share:.1%} of the assistant turns would train nothing; allowed is {options.max_lost:.1%}: "
-            f"{reasons}; {_advise(ledger)}, or raise max_lost."
-        )
-
-
-def _advise(ledger: Ledger) -> str:
-    """Return which settings would train the lost turns; some of their conversations were tried with each."""
-    cures = [setting for setting, count in ledger.remedies.items() if count == ledger.tried]
-    if cures:
-        return f"set {' or '.join(cures)}"
-    helpful = [f"{setting} (helps {count} of {ledger.tried})" for setting, count in ledger.remedies.items() if count]
-    return f"set {' or '.join(helpful)}, or another chat_template" if helpful else "set another chat_template"
-
-
-def check_left_out(ledger: Ledger, options: DataOptions) -> None:
-    """Check that the template leaves nothing out in more than `max_lost` of the rows.
-
-    Raises:
-        ConfigError: it does; the message names what.
-    """
-    rows = sum(amount["rows"] for amount in ledger.inputs.values())
-    lost = {kind: count for kind, count in ledger.left_out.items() if count > options.max_lost * rows}
-    if lost:
-        kinds = ", ".join(f"{kind} (in {count:,} of {rows:,} rows)" for kind, count in lost.items())
-        raise ConfigError(
-            f"chat_template: the template does not write everything that the rows say; missing are {kinds}; allowed is "
-            f"{options.max_lost:.1%} of the rows; use a template that writes them, or raise max_lost."
-        )

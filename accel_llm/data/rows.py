@@ -12,7 +12,7 @@ import numpy as np
 from filelock import FileLock
 from huggingface_hub.constants import HF_HOME
 
-from accel_llm.config.options import DataOptions
+from accel_llm.config.data_options import DataOptions
 from accel_llm.system.folders import atomic_folder
 
 # The arrays of a part (train or eval), each a file of plain numbers, and their type as `array` and NumPy name it.

@@ -17,8 +17,8 @@ from filelock import FileLock
 from huggingface_hub.constants import HF_HOME
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from accel_llm.config.data_options import DataOptions
 from accel_llm.config.fields import Source
-from accel_llm.config.options import DataOptions
 from accel_llm.data.hub import is_reader_name, load_hub_dataset
 from accel_llm.data.readers import READERS, ROWS_PER_BATCH, SourceFile, file_kind, is_readable, plain_values, read_rows
 from accel_llm.data.saved_datasets import is_saved_dataset, saved_problem

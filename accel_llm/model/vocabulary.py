@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from accel_llm.chat.template import missing_tokens
-from accel_llm.config.options import DataOptions
+from accel_llm.config.data_options import DataOptions
 from accel_llm.errors import ConfigError
 
 NEW_ROWS = "new_rows"  # name of the parameter that holds the trained rows, in the embedding and in the head

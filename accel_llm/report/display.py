@@ -181,8 +181,8 @@ def show_stop_token_check(
     token = tokenizer.convert_ids_to_tokens(turn_end)
     assert turn_end in stop
     console.print(
-        f"stop token: {token} is the last trained token of {ended:,} of {len(rows):,} documents and an eos of the "
-        "generation config that will be saved",
+        f"stop token: {token} is the last trained token of {ended:,} of {len(rows):,} documents; generation stops at "
+        f"{', '.join(map(str, tokenizer.convert_ids_to_tokens(stop)))}, as the generation config that will be saved says",
         style="green" if ended == len(rows) else "yellow",
         markup=False,
     )

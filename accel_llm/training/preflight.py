@@ -42,12 +42,13 @@ def preflight(accelerator: Accelerator, model: nn.Module, optimizer: Any, option
     dtype = torch.int8 if options.load_in_8bit else compute_dtype(options)
 
     # Checks that need no forward pass. They come first: after a forward pass FSDP2 keeps the parameters outside the
-    # layers unsharded until the next backward pass.
+    # layers unsharded until the next backward pass, as copies in the dtype of the matrix products.
     _check_engine(model)
     _check_trainable_parameters(unwrap_model(accelerator, model), options)
     facts: dict[str, Any] = {}
     _watch_first_step(accelerator, model, optimizer, facts)
     parameters = parameter_counts(model)
+    dtypes = {"trained": _dtypes(model, True), "frozen": _dtypes(model, False)}
     held = [0] * accelerator.num_processes
     held[accelerator.process_index] = parameters["this_process"]
     if accelerator.num_processes > 1:
@@ -64,7 +65,7 @@ def preflight(accelerator: Accelerator, model: nn.Module, optimizer: Any, option
         "engine": type(model).__name__,
         "loss_path": check_loss(model, accelerator.device, dtype),
         "parameters": parameters | {"each_process": sum_over_processes(accelerator, torch.tensor(held)).tolist()},
-        "dtypes": {"trained": _dtypes(model, True), "frozen": _dtypes(model, False)},
+        "dtypes": dtypes,
         "weights_hash": _check_equal_weights(accelerator, model),
         "attention": unwrap_causal_lm(model).config._attn_implementation,
     }

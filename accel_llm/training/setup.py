@@ -89,7 +89,8 @@ def chat_tokenizer(options: SftOptions) -> ChatTokenizer:
     tokenizer = configured_tokenizer(options)
     new_tokens = add_missing_tokens(tokenizer, options)
     template = configured_template(tokenizer, options)
-    tokenizer.chat_template = template.source  # so that the export has the template of the training
+    if options.chat_template or not isinstance(tokenizer.chat_template, dict):
+        tokenizer.chat_template = template.source  # so that the export has the template of the training
     return ChatTokenizer(tokenizer, template, new_tokens)
 
 

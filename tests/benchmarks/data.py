@@ -8,7 +8,7 @@ Without files: generated conversations. Needs `pip install -e ".[bench]"`; the t
 import os
 
 from accel_llm.chat.template import configured_template
-from accel_llm.config.options import DataOptions
+from accel_llm.config.data_options import DataOptions
 from accel_llm.data.formats import Conversation, parse_row
 from accel_llm.data.packing import pack
 from accel_llm.data.prepare import encode_conversations

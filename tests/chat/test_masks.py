@@ -15,6 +15,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 import pytest
+from _pytest.mark import ParameterSet
 from specification import (
     ALL_SHAPES,
     ARGUMENTS,
@@ -202,10 +203,11 @@ def deepseek_r1_thinking(chat: Chat, tools: Tools) -> str:
         elif message["role"] == "assistant":
             thought = thought_and_answer(message)[0].strip()
             answer = message["content"].rpartition("</think>")[2].strip()
+            not_shown = thought or "</think>" in message["content"] or "tool_calls" in message
             turn = f"<｜Assistant｜><think>\n⟦{thought}\n</think>\n\n{answer}<｜end▁of▁sentence｜>⟧"
             if message is not chat[-1]:
                 turn = f"<｜Assistant｜>⟦{answer}<｜end▁of▁sentence｜>⟧"
-                turn = bare(turn) if thought or "</think>" in message["content"] else turn
+                turn = bare(turn) if not_shown else turn
             text += bare(turn) if chat[index - 1]["role"] == "assistant" else turn
     return text
 
@@ -349,6 +351,11 @@ def deepseek_v31(chat: Chat, tools: Tools) -> str:
     return text
 
 
+def without_channels(content: str) -> str:
+    """Return an answer as Gemma 4's template shows it: without what stands in channels."""
+    return "".join(part.partition("<|channel>")[0] for part in content.split("<channel|>")).strip()
+
+
 def gemma4(chat: Chat, tools: Tools, in_rows: bool = True) -> str:
     """The prompt opens and closes a thought that no finished turn shows: it is in rows before the last answer only.
 
@@ -356,14 +363,16 @@ def gemma4(chat: Chat, tools: Tools, in_rows: bool = True) -> str:
     after tool results or after answers belong to the same turn of the model.
     """
     has_system = chat[0]["role"] == "system"
-    tools_text = '<|tool>declaration:add{description:<|"|><|"|>,parameters:{type:<|"|>OBJECT<|"|>}}<tool|>' if tools else ""
+    tools_text = (
+        '<|tool>declaration:add{description:<|"|><|"|>,parameters:{type:<|"|>OBJECT<|"|>}}<tool|>' if tools else ""
+    )
     opening = (chat[0]["content"].strip() if has_system else "") + tools_text
     text = "<bos>" + (f"<|turn>system\n{opening}<turn|>\n" if tools or has_system else "")
     chat = chat[has_system:]
     last_question = max(index for index, message in enumerate(chat) if message["role"] == "user")
     for index, message in enumerate(chat):
-        before, after = chat[index - 1]["role"] if index else "", chat[index + 1]["role"] if message is not chat[-1] else ""
-        answer = "".join(part.partition("<|channel>")[0] for part in message["content"].split("<channel|>")).strip()
+        before, after = chat[index - 1]["role"], chat[(index + 1) % len(chat)]
+        answer = without_channels(message["content"])
         thought = message.get("reasoning_content")
         if message["role"] == "user":
             text += f"<|turn>user\n{message['content'].strip()}<turn|>\n"
@@ -374,7 +383,12 @@ def gemma4(chat: Chat, tools: Tools, in_rows: bool = True) -> str:
         elif before == "tool":
             text += f"⟦{answer}<turn|>⟧\n"
         else:
-            end = "⟧" if after == "assistant" else "<turn|>⟧\n"
+            # The end stands after the last of several answers.
+            goes_on = after["role"] == "assistant"
+            end = (
+                "⟧" if goes_on and (without_channels(after["content"]) or "reasoning_content" in after) else "<turn|>⟧"
+            )
+            end += "" if goes_on else "\n"
             shown = f"<|channel>thought\n{thought}\n<channel|>" if thought and index > last_question else ""
             prompt = "<|channel>thought\n<channel|>" if message is chat[-1] and before == "user" and not thought else ""
             turn = f"{shown}{prompt if in_rows else ''}⟦{answer}{end}"
@@ -405,9 +419,7 @@ def glm45(chat: Chat, tools: Tools) -> str:
     return text
 
 
-GLM_CALL = (
-    "<tool_call>add\n<arg_key>a</arg_key>\n<arg_value>2</arg_value>\n<arg_key>b</arg_key>\n<arg_value>2</arg_value>\n</tool_call>"
-)
+GLM_CALL = "<tool_call>add\n<arg_key>a</arg_key>\n<arg_value>2</arg_value>\n<arg_key>b</arg_key>\n<arg_value>2</arg_value>\n</tool_call>"
 HERMES_TOOLS = (
     '<|im_start|>system\n<tools> {"type": "function", "function": {"name": "add", "description": "add() - \n\n", '
     '"parameters": {}} </tools><|im_end|>\n'
@@ -470,9 +482,7 @@ def nemotron3(chat: Chat, tools: Tools) -> str:
 
 
 NEMOTRON_TOOLS = "# Tools\n\n<tools>\n<function>\n<name>add</name>\n<parameters>\n</parameters>\n</function>\n</tools>"
-XML_CALL = (
-    "<tool_call>\n<function=add>\n<parameter=a>\n2\n</parameter>\n<parameter=b>\n2\n</parameter>\n</function>\n</tool_call>"
-)
+XML_CALL = "<tool_call>\n<function=add>\n<parameter=a>\n2\n</parameter>\n<parameter=b>\n2\n</parameter>\n</function>\n</tool_call>"
 
 
 def qwen3_thinking(chat: Chat, tools: Tools) -> str:
@@ -631,9 +641,7 @@ FAMILIES: dict[str, Family] = {
         calls_without_content=True,
     ),
     "deepseek-v3.1": replace(DEEPSEEK, specification=deepseek_v31),
-    "deepseek-v3.2": replace(
-        DEEPSEEK, specification=deepseek_v32, rendered=partial(deepseek_v32, in_rows=False)
-    ),
+    "deepseek-v3.2": replace(DEEPSEEK, specification=deepseek_v32, rendered=partial(deepseek_v32, in_rows=False)),
     "gpt-oss": Family(
         gpt_oss, "<|start|> <|end|> <|message|> <|channel|> <|call|>", "<|startoftext|>", eos="<|return|>"
     ),
@@ -813,8 +821,12 @@ LITERALS: dict[tuple[str, str], str] = {
         "<｜begin▁of▁sentence｜><｜User｜>Hi<｜Assistant｜>\n\nHello.<｜end▁of▁sentence｜>"
         "<｜User｜>2+2?<｜Assistant｜>\n\n4.<｜end▁of▁sentence｜>"
     ),
+    ("deepseek-r1", "reasoning"): (
+        "<｜begin▁of▁sentence｜><｜User｜>Hi<｜Assistant｜>Hello.<｜end▁of▁sentence｜>"
+        "<｜User｜>2+2?<｜Assistant｜><think>\n⟦Sum.\n</think>\n\n4.<｜end▁of▁sentence｜>⟧"
+    ),
     ("deepseek-r1-thinking", "system"): (
-        "<｜begin▁of▁sentence｜>Be brief.<｜User｜>Hi<｜Assistant｜>Hello.<｜end▁of▁sentence｜>"
+        "<｜begin▁of▁sentence｜>Be brief.<｜User｜>Hi<｜Assistant｜>⟦Hello.<｜end▁of▁sentence｜>⟧"
         "<｜User｜>2+2?<｜Assistant｜><think>\n⟦\n</think>\n\n4.\n\nSure.<｜end▁of▁sentence｜>⟧"
     ),
     ("deepseek-r1-thinking", "thoughts"): (
@@ -824,7 +836,7 @@ LITERALS: dict[tuple[str, str], str] = {
     ("gpt-oss", "system"): (
         f"<|start|>system<|message|>Current date: {TODAY:%Y-%m-%d}\n\nReasoning: medium<|end|>"
         "<|start|>developer<|message|># Instructions\n\nBe brief.<|end|><|start|>user<|message|>Hi<|end|>"
-        "<|start|>assistant<|channel|>final<|message|>Hello.<|end|><|start|>user<|message|>2+2?<|end|>"
+        "<|start|>assistant⟦<|channel|>final<|message|>Hello.⟧<|end|><|start|>user<|message|>2+2?<|end|>"
         "<|start|>assistant⟦<|channel|>final<|message|>4.\n\nSure.<|return|>⟧"
     ),
     ("gpt-oss", "reasoning"): (
@@ -920,6 +932,151 @@ LITERALS: dict[tuple[str, str], str] = {
         "<|user|>\nHi</s>\n<|assistant|>\n⟦<think>\nPolite.\n</think>\n\nHello.</s>⟧\n"
         "<|user|>\n2+2?</s>\n<|assistant|>\n⟦<think>\nSum.\n</think>\n\n4.</s>⟧\n"
     ),
+    ("command-r7b", "system"): (
+        "<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>Be brief.<|END_OF_TURN_TOKEN|>"
+        "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>Hi<|END_OF_TURN_TOKEN|><|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>"
+        "<|START_RESPONSE|>⟦Hello.<|END_RESPONSE|><|END_OF_TURN_TOKEN|>⟧"
+        "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>2+2?<|END_OF_TURN_TOKEN|><|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>"
+        "<|START_RESPONSE|>⟦4.\n\nSure.<|END_RESPONSE|><|END_OF_TURN_TOKEN|>⟧"
+    ),
+    ("command-r7b", "tools"): (
+        "<BOS_TOKEN><|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|># System Preamble\n\n## Available Tools\n\n```json\n[\n"
+        '    {"name": "add", "description": "", "parameters": {"type": "object"}, "responses": null}\n]\n```\n\n'
+        "# Default Preamble<|END_OF_TURN_TOKEN|><|START_OF_TURN_TOKEN|><|USER_TOKEN|>2+2?<|END_OF_TURN_TOKEN|>"
+        "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>⟦<|START_THINKING|><|END_THINKING|><|START_ACTION|>[\n"
+        '    {"tool_call_id": "0", "tool_name": "add", "parameters": {"a": 2, "b": 2}}\n]<|END_ACTION|><|END_OF_TURN_TOKEN|>⟧'
+        '<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|><|START_TOOL_RESULT|>[\n    {\n        "tool_call_id": "0",\n'
+        '        "results": {\n            "0": "4"\n        },\n        "is_error": null\n    }\n]<|END_TOOL_RESULT|>'
+        "<|END_OF_TURN_TOKEN|><|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>"
+        "⟦<|START_RESPONSE|>Four.<|END_RESPONSE|><|END_OF_TURN_TOKEN|>⟧<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>"
+    ),
+    ("deepseek-r1-distill", "reasoning"): (
+        "<｜begin▁of▁sentence｜><｜User｜>Hi<｜Assistant｜>Hello.<｜end▁of▁sentence｜>"
+        "<｜User｜>2+2?<｜Assistant｜><think>\n⟦Sum.\n</think>\n\n4.<｜end▁of▁sentence｜>⟧"
+    ),
+    ("deepseek-r1-distill", "system"): (
+        "<｜begin▁of▁sentence｜>Be brief.<｜User｜>Hi<｜Assistant｜>Hello.<｜end▁of▁sentence｜>"
+        "<｜User｜>2+2?<｜Assistant｜>4.\n\nSure.<｜end▁of▁sentence｜>"
+    ),
+    ("deepseek-r1-distill", "tools"): (
+        "<｜begin▁of▁sentence｜><｜User｜>2+2?<｜Assistant｜><｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>add\n"
+        '```json\n{"a": 2, "b": 2}\n```<｜tool▁call▁end｜><｜tool▁outputs▁begin｜><｜tool▁output▁begin｜>4<｜tool▁output▁end｜>'
+        "<｜tool▁outputs▁end｜>⟦Four.<｜end▁of▁sentence｜>⟧"
+    ),
+    ("deepseek-v3.1", "system"): (
+        "<｜begin▁of▁sentence｜>Be brief.<｜User｜>Hi<｜Assistant｜></think>⟦Hello.<｜end▁of▁sentence｜>⟧"
+        "<｜User｜>2+2?<｜Assistant｜></think>⟦4.\n\nSure.<｜end▁of▁sentence｜>⟧"
+    ),
+    ("deepseek-v3.1", "tools"): (
+        "<｜begin▁of▁sentence｜><｜User｜>2+2?<｜Assistant｜></think>⟦<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>add<｜tool▁sep｜>"
+        '{"a": 2, "b": 2}<｜tool▁call▁end｜><｜tool▁calls▁end｜><｜end▁of▁sentence｜>⟧<｜tool▁output▁begin｜>4<｜tool▁output▁end｜>'
+        "⟦Four.<｜end▁of▁sentence｜>⟧"
+    ),
+    ("deepseek-v3.2", "system"): (
+        "<｜begin▁of▁sentence｜>Be brief.<｜User｜>Hi<｜Assistant｜>⟦</think>Hello.<｜end▁of▁sentence｜>⟧"
+        "<｜User｜>2+2?<｜Assistant｜><think></think>⟦4.\n\nSure.<｜end▁of▁sentence｜>⟧"
+    ),
+    ("deepseek-v3.2", "reasoning"): (
+        "<｜begin▁of▁sentence｜><｜User｜>Hi<｜Assistant｜></think>Hello.<｜end▁of▁sentence｜>"
+        "<｜User｜>2+2?<｜Assistant｜></think>4.<｜end▁of▁sentence｜>"
+    ),
+    ("deepseek-v3.2", "tools"): (
+        '<｜begin▁of▁sentence｜>## Tools\n\n<functions>\n{"name": "add", "parameters": {"type": "object"}}\n</functions>\n'
+        "<｜User｜>2+2?<｜Assistant｜>⟦</think>\n\n<｜DSML｜function_calls>\n"
+        '<｜DSML｜invoke name="add">\n<｜DSML｜parameter name="a" string="false">2</｜DSML｜parameter>\n'
+        '<｜DSML｜parameter name="b" string="false">2</｜DSML｜parameter>\n</｜DSML｜invoke>\n'
+        "</｜DSML｜function_calls><｜end▁of▁sentence｜>⟧\n\n<function_results>\n<result>4</result>\n</function_results>"
+        "\n\n<think></think>⟦Four.<｜end▁of▁sentence｜>⟧"
+    ),
+    ("gemma-4", "system"): (
+        "<bos><|turn>system\nBe brief.<turn|>\n<|turn>user\nHi<turn|>\n<|turn>model\n⟦Hello.<turn|>⟧\n"
+        "<|turn>user\n2+2?<turn|>\n<|turn>model\n<|channel>thought\n<channel|>⟦4.\n\nSure.<turn|>⟧\n"
+    ),
+    ("gemma-4", "reasoning"): (
+        "<bos><|turn>user\nHi<turn|>\n<|turn>model\nHello.<turn|>\n"
+        "<|turn>user\n2+2?<turn|>\n<|turn>model\n<|channel>thought\nSum.\n<channel|>4.<turn|>\n"
+    ),
+    ("gemma-4", "tools"): (
+        '<bos><|turn>system\n<|tool>declaration:add{description:<|"|><|"|>,parameters:{type:<|"|>OBJECT<|"|>}}<tool|><turn|>\n'
+        "<|turn>user\n2+2?<turn|>\n<|turn>model\n⟦<|tool_call>call:add{a:2,b:2}<tool_call|><|tool_response>⟧"
+        'response:add{value:<|"|>4<|"|>}<tool_response|>⟦Four.<turn|>⟧\n'
+    ),
+    ("glm-4.5", "reasoning"): (
+        "[gMASK]<sop><|user|>\nHi<|assistant|>\n<think></think>\nHello."
+        "<|user|>\n2+2?<|assistant|>⟦\n<think>Sum.</think>\n4.⟧"
+    ),
+    ("glm-4.5", "tools"): (
+        '[gMASK]<sop><|system|>\n# Tools\n\n<tools>\n{"type": "function", "function": {"name": "add", "parameters": '
+        '{"type": "object"}}}\n</tools><|user|>\n2+2?<|assistant|>⟦\n<think></think>\n<tool_call>add\n'
+        "<arg_key>a</arg_key>\n<arg_value>2</arg_value>\n<arg_key>b</arg_key>\n<arg_value>2</arg_value>\n</tool_call>⟧"
+        "<|observation|>\n<tool_response>\n4\n</tool_response><|assistant|>⟦\n<think></think>\nFour.⟧"
+    ),
+    ("hermes-3", "multi"): (
+        "<|begin_of_text|><|im_start|>system\nYou are helpful.<|im_end|>\n"
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦Hello.<|im_end|>⟧\n"
+        "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n⟦4.\n\nSure.<|im_end|>⟧\n"
+    ),
+    ("hermes-3", "tools"): (
+        '<|begin_of_text|><|im_start|>system\n<tools> {"type": "function", "function": {"name": "add", "description": '
+        '"add() - \n\n", "parameters": {}} </tools><|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n'
+        '⟦<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 2}}\n</tool_call><|im_end|>⟧\n'
+        "<|im_start|>tool\n<tool_response>\n4\n</tool_response>\n<|im_end|><|im_start|>assistant\nFour.<|im_end|>\n"
+    ),
+    ("kimi-k2", "system"): (
+        "<|im_system|>system<|im_middle|>\nBe brief.<|im_end|><|im_user|>user<|im_middle|>Hi<|im_end|>"
+        "<|im_assistant|>assistant<|im_middle|>⟦Hello.<|im_end|>⟧<|im_user|>user<|im_middle|>2+2?<|im_end|>"
+        "<|im_assistant|>assistant<|im_middle|>⟦4.\n\nSure.<|im_end|>⟧"
+    ),
+    ("kimi-k2", "tools"): (
+        '<|im_system|>tool_declare<|im_middle|>\n  # Tools\n  [{"type": "function", "function": {"name": "add", '
+        '"parameters": {"type": "object"}}}]<|im_end|><|im_system|>system<|im_middle|>You are Kimi.<|im_end|>'
+        "<|im_user|>user<|im_middle|>2+2?<|im_end|><|im_assistant|>assistant<|im_middle|><|tool_calls_section_begin|>"
+        '<|tool_call_begin|>call00001<|tool_call_argument_begin|>{"a": 2, "b": 2}<|tool_call_end|>'
+        "<|tool_calls_section_end|><|im_end|><|im_system|>add<|im_middle|>\n## Return of call00001\n    4<|im_end|>"
+        "<|im_assistant|>assistant<|im_middle|>⟦Four.<|im_end|>⟧"
+    ),
+    ("nemotron-3", "system"): (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+        "<|im_start|>assistant\n<think></think>Hello.<|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n"
+        "<|im_start|>assistant\n<think></think>4.\n\nSure.<|im_end|>\n"
+    ),
+    ("nemotron-3", "reasoning"): (
+        "<|im_start|>system\n<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+        "<|im_start|>assistant\n<think></think>\nHello.<|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n"
+        "<|im_start|>assistant\n<think>\n⟦Sum.\n</think>\n4.<|im_end|>⟧\n"
+    ),
+    ("qwen3-thinking-2507", "system"): (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+        "<|im_start|>assistant\n⟦Hello.<|im_end|>⟧\n<|im_start|>user\n2+2?<|im_end|>\n"
+        "<|im_start|>assistant\n<think>\n⟦\n</think>\n\n4.\n\nSure.<|im_end|>⟧\n"
+    ),
+    ("qwen3-thinking-2507", "reasoning"): (
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n"
+        "<|im_start|>assistant\n<think>\n⟦Sum.\n</think>\n\n4.<|im_end|>⟧\n"
+    ),
+    ("qwen3.5", "system"): (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+        "<|im_start|>assistant\n⟦Hello.<|im_end|>⟧\n<|im_start|>user\n2+2?<|im_end|>\n"
+        "<|im_start|>assistant\n<think>\n⟦\n</think>\n\n4.\n\nSure.<|im_end|>⟧\n"
+    ),
+    ("qwen3.5", "tools"): (
+        '<|im_start|>system\n# Tools\n\n<tools>\n{"type": "function", "function": {"name": "add", "parameters": '
+        '{"type": "object"}}}\n</tools><|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n<think>\n'
+        "⟦\n</think>\n\n<tool_call>\n<function=add>\n<parameter=a>\n2\n</parameter>\n<parameter=b>\n2\n</parameter>\n"
+        "</function>\n</tool_call><|im_end|>⟧\n<|im_start|>user\n<tool_response>\n4\n</tool_response><|im_end|>\n"
+        "<|im_start|>assistant\n<think>\n⟦\n</think>\n\nFour.<|im_end|>⟧\n"
+    ),
+    ("olmo-3", "system"): (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+        "<|im_start|>assistant\n⟦Hello.⟧<|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n"
+        "<|im_start|>assistant\n⟦4.\n\nSure.<|endoftext|>⟧"
+    ),
+    ("olmo-3", "tools"): (
+        '<|im_start|>system\nYou are Olmo. <functions>[{"type": "function", "function": {"name": "add", "parameters": '
+        '{"type": "object"}}}]</functions><|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n'
+        "<|im_start|>assistant\n⟦<function_calls>add(a=2, b=2)</function_calls>⟧<|im_end|>\n"
+        "<|im_start|>environment\n4<|im_end|>\n<|im_start|>assistant\n⟦Four.<|endoftext|>⟧"
+    ),
     ("nasty-system-last", "system"): (
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n"
         "<|im_start|>assistant\n4.\n\nSure.<|im_end|>\n<|im_start|>system\nBe brief.<|im_end|>\n"
@@ -973,8 +1130,26 @@ def test_specifications_give_the_literals(name: str, shape: str) -> None:
     assert specification(*get_conversation(shape, specification)) == LITERALS[name, shape]
 
 
-@pytest.mark.parametrize("shape", ALL_SHAPES)
-@pytest.mark.parametrize("name", FAMILIES)
+R7B_PROMPT = "with tools the text always ends with a prompt, which the package takes for the end of a turn"
+CUT_MARKS = "this template cuts control tokens out of people's text, and the marks around them stay in the row"
+FAULTS = {
+    ("command-r7b", "tools"): R7B_PROMPT,
+    ("command-r7b", "tools, two questions"): R7B_PROMPT,
+    ("gemma-4", "markers"): CUT_MARKS,
+    ("gemma-4", "any conversation"): CUT_MARKS,
+    ("qwen3-thinking-2507", "any conversation"): "the file shows an earlier thought of line ends alone; published: not",
+}
+
+
+def with_faults(cases: list[tuple[str, str]]) -> list[ParameterSet]:
+    """Return parameters; those with a known fault of the package must fail until it is mended."""
+    return [
+        pytest.param(*case, marks=[pytest.mark.xfail(strict=True, reason=FAULTS[case])] if case in FAULTS else [])
+        for case in cases
+    ]
+
+
+@pytest.mark.parametrize(("name", "shape"), with_faults([(name, shape) for name in FAMILIES for shape in ALL_SHAPES]))
 def test_masks(name: str, shape: str) -> None:
     family = FAMILIES[name]
     check(*load(name), family.specification, shape, None, family.rendered, family.calls_without_content)
@@ -1021,6 +1196,35 @@ SPLIT: dict[tuple[str, str], list[str]] = {
         "<｜User｜>2+2?<｜Assistant｜><think>\n⟦Sum.\n</think>\n\n4.<｜end▁of▁sentence｜>⟧",
         "<｜begin▁of▁sentence｜><｜User｜>Hi<｜Assistant｜><think>\n⟦Polite.\n</think>\n\nHello.<｜end▁of▁sentence｜>⟧",
     ],
+    ("deepseek-r1", "reasoning"): [
+        "<｜begin▁of▁sentence｜><｜User｜>Hi<｜Assistant｜>Hello.<｜end▁of▁sentence｜>"
+        "<｜User｜>2+2?<｜Assistant｜><think>\n⟦Sum.\n</think>\n\n4.<｜end▁of▁sentence｜>⟧",
+        "<｜begin▁of▁sentence｜><｜User｜>Hi<｜Assistant｜><think>\n⟦Polite.\n</think>\n\nHello.<｜end▁of▁sentence｜>⟧",
+    ],
+    ("deepseek-v3.2", "multi"): [
+        "<｜begin▁of▁sentence｜><｜User｜>Hi<｜Assistant｜></think>Hello.<｜end▁of▁sentence｜>"
+        "<｜User｜>2+2?<｜Assistant｜><think></think>⟦4.\n\nSure.<｜end▁of▁sentence｜>⟧",
+        "<｜begin▁of▁sentence｜><｜User｜>Hi<｜Assistant｜><think></think>⟦Hello.<｜end▁of▁sentence｜>⟧",
+    ],
+    ("gemma-4", "multi"): [
+        "<bos><|turn>user\nHi<turn|>\n<|turn>model\nHello.<turn|>\n"
+        "<|turn>user\n2+2?<turn|>\n<|turn>model\n<|channel>thought\n<channel|>⟦4.\n\nSure.<turn|>⟧\n",
+        "<bos><|turn>user\nHi<turn|>\n<|turn>model\n<|channel>thought\n<channel|>⟦Hello.<turn|>⟧\n",
+    ],
+    ("nemotron-3", "reasoning"): [
+        "<|im_start|>system\n<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+        "<|im_start|>assistant\n<think></think>\nHello.<|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n"
+        "<|im_start|>assistant\n<think>\n⟦Sum.\n</think>\n4.<|im_end|>⟧\n",
+        "<|im_start|>system\n<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+        "<|im_start|>assistant\n<think>\n⟦Polite.\n</think>\nHello.<|im_end|>⟧\n",
+    ],
+    ("olmo-3", "multi"): [
+        "<|im_start|>system\nYou are Olmo. <functions></functions><|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+        "<|im_start|>assistant\nHello.<|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n"
+        "<|im_start|>assistant\n⟦4.\n\nSure.<|endoftext|>⟧",
+        "<|im_start|>system\nYou are Olmo. <functions></functions><|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+        "<|im_start|>assistant\n⟦Hello.<|endoftext|>⟧",
+    ],
     ("gpt-oss", "reasoning"): [
         f"<|start|>system<|message|>Current date: {TODAY:%Y-%m-%d}\n\nReasoning: medium<|end|>"
         "<|start|>user<|message|>Hi<|end|><|start|>assistant<|channel|>final<|message|>Hello.<|end|>"
@@ -1057,6 +1261,12 @@ def test_split_turns_changes_nothing_where_history_is_kept(name: str) -> None:
         assert split.lost.items() <= encoding.lost.items()
 
 
+def test_turns_that_history_closes_in_another_way_are_counted() -> None:
+    for name, count in (("gpt-oss", 1), ("olmo-3", 1), ("phi-4", 0)):
+        encoding = load(name)[1].encode(MULTI)
+        assert (encoding.lost, encoding.shown_as_history, len(encoding.rows)) == ({}, count, 1)
+
+
 def test_a_thought_that_enable_thinking_closes_in_the_prompt_is_not_trained() -> None:
     tokenizer = load("qwen3")[0]
     path = str(TEMPLATES / "qwen3.jinja")
@@ -1087,7 +1297,7 @@ def test_a_wrong_expectation_is_noticed(name: str) -> None:
             compare(tokenizer, template, MULTI, mutation, encoding)
 
 
-@pytest.mark.parametrize("name", sorted(set(FAMILIES) - {"deepseek-r1"}))
+@pytest.mark.parametrize("name", sorted(set(FAMILIES) - {"deepseek-r1", "deepseek-r1-distill", "nemotron-3"}))
 def test_a_wrong_mask_is_noticed(name: str) -> None:
     tokenizer, template = load(name)
     expected = FAMILIES[name].specification(MULTI, None)
@@ -1106,7 +1316,7 @@ def test_a_wrong_mask_is_noticed(name: str) -> None:
 # ---- random conversations
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_any_conversation(name: str) -> None:
+@pytest.mark.parametrize(("name", "_"), with_faults([(name, "any conversation") for name in FAMILIES]))
+def test_any_conversation(name: str, _: str) -> None:
     # Qwen3 strips an answer only while it is the last one, so an answer that begins with whitespace may be lost.
     check_any_conversation(FAMILIES[name], *load(name), examples=20, may_lose=name == "qwen3")

@@ -35,6 +35,8 @@ LOOKING_AHEAD = {
     "later ones": "{%- for m in messages %}{%- for later in messages[loop.index:] %}{{ later.role[0] }}"
     "{%- if later.role == 'user' %}{%- break %}{%- endif %}{%- endfor %};{%- endfor %}",
     "all but one": "{%- for m in messages[1:-1] %}{{ loop.last }}{{ m.role }}{%- else %}none{%- endfor %}",
+    "left early": "{%- for m in messages %}{{ m.role }}{%- if loop.index == 4 %}{%- break %}{%- endif %}{%- endfor %}"
+    "{%- for m in messages %}{%- if m.role == 'tool' %}{%- continue %}{%- endif %}{{ loop.last }}{%- endfor %}",
     "a part": "{%- for m in messages[1:] %}{{ loop.first }}{{ m.content }}{{ messages[loop.index].role }}{%- endfor %}"
     "{%- for m in messages[:2] %}{{ m.role }}{%- endfor %}",
     "a macro": "{%- macro last() %}{{ messages | last | tojson }}{{ x }}{%- endmacro %}{%- set x = 1 %}"
@@ -130,6 +132,11 @@ def conversations(draw: st.DrawFn) -> list[dict[str, Any]]:
             results = [{"role": "tool", "name": n, "tool_call_id": n * 4 + "x", "content": draw(TEXTS)} for n in names]
             messages += [answer, *results]
     return messages
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch) -> None:
+    monkeypatch.setattr(prefixes, "BLOCK", 3)
 
 
 def outcome(render) -> str | tuple[str, str]:

@@ -18,7 +18,7 @@ from accel_llm.chat import sandbox
 from accel_llm.chat.sandbox import run_bounded
 from accel_llm.chat.stand_ins import StandIn
 from accel_llm.chat.template import load_template
-from accel_llm.config.options import DataOptions
+from accel_llm.config.data_options import DataOptions
 from accel_llm.data.prepare import encode_conversations
 from accel_llm.errors import ConfigError, DataError
 

@@ -26,7 +26,7 @@ from support import (
 )
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from accel_llm.chat.targets import NO_PROMPT, NOT_AFTER_PROMPT, REWRITTEN
+from accel_llm.chat.targets import NO_PROMPT, NO_THOUGHT, NOT_AFTER_PROMPT, REWRITTEN
 from accel_llm.chat.template import EncodedRow, load_template
 from accel_llm.errors import ConfigError, DataError
 
@@ -312,13 +312,16 @@ def test_a_thought_that_the_prompt_supplies_is_not_trained(tmp_path: Path) -> No
     assert trained_texts(tokenizer, row) == ["Hello.<|im_end|>"]
 
 
-def test_a_turn_that_does_not_continue_its_prompt_trains_nothing_and_is_counted(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("opening", "reason"), [("<think>\\n", NO_THOUGHT), ("Sure! ", NOT_AFTER_PROMPT)])
+def test_a_turn_that_does_not_continue_its_prompt_trains_nothing_and_is_counted(
+    opening: str, reason: str, tmp_path: Path
+) -> None:
     tokenizer = byte_level(CONTROL_TOKENS["qwen2.5"])
-    source = QWEN25.replace("'<|im_start|>assistant\\n' }}", "'<|im_start|>assistant\\n<think>\\n' }}")
+    source = QWEN25.replace("'<|im_start|>assistant\\n' }}", f"'<|im_start|>assistant\\n{opening}' }}}}")
     assert source != QWEN25
     encoding = load_source(tokenizer, source, tmp_path).encode(MULTI)
     assert encoding.rows == []
-    assert encoding.lost == {NOT_AFTER_PROMPT: 2}
+    assert encoding.lost == {reason: 2}
 
 
 def test_a_turn_without_anything_before_it_is_counted() -> None:

@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 
 from accel_llm.config.command_line import parse_options
-from accel_llm.config.options import DataOptions
+from accel_llm.config.data_options import DataOptions
 from accel_llm.data.columns import column_problems
 from accel_llm.data.formats import Conversation, parse_row
 from accel_llm.errors import ConfigError, DataError

@@ -14,7 +14,7 @@ from tokenizers import processors
 
 from accel_llm.chat.targets import IGNORED
 from accel_llm.chat.template import Template, load_template
-from accel_llm.config.options import DataOptions
+from accel_llm.config.data_options import DataOptions
 from accel_llm.data.encode import Chunk, Encoder, SourceRow, encode_chunk
 from accel_llm.data.prepare import encode_conversations, encode_texts
 from accel_llm.data.rows import Rows

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from accel_llm.config.options import DataOptions
+from accel_llm.config.data_options import DataOptions
 from accel_llm.data.rows import ARRAYS, Origin, RowPart, RowWriter, cache_folder, cached_rows, load_rows
 from accel_llm.errors import DataError
 

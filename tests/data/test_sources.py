@@ -12,8 +12,8 @@ import datasets
 import psutil
 import pytest
 
+from accel_llm.config.data_options import DataOptions
 from accel_llm.config.fields import Source
-from accel_llm.config.options import DataOptions
 from accel_llm.data import hub, sources
 from accel_llm.data.sources import (
     ALLOWED_SOURCES,

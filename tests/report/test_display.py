@@ -159,8 +159,8 @@ def proof(accelerator, tokenizer, monkeypatch, documents: list[list[int]], turn_
 )
 def test_the_stop_proof_counts_documents(accelerator, tokenizer, monkeypatch, documents, ended):
     assert proof(accelerator, tokenizer, monkeypatch, documents) == (
-        f"stop token: <|im_end|> is the last trained token of {ended} of {len(documents)} documents and an eos of the "
-        "generation config that will be saved"
+        f"stop token: <|im_end|> is the last trained token of {ended} of {len(documents)} documents; generation "
+        "stops at <|im_end|>, </s>, as the generation config that will be saved says"
     )
 
 

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from accel_llm.config.options import TrainOptions
 from accel_llm.errors import ConfigError
@@ -90,6 +92,25 @@ def test_another_engine_than_the_launch_asks_for_is_an_error(accelerator, tiny, 
     monkeypatch.setattr(preflight_module, "strategy", lambda: strategy)
     with pytest.raises(RuntimeError, match=f"asks for {strategy}, but the model was prepared as LlamaForCausalLM"):
         preflight(accelerator, model, optimizer, options)
+
+
+def test_fsdp2_in_bf16_trains_float32_parameters_and_the_record_says_so(accelerator, tiny, monkeypatch, tmp_path):
+    """After a forward pass the outermost unit holds whole bf16 copies; the record is about the shards below them."""
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model, optimizer, options = prepare(accelerator, tiny, method="full")
+        options = options.model_copy(update={"precision": "bf16"})
+        settings = {"mesh": init_device_mesh("cpu", (1,)), "mp_policy": MixedPrecisionPolicy(torch.bfloat16)}
+        for layer in model.model.layers:
+            fully_shard(layer, **settings)
+        fully_shard(model, reshard_after_forward=None, **settings)
+        monkeypatch.setattr(preflight_module, "strategy", lambda: "fsdp2")
+        facts = preflight(accelerator, model, optimizer, options)["accelerate"]
+    finally:
+        torch.distributed.destroy_process_group()
+    assert model.model.norm.weight.dtype == torch.bfloat16, "the copies that must not be counted"
+    assert facts["dtypes"] == {"trained": {"float32": 21}, "frozen": {}}
 
 
 def test_check_only_takes_one_step_shows_what_is_in_force_and_keeps_nothing(script, tiny, chats, tmp_path, capsys):

@@ -1,0 +1,158 @@
+"""Renders conversations with one template, under the keys that it reads, and finds out how it writes them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+from jinja2 import TemplateSyntaxError
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from accel_llm.chat.arrival import CALL_NAMES, has_tools, left_out, probe_conversation, said_kinds
+from accel_llm.chat.frame import FRAME_CHAT, find_frame
+from accel_llm.chat.guard import restore_marks
+from accel_llm.chat.messages import Message
+from accel_llm.chat.reads import template_reads
+from accel_llm.chat.sandbox import TEMPLATE_ERRORS, begin_render, check_template_size, run_bounded
+from accel_llm.chat.spelling import Spelling
+from accel_llm.chat.targets import AnswerFrame, Render
+from accel_llm.errors import DataError
+
+Tools = list[Any] | None  # JSON schemas
+
+TEMPLATE_REFUSED = "refused by the chat template"  # reason to refuse a row, see `values`
+MAX_REFUSAL_LENGTH = 500  # characters of a template's own error message
+
+
+class Renderer:
+    """A template's source with the variables of every render. Its renders have no limits: call it in `run_bounded`.
+
+    Raises:
+        ConfigError: the source is implausibly long, or the template exceeds a limit of `sandbox`.
+        DataError: it cannot be compiled.
+    """
+
+    def __init__(self, source: str, variables: dict[str, Any]):
+        check_template_size(source)
+        self.source, self.variables = source, variables
+        with _refusals():
+            self.reads = run_bounded(template_reads, source)
+        self.spelling = Spelling(self.reads)
+        self.frame_prompt = ""  # the prompt after the question of `FRAME_CHAT`
+
+    def find_frame(self, added_pattern: str) -> AnswerFrame:
+        """Find out how an answer is written; some templates need tools, or content in parts, to write one at all.
+
+        `added_pattern` matches the tokenizer's added tokens. Must be called before anything is rendered.
+
+        Raises:
+            DataError: the template refuses a question with its answer, or leaves out the answer.
+        """
+        problem: DataError | None = None
+        for self.spelling.in_parts in (False, True):
+            for tools in (None, probe_conversation()[1]):
+                try:
+                    frame = self._try_frame(tools, added_pattern)
+                except DataError as error:
+                    problem = problem or error
+                else:
+                    self._choose_empty_content()
+                    return frame
+        assert problem is not None
+        raise problem
+
+    def _try_frame(self, tools: Tools, added_pattern: str) -> AnswerFrame:
+        def try_render(messages: list[Message], add_generation_prompt: bool) -> str:
+            return self.try_render(messages, add_generation_prompt, tools)
+
+        text = run_bounded(self.render, FRAME_CHAT, False, tools)
+        self.frame_prompt = run_bounded(self.render, FRAME_CHAT[:1], True, tools)
+        return run_bounded(find_frame, text, self.frame_prompt, try_render, added_pattern)
+
+    def _choose_empty_content(self) -> None:
+        """DeepSeek-R1's template writes the calls of a message only if its content is null."""
+        if "tool_calls" in self.reads.message_keys and CALL_NAMES in self._never_written:
+            del self._never_written
+            self.spelling.empty_content = None
+            if CALL_NAMES in self._never_written:
+                self.spelling.empty_content = ""
+
+    def render(
+        self,
+        messages: list[Message],
+        add_generation_prompt: bool = False,
+        tools: Tools = None,
+        variables: dict[str, Any] | None = None,
+    ) -> str:
+        """Return the text of `apply_chat_template(tokenize=False)`.
+
+        Raises:
+            DataError: the template refuses the conversation; the template's own message is in the error.
+        """
+        begin_render()
+        spelled = self.spelling.spell(messages)
+        options = {
+            **self.variables,
+            **(variables or {}),
+            "tools": tools,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        with _refusals():
+            text = render_jinja_template([spelled], chat_template=self.source, **options)[0][0]
+        return restore_marks(text, (messages, tools, variables))
+
+    def try_render(
+        self,
+        messages: list[Message],
+        add_generation_prompt: bool,
+        tools: Tools = None,
+        variables: dict[str, Any] | None = None,
+    ) -> str:
+        """Render a part of a conversation; "" if the template refuses it. It may refuse a part and accept the whole."""
+        try:
+            return self.render(messages, add_generation_prompt, tools, variables) if messages else ""
+        except DataError:
+            return ""
+
+    def of_first_messages(
+        self, messages: list[Message], tools: Tools = None, variables: dict[str, Any] | None = None
+    ) -> Render:
+        """Return a function that renders the first messages of a conversation, each number of them once."""
+        renders: dict[tuple[int, bool], str] = {}
+
+        def render(count: int, add_generation_prompt: bool) -> str:
+            key = count, add_generation_prompt
+            if key not in renders:
+                renders[key] = self.try_render(messages[:count], add_generation_prompt, tools, variables)
+            return renders[key]
+
+        return render
+
+    def left_out(self, messages: list[Message], tools: Tools, text: str) -> tuple[str, ...]:
+        """Return what of a conversation is not in `text`, its render, as `arrival` names it."""
+        missing = left_out(messages, tools, text)
+        if has_tools(messages, tools):
+            # What the template never writes is missing, even if the same words happen to stand elsewhere.
+            missing |= self._never_written & said_kinds(messages, tools)
+        return tuple(sorted(missing))
+
+    @cached_property
+    def _never_written(self) -> set[str]:
+        messages, tools = probe_conversation()
+        text = run_bounded(self.try_render, self.spelling.place_tools(messages, tools), False, tools)
+        return left_out(messages, tools, text) if text else set()
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Turn an error of a template into a DataError: it is a program, and may fail in any of Python's ways.
+
+    A TemplateSyntaxError stays as it is: it does not depend on the conversation.
+    """
+    try:
+        yield
+    except TemplateSyntaxError:
+        raise
+    except TEMPLATE_ERRORS as error:
+        words = str(error)[:MAX_REFUSAL_LENGTH]
+        raise DataError(f"the chat template refuses this conversation: {words}", TEMPLATE_REFUSED) from error
