@@ -10,6 +10,7 @@ from jinja2 import nodes
 from jinja2.idtracking import VAR_LOAD_UNDEFINED, symbols_for_node
 from jinja2.runtime import Context, LoopContext, Macro
 from jinja2.utils import missing
+from jinja2.visitor import NodeTransformer
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from accel_llm.chat.recorder import (
@@ -17,6 +18,7 @@ from accel_llm.chat.recorder import (
     ITEMS,
     ITER,
     LOOP,
+    VARIABLES,
     Loop,
     Memory,
     NotCovered,
@@ -91,8 +93,8 @@ def _make_getattr(environment: jinja2.Environment, sandboxed: Callable[..., Any]
         kind = type(value)
         if kind is dict and name not in _DICT_METHODS:
             return value[name] if name in value else environment.undefined(obj=value, name=name)
-        if kind is Space:
-            attribute = value.attribute(name)
+        if kind is Space or kind is Memory:
+            attribute = value.attribute(name) if kind is Space else value.resolve(name)
             return environment.undefined(obj=value, name=name) if attribute is missing else attribute
         if kind is Loop or kind is LoopContext:
             if name in _LOOP_NAMES:
@@ -206,13 +208,14 @@ def compile_parts(source: str) -> Program | None:
     symbols = symbols_for_node(tree)
     hidden = {name for name in symbols.stores if symbols.loads[symbols.refs[name]][0] == VAR_LOAD_UNDEFINED}
     macros_read_prompt = any(_reads(macro, "add_generation_prompt") for macro in tree.find_all(nodes.Macro))
-    parts = _Cutter(environment, macros_read_prompt).cut(tree.body)
-    return Program(parts, environment, set(symbols.stores), hidden)
+    parts = _Cutter(environment, symbols.stores, macros_read_prompt).cut(tree.body)
+    return Program(parts, environment, symbols.stores, hidden)
 
 
 class _Cutter:
-    def __init__(self, environment: jinja2.Environment, macros_read_prompt: bool):
-        self._environment, self._macros_read_prompt, self._number = environment, macros_read_prompt, 0
+    def __init__(self, environment: jinja2.Environment, assigned: set[str], macros_read_prompt: bool):
+        self._environment, self._assigned, self._macros_read_prompt = environment, assigned, macros_read_prompt
+        self._number = 0
 
     def cut(self, body: list[nodes.Node]) -> list[Part]:
         parts: list[Part] = []
@@ -242,6 +245,9 @@ class _Cutter:
         can_cut = not (node.recursive or node.else_ or (node.test and (reads_loop or _reads(node.test, "loop"))))
         find_items = self._statement(_assign(ITER, node.iter))
         reads_prompt = self._macros_read_prompt or _reads(node, "add_generation_prompt")
+        stored = {name.name for name in one.find_all(nodes.Name) if name.ctx != "load"}
+        stored |= {macro.name for macro in one.find_all(nodes.Macro)}
+        _ReadLate(self._assigned - stored).visit(one)
         body = self._code(one) if can_cut and reads_loop is not None else None
         self._number += 1
         return LoopPart(self._number, find_items, self._statement(node), body, reads_prompt)
@@ -256,6 +262,18 @@ class _Cutter:
         choices[0].else_ = [_assign(CHOICE, nodes.Const(len(tests)))]
         bodies = [*(test.body for test in tests), node.else_]
         return Branch(self._statement(choices[0]), [self.cut(body) for body in bodies])
+
+
+class _ReadLate(NodeTransformer):
+    """Makes a loop's body read outer variables where it uses them. Jinja reads all of them first, used or not."""
+
+    def __init__(self, names: set[str]):
+        self._names = names
+
+    def visit_Name(self, node: nodes.Name) -> nodes.Node:
+        if node.name not in self._names:
+            return node
+        return nodes.Getattr(nodes.Name(VARIABLES, "load"), node.name, "load", lineno=node.lineno)
 
 
 def _assign(name: str, value: nodes.Node) -> nodes.Assign:

@@ -17,7 +17,8 @@ from jinja2.utils import Namespace, missing
 
 Key = Any  # COUNT, PROMPT, ("variable", name) or (number of a namespace, attribute)
 COUNT, PROMPT = "count", "prompt"  # the prefix's number of messages, and whether it gets a generation prompt
-ITEMS, LOOP = "accel_llm_items", "accel_llm_loop"  # variables of a loop's body: its one item, and `loop`
+# Variables of a loop's body: its one item, `loop`, and the memory, which has outer variables as attributes.
+ITEMS, LOOP, VARIABLES = "accel_llm_items", "accel_llm_loop", "accel_llm_variables"
 ITER, CHOICE = "accel_llm_iter", "accel_llm_choice"  # variables that tell `prefixes` what to loop over, which branch
 
 _PLAIN = frozenset({str, int, float, bool, type(None), type(missing), range})
@@ -76,6 +77,7 @@ class Memory:
         if key in self.record.writes or key in self.settled:
             return value
         if type(value) is int:
+            self.note(key, -inf, inf)  # it is a number
             return Number(self, key, value, 0)
         self.record.exact[key] = value
         return value
@@ -104,9 +106,11 @@ class Memory:
             return self.items
         if name == LOOP:
             return self.loop
+        if name == VARIABLES:
+            return self
         if name in self._assigned:
             value = self.read(("variable", name))
-            if value is not missing or name in self._hidden:
+            if value is not missing:
                 return value
         if name == "messages":
             return self.messages

@@ -15,7 +15,7 @@ def mark_segments(text: str, segments: list[tuple[int, float]], weights: list[fl
 
     `segments` are pairs (characters, weight) that cover the text without the marks of `guard`. The weights are appended
     to `weights`, whose indices the marks hold; after the last mark the weight is 1 again. Templates may remove
-    whitespace around the text, so no mark stands there.
+    whitespace around the text, so no mark stands there. A border inside a control token moves to its end.
     """
     plain = text.replace(GUARD_OPEN, "").replace(GUARD_CLOSE, "")
     first, last = len(plain) - len(plain.lstrip()), len(plain.rstrip())
@@ -26,13 +26,20 @@ def mark_segments(text: str, segments: list[tuple[int, float]], weights: list[fl
         place += characters
     borders[last] = 1.0
 
-    pieces, place = [], 0
+    pieces, place, inside = [], 0, False
+    due: float | None = None  # the weight of a border inside a control token, which is not cut
     for character in text:
         if character not in (GUARD_OPEN, GUARD_CLOSE):
-            if place in borders:
-                pieces.append(_new_mark(borders.pop(place), weights))
+            due = borders.pop(place, due)
+            if due is not None and not inside:
+                pieces.append(_new_mark(due, weights))
+                due = None
             place += 1
         pieces.append(character)
+        inside = (inside or character == GUARD_OPEN) and character != GUARD_CLOSE
+        if due is not None and not inside:
+            pieces.append(_new_mark(due, weights))
+            due = None
     return "".join(pieces) + "".join(_new_mark(weight, weights) for weight in borders.values())
 
 

@@ -67,7 +67,8 @@ class Template:
         if closers:
             self.turn_end = tokenizer.eos_token if tokenizer.eos_token in closers else closers[-1]
         self.turn_end_id: int | None = self._tokenizer.token_id(self.turn_end) if self.turn_end else None
-        self._own_tokens = {*re.findall(added_pattern, self._renderer.frame_prompt), *closers}
+        own_tokens = {*re.findall(added_pattern, self._renderer.frame_prompt), *closers, str(tokenizer.eos_token)}
+        self._own_marked = [f"{GUARD_OPEN}{token}{GUARD_CLOSE}" for token in own_tokens]
         self._targets = TargetFinder(frame, added_pattern)
         self._patterns = PatternCache(self._renderer, self._targets)
 
@@ -164,10 +165,9 @@ class Template:
         return layout
 
     def _looks_rendered(self, messages: list[Message]) -> bool:
-        """Return whether a message holds a control token that this template writes around messages."""
-        marked = (f"{GUARD_OPEN}{token}{GUARD_CLOSE}" for token in self._own_tokens)
+        """Return whether a message holds a control token that this template, or the tokenizer, ends texts with."""
         texts = [message["content"] for message in messages if isinstance(message["content"], str)]
-        return any(token in text for token in marked for text in texts)
+        return any(token in text for token in self._own_marked for text in texts)
 
     def split_markers(self, strict: bool) -> list[str]:
         """Return the template's control tokens that this tokenizer splits, as `frame.split_tokens` does."""

@@ -26,7 +26,7 @@ def check_lost_share(ledger: Ledger, lengths: dict[str, int], options: DataOptio
     reasons += [f"{turns:,} turns without a label because {reason}" for reason, turns in ledger.turns.items()]
 
     if lost.keys() == {NOTHING_TRAINED}:
-        remedy = "look at train_on, chat_template and the rows themselves"
+        remedy = _advise(ledger) if ledger.tried else "look at train_on, chat_template and the rows themselves"
     else:
         remedy = (
             f"half of the rows have at most {lengths['50']:,} tokens, 95% {lengths['95']:,}, 99% {lengths['99']:,}, "

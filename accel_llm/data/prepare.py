@@ -117,9 +117,9 @@ def encode_sources(
     ledger.balance()
     for note in filter(None, map(left_out_note, (*train, *evaluation))):
         ledger.note(note)
+    check_left_out(ledger, options)
     check_lost_share(ledger, facts["lengths"], options)
     check_lost_turns(ledger, facts["turns"], options)
-    check_left_out(ledger, options)
     if not len(parts["train"]):
         raise DataError(f"train_files: no row is left to train on ({', '.join(source.label for source in train)}).")
     if "eval" in parts and not len(parts["eval"]):

@@ -2,13 +2,14 @@
 
 import functools
 from types import MethodType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import ModelOutput
 
@@ -18,7 +19,12 @@ from accel_llm.errors import ConfigError
 from accel_llm.model.attention import forward_arguments, stock_attention, unwrap_causal_lm
 
 LossPath = Literal["own", "stock"]
-LOGITS_BYTES = 512 * 2**20  # of float32 logits in memory at once; for more, the vocabulary is projected in chunks
+# The vocabulary is projected in chunks of positions. For each logit of a chunk, 8 bytes are in memory at once: the logit
+# and its log-probability. A chunk takes less than what a layer of usual proportions takes to be recomputed, which is
+# about LAYER_BYTES for each element of its input, or CHUNK_BYTES if that is more.
+LOGIT_BYTES = 8
+LAYER_BYTES = 48
+CHUNK_BYTES = 256 * 2**20
 LOSS_TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-3, torch.int8: 2e-3}  # relative
 
 
@@ -28,8 +34,8 @@ def next_token_loss(model: nn.Module, batch: dict) -> torch.Tensor:
     `batch` is packed or padded, see data/batches.py. With `weights` in it, each term is multiplied by its token's
     weight. Call `attach_loss` on the model first; after that it may be wrapped (PEFT, DDP, DeepSpeed, FSDP2).
     """
-    weights = {"weights": batch["weights"]} if "weights" in batch else {}
-    return model(**forward_arguments(batch), labels=batch["labels"], use_cache=False, **weights).loss
+    others = {name: batch[name] for name in ("weights", "num_targets") if name in batch}
+    return model(**forward_arguments(batch), labels=batch["labels"], use_cache=False, **others).loss
 
 
 def attach_loss(
@@ -64,17 +70,19 @@ def attach_loss(
         *args,
         labels: torch.Tensor | None = None,
         weights: torch.Tensor | None = None,
+        num_targets: int | None = None,
         **kwargs,
     ):
         if labels is None:
             return type(self).forward(self, *args, **kwargs)
+        if self.loss_path == "own":
+            kwargs["num_targets"] = num_targets
         path = LOSS_PATHS[self.loss_path]  # type: ignore
         return CausalLMOutputWithPast(loss=path(self, *args, labels=labels, weights=weights, **kwargs))  # type: ignore
 
     # The settings live on the model, where every wrapper finds them.
-    bytes_per_token = model.config.get_text_config().vocab_size * 4
-    model.loss_chunks = max(1, -(-tokens_per_batch * bytes_per_token // LOGITS_BYTES))  # type: ignore
-    model.eval_loss_chunks = -(-(tokens_per_eval_batch or 0) * bytes_per_token // LOGITS_BYTES)  # type: ignore
+    model.loss_chunks = max(1, chunk_count(model.config, tokens_per_batch))  # type: ignore
+    model.eval_loss_chunks = chunk_count(model.config, tokens_per_eval_batch or 0)  # type: ignore
     model.label_smoothing, model.z_loss_coef = label_smoothing, z_loss_coef  # type: ignore
     model.loss_path = _candidate_paths(model)[0]  # type: ignore
     model.forward = MethodType(forward, model)
@@ -84,6 +92,25 @@ def attach_loss(
         return _candidate_paths(model)[0]
     parameter = next(model.parameters())
     return check_loss(model, parameter.device, model.dtype)
+
+
+def chunk_count(config: PreTrainedConfig, tokens: int) -> int:
+    """Return the number of chunks in which `tokens` positions are projected to the vocabulary; 0 for 0."""
+    text = config.get_text_config()
+    room = max(CHUNK_BYTES, LAYER_BYTES * tokens * text.hidden_size)
+    return -(-LOGIT_BYTES * tokens * text.vocab_size // room)
+
+
+def _target_positions(targets: torch.Tensor, count: int | None) -> torch.Tensor:
+    """Return the positions of the labels in targets [n]. Where their number is known, nothing waits for the device."""
+    if count is None:
+        return (targets != IGNORED).nonzero().squeeze(1)
+    return (targets == IGNORED).int().argsort(stable=True)[:count]
+
+
+def _shifted(values: torch.Tensor, last: float) -> torch.Tensor:
+    """Return values [B, L] flattened, each of them one position earlier: position i predicts token i + 1."""
+    return F.pad(values[:, 1:], (0, 1), value=last).flatten()
 
 
 def _candidate_paths(model: PreTrainedModel) -> list[LossPath]:
@@ -134,25 +161,134 @@ def _random_batch(vocab_size: int, device: torch.device | str) -> dict:
 
 
 def _own_loss(
-    model: PreTrainedModel, *args, labels: torch.Tensor, weights: torch.Tensor | None, **kwargs
+    model: PreTrainedModel,
+    *args,
+    labels: torch.Tensor,
+    weights: torch.Tensor | None,
+    num_targets: int | None = None,
+    **kwargs,
 ) -> torch.Tensor:
     """Sum over the labeled tokens, projecting only their positions to the vocabulary."""
     hidden = model.base_model(*args, **kwargs)[0]
-
-    # Position i predicts token i + 1. This is the only place where labels are shifted.
-    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
-    labeled = (targets != IGNORED).nonzero().squeeze(1)
-    tensors = [hidden.flatten(0, 1).index_select(0, labeled), targets.index_select(0, labeled)]
+    targets = _shifted(labels, IGNORED)
+    labeled = _target_positions(targets, num_targets)
+    hidden, targets = hidden.flatten(0, 1).index_select(0, labeled), targets.index_select(0, labeled)
     if weights is not None:
-        tensors.append(F.pad(weights[:, 1:], (0, 1)).flatten().index_select(0, labeled))
+        weights = _shifted(weights, 0).index_select(0, labeled)
 
+    # Using the head may be a collective: all ranks need the same number of chunks, so a chunk may be empty.
     chunks: int = (not model.training and model.eval_loss_chunks) or model.loss_chunks  # type: ignore
-    if chunks == 1:
-        return _chunk_loss(model, *tensors)
-    # Logits are recomputed in the backward pass, so only one chunk of them is in memory. Using the head is a collective
-    # under ZeRO-3 and FSDP2: all ranks need the same number of chunks, so a chunk may be empty.
-    parts = zip(*(tensor.tensor_split(chunks) for tensor in tensors), strict=True)
-    return torch.stack([checkpoint(_chunk_loss, model, *part, use_reentrant=False) for part in parts]).sum()
+    head: Any = model.get_output_embeddings()
+    trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
+    if not torch.is_grad_enabled() or _needs_recomputation(head, hidden, trained):
+        tensors = [hidden, targets, *([] if weights is None else [weights])]
+        parts = list(zip(*(tensor.tensor_split(chunks) for tensor in tensors), strict=True))
+        if chunks == 1 or not torch.is_grad_enabled():
+            return torch.stack([_chunk_loss(model, *part) for part in parts]).sum()
+        # Logits are recomputed in the backward pass, so only one chunk of them is in memory.
+        return torch.stack([checkpoint(_chunk_loss, model, *part, use_reentrant=False) for part in parts]).sum()
+    loss: Any = LossInOnePass.apply(model, chunks, targets, weights, hidden, *trained)
+    return loss
+
+
+def _needs_recomputation(head: nn.Module, hidden: torch.Tensor, trained: list[nn.Parameter]) -> bool:
+    """Return whether the gradient cannot be computed together with the loss.
+
+    ZeRO-3 lets a gradient be computed in the backward pass only. And in fp16 the gradient of a trained head would be
+    too small without the scale of the loss, which is known in the backward pass only.
+    """
+    device = hidden.device.type
+    half = hidden.dtype == torch.float16
+    if torch.is_autocast_enabled(device):
+        half = torch.get_autocast_dtype(device) == torch.float16
+    return (half and bool(trained)) or any(hasattr(parameter, "ds_id") for parameter in head.parameters())
+
+
+class LossInOnePass(torch.autograd.Function):
+    """Sums the loss of all chunks, and computes the gradient of each chunk as soon as its loss is known.
+
+    So the vocabulary is projected once, and only one chunk of logits is ever in memory. What is kept is the gradient of
+    the hidden states and of the trained parameters of the head.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        model: PreTrainedModel,
+        chunks: int,
+        targets: torch.Tensor,
+        weights: torch.Tensor | None,
+        hidden: torch.Tensor,
+        *trained: torch.Tensor,
+    ) -> torch.Tensor:
+        losses, sums = [], [None] * len(trained)
+        gradient = torch.empty_like(hidden) if hidden.requires_grad else None
+        places = zip(*(x.tensor_split(chunks) for x in (hidden, targets)), strict=True)
+        start = 0
+        for some_hidden, some_targets in places:
+            end = start + len(some_targets)
+            some_weights = None if weights is None else weights[start:end]
+            with torch.enable_grad():
+                leaf = some_hidden.detach().requires_grad_(gradient is not None)
+                logits = _project(model, leaf).float()
+            loss, by_logits = _loss_and_gradient(model, logits.detach(), some_targets, some_weights)
+            losses.append(loss)
+            inputs = [*([leaf] if gradient is not None else []), *trained]
+            found = list(torch.autograd.grad(logits, inputs, by_logits, allow_unused=True))
+            del logits, by_logits
+            if gradient is not None:
+                gradient[start:end] = found.pop(0)
+            for k, new in enumerate(found):
+                sums[k] = new if sums[k] is None or new is None else sums[k].add_(new)
+            start = end
+        ctx.gradients = [gradient, *sums]
+        return torch.stack(losses).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: torch.Tensor) -> tuple[Any, ...]:
+        gradients, ctx.gradients = ctx.gradients, None  # not kept: they are scaled in place
+        return (None, None, None, None, *(_scale(gradient, scale) for gradient in gradients))
+
+
+def _scale(tensor: torch.Tensor | None, scale: torch.Tensor) -> torch.Tensor | None:
+    """Multiply `tensor` in place by a float32 number. In 16 bits a product would first round the number to 16 bits."""
+    if tensor is None or tensor.dtype == torch.float32:
+        return tensor if tensor is None else tensor.mul_(scale)
+    for part in tensor.split(4096):
+        part.copy_(part.float() * scale)
+    return tensor
+
+
+def _loss_and_gradient(
+    model: PreTrainedModel, logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what `_sum_terms` returns and its gradient by the logits, which takes their place in memory.
+
+    Each target t has the term -(1 - s) * log p[t] - s * mean of log p + z * (log Z)^2, all times its weight. With
+    log p[j] = logit[j] - log Z its gradient by logit[j] is (1 + 2 * z * log Z) * p[j] - s / vocabulary, and less 1 - s
+    where j = t.
+    """
+    smoothing, z_coef = (model.label_smoothing, model.z_loss_coef) if model.training else (0.0, 0.0)
+    at_target = torch.arange(len(targets), device=targets.device), targets
+    log_probs = logits.log_softmax(1)
+    log_p = log_probs[at_target]
+    terms, factor = -log_p, weights
+    if smoothing:
+        terms = (1 - smoothing) * terms - smoothing * log_probs.mean(1)
+    if z_coef:
+        log_z = logits[at_target] - log_p
+        terms = terms + z_coef * log_z.square()
+        factor = (1 + 2 * z_coef * log_z) * (1 if weights is None else weights)
+
+    gradient = torch.exp(log_probs, out=logits)
+    del log_probs
+    if factor is not None:
+        gradient *= factor[:, None]
+    if smoothing:
+        gradient -= smoothing / gradient.shape[1] * (1 if weights is None else weights[:, None])
+    gradient[at_target] -= (1 - smoothing) * (1 if weights is None else weights)
+    return (terms if weights is None else terms * weights).sum(), gradient
 
 
 def _chunk_loss(

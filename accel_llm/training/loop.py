@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 
 from accel_llm.backend.collectives import sum_on_cpus
-from accel_llm.data.batches import Batch, total_weight
+from accel_llm.data.batches import Batch, count_targets, total_weight
 
 
 def clip_gradients(accelerator: Accelerator, model: torch.nn.Module, max_grad_norm: float) -> float:
@@ -50,5 +50,10 @@ def total_targets(accelerator: Accelerator, micro_batches: list[Batch]) -> float
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Copy the tensors of a batch to `device`; other values stay as they are."""
+    """Copy the tensors of a batch to `device`; other values stay as they are.
+
+    `num_targets` is added: counted here, where the labels are on the host, it makes nobody wait for the device.
+    """
+    if "labels" in batch:
+        batch = batch | {"num_targets": int(count_targets(batch["labels"]))}
     return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
