@@ -110,7 +110,7 @@ class Memory:
             return self
         if name in self._assigned:
             value = self.read(("variable", name))
-            if value is not missing:
+            if value is not missing or name in self._hidden:
                 return value
         if name == "messages":
             return self.messages

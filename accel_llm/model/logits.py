@@ -1,0 +1,201 @@
+"""The projection of hidden states to the vocabulary and the loss of its logits, chunk by chunk, in little memory."""
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from accel_llm.chat.targets import IGNORED
+
+# The vocabulary is projected in chunks of positions. For each logit of a chunk, 8 bytes are in memory at once: the logit
+# and its log-probability. A chunk takes less than what a layer of usual proportions takes to be recomputed, which is
+# about LAYER_BYTES for each element of its input, or CHUNK_BYTES if that is more.
+LOGIT_BYTES = 8
+LAYER_BYTES = 48
+CHUNK_BYTES = 256 * 2**20
+
+
+def chunk_count(config: PreTrainedConfig, tokens: int) -> int:
+    """Return the number of chunks in which `tokens` positions are projected to the vocabulary; 0 for 0."""
+    text = config.get_text_config()
+    room = max(CHUNK_BYTES, LAYER_BYTES * tokens * text.hidden_size)
+    return -(-LOGIT_BYTES * tokens * text.vocab_size // room)
+
+
+def sum_of_chunks(
+    model: PreTrainedModel, hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None
+) -> torch.Tensor:
+    """Return the loss of hidden [n, width] for targets [n], float32 []: the sum of `sum_terms`, with its gradient."""
+    # Using the head may be a collective: all ranks need the same number of chunks, so a chunk may be empty.
+    chunks: int = (not model.training and model.eval_loss_chunks) or model.loss_chunks  # type: ignore
+    head: Any = model.get_output_embeddings()
+    trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
+    differentiated = torch.is_grad_enabled() and (hidden.requires_grad or bool(trained))
+    if differentiated and not _needs_recomputation(head, hidden, trained):
+        loss: Any = LossInOnePass.apply(model, chunks, targets, weights, hidden, *trained)
+        return loss
+
+    tensors = [hidden, targets, *([] if weights is None else [weights])]
+    parts = list(zip(*(tensor.tensor_split(chunks) for tensor in tensors), strict=True))
+    if chunks == 1 or not differentiated:
+        return torch.stack([_chunk_loss(model, *part) for part in parts]).sum()
+    # Logits are recomputed in the backward pass, so only one chunk of them is in memory.
+    return torch.stack([checkpoint(_chunk_loss, model, *part, use_reentrant=False) for part in parts]).sum()
+
+
+def _needs_recomputation(head: nn.Module, hidden: torch.Tensor, trained: list[nn.Parameter]) -> bool:
+    """Return whether the gradient cannot be computed together with the loss.
+
+    ZeRO-3 lets a gradient be computed in the backward pass only. And in fp16 the gradient of a trained head would be
+    too small without the scale of the loss, which is known in the backward pass only.
+    """
+    device = hidden.device.type
+    half = hidden.dtype == torch.float16
+    if torch.is_autocast_enabled(device):
+        half = torch.get_autocast_dtype(device) == torch.float16
+    return (half and bool(trained)) or any(hasattr(parameter, "ds_id") for parameter in head.parameters())
+
+
+class LossInOnePass(torch.autograd.Function):
+    """Sums the loss of all chunks, and computes the gradient of each chunk as soon as its loss is known.
+
+    So the vocabulary is projected once, and only one chunk of logits is ever in memory. What is kept is the gradient of
+    the hidden states and of the trained parameters of the head.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        model: PreTrainedModel,
+        chunks: int,
+        targets: torch.Tensor,
+        weights: torch.Tensor | None,
+        hidden: torch.Tensor,
+        *trained: torch.Tensor,
+    ) -> torch.Tensor:
+        losses: list[torch.Tensor] = []
+        sums: list[Any] = []
+        gradient = torch.empty_like(hidden) if hidden.requires_grad else None
+        for start, end in pairwise(k * len(targets) // chunks for k in range(chunks + 1)):
+            part = slice(start, end)
+            with torch.enable_grad():
+                some_hidden = hidden[part].detach().requires_grad_(gradient is not None)
+                logits = _project(model, some_hidden).float()
+            some_weights = None if weights is None else weights[part]
+            loss, by_logits = _loss_and_gradient(model, logits.detach(), targets[part], some_weights)
+            losses.append(loss)
+            inputs = [*trained, *([] if gradient is None else [some_hidden])]
+            found = torch.autograd.grad(logits, inputs, by_logits, allow_unused=True)
+            del logits, by_logits
+            if gradient is not None:
+                gradient[part] = found[-1]
+            new = found[: len(trained)]
+            sums = [a if b is None else a.add_(b) for a, b in zip(sums, new, strict=True)] if losses[1:] else list(new)
+        ctx.gradients = [gradient, *sums]
+        return torch.stack(losses).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: torch.Tensor) -> tuple[Any, ...]:
+        gradients, ctx.gradients = ctx.gradients, None  # not kept: they are scaled in place
+        return (None, None, None, None, *(_scale(gradient, scale) for gradient in gradients))
+
+
+def _scale(tensor: torch.Tensor | None, scale: torch.Tensor) -> torch.Tensor | None:
+    """Multiply `tensor` in place by a float32 number. In 16 bits a product would first round the number to 16 bits."""
+    if tensor is None or tensor.dtype == torch.float32:
+        return tensor if tensor is None else tensor.mul_(scale)
+    for part in tensor.split(4096):
+        part.copy_(part.float() * scale)
+    return tensor
+
+
+def _loss_and_gradient(
+    model: PreTrainedModel, logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what `sum_terms` returns and its gradient by the logits, which takes their place in memory.
+
+    Each target t has the term -(1 - s) * log p[t] - s * mean of log p + z * (log Z)^2, all times its weight. With
+    log p[j] = logit[j] - log Z its gradient by logit[j] is (1 + 2 * z * log Z) * p[j] - s / vocabulary, and less 1 - s
+    where j = t.
+    """
+    smoothing, z_coef = (model.label_smoothing, model.z_loss_coef) if model.training else (0.0, 0.0)
+    at_target = torch.arange(len(targets), device=targets.device), targets
+    log_probs = logits.log_softmax(1)
+    log_p = log_probs[at_target]
+    terms, factor = -log_p, weights
+    if smoothing:
+        terms = (1 - smoothing) * terms - smoothing * log_probs.mean(1)
+    if z_coef:
+        log_z = logits[at_target] - log_p
+        terms = terms + z_coef * log_z.square()
+        factor = (1 + 2 * z_coef * log_z) * (1 if weights is None else weights)
+
+    gradient = torch.exp(log_probs, out=logits)
+    del log_probs
+    if factor is not None:
+        gradient *= factor[:, None]
+    if smoothing:
+        gradient -= smoothing / gradient.shape[1] * (1 if weights is None else weights[:, None])
+    gradient[at_target] -= (1 - smoothing) * (1 if weights is None else weights)
+    return (terms if weights is None else terms * weights).sum(), gradient
+
+
+def _chunk_loss(
+    model: PreTrainedModel, hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return the loss of hidden [n, width] for targets [n], float32 []; for n = 0 it is 0, with a gradient graph."""
+    return sum_terms(model, _project(model, hidden).float(), targets, weights)
+
+
+def sum_terms(
+    model: PreTrainedModel, logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None
+) -> torch.Tensor:
+    """Sum over logits [n, vocabulary] of the terms of targets [n], each times its weight if there are any."""
+    smoothing, z_coef = (model.label_smoothing, model.z_loss_coef) if model.training else (0.0, 0.0)
+    if smoothing or z_coef:
+        terms = _regularized_terms(logits, targets, smoothing, z_coef)  # type: ignore
+    elif weights is None:
+        return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+    else:
+        terms = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")
+    return (terms if weights is None else terms * weights).sum()
+
+
+def _regularized_terms(logits: torch.Tensor, targets: torch.Tensor, smoothing: float, z_coef: float) -> torch.Tensor:
+    """Return for each target (1 - smoothing) * -log p(target) + smoothing * mean of all -log p + z_coef * (log Z)^2.
+
+    logits [n, vocabulary] -> [n], 0 where there is no label. Z is the sum of exp(logits); the squared term keeps it
+    near 1 (PaLM, arXiv 2204.02311, section 5). Label smoothing: Szegedy et al. 2016, arXiv 1512.00567, section 7.
+    """
+    # By indexing, not gather, and with log Z = logit - log p: the backward of gather or of logsumexp would keep a
+    # second copy of the logits.
+    at_target = torch.arange(len(targets), device=targets.device), targets.clamp(min=0)
+    log_probs = logits.log_softmax(1)
+    log_p = log_probs[at_target]
+    terms = -log_p
+    if smoothing:
+        terms = (1 - smoothing) * terms - smoothing * log_probs.mean(1)
+    if z_coef:
+        terms = terms + z_coef * (logits[at_target] - log_p).square()
+    return terms.masked_fill(targets == IGNORED, 0)
+
+
+def _project(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+    """Return the logits [n, vocabulary] of hidden [n, width], with the scales and caps of some families."""
+    config = model.config.get_text_config()
+    logits = model.get_output_embeddings()(hidden)  # type: ignore
+    if scale := getattr(config, "logit_scale", None):  # Cohere
+        logits = logits * scale
+    if scale := getattr(config, "logits_scaling", None):  # Granite; HyperCLOVA multiplies, on the stock path
+        logits = logits / scale
+    if scale := getattr(config, "lm_head_multiplier", None):  # Falcon-H1
+        logits = logits * scale
+    if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2 and 3
+        logits = torch.tanh(logits / cap) * cap
+    return logits
