@@ -286,6 +286,6 @@ def _joined(record: Record, rest: Record) -> Record:
             old_low, old_high = both.ranges.get(key, (low, high))
             both.ranges[key] = max(low, old_low), min(high, old_high)
     for key in record.writes.keys() - record.exact.keys():
-        pass
+        both.exact.pop(key, None)
     both.writes = {**record.writes, **rest.writes}
     return both
