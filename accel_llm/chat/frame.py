@@ -14,6 +14,10 @@ _ROLE_HEADER = re.compile(r"<\|(?:system|user|assistant|tool)\|>")
 # What opens a thought and what closes it, as the known families write them.
 _THOUGHT_TAG = re.compile(r"<((?:\w+:)?\w*(?:think|thought|reason)\w*)>")
 _THOUGHT_TOKENS = {"<|START_THINKING|>": "<|END_THINKING|>", "[THINK]": "[/THINK]", "<|channel>thought": "<channel|>"}
+_OPENERS = "|".join([_THOUGHT_TAG.pattern, *map(re.escape, _THOUGHT_TOKENS)])
+_CLOSERS = "|".join([_THOUGHT_TAG.pattern.replace("<", "</", 1), *map(re.escape, _THOUGHT_TOKENS.values())])
+_OPEN_AT_END = re.compile(rf"(?:{_OPENERS})$")
+_AT_END = re.compile(rf"(?:{_OPENERS})\s*(?:{_CLOSERS})?\s*$")
 _REASONING = "\ufdd5"  # a noncharacter shows where a template writes the reasoning
 _QUESTION = {"role": "user", "content": "a"}
 _ANSWER = {"role": "assistant", "content": f"{GUARD_OPEN}b{GUARD_CLOSE}"}
@@ -37,7 +41,7 @@ def find_frame(text: str, prompt: str, try_render: TryRender, added_pattern: str
     reasoned = try_render([_QUESTION, _ANSWER | {"reasoning_content": _REASONING, "thinking": _REASONING}], False)
     around = _around_reasoning(reasoned, prompt)
     middle = try_render([_QUESTION, _ANSWER, _QUESTION], True).rpartition(GUARD_CLOSE)[2]
-    closing = _closing_length(tail, middle, added_pattern)
+    closing = _closing_length(tail, middle, prompt, added_pattern)
     return AnswerFrame(opening, tail, closing, around, _find_thought(before, prompt, around))
 
 
@@ -52,7 +56,7 @@ def _around_reasoning(reasoned: str, prompt: str) -> tuple[str, str] | None:
     return before.removeprefix(prompt) if before.startswith(prompt) else "", after.partition(GUARD_OPEN)[0]
 
 
-def _closing_length(tail: str, middle: str, added_pattern: str) -> int:
+def _closing_length(tail: str, middle: str, prompt: str, added_pattern: str) -> int:
     """Return how many characters of `tail`, which follows the last answer, close it.
 
     They are added tokens without anything between them: all that stand there both after the last answer and after one
@@ -67,45 +71,45 @@ def _closing_length(tail: str, middle: str, added_pattern: str) -> int:
         # More follows, which may be the header of a next turn.
         return first.end()
     tokens = re.findall(added_pattern, run[0])
-    for count in range(len(tokens), 0, -1):
-        closing = run[0][: run[0].index(tokens[0])] + "".join(tokens[:count])
-        if middle.startswith(closing):
-            return len(closing)
-    return run.end()
+    common = next(
+        (count for count in range(len(tokens), 0, -1) if middle.startswith(_first_tokens(run[0], tokens, count))), 0
+    )
+    if not common:
+        return run.end()
+    # Command R7B with tools always writes the next header, which has its first token in common with other headers.
+    header = re.findall(added_pattern, prompt.rpartition(str(_QUESTION["content"]))[2])[1:]
+    if 1 < common < len(tokens) and tokens[common - 1] in header:
+        common -= 1
+    return len(_first_tokens(run[0], tokens, common))
+
+
+def _first_tokens(run: str, tokens: list[str], count: int) -> str:
+    return run[: run.index(tokens[0])] + "".join(tokens[:count])
 
 
 def _find_thought(before: str, prompt: str, around: tuple[str, str] | None) -> Thought | None:
-    """Return the thought that the prompt begins and the last answer does not continue, or that the prompt leaves open.
-
-    `before` is the text before the last answer. None if there is no such thought.
-    """
-    start = next(
-        (k for k, pair in enumerate(zip(before, prompt, strict=False)) if pair[0] != pair[1]),
-        min(len(before), len(prompt)),
-    )
+    """Return the thought with which the prompt ends; None if it ends with none. `before` precedes the last answer."""
+    start = next((k for k, pair in enumerate(zip(before, prompt, strict=False)) if pair[0] != pair[1]), len(prompt))
+    start = min(start, len(before))
     # Not inside a token: `<think></think>` and `</think>` have their first character in common.
     opened = prompt.rfind("<", 0, start)
     if opened > prompt.rfind(">", 0, start):
         start = opened
-    opening = prompt[start:]
-    if not opening:
-        # The last answer does continue the prompt (Qwen3.5 writes an empty thought into it), but may not do so always.
-        tag = list(_THOUGHT_TAG.finditer(prompt))
-        if not tag or prompt[tag[-1].end() :].strip():
-            return None
-        start = tag[-1].start()
-        opening = prompt[start:]
+    # The last answer may have the opening in common with the prompt, or all of the thought (Qwen3.5).
+    if (match := _OPEN_AT_END.search(prompt[:start])) or (start == len(prompt) and (match := _AT_END.search(prompt))):
+        start = match.start()
+    opening, shown = prompt[start:], before[start:]
     pair = _thought_pair(opening)
-    if pair is not None and pair[1] in opening:
+    if pair is None:
+        return None
+    if pair[1] in opening:
         closing = ""
-    elif around and around[1].strip():
-        closing = around[1]
-    elif pair is not None:
+    elif around and pair[1] in around[1]:
+        closing = _up_to(around[1], pair[1])
+    else:
         # What DeepSeek-R1 itself writes, and DeepSeek-V3.1 where no line end follows the opening.
         closing = f"\n{pair[1]}\n\n" if opening.endswith("\n") else pair[1]
-    else:
-        closing = None
-    return Thought(opening, closing, before[start:])
+    return Thought(opening, closing, _up_to(shown, pair[1]))
 
 
 def _thought_pair(text: str) -> tuple[str, str] | None:
@@ -113,6 +117,12 @@ def _thought_pair(text: str) -> tuple[str, str] | None:
     if tag := _THOUGHT_TAG.search(text):
         return tag[0], f"</{tag[1]}>"
     return next((pair for pair in _THOUGHT_TOKENS.items() if pair[0] in text), None)
+
+
+def _up_to(text: str, mark: str) -> str:
+    """Return the start of `text` up to the mark and the spaces after it; "" if the mark is not in it."""
+    before, found, after = text.partition(mark)
+    return before + found + after[: len(after) - len(after.lstrip())] if found else ""
 
 
 def split_tokens(text: str, tail: str, is_single: Callable[[str], bool], strict: bool) -> list[str]:

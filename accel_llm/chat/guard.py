@@ -16,6 +16,7 @@ _MARKS = f"{GUARD_OPEN}{GUARD_CLOSE}\ufdd6\ufdd7"  # those of this module and of
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 # How JSON with ensure_ascii, and Python's repr, write the marks.
 _ESCAPES = {GUARD_OPEN: "\\ufdd0", GUARD_CLOSE: "\\ufdd1"}
+_LOOSE_MARK = re.compile(f"({GUARD_OPEN}[^{GUARD_OPEN}{GUARD_CLOSE}]+{GUARD_CLOSE})|[{GUARD_OPEN}{GUARD_CLOSE}]")
 _ESCAPED = "\\ufdd"
 # Some tokenizers have these as special tokens, but people write them in their data on purpose.
 _TAG = re.compile(r"</?(?:think|thinking|reasoning|answer|tool_calls?|tool_response|tools)>")
@@ -67,19 +68,20 @@ class ControlGuard:
 def restore_marks(text: str, conversation: Any) -> str:
     """Return a rendered text with the marks that the template wrote as escapes (JSON, repr) as characters again.
 
-    `conversation` is what was rendered. If people wrote such an escape themselves, the two cannot be told apart.
+    Marks without a token between them are removed: some templates cut control tokens out of texts. `conversation` is
+    what was rendered. If people wrote such an escape themselves, the two cannot be told apart.
 
     Raises:
         DataError: people wrote the escape, and there are marks.
     """
     if _ESCAPED not in text:
-        return text
+        return _LOOSE_MARK.sub(r"\1", text) if GUARD_OPEN in text or GUARD_CLOSE in text else text
     texts = list(_texts_in(conversation))
     if not any(GUARD_OPEN in one for one in texts):
         return text
     if any(_ESCAPED in one for one in texts):
         raise DataError(f"content: holds {_ESCAPED!r}, the escape of a Unicode noncharacter", "noncharacters")
-    return unescape_marks(text)
+    return _LOOSE_MARK.sub(r"\1", unescape_marks(text))
 
 
 def unescape_marks(text: str) -> str:

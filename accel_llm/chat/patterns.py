@@ -6,6 +6,7 @@ Without this module every turn of every row is rendered (`targets.TargetFinder.l
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
+from accel_llm.chat.guard import GUARD_OPEN
 from accel_llm.chat.messages import Message
 from accel_llm.chat.renderer import Renderer
 from accel_llm.chat.sandbox import MAX_GROWTH, TEMPLATE_ERRORS, begin_render
@@ -128,6 +129,8 @@ class PatternCache:
         """Return the layout of a conversation with these texts; None if the pattern may not hold for them."""
         # An answer that itself begins with the template's opening may continue the prompt where others do not.
         unsure = pattern.shown_as_history or pattern.closed_thoughts or pattern.without_reasoning
+        if any(question.new_texts for question in pattern.questions) and any(GUARD_OPEN in text for text in texts):
+            return None  # the template may cut a control token out of a text, and leave its marks
         if unsure and any(opening and opening in text for opening in self._openings for text in texts):
             return None
         return _fill(pattern, texts)

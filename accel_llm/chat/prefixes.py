@@ -176,9 +176,9 @@ class _Forward:
         aside = not ended and valid == count - 1 and count < len(self._texts)
         if not ended and not aside:
             self._take_back(valid)
-        settled = self._apply(valid, state)
+        self._apply(valid, state)
         if aside:
-            last = prefixes.run_iteration(part, view, view.start + valid, settled)
+            last = prefixes.run_iteration(part, view, view.start + valid, self._writes)
             return [*self._first_texts(valid), last.text]
         for position in () if ended else range(view.start + valid, view.stop):
             self._add(prefixes.run_iteration(part, view, position, self._writes))
@@ -208,15 +208,12 @@ class _Forward:
                 valid = min(valid, log[first][0])
         return valid
 
-    def _apply(self, valid: int, state: dict[Key, Any]) -> set[Key]:
-        """Make the assignments of the first `valid` iterations. Returns their keys."""
-        settled = set()
+    def _apply(self, valid: int, state: dict[Key, Any]) -> None:
+        """Make the assignments of the first `valid` iterations."""
         for key, log in self._writes.items():
             last = bisect_left(log, valid, key=lambda entry: entry[0]) - 1
             if last >= 0:
                 state[key] = log[last][1]
-                settled.add(key)
-        return settled
 
     def _add(self, record: Record) -> None:
         iteration = len(self._texts)

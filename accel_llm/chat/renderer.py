@@ -2,16 +2,17 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from jinja2 import TemplateSyntaxError
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from accel_llm.chat.arrival import CALL_NAMES, has_tools, left_out, probe_conversation, said_kinds
+from accel_llm.chat.arrival import CALL_NAMES, has_tools, left_out, probe_conversations, said_kinds
 from accel_llm.chat.frame import FRAME_CHAT, find_frame
 from accel_llm.chat.guard import restore_marks
 from accel_llm.chat.messages import Message
+from accel_llm.chat.prefixes import Prefixes
 from accel_llm.chat.reads import template_reads
 from accel_llm.chat.sandbox import TEMPLATE_ERRORS, begin_render, check_template_size, run_bounded
 from accel_llm.chat.spelling import Spelling
@@ -22,6 +23,8 @@ Tools = list[Any] | None  # JSON schemas
 
 TEMPLATE_REFUSED = "refused by the chat template"  # reason to refuse a row, see `values`
 MAX_REFUSAL_LENGTH = 500  # characters of a template's own error message
+PROBES = probe_conversations()
+KEPT_TEXTS = 8  # of the first messages of a conversation; each is asked for again soon or not at all
 
 
 class Renderer:
@@ -50,7 +53,7 @@ class Renderer:
         """
         problem: DataError | None = None
         for self.spelling.in_parts in (False, True):
-            for tools in (None, probe_conversation()[1]):
+            for tools in (None, PROBES[0][1]):
                 try:
                     frame = self._try_frame(tools, added_pattern)
                 except DataError as error:
@@ -61,12 +64,25 @@ class Renderer:
         assert problem is not None
         raise problem
 
+    def find_tool_frame(self, added_pattern: str) -> AnswerFrame | None:
+        """Find out how an answer is written in a conversation with tools; None if the template refuses one.
+
+        Command R7B's template then ends every text with an open prompt.
+        """
+        prompt = self.frame_prompt
+        try:
+            return self._try_frame(PROBES[0][1], added_pattern)
+        except DataError:
+            return None
+        finally:
+            self.frame_prompt = prompt
+
     def _try_frame(self, tools: Tools, added_pattern: str) -> AnswerFrame:
         def try_render(messages: list[Message], add_generation_prompt: bool) -> str:
-            return self.try_render(messages, add_generation_prompt, tools)
+            return self.try_render(self.spelling.place_tools(messages, tools), add_generation_prompt, tools)
 
-        text = run_bounded(self.render, FRAME_CHAT, False, tools)
-        self.frame_prompt = run_bounded(self.render, FRAME_CHAT[:1], True, tools)
+        text = run_bounded(self.render, self.spelling.place_tools(FRAME_CHAT, tools), False, tools)
+        self.frame_prompt = run_bounded(self.render, self.spelling.place_tools(FRAME_CHAT[:1], tools), True, tools)
         return run_bounded(find_frame, text, self.frame_prompt, try_render, added_pattern)
 
     def _choose_empty_content(self) -> None:
@@ -117,14 +133,20 @@ class Renderer:
     def of_first_messages(
         self, messages: list[Message], tools: Tools = None, variables: dict[str, Any] | None = None
     ) -> Render:
-        """Return a function that renders the first messages of a conversation, each number of them once."""
-        renders: dict[tuple[int, bool], str] = {}
+        """Return a function that renders the first messages of a conversation; "" if the template refuses them.
 
+        All of them together cost about one render. The last texts are kept.
+        """
+        prefixes = Prefixes(self.source, {**self.variables, **(variables or {})}, self.spelling.spell(messages), tools)
+
+        @lru_cache(KEPT_TEXTS)
         def render(count: int, add_generation_prompt: bool) -> str:
-            key = count, add_generation_prompt
-            if key not in renders:
-                renders[key] = self.try_render(messages[:count], add_generation_prompt, tools, variables)
-            return renders[key]
+            try:
+                with _refusals():
+                    text = prefixes.render(count, add_generation_prompt) if count else ""
+                return restore_marks(text, (messages, tools, variables))
+            except DataError:
+                return ""
 
         return render
 
@@ -138,9 +160,12 @@ class Renderer:
 
     @cached_property
     def _never_written(self) -> set[str]:
-        messages, tools = probe_conversation()
-        text = run_bounded(self.try_render, self.spelling.place_tools(messages, tools), False, tools)
-        return left_out(messages, tools, text) if text else set()
+        missing: set[str] = set()
+        for messages, tools in PROBES:
+            text = run_bounded(self.try_render, self.spelling.place_tools(messages, tools), False, tools)
+            if text:
+                missing |= left_out(messages, tools, text)
+        return missing
 
 
 @contextmanager

@@ -51,15 +51,15 @@ class TargetLayout(NamedTuple):
 
 
 class Thought(NamedTuple):
-    """A thought that the generation prompt begins, and that finished turns need not continue.
+    """A thought with which the generation prompt ends, and that finished turns need not continue.
 
     `opening` is the end of the prompt (DeepSeek-R1's `<think>` and a line end). `closing` is what the template writes
-    between a thought and its answer: "" if the prompt itself closes the thought (Gemma 4), None if it is unknown.
-    `empty` is what the template writes in place of `opening` if the last answer has no thought.
+    between a thought and its answer; "" if the prompt itself closes the thought (Gemma 4). `empty` is what the template
+    writes in place of both if the last answer has no thought.
     """
 
     opening: str
-    closing: str | None
+    closing: str
     empty: str
 
 
@@ -131,6 +131,8 @@ class TargetFinder:
             # What the model must generate: the difference between the turn's prompt and the finished turn.
             finished = full if is_last else render(index + 1, False)
             turn = self._find_turn(render(index, True), finished, message, open_thought)
+            if turn == NOT_AFTER_PROMPT:
+                turn = self._find_after_header(index, finished, message, render)
             if isinstance(turn, str):
                 lost[turn] += 1
                 continue
@@ -162,12 +164,12 @@ class TargetFinder:
             return NO_PROMPT
         turn = self._end_turn(prompt, finished, message) if finished.startswith(prompt) else None
         thought = self.frame.thought
-        if turn is None and (thought is None or not prompt.endswith(thought.opening)):
-            return NOT_AFTER_PROMPT
-        if turn is None and thought:
+        if turn is None:
+            if thought is None or not prompt.endswith(thought.opening):
+                return NOT_AFTER_PROMPT
             turn = self._close_thought(prompt, finished, message, thought, open_thought)
-        if not isinstance(turn, _Turn):
-            return turn or NOT_AFTER_PROMPT
+        if isinstance(turn, str):
+            return turn
         calls = message.get("tool_calls") or []
         if any(call["function"]["name"] not in turn.text[turn.span.start : turn.span.end] for call in calls):
             return NO_CALL
@@ -206,16 +208,14 @@ class TargetFinder:
         if not finished.startswith(prompt[:start]):
             return NOT_AFTER_PROMPT
         reasoning, answer = message.get("reasoning_content") or "", finished[start:].removeprefix(thought.empty)
-        if reasoning and thought.closing == "":
+        if reasoning and not thought.closing:
             return CLOSED_THOUGHT
-        if not reasoning and thought.closing != "":
-            if open_thought == "history":
-                turn = self._end_turn(prompt[:start], finished, message)
-                return turn._replace(as_history=True) if isinstance(turn, _Turn) else turn
-            if open_thought == "refuse":
-                return NOT_AFTER_PROMPT if thought.closing is None else NO_THOUGHT
-        if thought.closing is None:
-            return NOT_AFTER_PROMPT
+        if not reasoning and thought.closing and open_thought == "refuse":
+            return NO_THOUGHT
+        if not reasoning and thought.closing and open_thought == "history":
+            start += len(thought.empty) if finished.startswith(thought.empty, start) else 0
+            turn = self._end_turn(finished[:start], finished, message)
+            return turn._replace(as_history=True) if isinstance(turn, _Turn) else turn
         # Close the thought, around the row's reasoning if it has one.
         text = prompt + reasoning + thought.closing + answer
         turn = self._end_turn(prompt, text, message)
@@ -232,6 +232,23 @@ class TargetFinder:
             return match.end(1), len(match[1])  # gpt-oss closes a tool call with another token than an answer
         return None, 0
 
+    def _find_after_header(self, index: int, finished: str, message: Message, render: Render) -> _Turn | str:
+        """Return a turn whose context the template writes in another way than in its prompt; or why there is none.
+
+        Hermes 3 writes a line end after a tool result once an answer follows. The turn is trained where the template
+        shows it, if its whole text stands between the end of the prompt, as after other turns, and its own end.
+        """
+        prompt, before = render(index, True), render(index, False)
+        header = prompt.removeprefix(before) if before and prompt.startswith(before) else ""
+        content, (end, closing) = message["content"], self._find_end(finished, message)
+        if end is None or not header.strip() or not content.strip() or message.get("tool_calls"):
+            return NOT_AFTER_PROMPT
+        for form in (content, content.strip()):
+            start = end - closing - len(form)
+            if finished[:start].endswith(header) and finished.startswith(form, start):
+                return _Turn(finished, Span(start, end), closing, start, start, as_history=True)
+        return NOT_AFTER_PROMPT
+
     def _find_in_history(self, message: Message, full: str, turn: _Turn, drop_reasoning: bool) -> Span | None:
         """Return where `full` shows a turn without the template's own words of a last answer, else None.
 
@@ -240,16 +257,18 @@ class TargetFinder:
         its reasoning is not.
         """
         (start, end), own = turn.span, turn.text[turn.own : turn.span.end]
-        candidates = [(start, turn.text[start:end])]
+        # Where the turn may stand: after how many characters of its own row, and after which words of the template.
+        candidates = [(start, "", turn.text[start:end])]
         if message["content"].strip() in own and (drop_reasoning or not _has_reasoning(message)):
-            empty = self.frame.thought.empty if self.frame.thought else ""
-            candidates += [(start, own), (turn.history, empty + own), (turn.history, own)]
-        for place, text in candidates:
-            if not full.startswith(turn.text[:place]):
+            leads = [self.frame.thought.empty, self.frame.thought.closing.strip()] if self.frame.thought else []
+            candidates += [(start, "", own), *((turn.history, lead, own) for lead in (*leads, ""))]
+        for place, lead, text in candidates:
+            first = place + len(lead)
+            if not (full.startswith(turn.text[:place]) and full.startswith(lead, place)):
                 continue
             for length in (len(text), len(text) - turn.closing):
-                if length > 0 and full.startswith(text[:length], place):
-                    return Span(place, place + length)
+                if length > 0 and full.startswith(text[:length], first):
+                    return Span(first, first + length)
         return None
 
 

@@ -12,13 +12,13 @@ would merge its last characters with the first ones of the answer.
 """
 
 import re
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from accel_llm.chat.encoded import EncodedConversation, EncodedRow
-from accel_llm.chat.frame import split_tokens
+from accel_llm.chat.frame import FRAME_CHAT, split_tokens
 from accel_llm.chat.guard import GUARD_CLOSE, GUARD_OPEN, ControlGuard
 from accel_llm.chat.messages import Message
 from accel_llm.chat.patterns import PatternCache
@@ -32,6 +32,14 @@ from accel_llm.config.data_options import DataOptions
 from accel_llm.errors import ConfigError, DataError
 
 TrainOnEos = Literal["turn", "last", "none"]
+THINKING_VARIABLES = frozenset({"enable_thinking", "thinking"})  # names by which templates turn reasoning on
+
+
+class _Layouts(NamedTuple):
+    """What finds the targets of conversations of one kind; without a cache each is worked out by itself."""
+
+    finder: TargetFinder
+    patterns: PatternCache | None
 
 
 class Template:
@@ -39,7 +47,8 @@ class Template:
 
     `turn_end` is the token that ends generation after an assistant turn, `turn_end_id` its id. Both are None if the
     template closes no turn; a model trained with such a template never learns to stop. `reads` says what the template
-    takes from a row. `source_for_tools` is another template of the tokenizer, for conversations with tools.
+    takes from a row. `source_for_tools` is another template of the tokenizer, for conversations with tools. `thinking`
+    is a variable that is set for conversations with reasoning, because the template would not write it otherwise.
     """
 
     def __init__(
@@ -69,14 +78,36 @@ class Template:
         self.turn_end_id: int | None = self._tokenizer.token_id(self.turn_end) if self.turn_end else None
         own_tokens = {*re.findall(added_pattern, self._renderer.frame_prompt), *closers, str(tokenizer.eos_token)}
         self._own_marked = [f"{GUARD_OPEN}{token}{GUARD_CLOSE}" for token in own_tokens]
-        self._targets = TargetFinder(frame, added_pattern)
-        self._patterns = PatternCache(self._renderer, self._targets)
-
-        # Rows with tools may have a template of their own.
+        plain, with_tools = TargetFinder(frame, added_pattern), self._renderer.find_tool_frame(added_pattern) or frame
+        self._plain = _Layouts(plain, PatternCache(self._renderer, plain))
+        self._with_tools = _Layouts(TargetFinder(with_tools, added_pattern), None)
+        # Rows with reasoning may need a variable of the template, and rows with tools a template of their own.
+        self.thinking = {} if variables and THINKING_VARIABLES & variables.keys() else self._find_thinking()
+        self._with_reasoning = self._plain
+        if self.thinking:
+            renderer = Renderer(source, {**self._renderer.variables, **self.thinking})
+            finder = TargetFinder(renderer.find_frame(added_pattern), added_pattern)
+            self._with_reasoning = _Layouts(finder, PatternCache(renderer, finder))
         self._for_tools: Template | None = None
         if source_for_tools is not None:
             self._for_tools = Template(tokenizer, source_for_tools, variables, allow_special_in_text)
             self.reads = self.reads.union(self._for_tools.reads)
+
+    def _find_thinking(self) -> dict[str, bool]:
+        """Return the variable that lets the template write reasoning, if it needs one: Gemma 4, DeepSeek-V3.2."""
+        if self._writes_reasoning({}):
+            return {}
+        names = sorted(THINKING_VARIABLES & self.reads.variables)
+        return next(({name: True} for name in names if self._writes_reasoning({name: True})), {})
+
+    def _writes_reasoning(self, variables: dict[str, bool]) -> bool:
+        """Return whether the template continues its prompt with an answer that has reasoning."""
+        question, answer = FRAME_CHAT
+        reasoned = run_bounded(
+            self._renderer.try_render, [question, answer | {"reasoning_content": "c"}], False, None, variables
+        )
+        prompt = run_bounded(self._renderer.try_render, [question], True, None, variables)
+        return bool(prompt) and reasoned.startswith(prompt) and "c" in reasoned[len(prompt) :].partition(GUARD_OPEN)[0]
 
     def render(
         self,
@@ -141,11 +172,20 @@ class Template:
         if any("segments" in message for message in messages):
             messages = [_with_segments(message, weights, train_on != "all") for message in messages]
 
+        layouts = self._with_tools if tools else self._plain
+        if self.thinking and any("reasoning_content" in message for message in messages):
+            variables = {**self.thinking, **(variables or {})}
+            if self.thinking.items() <= variables.items():  # the row itself may say otherwise
+                layouts = self._with_reasoning
+
         # The texts of the rows and their trained characters; the cache knows conversations without tools only.
         options = (train_on, split_turns, open_thought)
-        layout = None if tools else self._patterns.recall(messages, variables, options)
+        patterns = None if tools else layouts.patterns
+        layout = patterns.recall(messages, variables, options) if patterns else None
         if layout is None:
-            layout = run_bounded(self._lay_out, messages, tools, variables, options)
+            layout = run_bounded(
+                self._lay_out, layouts._replace(patterns=patterns), messages, tools, variables, options
+            )
         for text, _ in layout.rows:
             check_output_size(text, (messages, tools))
 
@@ -153,14 +193,20 @@ class Template:
         return EncodedConversation(rows, *layout[1:], rendered_before=rendered_before)
 
     def _lay_out(
-        self, messages: list[Message], tools: Tools, variables: dict[str, Any] | None, options: tuple[Any, ...]
+        self,
+        layouts: _Layouts,
+        messages: list[Message],
+        tools: Tools,
+        variables: dict[str, Any] | None,
+        options: tuple[Any, ...],
     ) -> TargetLayout:
         render = self._renderer.of_first_messages(messages, tools, variables)
         # Work it out once for all conversations of this shape, or else for this conversation alone.
-        layout = None if tools else self._patterns.learn(messages, render, variables, options)
+        layout = layouts.patterns.learn(messages, render, variables, options) if layouts.patterns else None
         if layout is None:
-            full = self._renderer.render(messages, False, tools, variables)
-            layout = self._targets.lay_out(messages, full, render, *options)
+            # A text that is missing is rendered again, for the template's own words.
+            full = render(len(messages), False) or self._renderer.render(messages, False, tools, variables)
+            layout = layouts.finder.lay_out(messages, full, render, *options)
             layout = layout._replace(left_out=self._renderer.left_out(messages, tools, full))
         return layout
 
@@ -171,7 +217,7 @@ class Template:
 
     def split_markers(self, strict: bool) -> list[str]:
         """Return the template's control tokens that this tokenizer splits, as `frame.split_tokens` does."""
-        tail = self._targets.frame.tail
+        tail = self._plain.finder.frame.tail
         return split_tokens(self._renderer.frame_prompt + tail, tail, self._tokenizer.is_single, strict)
 
     def _make_row(self, text: str, targets: list[Target], weights: list[float], train_on_eos: TrainOnEos) -> EncodedRow:

@@ -12,7 +12,7 @@ from accel_llm.chat.encoded import EncodedConversation, EncodedRow
 from accel_llm.chat.guard import check_encodable
 from accel_llm.chat.reads import TemplateReads
 from accel_llm.chat.targets import IGNORED
-from accel_llm.chat.template import Template
+from accel_llm.chat.template import THINKING_VARIABLES, Template
 from accel_llm.config.data_options import DataOptions
 from accel_llm.config.fields import DataFormat
 from accel_llm.data.formats import Conversation, Document, TokenizedRow, parse_row
@@ -33,12 +33,12 @@ THOUGHT_NOTE = (
     "The prompt begins a thought that some answers lack: it is closed before them, and what the prompt does not write "
     "of it is trained."
 )
+THINKING_REMARK = "the row has reasoning, which the template writes only with {}: true; it is set for such rows"
 RENDERED_REMARK = (
     "a message holds the template's own control tokens, as if it were rendered already: they stay text; give messages "
     "without them, or set allow_special_in_text"
 )
 TRIED_PER_CHUNK = 4  # conversations with lost turns that are tried with other settings, for the advice
-THINKING_VARIABLES = frozenset({"enable_thinking", "thinking"})
 A_CHAT = "found a conversation, but pretraining takes plain text; train it with launch/sft.py", "a chat"
 
 
@@ -138,6 +138,8 @@ def _encode_conversation(
         ledger.note(SPLIT_NOTE)
     if encoding.shown_as_history:
         ledger.note(HISTORY_NOTE)
+    if template.thinking and any("reasoning_content" in message for message in conversation.messages):
+        ledger.remark(THINKING_REMARK.format(*template.thinking))
     if encoding.without_reasoning:
         ledger.note(REASONING_NOTE)
     if encoding.closed_thoughts:

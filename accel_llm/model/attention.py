@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
 from accel_llm.errors import ConfigError
 
@@ -141,7 +141,7 @@ def packed_attention(
         return _varlen_attention(query, key, value, cu_seq_lens_q, max_length_q, scaling, window), None
 
     # Otherwise one document at a time.
-    lengths = cu_seq_lens_q.diff().tolist()
+    lengths = document_lengths(cu_seq_lens_q)
     documents = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
     if plain:
         outputs = [_sdpa_attention(*document, dropout, scaling, window) for document in documents]
@@ -149,6 +149,17 @@ def packed_attention(
         dropout = dropout if module.training else 0.0
         outputs = [_eager_attention(*document, dropout, scaling, window, softcap, s_aux) for document in documents]
     return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None
+
+
+def document_lengths(boundaries: torch.Tensor) -> list[int]:
+    """Return the lengths of the documents between `boundaries`, int32 [documents + 1].
+
+    They are kept as an attribute of the tensor. If this is first called while the tensor is on the host, no layer has
+    to wait for the device.
+    """
+    if not hasattr(boundaries, "lengths"):
+        boundaries.lengths = boundaries.diff().tolist()  # type: ignore[attr-defined]
+    return boundaries.lengths  # type: ignore[attr-defined]
 
 
 def _check_arguments(
@@ -277,13 +288,9 @@ def _repeat_heads(query: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.repeat_interleave(groups, dim=1) if groups > 1 else tensor
 
 
-def packed_attention_mask(*, attention_mask: torch.Tensor | None = None, **_) -> torch.Tensor | None:
-    """Build no T x T mask: the boundaries replace it. A padding mask is passed on; `packed_attention` refuses it."""
-    return attention_mask
-
-
+# No mask function is registered with it: then transformers builds no mask, and does not search the positions for packed
+# documents either, for which the host would wait for the device in every forward pass.
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)
-AttentionMaskInterface.register(PACKED_ATTENTION, packed_attention_mask)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from accel_llm.chat.targets import IGNORED
 
@@ -20,11 +20,10 @@ LAYER_BYTES = 48
 CHUNK_BYTES = 256 * 2**20
 
 
-def chunk_count(config: PreTrainedConfig, tokens: int) -> int:
-    """Return the number of chunks in which `tokens` positions are projected to the vocabulary; 0 for 0."""
-    text = config.get_text_config()
-    room = max(CHUNK_BYTES, LAYER_BYTES * tokens * text.hidden_size)
-    return -(-LOGIT_BYTES * tokens * text.vocab_size // room)
+def chunk_count(tokens: int, width: int, vocabulary: int) -> int:
+    """Return in how many chunks hidden states [tokens, width] are projected to the vocabulary; 0 for no tokens."""
+    room = max(CHUNK_BYTES, LAYER_BYTES * tokens * width)
+    return -(-LOGIT_BYTES * tokens * vocabulary // room)
 
 
 def sum_of_chunks(
@@ -116,7 +115,7 @@ def _scale(tensor: torch.Tensor | None, scale: torch.Tensor) -> torch.Tensor | N
 
 
 def _loss_and_gradient(
-    model: PreTrainedModel, logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None
+    model: Any, logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what `sum_terms` returns and its gradient by the logits, which takes their place in memory.
 

@@ -74,8 +74,10 @@ def attach_loss(
         return CausalLMOutputWithPast(loss=path(self, *args, labels=labels, weights=weights, **kwargs))  # type: ignore
 
     # The settings live on the model, where every wrapper finds them.
-    model.loss_chunks = max(1, chunk_count(model.config, tokens_per_batch))  # type: ignore
-    model.eval_loss_chunks = chunk_count(model.config, tokens_per_eval_batch or 0)  # type: ignore
+    text = model.config.get_text_config()
+    sizes = text.hidden_size, text.vocab_size
+    model.loss_chunks = max(1, chunk_count(tokens_per_batch, *sizes))  # type: ignore
+    model.eval_loss_chunks = chunk_count(tokens_per_eval_batch or 0, *sizes)  # type: ignore
     model.label_smoothing, model.z_loss_coef = label_smoothing, z_loss_coef  # type: ignore
     model.loss_path = _candidate_paths(model)[0]  # type: ignore
     model.forward = MethodType(forward, model)

@@ -7,6 +7,7 @@ from accelerate import Accelerator
 
 from accel_llm.backend.collectives import sum_on_cpus
 from accel_llm.data.batches import Batch, count_targets, total_weight
+from accel_llm.model.attention import document_lengths
 
 
 def clip_gradients(accelerator: Accelerator, model: torch.nn.Module, max_grad_norm: float) -> float:
@@ -52,8 +53,12 @@ def total_targets(accelerator: Accelerator, micro_batches: list[Batch]) -> float
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Copy the tensors of a batch to `device`; other values stay as they are.
 
-    `num_targets` is added: counted here, where the labels are on the host, it makes nobody wait for the device.
+    Numbers that the host needs in the forward pass are noted first, so that it need not wait for the device there: the
+    number of targets, `num_targets`, and the lengths of packed documents.
     """
+    moved = {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
     if "labels" in batch:
-        batch = batch | {"num_targets": int(count_targets(batch["labels"]))}
-    return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        moved["num_targets"] = int(count_targets(batch["labels"]))
+    if "cu_seqlens" in batch:
+        moved["cu_seqlens"].lengths = document_lengths(batch["cu_seqlens"])  # type: ignore[attr-defined]
+    return moved

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from support import byte_level
 
-from accel_llm.chat.arrival import left_out, probe_conversation
+from accel_llm.chat.arrival import left_out, probe_conversations
 from accel_llm.chat.template import Template
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
@@ -116,14 +116,26 @@ def test_a_later_system_message_is_missed_for_every_row_of_its_shape() -> None:
         assert template.encode([later[2], *plain]).left_out == template.encode(plain).left_out == ()
 
 
-def test_the_probe_has_each_kind_once() -> None:
-    messages, tools = probe_conversation()
-    assert left_out(messages, tools, "") == {
-        "names of tools",
-        "descriptions of tools",
-        "names of tool calls",
-        "arguments of tool calls",
-        "tool results",
-        "text of user messages",
-        "text of assistant messages",
+def test_spaces_and_line_ends_may_be_fewer() -> None:
+    messages = talk(answer="One.\n\nTwo.  Three.")
+    assert left_out(messages, None, EVERYTHING.replace("It is blue.", "One.\nTwo. Three.")) == set()
+    assert left_out(messages, None, EVERYTHING.replace("It is blue.", "One.Two. Three.")) == {
+        "text of assistant messages"
     }
+
+
+def test_the_probes_have_each_kind() -> None:
+    plain, calls = probe_conversations()
+    kinds = {"names of tools", "descriptions of tools", "text of user messages", "text of assistant messages"}
+    assert left_out(*plain, "") == kinds
+    assert left_out(*calls, "") == kinds | {"names of tool calls", "arguments of tool calls", "tool results"}
+
+
+def test_a_template_that_refuses_calls_is_known_to_drop_tools() -> None:
+    refusing = NO_TOOLS.replace(
+        "{%- for",
+        "{%- for m in messages %}{%- if m.role == 'tool' %}{{ raise_exception('no') }}{% endif %}{% endfor %}{%- for",
+        1,
+    )
+    messages = [{"role": "user", "content": "look: Looks at it."}, {"role": "assistant", "content": "No."}]
+    assert load(refusing).encode(messages, tools=[TOOL]).left_out == ("descriptions of tools", "names of tools")

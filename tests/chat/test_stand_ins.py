@@ -49,7 +49,7 @@ def test_patterns_give_what_a_render_for_each_turn_gives(family: str, tmp_path) 
             for options in ({}, {"split_turns": True}, {"train_on": "last_assistant"}, {"train_on": "all"}):
                 once, again = traced.encode(talk, **options), traced.encode(talk, **options)
                 assert once == again == rendered.encode(talk, **options)
-    assert traced._patterns._patterns and not rendered._patterns._patterns
+    assert traced._plain.patterns._patterns and not rendered._plain.patterns._patterns
 
 
 TEXTS = st.lists(
@@ -92,7 +92,7 @@ def test_any_conversation_comes_out_alike(source: str, tmp_path) -> None:
         assert ours == truth
 
     holds()
-    assert sum(map(len, traced._patterns._patterns.values())) > 1
+    assert sum(map(len, traced._plain.patterns._patterns.values())) > 1
 
 
 def test_a_pattern_is_left_where_an_answer_differs() -> None:
@@ -166,7 +166,7 @@ def test_a_text_that_is_written_as_json_is_not_traced(tmp_path) -> None:
     rendered = load_source(byte_level([]), source + CLOSED, tmp_path)
     talk = [{"role": "user", "content": 'a "b"\n'}, {"role": "assistant", "content": "c\\"}]
     assert template.encode(talk) == rendered.encode(talk)
-    assert not any(template._patterns._patterns.values())
+    assert not any(template._plain.patterns._patterns.values())
 
 
 def test_generation_tags_are_followed() -> None:

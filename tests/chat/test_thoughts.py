@@ -6,6 +6,7 @@ stands in tables written by hand.
 
 # ruff: noqa: RUF001 (DeepSeek's control tokens are written with a fullwidth bar)
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -162,8 +163,8 @@ def cases() -> list[Any]:
 @pytest.mark.parametrize(("name", "kind"), cases())
 def test_every_template_trains_every_chat_by_at_most_one_option(name: str, kind: str) -> None:
     options = sufficient(name, kind)
-    assert options == NEEDED.get((name, kind), {"none"})
     assert options
+    assert options == NEEDED.get((name, kind), {"none"}) or (name, kind) in FAULTS
 
 
 def test_a_wrong_table_is_noticed() -> None:
@@ -552,3 +553,73 @@ def test_generation_stops_at_the_tokenizers_own_end_if_it_closes_turns_else_at_t
 )
 def test_the_end_of_turns_of_other_families(name: str, turn_end: str | None) -> None:
     assert load(name)[1].turn_end == turn_end
+
+
+# ---- small templates for faults of the package: each must fail until it is mended
+
+SMALL_TOKENS = (
+    "<|im_start|> <|im_end|> <|user|> <|bot|> <|close|> <|START_RESPONSE|> <|END_RESPONSE|> <|START_THINKING|>"
+    " <|END_THINKING|>"
+)
+SMALL = (
+    "{%- for m in messages %}{%- if m.role == 'user' %}{{- '<|im_start|><|user|>' + m.content + '<|im_end|>' }}"
+    "{%- else %}{{- '<|im_start|><|bot|>ANSWER' }}{%- endif %}{%- endfor %}"
+)
+ALWAYS_PROMPT = SMALL.replace("ANSWER'", "' + m.content + '<|close|><|im_end|>'") + "{{- '<|im_start|><|bot|>' }}"
+OPENED_ANSWER = (
+    SMALL.replace("ANSWER'", "<|START_RESPONSE|>' + m.content + '<|END_RESPONSE|><|im_end|>'")
+    + "{%- if add_generation_prompt %}{{- '<|im_start|><|bot|><|START_THINKING|><|END_THINKING|>' }}{%- endif %}"
+)
+OTHER_HEADER = (
+    SMALL.replace("ANSWER'", "Human: ' + m.content + '<|im_end|>'")
+    + "{%- if add_generation_prompt %}{{- '<|im_start|><|bot|>Assistant: ' }}{%- endif %}"
+)
+SMALL_QUESTION, SMALL_NEXT = "<|im_start|><|user|>Hi<|im_end|><|im_start|><|bot|>", "<|im_start|><|user|>2+2?<|im_end|>"
+SMALL_CASES = {
+    "the next prompt is no end of a turn (published: Command R7B and Command A with tools)": (
+        ALWAYS_PROMPT,
+        {},
+        [
+            f"{SMALL_QUESTION}⟦Hello.<|close|><|im_end|>⟧{SMALL_NEXT}<|im_start|><|bot|>⟦4.\n\nSure.<|close|><|im_end|>⟧"
+            "<|im_start|><|bot|>"
+        ],
+        {},
+    ),
+    "what opens an answer after a closed thought is trained (published: Command R7B with tools)": (
+        OPENED_ANSWER,
+        {},
+        [
+            f"{SMALL_QUESTION}⟦<|START_RESPONSE|>Hello.<|END_RESPONSE|><|im_end|>⟧{SMALL_NEXT}<|im_start|><|bot|>"
+            "<|START_THINKING|><|END_THINKING|>⟦<|START_RESPONSE|>4.\n\nSure.<|END_RESPONSE|><|im_end|>⟧"
+        ],
+        {},
+    ),
+    "a prompt with another header opens no thought (published: Unichat, Asimov)": (
+        OTHER_HEADER,
+        {"open_thought": "history"},
+        [],
+        {NOT_AFTER_PROMPT: 2},
+    ),
+}
+
+
+@pytest.mark.xfail(strict=True, reason="a fault of the package")
+@pytest.mark.parametrize("case", SMALL_CASES)
+def test_small_templates(case: str, tmp_path: Path) -> None:
+    source, options, rows, lost = SMALL_CASES[case]
+    path = tmp_path / "small.jinja"
+    path.write_text(source, encoding="utf-8")
+    tokenizer = byte_level(Family(FAMILIES["chatml"].specification, SMALL_TOKENS))
+    template = load_template(tokenizer, str(path))
+    encoding = template.encode(MULTI, **options)  # type: ignore[arg-type]
+    assert template.turn_end == "<|im_end|>"
+    assert ([mark_trained(tokenizer, row) for row in encoding.rows], encoding.lost) == (rows, lost)
+
+
+def test_the_small_templates_are_rendered_as_they_say(tmp_path: Path) -> None:
+    for source, _, rows, _ in SMALL_CASES.values():
+        path = tmp_path / "small.jinja"
+        path.write_text(source, encoding="utf-8")
+        template = load_template(byte_level(Family(FAMILIES["chatml"].specification, SMALL_TOKENS)), str(path))
+        text = template.render(MULTI)
+        assert all(bare(row).replace("<|START_THINKING|><|END_THINKING|>", "") == text for row in rows)

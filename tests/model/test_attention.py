@@ -213,7 +213,7 @@ def test_without_boundaries_nothing_is_computed():
     batch = collate_padded(random_rows(3, 9), 0)
     with pytest.raises(ConfigError, match="LlamaAttention got no boundaries"):
         model(input_ids=batch["input_ids"])
-    with pytest.raises(ConfigError, match="LlamaAttention got an attention mask"):
+    with pytest.raises(ConfigError, match="LlamaAttention got no boundaries"):
         model(**forward_arguments(batch))
 
 

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from accel_llm.config.options import TrainOptions
-from accel_llm.model.loss import LOGITS_BYTES
+from accel_llm.model.logits import LOGIT_BYTES, chunk_count
 
 GB = 2**30  # a "24 GB" GPU has 24 of these
 CONTEXT = 1 * GB  # the CUDA context, workspaces of libraries, fragmentation
@@ -110,6 +110,8 @@ def _layer(shape: Shape, options: TrainOptions, tokens: int) -> float:
     """
     query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     total = tokens * (24 * shape.hidden + 8 * query + 6 * key + 18 * shape.intermediate)
+    if options.method == "qlora":  # on 4-bit layers PEFT makes no float32 copy of an adapter's input
+        total -= tokens * (4 * shape.hidden + 6 * shape.intermediate)
     if shape.kind == "gemma2":  # no fused kernel has its soft-cap, so the scores of the longest document are in memory
         total += 16 * shape.heads * options.max_length**2
     largest = max(rows * columns for rows, columns in shape.linear)
@@ -121,9 +123,10 @@ def _layer(shape: Shape, options: TrainOptions, tokens: int) -> float:
 
 
 def _logits(shape: Shape, options: TrainOptions, tokens: int) -> float:
-    """Return bytes of one chunk of logits in its backward pass: three float32 copies, one in bf16 (soft-cap: two)."""
-    chunks = -(-tokens * shape.vocab * 4 // LOGITS_BYTES)
-    total = tokens * shape.vocab * 4 / chunks * (4 if shape.kind == "gemma2" else 3.5)
+    """Return bytes of one chunk of logits and its gradient, and of the last hidden states; a soft-cap keeps 2 more."""
+    chunks = max(1, chunk_count(tokens, shape.hidden, shape.vocab))
+    total = tokens * shape.vocab / chunks * (LOGIT_BYTES + (2 if shape.kind == "gemma2" else 0))
+    total += 8 * tokens * shape.hidden
     if options.method == "full":
         total += (
             (4 + 2 + 4) * shape.vocab * shape.hidden
