@@ -13,21 +13,8 @@ from jinja2.utils import missing
 from jinja2.visitor import NodeTransformer
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from accel_llm.chat.recorder import (
-    CHOICE,
-    ITEMS,
-    ITER,
-    LOOP,
-    VARIABLES,
-    Loop,
-    Memory,
-    NotCovered,
-    Number,
-    Space,
-    View,
-    make_range,
-    plain,
-)
+from accel_llm.chat.noted import Loop, NotCovered, Number, View, make_range, plain
+from accel_llm.chat.recorder import CHOICE, ITEMS, ITER, LOOP, VARIABLES, Memory, Space
 
 _DICT_METHODS = frozenset(dir(dict))
 _LOOP_NAMES = frozenset({"index", "index0", "first", "last", "length", "revindex", "revindex0", "previtem", "nextitem"})

@@ -21,7 +21,8 @@ from transformers.utils import chat_template_utils
 
 from accel_llm.chat.loop_parts import Branch, LoopPart, Part, PartContext, Program, Statement, compile_parts
 from accel_llm.chat.messages import Message
-from accel_llm.chat.recorder import CHOICE, COUNT, ITER, PROMPT, Key, Loop, Memory, NotCovered, Record, View, same
+from accel_llm.chat.noted import COUNT, Key, Loop, NotCovered, View
+from accel_llm.chat.recorder import CHOICE, ITER, PROMPT, Memory, PartRecord, same
 from accel_llm.chat.sandbox import begin_render
 
 MAX_RECORDS = 4  # results of a part that are kept at a time
@@ -37,9 +38,7 @@ class Prefixes:
     """
 
     def __init__(self, source: str, variables: dict[str, Any], messages: list[Message], tools: list[Any] | None):
-        # `apply_chat_template` leaves out fields that are None, too.
-        self._chat = [{key: value for key, value in message.items() if value is not None} for message in messages]
-        self._source, self._options = source, {**variables, "tools": tools}
+        self._chat, self._source, self._options = messages, source, {**variables, "tools": tools}
         self._program = compile_parts(source)
         if self._options.keys() & _OPTIONS or not all(isinstance(tool, dict) for tool in tools or ()):
             self._program = None
@@ -53,7 +52,7 @@ class Prefixes:
         constants = {**environment.globals, **plain(self._options), "documents": None}
         self._memory = Memory(chat, constants, self._program.assigned, self._program.hidden)
         self._context = PartContext(environment, self._memory)
-        self._records: dict[int, list[Record]] = {}
+        self._records: dict[int, list[PartRecord]] = {}
         self._runs: dict[int, list[tuple[Any, _Forward | _Backward]]] = {}
 
     def render(self, count: int, add_generation_prompt: bool) -> str:
@@ -109,12 +108,12 @@ class Prefixes:
             memory.state.update(record.writes)
         return record.text
 
-    def _run(self, code: Any) -> Record:
-        record = self._memory.record = Record()
+    def _run(self, code: Any) -> PartRecord:
+        record = self._memory.record = PartRecord()
         record.text = "".join(code(self._context))
         return record
 
-    def run_iteration(self, part: LoopPart, view: View, position: int, settled: Any) -> Record:
+    def run_iteration(self, part: LoopPart, view: View, position: int, settled: Any) -> PartRecord:
         """Run the body of a loop for the item at this position."""
         memory, item = self._memory, _OneItem(view.at(position))
         memory.settled, memory.in_loop = settled, True
@@ -215,7 +214,7 @@ class _Forward:
             if last >= 0:
                 state[key] = log[last][1]
 
-    def _add(self, record: Record) -> None:
+    def _add(self, record: PartRecord) -> None:
         iteration = len(self._texts)
         self._texts.append(record.text)
         self._broke = record.broke
@@ -252,11 +251,11 @@ class _Backward:
     """
 
     def __init__(self) -> None:
-        self._rests: dict[int, list[Record]] = {}
+        self._rests: dict[int, list[PartRecord]] = {}
 
     def run(self, prefixes: Prefixes, part: LoopPart, view: View, state: dict[Key, Any]) -> list[str]:
-        steps: list[tuple[int, Record]] = []
-        rest = Record()
+        steps: list[tuple[int, PartRecord]] = []
+        rest = PartRecord()
         for position in range(view.stop - 1, view.start - 1, -1):
             known = next((known for known in self._rests.get(position, ()) if known.holds(state)), None)
             if known:
@@ -274,9 +273,9 @@ class _Backward:
         return texts
 
 
-def _joined(record: Record, rest: Record) -> Record:
+def _joined(record: PartRecord, rest: PartRecord) -> PartRecord:
     """Return the record of two runs, one after the other."""
-    both = Record()
+    both = PartRecord()
     both.ranges, both.exact = dict(record.ranges), {**rest.exact, **record.exact}
     for key, (low, high) in rest.ranges.items():
         if key not in record.writes:

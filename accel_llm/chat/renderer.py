@@ -24,6 +24,7 @@ Tools = list[Any] | None  # JSON schemas
 TEMPLATE_REFUSED = "refused by the chat template"  # reason to refuse a row, see `values`
 MAX_REFUSAL_LENGTH = 500  # characters of a template's own error message
 PROBES = probe_conversations()
+LONG_CHAT = 6  # messages from which on `Prefixes` is faster than a render for each turn
 KEPT_TEXTS = 8  # of the first messages of a conversation; each is asked for again soon or not at all
 
 
@@ -102,6 +103,8 @@ class Renderer:
     ) -> str:
         """Return the text of `apply_chat_template(tokenize=False)`.
 
+        A content that is None stays (transformers 5.24 drops it): DeepSeek-R1's template asks for it beside calls.
+
         Raises:
             DataError: the template refuses the conversation; the template's own message is in the error.
         """
@@ -137,10 +140,15 @@ class Renderer:
 
         All of them together cost about one render. The last texts are kept.
         """
-        prefixes = Prefixes(self.source, {**self.variables, **(variables or {})}, self.spelling.spell(messages), tools)
+        prefixes: Prefixes | None = None
+        if len(messages) >= LONG_CHAT:
+            all_variables = {**self.variables, **(variables or {})}
+            prefixes = Prefixes(self.source, all_variables, self.spelling.spell(messages), tools)
 
         @lru_cache(KEPT_TEXTS)
         def render(count: int, add_generation_prompt: bool) -> str:
+            if prefixes is None:
+                return self.try_render(messages[:count], add_generation_prompt, tools, variables)
             try:
                 with _refusals():
                     text = prefixes.render(count, add_generation_prompt) if count else ""

@@ -62,7 +62,7 @@ def packing_obstacle(model: nn.Module) -> str | None:
     source = inspect.getsource(sys.modules[type(inner).__module__])
     kinds = set(getattr(config, "layer_types", None) or [])
 
-    # Our function is called only by families that look attention up in transformers' table of implementations.
+    # Only such families call our function.
     if "ALL_ATTENTION_FUNCTIONS" not in source:
         return f"{type(inner).__name__} computes attention outside transformers' AttentionInterface"
     # Linear attention and convolutions carry state over document boundaries.
@@ -136,11 +136,10 @@ def packed_attention(
     window = sliding_window if sliding_window is not None and sliding_window < max_length_q else None
     plain = softcap is None and s_aux is None
 
-    # Fast path: one kernel for the whole row.
     if plain and not dropout and _varlen_supports(query, scaling, window):
         return _varlen_attention(query, key, value, cu_seq_lens_q, max_length_q, scaling, window), None
 
-    # Otherwise one document at a time.
+    # Otherwise one document at a time, and not the whole row in one kernel.
     lengths = document_lengths(cu_seq_lens_q)
     documents = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
     if plain:
@@ -152,11 +151,7 @@ def packed_attention(
 
 
 def document_lengths(boundaries: torch.Tensor) -> list[int]:
-    """Return the lengths of the documents between `boundaries`, int32 [documents + 1].
-
-    They are kept as an attribute of the tensor. If this is first called while the tensor is on the host, no layer has
-    to wait for the device.
-    """
+    """Return the lengths of the documents between `boundaries`, kept with them: layers need not wait for the device."""
     if not hasattr(boundaries, "lengths"):
         boundaries.lengths = boundaries.diff().tolist()  # type: ignore[attr-defined]
     return boundaries.lengths  # type: ignore[attr-defined]
@@ -288,8 +283,7 @@ def _repeat_heads(query: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.repeat_interleave(groups, dim=1) if groups > 1 else tensor
 
 
-# No mask function is registered with it: then transformers builds no mask, and does not search the positions for packed
-# documents either, for which the host would wait for the device in every forward pass.
+# Without a mask function transformers does not search the positions for documents, and need not wait for the device.
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)
 
 

@@ -1,6 +1,5 @@
 """The text of every prefix must be that of transformers' own render, whatever a template reads and writes."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +188,17 @@ def test_templates_that_cannot_be_noted(name: str) -> None:
     check(NOT_COVERED[name] + END, 6)
 
 
+def test_a_content_that_is_none_stays_none() -> None:
+    """DeepSeek-R1's template writes the calls of a message only if its content is None."""
+    source = (ROOT / "tests" / "templates" / "deepseek-r1-distill.jinja").read_text(encoding="utf-8")
+    messages = [message | {"content": None} if "tool_calls" in message else message for message in talk(2, True)]
+    rendered = Prefixes(source, VARIABLES, messages, None)
+    for count in range(1, len(messages) + 1):
+        truth = render_jinja_template([messages[:count]], chat_template=source, **VARIABLES)[0][0]
+        assert rendered.render(count, False) == truth
+        assert truth.count("tool▁call▁begin") == count // 2
+
+
 def talk(turns: int, calls: bool) -> list[dict[str, Any]]:
     """Return turns of one tool call each after one question, or questions and answers."""
     call = {"type": "function", "id": "abcdefghi", "function": {"name": "f0", "arguments": {"a": "b"}}}
@@ -245,8 +255,7 @@ def test_an_invalid_template_or_option_is_left_to_transformers() -> None:
     messages = [{"role": "user", "content": None}]
     with pytest.raises(jinja2.TemplateSyntaxError):
         Prefixes("{% for %}", {}, messages, None).render(1, True)
-    assert Prefixes("{{ documents }}{{ messages }}", {"documents": [{"a": 1}]}, messages, None).render(
-        1, False
-    ) == "[{'a': 1}]" + json.dumps([{"role": "user"}]).replace('"', "'")
+    rendered = Prefixes("{{ documents }}{{ messages }}", {"documents": [{"a": 1}]}, messages, None)
+    assert rendered.render(1, False) == "[{'a': 1}][{'role': 'user', 'content': None}]"
     with pytest.raises(ValueError, match="JSON schema"):
         Prefixes("{{ tools }}", {}, messages, [1]).render(1, False)
