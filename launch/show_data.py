@@ -8,6 +8,7 @@ template. With --json the rows go to standard output, one JSON object a line, an
 """
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,10 @@ def main() -> None:
     tokenizer, template, no_template = setup.tokenizer_and_template(options)
     data = encode_conversations(options, options.seed, tokenizer, template, no_template)
     if options.json_lines:
+        is_utf8 = sys.stdout.encoding.lower() in ("utf-8", "utf8")
         for row in json_rows(tokenizer, data.train):
             # Half a surrogate pair, in the name of a file, cannot be written as UTF-8; its escape means the same.
-            print(json.dumps(row, ensure_ascii=False).encode(errors="backslashreplace").decode())
+            print(json.dumps(row, ensure_ascii=not is_utf8).encode(errors="backslashreplace").decode())
         display.show_ledger(data.ledger, Console(stderr=True, highlight=False))
         return
     display.show_rows(tokenizer, data.train, SHOWN_ROWS)

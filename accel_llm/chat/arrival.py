@@ -2,11 +2,13 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 from accel_llm.chat.guard import unescape_marks
 from accel_llm.chat.messages import Message
+from accel_llm.chat.thoughts import split_thought
 
 # What a template may leave out; the ledger counts rows by these.
 TOOL_NAMES = "names of tools"
@@ -14,7 +16,7 @@ TOOL_DESCRIPTIONS = "descriptions of tools"
 TOOL_RESULTS = "tool results"
 CALL_NAMES = "names of tool calls"
 CALL_ARGUMENTS = "arguments of tool calls"
-SHORT = 8  # a text of at most so many characters must stand as a word of its own
+SHORT = 8  # a name or argument of at most so many characters must stand as a word of its own
 _PROBE = "qx{}z"  # words that no template writes
 
 
@@ -26,12 +28,17 @@ def left_out(messages: list[Message], tools: list[Any] | None, text: str) -> set
     """
     missing: set[str] = set()
     collapsed = ""
+    systems = Counter(message["content"].strip() for message in messages if message["role"] == "system")
+    for content, times in systems.items():
+        if content and times > 1 and text.count(content) < times:
+            missing.add("text of system messages")
     for kind, value in _said(messages, tools):
-        if kind in missing or _arrives(value, text):
+        as_word = kind in (CALL_NAMES, CALL_ARGUMENTS, TOOL_NAMES)
+        if kind in missing or _arrives(value, text, as_word):
             continue
         # Falcon's template makes one line end of two.
         collapsed = collapsed or " ".join(text.split())
-        if not isinstance(value, str) or not _arrives(" ".join(value.split()), collapsed):
+        if not isinstance(value, str) or not _arrives(" ".join(value.split()), collapsed, as_word):
             missing.add(kind)
     return missing
 
@@ -76,7 +83,7 @@ def _said(messages: list[Message], tools: list[Any] | None) -> Iterator[tuple[st
         role, content = message["role"], message["content"]
         if isinstance(content, str):
             # Templates drop the thought that an answer's own text begins with from history.
-            shown = content.rpartition("</think>")[2] if role == "assistant" else content
+            shown = split_thought(content, opened=True)[1] if role == "assistant" and "</" in content else content
             yield TOOL_RESULTS if role == "tool" else f"text of {role} messages", shown
         for call in message.get("tool_calls") or ():
             function = call["function"]
@@ -98,11 +105,11 @@ def _leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
-def _arrives(value: Any, text: str) -> bool:
+def _arrives(value: Any, text: str, as_word: bool) -> bool:
     forms = _forms(value)
     if not forms[0]:
         return True
-    if len(forms[0]) > SHORT:
+    if not as_word or len(forms[0]) > SHORT:
         return any(form in text for form in forms)
     return any(re.search(rf"(?<!\w){re.escape(form)}(?!\w)", text) for form in forms)
 

@@ -4,7 +4,6 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from accel_llm.chat.guard import GUARD_CLOSE, GUARD_OPEN
 from accel_llm.chat.targets import AnswerFrame, Thought
 from accel_llm.errors import DataError
 
@@ -18,9 +17,10 @@ _OPENERS = "|".join([_THOUGHT_TAG.pattern, *map(re.escape, _THOUGHT_TOKENS)])
 _CLOSERS = "|".join([_THOUGHT_TAG.pattern.replace("<", "</", 1), *map(re.escape, _THOUGHT_TOKENS.values())])
 _OPEN_AT_END = re.compile(rf"(?:{_OPENERS})$")
 _AT_END = re.compile(rf"(?:{_OPENERS})\s*(?:{_CLOSERS})?\s*$")
-_REASONING = "\ufdd5"  # a noncharacter shows where a template writes the reasoning
+# Noncharacters show where a template writes the answer and its reasoning.
+ANSWER_OPEN, ANSWER_CLOSE, _REASONING = "\ufdd8", "\ufdd9", "\ufdd5"
 _QUESTION = {"role": "user", "content": "a"}
-_ANSWER = {"role": "assistant", "content": f"{GUARD_OPEN}b{GUARD_CLOSE}"}
+_ANSWER = {"role": "assistant", "content": f"{ANSWER_OPEN}b{ANSWER_CLOSE}"}
 
 TryRender = Callable[[list[dict[str, Any]], bool], str]  # "" if the template refuses the messages
 
@@ -33,16 +33,18 @@ def find_frame(text: str, prompt: str, try_render: TryRender, added_pattern: str
     Raises:
         DataError: the template leaves out the answer.
     """
-    before, mark, _ = text.partition(GUARD_OPEN)
+    before, mark, _ = text.partition(ANSWER_OPEN)
     if not mark:
         raise DataError("the chat template leaves out the assistant's answer")
-    tail = text.rpartition(GUARD_CLOSE)[2]
+    tail = text.rpartition(ANSWER_CLOSE)[2]
     opening = before.removeprefix(prompt) if before.startswith(prompt) else ""
     reasoned = try_render([_QUESTION, _ANSWER | {"reasoning_content": _REASONING, "thinking": _REASONING}], False)
     around = _around_reasoning(reasoned, prompt)
-    middle = try_render([_QUESTION, _ANSWER, _QUESTION], True).rpartition(GUARD_CLOSE)[2]
+    middle = try_render([_QUESTION, _ANSWER, _QUESTION], True).rpartition(ANSWER_CLOSE)[2]
     closing = _closing_length(tail, middle, prompt, added_pattern)
-    return AnswerFrame(opening, tail, closing, around, _find_thought(before, prompt, around))
+    question = try_render([_QUESTION], False)
+    header = prompt.removeprefix(question) if question and prompt.startswith(question) else ""
+    return AnswerFrame(opening, tail, closing, header, around, _find_thought(before, prompt, around))
 
 
 FRAME_CHAT = [_QUESTION, _ANSWER]
@@ -53,7 +55,7 @@ def _around_reasoning(reasoned: str, prompt: str) -> tuple[str, str] | None:
     before, mark, after = reasoned.partition(_REASONING)
     if not mark:
         return None
-    return before.removeprefix(prompt) if before.startswith(prompt) else "", after.partition(GUARD_OPEN)[0]
+    return before.removeprefix(prompt) if before.startswith(prompt) else "", after.partition(ANSWER_OPEN)[0]
 
 
 def _closing_length(tail: str, middle: str, prompt: str, added_pattern: str) -> int:
@@ -109,7 +111,7 @@ def _find_thought(before: str, prompt: str, around: tuple[str, str] | None) -> T
     else:
         # What DeepSeek-R1 itself writes, and DeepSeek-V3.1 where no line end follows the opening.
         closing = f"\n{pair[1]}\n\n" if opening.endswith("\n") else pair[1]
-    return Thought(opening, closing, _up_to(shown, pair[1]))
+    return Thought(opening, closing, _up_to(shown, pair[1]), pair)
 
 
 def _thought_pair(text: str) -> tuple[str, str] | None:

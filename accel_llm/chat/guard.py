@@ -13,10 +13,10 @@ from accel_llm.errors import DataError
 
 GUARD_OPEN, GUARD_CLOSE = "\ufdd0", "\ufdd1"
 _MARKS = f"{GUARD_OPEN}{GUARD_CLOSE}\ufdd6\ufdd7"  # those of this module and of `segments`
+_ANY_MARK = re.compile(f"[{_MARKS}]")
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 # How JSON with ensure_ascii, and Python's repr, write the marks.
 _ESCAPES = {GUARD_OPEN: "\\ufdd0", GUARD_CLOSE: "\\ufdd1"}
-_LOOSE_MARK = re.compile(f"({GUARD_OPEN}[^{GUARD_OPEN}{GUARD_CLOSE}]+{GUARD_CLOSE})|[{GUARD_OPEN}{GUARD_CLOSE}]")
 _ESCAPED = "\\ufdd"
 # Some tokenizers have these as special tokens, but people write them in their data on purpose.
 _TAG = re.compile(r"</?(?:think|thinking|reasoning|answer|tool_calls?|tool_response|tools)>")
@@ -37,8 +37,10 @@ class ControlGuard:
         # A quick test that most texts pass: no first character of a control token, no mark, no surrogate.
         starts = "".join(sorted({re.escape(token[0]) for token in control_tokens}))
         self._needs_guard = re.compile(f"[{starts}{_MARKS}\ud800-\udfff]").search
-        self._control = re.compile(match_any(control_tokens))
-        self._mark = re.compile(f"[{_MARKS}]").search
+        control = match_any(control_tokens)
+        self._control, self._mark = re.compile(control), re.compile(f"[{GUARD_OPEN}{GUARD_CLOSE}]")
+        self._guarded = re.compile(f"({GUARD_OPEN}(?:{control}){GUARD_CLOSE})")
+        self._half_guarded = re.compile(f"{GUARD_OPEN}(?:{control})|(?:{control}){GUARD_CLOSE}")
 
     def guard(self, value: Any) -> Any:
         """Return `value` with each control token in a text marked as plain text.
@@ -58,30 +60,39 @@ class ControlGuard:
 
     def _guard_text(self, text: str) -> str:
         check_encodable(text)
-        if mark := self._mark(text):
+        if mark := _ANY_MARK.search(text):
             raise DataError(
                 f"content: holds {mark[0]!a}, a Unicode noncharacter, which no text may hold", "noncharacters"
             )
         return self._control.sub(rf"{GUARD_OPEN}\g<0>{GUARD_CLOSE}", text)
 
+    def restore(self, text: str, conversation: Any) -> str:
+        """Return a rendered text with each mark at its token again, and without marks elsewhere.
 
-def restore_marks(text: str, conversation: Any) -> str:
-    """Return a rendered text with the marks that the template wrote as escapes (JSON, repr) as characters again.
+        A template may write the marks as escapes (JSON, repr), or cut a token out of a text and leave its marks.
+        `conversation` is what was rendered.
 
-    Marks without a token between them are removed: some templates cut control tokens out of texts. `conversation` is
-    what was rendered. If people wrote such an escape themselves, the two cannot be told apart.
+        Raises:
+            DataError: people wrote such an escape themselves, or the template cut off one mark of a token.
+        """
+        if _ESCAPED in text:
+            text = self._unescape(text, list(_texts_in(conversation)))
+        if GUARD_OPEN not in text and GUARD_CLOSE not in text:
+            return text
+        pieces = self._guarded.split(text)
+        for index, piece in enumerate(pieces[::2]):
+            if self._half_guarded.search(piece):
+                raise DataError("content: the chat template cuts a text in the middle of a control token", "not text")
+            pieces[2 * index] = self._mark.sub("", piece)
+        return "".join(pieces)
 
-    Raises:
-        DataError: people wrote the escape, and there are marks.
-    """
-    if _ESCAPED not in text:
-        return _LOOSE_MARK.sub(r"\1", text) if GUARD_OPEN in text or GUARD_CLOSE in text else text
-    texts = list(_texts_in(conversation))
-    if not any(GUARD_OPEN in one for one in texts):
-        return text
-    if any(_ESCAPED in one for one in texts):
-        raise DataError(f"content: holds {_ESCAPED!r}, the escape of a Unicode noncharacter", "noncharacters")
-    return _LOOSE_MARK.sub(r"\1", unescape_marks(text))
+    def _unescape(self, text: str, people_wrote: list[str]) -> str:
+        own = sum(text.count(_ESCAPED) for text in people_wrote)
+        if not any(GUARD_OPEN in one for one in people_wrote) or text.count(_ESCAPED) <= own:
+            return text
+        if own:
+            raise DataError(f"content: holds {_ESCAPED!r}, the escape of a Unicode noncharacter", "noncharacters")
+        return unescape_marks(text)
 
 
 def unescape_marks(text: str) -> str:

@@ -38,6 +38,8 @@ READS_NOTHING = TemplateReads()
 
 # Templates of Qwen3 and most others read the first, gpt-oss the second; some servers return the third.
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+_XTUNER = ("input", "output")
+_PAIRS = (("human", "assistant"), _XTUNER)  # keys of a message that is a question with its answer
 _EMPTY = (None, "")  # data loaders fill absent fields with these
 # Keys of messages that this module reads, or that are another spelling of one; templates get the result.
 _READ_KEYS = WEIGHT_KEYS | {"role", "from", "content", "value", "human", "assistant", *REASONING_FIELDS}
@@ -156,15 +158,26 @@ class _Reading(NamedTuple):
 
 def _add_message(messages: list[Message], turn: dict[str, Any], reading: _Reading) -> None:
     """Read a turn and add its messages to `messages`: one, or two if the turn is a pair of question and answer."""
-    if "human" in turn and "assistant" in turn and not (turn.get("role") or turn.get("from")):
-        messages += question_and_answer(turn, "human", "assistant")
-        if len(turn) > 2:
-            _add_fields(messages[-1], turn, ("human", "assistant"), None, reading)
-        return
+    if not (turn.get("role") or turn.get("from")):
+        for pair in _PAIRS:
+            if pair[0] in turn and pair[1] in turn:
+                _add_pair(messages, turn, pair, reading)
+                return
     message = _read_message(turn, reading)
     is_empty = message["role"] == "system" and not message["content"] and message.keys() <= _SYSTEM_KEYS
     if not is_empty and not _append_calls(messages, message, turn):
         messages.append(message)
+
+
+def _add_pair(messages: list[Message], turn: dict[str, Any], pair: tuple[str, str], reading: _Reading) -> None:
+    """Add a question and its answer. Beside xtuner's `input` and `output` there may be a system prompt."""
+    if "system" in turn and pair == _XTUNER:
+        turn = dict(turn)
+        if (system := turn.pop("system")) not in _EMPTY:
+            messages.append({"role": "system", "content": read_text({"system": system}, "system")})
+    messages += question_and_answer(turn, *pair)
+    if len(turn) > 2:
+        _add_fields(messages[-1], turn, pair, None, reading)
 
 
 def _read_message(turn: dict[str, Any], reading: _Reading) -> Message:
@@ -214,7 +227,8 @@ def _add_fields(
     calls = _read_calls(turn, findings)
     if calls:
         message["tool_calls"] = [*message.get("tool_calls", ()), *calls]
-    _add_reasoning(message, turn, findings)
+    if message["role"] == "assistant":
+        _add_reasoning(message, turn, findings)
     for field in ("tool_call_id", "name"):
         if turn.get(field) not in _EMPTY:
             message[field] = read_text(turn, field)
@@ -224,7 +238,7 @@ def _add_fields(
         if isinstance(turn.get(used[1]), list):
             raise DataError("train_detail: found beside a list of parts; needs a content of one text", BAD_WEIGHT)
         content = message["content"] if isinstance(message["content"], str) else ""
-        segments = read_train_detail(turn["train_detail"], content, role)
+        segments = read_train_detail(turn["train_detail"], content, role, findings)
     set_weight(message, read_weight(turn, role), segments)
     _add_other_keys(message, turn, used, reading)
 
@@ -265,8 +279,8 @@ def _add_other_keys(message: Message, turn: dict[str, Any], used: tuple[str, str
     for key, value in turn.items():
         if key in used or value is None:
             continue
-        if key not in _READ_KEYS:
-            if key in reads.message_keys:
+        if key not in _READ_KEYS or (key in REASONING_FIELDS and message["role"] != "assistant"):
+            if key in reads.message_keys and key not in REASONING_FIELDS:
                 message[key] = value
             elif key in ("tools", "functions") and message["role"] == "system":
                 findings.tools.append((f"{reading.place}.{key}", value))
@@ -303,8 +317,11 @@ def _append_calls(messages: list[Message], message: Message, turn: dict[str, Any
     role_name = turn.get("role") or turn.get("from")
     if str(role_name).lower() not in CALL_ROLES or not messages or messages[-1]["role"] != "assistant":
         return False
-    # Turns with a weight or other fields of their own stay apart.
-    if len(message) > 3 or not messages[-1].keys().isdisjoint(("train", "weight", "segments")):
+    # Turns with another weight or other fields of their own stay apart.
+    previous = messages[-1]
+    if "segments" in previous or not message.keys() <= {"role", "content", "tool_calls", "train", "weight"}:
         return False
-    messages[-1]["tool_calls"] = [*messages[-1].get("tool_calls", ()), *message["tool_calls"]]
+    if any(message.get(field) != previous.get(field) for field in ("train", "weight")):
+        return False
+    previous["tool_calls"] = [*previous.get("tool_calls", ()), *message["tool_calls"]]
     return True

@@ -31,6 +31,19 @@ def clear_tool(tool: dict[str, Any]) -> dict[str, Any]:
     return _clear_schema(tool, tool)
 
 
+def find_removed(before: Any, after: Any) -> str:
+    """Return the first key that `before` has and `after`, the same value without some of its nulls, has not; or ""."""
+    if isinstance(before, dict):
+        for key, item in before.items():
+            if key not in after:
+                return str(key)
+            if removed := find_removed(item, after[key]):
+                return removed
+    if isinstance(before, list):
+        return next(filter(None, map(find_removed, before, after)), "")
+    return ""
+
+
 def _clear_value(value: Any, schemas: list[Any], root: Any) -> Any:
     """Return `value` without the nulls in its objects that no schema of `schemas` allows."""
     if isinstance(value, list):

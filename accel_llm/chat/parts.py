@@ -54,6 +54,9 @@ def join_parts(parts: list[Any], where: str, role: str, findings: Findings) -> t
             segments.append((len(value), weight))
             message["content"] += value
             continue
+        if kind in _REASONING and role != "assistant":
+            findings.leave(kind, "content parts", value)
+            continue
         others.append((index, weight))
         if kind == "tool_call":
             message["tool_calls"] = [*message.get("tool_calls", ()), value]

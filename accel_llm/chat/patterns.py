@@ -54,7 +54,7 @@ class PatternCache:
         self._patterns: dict[Any, list[Pattern]] = {}
         self._renders: dict[Any, list[tuple[list[Question], str]]] = {}
         frame = finder.frame
-        self._openings = [text.strip() for text in (frame.opening, frame.thought.opening if frame.thought else "")]
+        self._openings = [frame.opening.strip(), *(frame.thought.tags if frame.thought else ())]
 
     def recall(
         self, messages: list[Message], variables: dict[str, Any] | None, options: tuple[Any, ...]
@@ -114,6 +114,9 @@ class PatternCache:
         unusual = layout.shown_as_history or layout.without_reasoning or layout.closed_thoughts or len(layout.rows) > 1
         if layout.lost or (len(trace.texts) > len(texts) and unusual):
             return None
+        known = self._finder.frame.around_reasoning is None and all(message.get("train", True) for message in messages)
+        if layout.without_reasoning and not (known and options[0] != "all"):
+            return None  # the words of a reasoning that is not written may stand elsewhere
         if not full or fill_stand_ins(full, trace.texts) != render(len(messages), False):
             return None
         if not _arrive(_content_numbers(messages), full, trace, len(texts)):

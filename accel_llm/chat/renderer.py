@@ -10,7 +10,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from accel_llm.chat.arrival import CALL_NAMES, has_tools, left_out, probe_conversations, said_kinds
 from accel_llm.chat.frame import FRAME_CHAT, find_frame
-from accel_llm.chat.guard import restore_marks
+from accel_llm.chat.guard import ControlGuard
 from accel_llm.chat.messages import Message
 from accel_llm.chat.prefixes import Prefixes
 from accel_llm.chat.reads import template_reads
@@ -29,16 +29,18 @@ KEPT_TEXTS = 8  # of the first messages of a conversation; each is asked for aga
 
 
 class Renderer:
-    """A template's source with the variables of every render. Its renders have no limits: call it in `run_bounded`.
+    """A template's source with the variables of every render; `guard` marked the control tokens in what it renders.
+
+    Its renders have no limits: call it in `run_bounded`.
 
     Raises:
         ConfigError: the source is implausibly long, or the template exceeds a limit of `sandbox`.
         DataError: it cannot be compiled.
     """
 
-    def __init__(self, source: str, variables: dict[str, Any]):
+    def __init__(self, source: str, variables: dict[str, Any], guard: ControlGuard):
         check_template_size(source)
-        self.source, self.variables = source, variables
+        self.source, self.variables, self._guard = source, variables, guard
         with _refusals():
             self.reads = run_bounded(template_reads, source)
         self.spelling = Spelling(self.reads)
@@ -118,7 +120,7 @@ class Renderer:
         }
         with _refusals():
             text = render_jinja_template([spelled], chat_template=self.source, **options)[0][0]
-        return restore_marks(text, (messages, tools, variables))
+        return self._guard.restore(text, (messages, tools, variables))
 
     def try_render(
         self,
@@ -152,7 +154,7 @@ class Renderer:
             try:
                 with _refusals():
                     text = prefixes.render(count, add_generation_prompt) if count else ""
-                return restore_marks(text, (messages, tools, variables))
+                return self._guard.restore(text, (messages, tools, variables))
             except DataError:
                 return ""
 

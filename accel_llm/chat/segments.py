@@ -1,77 +1,111 @@
 """Parts of an answer with weights of their own: marks in the text keep their borders through the template."""
 
 import re
+from typing import NamedTuple
 
 from accel_llm.chat.guard import GUARD_CLOSE, GUARD_OPEN
 from accel_llm.chat.targets import Target
+from accel_llm.errors import DataError
 
-# A mark holds the number of the weight that counts from there on. Both characters are Unicode noncharacters.
+# A mark holds the number of its border. Both characters are Unicode noncharacters.
 _OPEN, _CLOSE = "\ufdd6", "\ufdd7"
 _MARK = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
+# What no border cuts: control tokens of people's text, and tags that templates look for.
+_WHOLE = re.compile(rf"{GUARD_OPEN}[^{GUARD_CLOSE}]*{GUARD_CLOSE}|</?[\w:]*think(?:ing)?>")
 
 
-def mark_segments(text: str, segments: list[tuple[int, float]], weights: list[float]) -> str:
-    """Return a guarded `text` with a mark at the start of each segment, and one at the end of the last.
+class Border(NamedTuple):
+    """A border inside or at the end of an answer: the weight up to it, and from it on.
 
-    `segments` are pairs (characters, weight) that cover the text without the marks of `guard`. The weights are appended
-    to `weights`, whose indices the marks hold; after the last mark the weight is 1 again. Templates may remove
-    whitespace around the text, so no mark stands there. A border inside a control token moves to its end.
+    `first` is the number of the first border of this answer, `is_last` says whether this is the last one.
+    """
+
+    before: float
+    after: float
+    first: int
+    is_last: bool
+
+
+def mark_segments(text: str, segments: list[tuple[int, float]], borders: list[Border]) -> str:
+    """Return a guarded `text` with a mark between its segments and at its end.
+
+    `segments` are pairs (characters, weight) that cover the text without the marks of `guard`. The borders are appended
+    to `borders`, whose indices the marks hold; after the last one the weight is 1 again. Templates may remove whitespace
+    around the text, so no mark stands there, and no border cuts a control token or a tag.
     """
     plain = text.replace(GUARD_OPEN, "").replace(GUARD_CLOSE, "")
     first, last = len(plain) - len(plain.lstrip()), len(plain.rstrip())
-    borders: dict[int, float] = {}  # place in the plain text -> weight from there on
+    weights: dict[int, float] = {}  # place in the plain text -> weight from there on
     place = 0
     for characters, weight in segments:
-        borders[min(max(place, first), last)] = weight
+        weights[_after_tag(plain, min(max(place, first), last))] = weight
         place += characters
-    borders[last] = 1.0
+    weights[last] = 1.0
+    weight = weights.pop(first, 1.0)
 
-    pieces, place, inside = [], 0, False
-    due: float | None = None  # the weight of a border inside a control token, which is not cut
-    for character in text:
-        if character not in (GUARD_OPEN, GUARD_CLOSE):
-            due = borders.pop(place, due)
-            if due is not None and not inside:
-                pieces.append(_new_mark(due, weights))
-                due = None
-            place += 1
-        pieces.append(character)
-        inside = (inside or character == GUARD_OPEN) and character != GUARD_CLOSE
-        if due is not None and not inside:
-            pieces.append(_new_mark(due, weights))
-            due = None
-    return "".join(pieces) + "".join(_new_mark(weight, weights) for weight in borders.values())
+    start, pieces, done = len(borders), [], 0
+    for place, next_weight in sorted(weights.items()):
+        end = _guarded_place(text, place)
+        borders.append(Border(weight, next_weight, start, place == last))
+        pieces += [text[done:end], f"{_OPEN}{len(borders) - 1}{_CLOSE}"]
+        done, weight = end, next_weight
+    return "".join(pieces) + text[done:]
 
 
-def _new_mark(weight: float, weights: list[float]) -> str:
-    weights.append(weight)
-    return f"{_OPEN}{len(weights) - 1}{_CLOSE}"
+def _after_tag(plain: str, place: int) -> int:
+    """Return the place, or the end of the tag that it lies in."""
+    return next((tag.end() for tag in _WHOLE.finditer(plain) if tag.start() < place < tag.end()), place)
 
 
-def apply_segments(text: str, targets: list[Target], weights: list[float]) -> tuple[str, list[Target]]:
-    """Return the text without the marks of `mark_segments`, and its targets cut at the marks, with their weights."""
-    plain, borders, place = [], [], 0  # borders: (place in the text, place in the plain text, weight from there on)
-    length = 0
-    for mark in _MARK.finditer(text):
-        plain.append(text[place : mark.start()])
-        length += mark.start() - place
-        borders.append((mark.start(), length, weights[int(mark[1])]))
-        place = mark.end()
-    plain.append(text[place:])
+def _guarded_place(text: str, place: int) -> int:
+    """Return where the character `place` of the plain text stands in the guarded one, after a token that it lies in."""
+    seen = 0
+    for index, character in enumerate(text):
+        if character in (GUARD_OPEN, GUARD_CLOSE):
+            continue
+        if seen == place:
+            token = next((one for one in _WHOLE.finditer(text) if one.start() < index < one.end()), None)
+            if token and text[index - 1] == GUARD_OPEN:
+                return token.start()
+            return token.end() if token else index
+        seen += 1
+    return len(text)
 
+
+def apply_segments(text: str, targets: list[Target], borders: list[Border]) -> tuple[str, list[Target]]:
+    """Return the text without the marks of `mark_segments`, and its targets cut at the marks, with their weights.
+
+    Raises:
+        DataError: the template has lost some of the marks of an answer.
+    """
+    marks = list(_MARK.finditer(text))
+    _check_complete([int(mark[1]) for mark in marks], borders)
     cut: list[Target] = []
     for target in targets:
-        inside = [border for border in borders if target.start <= border[0] < target.end]
-        start, weight = _plain_place(text, target.start), 1.0
-        for end, next_weight in [*((border[1], border[2]) for border in inside), (_plain_place(text, target.end), 1.0)]:
-            if end > start and weight:
-                cut.append(Target(start, end, target.weight * weight))
-            start, weight = end, next_weight
-    return "".join(plain), _join_neighbors(cut)
+        inside = [mark for mark in marks if target.start <= mark.start() < target.end]
+        start, weight = target.start, borders[int(inside[0][1])].before if inside else 1.0
+        for mark in inside:
+            cut.append(Target(_plain_place(marks, start), _plain_place(marks, mark.start()), target.weight * weight))
+            start, weight = mark.end(), borders[int(mark[1])].after
+        cut.append(Target(_plain_place(marks, start), _plain_place(marks, target.end), target.weight * weight))
+    return _MARK.sub("", text), _join_neighbors([one for one in cut if one.end > one.start and one.weight])
 
 
-def _plain_place(text: str, place: int) -> int:
-    return place - sum(len(mark[0]) for mark in _MARK.finditer(text, 0, place))
+def _check_complete(numbers: list[int], borders: list[Border]) -> None:
+    expected: int | None = None  # the number of the next mark of an answer that has begun
+    for number in numbers:
+        border = borders[number]
+        if number != (border.first if expected is None else expected):
+            break
+        expected = None if border.is_last else number + 1
+    else:
+        if expected is None:
+            return
+    raise DataError("weight: the chat template rewrites an answer whose parts have different weights", "bad weight")
+
+
+def _plain_place(marks: list[re.Match[str]], place: int) -> int:
+    return place - sum(mark.end() - mark.start() for mark in marks if mark.end() <= place)
 
 
 def _join_neighbors(targets: list[Target]) -> list[Target]:

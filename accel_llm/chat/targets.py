@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 
 from accel_llm.chat.messages import Message
 from accel_llm.chat.span_tokenizer import Span
+from accel_llm.chat.thoughts import after_thought, reasoning_of
 
 IGNORED = -100  # label of an untrained token: the default ignore_index of PyTorch's cross_entropy
 
@@ -61,19 +62,21 @@ class Thought(NamedTuple):
     opening: str
     closing: str
     empty: str
+    tags: tuple[str, str]  # what opens it, what closes it
 
 
 class AnswerFrame(NamedTuple):
     """How a template writes the last answer of a conversation.
 
     `opening` stands between the generation prompt and the content, `tail` after the content; the first `closing`
-    characters of `tail` close the turn. `around_reasoning` stands before and after an answer's reasoning; None if the
+    characters of `tail` close the turn; `header` is what the generation prompt adds. `around_reasoning` stands before and after an answer's reasoning; None if the
     template does not write it. `thought` is None if the prompt opens none.
     """
 
     opening: str
     tail: str
     closing: int
+    header: str
     around_reasoning: tuple[str, str] | None
     thought: Thought | None
 
@@ -115,7 +118,8 @@ class TargetFinder:
         `full` is the render of all messages.
         """
         if train_on == "all":
-            return TargetLayout([(full, [Target(0, len(full), 1.0)])], {})
+            unwritten = sum(not self._is_written(message, full) for message in messages)
+            return TargetLayout([(full, [Target(0, len(full), 1.0)])], {}, without_reasoning=unwritten)
         turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         if train_on == "last_assistant":
             turns = turns[-1:]
@@ -127,6 +131,7 @@ class TargetFinder:
             message, is_last = messages[index], index == len(messages) - 1
             weight = float(message.get("weight", 1.0))
             if not message.get("train", True) or not weight:
+                without_reasoning += not self._is_written(message, full)
                 continue
             # What the model must generate: the difference between the turn's prompt and the finished turn.
             finished = full if is_last else render(index + 1, False)
@@ -140,21 +145,20 @@ class TargetFinder:
                 full = turn.text
             # Where it is trained: in the full text if that contains the finished turn unchanged.
             if full.startswith(turn.text[: turn.span.end]):
-                in_full.append(Target(*turn.span, weight))
+                in_full += self._cut_headers(turn, message, weight)
             elif split_turns is True:
-                own_rows.append((turn.text, [Target(*turn.span, weight)]))
+                own_rows.append((turn.text, self._cut_headers(turn, message, weight)))
             elif history_span := self._find_in_history(message, full, turn, open_thought == "history"):
                 in_full.append(Target(*history_span, weight))
                 turn = turn._replace(built=False, as_history=True)
             elif split_turns == "auto":
-                own_rows.append((turn.text, [Target(*turn.span, weight)]))
+                own_rows.append((turn.text, self._cut_headers(turn, message, weight)))
             else:
                 lost[REWRITTEN] += 1
                 continue
             history += turn.as_history
             closed_thoughts += turn.built and not _has_reasoning(message)
-            writes_reasoning = turn.built or (self.frame.around_reasoning and not turn.as_history)
-            without_reasoning += _has_reasoning(message) and not writes_reasoning
+            without_reasoning += not (turn.built or self._is_written(message, turn.text, turn.as_history))
         rows = [(full, in_full)] * bool(in_full) + own_rows
         return TargetLayout(rows, dict(lost), history, without_reasoning, closed_thoughts)
 
@@ -194,11 +198,37 @@ class TargetFinder:
     def _length_of_reasoning(self, text: str, message: Message) -> int:
         """Return how many characters of `text`, which follows the prompt, are the reasoning and the words around it."""
         before, after = self.frame.around_reasoning or ("", "")
-        reasoning = message.get("reasoning_content") or message.get("thinking") or ""
+        reasoning = reasoning_of(message)
         for form in (reasoning, reasoning.strip(), reasoning.strip("\n")):
             if text.startswith(before + form + after):
                 return len(before + form + after)
         return 0
+
+    def _is_written(self, message: Message, text: str, as_history: bool = False) -> bool:
+        """Return whether the reasoning of a message, if it has any, is in `text`."""
+        if message["role"] != "assistant" or not _has_reasoning(message):
+            return True
+        # The same words may stand elsewhere; but what a template never writes is not there.
+        never = as_history or self.frame.around_reasoning is None
+        if message.get("reasoning_content") and not message.get("tool_calls") and never:
+            return False
+        return reasoning_of(message).strip() in text
+
+    def _cut_headers(self, turn: _Turn, message: Message, weight: float) -> list[Target]:
+        """Return the targets of a turn: without the header that some templates write between an answer and its calls.
+
+        Nemotron Nano v2 makes two turns of them; generation ends with the first, and a new prompt writes the header.
+        """
+        header = self.frame.header
+        if not message.get("tool_calls") or not header.strip():
+            return [Target(*turn.span, weight)]
+        pieces = turn.text[turn.span.start : turn.span.end].split(header)
+        place, targets = turn.span.start, []
+        for piece in pieces:
+            if piece:
+                targets.append(Target(place, place + len(piece), weight))
+            place += len(piece) + len(header)
+        return targets
 
     def _close_thought(
         self, prompt: str, finished: str, message: Message, thought: Thought, open_thought: OpenThought
@@ -207,7 +237,8 @@ class TargetFinder:
         start = len(prompt) - len(thought.opening)
         if not finished.startswith(prompt[:start]):
             return NOT_AFTER_PROMPT
-        reasoning, answer = message.get("reasoning_content") or "", finished[start:].removeprefix(thought.empty)
+        reasoning = str(message.get("reasoning_content") or "")
+        answer = after_thought(finished[start:], thought.tags, thought.empty)
         if reasoning and not thought.closing:
             return CLOSED_THOUGHT
         if not reasoning and thought.closing and open_thought == "refuse":
@@ -240,7 +271,7 @@ class TargetFinder:
         """
         prompt, before = render(index, True), render(index, False)
         header = prompt.removeprefix(before) if before and prompt.startswith(before) else ""
-        content, (end, closing) = message["content"], self._find_end(finished, message)
+        content, (end, closing) = str(message["content"]), self._find_end(finished, message)
         if end is None or not header.strip() or not content.strip() or message.get("tool_calls"):
             return NOT_AFTER_PROMPT
         for form in (content, content.strip()):
@@ -259,7 +290,7 @@ class TargetFinder:
         (start, end), own = turn.span, turn.text[turn.own : turn.span.end]
         # Where the turn may stand: after how many characters of its own row, and after which words of the template.
         candidates = [(start, "", turn.text[start:end])]
-        if message["content"].strip() in own and (drop_reasoning or not _has_reasoning(message)):
+        if str(message["content"]).strip() in own and (drop_reasoning or not _has_reasoning(message)):
             leads = [self.frame.thought.empty, self.frame.thought.closing.strip()] if self.frame.thought else []
             candidates += [(start, "", own), *((turn.history, lead, own) for lead in (*leads, ""))]
         for place, lead, text in candidates:
@@ -273,4 +304,4 @@ class TargetFinder:
 
 
 def _has_reasoning(message: Message) -> bool:
-    return bool(message.get("reasoning_content") or message.get("thinking"))
+    return bool(reasoning_of(message))

@@ -18,16 +18,17 @@ from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from accel_llm.chat.encoded import EncodedConversation, EncodedRow
-from accel_llm.chat.frame import FRAME_CHAT, split_tokens
+from accel_llm.chat.frame import ANSWER_OPEN, FRAME_CHAT, split_tokens
 from accel_llm.chat.guard import GUARD_CLOSE, GUARD_OPEN, ControlGuard
 from accel_llm.chat.messages import Message
 from accel_llm.chat.patterns import PatternCache
 from accel_llm.chat.renderer import Renderer, Tools
 from accel_llm.chat.sandbox import check_output_size, run_bounded
-from accel_llm.chat.segments import apply_segments, mark_segments
+from accel_llm.chat.segments import Border, apply_segments, mark_segments
 from accel_llm.chat.span_tokenizer import Span, SpanTokenizer
 from accel_llm.chat.targets import IGNORED, OpenThought, SplitTurns, Target, TargetFinder, TargetLayout, TrainOn
 from accel_llm.chat.template_source import describe_template, read_template
+from accel_llm.chat.thoughts import with_own_reasoning
 from accel_llm.config.data_options import DataOptions
 from accel_llm.errors import ConfigError, DataError
 
@@ -63,7 +64,7 @@ class Template:
         self._tokenizer = SpanTokenizer(tokenizer)
         self._guard = ControlGuard(tokenizer, allow_special_in_text)
         self.tokenizer_digest = self._tokenizer.digest
-        self._renderer = Renderer(source, {**tokenizer.special_tokens_map, **(variables or {})})
+        self._renderer = Renderer(source, {**tokenizer.special_tokens_map, **(variables or {})}, self._guard)
         self.reads = self._renderer.reads
 
         # How an answer is written, and the tokens that close it.
@@ -85,7 +86,7 @@ class Template:
         self.thinking = {} if variables and THINKING_VARIABLES & variables.keys() else self._find_thinking()
         self._with_reasoning = self._plain
         if self.thinking:
-            renderer = Renderer(source, {**self._renderer.variables, **self.thinking})
+            renderer = Renderer(source, {**self._renderer.variables, **self.thinking}, self._guard)
             finder = TargetFinder(renderer.find_frame(added_pattern), added_pattern)
             self._with_reasoning = _Layouts(finder, PatternCache(renderer, finder))
         self._for_tools: Template | None = None
@@ -107,7 +108,7 @@ class Template:
             self._renderer.try_render, [question, answer | {"reasoning_content": "c"}], False, None, variables
         )
         prompt = run_bounded(self._renderer.try_render, [question], True, None, variables)
-        return bool(prompt) and reasoned.startswith(prompt) and "c" in reasoned[len(prompt) :].partition(GUARD_OPEN)[0]
+        return bool(prompt) and reasoned.startswith(prompt) and "c" in reasoned[len(prompt) :].partition(ANSWER_OPEN)[0]
 
     def render(
         self,
@@ -164,13 +165,16 @@ class Template:
         """
         if self._for_tools and tools:
             return self._for_tools.encode(messages, train_on, tools, split_turns, train_on_eos, variables, open_thought)
+        thought = self._plain.finder.frame.thought
+        if thought or self.thinking:
+            messages = with_own_reasoning(messages, bool(thought and thought.closing))
         people_wrote = messages
         messages, tools, variables = map(self._guard.guard, (messages, tools, variables))
         rendered_before = messages != people_wrote and self._looks_rendered(messages)
         messages = self._renderer.spelling.place_tools(messages, tools)
-        weights: list[float] = []
+        borders: list[Border] = []
         if any("segments" in message for message in messages):
-            messages = [_with_segments(message, weights, train_on != "all") for message in messages]
+            messages = [_with_segments(message, borders, train_on != "all") for message in messages]
 
         layouts = self._with_tools if tools else self._plain
         if self.thinking and any("reasoning_content" in message for message in messages):
@@ -189,7 +193,7 @@ class Template:
         for text, _ in layout.rows:
             check_output_size(text, (messages, tools))
 
-        rows = [self._make_row(text, targets, weights, train_on_eos) for text, targets in layout.rows]
+        rows = [self._make_row(text, targets, borders, train_on_eos) for text, targets in layout.rows]
         return EncodedConversation(rows, *layout[1:], rendered_before=rendered_before)
 
     def _lay_out(
@@ -220,9 +224,11 @@ class Template:
         tail = self._plain.finder.frame.tail
         return split_tokens(self._renderer.frame_prompt + tail, tail, self._tokenizer.is_single, strict)
 
-    def _make_row(self, text: str, targets: list[Target], weights: list[float], train_on_eos: TrainOnEos) -> EncodedRow:
-        if weights:
-            text, targets = apply_segments(text, targets, weights)
+    def _make_row(
+        self, text: str, targets: list[Target], borders: list[Border], train_on_eos: TrainOnEos
+    ) -> EncodedRow:
+        if borders:
+            text, targets = apply_segments(text, targets, borders)
         ids, token_spans = self._tokenizer.encode(text, [Span(target.start, target.end) for target in targets])
         labels = [IGNORED] * len(ids)
         weighted = any(target.weight != 1 for target in targets)
@@ -244,12 +250,12 @@ class Template:
         return end
 
 
-def _with_segments(message: Message, weights: list[float], marked: bool) -> Message:
+def _with_segments(message: Message, borders: list[Border], marked: bool) -> Message:
     """Return the message without `segments`, with marks in its content if they are to count."""
     message = dict(message)
     segments = message.pop("segments", None)
     if segments and marked:
-        message["content"] = mark_segments(message["content"], segments, weights)
+        message["content"] = mark_segments(message["content"], segments, borders)
     return message
 
 

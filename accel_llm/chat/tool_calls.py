@@ -1,13 +1,18 @@
 """Reads the tool calls of a message, in the spellings of data sets, into OpenAI's format."""
 
+import json
+import re
+from decimal import Decimal
 from typing import Any
 
-from accel_llm.chat.values import BROKEN_TOOLS, Findings, decode_object, is_blank, read_json, show_value
+from accel_llm.chat.values import BROKEN_TOOLS, Findings, decode_object, is_blank, read_json, show_name, show_value
 from accel_llm.errors import DataError
 
 # Where a call has its arguments: OpenAI, Llama 3 and ToolACE, Anthropic.
 _ARGUMENT_KEYS = ("arguments", "parameters", "input")
 _ABOUT_CALL = frozenset({"id", "type", "index"})
+ROUNDED = "a number in tool arguments has more digits than a 64-bit float keeps: it is rounded."
+_MANY_DIGITS = re.compile(r"\d[\d.]{15}|\d[eE]-\d{3}")
 
 
 def read_tool_calls(calls: Any, where: str, findings: Findings) -> list[dict[str, Any]]:
@@ -21,6 +26,7 @@ def read_tool_calls(calls: Any, where: str, findings: Findings) -> list[dict[str
     values = values if isinstance(values, list) else [values]
     result = [read_tool_call(value, where, findings) for value in values if not _says_nothing(value)]
     if isinstance(calls, str):
+        _note_digits(calls, findings)
         del findings.calls[earlier:]  # Arrow adds nothing inside a text
     return result
 
@@ -34,7 +40,7 @@ def read_tool_call(call: Any, where: str, findings: Findings) -> dict[str, Any]:
         DataError: the call is broken; `where` names the field.
     """
     original, call = call, read_json(call, where)
-    function = decode_object(call.get("function")) or call if isinstance(call, dict) else None
+    function = decode_object(call.get("function"), where) or call if isinstance(call, dict) else None
     name = function.get("name") if isinstance(function, dict) else None
     key = _find_arguments(function) if isinstance(function, dict) else ""
     arguments = function.get(key) if isinstance(function, dict) else None
@@ -45,13 +51,28 @@ def read_tool_call(call: Any, where: str, findings: Findings) -> dict[str, Any]:
             f"{where}: found the tool call {show_value(call)}; needs an object with name and arguments (an object)",
             BROKEN_TOOLS,
         )
-    result = {"name": name, "arguments": decode_object(arguments)}
+    result = {"name": name, "arguments": decode_object(arguments, f"{where}: {key} of {show_name(name)}")}
+    if isinstance(result["arguments"], dict):
+        _note_digits(arguments, findings)
+        _note_digits(original, findings)
     if isinstance(arguments, dict) and not isinstance(original, str):
         findings.calls.append(result)
     if len(call) > 2 or len(function) > 2:
         _leave_keys(call, function, key, findings)
     wrapped: dict[str, Any] = {"type": "function", "function": result}
     return {"id": call["id"], **wrapped} if isinstance(call.get("id"), str) and call["id"] else wrapped
+
+
+def _note_digits(text: Any, findings: Findings) -> None:
+    """Note that a JSON text, encoded once or more, has a number that a float does not keep exactly."""
+    numbers: list[str] = []
+    while isinstance(text, str) and _MANY_DIGITS.search(text):
+        try:
+            text = json.loads(text, parse_float=numbers.append)
+        except (ValueError, RecursionError):
+            return
+    if any(Decimal(number) != Decimal(repr(float(number))) for number in numbers):
+        findings.remark(ROUNDED)
 
 
 def _find_arguments(function: dict[str, Any]) -> str:

@@ -2,13 +2,28 @@
 
 from typing import Any
 
-from accel_llm.chat.nulls import clear_arguments, clear_tool, has_nulls
-from accel_llm.chat.values import BROKEN_TOOLS, Findings, decode_object, is_blank, read_json, show_value
+from accel_llm.chat.nulls import clear_arguments, clear_tool, find_removed, has_nulls
+from accel_llm.chat.values import (
+    BROKEN_TOOLS,
+    SUCH_AS,
+    Findings,
+    decode_object,
+    is_blank,
+    read_json,
+    show_name,
+    show_value,
+)
 from accel_llm.errors import DataError
 
-_FILLED = "Arrow fills keys that a row does not have with null."
-NULL_ARGUMENTS = f"null values were removed from tool arguments: {_FILLED}"
-NULL_DEFINITIONS = f"null values were removed from tool definitions: {_FILLED}"
+NULL_ARGUMENTS = "null values that the tool does not allow were removed from tool arguments"
+NULL_DEFINITIONS = "null values were removed from tool definitions"
+FLAT_PARAMETERS = (
+    "the parameters of a tool are a map of arguments, not a JSON schema: they become the properties of one."
+)
+# A flat map of arguments, as xLAM writes it, has none of the first keys, and one of the others in each argument.
+_SCHEMA_KEYS = frozenset({"properties", "patternProperties", "additionalProperties", "$ref", "$defs", "definitions"})
+_SCHEMA_KEYS |= {"anyOf", "oneOf", "allOf", "not"}
+_ARGUMENT_KEYS = frozenset({"type", "description"})
 
 
 def collect_tools(places: list[tuple[str, Any]], findings: Findings) -> list[dict[str, Any]] | None:
@@ -43,8 +58,8 @@ def read_tools(tools: Any, where: str = "tools", findings: Findings | None = Non
         if isinstance(tools, list) and isinstance(value, dict) and has_nulls(schema):
             schema = clear_tool(schema)
             if findings and schema != value:
-                findings.remark(NULL_DEFINITIONS)
-        schemas.append(_wrap(schema, f"{where}[{index}]"))
+                _note_removed(findings, NULL_DEFINITIONS, find_removed(value, schema))
+        schemas.append(_wrap(schema, f"{where}[{index}]", findings))
     return schemas
 
 
@@ -54,8 +69,14 @@ def clear_calls(findings: Findings, tools: list[dict[str, Any]] | None) -> None:
         if has_nulls(function["arguments"]):
             arguments = clear_arguments(function["arguments"], _parameters(function["name"], tools or []))
             if arguments != function["arguments"]:
-                findings.remark(NULL_ARGUMENTS)
+                _note_removed(findings, NULL_ARGUMENTS, find_removed(function["arguments"], arguments))
                 function["arguments"] = arguments
+
+
+def _note_removed(findings: Findings, sentence: str, key: str) -> None:
+    """Note the first removed key of a row; the ledger joins sentences that differ in it alone."""
+    if not any(remark.startswith(sentence) for remark in findings.remarks):
+        findings.remark(f"{sentence}{SUCH_AS}{show_name(key)}")
 
 
 def _parameters(name: str, tools: list[dict[str, Any]]) -> Any:
@@ -71,7 +92,7 @@ def _decode(value: Any, where: str) -> Any:
     return value
 
 
-def _wrap(schema: dict[str, Any], where: str) -> dict[str, Any]:
+def _wrap(schema: dict[str, Any], where: str, findings: Findings | None) -> dict[str, Any]:
     """Return the schema of a tool in OpenAI's format: an object with `type` and `function`."""
     if isinstance(schema.get("function"), str):
         schema = {**schema, "function": _decode(schema["function"], f"{where}.function")}
@@ -83,6 +104,33 @@ def _wrap(schema: dict[str, Any], where: str) -> dict[str, Any]:
     function = schema["function"]
     if is_blank(function):
         raise DataError(f"{where}: found {show_value(schema)}; needs a JSON schema", BROKEN_TOOLS)
-    if isinstance(function, dict) and isinstance(function.get("parameters"), str):
-        function = {**function, "parameters": decode_object(function["parameters"])}
-    return {**schema, "function": function}
+    return {
+        **schema,
+        "function": _read_parameters(function, where, findings) if isinstance(function, dict) else function,
+    }
+
+
+def _read_parameters(function: dict[str, Any], where: str, findings: Findings | None) -> dict[str, Any]:
+    """Return the function of a tool with its parameters as a JSON schema under OpenAI's key."""
+    if is_blank(function.get("parameters")) and isinstance(function.get("input_schema"), dict | str):
+        # Anthropic's key; the parameters keep its place.
+        others = {key: value for key, value in function.items() if key != "parameters"}
+        function = {"parameters" if key == "input_schema" else key: value for key, value in others.items()}
+    parameters = function.get("parameters")
+    if isinstance(parameters, str):
+        parameters = decode_object(parameters, f"{where}.parameters")
+    if isinstance(parameters, dict) and _is_flat(parameters):
+        parameters = {"type": "object", "properties": parameters}
+        if findings:
+            findings.remark(FLAT_PARAMETERS)
+    return {**function, "parameters": parameters} if "parameters" in function else function
+
+
+def _is_flat(parameters: dict[str, Any]) -> bool:
+    """Tell whether the parameters are no schema, but a map from each argument to its type and description."""
+    arguments = parameters.values()
+    return (
+        bool(parameters)
+        and _SCHEMA_KEYS.isdisjoint(parameters)
+        and all(isinstance(argument, dict) and not _ARGUMENT_KEYS.isdisjoint(argument) for argument in arguments)
+    )

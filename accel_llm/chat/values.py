@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Mapping
 from json.encoder import encode_basestring
+from math import isinf
 from typing import Any
 
 from accel_llm.errors import DataError
@@ -17,6 +18,8 @@ UNKNOWN_SHAPE = "unknown shape"
 MISSING_VALUE = "missing value"
 NOT_TEXT = "not text"
 NOT_JSON = "not JSON"
+DOUBLED_KEY = "a key twice in an object"
+HUGE_NUMBER = "a number too large"
 NOT_MESSAGES = "not a list of messages"
 UNKNOWN_ROLE = "unknown role"
 EMPTY_ANSWER = "empty answer"
@@ -31,11 +34,13 @@ BROKEN_VARIABLES = "broken chat_template_kwargs"
 TWO_REASONINGS = "two reasonings"
 BAD_WEIGHT = "bad weight"
 BAD_TOKENS = "bad tokens"
+SHIFTED_LABELS = "labels that are not the tokens"
 IMAGES = "images"
 NOT_TO_LEARN = "an answer not to learn"
 PREFERENCE_ROW = "a preference row"
 TOO_DEEP = "nested too deep"
 
+SUCH_AS = ", such as "  # before the example of a remark: the ledger joins remarks that differ in it alone
 TEXT_ONLY = "this program trains on text alone"
 
 # Control characters, line ends that only some programs know, and halves of characters (lone surrogates).
@@ -110,20 +115,50 @@ def read_json(value: Any, where: str) -> Any:
     if not value or value.isspace():
         return None
     try:
-        return json.loads(value)
+        return parse_json(value)
+    except DataError as error:
+        raise DataError(f"{where}: {error}", error.reason) from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: found {show_value(value)}, which is not JSON ({error})", NOT_JSON) from None
 
 
-def decode_object(value: Any) -> Any:
-    """Return the object that a JSON text holds, also if it was encoded more than once; else `value` unchanged."""
+def decode_object(value: Any, where: str) -> Any:
+    """Return the object that a JSON text holds, also if it was encoded more than once; else `value` unchanged.
+
+    Raises:
+        DataError: the text is JSON that loses something when it is read; `where` names the field.
+    """
     inner = value
     while isinstance(inner, str):
         try:
-            inner = json.loads(inner)
+            inner = parse_json(inner)
+        except DataError as error:
+            raise DataError(f"{where}: {error}", error.reason) from None
         except (ValueError, RecursionError):
             return value
     return inner if isinstance(inner, dict) else value
+
+
+def _read_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object of a JSON text; without this the last of two values under one key would be kept in silence."""
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        names = [name for name, _ in pairs]
+        doubled = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"found the key {show_name(doubled)} twice in an object; needs each key once", DOUBLED_KEY)
+    return result
+
+
+def _read_number(digits: str) -> float:
+    """Return the number that a JSON text writes; one of 1e400 would be infinity."""
+    number = float(digits)
+    if isinf(number):
+        raise DataError(f"found the number {shorten(digits)}; needs at most 1.8e308", HUGE_NUMBER)
+    return number
+
+
+# Parses as `json.loads` does. Raises DataError (without place) if the text has a key twice or too large a number.
+parse_json = json.JSONDecoder(object_pairs_hook=_read_object, parse_float=_read_number).decode
 
 
 def show_value(value: Any) -> str:

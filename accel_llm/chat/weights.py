@@ -1,7 +1,7 @@
 """Reads which messages are trained, and with which weight, from the keys that data sets use for it.
 
 `train` is Axolotl's key, `training` and `trainable` are other names of it, `loss` belongs to xtuner, AgentInstruct and
-ms-swift, `masked` to torchtune. `weight` belongs to OpenAI and Mistral, `loss_weight` to LLaMA-Factory, `loss_scale` to
+ms-swift, `output_with_loss` to xtuner, `masked` to torchtune. `weight` belongs to OpenAI and Mistral, `loss_weight` to LLaMA-Factory, `loss_scale` to
 ms-swift. `train_detail` is Axolotl's list of the characters that are trained.
 """
 
@@ -9,12 +9,13 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from accel_llm.chat.values import BAD_WEIGHT, read_json, show_value
+from accel_llm.chat.values import BAD_WEIGHT, Findings, read_json, show_value
 from accel_llm.errors import DataError
 
-_SWITCHES = ("train", "training", "trainable", "loss")  # true or false
+SWITCHES = ("train", "training", "trainable", "loss", "output_with_loss")  # true or false
 _FACTORS = ("weight", "loss_weight", "loss_scale")  # a number
-WEIGHT_KEYS = frozenset({*_SWITCHES, *_FACTORS, "masked", "train_detail"})
+WEIGHT_KEYS = frozenset({*SWITCHES, *_FACTORS, "masked", "train_detail"})
+_DETAIL_KEYS = ("begin_offset", "end_offset", "train")
 _ASSISTANT_ONLY = "only assistant turns are trained (train_on: all trains everything)"
 
 Segments = list[tuple[int, float]]  # (characters, weight), one after the other
@@ -29,7 +30,7 @@ def read_weight(fields: Mapping[str, Any], role: str) -> float:
     if WEIGHT_KEYS.isdisjoint(fields):
         return 1.0
     weight = 1.0
-    for field in _SWITCHES:
+    for field in SWITCHES:
         weight *= _read_switch(fields, field, role)
     for field in _FACTORS:
         weight *= _read_factor(fields, field, role)
@@ -80,11 +81,11 @@ def set_weight(message: dict[str, Any], weight: float, segments: Segments | None
         message["weight"] = weight
 
 
-def read_train_detail(details: Any, content: str, role: str) -> Segments | None:
+def read_train_detail(details: Any, content: str, role: str, findings: Findings) -> Segments | None:
     """Return the segments of `content` that Axolotl's `train_detail` describes; None if it is empty.
 
     Each detail has `begin_offset`, `end_offset` (the last character that belongs to it) and `train`. As in Axolotl,
-    characters of which no detail speaks are not trained.
+    characters of which no detail speaks are not trained. Other keys of a detail go to `findings`.
 
     Raises:
         DataError: the details do not fit the content, or train a turn of another role than assistant.
@@ -96,7 +97,7 @@ def read_train_detail(details: Any, content: str, role: str) -> Segments | None:
         raise DataError(f"train_detail: found {show_value(details)}; needs a list of details", BAD_WEIGHT)
     segments: Segments = []
     end = 0  # of what the segments cover
-    for index, (begin, next_end, train) in enumerate(_read_detail(d, k, role) for k, d in enumerate(details)):
+    for index, (begin, next_end, train) in enumerate(_read_detail(d, k, role, findings) for k, d in enumerate(details)):
         if not end <= begin < next_end <= len(content):
             offsets = f"begin_offset {begin} and end_offset {next_end - 1}"
             needed = f"offsets in order from {end} to {len(content) - 1}, the last character"
@@ -110,13 +111,16 @@ def read_train_detail(details: Any, content: str, role: str) -> Segments | None:
     return segments
 
 
-def _read_detail(detail: Any, index: int, role: str) -> tuple[int, int, bool]:
+def _read_detail(detail: Any, index: int, role: str, findings: Findings) -> tuple[int, int, bool]:
     """Return the first character of a detail, the one after its last, and whether it is trained."""
-    values = [detail.get(key) for key in ("begin_offset", "end_offset", "train")] if isinstance(detail, dict) else []
+    values = [detail.get(key) for key in _DETAIL_KEYS] if isinstance(detail, dict) else []
     if [type(value) for value in values] != [int, int, bool]:
         needed = "begin_offset and end_offset (whole numbers) and train (true or false)"
         raise DataError(f"train_detail[{index}]: found {show_value(detail)}; needs {needed}", BAD_WEIGHT)
-    begin, last, train = detail["begin_offset"], detail["end_offset"], detail["train"]
+    for key, value in detail.items() if len(detail) > 3 else ():
+        if key not in _DETAIL_KEYS:
+            findings.leave(key, "train_detail", value)
+    begin, last, train = values
     if train and role != "assistant":
         raise DataError(f"train_detail[{index}].train: found true in a {role} turn, but {_ASSISTANT_ONLY}", BAD_WEIGHT)
     return begin, last + 1, train

@@ -42,7 +42,11 @@ _MEDIA_COLUMNS = frozenset({"image", "images", "video", "videos", "audio", "audi
 # ms-swift, TRL and LLaMA-Factory write the second answer of a preference row in these.
 _PREFERENCE_COLUMNS = ("rejected", "rejected_response", "rejected_messages", "chosen")
 _LABELS = ("label", "kto_tag")  # of KTO, in TRL and ms-swift, and in LLaMA-Factory
-SPECIAL_COLUMNS = _MEDIA_COLUMNS | {*_PREFERENCE_COLUMNS, *_LABELS}
+# What messages have to switch training off, on the row. `loss` may also be a number that somebody measured.
+_SWITCHES = ("train", "training", "trainable", "loss", "masked")
+_FACTORS = ("weight", "loss_weight", "loss_scale", "loss_mask")
+_TRUTHS = {"true": True, "false": False, "desirable": True, "undesirable": False}  # as text; all cells of .csv are text
+SPECIAL_COLUMNS = _MEDIA_COLUMNS | {*_PREFERENCE_COLUMNS, *_LABELS, *_SWITCHES, *_FACTORS}
 
 
 def column_problems(columns: Mapping[str, str], data_format: DataFormat | None = None) -> list[str]:
@@ -167,20 +171,43 @@ def refuse_preferences(row: Mapping[str, Any]) -> None:
 def read_label(row: Mapping[str, Any], data_format: DataFormat) -> frozenset[str]:
     """Return the columns that say that a row's answer is one to learn, as rows for KTO have them.
 
-    Beside question and answer a number is something else: a class.
+    Beside question and answer a label that is a number is something else: a class.
 
     Raises:
-        DataError: the answer is not to be learned.
+        DataError: the answer is not to be learned, or a `kto_tag` is not understood.
     """
     used: set[str] = set()
-    for column in _LABELS:
+    for column in (*_LABELS, *_SWITCHES, *_FACTORS):
         value = row.get(column)
-        is_number = data_format in ("messages", "prompt_completion") and isinstance(value, int | float)
-        if not (isinstance(value, bool) or is_number):
+        if is_nothing(value):
             continue
-        if value == 0:
-            problem = "the answer is one not to learn, which is for preference training, not for this script"
-            raise DataError(f"{column}: found {show_value(value)}, so {problem}; allowed: true", NOT_TO_LEARN)
-        if value == 1:
+        truth = _read_truth(value)
+        if isinstance(truth, (int, float)) and not isinstance(truth, bool):
+            is_class = column == "label" and data_format not in ("messages", "prompt_completion")
+            truth = None if is_class or column == "loss" or truth not in (0, 1) else bool(truth)
+        if truth is None and column == "kto_tag":
+            raise DataError(f"kto_tag: found {show_value(value)}; allowed: true", NOT_TO_LEARN)
+        if truth is (column == "masked"):
+            _refuse_answer(column, value)
+        if truth is not None:
             used.add(column)
     return frozenset(used)
+
+
+def _read_truth(value: Any) -> bool | float | None:
+    """Return the boolean or the number that a value is, perhaps as text, or None."""
+    if not isinstance(value, str):
+        return value if isinstance(value, (bool, int, float)) else None
+    word = value.strip().lower()
+    try:
+        return _TRUTHS[word] if word in _TRUTHS else float(word)
+    except ValueError:
+        return None
+
+
+def _refuse_answer(column: str, value: Any) -> None:
+    found = f"{column}: found {show_value(value)}, so"
+    if column in _LABELS:
+        problem = "the answer is one not to learn, which is for preference training, not for this script"
+        raise DataError(f"{found} {problem}; allowed: true", NOT_TO_LEARN)
+    raise DataError(f"{found} the row is not to be trained; leave it out, or remove the column", NOT_TO_LEARN)

@@ -18,6 +18,7 @@ from accel_llm.chat.reads import TemplateReads
 from accel_llm.chat.roles import ROLES
 from accel_llm.chat.tools import clear_calls, collect_tools
 from accel_llm.chat.values import (
+    BAD_WEIGHT,
     BROKEN_VARIABLES,
     EMPTY_TEXT,
     NO_ANSWER,
@@ -29,6 +30,7 @@ from accel_llm.chat.values import (
     show_keys,
     show_value,
 )
+from accel_llm.chat.weights import SWITCHES, WEIGHT_KEYS
 from accel_llm.config.fields import DataFormat
 from accel_llm.data.columns import (
     FIELDS,
@@ -235,6 +237,7 @@ def _read_prompt_and_completion(
     if isinstance(prompt, list):
         turns = rename_keys(prompt, "prompt", renames.keys, findings)
         messages = [_as_context(m) for m in read_messages(turns, "prompt", reads, renames.roles, findings)]
+        _check_context(turns, renames.roles, findings)
     else:
         messages: list[Message] = [{"role": "user", "content": read_text(row, "prompt")}]
     if not isinstance(completion, list):
@@ -251,6 +254,27 @@ def _as_context(message: Message) -> Message:
     if message["role"] != "assistant":
         return message
     return {**{field: value for field, value in message.items() if field not in ("weight", "segments")}, "train": False}
+
+
+def _check_context(turns: Any, roles: Mapping[str, str], findings: Findings) -> None:
+    """Refuse answers of a prompt that say that they are trained, and note weights of them that have no effect.
+
+    Raises:
+        DataError: such an answer has `train` true, or another switch of this meaning.
+    """
+    for index, turn in enumerate(turns):
+        role = str(turn.get("role") or turn.get("from")).lower()
+        if roles.get(role) != "assistant" and turn.keys().isdisjoint(("assistant", "output")):
+            continue
+        parts = turn.get("content") if isinstance(turn.get("content"), list) else ()
+        for fields in (turn, *parts):
+            for key in WEIGHT_KEYS.intersection(fields):
+                value = fields[key]
+                if key in SWITCHES and value in (True, 1):
+                    problem = "but the answers of a prompt are context; move the answer to the completion"
+                    raise DataError(f"prompt[{index}].{key}: found {show_value(value)}, {problem}", BAD_WEIGHT)
+                if value and key != "masked":
+                    findings.leave(key, "messages of the prompt", value)
 
 
 def _read_document(row: Mapping[str, Any], field: str) -> str:
@@ -273,12 +297,19 @@ def _read_variables(variables: Any, reads: TemplateReads, findings: Findings) ->
         if name not in reads.variables:
             findings.leave(name, "chat_template_kwargs", value)
     # Loaders fill keys that a row does not have with None.
-    return {name: value for name, value in variables.items() if value is not None}
+    return {name: _as_truth(value) for name, value in variables.items() if value is not None}
 
 
 def _add_variable(variables: dict[str, Any], name: str, value: Any, left: set[str]) -> None:
     """Make a column a variable of the chat template, unless the row sets the variable itself or the tokenizer does."""
     if value is None or name.endswith("_token") or name in _RESERVED_VARIABLES:
         return
+    value = _as_truth(value)
     if variables.setdefault(name, value) == value:
         left.discard(name)
+
+
+def _as_truth(value: Any) -> Any:
+    """Return the boolean that a text such as "false" means: each text, this one too, is true for a template."""
+    word = value.strip().lower() if isinstance(value, str) else ""
+    return word == "true" if word in ("true", "false") else value

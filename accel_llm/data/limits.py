@@ -1,5 +1,7 @@
 """Checks that not more is lost than `max_lost` allows, and says what would help."""
 
+from collections import Counter
+
 from accel_llm.config.data_options import DataOptions
 from accel_llm.data.encode import NOTHING_TRAINED
 from accel_llm.data.ledger import Ledger, is_lost
@@ -36,6 +38,17 @@ def check_lost_share(ledger: Ledger, lengths: dict[str, int], options: DataOptio
         f"max_lost: {rows:.1%} of the rows and {supervised:.1%} of the supervised tokens would be lost; allowed is "
         f"{options.max_lost:.1%}: {', '.join(reasons)}; {remedy}, or raise max_lost."
     )
+
+
+def describe_losses(ledger: Ledger) -> str:
+    """Return the bins of all sources with their rows, and the first row that was dropped as bad."""
+    rows: Counter[str] = Counter()
+    for bins in ledger.bins.values():
+        for name, amount in bins.items():
+            rows[name] += amount["rows"]
+    bins = [f"{name} ({count:,} {'row' if count == 1 else 'rows'})" for name, count in rows.most_common() if count]
+    examples = [sentence for sentences in ledger.examples.values() for sentence in sentences]
+    return (", ".join(bins) or "nothing was read") + (f"; for example {examples[0]}" if examples else "")
 
 
 def check_lost_turns(ledger: Ledger, turns: int, options: DataOptions) -> None:

@@ -6,7 +6,7 @@ Only a .json list is loaded as a whole; every other file may be larger than memo
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from accel_llm.chat.values import parse_json
 from accel_llm.errors import DataError
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
@@ -104,7 +105,9 @@ def _read_jsonl(file: SourceFile) -> Iterator[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
+        except DataError as error:
+            raise DataError(f"{file.label}, line {number}: {error}.", error.reason) from None
         except JSON_ERRORS as error:
             raise DataError(f"{file.label}, line {number}: not JSON ({_error_text(error)}).") from None
         if not isinstance(row, dict):
@@ -122,7 +125,10 @@ def _read_json(file: SourceFile) -> Iterator[dict[str, Any]]:
         with _open(file) as stream:
             content = stream.read()
         try:
-            rows = json.loads(content.decode("utf-8-sig"))
+            rows = parse_json(content.decode("utf-8-sig"))
+        except DataError as error:
+            row = _find_refused_row(content.decode("utf-8-sig"))
+            raise DataError(f"{file.label}, row {row}: {error}.", error.reason) from None
         except UnicodeDecodeError as error:
             line = content.count(b"\n", 0, error.start) + 1
             raise DataError(f"{file.label}, line {line}: not UTF-8 text.") from None
@@ -142,13 +148,31 @@ def _read_json(file: SourceFile) -> Iterator[dict[str, Any]]:
             yield row
 
 
+def _find_refused_row(content: str) -> int:
+    """Return the number of the first row of a list, as JSON text, that `parse_json` refuses; 1 if it is no list."""
+    content = content.lstrip()
+    number, start = 1, 1
+    while content.startswith("["):
+        while content[start] in " \t\r\n,":
+            start += 1
+        try:
+            _, end = json.JSONDecoder().raw_decode(content, start)
+            parse_json(content[start:end])
+        except (DataError, *JSON_ERRORS):
+            break
+        number, start = number + 1, end
+    return number
+
+
 def _error_text(error: Exception) -> str:
     return error.msg if isinstance(error, json.JSONDecodeError) else str(error)
 
 
 def _is_json(text: str) -> bool:
     try:
-        json.loads(text)
+        parse_json(text)
+    except DataError:
+        return True  # the line is refused when it is read
     except JSON_ERRORS:
         return False
     return True
@@ -188,15 +212,31 @@ def _read_parquet(file: SourceFile) -> Iterator[dict[str, Any]]:
     try:
         # These settings read page by page. By default pyarrow 26 loads a row group, which may be the whole file.
         with pq.ParquetFile(file.path, buffer_size=1 << 20, pre_buffer=False) as table:
+            _check_names(file, table.schema_arrow)
             for batch in table.iter_batches(ROWS_PER_BATCH):
                 yield from plain_values(batch)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise DataError(f"{file.label}: not a readable .parquet file ({' '.join(str(error).split())}).") from None
 
 
+def _check_names(file: SourceFile, fields: Iterable[pa.Field], place: str = "") -> None:
+    """Check that no two columns, and no two keys of an object, have the same name: only one would be read."""
+    names = [field.name for field in fields]
+    if len(set(names)) != len(names):
+        doubled = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"{file.label}: has {f'{place}{doubled}'!r} twice; needs each column once.")
+    for field in fields:
+        kind = field.type
+        while pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+            kind = kind.value_type
+        if pa.types.is_struct(kind):
+            _check_names(file, kind, f"{place}{field.name}.")
+
+
 READERS: dict[str, Callable[[SourceFile], Iterator[dict[str, Any]]]] = {
     ".json": _read_json,
     ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
     ".csv": partial(_read_table, delimiter=","),
     ".tsv": partial(_read_table, delimiter="\t"),
     ".parquet": _read_parquet,

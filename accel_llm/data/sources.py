@@ -22,13 +22,13 @@ from accel_llm.config.fields import Source
 from accel_llm.data.hub import is_reader_name, load_hub_dataset
 from accel_llm.data.readers import READERS, ROWS_PER_BATCH, SourceFile, file_kind, is_readable, plain_values, read_rows
 from accel_llm.data.saved_datasets import is_saved_dataset, saved_problem
-from accel_llm.data.splits import SplitChoice, choose_files, list_splits
+from accel_llm.data.splits import SplitChoice, choose_files, list_groups, list_splits
 from accel_llm.errors import DataError
 from accel_llm.system.disk import atomic_file
 from accel_llm.system.launcher import is_launched
 
 ALLOWED_SOURCES = (
-    "a .json, .jsonl, .csv, .tsv, .txt (also as .gz or .zst) or .parquet file, a folder or glob of such files, "
+    "a .json, .jsonl, .ndjson, .csv, .tsv, .txt (also as .gz or .zst) or .parquet file, a folder or glob of such files, "
     "a saved dataset, the id of a hub dataset, or - for JSON lines from standard input"
 )
 
@@ -93,17 +93,27 @@ def source_identity(source: Source) -> list[tuple[str, str]]:
 
 
 def left_out_note(source: Source) -> str | None:
-    """Return a sentence for the ledger on the files of a folder or glob that are of other splits; None if all are read.
+    """Return a sentence for the ledger on the files of a folder or glob that are not read; None if all are.
+
+    They are of other splits, or of kinds that cannot be read.
 
     Raises:
         DataError: the source cannot be read.
     """
     _check_source(source)
     choice = _choose_files(source) if _place_kind(source) in ("folder", "glob") else None
-    if not isinstance(choice, SplitChoice) or not choice.left_out:
+    if not isinstance(choice, SplitChoice):
         return None
-    left_out = list_splits(choice.left_out, _named_folder(source))
-    return f"{source.path}: only the files of its split {source.split} are read; left out: {left_out}."
+    facts, base = [], _named_folder(source)
+    if choice.left_out:
+        left_out = list_splits(choice.left_out, base)
+        facts.append(f"only the files of its split {source.split} are read; left out: {left_out}")
+    unreadable: dict[str, list[str]] = {}
+    for name in itertools.filterfalse(is_readable, _matching_files(source)):
+        unreadable.setdefault("".join(PurePath(name).suffixes[-1:]) or "no suffix", []).append(name)
+    if unreadable:
+        facts.append(f"files of kinds that cannot be read are left out: {list_groups(unreadable, base)}")
+    return f"{source.path}: {'; '.join(facts)}." if facts else None
 
 
 def data_fingerprint(*parts: object) -> str:

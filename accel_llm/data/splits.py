@@ -1,7 +1,8 @@
 """Which split each file of a folder belongs to, by its name, and which of the files a source reads.
 
 The names are those of Hugging Face's `datasets` (its module `data_files`): a keyword in the name of a file or folder,
-between characters that are no letters, such as `train.jsonl`, `test/part.jsonl` or `my-data_val_2.csv`.
+between characters that are no letters, such as `train.jsonl`, `test/part.jsonl` or `my-data_val_2.csv`. Beyond these,
+a capital begins a word (`myTestSet.jsonl`), and common compounds count (`valset.jsonl`, `holdout.jsonl`).
 """
 
 import re
@@ -16,9 +17,15 @@ SPLIT_KEYWORDS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 _SPLITS = {keyword: split for split, keywords in SPLIT_KEYWORDS.items() for keyword in keywords}
+# Words that people write without a separator: testset, valdata, trainsplit.
+_NOUNS = ("set", "sets", "data", "dataset", "split", "file", "files")
+_SPLITS |= {keyword + noun: split for keyword, split in list(_SPLITS.items()) for noun in _NOUNS}
+_SPLITS |= dict.fromkeys(("holdout", "heldout", "hold_out", "held_out", "hold-out", "held-out"), "test")
 # `datasets` knows only lower case and the separators `-._ 0-9`; here `TEST(1).jsonl` is a test split as well.
 _KEYWORD = rf"(?<![a-z])({'|'.join(_SPLITS)})(?![a-z])"
 _FIND_KEYWORDS = re.compile(_KEYWORD, re.IGNORECASE).findall
+# Where the next word of a name such as myTestSet or TESTData begins.
+_WORD_BEGINS = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 # A file of several, as `datasets` writes them: train-00000-of-00002.parquet, or train_sft-00000-of-00002.parquet.
 _MATCH_SHARD = re.compile(rf"({_KEYWORD}[\w.]*)-\d{{5}}-of-\d{{5}}.*", re.IGNORECASE).fullmatch
 _NAMED_FILES = 3  # of each split in a message
@@ -36,7 +43,7 @@ def named_split(name: str) -> str | None:
 
     A name that says two, such as `train_test.jsonl`, is taken for the one that is not `train`.
     """
-    splits = [_SPLITS[keyword.lower()] for keyword in _FIND_KEYWORDS(name)]
+    splits = [_SPLITS[keyword.lower()] for keyword in _FIND_KEYWORDS(_WORD_BEGINS.sub("_", name))]
     return next((split for split in splits if split != TRAIN), splits[0] if splits else None)
 
 
@@ -76,11 +83,17 @@ def choose_files(files: list[str], base: PurePath, split: str, is_glob: bool) ->
 
 def list_splits(splits: dict[str | None, list[str]], base: PurePath) -> str:
     """Return the splits and their first files in one line, such as `test (test.jsonl)`; files are named below `base`."""
+    order = sorted(splits, key=lambda split: (split is None, split or ""))
+    return list_groups({split or "files of no split": splits[split] for split in order}, base)
+
+
+def list_groups(groups: dict[str, list[str]], base: PurePath) -> str:
+    """Return groups of files and the first files of each in one line, such as `.bz2 (a.bz2, b.bz2)`."""
     parts = []
-    for split in sorted(splits, key=lambda split: (split is None, split or "")):
-        names = [str(PurePath(file).relative_to(base)) for file in splits[split]]
+    for group, files in groups.items():
+        names = [str(PurePath(file).relative_to(base)) for file in files]
         more = [f"{len(names) - _NAMED_FILES:,} more"] if len(names) > _NAMED_FILES else []
-        parts.append(f"{split or 'files of no split'} ({', '.join([*names[:_NAMED_FILES], *more])})")
+        parts.append(f"{group} ({', '.join([*names[:_NAMED_FILES], *more])})")
     return ", ".join(parts)
 
 

@@ -2,10 +2,11 @@
 
 import sys
 from collections.abc import Mapping
+from operator import ne
 from typing import Any, NamedTuple
 
 from accel_llm.chat.targets import IGNORED
-from accel_llm.chat.values import BAD_TOKENS, MISSING_VALUE, make_printable, show_keys, show_value
+from accel_llm.chat.values import BAD_TOKENS, MISSING_VALUE, SHIFTED_LABELS, make_printable, show_keys, show_value
 from accel_llm.data.ledger import Unused
 from accel_llm.errors import DataError
 
@@ -15,8 +16,11 @@ TRAINED_MASKS = (
     *("train_mask", "label_mask"),
 )
 UNTRAINED_MASKS = ("prompt_mask",)
-TOKEN_WEIGHTS = ("weights", "loss_weights")
+TOKEN_WEIGHTS = ("weights", "loss_weights", "loss_weight", "loss_scale", "token_weights")
 TOKEN_COLUMNS = ("input_ids", "labels", "attention_mask", *TRAINED_MASKS, *UNTRAINED_MASKS, *TOKEN_WEIGHTS)
+# Without labels or a mask, these say what is trained in a way that nobody knows for sure.
+_OTHER_LABELS = ("targets", "target_ids", "target", "label", "label_ids", "labels_ids")
+_PROMPT_LENGTHS = ("prompt_length", "prompt_len", "source_length", "source_len")
 _OTHER_MASKS = ("attention_mask", "special_tokens_mask")  # these say nothing about training
 _MAX_TOKEN_ID = 2**31 - 1  # ids are stored as int32
 
@@ -48,37 +52,61 @@ def read_tokens(row: Mapping[str, Any]) -> TokenizedRow:
     mask = row.get("attention_mask")
     if mask is not None and 0 in _read_integers(row, "attention_mask"):
         raise DataError("attention_mask: found padding; needs rows without padding", BAD_TOKENS)
-    labels = list(ids) if row.get("labels") is None else _read_labels(row, len(ids))
+    labels = list(ids) if row.get("labels") is None else _read_labels(row, ids)
+    has_mask = False
     for column in row:
         if "mask" in column.lower():
-            _apply_mask(row, column, labels)
+            has_mask = _apply_mask(row, column, labels) or has_mask
+    if row.get("labels") is None and not has_mask:
+        _refuse_other_labels(row, len(ids))
     return TokenizedRow(ids, labels, _read_weights(row, labels))
 
 
-def _read_labels(row: Mapping[str, Any], length: int) -> list[int]:
+def _read_labels(row: Mapping[str, Any], ids: list[int]) -> list[int]:
     labels = _read_integers(row, "labels")
-    _check_length("labels", labels, length)
+    _check_length("labels", labels, len(ids))
     if min(labels) < 0:
         bad_label = next((label for label in labels if label < 0 and label != IGNORED), None)
         if bad_label is not None:
             raise DataError(
                 f"labels: found {bad_label}; needs token ids, or {IGNORED} where nothing is trained", BAD_TOKENS
             )
+    # No id is negative, so each ignored label differs from its token.
+    if labels != ids and sum(map(ne, labels, ids)) != labels.count(IGNORED):
+        index = next(k for k, label in enumerate(labels) if label not in (ids[k], IGNORED))
+        problem = f"found {labels[index]}, but input_ids[{index}] is {ids[index]}"
+        needed = f"needs labels that are not shifted: each is the token at its own place, or {IGNORED}"
+        raise DataError(f"labels[{index}]: {problem}; {needed}", SHIFTED_LABELS)
     return labels
 
 
-def _apply_mask(row: Mapping[str, Any], column: str, labels: list[int]) -> None:
-    """Set the labels to IGNORED that a mask does not train.
+def _refuse_other_labels(row: Mapping[str, Any], length: int) -> None:
+    """Refuse a row with a column that seems to say what is trained, under a name that says it in no certain way."""
+    for column in _OTHER_LABELS:
+        value = row.get(column)
+        if isinstance(value, list | tuple) and len(value) == length:
+            remedy = f"columns: labels={column} takes it for labels that are not shifted"
+            raise DataError(
+                f"{column}: found one value for each of {length} input_ids, but no labels; {remedy}", BAD_TOKENS
+            )
+    for column in _PROMPT_LENGTHS:
+        if isinstance(row.get(column), int) and row[column]:
+            problem = f"found {show_value(row[column])}, but no labels and no mask, so the prompt would be trained"
+            raise DataError(f"{column}: {problem}; needs labels, or a prompt_mask", BAD_TOKENS)
+
+
+def _apply_mask(row: Mapping[str, Any], column: str, labels: list[int]) -> bool:
+    """Set the labels to IGNORED that a mask does not train, and return whether the column is such a mask.
 
     Raises:
         DataError: the mask has another length or other values than 0 and 1, or nobody knows what it means.
     """
     mask = row[column]
     if column in _OTHER_MASKS or mask is None:
-        return
+        return False
     if column not in TRAINED_MASKS and column not in UNTRAINED_MASKS:
         if not isinstance(mask, list | tuple):
-            return  # no mask of tokens
+            return False  # no mask of tokens
         known = ", ".join((*TRAINED_MASKS, *UNTRAINED_MASKS))
         remedy = f"columns: loss_mask={column} names one where 1 is trained"
         raise DataError(make_printable(f"{column}: a mask of unknown meaning; known are {known}; {remedy}"), BAD_TOKENS)
@@ -90,6 +118,7 @@ def _apply_mask(row: Mapping[str, Any], column: str, labels: list[int]) -> None:
     for index, value in enumerate(mask):
         if value == untrained:
             labels[index] = IGNORED
+    return True
 
 
 def _read_weights(row: Mapping[str, Any], labels: list[int]) -> list[float] | None:

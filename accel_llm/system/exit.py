@@ -1,5 +1,6 @@
 """How a script ends: by an error of the user, a signal or a bug. One rank reports one cause."""
 
+import io
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from accel_llm.system.launcher import is_launched, process_rank, world_size
 from accel_llm.system.secrecy import hide_secrets
 from accel_llm.system.signals import Preempted, mark_as_failing, signal_requests
 
+OUTPUT_CLOSED = 128 + 13  # as of a program that SIGPIPE ends, a signal that Windows has not
 DISK_ADVICE = "{}; make room and give the same command again; it continues from the last whole checkpoint."
 
 
@@ -23,12 +25,14 @@ def run_script(main: Callable[[], None]) -> None:
     """Run a script's `main` and end the process.
 
     A ConfigError, a DataError or a full disk prints its sentences on stderr and ends with exit code 2; a signal ends
-    with 128 + its number. Anything else is a bug or a failed machine: it prints its traceback, and under a launcher the
+    with 128 + its number, and so does standard output that is closed, as by `| head -1`. Anything else is a bug or a failed machine: it prints its traceback, and under a launcher the
     last line names the rank, as in `error (rank 1): RuntimeError: ...`.
     """
     launched, rank = is_launched(), process_rank()
+    _escape_unprintable()
     try:
         main()
+        sys.stdout.flush()
     except (ConfigError, DataError) as error:
         wait_for_root_cause(error)
         prefix = f"error (rank {rank}): " if rank else "error: "
@@ -39,6 +43,8 @@ def run_script(main: Callable[[], None]) -> None:
         message = f"preempted by {end}; run the same command to continue"
         _end(128 + end.number, message if not rank else "")
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _is_output_closed():
+            _end(OUTPUT_CLOSED)
         if launched and signal_requests.stop:
             # When one process of a job fails, the launcher stops the others with this signal. The failed one reports
             # why.
@@ -55,6 +61,23 @@ def run_script(main: Callable[[], None]) -> None:
         # torch 2.13 sometimes aborts a rank that has finished ("terminate called without an active exception"): threads
         # of its process groups still run while the interpreter deletes the objects that they use.
         _end(0)
+
+
+def _escape_unprintable() -> None:
+    """Write what the encoding of standard output does not have, such as half a surrogate pair, as an escape."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _is_output_closed() -> bool:
+    """Tell whether nobody reads standard output any more; then what is still to be written goes nowhere."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 @cache  # wait once for each error, although both run.json and the screen ask

@@ -5,7 +5,7 @@ import re
 import pytest
 from support import CONTROL_TOKENS, byte_level, load_source
 
-from accel_llm.chat.guard import GUARD_CLOSE, GUARD_OPEN, ControlGuard, restore_marks
+from accel_llm.chat.guard import GUARD_CLOSE, GUARD_OPEN, ControlGuard
 from accel_llm.chat.template import load_template
 from accel_llm.errors import DataError
 
@@ -91,11 +91,23 @@ def test_half_a_surrogate_pair_is_one_sentence(change, tmp_path) -> None:
 
 
 def test_an_escape_that_people_wrote_is_not_taken_for_a_mark() -> None:
+    restore = ControlGuard(byte_level(TOKENS)).restore
     marked = f"{GUARD_OPEN}{END}{GUARD_CLOSE}"
-    assert restore_marks(r"a \ufdd0<|im_end|>\ufdd1", ["a", marked]) == f"a {marked}"
-    assert restore_marks(r"a \ufdd0", [r"a \ufdd0"]) == r"a \ufdd0"
+    assert restore(r"a \ufdd0<|im_end|>\ufdd1", ["a", marked]) == f"a {marked}"
+    assert restore(r"a \ufdd0", [r"a \ufdd0"]) == r"a \ufdd0"
+    assert restore(rf"\ufdd0 {marked}", [r"\ufdd0", marked]) == rf"\ufdd0 {marked}"
     with pytest.raises(DataError, match="the escape of a Unicode noncharacter"):
-        restore_marks(r"\ufdd0 \ufdd0<|im_end|>\ufdd1", [r"\ufdd0", marked])
+        restore(r"\ufdd0 \ufdd0<|im_end|>\ufdd1", [r"\ufdd0", marked])
+
+
+def test_marks_that_a_template_leaves_behind_are_removed() -> None:
+    restore = ControlGuard(byte_level(TOKENS)).restore
+    marked = f"{GUARD_OPEN}{END}{GUARD_CLOSE}"
+    assert restore(f"a{GUARD_OPEN}{GUARD_CLOSE}b {marked}{GUARD_OPEN}", [marked]) == f"ab {marked}"
+    # A token with half of its marks would become a control token.
+    for cut in (marked[1:], marked[:-1]):
+        with pytest.raises(DataError, match="cuts a text in the middle of a control token"):
+            restore(f"a {cut}", [marked])
 
 
 def test_special_tokens_may_stay_special() -> None:

@@ -7,33 +7,45 @@ from accel_llm.chat.guard import GUARD_CLOSE, GUARD_OPEN
 from accel_llm.chat.segments import apply_segments, mark_segments
 from accel_llm.chat.targets import IGNORED, Target
 from accel_llm.chat.template import load_template
+from accel_llm.errors import DataError
 
 CASES = [
     ("ab cd", [(2, 0.0), (3, 1.0)], [(" cd", 1.0)]),
     ("abc", [(1, 0.5), (1, 2.0), (1, 1.0)], [("a", 0.5), ("b", 2.0), ("c", 1.0)]),
     ("abc", [(1, 2.0), (2, 2.0)], [("abc", 2.0)]),
-    ("  ab ", [(3, 0.0), (2, 1.0)], [("  ", 1.0), ("b ", 1.0)]),  # spaces around belong to the template
+    ("  ab ", [(3, 0.0), (2, 1.0)], [("b ", 1.0)]),
     ("ab", [(2, 0.0)], []),
+    ("<think>r</think>ab", [(10, 0.0), (7, 2.0), (1, 1.0)], [("a", 2.0), ("b", 1.0)]),  # a tag is not cut
 ]
 
 
 @pytest.mark.parametrize(("text", "segments", "expected"), CASES)
 def test_targets_are_cut_at_the_borders(text, segments, expected) -> None:
-    weights: list[float] = []
-    marked = mark_segments(text, segments, weights)
+    borders: list = []
+    marked = mark_segments(text, segments, borders)
     row = f"x{marked}|end"
     targets = [Target(1, 1 + len(marked), 1.0), Target(2 + len(marked), len(row), 0.5)]
-    plain, cut = apply_segments(row, targets, weights)
+    plain, cut = apply_segments(row, targets, borders)
     assert plain == f"x{text}|end"
     assert [(plain[start:end], weight) for start, end, weight in cut] == [*expected, ("end", 0.5)]
 
 
-def test_no_mark_stands_where_templates_trim() -> None:
+def test_no_mark_stands_where_templates_look() -> None:
     marked = mark_segments("  ab ", [(3, 0.0), (2, 1.0)], [])
-    assert marked.startswith("  \ufdd6") and marked.endswith("\ufdd7 ")
+    assert marked == "  a\ufdd60\ufdd7b\ufdd61\ufdd7 "  # none where they trim, none at the start
     # A guarded control token is not cut.
     guarded = mark_segments(f"a{GUARD_OPEN}<x>{GUARD_CLOSE}b", [(2, 0.0), (3, 1.0)], [])
-    assert f"{GUARD_OPEN}<x>{GUARD_CLOSE}\ufdd61\ufdd7b" in guarded
+    assert f"{GUARD_OPEN}<x>{GUARD_CLOSE}\ufdd60\ufdd7b" in guarded
+
+
+def test_a_template_that_loses_a_border_is_refused() -> None:
+    borders: list = []
+    marked = mark_segments("abc", [(1, 0.0), (1, 1.0), (1, 0.0)], borders)
+    mark = "\ufdd61\ufdd7"
+    assert mark in marked
+    with pytest.raises(DataError, match="rewrites an answer whose parts have different weights"):
+        apply_segments(marked.replace(mark, ""), [Target(0, len(marked) - 3, 1.0)], borders)
+    assert apply_segments("xyz", [Target(0, 3, 1.0)], borders) == ("xyz", [Target(0, 3, 1.0)])  # another turn
 
 
 TOKENS = CONTROL_TOKENS["qwen2.5"]
