@@ -48,14 +48,20 @@ class ControlGuard:
         `value` is text, or messages, tools or variables: nested lists and objects, whose keys are texts, too.
 
         Raises:
-            DataError: a text contains the marks themselves, or half of a surrogate pair.
+            DataError: a text contains the marks themselves, or half of a surrogate pair, or a value is nested too deep.
         """
+        try:
+            return self._guard_value(value)
+        except RecursionError:
+            raise DataError("found a value that is nested too deep", "nested too deep") from None
+
+    def _guard_value(self, value: Any) -> Any:
         if isinstance(value, str):
             return self._guard_text(value) if self._needs_guard(value) else value
         if isinstance(value, dict):
-            return {self.guard(key): self.guard(item) for key, item in value.items()}
+            return {self._guard_value(key): self._guard_value(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
-            return [self.guard(item) for item in value]
+            return [self._guard_value(item) for item in value]
         return value
 
     def _guard_text(self, text: str) -> str:

@@ -41,7 +41,13 @@ class TemplateReads(NamedTuple):
 
     def union(self, other: "TemplateReads") -> "TemplateReads":
         """Return what at least one of two templates reads."""
-        return TemplateReads(*(mine | others for mine, others in zip(self, other, strict=True)))
+        return TemplateReads(
+            self.variables | other.variables,
+            self.message_keys | other.message_keys,
+            self.part_keys | other.part_keys,
+            self.whole_messages or other.whole_messages,
+            self.tools or other.tools,
+        )
 
 
 @lru_cache
@@ -58,7 +64,7 @@ def template_reads(source: str) -> TemplateReads:
     undeclared = meta.find_undeclared_variables(tree)
     # A name that only some branches set is not meant to be given, unless the template asks whether it is.
     set_here = {node.name for node in tree.find_all(nodes.Name) if node.ctx != "load"}
-    asked = {node.node.name for node in tree.find_all((nodes.Test, nodes.Filter)) if _asks_for_variable(node)}
+    asked = {_asked_variable(node) for node in tree.find_all((nodes.Test, nodes.Filter))}
     return TemplateReads(
         frozenset(undeclared - _GIVEN - (set_here - asked)),
         frozenset(finder.keys.get(MESSAGE, ())),
@@ -68,8 +74,10 @@ def template_reads(source: str) -> TemplateReads:
     )
 
 
-def _asks_for_variable(node: nodes.Test | nodes.Filter) -> bool:
-    return node.name in ("defined", "undefined", "default", "d") and isinstance(node.node, nodes.Name)
+def _asked_variable(node: Any) -> str | None:
+    """Return the variable that a test or filter asks for: `x is defined`, `x | default(...)`."""
+    asks = node.name in ("defined", "undefined", "default", "d") and isinstance(node.node, nodes.Name)
+    return node.node.name if asks else None
 
 
 class _ReadFinder:

@@ -75,7 +75,7 @@ class Template:
         # Generation stops at the last of them, or where the family's own stops.
         self.turn_end: str | None = None
         if closers:
-            self.turn_end = tokenizer.eos_token if tokenizer.eos_token in closers else closers[-1]
+            self.turn_end = str(tokenizer.eos_token) if tokenizer.eos_token in closers else closers[-1]
         self.turn_end_id: int | None = self._tokenizer.token_id(self.turn_end) if self.turn_end else None
         own_tokens = {*re.findall(added_pattern, self._renderer.frame_prompt), *closers, str(tokenizer.eos_token)}
         self._own_marked = [f"{GUARD_OPEN}{token}{GUARD_CLOSE}" for token in own_tokens]

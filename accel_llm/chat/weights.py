@@ -120,7 +120,7 @@ def _read_detail(detail: Any, index: int, role: str, findings: Findings) -> tupl
     for key, value in detail.items() if len(detail) > 3 else ():
         if key not in _DETAIL_KEYS:
             findings.leave(key, "train_detail", value)
-    begin, last, train = values
+    begin, last, train = (detail[key] for key in _DETAIL_KEYS)
     if train and role != "assistant":
         raise DataError(f"train_detail[{index}].train: found true in a {role} turn, but {_ASSISTANT_ONLY}", BAD_WEIGHT)
     return begin, last + 1, train

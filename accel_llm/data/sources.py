@@ -41,6 +41,9 @@ DATASET_FIELDS: dict[str, tuple[PlaceKind, ...]] = {
 }
 
 
+_ABOUT_FILES = ("readme", "license", "licence")  # files that nobody takes for rows
+
+
 class RawRow(NamedTuple):
     """One row of a source."""
 
@@ -110,7 +113,8 @@ def left_out_note(source: Source) -> str | None:
         facts.append(f"only the files of its split {source.split} are read; left out: {left_out}")
     unreadable: dict[str, list[str]] = {}
     for name in itertools.filterfalse(is_readable, _matching_files(source)):
-        unreadable.setdefault("".join(PurePath(name).suffixes[-1:]) or "no suffix", []).append(name)
+        if not PurePath(name).name.lower().startswith(_ABOUT_FILES):
+            unreadable.setdefault("".join(PurePath(name).suffixes[-1:]) or "no suffix", []).append(name)
     if unreadable:
         facts.append(f"files of kinds that cannot be read are left out: {list_groups(unreadable, base)}")
     return f"{source.path}: {'; '.join(facts)}." if facts else None

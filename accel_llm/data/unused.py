@@ -10,18 +10,16 @@ from accel_llm.data.ledger import Unused
 
 _LONGEST_RECORD = 100  # characters of a short text
 # Last words of names that record where a row comes from or how good it is, whatever stands before them.
-_LAST_WORDS = frozenset(
-    "id ids idx index uuid guid hash md5 checksum digest url uri link path file filename source origin dataset subset "
-    "split category subcategory domain score rating rank reward quality difficulty votes likes timestamp date datetime "
-    "created updated language lang locale license licence engine generator author annotator version revision".split()
+_LAST_WORDS = (
+    r"id|ids|idx|index|uuid|guid|hash|md5|sha\d*|checksum|digest|url|uri|link|path|file|filename|source|origin|dataset|"
+    r"subset|split|category|subcategory|domain|score|rating|rank|reward|quality|difficulty|votes|likes|timestamp|date|"
+    r"datetime|created|updated|language|lang|locale|license|licence|engine|generator|author|annotator|version|revision"
 )
-# Words of which a name may consist as well. `answer_type` and `prompt_length` say something of the row: no records.
-_WORDS = _LAST_WORDS | frozenset(
-    "type tag level length len size count model name time year at num number n token tokens char chars word words turn "
-    "turns row data file".split()
+# Other words of which a record may consist. `answer_type` and `prompt_length` say something of the row: no records.
+_WORDS = "type|tag|level|length|len|size|count|model|name|time|year|at|n|tokens?|chars?|words?|turns?|row|data"
+_RECORDS = re.compile(
+    rf"(?:.*_)?(?:{_LAST_WORDS})|(?:num|n|sha\d*|md5|hash)_\w+|(?:{_LAST_WORDS}|{_WORDS})(?:_(?:{_LAST_WORDS}|{_WORDS}))*"
 )
-_COUNTS = frozenset({"num", "n", "hash"})  # first words of names such as num_turns
-_SHA = re.compile(r"sha\d*")
 
 
 def count_characters(row: Mapping[str, Any]) -> int:
@@ -84,8 +82,7 @@ def _count(name: str, values: list[Any]) -> Unused:
 def is_record_name(name: str) -> bool:
     """Tell whether a column or key of this name plainly records where a row comes from or how good it is."""
     snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).replace("-", "_").lower().strip("_")
-    words = _SHA.sub("hash", snake).split("_")
-    return words[-1] in _LAST_WORDS or _WORDS.issuperset(words) or (words[0] in _COUNTS and len(words) > 1)
+    return _RECORDS.fullmatch(snake) is not None
 
 
 def _is_record_value(value: Any) -> bool:

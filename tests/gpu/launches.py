@@ -234,17 +234,25 @@ def status_of(folder: Path) -> str:
     return json.loads(path.read_text(encoding="utf-8"))["status"] if path.is_file() else "none"
 
 
+def same_bits(left: Any, right: Any) -> bool:
+    """Return whether two tensors have equal shapes, types and bytes."""
+    import torch
+
+    as_bytes = [tensor.contiguous().flatten().view(torch.uint8) for tensor in (left, right)]
+    return left.shape == right.shape and left.dtype == right.dtype and torch.equal(*as_bytes)
+
+
 def differences(left: Path, right: Path) -> str:
     """Say how the exports and metrics of two runs differ; empty if they are equal."""
-    from safetensors.numpy import load_file
+    from safetensors.torch import load_file  # numpy has no bfloat16
 
     paths = [next(iter(sorted(folder.glob("*/*model.safetensors"))), None) for folder in (left, right)]
     if None in paths:
         return "an export is missing"
     ours, theirs = (load_file(path) for path in paths if path)
-    unequal = [name for name in ours if name not in theirs or ours[name].tobytes() != theirs[name].tobytes()]
+    unequal = [name for name in ours if name not in theirs or not same_bits(ours[name], theirs[name])]
     lines = [a["step"] for a, b in zip(metrics(left), metrics(right), strict=False) if a != b]
     if not unequal and not lines:
         return ""
-    largest = max((float(abs(ours[name] - theirs[name]).max()) for name in unequal if name in theirs), default=0.0)
+    largest = max((float((ours[name] - theirs[name]).abs().max()) for name in unequal if name in theirs), default=0.0)
     return f"{len(unequal)} of {len(ours)} tensors differ (by {largest:.1e}), metrics from step {lines[:1]}"
