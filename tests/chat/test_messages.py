@@ -382,3 +382,20 @@ def test_json_nested_beyond_all_bounds_is_a_bad_row() -> None:
     with pytest.raises(DataError) as caught:
         read_messages("[" * 200_000, "messages")
     assert caught.value.reason == NOT_JSON
+
+
+def test_xtuner_writes_question_and_answer_in_one_item() -> None:
+    turns = [
+        {"system": "s", "input": "q", "output": "a"},
+        {"input": "q", "output": "b", "output_with_loss": False, "mood": "good"},
+        {"system": "", "input": "q", "output": "a", "output_with_loss": True},
+    ]
+    findings = Findings()
+    answers = [ASSISTANT, {"role": "assistant", "content": "b", "train": False}, ASSISTANT]
+    expected = [{"role": "system", "content": "s"}, *(turn for answer in answers for turn in (USER, answer))]
+    assert read_messages(turns, "conversation", findings=findings) == expected
+    assert findings.unused == {"'mood' of messages": ["good"]}
+    with pytest.raises(DataError, match=r"^conversation\[0\]\.output_with_loss: found 2; allowed: true and false"):
+        read_messages([{"input": "q", "output": "a", "output_with_loss": 2}], "conversation")
+    with pytest.raises(DataError, match=r"^conversation\[0\]\.system: found 5; needs text"):
+        read_messages([{"system": 5, "input": "q", "output": "a"}], "conversation")

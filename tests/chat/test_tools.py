@@ -6,7 +6,8 @@ from support import CALL, USER, assistant
 
 from accel_llm.chat.messages import read_messages
 from accel_llm.chat.nulls import clear_arguments, clear_tool, has_nulls
-from accel_llm.chat.tools import NULL_ARGUMENTS, NULL_DEFINITIONS, read_tools
+from accel_llm.chat.tool_calls import ROUNDED
+from accel_llm.chat.tools import FLAT_PARAMETERS, NULL_ARGUMENTS, NULL_DEFINITIONS, read_tools
 from accel_llm.chat.values import Findings
 from accel_llm.data.formats import Conversation, parse_row
 from accel_llm.errors import DataError
@@ -270,12 +271,13 @@ def calling(arguments: Any, **row: Any) -> tuple[Any, tuple[str, ...]]:
 
 
 def test_nulls_that_were_removed_are_said() -> None:
-    assert calling({"x": 1, "y": None}) == ({"x": 1}, (NULL_ARGUMENTS,))
+    assert calling({"x": 1, "y": None}) == ({"x": 1}, (f"{NULL_ARGUMENTS}, such as 'y'",))
+    assert calling({"x": [{"a": 1, "b": None}], "c": None})[1] == (f"{NULL_ARGUMENTS}, such as 'b'",)
     nullable = {"name": "add", "parameters": {"properties": {"y": {"type": ["integer", "null"]}}}}
     assert calling({"x": 1, "y": None}, tools=[nullable]) == ({"x": 1, "y": None}, ())
     assert calling({"x": 1, "y": [None]}) == ({"x": 1, "y": [None]}, ())
     parsed = conversation({"tools": [{**FUNCTION, "strict": None}]})
-    assert (parsed.tools, parsed.remarks) == ([TOOL], (NULL_DEFINITIONS,))
+    assert (parsed.tools, parsed.remarks) == ([TOOL], (f"{NULL_DEFINITIONS}, such as 'strict'",))
 
 
 def test_nulls_inside_text_are_not_from_arrow() -> None:
@@ -293,3 +295,67 @@ def test_the_row_keeps_its_nulls() -> None:
     arguments = {"x": 1, "y": None}
     calling(arguments, tools=[{**FUNCTION, "strict": None}])
     assert arguments == {"x": 1, "y": None}
+
+
+def test_numbers_of_too_many_digits_are_said() -> None:
+    for digits in ("0.12345678901234567891", "12345678901234567.5", "1e-400"):
+        for arguments in (f'{{"x": {digits}}}', json.dumps(f'{{"x": [{digits}]}}')):
+            assert calling(arguments)[1] == (ROUNDED,)
+        spoken = {"role": "tool_call", "content": f'{{"name": "f", "arguments": {{"x": {digits}}}}}'}
+        assert conversation({"messages": [USER, spoken]}).remarks == (ROUNDED,)
+    for digits in ("0.30000000000000004", "0.1", "1.10", "12345678901234567890123", "1e300", "NaN"):
+        assert calling(f'{{"x": {digits}}}')[1] == ()
+    assert calling("0.12345678901234567891") == ("0.12345678901234567891", ())  # stays text
+
+
+def test_anthropic_writes_the_parameters_as_input_schema() -> None:
+    schema = FUNCTION["parameters"]
+    for tool in (
+        {"name": "add", "input_schema": schema},
+        {"name": "add", "parameters": None, "input_schema": schema},
+        {"name": "add", "input_schema": json.dumps(schema)},
+    ):
+        parsed = conversation({"tools": json.dumps([tool])})
+        assert (parsed.tools, parsed.remarks) == ([TOOL], ())
+    both = {**FUNCTION, "input_schema": {"type": "object"}}
+    assert conversation({"tools": [both]}).tools == [{"type": "function", "function": both}]
+
+
+def test_a_flat_map_of_arguments_becomes_a_schema() -> None:
+    flat = {"city": {"type": "str", "description": "Where"}, "days": {"type": "int, optional", "default": 3}}
+    for tools in ([{"name": "f", "parameters": flat}], json.dumps([{"name": "f", "parameters": json.dumps(flat)}])):
+        parsed = conversation({"tools": tools})
+        function = {"name": "f", "parameters": {"type": "object", "properties": flat}}
+        assert (parsed.tools, parsed.remarks) == ([{"type": "function", "function": function}], (FLAT_PARAMETERS,))
+    assert read_tools([{"name": "f", "parameters": {"type": {"type": "str"}}}]) == [
+        {
+            "type": "function",
+            "function": {"name": "f", "parameters": {"type": "object", "properties": {"type": {"type": "str"}}}},
+        }
+    ]
+    for schema in (
+        {},
+        {"type": "object"},
+        {"properties": {"x": {"type": "string"}}},
+        {"$ref": "#/x", "$defs": {"x": {"type": "object"}}},
+        {"additionalProperties": {"type": "string"}},
+        {"city": "text"},
+        {"city": {}},
+    ):
+        tool = {"name": "f", "parameters": schema}
+        parsed = conversation({"tools": [tool]})
+        assert (parsed.tools, parsed.remarks) == ([{"type": "function", "function": tool}], ())
+
+
+def test_a_call_joins_the_answer_before_it_if_their_weights_are_equal() -> None:
+    spoken = {"role": "tool_call", "content": '{"name": "f", "arguments": {}}'}
+    both = {**ANSWER, "tool_calls": [call("f", {})]}
+    for fields, weight in (
+        ({"loss": False}, {"train": False}),
+        ({"weight": 0.5}, {"weight": 0.5}),
+        ({"loss": True}, {}),
+    ):
+        assert read_messages([USER, {**ANSWER, **fields}, {**spoken, **fields}], "messages") == [USER, both | weight]
+    assert read_messages([USER, ANSWER, {**spoken, "loss": True}], "messages") == [USER, both]
+    apart = read_messages([USER, ANSWER, {**spoken, "loss": False}], "messages")
+    assert apart == [USER, ANSWER, {"role": "assistant", "content": "", "tool_calls": [call("f", {})], "train": False}]

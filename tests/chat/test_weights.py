@@ -21,7 +21,7 @@ def refused(*turns: dict[str, Any]) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("key", ["train", "training", "trainable", "loss"])
+@pytest.mark.parametrize("key", ["train", "training", "trainable", "loss", "output_with_loss"])
 def test_a_switch_makes_a_turn_context(key: str) -> None:
     assert read(assistant(**{key: False})) == [assistant(train=False)]
     for value in (True, None, 1):

@@ -2,6 +2,7 @@ from typing import Any
 
 import pytest
 
+from accel_llm.chat.values import show_value
 from accel_llm.config.command_line import parse_options
 from accel_llm.config.data_options import DataOptions
 from accel_llm.data.columns import column_problems
@@ -76,3 +77,48 @@ def test_answers_not_to_learn_are_refused(column: str) -> None:
             parse_row({**row, column: False})
         assert caught.value.reason == "an answer not to learn"
         assert parse_row({**row, column: True}).unused == ()
+        # All cells of a .csv file are text.
+        for text in ("False", "false", " FALSE ", "undesirable"):
+            with pytest.raises(DataError) as caught:
+                parse_row({**row, column: text})
+            assert caught.value.reason == "an answer not to learn"
+        for text in ("True", "true", "desirable"):
+            assert parse_row({**row, column: text}).unused == ()
+    for zero in (0, 0.0, "0", "0.0"):
+        with pytest.raises(DataError, match=f"^{column}: found "):
+            parse_row({"messages": turns, column: zero})
+    for one in (1, "1"):
+        assert parse_row({"messages": turns, column: one}).unused == ()
+
+
+def test_a_kto_tag_that_is_not_understood_is_refused() -> None:
+    for value in ("good", 2, [False], {"x": 1}):
+        with pytest.raises(DataError, match=r"^kto_tag: found .*; allowed: true$"):
+            parse_row({"question": "q", "answer": "a", "kto_tag": value})
+    with pytest.raises(DataError, match="^kto_tag: found 0, so"):
+        parse_row({"question": "q", "answer": "a", "kto_tag": 0})
+    assert parse_row({"question": "q", "answer": "a", "kto_tag": ""}).unused == ()
+    assert len(parse_row({"question": "q", "answer": "a", "label": "0"}).unused) == 1  # a class
+
+
+ROWS = [
+    {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+    {"prompt": "q", "completion": "a"},
+    {"question": "q", "answer": "a"},
+]
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_a_row_that_is_switched_off_is_refused(row: dict[str, Any]) -> None:
+    switches = [(name, off) for name in ("train", "training", "trainable", "loss") for off in (False, "false")]
+    factors = [(name, 0) for name in ("weight", "loss_weight", "loss_scale", "loss_mask", "train")]
+    for column, value in (*switches, *factors, ("weight", 0.0), ("weight", "0"), ("masked", True), ("masked", "true")):
+        with pytest.raises(DataError) as caught:
+            parse_row({**row, column: value})
+        found = "so the row is not to be trained; leave it out, or remove the column"
+        assert str(caught.value) == f"{column}: found {show_value(value)}, {found}"
+        assert caught.value.reason == "an answer not to learn"
+    for column, value in (("train", True), ("loss", True), ("weight", 1), ("weight", "1.0"), ("masked", False)):
+        assert parse_row({**row, column: value}).unused == ()
+    for column, value in (("weight", 0.5), ("loss", 0.0), ("loss", 1.25), ("loss_mask", [0, 1]), ("train", "x")):
+        assert [name for name, _ in parse_row({**row, column: value}).unused] == [f"column '{column}'"]

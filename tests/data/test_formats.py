@@ -12,24 +12,29 @@ from support import BAD_MESSAGES, ROLES
 
 from accel_llm.chat import values
 from accel_llm.chat.reads import TemplateReads
+from accel_llm.chat.tools import FLAT_PARAMETERS
 from accel_llm.chat.values import (
     ASSISTANT_FIRST,
     BAD_TOKENS,
     BROKEN_TOOLS,
     BROKEN_VARIABLES,
+    DOUBLED_KEY,
     EMPTY_ANSWER,
     EMPTY_TEXT,
+    HUGE_NUMBER,
     IMAGES,
     MISSING_VALUE,
-    NO_ANSWER,
     NOT_JSON,
     NOT_MESSAGES,
     NOT_TEXT,
     NOT_TO_LEARN,
+    NO_ANSWER,
     PREFERENCE_ROW,
+    SHIFTED_LABELS,
+    SUCH_AS,
     TEXT_ONLY,
-    TOO_DEEP,
     TOOL_OUT_OF_PLACE,
+    TOO_DEEP,
     TWO_ASSISTANT_TURNS,
     TWO_USER_TURNS,
     UNKNOWN_ROLE,
@@ -39,6 +44,7 @@ from accel_llm.config.fields import DataFormat
 from accel_llm.data import formats
 from accel_llm.data.columns import column_problems
 from accel_llm.data.formats import Conversation, Document, TokenizedRow
+from accel_llm.data.unused import count_characters
 from accel_llm.errors import ConfigError, DataError
 
 INSTRUCT = Path(__file__).parents[3] / "shared" / "data" / "instruct"
@@ -495,6 +501,32 @@ FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
         "labels: found 1 for 2 input_ids; needs one for each",
         BAD_TOKENS,
     ),
+    "labels that are shifted": (
+        {"input_ids": [5, 6, 7], "labels": [-100, 7, 8]},
+        "labels[1]: found 7, but input_ids[1] is 6; needs labels that are not shifted: each is the token at its own "
+        "place, or -100",
+        SHIFTED_LABELS,
+    ),
+    "a key twice in messages as text": (
+        {"messages": '[{"role": "user", "content": "q", "content": "r"}]'},
+        "messages: found the key 'content' twice in an object; needs each key once",
+        DOUBLED_KEY,
+    ),
+    "a key twice in tools as text": (
+        {"messages": [USER, ASSISTANT], "tools": '[{"name": "f", "name": "g"}]'},
+        "tools: found the key 'name' twice in an object; needs each key once",
+        DOUBLED_KEY,
+    ),
+    "a key twice in arguments as text": (
+        {"messages": [USER, {**ASSISTANT, "tool_calls": [{"name": "f", "arguments": '{"x": 1, "x": 2}'}]}]},
+        "messages[1].tool_calls: arguments of 'f': found the key 'x' twice in an object; needs each key once",
+        DOUBLED_KEY,
+    ),
+    "a number that would be infinity": (
+        {"messages": [USER, {**ASSISTANT, "tool_calls": [{"name": "f", "arguments": '{"x": [-1e400]}'}]}]},
+        "messages[1].tool_calls: arguments of 'f': found the number -1e400; needs at most 1.8e308",
+        HUGE_NUMBER,
+    ),
     "a negative label": (
         {"input_ids": [1, 2], "labels": [-100, -1]},
         "labels: found -1; needs token ids, or -100 where nothing is trained",
@@ -554,7 +586,7 @@ def test_columns_that_a_row_lacks() -> None:
 def test_every_reason_is_met() -> None:
     every = {value for name, value in vars(values).items() if name.isupper() and isinstance(value, str)}
     met = {reason for _, _, reason in FAULTS.values()} | {reason for _, _, reason in BAD_MESSAGES.values()}
-    assert every - met == {TEXT_ONLY, TOO_DEEP}
+    assert every - met == {TEXT_ONLY, TOO_DEEP, SUCH_AS}
 
 
 def test_values_nested_beyond_all_bounds_are_a_bad_row() -> None:
@@ -887,7 +919,10 @@ def test_one_row_with_reasoning_calls_and_tools() -> None:
             "tool_calls": [{"type": "function", "function": call}],
         },
     ]
-    assert parse_row(row) == Conversation(messages, json.loads(row["tools"]), {})
+    (tool,) = json.loads(row["tools"])  # its parameters are a flat map of arguments
+    schema = {"type": "object", "properties": tool["function"]["parameters"]}
+    tools = [{**tool, "function": {**tool["function"], "parameters": schema}}]
+    assert parse_row(row) == Conversation(messages, tools, {}, remarks=(FLAT_PARAMETERS,))
 
 
 @needs_data
@@ -896,3 +931,48 @@ def test_an_empty_answer_in_a_real_file_is_reported() -> None:
         parse_row(load("axolotl_conversation.missingturns.json")[0])
     sentence = "conversations[1].value: the assistant's answer is empty; needs text to train on"
     assert (str(caught.value), caught.value.reason) == (sentence, "empty answer")
+
+
+def as_prompt(**fields: Any) -> dict[str, Any]:
+    return {"prompt": [USER, {**ASSISTANT, **fields}, USER], "completion": [ASSISTANT]}
+
+
+@pytest.mark.parametrize("key", ["train", "training", "trainable", "loss"])
+def test_an_answer_of_a_prompt_that_is_to_be_trained_is_refused(key: str) -> None:
+    sentence = (
+        f"prompt[1].{key}: found true, but the answers of a prompt are context; move the answer to the completion"
+    )
+    for row in (as_prompt(**{key: True}), as_prompt(content=[{"type": "text", "text": "a", key: True}])):
+        with pytest.raises(DataError) as caught:
+            parse_row(row)
+        assert str(caught.value) == sentence
+    for value in (False, None):
+        assert parse_row(as_prompt(**{key: value})) == parse_row(as_prompt())._replace(
+            characters=count_characters(as_prompt(**{key: value}))
+        )
+
+
+def test_weights_in_a_prompt_are_counted() -> None:
+    for key, value in (("weight", 0.5), ("loss_scale", 1), ("loss_weight", 2.0)):
+        parsed = parse_row(as_prompt(**{key: value}))
+        assert [name for name, _ in parsed.unused] == [f"'{key}' of messages of the prompt"]
+        assert isinstance(parsed, Conversation) and parsed.messages[1] == {**ASSISTANT, "train": False}
+    detail = {"begin_offset": 0, "end_offset": 0, "train": True}
+    assert [name for name, _ in parse_row(as_prompt(train_detail=[detail])).unused] == [
+        "'train_detail' of messages of the prompt"
+    ]
+    assert parse_row(as_prompt(weight=0)).unused == parse_row(as_prompt(masked=True)).unused == ()
+
+
+def test_a_text_that_means_a_boolean_is_one_for_the_template() -> None:
+    reads = TemplateReads(variables=frozenset({"enable_thinking", "persona"}))
+    chat = {"messages": [USER, ASSISTANT]}
+    for text, value in (("false", False), ("False", False), (" TRUE ", True), ("no", "no"), ("", "")):
+        for row in ({"enable_thinking": text}, {"chat_template_kwargs": {"enable_thinking": text}}):
+            parsed = parse_row({**chat, **row}, reads=reads)
+            assert isinstance(parsed, Conversation)
+            assert (parsed.variables, parsed.unused) == ({"enable_thinking": value}, ())
+    both = parse_row(
+        {**chat, "enable_thinking": "false", "chat_template_kwargs": {"enable_thinking": False}}, reads=reads
+    )
+    assert both.unused == ()

@@ -9,6 +9,8 @@ from support import CONTROL_TOKENS, byte_level
 
 from accel_llm.chat.template import load_template
 from accel_llm.config.data_options import DataOptions
+from accel_llm.data.ledger import Ledger
+from accel_llm.data.limits import describe_losses
 from accel_llm.data.prepare import EncodedData, encode_conversations
 from accel_llm.errors import ConfigError
 
@@ -125,3 +127,15 @@ def test_a_description_alone_that_is_dropped_stops_the_run(tmp_path: Path) -> No
         "chat_template: the template does not write everything that the rows say; missing are descriptions of tools (in "
         "1 of 1 rows); allowed is 1.0% of the rows; use a template that writes them, or raise max_lost."
     )
+
+
+def test_losses_are_described_with_counts_and_an_example() -> None:
+    ledger = Ledger()
+    assert describe_losses(ledger) == "nothing was read"
+    for source in ("a", "b"):
+        ledger.count(source, "dropped: empty answer", 700)
+    ledger.count("a", "dropped: nothing to train")
+    ledger.count("a", "cut: too long", 0, 5)
+    assert describe_losses(ledger) == "dropped: empty answer (1,400 rows), dropped: nothing to train (1 row)"
+    ledger.example("empty answer", "a.jsonl, row 3: it is empty")
+    assert describe_losses(ledger).endswith("(1 row); for example a.jsonl, row 3: it is empty")

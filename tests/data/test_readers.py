@@ -44,6 +44,7 @@ def rows_in(folder: Path, name: str, content: str | bytes) -> list[dict[str, Any
         ("pretty.json", json.dumps([A, B, C], indent=2)),
         ("lines.json", LINES),
         ("lines.jsonl", LINES),
+        ("lines.ndjson", LINES),
         ("capitals.JSONL", LINES),
         ("ends.jsonl", LINES + "\n"),
         ("blank.jsonl", "\n  \n" + LINES.replace("\n", "\n\n \t\n") + "\n\n"),
@@ -248,3 +249,46 @@ def test_a_parquet_file_larger_than_memory_is_read_page_by_page(tmp_path):
         assert row["text"] == text[n]
         most = max(most, pa.total_allocated_bytes() - before)
     assert n == 7999 and most < 8e6
+
+
+DOUBLED = '{"text": "a", "meta": {"k": 1, "k": 2}}'
+
+
+@pytest.mark.parametrize(
+    "name, content, place",
+    [
+        ("a.jsonl", f'{{"text": "b"}}\n{DOUBLED}\n', "line 2"),
+        ("a.ndjson", f"{DOUBLED}\n", "line 1"),
+        ("lines.json", f'{{"text": "b"}}\n\n{DOUBLED}\n', "line 3"),
+        ("first.json", f'{DOUBLED}\n{{"text": "b"}}', "line 1"),
+        ("list.json", f' [\n{{"text": "b"}} ,\n{{"text": "c"}},{DOUBLED}, 5]', "row 3"),
+        ("one.json", f'{{"x":\n {DOUBLED}}}', "row 1"),
+    ],
+)
+def test_a_key_twice_in_an_object_is_refused(tmp_path, name, content, place):
+    with pytest.raises(DataError) as error:
+        rows_in(tmp_path, name, content)
+    assert str(error.value) == f"{name}, {place}: found the key 'k' twice in an object; needs each key once."
+
+
+def test_a_number_that_would_be_infinity_is_refused(tmp_path):
+    with pytest.raises(DataError) as error:
+        rows_in(tmp_path, "a.jsonl", '{"text": "a", "x": 1e400}')
+    assert str(error.value) == "a.jsonl, line 1: found the number 1e400; needs at most 1.8e308."
+    assert rows_in(tmp_path, "b.jsonl", '{"x": [0.5, 1e300, -2.5E-3, Infinity]}') == [
+        {"x": [0.5, 1e300, -2.5e-3, float("inf")]}
+    ]
+
+
+def test_a_parquet_file_with_two_columns_of_one_name_is_refused(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table([pa.array(["q"]), pa.array(["r"])], names=["text", "text"]), path)
+    with pytest.raises(DataError) as error:
+        list(read_rows(SourceFile(path, "a.parquet", ".parquet", "")))
+    assert str(error.value) == "a.parquet: has 'text' twice; needs each column once."
+    fields = pa.struct([pa.field("role", pa.string()), pa.field("role", pa.string())])
+    arrays = [pa.StructArray.from_arrays([pa.array(["user"]), pa.array(["tool"])], fields=list(fields))]
+    pq.write_table(pa.table([pa.ListArray.from_arrays([0, 1], arrays[0])], names=["messages"]), path)
+    with pytest.raises(DataError) as error:
+        list(read_rows(SourceFile(path, "a.parquet", ".parquet", "")))
+    assert str(error.value) == "a.parquet: has 'messages.role' twice; needs each column once."

@@ -76,7 +76,27 @@ def problem(place: object, **about: Any) -> str:
         ("test/train.txt", "test"),
         ("test/train-00000-of-00001.txt", "test"),
         ("test/train_sft-00000-of-00001.txt", "test"),
+        # A capital begins a word, and some words are often written together.
+        ("trainData.txt", "train"),
+        ("testData.txt", "test"),
+        ("myTestSet.txt", "test"),
+        ("TESTData.txt", "test"),
+        ("testset.txt", "test"),
+        ("TRAINSET.txt", "train"),
+        ("my_valset_2.txt", "validation"),
+        ("devdata.txt", "validation"),
+        ("holdout.txt", "test"),
+        ("held_out/a.txt", "test"),
+        ("trainTest.txt", "test"),
         # No split.
+        ("latest.txt", None),
+        ("contest.txt", None),
+        ("evaluate_me.txt", None),
+        ("trained.txt", None),
+        ("validity.txt", None),
+        ("developers.txt", None),
+        ("household.txt", None),
+        ("fastest_dataset.txt", None),
         ("a.txt", None),
         ("data/part-00000-of-00002.parquet", None),
         ("constraint.txt", None),
@@ -124,7 +144,7 @@ def test_names_that_datasets_takes_for_a_split_are_taken_for_it_here(parts):
         ),
         (["train-a.txt", "train-b.txt"], ["train-a.txt", "train-b.txt"], None),
         (["a.txt", "deep/b.txt"], ["a.txt", "deep/b.txt"], None),
-        (["a.txt", "test.md", "test.parquet.gz"], ["a.txt"], None),  # these cannot be read
+        (["a.txt", "README.md", "LICENSE"], ["a.txt"], None),
     ],
 )
 def test_the_train_split_of_a_folder_is_read_and_the_ledger_says_what_is_not(tmp_path, names, read, note):
@@ -228,3 +248,34 @@ def test_each_file_is_read_or_left_out_and_no_test_file_is_read_as_train(names):
         assert not others & set(choice.files)
     else:
         assert others and not {"train.txt", "train/x.txt"} & set(files)
+
+
+def test_a_test_split_without_a_separator_is_not_trained(tmp_path) -> None:
+    make_folder(tmp_path, "trainData.txt", "testData.txt", "myTestSet.txt", "holdout.txt")
+    assert files_read(tmp_path) == ["trainData.txt"]
+    note = left_out_note(Source(path=str(tmp_path)))
+    assert note and note.endswith("left out: test (holdout.txt, myTestSet.txt, testData.txt).")
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path) -> None:
+    make_folder(
+        tmp_path,
+        "a.txt",
+        "b.jsonl.bz2",
+        "c.txt.xz",
+        "d.arrow",
+        "e.parquet.gz",
+        "f.md",
+        "g",
+        *map("{}.bz2".format, range(4)),
+    )
+    kinds = ".bz2 (0.bz2, 1.bz2, 2.bz2, 2 more), .xz (c.txt.xz), .arrow (d.arrow), .gz (e.parquet.gz), .md (f.md), no suffix (g)"
+    note = f"files of kinds that cannot be read are left out: {kinds}."
+    assert left_out_note(Source(path=str(tmp_path))) == f"{tmp_path}: {note}"
+    assert files_read(tmp_path) == ["a.txt"]
+    place = f"{tmp_path}/[a-d].*"
+    kinds = ".bz2 (b.jsonl.bz2), .xz (c.txt.xz), .arrow (d.arrow)"
+    assert left_out_note(Source(path=place)) == f"{place}: files of kinds that cannot be read are left out: {kinds}."
+    make_folder(tmp_path, "train.txt", "test.txt")
+    note = left_out_note(Source(path=str(tmp_path)))
+    assert note and "left out: test (test.txt), files of no split (a.txt); files of kinds that" in note

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from accel_llm.chat.values import BAD_TOKENS
+from accel_llm.chat.values import BAD_TOKENS, SHIFTED_LABELS
 from accel_llm.data.formats import parse_row
 from accel_llm.data.tokenized import TRAINED_MASKS, TokenizedRow
 from accel_llm.errors import DataError
@@ -84,3 +84,43 @@ def test_weights_of_tokens() -> None:
     for bad in ([1, -1, 1, 1], [True, 1, 1, 1], 7, "x", [float("nan")] * 4, [float("inf")] * 4, [10**400] * 4):
         assert refused({"weights": bad}).endswith(f"; {needs}")
     assert refused({"loss_weights": [1.0]}) == "loss_weights: found 1 for 4 input_ids; needs one for each"
+
+
+@pytest.mark.parametrize("name", ["weights", "loss_weights", "loss_weight", "loss_scale", "token_weights"])
+def test_every_name_of_token_weights(name: str) -> None:
+    parsed = read({name: [0, 0.5, 1, 2]})
+    assert parsed[:4] == ([5, 6, 7, 8], [-100, 6, 7, 8], [0.0, 0.5, 1.0, 2.0], ())
+    needs = "needs a list of numbers from 0 upwards, one for each token"
+    assert refused({name: 0.5}) == f"{name}: found 0.5; {needs}"
+
+
+@pytest.mark.parametrize("name", ["targets", "target_ids", "target", "label", "label_ids", "labels_ids"])
+def test_labels_under_another_name_are_refused(name: str) -> None:
+    row = {name: [-100, -100, 7, 8]}
+    assert refused(row) == (
+        f"{name}: found one value for each of 4 input_ids, but no labels; columns: labels={name} takes it for labels "
+        "that are not shifted"
+    )
+    assert read(row, columns={"labels": name}).labels == [-100, -100, 7, 8]
+    parsed = read({**row, "labels": [-100, 6, 7, 8]})
+    assert parsed.labels == [-100, 6, 7, 8] and [unused for unused, _ in parsed.unused] == [f"column '{name}'"]
+    assert read({name: [1]}).labels == [5, 6, 7, 8]
+
+
+@pytest.mark.parametrize("name", ["prompt_length", "prompt_len", "source_length", "source_len"])
+def test_a_length_of_the_prompt_alone_is_refused(name: str) -> None:
+    assert refused({name: 2}) == (
+        f"{name}: found 2, but no labels and no mask, so the prompt would be trained; needs labels, or a prompt_mask"
+    )
+    for more in ({"labels": [-100, -100, 7, 8]}, {"prompt_mask": [1, 1, 0, 0]}):
+        parsed = read({name: 2, **more})
+        assert parsed.labels == [-100, -100, 7, 8] and [unused for unused, _ in parsed.unused] == [f"column '{name}'"]
+    assert read({name: 0}).labels == [5, 6, 7, 8]
+
+
+def test_labels_that_are_shifted_are_refused() -> None:
+    for labels in ([6, 7, 8, -100], [5, 6, 7, 9], [-100, -100, 8, 8]):
+        with pytest.raises(DataError, match="needs labels that are not shifted") as caught:
+            read({"labels": labels})
+        assert caught.value.reason == SHIFTED_LABELS
+    assert read({"labels": [-100] * 4}).labels == [-100] * 4

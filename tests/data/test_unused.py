@@ -89,9 +89,11 @@ def test_a_record_is_one_by_name_and_value() -> None:
         assert is_record_name(name)
     for name in ("md5", "url", "score", "helpful_score", "timestamp", "date", "language", "split", "index", "license"):
         assert is_record_name(name)
-    for name in ("model", "num_turns", "createdAt", "is_safe", "_id", "sha1"):
+    for name in ("model", "num_turns", "createdAt", "_id", "sha1", "token_count", "model_name", "type"):
         assert is_record_name(name)
     for name in ("notes", "solution", "label", "rationale", "idea", "valid", "title", "answer_key", "task", "text"):
+        assert not is_record_name(name)
+    for name in ("kto_tag", "has_answer", "answer_type", "prompt_length", "is_safe", "is_correct", "provided"):
         assert not is_record_name(name)
     for value in (7, 0.5, True, "x" * 100):
         assert unused({**CHAT, "source": value})["column 'source'"].is_record
@@ -228,3 +230,32 @@ def test_nothing_of_an_ordinary_file_is_unused() -> None:
 def test_an_ordinary_row_takes_microseconds() -> None:
     row = {"messages": [USER, ASSISTANT] * 2}
     assert min(timeit.repeat(lambda: parse_row(row), number=200, repeat=5)) / 200 < 100e-6
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
+def test_reasoning_of_other_turns_is_counted(key: str) -> None:
+    for role in ("user", "system", "tool"):
+        turn = {"role": role, "content": "x", key: "hm"}
+        turns = [turn, ASSISTANT] if role == "user" else [USER, ASSISTANT, turn]
+        row = {"messages": [turn, USER, ASSISTANT] if role == "system" else turns}
+        parsed = conversation(row)
+        assert dict(parsed.unused) == {f"'{key}' of messages": Unused(1, 2, '"hm"', False)}
+        assert all(message.keys() == {"role", "content"} for message in parsed.messages)
+        reads = TemplateReads(message_keys=frozenset({key}))
+        assert conversation(row, reads=reads) == parsed
+        assert conversation(row, reads=TemplateReads(whole_messages=True)).unused == ()
+    assert unused({"messages": [USER, {**ASSISTANT, key: "hm"}]}) == {}
+
+
+def test_thinking_parts_of_a_user_turn_are_counted() -> None:
+    for kind in ("thinking", "reasoning"):
+        parts = [{"type": kind, kind: "hm"}, {"type": "text", "text": "q"}]
+        parsed = conversation({"messages": [{**USER, "content": parts}, ASSISTANT]})
+        assert parsed.messages == [USER, ASSISTANT]
+        assert dict(parsed.unused) == {f"'{kind}' of content parts": Unused(1, 2, '"hm"', False)}
+
+
+def test_other_keys_of_train_detail_are_counted() -> None:
+    detail = {"begin_offset": 0, "end_offset": 0, "train": True, "why": "good", "none": None}
+    counted = unused({"messages": [USER, {**ASSISTANT, "train_detail": [detail]}]})
+    assert counted == {"'why' of train_detail": Unused(1, 4, '"good"', False)}

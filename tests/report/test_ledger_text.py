@@ -23,7 +23,10 @@ def make_ledger() -> Ledger:
     ledger.remark("the answer ends in the template's end token", 1)
     ledger.remark("the prompt looks rendered already", 1234)
     ledger.leave_unused("notes", Unused(2, 100, "see page 5"))
-    ledger.leave_unused("id", Unused(1500, 300, "17", is_record=True))
+    ledger.leave_unused("id", Unused(1, 300, "17", is_record=True))
+    ledger.leave_unused("title", Unused(1500, 1001, "no record", is_record=True))
+    for key, rows in (("a", 1000), ("b", 200), ("c", 99), ("d", 1)):
+        ledger.remark(f"null values were removed, such as '{key}'", rows)
     ledger.leave_unused("context", Unused(1200, 9000, "Oslo is the capital of Norway"))
     ledger.leave_unused("source", Unused(1500, 400, "web", is_record=True))
     ledger.note("a note")
@@ -38,9 +41,13 @@ LINES = [
     "split_turns: true would train 38 of the 40 lost conversations that were tried with it",
     "1 row: the answer ends in the template's end token",
     "1,234 rows: the prompt looks rendered already",
-    "Nothing reads context: 1,200 rows, 45.0% of all characters, for example: Oslo is the capital of Norway",
-    "Nothing reads notes: 2 rows, 0.5% of all characters, for example: see page 5",
-    "Records that nothing reads, with their share of all characters: source (2.0%), id (1.5%)",
+    "1,300 rows: null values were removed, such as 'a', 'b', 'c' and 1 more",
+    "Nothing reads context: 1,200 rows, 45.0% of all characters outside dropped rows, "
+    "for example: Oslo is the capital of Norway",
+    "Nothing reads title: 1,500 rows, 5.0% of all characters outside dropped rows, for example: no record",
+    "Nothing reads notes: 2 rows, 0.5% of all characters outside dropped rows, for example: see page 5",
+    "Records that nothing reads, with their rows and share of all characters outside dropped rows: "
+    "source (1,500 rows, 2.0%), id (1 row, 1.5%)",
     "a note",
     "dropped, broken row: a.jsonl, row 3: no messages",
 ]
@@ -53,9 +60,11 @@ def test_each_fact_has_its_line():
 
 
 def test_records_alone_or_unused_columns_alone_have_no_empty_line():
-    ledger = Ledger(characters=4)
+    ledger = Ledger(characters=20)
     ledger.leave_unused("id", Unused(1, 1, "7", is_record=True))
-    assert ledger_lines(ledger) == ["Records that nothing reads, with their share of all characters: id (25.0%)"]
+    assert ledger_lines(ledger) == [
+        "Records that nothing reads, with their rows and share of all characters: id (1 row, 5.0%)"
+    ]
     ledger = Ledger()
     ledger.leave_unused("empty", Unused(1))
     assert ledger_lines(ledger) == ["Nothing reads empty: 1 row, 0.0% of all characters, for example: "]
@@ -98,3 +107,14 @@ def test_the_page_and_run_json_have_the_same_facts_even_with_half_a_surrogate_pa
 def test_a_text_file_holds_half_a_surrogate_pair_as_its_escape(tmp_path):
     write_atomically(tmp_path / "x.json", json.dumps({"a\udce9": "中 \ud800"}, ensure_ascii=False))
     assert (tmp_path / "x.json").read_bytes() == '{"a\\udce9": "中 \\ud800"}'.encode()
+
+
+def test_many_names_are_summed_up():
+    ledger = Ledger(characters=10_000)
+    for k in range(25):
+        ledger.leave_unused(f"k{k:02}", Unused(2, 100 - k, "x"))
+        ledger.leave_unused(f"r{k:02}", Unused(1, 10, "7", is_record=True))
+    lines = ledger_lines(ledger)
+    assert len(lines) == 22 and lines[19] == "Nothing reads k19: 2 rows, 0.8% of all characters, for example: x"
+    assert lines[20] == "Nothing reads 5 more names, such as k20, k21, k22: 3.9% of all characters"
+    assert lines[21].endswith("r19 (1 row, 0.1%), and 5 more")

@@ -11,6 +11,7 @@ from dataclasses import replace
 from datetime import datetime
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 from specification import (
     ARGUMENTS,
@@ -35,6 +36,7 @@ from specification import (
     take_turns,
     thought_and_answer,
     unchanged,
+    with_own_thoughts,
 )
 from transformers import PreTrainedTokenizerFast
 
@@ -146,9 +148,10 @@ DEEPSEEK_V3 = Format(
 def deepseek_r1(chat: Chat, tools: Tools, in_rows: bool = True, with_tools: bool = False) -> str:
     """The prompt opens a thought that no finished turn shows, except if an answer begins with the same text.
 
-    Reasoning that history drops is written into the thought of the last turn (`in_rows`). After tool results
-    (`with_tools`) the prompt opens none.
+    Reasoning that history drops, also that of the answer's own text, is written into the thought of the last turn
+    (`in_rows`). After tool results (`with_tools`) the prompt opens none.
     """
+    chat = with_own_thoughts(chat) if in_rows else chat
     text = "<｜begin▁of▁sentence｜>"
     for index, message in enumerate(chat):
         if message["role"] in ("system", "user"):
@@ -166,7 +169,7 @@ def deepseek_r1(chat: Chat, tools: Tools, in_rows: bool = True, with_tools: bool
             thought = message.get("reasoning_content")
             if answer.startswith("<think>\n"):
                 turn = f"<think>\n⟦{answer[8:]}⟧"
-            elif thought and message is chat[-1] and in_rows:
+            elif thought and index == len(chat) - 1 and in_rows:
                 turn = f"<think>\n⟦{thought}\n</think>\n\n{answer}⟧"
             else:
                 turn = answer
@@ -198,25 +201,36 @@ def deepseek_r1_thinking(chat: Chat, tools: Tools) -> str:
 def deepseek_v32(chat: Chat, tools: Tools, in_rows: bool = True) -> str:
     """The prompt opens and closes a thought, answers stand after its closing tag alone.
 
-    The last answer is trained after the prompt (`in_rows`), earlier ones as they are shown. An answer with reasoning
-    does not follow a closed thought.
+    The last answer is trained after the prompt (`in_rows`), earlier ones as they are shown. If any answer has reasoning,
+    the package lets the template think: the prompt opens a thought and does not close it, and every turn after the last
+    question shows its own, an empty one too.
     """
-    end, before = "<｜end▁of▁sentence｜>", ""
-    has_system = chat[0]["role"] == "system"
-    text = "<｜begin▁of▁sentence｜>" + (chat[0]["content"] if has_system else "") + (DSML_TOOLS if tools else "")
-    for message in chat[has_system:]:
+    chat = with_own_thoughts(chat, opened=False) if in_rows else chat
+    thinks = in_rows and any("reasoning_content" in message for message in chat)
+    last_question = max(index for index, message in enumerate(chat) if message["role"] == "user")
+    end, before, rewritten = "<｜end▁of▁sentence｜>", "", False
+    text = "<｜begin▁of▁sentence｜>"
+    for index, message in enumerate(chat):
         content = message["content"]
+        if message["role"] == "system":
+            text += content
+        text += DSML_TOOLS if tools and index == 0 else ""
         if message["role"] == "user":
-            text, before = text + f"<｜User｜>{content}", "<｜Assistant｜>"
+            text, before, rewritten = text + f"<｜User｜>{content}", "<｜Assistant｜>", False
         elif message["role"] == "tool":
             text, before = text + f"\n\n<function_results>\n<result>{content}</result>\n</function_results>", "\n\n"
-        else:
-            answer = DSML_CALL if "tool_calls" in message else content
-            turn = f"⟦{answer}{end}⟧"  # an answer after an answer has no prompt
-            if before:
-                turn = f"{before}⟦</think>{answer}{end}⟧"
-                turn = f"{before}<think></think>⟦{answer}{end}⟧" if message is chat[-1] and in_rows else turn
-                turn = bare(f"{before}</think>{answer}{end}") if message.get("reasoning_content") else turn
+        elif message["role"] == "assistant":
+            answer = (DSML_CALL if "tool_calls" in message else content) + end
+            thought = message.get("reasoning_content", "")
+            turn = f"⟦{answer}⟧"  # an answer after an answer has no prompt
+            turn = bare(turn) if rewritten else turn
+            if before and thinks and index > last_question:
+                turn = f"{before}<think>⟦{thought}</think>{answer}⟧"
+            elif before and index == len(chat) - 1 and in_rows:
+                turn = f"{before}<think></think>⟦{answer}⟧"
+            elif before:
+                turn = f"{before}</think>" + (answer if thought else f"⟦{answer}⟧")
+                rewritten = thinks  # the thought that it had as the last turn is missing before the next one
             text, before = text + turn, ""
     return text
 
@@ -334,29 +348,25 @@ def deepseek_v31(chat: Chat, tools: Tools) -> str:
     return text
 
 
-def without_channels(content: str) -> str:
-    """Return an answer as Gemma 4's template shows it: without what stands in channels."""
-    return "".join(part.partition("<|channel>")[0] for part in content.split("<channel|>")).strip()
-
-
 def gemma4(chat: Chat, tools: Tools, in_rows: bool = True) -> str:
     """The prompt opens and closes a thought that no finished turn shows: it is in rows before the last answer only.
 
-    Earlier answers are trained as they are shown. An answer with reasoning does not follow a closed thought. Answers
-    after tool results or after answers belong to the same turn of the model.
+    Earlier answers are trained as they are shown. If any answer has reasoning, the package lets the template think: the
+    prompt has no thought, and turns after the last question show their own. Answers after tool results or after answers
+    belong to the same turn of the model.
     """
+    chat = with_own_thoughts(chat, opened=False) if in_rows else chat
+    thinks = in_rows and any("reasoning_content" in message for message in chat)
     has_system = chat[0]["role"] == "system"
     tools_text = (
         '<|tool>declaration:add{description:<|"|><|"|>,parameters:{type:<|"|>OBJECT<|"|>}}<tool|>' if tools else ""
     )
-    opening = (chat[0]["content"].strip() if has_system else "") + tools_text
-    text = "<bos>" + (f"<|turn>system\n{opening}<turn|>\n" if tools or has_system else "")
+    opening = "<|think|>\n" * thinks + (chat[0]["content"].strip() if has_system else "") + tools_text
+    text = "<bos>" + (f"<|turn>system\n{opening}<turn|>\n" if thinks or tools or has_system else "")
     chat = chat[has_system:]
     last_question = max(index for index, message in enumerate(chat) if message["role"] == "user")
     for index, message in enumerate(chat):
-        before, after = chat[index - 1]["role"], chat[(index + 1) % len(chat)]
-        answer = without_channels(message["content"])
-        thought = message.get("reasoning_content")
+        before, is_last = chat[index - 1]["role"], index == len(chat) - 1
         if message["role"] == "user":
             text += f"<|turn>user\n{message['content'].strip()}<turn|>\n"
         elif message["role"] == "tool":
@@ -364,21 +374,27 @@ def gemma4(chat: Chat, tools: Tools, in_rows: bool = True) -> str:
         elif "tool_calls" in message:
             text += "<|turn>model\n⟦<|tool_call>call:add{a:2,b:2}<tool_call|><|tool_response>⟧"
         elif before == "tool":
-            text += f"⟦{answer}<turn|>⟧\n"
+            text += f"⟦{gemma4_shown(message, False)}<turn|>⟧\n"
         else:
+            thought = message.get("reasoning_content")
+            shown = gemma4_shown(message, index > last_question)
+            goes_on = not is_last and chat[index + 1]["role"] == "assistant"
+            ends = not (goes_on and gemma4_shown(chat[index + 1], index + 1 > last_question))
+            is_whole = index > last_question or not thought if thinks else is_last or shown == message["content"].strip()
+            prompt = "<|channel>thought\n<channel|>" if in_rows and not thinks and is_last and before == "user" else ""
             # The end stands after the last of several answers.
-            goes_on = after["role"] == "assistant"
-            end = (
-                "⟧" if goes_on and (without_channels(after["content"]) or "reasoning_content" in after) else "<turn|>⟧"
-            )
-            end += "" if goes_on else "\n"
-            shown = f"<|channel>thought\n{thought}\n<channel|>" if thought and index > last_question else ""
-            prompt = "<|channel>thought\n<channel|>" if message is chat[-1] and before == "user" and not thought else ""
-            turn = f"{shown}{prompt if in_rows else ''}⟦{answer}{end}"
-            is_whole = message is chat[-1] or answer == message["content"].strip()
-            turn = turn if is_whole and not thought and before == "user" else bare(turn)
-            text += ("<|turn>model\n" if before == "user" else "") + turn
+            turn = f"{prompt}⟦{shown}" + ("<turn|>⟧" if ends else "⟧") + ("" if goes_on else "\n")
+            text += "<|turn>model\n" if before == "user" else ""
+            text += turn if before == "user" and is_whole and "⟦⟧" not in turn else bare(turn)
     return text
+
+
+def gemma4_shown(message: dict[str, Any], with_thought: bool) -> str:
+    """Return an answer as Gemma 4's template shows it: without what stands in channels."""
+    parts = message["content"].split("<channel|>")
+    thought = message.get("reasoning_content") if with_thought else ""
+    shown = f"<|channel>thought\n{thought}\n<channel|>" if thought else ""
+    return shown + "".join(part.partition("<|channel>")[0] for part in parts).strip()
 
 
 def glm45(chat: Chat, tools: Tools) -> str:
@@ -407,14 +423,13 @@ HERMES_TOOLS = (
     '<|im_start|>system\n<tools> {"type": "function", "function": {"name": "add", "description": "add() - \n\n", '
     '"parameters": {}} </tools><|im_end|>\n'
 )
-# A result is followed by a line end only if an answer follows it, so no finished answer continues the prompt after it.
+# A result is followed by a line end only if no answer follows it: answers are trained where they are shown.
 HERMES_3 = replace(
     CHATML,
     start="<|begin_of_text|>",
     no_system="<|im_start|>system\nYou are helpful.<|im_end|>\n",
     call=f"<|im_start|>assistant\n⟦{QWEN_CALL}<|im_end|>⟧\n",
     tool="<|im_start|>tool\n<tool_response>\n{}\n</tool_response>\n<|im_end|>",
-    answer_after_tool="<|im_start|>assistant\n{}<|im_end|>\n",
     with_tools=(("start", "<|begin_of_text|>" + HERMES_TOOLS), ("no_system", "")),
 )
 # A call is written with its id alone, not with the name of its tool, so it is not trained.
@@ -430,11 +445,12 @@ KIMI_K2 = Format(
 )
 
 
-def nemotron3(chat: Chat, tools: Tools) -> str:
+def nemotron3(chat: Chat, tools: Tools, in_rows: bool = True) -> str:
     """The prompt opens a thought. Answers without one are shown after an empty one and do not continue the prompt.
 
     Before the last question all thoughts are shown empty.
     """
+    chat = with_own_thoughts(chat) if in_rows else chat
     has_system = chat[0]["role"] == "system"
     opening = chat[0]["content"] if has_system else ""
     text = fill(CHATML.system, opening + ("\n\n" if opening and tools else "") + (NEMOTRON_TOOLS if tools else ""))
@@ -468,15 +484,16 @@ NEMOTRON_TOOLS = "# Tools\n\n<tools>\n<function>\n<name>add</name>\n<parameters>
 XML_CALL = "<tool_call>\n<function=add>\n<parameter=a>\n2\n</parameter>\n<parameter=b>\n2\n</parameter>\n</function>\n</tool_call>"
 
 
-def qwen3_thinking(chat: Chat, tools: Tools) -> str:
-    return qwen3(chat, tools, prompt="<think>\n")
+def qwen3_thinking(chat: Chat, tools: Tools, in_rows: bool = True) -> str:
+    return qwen3(with_own_thoughts(chat) if in_rows else chat, tools, prompt="<think>\n")
 
 
-def qwen35(chat: Chat, tools: Tools) -> str:
+def qwen35(chat: Chat, tools: Tools, in_rows: bool = True) -> str:
     """The prompt opens a thought; every turn after the last question shows its thought, an empty one too.
 
     Earlier turns show none: they are trained like that if they had none.
     """
+    chat = with_own_thoughts(chat) if in_rows else chat
     has_system = chat[0]["role"] == "system"
     opening = [f"# Tools\n\n<tools>\n{TOOL_JSON}\n</tools>"] * bool(tools)
     opening += [chat[0]["content"].strip()] * has_system
@@ -506,7 +523,7 @@ def olmo3(chat: Chat, tools: Tools) -> str:
     text = ""
     if chat[0]["role"] != "system":
         text += fill(CHATML.system, "You are Olmo. " + (functions or "<functions></functions>"))
-    for index, message in enumerate(chat):
+    for message in chat:
         content = message["content"]
         if message["role"] == "system":
             text += fill(CHATML.system, content + functions)
@@ -517,22 +534,20 @@ def olmo3(chat: Chat, tools: Tools) -> str:
         else:
             answer = "<function_calls>add(a=2, b=2)</function_calls>" if "tool_calls" in message else content
             end = "<|endoftext|>⟧" if message is chat[-1] else "⟧<|im_end|>\n"
-            turn = f"<|im_start|>assistant\n⟦{answer}{end}"
-            text += bare(turn) if chat[index - 1]["role"] == "assistant" else turn
+            text += f"<|im_start|>assistant\n⟦{answer}{end}"
     return text
 
 
 def olmo2(chat: Chat, tools: Tools) -> str:
-    """Only earlier answers are followed by a line end, so an answer after an answer does not continue its prompt."""
+    """Only earlier answers are followed by a line end."""
     text = "<|endoftext|>"
-    for index, message in enumerate(chat):
+    for message in chat:
         content = message["content"]
         if message["role"] != "assistant":
             text += f"<|{message['role']}|>\n{content}\n"
             continue
-        untrained = "tool_calls" in message or (index > 0 and chat[index - 1]["role"] == "assistant")
         turn = f"<|assistant|>\n⟦{content}<|endoftext|>⟧"
-        text += (bare(turn) if untrained else turn) + ("" if message is chat[-1] else "\n")
+        text += (bare(turn) if "tool_calls" in message else turn) + ("" if message is chat[-1] else "\n")
     return text
 
 
@@ -660,9 +675,9 @@ FAMILIES: dict[str, Family] = {
         "[BOS]",
         "[EOS]",
     ),
-    "nemotron-3": Family(nemotron3, IM),
-    "qwen3-thinking-2507": Family(qwen3_thinking, IM),
-    "qwen3.5": Family(qwen35, IM),
+    "nemotron-3": Family(nemotron3, IM, rendered=partial(nemotron3, in_rows=False)),
+    "qwen3-thinking-2507": Family(qwen3_thinking, IM, rendered=partial(qwen3_thinking, in_rows=False)),
+    "qwen3.5": Family(qwen35, IM, rendered=partial(qwen35, in_rows=False)),
     "olmo-3": Family(olmo3, IM, "<|endoftext|>", "<|endoftext|>"),
     "olmo-2": Family(olmo2, "", "<|endoftext|>", "<|endoftext|>"),
     "granite-3": Family(

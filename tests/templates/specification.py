@@ -230,13 +230,38 @@ def thought_and_answer(message: dict[str, Any]) -> tuple[str, str]:
     return thought.strip("\n"), answer
 
 
+def own_thought(content: str, opened: bool = True) -> tuple[str, str]:
+    """Return the thought with which an answer's text begins, and the rest; ("", content) if it begins with none.
+
+    With `opened` the prompt has opened the thought, so its opening tag may be missing.
+    """
+    before, closing, answer = content.partition("</think>")
+    start, opening, thought = before.partition("<think>")
+    begins = opening and not start.strip()
+    if not begins and (opening or not opened):
+        return "", content
+    thought, answer = (thought if begins else before).strip(), answer.lstrip()
+    return (thought, answer) if closing and thought and answer else ("", content)
+
+
+def with_own_thoughts(chat: Chat, opened: bool = True) -> Chat:
+    """Return the messages with the thoughts of their answers' texts as reasoning."""
+    taken = []
+    for message in chat:
+        if message["role"] == "assistant" and "reasoning_content" not in message:
+            thought, answer = own_thought(message["content"], opened)
+            message = {**message, "content": answer, "reasoning_content": thought} if thought else message
+        taken.append(message)
+    return taken
+
+
 @dataclass(frozen=True)
 class Family:
     specification: Specification
     tokens: str = ""  # control tokens beside bos and eos
     bos: str = "<s>"
     eos: str = "</s>"
-    rendered: Specification | None = None  # the template's own text, if rows have another: a thought that it leaves out
+    rendered: Specification | None = None  # the template's own text, if rows have another: a thought, or a variable
     calls_without_content: bool = False  # the template writes the calls of a message only if its content is None
 
     @property
@@ -322,7 +347,10 @@ def format_control_tokens(
     tokenizer: PreTrainedTokenizerFast, specification: Specification, chat: Chat, tools: Tools
 ) -> Counter[str]:
     """Count the control tokens that the format writes itself; messages must add none to them."""
-    harmless = [{**message, "content": message["content"] and "x"} for message in chat]
+    harmless = [
+        {**message, "content": "<think>x</think>x" if own_thought(message["content"])[0] else message["content"] and "x"}
+        for message in chat
+    ]
     return control_tokens(tokenizer, token_ids(tokenizer, bare(specification(harmless, tools))))
 
 
