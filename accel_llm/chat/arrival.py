@@ -1,7 +1,6 @@
 """Checks that what a conversation says arrives in the text that the template makes of it."""
 
 import json
-import re
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -111,7 +110,22 @@ def _arrives(value: Any, text: str, as_word: bool) -> bool:
         return True
     if not as_word or len(forms[0]) > SHORT:
         return any(form in text for form in forms)
-    return any(re.search(rf"(?<!\w){re.escape(form)}(?!\w)", text) for form in forms)
+    return any(_has_word(form, text) for form in forms)
+
+
+def _has_word(word: str, text: str) -> bool:
+    """Return whether `word` stands in `text` with no letter or digit beside it. Much faster than a regular expression."""
+    place = text.find(word)
+    while place >= 0:
+        end = place + len(word)
+        if not (_is_word(text[place - 1 : place]) or _is_word(text[end : end + 1])):
+            return True
+        place = text.find(word, place + 1)
+    return False
+
+
+def _is_word(character: str) -> bool:
+    return character.isalnum() or character == "_"
 
 
 def _forms(value: Any) -> list[str]:

@@ -28,6 +28,9 @@ NO_CALL = "the template does not write the tool calls of this turn"
 REWRITTEN = "the template rewrites this turn once another one follows"
 
 
+LONGEST_TOKEN = 256  # characters, of a control token
+
+
 class Target(NamedTuple):
     """Trained characters [start, end) of a text, and the weight of each of their labels in the loss."""
 
@@ -102,7 +105,8 @@ class TargetFinder:
 
     def __init__(self, frame: AnswerFrame, added_pattern: str):
         self.frame = frame
-        self._added_token_at_end = re.compile(rf"({added_pattern})\s*$")
+        self._added_token = re.compile(added_pattern)
+        self._added_token_at_end = re.compile(rf"(?:{added_pattern})$")
 
     def lay_out(
         self,
@@ -259,26 +263,31 @@ class TargetFinder:
         frame = self.frame
         if text.endswith(frame.tail):
             return len(text) - len(frame.tail) + frame.closing, frame.closing
-        if message.get("tool_calls") and (match := self._added_token_at_end.search(text)):
-            return match.end(1), len(match[1])  # gpt-oss closes a tool call with another token than an answer
+        # gpt-oss closes a tool call with another token than an answer.
+        bare = text.rstrip()
+        if message.get("tool_calls") and (
+            match := self._added_token_at_end.search(bare, max(0, len(bare) - LONGEST_TOKEN))
+        ):
+            return match.end(), len(match[0])
         return None, 0
 
     def _find_after_header(self, index: int, finished: str, message: Message, render: Render) -> _Turn | str:
         """Return a turn whose context the template writes in another way than in its prompt; or why there is none.
 
         Hermes 3 writes a line end after a tool result once an answer follows. The turn is trained where the template
-        shows it, if its whole text stands between the end of the prompt, as after other turns, and its own end.
+        shows it, if its whole text stands between the last header, as the prompt ends with it, and its own end.
         """
         prompt, before = render(index, True), render(index, False)
         header = prompt.removeprefix(before) if before and prompt.startswith(before) else ""
-        content, (end, closing) = str(message["content"]), self._find_end(finished, message)
-        if end is None or not header.strip() or not content.strip() or message.get("tool_calls"):
+        content, (end, closing) = str(message["content"]).strip(), self._find_end(finished, message)
+        # People's text holds no control token without marks around it, so the last header is that of this turn.
+        if end is None or not self._added_token.search(header):
             return NOT_AFTER_PROMPT
-        for form in (content, content.strip()):
-            start = end - closing - len(form)
-            if finished[:start].endswith(header) and finished.startswith(form, start):
-                return _Turn(finished, Span(start, end), closing, start, start, as_history=True)
-        return NOT_AFTER_PROMPT
+        start = finished.rfind(header, 0, end) + len(header)
+        own = finished[start : end - closing]
+        if start < len(header) or not own.strip() or not own.lstrip().startswith(content):
+            return NOT_AFTER_PROMPT
+        return _Turn(finished, Span(start, end), closing, start, start, as_history=True)
 
     def _find_in_history(self, message: Message, full: str, turn: _Turn, drop_reasoning: bool) -> Span | None:
         """Return where `full` shows a turn without the template's own words of a last answer, else None.

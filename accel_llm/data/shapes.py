@@ -57,7 +57,7 @@ _NO_COLUMNS: frozenset[str] = frozenset()
 
 
 def find_shape(row: Mapping[str, Any], data_format: DataFormat | None) -> tuple[Shape, frozenset[str]]:
-    """Return the shape of a row, and the columns beside it that have said that its answer is to be learned.
+    """Return the shape of a row, and the columns beside it that have said that its answer is to be trained.
 
     Raises:
         DataError: the row has an unknown shape, has images, or has an answer that is not to be learned.

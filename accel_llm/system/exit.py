@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import select
 import signal
 import sys
 import time
@@ -25,8 +26,9 @@ def run_script(main: Callable[[], None]) -> None:
     """Run a script's `main` and end the process.
 
     A ConfigError, a DataError or a full disk prints its sentences on stderr and ends with exit code 2; a signal ends
-    with 128 + its number, and so does standard output that is closed, as by `| head -1`. Anything else is a bug or a failed machine: it prints its traceback, and under a launcher the
-    last line names the rank, as in `error (rank 1): RuntimeError: ...`.
+    with 128 + its number, and so does standard output that is closed, as by `| head -1`. Anything else is a bug or a
+    failed machine: it prints its traceback, and under a launcher the last line names the rank, as in `error (rank 1):
+    RuntimeError: ...`.
     """
     launched, rank = is_launched(), process_rank()
     _escape_unprintable()
@@ -72,12 +74,14 @@ def _escape_unprintable() -> None:
 
 def _is_output_closed() -> bool:
     """Tell whether nobody reads standard output any more; then what is still to be written goes nowhere."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+    if not hasattr(select, "poll"):  # Windows, where such a pipe gives other errors
+        return False
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)  # errors are always reported
+    if not output.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 @cache  # wait once for each error, although both run.json and the screen ask

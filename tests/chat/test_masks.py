@@ -159,8 +159,8 @@ LITERALS: dict[tuple[str, str], str] = {
         "<｜User｜>2+2?<｜Assistant｜>4.\n\nSure.<｜end▁of▁sentence｜>"
     ),
     ("deepseek-r1", "thoughts"): (
-        "<｜begin▁of▁sentence｜><｜User｜>Hi<｜Assistant｜>\n\nHello.<｜end▁of▁sentence｜>"
-        "<｜User｜>2+2?<｜Assistant｜>\n\n4.<｜end▁of▁sentence｜>"
+        "<｜begin▁of▁sentence｜><｜User｜>Hi<｜Assistant｜>Hello.<｜end▁of▁sentence｜>"
+        "<｜User｜>2+2?<｜Assistant｜><think>\n⟦Sum.\n</think>\n\n4.<｜end▁of▁sentence｜>⟧"
     ),
     ("deepseek-r1", "reasoning"): (
         "<｜begin▁of▁sentence｜><｜User｜>Hi<｜Assistant｜>Hello.<｜end▁of▁sentence｜>"
@@ -236,7 +236,7 @@ LITERALS: dict[tuple[str, str], str] = {
         "<|user|>\n2+2?\n<|assistant|>\n⟦4.\n\nSure.<|endoftext|>⟧"
     ),
     ("olmo-2", "consecutive"): (
-        "<|endoftext|><|user|>\nHi\n<|user|>\nYou?\n<|assistant|>\n⟦Hello.<|endoftext|>⟧\n<|assistant|>\nBye.<|endoftext|>"
+        "<|endoftext|><|user|>\nHi\n<|user|>\nYou?\n<|assistant|>\n⟦Hello.<|endoftext|>⟧\n<|assistant|>\n⟦Bye.<|endoftext|>⟧"
     ),
     ("granite-3", "multi"): (
         f"<|start_of_role|>system<|end_of_role|>Today's Date: {TODAY:%B %d, %Y}.\nYou are Granite.<|end_of_text|>\n"
@@ -314,16 +314,16 @@ LITERALS: dict[tuple[str, str], str] = {
         "⟦Four.<｜end▁of▁sentence｜>⟧"
     ),
     ("deepseek-v3.2", "system"): (
-        "<｜begin▁of▁sentence｜>Be brief.<｜User｜>Hi<｜Assistant｜>⟦</think>Hello.<｜end▁of▁sentence｜>⟧"
+        "<｜begin▁of▁sentence｜>Be brief.<｜User｜>Hi<｜Assistant｜></think>⟦Hello.<｜end▁of▁sentence｜>⟧"
         "<｜User｜>2+2?<｜Assistant｜><think></think>⟦4.\n\nSure.<｜end▁of▁sentence｜>⟧"
     ),
     ("deepseek-v3.2", "reasoning"): (
         "<｜begin▁of▁sentence｜><｜User｜>Hi<｜Assistant｜></think>Hello.<｜end▁of▁sentence｜>"
-        "<｜User｜>2+2?<｜Assistant｜></think>4.<｜end▁of▁sentence｜>"
+        "<｜User｜>2+2?<｜Assistant｜><think>⟦Sum.</think>4.<｜end▁of▁sentence｜>⟧"
     ),
     ("deepseek-v3.2", "tools"): (
         '<｜begin▁of▁sentence｜>## Tools\n\n<functions>\n{"name": "add", "parameters": {"type": "object"}}\n</functions>\n'
-        "<｜User｜>2+2?<｜Assistant｜>⟦</think>\n\n<｜DSML｜function_calls>\n"
+        "<｜User｜>2+2?<｜Assistant｜></think>⟦\n\n<｜DSML｜function_calls>\n"
         '<｜DSML｜invoke name="add">\n<｜DSML｜parameter name="a" string="false">2</｜DSML｜parameter>\n'
         '<｜DSML｜parameter name="b" string="false">2</｜DSML｜parameter>\n</｜DSML｜invoke>\n'
         "</｜DSML｜function_calls><｜end▁of▁sentence｜>⟧\n\n<function_results>\n<result>4</result>\n</function_results>"
@@ -334,8 +334,8 @@ LITERALS: dict[tuple[str, str], str] = {
         "<|turn>user\n2+2?<turn|>\n<|turn>model\n<|channel>thought\n<channel|>⟦4.\n\nSure.<turn|>⟧\n"
     ),
     ("gemma-4", "reasoning"): (
-        "<bos><|turn>user\nHi<turn|>\n<|turn>model\nHello.<turn|>\n"
-        "<|turn>user\n2+2?<turn|>\n<|turn>model\n<|channel>thought\nSum.\n<channel|>4.<turn|>\n"
+        "<bos><|turn>system\n<|think|>\n<turn|>\n<|turn>user\nHi<turn|>\n<|turn>model\nHello.<turn|>\n"
+        "<|turn>user\n2+2?<turn|>\n<|turn>model\n⟦<|channel>thought\nSum.\n<channel|>4.<turn|>⟧\n"
     ),
     ("gemma-4", "tools"): (
         '<bos><|turn>system\n<|tool>declaration:add{description:<|"|><|"|>,parameters:{type:<|"|>OBJECT<|"|>}}<tool|><turn|>\n'
@@ -361,7 +361,7 @@ LITERALS: dict[tuple[str, str], str] = {
         '<|begin_of_text|><|im_start|>system\n<tools> {"type": "function", "function": {"name": "add", "description": '
         '"add() - \n\n", "parameters": {}} </tools><|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n'
         '⟦<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 2}}\n</tool_call><|im_end|>⟧\n'
-        "<|im_start|>tool\n<tool_response>\n4\n</tool_response>\n<|im_end|><|im_start|>assistant\nFour.<|im_end|>\n"
+        "<|im_start|>tool\n<tool_response>\n4\n</tool_response>\n<|im_end|><|im_start|>assistant\n⟦Four.<|im_end|>⟧\n"
     ),
     ("kimi-k2", "system"): (
         "<|im_system|>system<|im_middle|>\nBe brief.<|im_end|><|im_user|>user<|im_middle|>Hi<|im_end|>"
@@ -462,15 +462,7 @@ def test_specifications_give_the_literals(name: str, shape: str) -> None:
     assert specification(*get_conversation(shape, specification)) == LITERALS[name, shape]
 
 
-R7B_PROMPT = "with tools the text always ends with a prompt, which the package takes for the end of a turn"
-CUT_MARKS = "this template cuts control tokens out of people's text, and the marks around them stay in the row"
-FAULTS = {
-    ("command-r7b", "tools"): R7B_PROMPT,
-    ("command-r7b", "tools, two questions"): R7B_PROMPT,
-    ("gemma-4", "markers"): CUT_MARKS,
-    ("gemma-4", "any conversation"): CUT_MARKS,
-    ("qwen3-thinking-2507", "any conversation"): "the file shows an earlier thought of line ends alone; published: not",
-}
+FAULTS = {("command-r7b", "tools"): "the first token of the header after a call is taken for its end"}
 
 
 def with_faults(cases: list[tuple[str, str]]) -> list[Any]:

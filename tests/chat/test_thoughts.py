@@ -58,20 +58,15 @@ NEEDED: dict[tuple[str, str], set[str]] = {
     ("glm-4.5", "reasoning"): {"split_turns"},
     ("gpt-oss", "reasoning"): {"split_turns"},
     ("nemotron-3", "reasoning"): {"split_turns"},
-    # If the last turn alone has reasoning, telling the template to think is enough.
-    ("gemma-4", "one answer with reasoning"): {"think"},
-    ("deepseek-v3.2", "one answer with reasoning"): {"think"},
+    ("gemma-4", "reasoning"): {"split_turns"},
+    ("deepseek-v3.2", "reasoning"): {"split_turns"},
+    # Only its prompt opens a thought: the template itself writes none, so nothing sets this variable by itself.
     ("deepseek-v3.1", "one answer with reasoning"): {"think"},
     ("deepseek-r1-distill", "tools"): {"close", "history"},
     ("nemotron-3", "tools"): {"close", "history", "do not think"},
 }
-FAULTS = {
-    ("gemma-4", "reasoning"): "several turns with reasoning need two options: enable_thinking and split_turns",
-    ("deepseek-v3.1", "reasoning"): "several turns with reasoning need two options: thinking and split_turns",
-    ("deepseek-v3.2", "reasoning"): "several turns with reasoning need two options: thinking and split_turns",
-    ("hermes-3", "tools"): "no option trains the answer after a result: the prompt lacks a line end before it",
-    ("command-r7b", "tools"): "no option trains the answer: the text always ends with another prompt",
-}
+# Several turns with reasoning need two options: `thinking` and `split_turns`.
+TWO_OPTIONS = {("deepseek-v3.1", "reasoning"): ("think", "split_turns")}
 TOOL = {
     "type": "function",
     "function": {
@@ -127,14 +122,14 @@ def load_with(name: str, option: str) -> Template | None:
     return load_template(load(name)[0], str(TEMPLATES / f"{name}.jinja"), {variable: VARIABLES[option]})
 
 
-def encode(name: str, option: str, chat: Chat, tools: Tools = None) -> EncodedConversation | None:
+def encode(name: str, option: str, chat: Chat, tools: Tools = None, second: str = "none") -> EncodedConversation | None:
     template = load_with(name, option)
-    return template.encode(chat, tools=tools, **OPTIONS.get(option, {})) if template else None
+    return template.encode(chat, tools=tools, **OPTIONS.get(option, {}), **OPTIONS[second]) if template else None
 
 
-def suffices(name: str, kind: str, option: str) -> bool:
+def suffices(name: str, kind: str, option: str, second: str = "none") -> bool:
     for chat, tools in chats(name, kind):
-        encoding = encode(name, option, chat, tools)
+        encoding = encode(name, option, chat, tools, second)
         if encoding is None or encoding.lost:
             return False
         assert encoding.rows and all(any(label != -100 for label in row.labels) for row in encoding.rows)
@@ -150,21 +145,25 @@ def sufficient(name: str, kind: str) -> set[str]:
     return {option for option in [*OPTIONS, *VARIABLES] if suffices(name, kind, option)}
 
 
-def cases() -> list[Any]:
-    kinds = [(name, kind) for kind in ("plain", "reasoning") for name in FAMILIES]
-    kinds += [(name, "tools") for name in FAMILIES if name not in WITHOUT_CALLS]
-    kinds += [case for case in NEEDED if case not in kinds]
-    return [
-        pytest.param(*case, marks=[pytest.mark.xfail(strict=True, reason=FAULTS[case])] if case in FAULTS else [])
-        for case in kinds
-    ]
+CASES = [(name, kind) for kind in ("plain", "one answer with reasoning", "reasoning") for name in FAMILIES]
+CASES += [(name, "tools") for name in FAMILIES if name not in WITHOUT_CALLS]
 
 
-@pytest.mark.parametrize(("name", "kind"), cases())
+@pytest.mark.parametrize(("name", "kind"), [case for case in CASES if case not in TWO_OPTIONS])
 def test_every_template_trains_every_chat_by_at_most_one_option(name: str, kind: str) -> None:
     options = sufficient(name, kind)
     assert options
-    assert options == NEEDED.get((name, kind), {"none"}) or (name, kind) in FAULTS
+    assert options == NEEDED.get((name, kind), {"none"})
+
+
+@pytest.mark.parametrize(("name", "kind"), TWO_OPTIONS)
+def test_chats_that_need_two_options(name: str, kind: str) -> None:
+    assert not sufficient(name, kind)
+    assert suffices(name, kind, *TWO_OPTIONS[name, kind])
+
+
+def test_the_tables_are_about_cases() -> None:
+    assert {*NEEDED, *TWO_OPTIONS} <= set(CASES)
 
 
 def test_a_wrong_table_is_noticed() -> None:
@@ -193,6 +192,12 @@ R1_END = "<｜end▁of▁sentence｜>"
 NEMOTRON_QUESTION = "<|im_start|>system\n<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
 NEXT = "\n<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n"
 QWEN_QUESTION = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+GEMMA_REASONING = [
+    "<bos><|turn>system\n<|think|>\n<turn|>\n<|turn>user\nHi<turn|>\n<|turn>model\nHello.<turn|>\n"
+    "<|turn>user\n2+2?<turn|>\n<|turn>model\n⟦<|channel>thought\nSum.\n<channel|>4.<turn|>⟧\n",
+    "<bos><|turn>system\n<|think|>\n<turn|>\n<|turn>user\nHi<turn|>\n<|turn>model\n"
+    "⟦<|channel>thought\nPolite.\n<channel|>Hello.<turn|>⟧\n",
+]
 
 
 class Expected(NamedTuple):
@@ -302,6 +307,29 @@ EXPECTED: list[tuple[str, dict[str, bool], str, dict[str, Any], Expected]] = [
             ]
         ),
     ),
+    (
+        "deepseek-r1-distill",
+        {},
+        "thoughts",
+        {"split_turns": "auto"},
+        Expected(
+            [
+                f"{R1_QUESTION}Hello.{R1_END}<｜User｜>2+2?<｜Assistant｜><think>\n⟦Sum.\n</think>\n\n4.{R1_END}⟧",
+                f"{R1_QUESTION}<think>\n⟦Polite.\n</think>\n\nHello.{R1_END}⟧",
+            ]
+        ),
+    ),
+    # The template cuts a thought out of an answer's text.
+    (
+        "deepseek-v3.1",
+        {},
+        "thoughts",
+        {},
+        Expected(
+            [f"{R1_QUESTION}</think>⟦\n\nHello.{R1_END}⟧<｜User｜>2+2?<｜Assistant｜></think>⟦\n\n4.{R1_END}⟧"],
+            without_reasoning=2,
+        ),
+    ),
     ("nemotron-3", {}, "multi", {}, Expected([], {NO_THOUGHT: 2})),
     (
         "nemotron-3",
@@ -310,7 +338,7 @@ EXPECTED: list[tuple[str, dict[str, bool], str, dict[str, Any], Expected]] = [
         {"open_thought": "close"},
         Expected(
             [
-                f"{NEMOTRON_QUESTION}<think>⟦</think>Hello.<|im_end|>⟧{NEXT}<think>\n⟦\n</think>\n4.\n\nSure.<|im_end|>⟧\n",
+                f"{NEMOTRON_QUESTION}<think></think>⟦Hello.<|im_end|>⟧{NEXT}<think>\n⟦\n</think>\n4.\n\nSure.<|im_end|>⟧\n",
             ],
             shown_as_history=1,
             closed_thoughts=1,
@@ -323,7 +351,7 @@ EXPECTED: list[tuple[str, dict[str, bool], str, dict[str, Any], Expected]] = [
         {"open_thought": "history"},
         Expected(
             [
-                f"{NEMOTRON_QUESTION}<think>⟦</think>Hello.<|im_end|>⟧{NEXT}<think>⟦</think>4.\n\nSure.<|im_end|>⟧\n",
+                f"{NEMOTRON_QUESTION}<think></think>⟦Hello.<|im_end|>⟧{NEXT}<think></think>⟦4.\n\nSure.<|im_end|>⟧\n",
             ],
             shown_as_history=2,
         ),
@@ -406,18 +434,19 @@ EXPECTED: list[tuple[str, dict[str, bool], str, dict[str, Any], Expected]] = [
             closed_thoughts=1,
         ),
     ),
-    ("gemma-4", {}, "reasoning", {"split_turns": "auto"}, Expected([], {CLOSED_THOUGHT: 2})),
+    ("gemma-4", {"enable_thinking": False}, "reasoning", {"split_turns": "auto"}, Expected([], {CLOSED_THOUGHT: 2})),
+    ("gemma-4", {}, "reasoning", {"split_turns": "auto"}, Expected(GEMMA_REASONING)),
+    ("gemma-4", {}, "thoughts", {"split_turns": "auto"}, Expected(GEMMA_REASONING)),
+    ("gemma-4", {"enable_thinking": True}, "reasoning", {"split_turns": "auto"}, Expected(GEMMA_REASONING)),
     (
-        "gemma-4",
-        {"enable_thinking": True},
+        "deepseek-v3.2",
+        {},
         "reasoning",
         {"split_turns": "auto"},
         Expected(
             [
-                "<bos><|turn>system\n<|think|>\n<turn|>\n<|turn>user\nHi<turn|>\n<|turn>model\nHello.<turn|>\n"
-                "<|turn>user\n2+2?<turn|>\n<|turn>model\n⟦<|channel>thought\nSum.\n<channel|>4.<turn|>⟧\n",
-                "<bos><|turn>system\n<|think|>\n<turn|>\n<|turn>user\nHi<turn|>\n<|turn>model\n"
-                "⟦<|channel>thought\nPolite.\n<channel|>Hello.<turn|>⟧\n",
+                f"{R1_QUESTION}</think>Hello.{R1_END}<｜User｜>2+2?<｜Assistant｜><think>⟦Sum.</think>4.{R1_END}⟧",
+                f"{R1_QUESTION}<think>⟦Polite.</think>Hello.{R1_END}⟧",
             ]
         ),
     ),
@@ -432,9 +461,9 @@ EXPECTED: list[tuple[str, dict[str, bool], str, dict[str, Any], Expected]] = [
                 '"description": "add() - \n\n", "parameters": {}} </tools><|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n'
                 '<|im_start|>assistant\n⟦<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 2}}\n</tool_call>'
                 "<|im_end|>⟧\n<|im_start|>tool\n<tool_response>\n4\n</tool_response>\n<|im_end|><|im_start|>assistant\n"
-                "Four.<|im_end|>\n"
+                "⟦Four.<|im_end|>⟧\n"
             ],
-            lost={NOT_AFTER_PROMPT: 1},
+            shown_as_history=1,
         ),
     ),
 ]
@@ -555,11 +584,11 @@ def test_the_end_of_turns_of_other_families(name: str, turn_end: str | None) -> 
     assert load(name)[1].turn_end == turn_end
 
 
-# ---- small templates for faults of the package: each must fail until it is mended
+# ---- small templates, each for one way to write a turn
 
 SMALL_TOKENS = (
     "<|im_start|> <|im_end|> <|user|> <|bot|> <|close|> <|START_RESPONSE|> <|END_RESPONSE|> <|START_THINKING|>"
-    " <|END_THINKING|>"
+    " <|END_THINKING|> <|TURN|> <|USER|> <|BOT|>"
 )
 SMALL = (
     "{%- for m in messages %}{%- if m.role == 'user' %}{{- '<|im_start|><|user|>' + m.content + '<|im_end|>' }}"
@@ -575,51 +604,117 @@ OTHER_HEADER = (
     + "{%- if add_generation_prompt %}{{- '<|im_start|><|bot|>Assistant: ' }}{%- endif %}"
 )
 SMALL_QUESTION, SMALL_NEXT = "<|im_start|><|user|>Hi<|im_end|><|im_start|><|bot|>", "<|im_start|><|user|>2+2?<|im_end|>"
+
+
+def in_capitals(text: str) -> str:
+    return text.replace("<|im_start|>", "<|TURN|>").replace("<|user|>", "<|USER|>").replace("<|bot|>", "<|BOT|>")
+
+
+CALLS_AFTER_HEADER = (
+    SMALL.replace(
+        "ANSWER' }}", "' + m.content + '<|im_end|>' }}{%- for call in m.tool_calls or [] %}CALL{%- endfor %}"
+    ).replace(
+        "CALL", "{{- '<|im_start|><|bot|>' + call.function.name + call.function.arguments | tojson + '<|im_end|>' }}"
+    )
+    + "{%- if add_generation_prompt %}{{- '<|im_start|><|bot|>' }}{%- endif %}"
+)
+
+
+class SmallCase(NamedTuple):
+    source: str
+    rows: list[str]
+    lost: dict[str, int] = {}  # noqa: RUF012
+    options: dict[str, Any] = {}  # noqa: RUF012
+    chat: Chat = MULTI
+    tools: Tools = None
+
+
+NEXT_PROMPT_ROW = (
+    f"{SMALL_QUESTION}⟦Hello.<|close|><|im_end|>⟧{SMALL_NEXT}<|im_start|><|bot|>⟦4.\n\nSure.<|close|><|im_end|>⟧"
+    "<|im_start|><|bot|>"
+)
 SMALL_CASES = {
-    "the next prompt is no end of a turn (published: Command R7B and Command A with tools)": (
-        ALWAYS_PROMPT,
-        {},
-        [
-            f"{SMALL_QUESTION}⟦Hello.<|close|><|im_end|>⟧{SMALL_NEXT}<|im_start|><|bot|>⟦4.\n\nSure.<|close|><|im_end|>⟧"
-            "<|im_start|><|bot|>"
-        ],
-        {},
+    "the next prompt is no end of a turn, in small letters": SmallCase(ALWAYS_PROMPT, [NEXT_PROMPT_ROW]),
+    "the next prompt is no end of a turn (published: Command R7B and Command A with tools)": SmallCase(
+        in_capitals(ALWAYS_PROMPT), [in_capitals(NEXT_PROMPT_ROW)]
     ),
-    "what opens an answer after a closed thought is trained (published: Command R7B with tools)": (
+    "what opens an answer after a closed thought is trained (published: Command R7B with tools)": SmallCase(
         OPENED_ANSWER,
-        {},
         [
             f"{SMALL_QUESTION}⟦<|START_RESPONSE|>Hello.<|END_RESPONSE|><|im_end|>⟧{SMALL_NEXT}<|im_start|><|bot|>"
             "<|START_THINKING|><|END_THINKING|>⟦<|START_RESPONSE|>4.\n\nSure.<|END_RESPONSE|><|im_end|>⟧"
         ],
-        {},
     ),
-    "a prompt with another header opens no thought (published: Unichat, Asimov)": (
-        OTHER_HEADER,
-        {"open_thought": "history"},
-        [],
-        {NOT_AFTER_PROMPT: 2},
+    "a prompt with another header opens no thought (published: Unichat, Asimov)": SmallCase(
+        OTHER_HEADER, [], {NOT_AFTER_PROMPT: 2}, {"open_thought": "history"}
     ),
+    "a header between an answer and its call is not trained (published: Nemotron Nano v2)": SmallCase(
+        CALLS_AFTER_HEADER,
+        [f'{SMALL_QUESTION}⟦I add.<|im_end|>⟧<|im_start|><|bot|>⟦add{{"left": 2}}<|im_end|>⟧'],
+        chat=[question("Hi"), assistant("I add.", tool_calls=tool_talk("")[1]["tool_calls"])],
+        tools=[TOOL],
+    ),
+}
+SMALL_FAULTS = {
+    "the next prompt is no end of a turn, in small letters": "the header is looked for after the last a of the prompt, "
+    "which stands in <|im_start|>",
 }
 
 
-@pytest.mark.xfail(strict=True, reason="a fault of the package")
-@pytest.mark.parametrize("case", SMALL_CASES)
-def test_small_templates(case: str, tmp_path: Path) -> None:
-    source, options, rows, lost = SMALL_CASES[case]
-    path = tmp_path / "small.jinja"
-    path.write_text(source, encoding="utf-8")
+def load_small(case: str, folder: Path) -> tuple[PreTrainedTokenizerFast, Template]:
+    path = folder / "small.jinja"
+    path.write_text(SMALL_CASES[case].source, encoding="utf-8")
     tokenizer = byte_level(Family(FAMILIES["chatml"].specification, SMALL_TOKENS))
-    template = load_template(tokenizer, str(path))
-    encoding = template.encode(MULTI, **options)  # type: ignore[arg-type]
+    return tokenizer, load_template(tokenizer, str(path))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(
+            case, marks=[pytest.mark.xfail(strict=True, reason=SMALL_FAULTS[case])] if case in SMALL_FAULTS else []
+        )
+        for case in SMALL_CASES
+    ],
+)
+def test_small_templates(case: str, tmp_path: Path) -> None:
+    _, rows, lost, options, chat, tools = SMALL_CASES[case]
+    tokenizer, template = load_small(case, tmp_path)
+    encoding = template.encode(chat, tools=tools, **options)
     assert template.turn_end == "<|im_end|>"
     assert ([mark_trained(tokenizer, row) for row in encoding.rows], encoding.lost) == (rows, lost)
 
 
-def test_the_small_templates_are_rendered_as_they_say(tmp_path: Path) -> None:
-    for source, _, rows, _ in SMALL_CASES.values():
-        path = tmp_path / "small.jinja"
-        path.write_text(source, encoding="utf-8")
-        template = load_template(byte_level(Family(FAMILIES["chatml"].specification, SMALL_TOKENS)), str(path))
-        text = template.render(MULTI)
-        assert all(bare(row).replace("<|START_THINKING|><|END_THINKING|>", "") == text for row in rows)
+@pytest.mark.parametrize("case", SMALL_CASES)
+def test_the_small_templates_are_rendered_as_they_say(case: str, tmp_path: Path) -> None:
+    _, rows, _, _, chat, tools = SMALL_CASES[case]
+    text = load_small(case, tmp_path)[1].render(chat, tools=tools)
+    assert all(bare(row).replace("<|START_THINKING|><|END_THINKING|>", "") == text for row in rows)
+
+
+# ---- reasoning that is not in a row is counted
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "options", "count"),
+    [
+        ("qwen3", "reasoning", {"train_on": "all"}, 1),
+        ("qwen3", "thoughts", {"train_on": "all"}, 1),
+        ("chatml", "reasoning", {"train_on": "all"}, 2),
+        ("chatml", "thoughts", {"train_on": "all"}, 0),
+        ("chatml", "reasoning", {}, 2),
+        ("deepseek-v3.1", "thoughts", {}, 2),
+        ("qwen3", "reasoning", {"split_turns": True}, 0),
+    ],
+)
+def test_reasoning_that_is_not_written_is_counted(name: str, shape: str, options: dict[str, Any], count: int) -> None:
+    assert load(name)[1].encode(SHAPES[shape][0], **options).without_reasoning == count
+
+
+@pytest.mark.parametrize("shape", ["reasoning", "thoughts"])
+def test_the_reasoning_of_context_is_counted_if_it_is_not_written(shape: str) -> None:
+    chat = SHAPES[shape][0]
+    context = [chat[0], {**chat[1], "train": False}, *chat[2:]]
+    for name, count in (("qwen3", 1), ("deepseek-v3.1", 2)):
+        encoding = load(name)[1].encode(context)
+        assert (encoding.lost, encoding.without_reasoning) == ({}, count)

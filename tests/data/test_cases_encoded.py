@@ -59,8 +59,7 @@ def test_loss_keys(tmp_path: Path) -> None:
 
 
 def test_parts_that_are_not_trained(tmp_path: Path) -> None:
-    think = "<think>\n\n</think>\n\n"
-    assert trained(encode("part_train.jsonl", tmp_path)) == [f"{think}| It is 42.{END}"] * 2
+    assert trained(encode("part_train.jsonl", tmp_path)) == [f" It is 42.{END}"] * 2
 
 
 def test_tools_arrive_in_the_prompt(tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def test_a_kto_tag_that_is_not_understood_is_refused() -> None:
     for value in ("good", 2, [False], {"x": 1}):
         with pytest.raises(DataError, match=r"^kto_tag: found .*; allowed: true$"):
             parse_row({"question": "q", "answer": "a", "kto_tag": value})
-    with pytest.raises(DataError, match="^kto_tag: found 0, so"):
+    with pytest.raises(DataError, match=r"^kto_tag: found 0, so"):
         parse_row({"question": "q", "answer": "a", "kto_tag": 0})
     assert parse_row({"question": "q", "answer": "a", "kto_tag": ""}).unused == ()
     assert len(parse_row({"question": "q", "answer": "a", "label": "0"}).unused) == 1  # a class

@@ -24,17 +24,17 @@ from accel_llm.chat.values import (
     HUGE_NUMBER,
     IMAGES,
     MISSING_VALUE,
+    NO_ANSWER,
     NOT_JSON,
     NOT_MESSAGES,
     NOT_TEXT,
     NOT_TO_LEARN,
-    NO_ANSWER,
     PREFERENCE_ROW,
     SHIFTED_LABELS,
     SUCH_AS,
     TEXT_ONLY,
-    TOOL_OUT_OF_PLACE,
     TOO_DEEP,
+    TOOL_OUT_OF_PLACE,
     TWO_ASSISTANT_TURNS,
     TWO_USER_TURNS,
     UNKNOWN_ROLE,
@@ -44,7 +44,6 @@ from accel_llm.config.fields import DataFormat
 from accel_llm.data import formats
 from accel_llm.data.columns import column_problems
 from accel_llm.data.formats import Conversation, Document, TokenizedRow
-from accel_llm.data.unused import count_characters
 from accel_llm.errors import ConfigError, DataError
 
 INSTRUCT = Path(__file__).parents[3] / "shared" / "data" / "instruct"
@@ -922,7 +921,8 @@ def test_one_row_with_reasoning_calls_and_tools() -> None:
     (tool,) = json.loads(row["tools"])  # its parameters are a flat map of arguments
     schema = {"type": "object", "properties": tool["function"]["parameters"]}
     tools = [{**tool, "function": {**tool["function"], "parameters": schema}}]
-    assert parse_row(row) == Conversation(messages, tools, {}, remarks=(FLAT_PARAMETERS,))
+    assert parse_row(row) == Conversation(messages, tools, {})
+    assert formats.parse_row(row).remarks == (FLAT_PARAMETERS,)
 
 
 @needs_data
@@ -947,21 +947,19 @@ def test_an_answer_of_a_prompt_that_is_to_be_trained_is_refused(key: str) -> Non
             parse_row(row)
         assert str(caught.value) == sentence
     for value in (False, None):
-        assert parse_row(as_prompt(**{key: value})) == parse_row(as_prompt())._replace(
-            characters=count_characters(as_prompt(**{key: value}))
-        )
+        assert parse_row(as_prompt(**{key: value})) == parse_row(as_prompt())
 
 
 def test_weights_in_a_prompt_are_counted() -> None:
     for key, value in (("weight", 0.5), ("loss_scale", 1), ("loss_weight", 2.0)):
-        parsed = parse_row(as_prompt(**{key: value}))
+        parsed = formats.parse_row(as_prompt(**{key: value}))
         assert [name for name, _ in parsed.unused] == [f"'{key}' of messages of the prompt"]
         assert isinstance(parsed, Conversation) and parsed.messages[1] == {**ASSISTANT, "train": False}
     detail = {"begin_offset": 0, "end_offset": 0, "train": True}
-    assert [name for name, _ in parse_row(as_prompt(train_detail=[detail])).unused] == [
+    assert [name for name, _ in formats.parse_row(as_prompt(train_detail=[detail])).unused] == [
         "'train_detail' of messages of the prompt"
     ]
-    assert parse_row(as_prompt(weight=0)).unused == parse_row(as_prompt(masked=True)).unused == ()
+    assert formats.parse_row(as_prompt(weight=0)).unused == formats.parse_row(as_prompt(masked=True)).unused == ()
 
 
 def test_a_text_that_means_a_boolean_is_one_for_the_template() -> None:
@@ -969,10 +967,10 @@ def test_a_text_that_means_a_boolean_is_one_for_the_template() -> None:
     chat = {"messages": [USER, ASSISTANT]}
     for text, value in (("false", False), ("False", False), (" TRUE ", True), ("no", "no"), ("", "")):
         for row in ({"enable_thinking": text}, {"chat_template_kwargs": {"enable_thinking": text}}):
-            parsed = parse_row({**chat, **row}, reads=reads)
+            parsed = formats.parse_row({**chat, **row}, reads=reads)
             assert isinstance(parsed, Conversation)
             assert (parsed.variables, parsed.unused) == ({"enable_thinking": value}, ())
-    both = parse_row(
+    both = formats.parse_row(
         {**chat, "enable_thinking": "false", "chat_template_kwargs": {"enable_thinking": False}}, reads=reads
     )
     assert both.unused == ()

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -91,3 +93,30 @@ def test_a_file_whose_name_is_no_utf_8_is_shown(script, tiny, tmp_path, capsys):
     assert json.loads(captured.out)["file"] == str(rows) and r"caf\udce9.jsonl" in captured.err
     script("show_data", *options)
     assert r"caf\udce9.jsonl" in capsys.readouterr().out
+
+
+def in_shell(command: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[bytes]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHON": sys.executable} | variables
+    return subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command}"], cwd=folder, env=environment, capture_output=True
+    )
+
+
+@pytest.mark.long
+def test_output_that_nobody_reads_and_output_that_is_not_utf_8(tiny, tmp_path):
+    chat = {"messages": [{"role": "user", "content": "中 😀?"}, {"role": "assistant", "content": "é"}]}
+    rows = write_rows(tmp_path / "rows.jsonl", *[chat] * 3000)
+    script = f"$PYTHON launch/show_data.py --tokenizer_name {tiny} --train_files {rows} --max_length 512"
+    script += f" --cache_dir {tmp_path / 'cache'}"
+    root = Path(__file__).parents[2]
+    ended = in_shell(f"{script} --json | head -1", root)
+    assert (ended.returncode, json.loads(ended.stdout)["row"]) == (141, 1)
+    assert b"Traceback" not in ended.stderr and b"BrokenPipe" not in ended.stderr
+    # A short output breaks only when it is flushed at the end.
+    ended = in_shell(f"{script} --limit_rows 1 --json | true", root)
+    assert b"Traceback" not in ended.stderr and b"BrokenPipe" not in ended.stderr
+    ended = in_shell(f"{script} --limit_rows 2 --json", root, PYTHONIOENCODING="ascii")
+    lines = [json.loads(line) for line in ended.stdout.decode("ascii").splitlines()]
+    assert ended.returncode == 0 and [line["trained_text"] for line in lines] == ["é<|im_end|>"] * 2
+    ended = in_shell(f"{script} --limit_rows 2", root, PYTHONIOENCODING="ascii")
+    assert ended.returncode == 0 and b"\\U0001f600?" in ended.stdout and b"Ledger" in ended.stdout

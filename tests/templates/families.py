@@ -353,7 +353,7 @@ def gemma4(chat: Chat, tools: Tools, in_rows: bool = True) -> str:
 
     Earlier answers are trained as they are shown. If any answer has reasoning, the package lets the template think: the
     prompt has no thought, and turns after the last question show their own. Answers after tool results or after answers
-    belong to the same turn of the model.
+    belong to the same turn of the model. Text that opens a channel without end is cut off inside a control token.
     """
     chat = with_own_thoughts(chat, opened=False) if in_rows else chat
     thinks = in_rows and any("reasoning_content" in message for message in chat)
@@ -380,12 +380,18 @@ def gemma4(chat: Chat, tools: Tools, in_rows: bool = True) -> str:
             shown = gemma4_shown(message, index > last_question)
             goes_on = not is_last and chat[index + 1]["role"] == "assistant"
             ends = not (goes_on and gemma4_shown(chat[index + 1], index + 1 > last_question))
-            is_whole = index > last_question or not thought if thinks else is_last or shown == message["content"].strip()
+            cut = "<|channel>" in message["content"].rpartition("<channel|>")[2]
+            if cut and ends and in_rows:
+                raise Refusal("the chat template cuts a text in the middle of a control token")
+            is_whole = (
+                index > last_question or not thought if thinks else is_last or shown == message["content"].strip()
+            )
             prompt = "<|channel>thought\n<channel|>" if in_rows and not thinks and is_last and before == "user" else ""
-            # The end stands after the last of several answers.
-            turn = f"{prompt}⟦{shown}" + ("<turn|>⟧" if ends else "⟧") + ("" if goes_on else "\n")
+            # The end stands after the last of several answers, of which some are empty.
+            has_ended = before == "assistant" and not shown
+            turn = f"{prompt}⟦{shown}" + ("<turn|>⟧" if ends and not has_ended else "⟧") + ("" if goes_on else "\n")
             text += "<|turn>model\n" if before == "user" else ""
-            text += turn if before == "user" and is_whole and "⟦⟧" not in turn else bare(turn)
+            text += turn if before == "user" and is_whole and not cut and "⟦⟧" not in turn else bare(turn)
     return text
 
 

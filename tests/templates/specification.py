@@ -347,10 +347,10 @@ def format_control_tokens(
     tokenizer: PreTrainedTokenizerFast, specification: Specification, chat: Chat, tools: Tools
 ) -> Counter[str]:
     """Count the control tokens that the format writes itself; messages must add none to them."""
-    harmless = [
-        {**message, "content": "<think>x</think>x" if own_thought(message["content"])[0] else message["content"] and "x"}
-        for message in chat
-    ]
+    harmless = []
+    for message in chat:
+        thinks = own_thought(message["content"], opened=False)[0]  # which may need a variable, and so a token
+        harmless.append({**message, "content": "<think>x</think>x" if thinks else message["content"] and "x"})
     return control_tokens(tokenizer, token_ids(tokenizer, bare(specification(harmless, tools))))
 
 
