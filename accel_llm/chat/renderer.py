@@ -190,4 +190,6 @@ def _refusals() -> Iterator[None]:
         raise
     except TEMPLATE_ERRORS as error:
         words = str(error)[:MAX_REFUSAL_LENGTH]
+        if any(hint in words for hint in ("no attribute 'parameters'", "Undefined is not JSON serializable")):
+            words += '; a tool has no parameters: give it {"type": "object", "properties": {}} if it takes none'
         raise DataError(f"the chat template refuses this conversation: {words}", TEMPLATE_REFUSED) from error

@@ -24,13 +24,13 @@ from accel_llm.config.fields import DataFormat, Source
 from accel_llm.data.columns import column_problems
 from accel_llm.data.encode import A_CHAT, Chunk, Encoder, SourceRow, encode_chunk
 from accel_llm.data.ledger import TRAINED, Ledger
-from accel_llm.data.limits import check_left_out, check_lost_share, check_lost_turns
+from accel_llm.data.limits import check_left_out, check_lost_share, check_lost_turns, describe_losses
 from accel_llm.data.order import mix_sources
 from accel_llm.data.rows import Rows, RowWriter, cache_folder, cached_rows, load_rows
 from accel_llm.data.sources import as_source, data_fingerprint, left_out_note, read_source, source_identity
 from accel_llm.errors import ConfigError, DataError, raise_problems
 
-CACHE_VERSION = 4  # raise it with every change of the encoding, so that no old cache is used
+CACHE_VERSION = 5  # raise it with every change of the encoding, so that no old cache is used
 ROWS_PER_CHUNK = 256  # rows that are encoded together, and sent to a worker together
 HELD_OUT = "held out"  # the bin of rows that `eval_share` takes for evaluation
 # The options that change the encoding, beside the rows themselves, the tokenizer and the template.
@@ -121,7 +121,8 @@ def encode_sources(
     check_lost_share(ledger, facts["lengths"], options)
     check_lost_turns(ledger, facts["turns"], options)
     if not len(parts["train"]):
-        raise DataError(f"train_files: no row is left to train on ({', '.join(source.label for source in train)}).")
+        labels = ", ".join(source.label for source in train)
+        raise DataError(f"train_files: no row is left to train on ({labels}): {describe_losses(ledger)}.")
     if "eval" in parts and not len(parts["eval"]):
         labels = ", ".join(source.label for source in evaluation)
         option = f"eval_share: {options.eval_share}" if options.eval_share else f"eval_files: {labels}"

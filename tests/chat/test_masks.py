@@ -236,7 +236,7 @@ LITERALS: dict[tuple[str, str], str] = {
         "<|user|>\n2+2?\n<|assistant|>\n⟦4.\n\nSure.<|endoftext|>⟧"
     ),
     ("olmo-2", "consecutive"): (
-        "<|endoftext|><|user|>\nHi\n<|user|>\nYou?\n<|assistant|>\n⟦Hello.<|endoftext|>⟧\n<|assistant|>\n⟦Bye.<|endoftext|>⟧"
+        "<|endoftext|><|user|>\nHi\n<|user|>\nYou?\n<|assistant|>\n⟦Hello.<|endoftext|>⟧\n<|assistant|>\nBye.<|endoftext|>"
     ),
     ("granite-3", "multi"): (
         f"<|start_of_role|>system<|end_of_role|>Today's Date: {TODAY:%B %d, %Y}.\nYou are Granite.<|end_of_text|>\n"
@@ -463,6 +463,10 @@ def test_specifications_give_the_literals(name: str, shape: str) -> None:
 
 
 FAULTS = {("command-r7b", "tools"): "the first token of the header after a call is taken for its end"}
+FAULTS |= {
+    ("nasty-system-last", shape): "the system message after the last answer is trained with it"
+    for shape in ("system", "no_think", "spaces", "markers", "any conversation")
+}
 
 
 def with_faults(cases: list[tuple[str, str]]) -> list[Any]:

@@ -545,15 +545,19 @@ def olmo3(chat: Chat, tools: Tools) -> str:
 
 
 def olmo2(chat: Chat, tools: Tools) -> str:
-    """Only earlier answers are followed by a line end."""
+    """Only earlier answers are followed by a line end, so an answer after an answer does not continue its prompt.
+
+    Nor is it looked for where it is shown: the header is no control token, so people may write it as well.
+    """
     text = "<|endoftext|>"
-    for message in chat:
+    for index, message in enumerate(chat):
         content = message["content"]
         if message["role"] != "assistant":
             text += f"<|{message['role']}|>\n{content}\n"
             continue
+        untrained = "tool_calls" in message or (index > 0 and chat[index - 1]["role"] == "assistant")
         turn = f"<|assistant|>\n⟦{content}<|endoftext|>⟧"
-        text += (bare(turn) if "tool_calls" in message else turn) + ("" if message is chat[-1] else "\n")
+        text += (bare(turn) if untrained else turn) + ("" if message is chat[-1] else "\n")
     return text
 
 
