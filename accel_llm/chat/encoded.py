@@ -24,6 +24,7 @@ class EncodedConversation:
     as the conversation shows them, without the words that the template puts around a last answer only (Qwen3's empty
     think block). `without_reasoning` counts the turns that are trained without their reasoning, because the template
     does not write it. `closed_thoughts` counts the turns whose thought, opened by the prompt, is closed at once.
+    `variable` is the name of the template's variable that was set for the reasoning, "" if none was.
     `left_out` names what the template does not write, as in `arrival`. `rendered_before` says that a message holds
     the template's own control tokens.
     """
@@ -35,3 +36,4 @@ class EncodedConversation:
     closed_thoughts: int = 0
     left_out: tuple[str, ...] = ()
     rendered_before: bool = False
+    variable: str = ""

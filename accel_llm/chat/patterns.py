@@ -41,6 +41,7 @@ class Pattern(NamedTuple):
     without_reasoning: int
     closed_thoughts: int
     left_out: tuple[str, ...]
+    built: int
 
 
 class PatternCache:
@@ -111,7 +112,7 @@ class PatternCache:
 
         # Refuse what may not hold for other conversations of this shape. A turn is lost if one text does not begin with
         # another, and a real text might begin with it where its stand-in does not.
-        unusual = layout.shown_as_history or layout.without_reasoning or layout.closed_thoughts or len(layout.rows) > 1
+        unusual = layout.shown_as_history or layout.without_reasoning or layout.built or len(layout.rows) > 1
         if layout.lost or (len(trace.texts) > len(texts) and unusual):
             return None
         known = self._finder.frame.around_reasoning is None and all(message.get("train", True) for message in messages)
@@ -131,7 +132,7 @@ class PatternCache:
     def _fill(self, pattern: Pattern, texts: list[str]) -> TargetLayout | None:
         """Return the layout of a conversation with these texts; None if the pattern may not hold for them."""
         # An answer that itself begins with the template's opening may continue the prompt where others do not.
-        unsure = pattern.shown_as_history or pattern.closed_thoughts or pattern.without_reasoning
+        unsure = pattern.shown_as_history or pattern.built or pattern.without_reasoning
         if any(question.new_texts for question in pattern.questions) and any(GUARD_OPEN in text for text in texts):
             return None  # the template may cut a control token out of a text, and leave its marks
         if unsure and any(opening and opening in text for opening in self._openings for text in texts):

@@ -45,6 +45,7 @@ class Renderer:
             self.reads = run_bounded(template_reads, source)
         self.spelling = Spelling(self.reads)
         self.frame_prompt = ""  # the prompt after the question of `FRAME_CHAT`
+        self.frame_tools: Tools = None  # tools, if the template renders nothing without them
 
     def find_frame(self, added_pattern: str) -> AnswerFrame:
         """Find out how an answer is written; some templates need tools, or content in parts, to write one at all.
@@ -59,6 +60,7 @@ class Renderer:
             for tools in (None, PROBES[0][1]):
                 try:
                     frame = self._try_frame(tools, added_pattern)
+                    self.frame_tools = tools
                 except DataError as error:
                     problem = problem or error
                 else:

@@ -26,12 +26,15 @@ class Border(NamedTuple):
     is_last: bool
 
 
-def mark_segments(text: str, segments: list[tuple[int, float]], borders: list[Border]) -> str:
+def mark_segments(
+    text: str, segments: list[tuple[int, float]], borders: list[Border], has_reasoning: bool = False
+) -> str:
     """Return a guarded `text` with a mark between its segments and at its end.
 
     `segments` are pairs (characters, weight) that cover the text without the marks of `guard`. The borders are appended
     to `borders`, whose indices the marks hold; after the last one the weight is 1 again. Templates may remove whitespace
-    around the text, so no mark stands there, and no border cuts a control token or a tag.
+    around the text, so no mark stands there, and no border cuts a control token or a tag. There is a mark at the start
+    only if the message has a reasoning: some templates look at how an answer begins.
     """
     plain = text.replace(GUARD_OPEN, "").replace(GUARD_CLOSE, "")
     first, last = len(plain) - len(plain.lstrip()), len(plain.rstrip())
@@ -41,7 +44,7 @@ def mark_segments(text: str, segments: list[tuple[int, float]], borders: list[Bo
         weights[_after_tag(plain, min(max(place, first), last))] = weight
         place += characters
     weights[last] = 1.0
-    weight = weights.pop(first, 1.0)
+    weight = 1.0 if has_reasoning else weights.pop(first, 1.0)  # a reasoning before the text counts 1
 
     start, pieces, done = len(borders), [], 0
     for place, next_weight in sorted(weights.items()):

@@ -52,6 +52,7 @@ class TargetLayout(NamedTuple):
     without_reasoning: int = 0
     closed_thoughts: int = 0
     left_out: tuple[str, ...] = ()
+    built: int = 0  # turns that were put together here
 
 
 class Thought(NamedTuple):
@@ -106,6 +107,10 @@ class TargetFinder:
     def __init__(self, frame: AnswerFrame, added_pattern: str):
         self.frame = frame
         self._added_token = re.compile(added_pattern)
+        ends, header = self._added_token.findall(frame.tail[: frame.closing]), frame.header.lstrip()
+        self._end_and_header = (
+            re.compile(f"{re.escape(ends[-1])}(\\s*{re.escape(header)})") if ends and header else None
+        )
         self._added_token_at_end = re.compile(rf"(?:{added_pattern})$")
 
     def lay_out(
@@ -130,7 +135,7 @@ class TargetFinder:
         in_full: list[Target] = []  # turns that are trained inside the full text
         own_rows: list[tuple[str, list[Target]]] = []  # turns that need a row of their own
         lost: Counter[str] = Counter()
-        history = without_reasoning = closed_thoughts = 0
+        history = without_reasoning = closed_thoughts = built = 0
         for index in turns:
             message, is_last = messages[index], index == len(messages) - 1
             weight = float(message.get("weight", 1.0))
@@ -161,17 +166,21 @@ class TargetFinder:
                 lost[REWRITTEN] += 1
                 continue
             history += turn.as_history
+            built += turn.built
             closed_thoughts += turn.built and not _has_reasoning(message)
             without_reasoning += not (turn.built or self._is_written(message, turn.text, turn.as_history))
         rows = [(full, in_full)] * bool(in_full) + own_rows
-        return TargetLayout(rows, dict(lost), history, without_reasoning, closed_thoughts)
+        return TargetLayout(rows, dict(lost), history, without_reasoning, closed_thoughts, built=built)
 
     def _find_turn(self, prompt: str, finished: str, message: Message, open_thought: OpenThought) -> _Turn | str:
         """Return the turn that the model must generate after `prompt`, or why there is none."""
         if not prompt or not finished:
             return NO_PROMPT
-        turn = self._end_turn(prompt, finished, message) if finished.startswith(prompt) else None
         thought = self.frame.thought
+        turn = self._end_turn(prompt, finished, message) if finished.startswith(prompt) else None
+        if isinstance(turn, _Turn) and thought and thought.closing and prompt.endswith(thought.opening):
+            # Nemotron Nano v2 leaves the thought open, and writes the answer into it.
+            turn = turn if thought.tags[1] in finished[len(prompt) :] else None
         if turn is None:
             if thought is None or not prompt.endswith(thought.opening):
                 return NOT_AFTER_PROMPT
@@ -221,18 +230,15 @@ class TargetFinder:
     def _cut_headers(self, turn: _Turn, message: Message, weight: float) -> list[Target]:
         """Return the targets of a turn: without the header that some templates write between an answer and its calls.
 
-        Nemotron Nano v2 makes two turns of them; generation ends with the first, and a new prompt writes the header.
+        Nemotron Nano v2 makes two turns of them: generation ends with the first, and a new prompt writes the header.
         """
-        header = self.frame.header
-        if not message.get("tool_calls") or not header.strip():
-            return [Target(*turn.span, weight)]
-        pieces = turn.text[turn.span.start : turn.span.end].split(header)
-        place, targets = turn.span.start, []
-        for piece in pieces:
-            if piece:
-                targets.append(Target(place, place + len(piece), weight))
-            place += len(piece) + len(header)
-        return targets
+        targets, place = [], turn.span.start
+        if message.get("tool_calls") and self._end_and_header:
+            # People's tokens have marks around them, so the template's own end is followed by its own header.
+            for match in self._end_and_header.finditer(turn.text, *turn.span):
+                targets.append(Target(place, match.start(1), weight))
+                place = match.end()
+        return [*targets, Target(place, turn.span.end, weight)]
 
     def _close_thought(
         self, prompt: str, finished: str, message: Message, thought: Thought, open_thought: OpenThought
@@ -242,7 +248,9 @@ class TargetFinder:
         if not finished.startswith(prompt[:start]):
             return NOT_AFTER_PROMPT
         reasoning = str(message.get("reasoning_content") or "")
-        answer = after_thought(finished[start:], thought.tags, thought.empty)
+        answer = finished[len(prompt) :]
+        if not finished.startswith(prompt):
+            answer = after_thought(finished[start:], thought.tags, thought.empty)
         if reasoning and not thought.closing:
             return CLOSED_THOUGHT
         if not reasoning and thought.closing and open_thought == "refuse":
@@ -264,7 +272,7 @@ class TargetFinder:
         if text.endswith(frame.tail):
             return len(text) - len(frame.tail) + frame.closing, frame.closing
         # gpt-oss closes a tool call with another token than an answer.
-        bare = text.rstrip()
+        bare = text.removesuffix(frame.tail[frame.closing :]).rstrip()
         if message.get("tool_calls") and (
             match := self._added_token_at_end.search(bare, max(0, len(bare) - LONGEST_TOKEN))
         ):

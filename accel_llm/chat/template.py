@@ -12,6 +12,7 @@ would merge its last characters with the first ones of the answer.
 """
 
 import re
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 from jinja2 import TemplateSyntaxError
@@ -101,6 +102,14 @@ class Template:
         names = sorted(THINKING_VARIABLES & self.reads.variables)
         return next(({name: True} for name in names if self._writes_reasoning({name: True})), {})
 
+    @cached_property
+    def _doubles_thoughts(self) -> bool:
+        """Whether the template writes an empty thought before an answer that begins with one (Kimi K2 Thinking)."""
+        answer = {"role": "assistant", "content": "<think>c</think>d"}
+        text = run_bounded(self._renderer.try_render, [FRAME_CHAT[0], answer], False, self._renderer.frame_tools)
+        opening = self._plain.finder.frame.opening
+        return bool(opening.strip()) and f"{opening}{answer['content']}" in text
+
     def _writes_reasoning(self, variables: dict[str, bool]) -> bool:
         """Return whether the template continues its prompt with an answer that has reasoning."""
         question, answer = FRAME_CHAT
@@ -166,7 +175,7 @@ class Template:
         if self._for_tools and tools:
             return self._for_tools.encode(messages, train_on, tools, split_turns, train_on_eos, variables, open_thought)
         thought = self._plain.finder.frame.thought
-        if thought or self.thinking:
+        if thought or self.thinking or self._doubles_thoughts:
             messages = with_own_reasoning(messages, bool(thought and thought.closing))
         people_wrote = messages
         messages, tools, variables = map(self._guard.guard, (messages, tools, variables))
@@ -176,11 +185,11 @@ class Template:
         if any("segments" in message for message in messages):
             messages = [_with_segments(message, borders, train_on != "all") for message in messages]
 
-        layouts = self._with_tools if tools else self._plain
+        layouts, variable = self._with_tools if tools else self._plain, ""
         if self.thinking and any("reasoning_content" in message for message in messages):
             variables = {**self.thinking, **(variables or {})}
             if self.thinking.items() <= variables.items():  # the row itself may say otherwise
-                layouts = self._with_reasoning
+                layouts, variable = self._with_reasoning, next(iter(self.thinking))
 
         # The texts of the rows and their trained characters; the cache knows conversations without tools only.
         options = (train_on, split_turns, open_thought)
@@ -194,7 +203,7 @@ class Template:
             check_output_size(text, (messages, tools))
 
         rows = [self._make_row(text, targets, borders, train_on_eos) for text, targets in layout.rows]
-        return EncodedConversation(rows, *layout[1:], rendered_before=rendered_before)
+        return EncodedConversation(rows, *layout[1:6], rendered_before=rendered_before, variable=variable)
 
     def _lay_out(
         self,
@@ -222,7 +231,9 @@ class Template:
     def split_markers(self, strict: bool) -> list[str]:
         """Return the template's control tokens that this tokenizer splits, as `frame.split_tokens` does."""
         tail = self._plain.finder.frame.tail
-        return split_tokens(self._renderer.frame_prompt + tail, tail, self._tokenizer.is_single, strict)
+        split = split_tokens(self._renderer.frame_prompt + tail, tail, self._tokenizer.is_single, strict)
+        of_tools = self._for_tools.split_markers(strict) if self._for_tools else []
+        return list(dict.fromkeys([*split, *of_tools]))
 
     def _make_row(
         self, text: str, targets: list[Target], borders: list[Border], train_on_eos: TrainOnEos
@@ -255,7 +266,8 @@ def _with_segments(message: Message, borders: list[Border], marked: bool) -> Mes
     message = dict(message)
     segments = message.pop("segments", None)
     if segments and marked:
-        message["content"] = mark_segments(message["content"], segments, borders)
+        has_reasoning = "reasoning_content" in message
+        message["content"] = mark_segments(message["content"], segments, borders, has_reasoning)
     return message
 
 

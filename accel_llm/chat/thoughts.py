@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 from accel_llm.chat.messages import Message
+from accel_llm.errors import DataError
 
 _TAG = r"<(?P<tag>(?:\w+:)?think(?:ing)?)>"
 _BEGINS_WITH_THOUGHT = re.compile(rf"\s*{_TAG}(?P<thought>.*?)</(?P=tag)>\s*", re.DOTALL)
@@ -30,12 +31,20 @@ def reasoning_of(message: Message) -> str:
 
 
 def with_own_reasoning(messages: list[Message], opened: bool) -> list[Message]:
-    """Return the messages with the thoughts of their contents as `reasoning_content`; see `split_thought`."""
+    """Return the messages with the thoughts of their contents as `reasoning_content`; see `split_thought`.
+
+    Raises:
+        DataError: the parts of such a content have weights of their own.
+    """
     changed = []
     for message in messages:
         if message["role"] == "assistant" and "</" in message["content"] and "reasoning_content" not in message:
             thought, answer = split_thought(message["content"], opened)
-            if thought and answer and "segments" not in message:
+            if thought and answer and "segments" in message:
+                raise DataError(
+                    "weight: parts of an answer that begins with a thought have different weights", "bad weight"
+                )
+            if thought and answer:
                 message = {**message, "content": answer, "reasoning_content": thought, "thinking": thought}
         changed.append(message)
     return changed

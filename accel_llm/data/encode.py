@@ -138,8 +138,8 @@ def _encode_conversation(
         ledger.note(SPLIT_NOTE)
     if encoding.shown_as_history:
         ledger.note(HISTORY_NOTE)
-    if template.thinking and any("reasoning_content" in message for message in conversation.messages):
-        ledger.remark(THINKING_REMARK.format(*template.thinking))
+    if encoding.variable:
+        ledger.remark(THINKING_REMARK.format(encoding.variable))
     if encoding.without_reasoning:
         ledger.note(REASONING_NOTE)
     if encoding.closed_thoughts:

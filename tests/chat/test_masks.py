@@ -462,8 +462,7 @@ def test_specifications_give_the_literals(name: str, shape: str) -> None:
     assert specification(*get_conversation(shape, specification)) == LITERALS[name, shape]
 
 
-FAULTS = {("command-r7b", "tools"): "the first token of the header after a call is taken for its end"}
-FAULTS |= {
+FAULTS = {
     ("nasty-system-last", shape): "the system message after the last answer is trained with it"
     for shape in ("system", "no_think", "spaces", "markers", "any conversation")
 }

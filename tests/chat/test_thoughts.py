@@ -522,7 +522,6 @@ def test_a_prompt_is_the_beginning_of_its_row() -> None:
 
 # ---- the end of a turn
 
-R7B = "<|START_OF_TURN_TOKEN|><|{}_TOKEN|>"
 R7B_TURNS = (
     "<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|><|END_OF_TURN_TOKEN|><|START_OF_TURN_TOKEN|><|USER_TOKEN|>Hi"
     "<|END_OF_TURN_TOKEN|><|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|><|START_RESPONSE|>{}<|START_OF_TURN_TOKEN|>"

@@ -146,7 +146,7 @@ DEEPSEEK_V3 = Format(
 
 
 def deepseek_r1(chat: Chat, tools: Tools, in_rows: bool = True, with_tools: bool = False) -> str:
-    """The prompt opens a thought that no finished turn shows, except if an answer begins with the same text.
+    """The prompt opens a thought that no finished turn shows.
 
     Reasoning that history drops, also that of the answer's own text, is written into the thought of the last turn
     (`in_rows`). After tool results (`with_tools`) the prompt opens none.
@@ -167,13 +167,10 @@ def deepseek_r1(chat: Chat, tools: Tools, in_rows: bool = True, with_tools: bool
         elif message["role"] == "assistant":
             answer = message["content"].rpartition("</think>")[2] + "<｜end▁of▁sentence｜>"
             thought = message.get("reasoning_content")
-            if answer.startswith("<think>\n"):
-                turn = f"<think>\n⟦{answer[8:]}⟧"
-            elif thought and index == len(chat) - 1 and in_rows:
-                turn = f"<think>\n⟦{thought}\n</think>\n\n{answer}⟧"
-            else:
-                turn = answer
-            text += "<｜Assistant｜>" + turn
+            if thought and index == len(chat) - 1 and in_rows:
+                answer = answer.removeprefix("<think>\n")  # which the prompt has written
+                answer = f"<think>\n⟦{thought}\n</think>\n\n{answer}⟧"
+            text += "<｜Assistant｜>" + answer
     return text
 
 
@@ -242,8 +239,9 @@ DSML_CALL = (
 )
 
 
-def gpt_oss(chat: Chat, tools: Tools) -> str:
+def gpt_oss(chat: Chat, tools: Tools, in_rows: bool = True) -> str:
     """The model writes its channels itself. History shows earlier answers with another end, which is not trained."""
+    chat = with_own_thoughts(chat, opened=False) if in_rows else chat
     text = f"<|start|>system<|message|>Current date: {datetime.now():%Y-%m-%d}\n\nReasoning: medium<|end|>"
     instructions = (
         "# Instructions\n\n" + chat[0]["content"] if chat[0]["role"] == "system" and chat[0]["content"] else ""
@@ -479,7 +477,7 @@ def nemotron3(chat: Chat, tools: Tools, in_rows: bool = True) -> str:
             elif index < last_question and "<think>" in answer and "</think>" in answer:
                 answer, rewritten = "<think></think>" + answer.rpartition("</think>")[2], True
             answer = answer.strip()
-            if answer.startswith("<think>\n") and not rewritten:
+            if answer.startswith("<think>\n") and "</think>" in answer and not rewritten:
                 text += f"<|im_start|>assistant\n<think>\n⟦{answer[8:]}<|im_end|>⟧\n"
             else:
                 text += f"<|im_start|>assistant\n{answer}<|im_end|>\n"
@@ -651,7 +649,11 @@ FAMILIES: dict[str, Family] = {
     "deepseek-v3.1": replace(DEEPSEEK, specification=deepseek_v31),
     "deepseek-v3.2": replace(DEEPSEEK, specification=deepseek_v32, rendered=partial(deepseek_v32, in_rows=False)),
     "gpt-oss": Family(
-        gpt_oss, "<|start|> <|end|> <|message|> <|channel|> <|call|>", "<|startoftext|>", eos="<|return|>"
+        gpt_oss,
+        "<|start|> <|end|> <|message|> <|channel|> <|call|>",
+        "<|startoftext|>",
+        "<|return|>",
+        rendered=partial(gpt_oss, in_rows=False),
     ),
     "glm-4": Family(GLM4, "[gMASK] <sop> <|system|> <|user|> <|assistant|> <|observation|>", eos="<|endoftext|>"),
     "internlm2": Family(replace(CHATML, start="<s>"), IM),
