@@ -17,9 +17,9 @@ _OPENERS = "|".join([_THOUGHT_TAG.pattern, *map(re.escape, _THOUGHT_TOKENS)])
 _CLOSERS = "|".join([_THOUGHT_TAG.pattern.replace("<", "</", 1), *map(re.escape, _THOUGHT_TOKENS.values())])
 _OPEN_AT_END = re.compile(rf"(?:{_OPENERS})$")
 _AT_END = re.compile(rf"(?:{_OPENERS})\s*(?:{_CLOSERS})?\s*$")
-# Noncharacters show where a template writes the answer and its reasoning.
-ANSWER_OPEN, ANSWER_CLOSE, _REASONING = "\ufdd8", "\ufdd9", "\ufdd5"
-_QUESTION = {"role": "user", "content": "a"}
+# Noncharacters show where a template writes the answer, its reasoning and the question.
+ANSWER_OPEN, ANSWER_CLOSE, _REASONING, _ASKED = "\ufdd8", "\ufdd9", "\ufdd5", "\ufdda"
+_QUESTION = {"role": "user", "content": _ASKED}
 _ANSWER = {"role": "assistant", "content": f"{ANSWER_OPEN}b{ANSWER_CLOSE}"}
 
 TryRender = Callable[[list[dict[str, Any]], bool], str]  # "" if the template refuses the messages
@@ -69,18 +69,16 @@ def _closing_length(tail: str, middle: str, prompt: str, added_pattern: str) -> 
     first = re.match(rf"\s*(?:{added_pattern})", tail)
     if not run or not first:
         return 0
-    if tail.strip() != run[0].strip():
-        # More follows, which may be the header of a next turn.
-        return first.end()
     tokens = re.findall(added_pattern, run[0])
     common = next(
         (count for count in range(len(tokens), 0, -1) if middle.startswith(_first_tokens(run[0], tokens, count))), 0
     )
+    more_follows = tail.strip() != run[0].strip()
     if not common:
-        return run.end()
-    # Command R7B with tools always writes the next header, which has its first token in common with other headers.
-    header = re.findall(added_pattern, prompt.rpartition(str(_QUESTION["content"]))[2])[1:]
-    if 1 < common < len(tokens) and tokens[common - 1] in header:
+        return first.end() if more_follows else run.end()
+    # Some templates always write the next header (Command R7B with tools): its first token may be that of all headers.
+    header = re.findall(added_pattern, prompt.rpartition(_ASKED)[2])[1:]
+    if common > 1 and (more_follows or common < len(tokens)) and tokens[common - 1] in header:
         common -= 1
     return len(_first_tokens(run[0], tokens, common))
 

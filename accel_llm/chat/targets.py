@@ -293,9 +293,14 @@ class TargetFinder:
             return NOT_AFTER_PROMPT
         start = finished.rfind(header, 0, end) + len(header)
         own = finished[start : end - closing]
-        if start < len(header) or not own.strip() or not own.lstrip().startswith(content):
+        calls = message.get("tool_calls") and own.lstrip().startswith(content) and not self._holds_an_end(own)
+        if start < len(header) or not own.strip() or not (calls or own.strip() == content):
             return NOT_AFTER_PROMPT
         return _Turn(finished, Span(start, end), closing, start, start, as_history=True)
+
+    def _holds_an_end(self, text: str) -> bool:
+        ends = self._added_token.findall(self.frame.tail[: self.frame.closing])
+        return bool(ends) and ends[-1] in text
 
     def _find_in_history(self, message: Message, full: str, turn: _Turn, drop_reasoning: bool) -> Span | None:
         """Return where `full` shows a turn without the template's own words of a last answer, else None.

@@ -8,7 +8,6 @@ import json
 import re
 from dataclasses import replace
 from datetime import datetime
-from typing import Any
 
 import pytest
 from families import FAMILIES, TEMPLATES, load
@@ -462,21 +461,8 @@ def test_specifications_give_the_literals(name: str, shape: str) -> None:
     assert specification(*get_conversation(shape, specification)) == LITERALS[name, shape]
 
 
-FAULTS = {
-    ("nasty-system-last", shape): "the system message after the last answer is trained with it"
-    for shape in ("system", "no_think", "spaces", "markers", "any conversation")
-}
-
-
-def with_faults(cases: list[tuple[str, str]]) -> list[Any]:
-    """Return parameters; those with a known fault of the package must fail until it is mended."""
-    return [
-        pytest.param(*case, marks=[pytest.mark.xfail(strict=True, reason=FAULTS[case])] if case in FAULTS else [])
-        for case in cases
-    ]
-
-
-@pytest.mark.parametrize(("name", "shape"), with_faults([(name, shape) for name in FAMILIES for shape in ALL_SHAPES]))
+@pytest.mark.parametrize("shape", ALL_SHAPES)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_masks(name: str, shape: str) -> None:
     family = FAMILIES[name]
     check(*load(name), family.specification, shape, None, family.rendered, family.calls_without_content)
@@ -643,7 +629,7 @@ def test_a_wrong_mask_is_noticed(name: str) -> None:
 # ---- random conversations
 
 
-@pytest.mark.parametrize(("name", "_"), with_faults([(name, "any conversation") for name in FAMILIES]))
-def test_any_conversation(name: str, _: str) -> None:
+@pytest.mark.parametrize("name", FAMILIES)
+def test_any_conversation(name: str) -> None:
     # Qwen3 strips an answer only while it is the last one, so an answer that begins with whitespace may be lost.
     check_any_conversation(FAMILIES[name], *load(name), examples=20, may_lose=name == "qwen3")

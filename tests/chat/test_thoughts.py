@@ -654,10 +654,6 @@ SMALL_CASES = {
         tools=[TOOL],
     ),
 }
-SMALL_FAULTS = {
-    "the next prompt is no end of a turn, in small letters": "the header is looked for after the last a of the prompt, "
-    "which stands in <|im_start|>",
-}
 
 
 def load_small(case: str, folder: Path) -> tuple[PreTrainedTokenizerFast, Template]:
@@ -667,15 +663,7 @@ def load_small(case: str, folder: Path) -> tuple[PreTrainedTokenizerFast, Templa
     return tokenizer, load_template(tokenizer, str(path))
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(
-            case, marks=[pytest.mark.xfail(strict=True, reason=SMALL_FAULTS[case])] if case in SMALL_FAULTS else []
-        )
-        for case in SMALL_CASES
-    ],
-)
+@pytest.mark.parametrize("case", SMALL_CASES)
 def test_small_templates(case: str, tmp_path: Path) -> None:
     _, rows, lost, options, chat, tools = SMALL_CASES[case]
     tokenizer, template = load_small(case, tmp_path)
