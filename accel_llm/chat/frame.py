@@ -18,7 +18,7 @@ _CLOSERS = "|".join([_THOUGHT_TAG.pattern.replace("<", "</", 1), *map(re.escape,
 _OPEN_AT_END = re.compile(rf"(?:{_OPENERS})$")
 _AT_END = re.compile(rf"(?:{_OPENERS})\s*(?:{_CLOSERS})?\s*$")
 # Noncharacters show where a template writes the answer, its reasoning and the question.
-ANSWER_OPEN, ANSWER_CLOSE, _REASONING, _ASKED = "\ufdd8", "\ufdd9", "\ufdd5", "\ufdda"
+ANSWER_OPEN, ANSWER_CLOSE, REASONING_MARK, _ASKED = "\ufdd8", "\ufdd9", "\ufdd5", "\ufdda"
 _QUESTION = {"role": "user", "content": _ASKED}
 _ANSWER = {"role": "assistant", "content": f"{ANSWER_OPEN}b{ANSWER_CLOSE}"}
 
@@ -38,7 +38,9 @@ def find_frame(text: str, prompt: str, try_render: TryRender, added_pattern: str
         raise DataError("the chat template leaves out the assistant's answer")
     tail = text.rpartition(ANSWER_CLOSE)[2]
     opening = before.removeprefix(prompt) if before.startswith(prompt) else ""
-    reasoned = try_render([_QUESTION, _ANSWER | {"reasoning_content": _REASONING, "thinking": _REASONING}], False)
+    reasoned = try_render(
+        [_QUESTION, _ANSWER | {"reasoning_content": REASONING_MARK, "thinking": REASONING_MARK}], False
+    )
     around = _around_reasoning(reasoned, prompt)
     middle = try_render([_QUESTION, _ANSWER, _QUESTION], True).rpartition(ANSWER_CLOSE)[2]
     closing = _closing_length(tail, middle, prompt, added_pattern)
@@ -52,7 +54,7 @@ FRAME_CHAT = [_QUESTION, _ANSWER]
 
 def _around_reasoning(reasoned: str, prompt: str) -> tuple[str, str] | None:
     """Return what a template writes before the reasoning of an answer (after the prompt) and between the two."""
-    before, mark, after = reasoned.partition(_REASONING)
+    before, mark, after = reasoned.partition(REASONING_MARK)
     if not mark:
         return None
     return before.removeprefix(prompt) if before.startswith(prompt) else "", after.partition(ANSWER_OPEN)[0]

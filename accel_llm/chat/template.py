@@ -19,7 +19,7 @@ from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from accel_llm.chat.encoded import EncodedConversation, EncodedRow
-from accel_llm.chat.frame import ANSWER_OPEN, FRAME_CHAT, split_tokens
+from accel_llm.chat.frame import ANSWER_OPEN, FRAME_CHAT, REASONING_MARK, split_tokens
 from accel_llm.chat.guard import GUARD_CLOSE, GUARD_OPEN, ControlGuard
 from accel_llm.chat.messages import Message
 from accel_llm.chat.patterns import PatternCache
@@ -113,11 +113,12 @@ class Template:
     def _writes_reasoning(self, variables: dict[str, bool]) -> bool:
         """Return whether the template continues its prompt with an answer that has reasoning."""
         question, answer = FRAME_CHAT
-        reasoned = run_bounded(
-            self._renderer.try_render, [question, answer | {"reasoning_content": "c"}], False, None, variables
-        )
+        reasoning = {"reasoning_content": REASONING_MARK}
+        reasoned = run_bounded(self._renderer.try_render, [question, answer | reasoning], False, None, variables)
         prompt = run_bounded(self._renderer.try_render, [question], True, None, variables)
-        return bool(prompt) and reasoned.startswith(prompt) and "c" in reasoned[len(prompt) :].partition(ANSWER_OPEN)[0]
+        if not prompt or not reasoned.startswith(prompt):
+            return False
+        return REASONING_MARK in reasoned[len(prompt) :].partition(ANSWER_OPEN)[0]
 
     def render(
         self,
