@@ -23,7 +23,9 @@ from accel_llm.chat.stand_ins import (
 from accel_llm.chat.targets import Render, Target, TargetFinder, TargetLayout
 
 MAX_SHAPES, MAX_PATTERNS = 4096, 8  # shapes in the cache, and patterns for each; others are worked out each time
-MAX_MESSAGES = 64  # longer conversations hardly share a shape, and learning one takes a render for each turn
+# Learning takes a render for each turn, and longer conversations hardly share a shape: these are learned when a shape
+# comes again, if at all.
+MANY_MESSAGES, MAX_MESSAGES = 64, 512
 _PLAIN_FIELDS = {"role", "content", "reasoning_content", "thinking", "train", "weight"}
 
 
@@ -54,6 +56,7 @@ class PatternCache:
         self._renderer, self._finder = renderer, finder
         self._patterns: dict[Any, list[Pattern]] = {}
         self._renders: dict[Any, list[tuple[list[Question], str]]] = {}
+        self._long_shapes: set[int] = set()
         frame = finder.frame
         self._openings = [frame.opening.strip(), *(frame.thought.tags if frame.thought else ())]
 
@@ -77,9 +80,11 @@ class PatternCache:
         texts = _texts(messages) if len(messages) <= MAX_MESSAGES else None
         if texts is None or compile_traceable(self._renderer.source) is None:
             return None
+        key = _cache_key(messages, variables, options)
+        if len(messages) > MANY_MESSAGES and not self._has_come_before(key):
+            return None
 
         # Full caches learn nothing more.
-        key = _cache_key(messages, variables, options)
         patterns = self._patterns.get(key, [])
         if len(patterns) >= MAX_PATTERNS or (not patterns and len(self._patterns) >= MAX_SHAPES):
             return None
@@ -88,6 +93,12 @@ class PatternCache:
         if pattern and layout:
             self._patterns[key] = [*patterns, pattern]
         return layout
+
+    def _has_come_before(self, key: Any) -> bool:
+        known = hash(key) in self._long_shapes
+        if len(self._long_shapes) < MAX_SHAPES:
+            self._long_shapes.add(hash(key))
+        return known
 
     def _make_pattern(
         self,
