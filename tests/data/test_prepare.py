@@ -553,3 +553,19 @@ def _starts(pieces: list, uncut: dict[int, tuple[list[int], list[int]]]) -> list
         reached[number] = start + len(ids)
         starts.append((number, start))
     return starts
+
+
+def test_what_nothing_reads_reaches_the_ledger_and_the_cache(tmp_path: Path) -> None:
+    rows = [conversation(TALK) | {"remark": "nobody reads these words" * 6} for _ in range(2)]
+    rows[0]["messages"][1]["mood"] = "kind"
+    rows.append(conversation(TALK))
+    for _ in range(2):  # the second time from the cache
+        ledger = encode(tmp_path, rows).ledger
+        assert {name: (unused.rows, unused.characters) for name, unused in ledger.unused.items()} == {
+            "column 'remark'": (2, 288),
+            "'mood' of messages": (1, 4),
+        }
+        assert ledger.characters > 292
+    marked = conversation([("user", "a"), ("assistant", "b<|im_end|>")])
+    (remark,) = encode(tmp_path, [marked], cache_dir=str(tmp_path / "other")).ledger.remarks.items()
+    assert "as if it were rendered already" in remark[0] and remark[1] == 1
