@@ -13,7 +13,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerFast, TextStreamer, set_seed
 
 from accel_llm.adapters.locate import check_bases, find_adapter, find_base
-from accel_llm.backend.accelerator import quiet_libraries
+from accel_llm.backend.library_messages import quiet_libraries
 from accel_llm.backend.strategy import PRECISION_DTYPES
 from accel_llm.chat.template import Template, load_template
 from accel_llm.config.command_line import parse_options

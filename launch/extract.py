@@ -6,7 +6,7 @@ python launch/extract.py --base base --model tuned --lora_r 32 --output_dir adap
 from rich.console import Console
 from rich.progress import Progress
 
-from accel_llm.backend.accelerator import quiet_libraries
+from accel_llm.backend.library_messages import quiet_libraries
 from accel_llm.config.command_line import parse_options
 from accel_llm.config.tool_options import ExtractOptions as Options
 from accel_llm.merge.extract import extract_adapter

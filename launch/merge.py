@@ -14,7 +14,7 @@ os.environ["THP_MEM_ALLOC_ENABLE"] = os.environ.get("THP_MEM_ALLOC_ENABLE", "1")
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
-from accel_llm.backend.accelerator import quiet_libraries
+from accel_llm.backend.library_messages import quiet_libraries
 from accel_llm.config.command_line import parse_options
 from accel_llm.config.tool_options import MergeOptions
 from accel_llm.merge.merge import MergeResult, describe_base_errors, merge

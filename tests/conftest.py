@@ -20,7 +20,7 @@ from accelerate.state import AcceleratorState
 from support import ROOT, SPECIAL, character_tokenizer, reset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from accel_llm.backend.accelerator import quiet_libraries
+from accel_llm.backend.library_messages import quiet_libraries
 from accel_llm.demo.skills import demo_conversations
 from accel_llm.demo.tokenizer import build_demo_tokenizer
 from accel_llm.errors import ConfigError, DataError

@@ -1,8 +1,6 @@
 """Builds the Accelerator. Every difference between backends is settled here, each with its reason."""
 
-import logging
 import os
-import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,24 +21,10 @@ from accel_llm.backend.strategy import accumulation_steps, resolve_precision, st
 from accel_llm.backend.zero import build_deepspeed_plugin, prepare_deepspeed_on_cpu
 from accel_llm.config.options import TrainOptions
 from accel_llm.errors import ConfigError, raise_problems
-from accel_llm.system.launcher import process_rank, world_size
+from accel_llm.system.launcher import world_size
 from accel_llm.system.signals import listen_for_signals
 
 MAX_CPU_PROCESSES = 8
-
-
-def quiet_libraries() -> None:
-    """Silence the messages of libraries about themselves; warnings about a run come from this project."""
-    if use_cpu():
-        # Otherwise DeepSpeed prints at import that it found no accelerator.
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    for name in ("transformers", "accelerate", "datasets", "peft", "bitsandbytes", "httpx", "torch.distributed"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING if process_rank() == 0 else logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"(deepspeed|accelerate|torch|bitsandbytes|peft|transformers)\b")
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
 
 
 def _prepare_fsdp_on_cpu() -> None:

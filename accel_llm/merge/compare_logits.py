@@ -11,7 +11,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 from accel_llm.adapters.compat import SavedAdapter, read_adapter
-from accel_llm.backend.accelerator import quiet_libraries
+from accel_llm.backend.library_messages import quiet_libraries
 from accel_llm.config.tool_options import MergeOptions
 from accel_llm.errors import ConfigError
 from accel_llm.merge.attached import adapted_modules

@@ -11,7 +11,7 @@ from accelerate.utils import set_seed
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 from accel_llm.adapters.attach import adopt_adapter_options, attach_adapter
-from accel_llm.backend.accelerator import quiet_libraries
+from accel_llm.backend.library_messages import quiet_libraries
 from accel_llm.backend.strategy import engine
 from accel_llm.chat.template import Template, configured_template
 from accel_llm.config.command_line import parse_options, resolved_options

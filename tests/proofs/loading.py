@@ -39,7 +39,8 @@ def rank_main(model_folder: str, method: str) -> None:
     import torch
 
     from accel_llm.adapters.attach import attach_adapter
-    from accel_llm.backend.accelerator import build_accelerator, quiet_libraries
+    from accel_llm.backend.accelerator import build_accelerator
+    from accel_llm.backend.library_messages import quiet_libraries
     from accel_llm.config.options import TrainOptions
     from accel_llm.model.loading import load_model
     from accel_llm.model.loss import attach_loss
