@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from accel_llm.backend.library_messages import quiet_libraries
-from accel_llm.config.command_line import parse_options
+from accel_llm.config.command_line import parse_options, shell_command
 from accel_llm.config.tool_options import ExtractOptions as Options
 from accel_llm.merge.extract import extract_adapter
 from accel_llm.system.exit import run_script
@@ -18,7 +18,7 @@ SHOWN_LAYERS = 10  # those with the largest error
 def main() -> None:
     options = parse_options(Options)
     quiet_libraries()
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("extracting")
         result = extract_adapter(options, lambda done, total: bar.update(task, completed=done, total=total))
@@ -33,9 +33,8 @@ def main() -> None:
 
     for name, change in result.uncovered_changes.items():
         console.print(f"  not in the adapter, though changed by {change:.2%}: {name} (modules_to_save saves it whole)")
-    console.print(
-        f"wrote {result.folder}; use it with: python launch/merge.py --adapter {result.folder} --output_dir merged"
-    )
+    command = shell_command("merge.py", adapter=result.folder, output_dir="merged")
+    console.print(f"wrote {result.folder}; use it with: {command}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
 from accel_llm.backend.library_messages import quiet_libraries
-from accel_llm.config.command_line import parse_options
+from accel_llm.config.command_line import parse_options, shell_command
 from accel_llm.config.tool_options import MergeOptions
 from accel_llm.merge.merge import MergeResult, describe_base_errors, merge
 from accel_llm.merge.model_card import push_folder
@@ -25,7 +25,7 @@ from accel_llm.system.exit import run_script
 def main() -> None:
     options = parse_options(MergeOptions)
     quiet_libraries()
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("merging")
@@ -53,7 +53,7 @@ def show_result(console: Console, options: MergeOptions, merged: MergeResult) ->
         console.print(f"{base} base: {sentence}")
     if "merge_base" in options.model_fields_set and options.verify != "logits":
         console.print("to measure the error of both bases, original and dequantized, add: --verify logits")
-    console.print(f"wrote {merged.folder}; ask it with: python launch/chat.py --model {merged.folder}")
+    console.print(f"wrote {merged.folder}; ask it with: {shell_command('chat.py', model=merged.folder)}")
 
 
 if __name__ == "__main__":

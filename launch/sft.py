@@ -7,6 +7,7 @@
 Without a model and data it trains the embedded demo of launch/recipes/demo.yaml. `--help` lists all options.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,19 +59,19 @@ def main() -> None:
     stop = setup.stop_tokens(model, chat.tokenizer, chat.template)
     display.show_stop_token_check(accelerator, data.train, chat.tokenizer, chat.template.turn_end_id, stop)
 
-    # Train and export. run.json records the status, also after a failure.
+    # Train, export, and evaluate for the last time. run.json records the status, also after a failure.
     with recording(options.output_dir, accelerator.is_main_process, setup.run_facts(options, data, checks)) as record:
+        meter = Meter(accelerator, options, stream.plan, record, start.step, start.meter)
         evaluation = Evaluation(accelerator, chat.tokenizer, data.eval, options, stop)
-        train(accelerator, model, optimizer, scheduler, stream, evaluation, checkpoints, options)
+        train(accelerator, model, optimizer, scheduler, stream, meter, evaluation, checkpoints, options)
         if options.check_only:
             return display.show_checks(accelerator, checks["accelerate"], options)
-        exported = checkpoints.finish()
-        folder = export_model(accelerator, model, chat.tokenizer, stop, options, config, start)
-        record.update(samples=evaluation.samples, exported_step=exported)
-    display.show_next_commands(accelerator, folder)
-    accelerator.end_training()
+        export = partial(export_model, accelerator, model, chat.tokenizer, stop, options, config, start)
+        folder = checkpoints.finish(export, evaluation, meter)
+    display.show_next_commands(accelerator, record, folder)
     if options.overfit:
         display.check_overfit(accelerator, evaluation.samples)
+    meter.end_run()
 
 
 def train(
@@ -79,12 +80,12 @@ def train(
     optimizer: Any,
     scheduler: Any,
     stream: Stream,
+    meter: Meter,
     evaluation: Evaluation,
     checkpoints: Checkpoints,
     options: Options,
 ) -> None:
     start, plan, undo_averaging = checkpoints.start, stream.plan, loop.undo_averaging(accelerator)
-    meter = Meter(accelerator, options, plan, start.step, start.meter)
     bad_steps = BadSteps(accelerator, stream, options, start.skipped)
     batches = stream.batches(start.step)
     evaluation.at_start(model, meter, start)
@@ -113,7 +114,6 @@ def train(
         scheduler.step()
         evaluation.when_due(model, meter, step)
         checkpoints.when_due(meter, evaluation, bad_steps, step)
-    meter.close()
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from accel_llm.chat.values import (
 )
 from accel_llm.data.rows import ARRAYS, Origin, RowPart, Rows
 from accel_llm.model.placement import materialize_weights
+from accel_llm.system.run_lock import release_locks
 from accel_llm.system.signals import signal_requests
 
 # The Markdown pages of the project.
@@ -247,7 +248,8 @@ def make_rows(encoded: Iterable[tuple[int, list[int], list[int]]], weights: list
 
 
 def reset() -> None:
-    """Reset the state that a new process would not have: Accelerate's (it is kept in classes), signals and seeds."""
+    """Reset the state that a new process would not have: Accelerate's (it is kept in classes), locks, signals and seeds."""
+    release_locks()
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     PartialState._reset_state()

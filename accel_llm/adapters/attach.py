@@ -13,8 +13,10 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from accel_llm.adapters.locate import describe_other_base
+from accel_llm.adapters.initial import REPEATABLE_INITS, start_from_base
+from accel_llm.adapters.locate import describe_other_base, locate_folder
 from accel_llm.adapters.saved import ADAPTER_WEIGHTS, read_adapter_config
+from accel_llm.backend.strategy import compute_dtype
 from accel_llm.config.options import MethodOptions
 from accel_llm.errors import ConfigError, raise_problems
 from accel_llm.model.vocabulary import NEW_ROWS, PEFT_ROWS, train_new_rows
@@ -50,16 +52,16 @@ def build_lora_config(options: MethodOptions) -> LoraConfig:
 
 
 def adopt_adapter_options(options: MethodOptions) -> Any:
-    """Return the options with the settings of the adapter in `adapter_name_or_path`, or unchanged if that is not set.
+    """Return the options with the folder and the settings of the adapter in `adapter_name_or_path`, if that is set.
 
     Raises:
-        ConfigError: the adapter is not a LoRA, its weights are not safetensors, or an option contradicts its settings.
+        ConfigError: there is no such adapter, it is not a LoRA, its weights are not safetensors, or an option contradicts its settings.
     """
     name = options.adapter_name_or_path
     if name is None:
         return options
-    folder = Path(name).expanduser()
-    settings = read_adapter_config(folder)
+    folder = locate_folder(name, "adapter_name_or_path")
+    settings = read_adapter_config(folder, "adapter_name_or_path")
     if settings.get("peft_type") != "LORA":
         raise ConfigError(
             f"adapter_name_or_path: {name} is a {settings.get('peft_type')} adapter; only a LORA can be trained on."
@@ -79,6 +81,7 @@ def adopt_adapter_options(options: MethodOptions) -> Any:
             if _comparable(value) != _comparable(adopted[option])
         ]
     )
+    options = options.model_copy(update={"adapter_name_or_path": str(folder)})
     return options.with_defaults({option: value for option, value in adopted.items() if option not in user_values})
 
 
@@ -98,14 +101,20 @@ def attach_adapter(model: PreTrainedModel, options: MethodOptions, new_tokens: r
             with them, or the weights of the earlier adapter do not fit.
     """
     _check_module_names(model, options)
+    config = _peft_config(options)
+    # First values that are a part of the base's weights come afterwards: PEFT would change the base.
+    init: Any = config.init_lora_weights
+    from_base = isinstance(init, str) and init in REPEATABLE_INITS
     try:
-        wrapped = get_peft_model(model, _peft_config(options))
+        wrapped: Any = get_peft_model(model, replace(config, init_lora_weights=True) if from_base else config)
     except ValueError as error:
         # PEFT's own message can have many lines; the first one says enough.
         raise ConfigError(
             f"lora_target_modules: {options.lora_target_modules!r} does not fit the model "
             f"({str(error).splitlines()[0]}); its linear layers are {_linear_layers(model)}."
         ) from None
+    if from_base:
+        start_from_base(wrapped, init, compute_dtype(options))
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
             # PEFT 0.21 makes the LoRA itself float32, but not biases and modules_to_save. In bfloat16 they would not
@@ -113,17 +122,18 @@ def attach_adapter(model: PreTrainedModel, options: MethodOptions, new_tokens: r
             parameter.data = parameter.data.float()
 
     adapter_config: Any = wrapped.peft_config["default"]
+    adapter_config.init_lora_weights = init
     adapter_config.trainable_token_indices = train_new_rows(model, new_tokens) or None
     if options.adapter_name_or_path is not None:
         _load_weights(wrapped, options.adapter_name_or_path)
-    return wrapped  # type: ignore[return-value]
+    return wrapped
 
 
 def _peft_config(options: MethodOptions) -> Any:
     """Return the LoRA's config; an earlier adapter's is read as a whole, because not every setting has an option."""
     if options.adapter_name_or_path is None:
         return build_lora_config(options)
-    config = PeftConfig.from_pretrained(str(Path(options.adapter_name_or_path).expanduser()))
+    config = PeftConfig.from_pretrained(options.adapter_name_or_path)
     # First values do not matter, the earlier weights replace them; new rows are handled by train_new_rows.
     changes = {"inference_mode": False, "lora_dropout": options.lora_dropout, "init_lora_weights": True}
     return replace(config, **changes, trainable_token_indices=None)
@@ -135,7 +145,7 @@ def _load_weights(model: Any, name: str) -> None:
     Raises:
         ConfigError: the adapter was trained on another base, or names or shapes of the weights do not fit.
     """
-    folder = Path(name).expanduser()
+    folder = Path(name)
     if problem := describe_other_base(folder, model.config._name_or_path):
         raise ConfigError(f"adapter_name_or_path: {name} {problem}; set model_name_or_path to the adapter's own base.")
 

@@ -1,6 +1,5 @@
 """Finds an adapter and its base model, and checks that the adapter was trained on this base."""
 
-import re
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -10,6 +9,8 @@ from accel_llm.adapters.saved import read_adapter_config, read_base_fingerprint
 from accel_llm.errors import ConfigError
 from accel_llm.model.fingerprint import model_fingerprint
 from accel_llm.model.loading import check_model_name, short_reason
+from accel_llm.system.hub import absence_reason
+from accel_llm.system.places import expand_home
 
 # Files that a merge needs of a model on the hub.
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
@@ -17,7 +18,7 @@ MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tikt
 
 def find_adapter(name: str) -> Path:
     """Return the adapter's folder; `name` is this folder or the output folder of the run that trained it."""
-    folder = Path(name).expanduser()
+    folder = Path(name)
     inner = folder / "adapter"
     if not (folder / "adapter_config.json").is_file() and (inner / "adapter_config.json").is_file():
         return inner
@@ -30,7 +31,7 @@ def find_base(adapter: Path, chosen: str | None, field: str = "base") -> str:
     Raises:
         ConfigError: there is no name, or no such model.
     """
-    base = chosen or read_adapter_config(adapter).get("base_model_name_or_path")
+    base = chosen or expand_home(read_adapter_config(adapter).get("base_model_name_or_path") or "")
     if not base:
         raise ConfigError(f"{field}: {adapter} does not name its base model; say where it is.")
     try:
@@ -75,11 +76,14 @@ def locate_folder(name: str, field: str, revision: str = "main", allow_pickle: b
     A hub id is downloaded, unless it is in the cache.
 
     Raises:
-        ConfigError: it cannot be downloaded.
+        ConfigError: there is no such folder, and nothing of this name can be downloaded.
     """
-    folder = find_adapter(name) if field == "adapter" else Path(name).expanduser()
-    if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-        return folder
+    if reason := absence_reason(name, revision):
+        adapter = "name the adapter's folder, or the run's output_dir"
+        remedy = adapter if field.startswith("adapter") else "a model folder or a hub id (owner/name) is allowed"
+        raise ConfigError(f"{field}: {name} {reason}; {remedy}.")
+    if Path(name).exists():
+        return find_adapter(name) if field.startswith("adapter") else Path(name)
     try:
         patterns = [*MODEL_FILES, *(["*.bin"] if allow_pickle else [])]
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))

@@ -1,18 +1,26 @@
-"""Writes and reads the folder of a LoRA adapter: adapter_config.json and adapter_model.safetensors."""
+"""Writes, checks and reads the folder of a LoRA adapter: adapter_config.json and adapter_model.safetensors."""
 
 import json
+import math
+from copy import copy, deepcopy
 from pathlib import Path
 from typing import Any
 
 import accel_llm.system.chatter
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from torch.distributed.fsdp import FSDPModule
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from accel_llm.adapters.initial import joined_factors, lora_layers, plain_config
 from accel_llm.errors import ConfigError
+from accel_llm.model.attention import unwrap_causal_lm
+from accel_llm.model.loading import describe_shape_mismatch, short_reason
 from accel_llm.model.vocabulary import NEW_ROWS, PEFT_ROWS
+from accel_llm.system.places import missing_reason
 from accel_llm.system.tensors import write_tensors
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -24,27 +32,84 @@ def save_adapter(
 ) -> None:
     """Write an adapter's config and its trained weights `state`, gathered from all ranks, to `folder`.
 
-    `base` is written down as the base model; a folder becomes an absolute path, so that the adapter works from
-    anywhere. `base_fingerprint` goes into the header of the weights file, which other programs ignore.
+    It is always a plain LoRA on the base itself, whatever its first values were, see `adapters/initial.py`. `base` is
+    written down as the base model; a folder becomes an absolute path, so that the adapter works from anywhere.
+    `base_fingerprint` goes into the header of the weights file, which other programs ignore.
     """
-    # PEFT writes the config and the weights that it knows.
-    local = Path(base).expanduser()
-    model.peft_config["default"].base_model_name_or_path = str(local.resolve()) if local.is_dir() else base
-    model.save_pretrained(str(folder), state_dict=state, safe_serialization=True, save_embedding_layers=False)
-    # The rows of new tokens are our own parameters; add them under PEFT's name.
-    new_rows = {
-        name.removesuffix(NEW_ROWS) + PEFT_ROWS: tensor
-        for name, tensor in state.items()
-        if name.endswith(f".{NEW_ROWS}")
-    }
-    path = folder / ADAPTER_WEIGHTS
-    # Cloned: load_file maps the file that is about to be replaced.
-    weights = {name: tensor.clone() for name, tensor in load_file(path).items()}
-    write_tensors(
-        path,
-        dict(sorted((weights | new_rows).items())),
-        {"format": "pt"} | ({BASE_FINGERPRINT: base_fingerprint} if base_fingerprint else {}),
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = _named_for_file(model, joined_factors(model, state))
+    metadata = {"format": "pt"} | ({BASE_FINGERPRINT: base_fingerprint} if base_fingerprint else {})
+    write_tensors(folder / ADAPTER_WEIGHTS, dict(sorted(weights.items())), metadata)
+    # The config says what the weights are.
+    config, local = copy(plain_config(model)), Path(base)
+    config.base_model_name_or_path = str(local.resolve()) if local.is_dir() else base
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
+
+
+def _named_for_file(model: PeftModel, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return trained weights by their names in an adapter's file; `state` has them by their names in the model."""
+    weights = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
+    # The rows of new tokens are our own parameters; they are added under PEFT's name.
+    rows = {name: tensor for name, tensor in state.items() if name.endswith(f".{NEW_ROWS}")}
+    return weights | {name.removesuffix(NEW_ROWS) + PEFT_ROWS: tensor for name, tensor in rows.items()}
+
+
+def check_saved_adapter(model: Any, folder: Path) -> None:
+    """Compare the adapter in `folder`, as plain PEFT loads it on an empty copy of the base, with the trained `model`.
+
+    `model` comes without the wrappers of DDP or DeepSpeed. Its weights may be sharded: only their names and shapes are
+    read, and the scaling of each layer. So one process is enough, and the base takes no memory.
+
+    Raises:
+        ConfigError: PEFT cannot load the adapter, or its weights have other names, shapes or another scaling.
+    """
+    try:
+        problem = _compare_files(model, folder) or _compare_loaded(model, folder)
+    except (OSError, ValueError, TypeError, LookupError, RuntimeError, AttributeError, SafetensorError) as error:
+        problem = f"PEFT cannot load it ({short_reason(error)})"
+    if problem:
+        raise ConfigError(f"adapter: {folder} was written, but it does not hold what was trained: {problem}.")
+
+
+def _compare_files(model: Any, folder: Path) -> str:
+    """Say how names and shapes in the weights file differ from those of the trained weights; empty if they do not."""
+    # Empty tensors get the names that the trained weights have in a file. Under ZeRO-3 a parameter's own shape is 0.
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    shapes = {name: getattr(parameter, "ds_shape", parameter.shape) for name, parameter in trained.items()}
+    state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    named = _named_for_file(model, joined_factors(model, state))
+    expected = {name: tuple(weight.shape) for name, weight in named.items()}
+    if not expected or len(expected) != len(trained):
+        return f"{len(trained)} tensors are trained, and PEFT saves {len(expected)} of them"
+
+    with safe_open(folder / ADAPTER_WEIGHTS, "pt") as file:
+        stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    if missing := expected.keys() - stored:
+        return f"{len(missing)} of {len(expected)} weights are missing, such as {min(missing)}"
+    if unknown := stored.keys() - expected:
+        return f"{len(unknown)} of {len(stored)} weights were not trained, such as {min(unknown)}"
+    different = ((name, stored[name], shape) for name, shape in expected.items() if stored[name] != shape)
+    return describe_shape_mismatch(different, "trained is")
+
+
+def _compare_loaded(model: Any, folder: Path) -> str:
+    """Say how PEFT's own loading differs from the trained adapter; empty if it does not."""
+    # An empty copy of the base. FSDP2 has put a class of its own before the model's.
+    inner = unwrap_causal_lm(model)
+    model_class: Any = next(kind for kind in type(inner).__mro__ if not issubclass(kind, FSDPModule))
+    unset_hf_deepspeed_config()  # otherwise transformers would shard the copy under ZeRO-3
+    with torch.device("meta"):
+        base = model_class._from_config(deepcopy(inner.config))
+    loaded: Any = get_peft_model(base, PeftConfig.from_pretrained(str(folder)), low_cpu_mem_usage=True)
+    result = loaded.load_adapter(str(folder), "default", torch_device="cpu", low_cpu_mem_usage=True)
+    if keys := [*result.missing_keys, *result.unexpected_keys]:
+        return f"{len(keys)} weights have no counterpart after loading, such as {min(keys)}"
+    found, expected = (
+        {name: layer.scaling["default"] for name, layer in lora_layers(m).items()} for m in (loaded, model)
     )
+    wrong = [name for name, scaling in expected.items() if not math.isclose(found.get(name, 0.0), scaling)]
+    return f"{len(wrong)} layers are scaled otherwise, such as {min(wrong)}" if wrong else ""
 
 
 def read_base_fingerprint(folder: Path) -> str | None:
@@ -56,22 +121,22 @@ def read_base_fingerprint(folder: Path) -> str | None:
         return None
 
 
-def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """Return the content of an adapter's adapter_config.json.
+def read_adapter_config(folder: Path, field: str = "adapter") -> dict[str, Any]:
+    """Return the content of an adapter's adapter_config.json; `field` is the option to name in an error.
 
     Raises:
         ConfigError: the folder does not exist, has no such file, or the file is not a JSON object.
     """
     path = folder / "adapter_config.json"
-    if not folder.exists():
-        raise ConfigError(f"adapter: {folder} does not exist; name the adapter's folder, or the run's output_dir.")
+    if reason := missing_reason(folder):
+        raise ConfigError(f"{field}: {folder} {reason}; name the adapter's folder, or the run's output_dir.")
     if not path.is_file():
         kind = "a full model" if (folder / "config.json").is_file() else "not an adapter"
-        raise ConfigError(f"adapter: {folder} is {kind}: it has no adapter_config.json.")
+        raise ConfigError(f"{field}: {folder} is {kind}: it has no adapter_config.json.")
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ConfigError(f"adapter: {path} is not JSON (line {error.lineno}: {error.msg}).") from None
+        raise ConfigError(f"{field}: {path} is not JSON (line {error.lineno}: {error.msg}).") from None
     if not isinstance(settings, dict):
-        raise ConfigError(f"adapter: {path} holds a {type(settings).__name__}, not the settings of an adapter.")
+        raise ConfigError(f"{field}: {path} holds a {type(settings).__name__}, not the settings of an adapter.")
     return settings

@@ -21,7 +21,8 @@ from accel_llm.backend.strategy import accumulation_steps, resolve_precision, st
 from accel_llm.backend.zero import build_deepspeed_plugin, prepare_deepspeed_on_cpu
 from accel_llm.config.options import TrainOptions
 from accel_llm.errors import ConfigError, raise_problems
-from accel_llm.system.launcher import world_size
+from accel_llm.system.launcher import process_rank, world_size
+from accel_llm.system.run_lock import lock_output_dir, share_lock
 from accel_llm.system.signals import listen_for_signals
 
 MAX_CPU_PROCESSES = 8
@@ -69,9 +70,9 @@ def build_accelerator(options: TrainOptions) -> Accelerator:
 
     Raises:
         ConfigError: too many CPU processes, a tracker that is not installed, or a launch YAML or DeepSpeed file that is
-            broken or contradicts the recipe.
+            broken or contradicts the recipe; or another run lives in `output_dir`.
     """
-    listen_for_signals(None if options.dry_run else Path(options.output_dir))
+    listen_for_signals(None)
     cpu, launched_strategy, accumulation = use_cpu(), strategy(), accumulation_steps(options)
 
     # Problems that can be found before anything starts.
@@ -102,6 +103,12 @@ def build_accelerator(options: TrainOptions) -> Accelerator:
         arguments["cpu"] = True
         os.environ.pop("ACCELERATE_USE_FSDP", None)
 
+    # The main process refuses a folder in which another run lives; the others cannot get past it, for they meet it in
+    # `Accelerator`. From then on a signal may write to the folder.
+    folder = None if options.dry_run else Path(options.output_dir)
+    if folder and process_rank() == 0:
+        lock_output_dir(folder)
+        listen_for_signals(folder)
     accelerator = Accelerator(
         mixed_precision={"fp32": "no"}.get(resolve_precision(options), resolve_precision(options)),
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False),
@@ -113,6 +120,9 @@ def build_accelerator(options: TrainOptions) -> Accelerator:
         **arguments,
     )
     _check_accelerator(accelerator, launched_strategy)
+    if folder:
+        share_lock(folder)
+        listen_for_signals(folder)
     return accelerator
 
 

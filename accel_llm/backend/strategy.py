@@ -23,7 +23,7 @@ def training_device() -> torch.device:
 
 
 def strategy() -> str:
-    """Return the strategy of the launch YAML: `single`, `ddp`, `fsdp2` or `zero0` to `zero3`."""
+    """Return the strategy of the launch YAML: `single`, `ddp`, `fsdp2` or `zero1` to `zero3`."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         return f"zero{deepspeed_settings()['zero_optimization'].get('stage', 0)}"
     sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"

@@ -41,7 +41,7 @@ def deepspeed_settings() -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise ConfigError(f"deepspeed_config_file: {path} is not JSON (line {error.lineno}: {error.msg}).") from None
     if "stage" not in settings.get("zero_optimization", {}):
-        raise ConfigError(f"deepspeed_config_file: {path} has no zero_optimization.stage; it must be 0, 1, 2 or 3.")
+        raise ConfigError(f"deepspeed_config_file: {path} has no zero_optimization.stage; it must be 1, 2 or 3.")
     return settings
 
 
@@ -64,6 +64,10 @@ def _check_against_recipe(settings: dict[str, Any]) -> None:
         for key, option in recipe.items()
         if settings.get(key, "auto") != "auto"
     ]
+
+    # Stage 0 would be DDP, but in DeepSpeed 0.19.8 it reports no gradient norm.
+    if settings["zero_optimization"].get("stage", 0) == 0:
+        problems.append("zero_optimization.stage: 0 shards nothing; use ddp.yaml, or set stage 1, 2 or 3.")
 
     # Settings that must be absent, and precision.
     for key, ours in {"optimizer": "optim", "scheduler": "lr_scheduler_type"}.items():

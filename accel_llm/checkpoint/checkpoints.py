@@ -15,6 +15,7 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 
 from accel_llm.backend.collectives import agree_on_requests, max_over_processes, new_cpu_group, wait_for_all
-from accel_llm.checkpoint.pieces import PieceReader, Share
+from accel_llm.checkpoint.files import check_parameter_names, open_checkpoint, write_rank_files
 from accel_llm.checkpoint.randomness import generator_states, set_generator_states
 from accel_llm.checkpoint.resume import read_rank_state, remove_obsolete_files
 from accel_llm.checkpoint.shares import (
@@ -39,12 +40,12 @@ from accel_llm.config.command_line import resolved_options
 from accel_llm.config.options import TrainOptions
 from accel_llm.errors import ConfigError
 from accel_llm.report.metrics import Meter
-from accel_llm.system.disk import disk_errno, disk_failure, sha256, sync_to_disk
+from accel_llm.system.disk import disk_errno, disk_failure
 from accel_llm.system.exit import DISK_ADVICE
 from accel_llm.system.folders import hidden_sibling
-from accel_llm.system.manifest import find_damage, find_parts, remove_folder, seal_folder, write_part
+from accel_llm.system.manifest import find_damage, find_parts, remove_folder, seal_folder
 from accel_llm.system.signals import Preempted, ignore_further_signals, signal_requests, stop_deferring_signals
-from accel_llm.system.tensors import find_nonfinite, write_tensors
+from accel_llm.system.tensors import find_nonfinite
 from accel_llm.training.bad_steps import BadSteps
 from accel_llm.training.evaluation import Evaluation, find_new_best
 from accel_llm.training.start import Start
@@ -108,25 +109,57 @@ class Checkpoints:
             ignore_further_signals()
             raise Preempted(signal_requests.stop or signal.SIGTERM, step)
 
-    def finish(self) -> int:
-        """End of training: load the best checkpoint if metric_for_best_model asks for it. Returns the weights' step.
+    def finish(self, export: Callable[[], Path], evaluation: Evaluation, meter: Meter) -> Path:
+        """End of training: export, and then evaluate for the last time. Returns the folder of the export.
+
+        The weights are exported first, because an evaluation may fail. With metric_for_best_model these are the best
+        so far; if the last ones turn out to be better, they are exported in their place.
 
         Raises:
-            ConfigError: the files of the best checkpoint were damaged after they were written.
+            RuntimeError: the last evaluation failed. The export is complete.
         """
         stop_deferring_signals()
+        meter.close()
+        last, record = self.saved_step, meter.record
+        exported = self._load_best(meter)
+        folder = export()
+        record.update(exported_step=exported)
+        if exported != last:
+            self._load_weights(last)
+
+        evaluation.at_end(self.model, meter, folder)
+        record.update(samples=evaluation.samples)
+        best = find_new_best(self.options.metric_for_best_model, evaluation, last, self.best)
+        if best and exported != last:
+            export()
+            record.update(exported_step=last)
+        if best and self.accelerator.is_main_process:
+            self.best = best
+            self._remove_old(self._folder(last))
+        return folder
+
+    def _load_best(self, meter: Meter) -> int:
+        """Load the weights of the best checkpoint so far, if there is one, and return the step of the weights."""
         # Without metric_for_best_model, or if the last checkpoint is the best one, the weights are right already.
         if self.best is None or self.best[0] == self.saved_step:
             return self.saved_step
-        # Only the weights are loaded: there is no further step that would need the optimizer.
         folder = self._folder(self.best[0])
         if problem := find_damage(folder):
-            raise ConfigError(f"metric_for_best_model: the best checkpoint, {folder}, {problem}.")
-        reader = _open_checkpoint(folder)
+            if self.accelerator.is_main_process:
+                meter.record.add_problem(
+                    f"metric_for_best_model: the best checkpoint, {folder}, {problem}; the export has the weights of "
+                    f"step {self.saved_step}, the last ones."
+                )
+            return self.saved_step
+        self._load_weights(self.best[0])
+        return self.best[0]
+
+    def _load_weights(self, step: int) -> None:
+        """Load only the weights of a checkpoint: there is no further step that would need the optimizer."""
+        reader = open_checkpoint(self._folder(step))
         for share in local_shares(self.accelerator, self.model, self.optimizer):
             fill_weights(share, reader)
         refresh_model_weights(self.optimizer)
-        return self.best[0]
 
     def _folder(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
@@ -225,7 +258,7 @@ class Checkpoints:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         number, disk_error = 0, None
         try:
-            _write_files(partial, rank, tensors, values, shared)
+            write_rank_files(partial, rank, tensors, values, shared)
         except Exception as error:
             if not (number := disk_errno(error)):
                 raise
@@ -288,9 +321,9 @@ class Checkpoints:
     def _load(self, folder: Path) -> None:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         # Weights and optimizer state, into the tensors that this backend has.
-        reader = _open_checkpoint(folder)
+        reader = open_checkpoint(folder)
         shares = local_shares(self.accelerator, self.model, self.optimizer)
-        _check_parameter_names(folder, shares, reader)
+        check_parameter_names(folder, shares, reader)
         load_shares(shares, self.optimizer, reader)
         refresh_model_weights(self.optimizer)
         # Everything else: learning rate, loss scale and random generators.
@@ -312,45 +345,3 @@ class Checkpoints:
             group["lr"] = rate
         # The scheduler reports these as the current rates.
         self.scheduler._last_lr = rates
-
-
-def _write_files(
-    partial: Path, rank: int, tensors: dict[str, torch.Tensor], values: dict[str, Any], shared: dict[str, Any] | None
-) -> None:
-    """Write one process's files, then the list of them for the manifest."""
-    files = {}
-    for name, content in {f"rank-{rank:05d}.json": values, "state.json": shared}.items():
-        if content is not None:
-            files[name] = _write_json(partial / name, content)
-    if tensors:
-        name = f"rank-{rank:05d}.safetensors"
-        files[name] = write_tensors(partial / name, tensors)
-    write_part(partial, rank, files)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> tuple[int, str]:
-    """Write a file and force it to the disk. Returns its size in bytes and its SHA-256."""
-    path.write_text(json.dumps(content), encoding="utf-8")
-    sync_to_disk(path)
-    return path.stat().st_size, sha256(path)
-
-
-def _open_checkpoint(folder: Path) -> PieceReader:
-    numbers: dict[str, Any] = {}
-    expected: list[str] = []
-    # Each process has listed the tensors that it wrote, so that a missing one is noticed.
-    for path in sorted(folder.glob("rank-*.json")):
-        values = json.loads(path.read_text(encoding="utf-8"))
-        numbers |= values["numbers"]
-        expected += values["tensors"]
-    return PieceReader(folder, sorted(folder.glob("rank-*.safetensors")), numbers, expected)
-
-
-def _check_parameter_names(folder: Path, shares: list[Share], reader: PieceReader) -> None:
-    """Refuse a checkpoint that lacks a parameter that is trained here."""
-    unknown = {piece.name for share in shares for piece in share.pieces} - reader.parameter_sizes().keys()
-    if unknown:
-        raise ConfigError(
-            f"resume_from_checkpoint: {folder} holds other weights than this run trains ({min(unknown)} is not there); "
-            "the method or model differs."
-        )

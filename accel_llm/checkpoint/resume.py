@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from accelerate import Accelerator
 
+from accel_llm.adapters.locate import find_adapter
 from accel_llm.backend.collectives import sum_on_cpus
 from accel_llm.backend.strategy import rows_per_step
 from accel_llm.config.command_line import resolved_options
@@ -24,10 +25,9 @@ from accel_llm.model.fingerprint import model_fingerprint
 from accel_llm.system.folders import hidden_sibling
 from accel_llm.system.launcher import process_rank
 from accel_llm.system.manifest import find_damage, remove_folder
+from accel_llm.system.run_lock import RUN_FILES
 from accel_llm.training.start import Start
 
-# Files of a run in its folder. run.json is removed last: without it the other files would look like somebody else's.
-RUN_FILES = ("metrics.jsonl", "checkpoints", "adapter", "model", "report.html", "logs", "run.json")
 # Options that shape the saved state: a checkpoint cannot be loaded under another value.
 FIXED_OPTIONS = (
     "method", "optim", "lora_r", "lora_bias", "lora_target_modules", "modules_to_save", "use_dora", "add_tokens",
@@ -69,17 +69,17 @@ def find_start(accelerator: Accelerator, options: TrainOptions, rows: Rows) -> S
     Nothing is written or removed yet. `Checkpoints.resume` does that, after model, adapter and backend are set up.
 
     Raises:
-        ConfigError: the folder holds a finished run, other files, or only damaged checkpoints; or the named checkpoint
-            is damaged or belongs to another run.
+        ConfigError: the folder holds a finished run, other files, only damaged checkpoints, or what this run reads; or
+            the named checkpoint is damaged or belongs to another run.
     """
-    folder, choice = Path(options.output_dir).expanduser(), options.resume_from_checkpoint
+    folder, choice = Path(options.output_dir), options.resume_from_checkpoint
     rank, world = accelerator.process_index, accelerator.num_processes
     find_problem = partial(find_damage, rank=rank, world=world, add_up=partial(sum_on_cpus, accelerator))
     _check_usable(folder, options)
     # A checkpoint that the user names, or the newest intact one in the folder.
     checkpoint = None
     if choice not in ("auto", "none"):
-        checkpoint = Path(choice).expanduser()
+        checkpoint = Path(choice)
         if problem := find_problem(checkpoint):
             raise ConfigError(f"resume_from_checkpoint: {choice} {problem}.")
         _check_no_other_run(folder, checkpoint, options.overwrite_output_dir)
@@ -90,6 +90,8 @@ def find_start(accelerator: Accelerator, options: TrainOptions, rows: Rows) -> S
                 f"resume_from_checkpoint: auto: none of the checkpoints in {folder / 'checkpoints'} is intact; repair "
                 "one, or set resume_from_checkpoint: none to start anew."
             )
+    if checkpoint is None or not _is_in(folder, checkpoint):
+        _check_no_source_is_removed(folder, options)
     # No process may write before all have read the folder.
     accelerator.wait_for_everyone()
     fresh = Start(output_dir=folder, identity=run_identity(options, rows), rank=rank, world=world)
@@ -120,12 +122,35 @@ def _check_usable(folder: Path, options: RunOptions) -> None:
 
 def _check_no_other_run(folder: Path, checkpoint: Path, overwrite: bool) -> None:
     """Refuse a checkpoint of another folder if this folder holds checkpoints too: they would have to be removed."""
-    own = checkpoint.resolve().parent == (folder / "checkpoints").resolve()
-    if not own and not overwrite and any((folder / "checkpoints").glob("step-*")):
+    if not _is_in(folder, checkpoint) and not overwrite and any((folder / "checkpoints").glob("step-*")):
         raise ConfigError(
             f"output_dir: {folder} holds checkpoints of another run than {checkpoint}; name another folder, or set "
             "overwrite_output_dir."
         )
+
+
+def _is_in(folder: Path, checkpoint: Path) -> bool:
+    """Tell whether a checkpoint is one of the run in `folder`."""
+    return checkpoint.resolve().parent == (folder / "checkpoints").resolve()
+
+
+def _check_no_source_is_removed(folder: Path, options: TrainOptions) -> None:
+    """Refuse to remove the files of an earlier run in `folder` if this run reads some of them, such as its export."""
+    sources = {name: [getattr(options, name, None)] for name in ("model_name_or_path", "config_name", "tokenizer_name")}
+    sources["adapter_name_or_path"] = [options.adapter_name_or_path and str(find_adapter(options.adapter_name_or_path))]
+    sources["chat_template"] = [options.chat_template]
+    for name in ("train_files", "eval_files"):
+        sources[name] = [as_source(source).path for source in getattr(options, name)]
+    removed = [(folder / name).resolve() for name in RUN_FILES]
+    raise_problems(
+        [
+            f"{name}: {place} is a part of the earlier run in {folder}, which this run replaces; move it, or name "
+            "another output_dir."
+            for name, places in sources.items()
+            for place in places
+            if place and any(Path(place).resolve().is_relative_to(path) for path in removed)
+        ]
+    )
 
 
 def newest_checkpoint(folder: Path, find_problem: Callable[[Path], str | None]) -> Path | None:
@@ -145,7 +170,7 @@ def remove_obsolete_files(start: Start) -> None:
     checkpoints = start.output_dir / "checkpoints"
     obsolete = [start.output_dir / name for name in RUN_FILES]
     obsolete += [hidden_sibling(path, "old") for path in obsolete]  # left by a process that was killed during an export
-    if start.folder is not None and start.folder.resolve().parent == checkpoints.resolve():
+    if start.folder is not None and _is_in(start.output_dir, start.folder):
         # Rotation keeps the highest step numbers, so these later checkpoints would displace new ones.
         obsolete = []
         for path in checkpoints.glob("step-*"):

@@ -6,14 +6,15 @@ names of other trainers (`aliases`) are translated if they mean the same here; o
 
 import difflib
 import json
+import shlex
 import shutil
 import sys
 import textwrap
 import types
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from annotated_types import Ge, Gt, Le, Lt
@@ -21,10 +22,17 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from accel_llm.config.aliases import ANSWERED_OPTIONS, RENAMED_OPTIONS, TRANSLATED_VALUES
+from accel_llm.config.aliases import (
+    ANSWERED_OPTIONS,
+    RENAMED_OPTIONS,
+    SHARES,
+    TRANSLATED_VALUES,
+    VALUES_BESIDE_AN_OPTION,
+)
 from accel_llm.config.fields import MAX_YAML_CHARACTERS, read_yaml
 from accel_llm.config.options import Options
 from accel_llm.errors import ConfigError, raise_problems
+from accel_llm.system.places import expand_home
 from accel_llm.system.secrecy import hide_secrets
 
 OptionsT = TypeVar("OptionsT", bound=Options)
@@ -50,9 +58,10 @@ def parse_options(
 
     # Names of other trainers become ours; then values and rules are checked.
     recipe = _read_recipe(str(flags.pop("config"))) if "config" in flags else {}
-    recipe_values, recipe_problems = _translate(recipe, options_class)
-    flag_values, flag_problems = _translate(flags, options_class)
-    options, value_problems = _check(options_class, defaults, recipe_values | flag_values)
+    given, typed_names = recipe.keys() | flags.keys(), {}
+    recipe_values, recipe_problems = _translate(recipe, options_class, given, typed_names)
+    flag_values, flag_problems = _translate(flags, options_class, given, typed_names)
+    options, value_problems = _check(options_class, defaults, recipe_values | flag_values, typed_names)
 
     problems += recipe_problems + flag_problems + value_problems
     if problems or options is None:
@@ -68,6 +77,15 @@ def resolved_options(options: Options) -> dict[str, Any]:
 def recipe_schema(options_class: type[Options]) -> dict[str, Any]:
     """Return the JSON schema of a script's recipe, which editors use to complete and check it."""
     return options_class.model_json_schema(by_alias=True)
+
+
+def shell_command(script: str, **options: str | Path) -> str:
+    """Return a command that starts another script of the one that runs, ready to paste where the user stands."""
+    words = ["python", str(Path(sys.argv[0]).with_name(script))]
+    for name, value in options.items():
+        # A value that begins with a dash would be read as an option.
+        words += [f"--{name}", f"./{value}" if str(value).startswith("-") else str(value)]
+    return shlex.join(words)
 
 
 def _read_flags(argv: Sequence[str], options_class: type[Options]) -> tuple[dict[str, Any], list[str]]:
@@ -99,6 +117,7 @@ def _read_flags(argv: Sequence[str], options_class: type[Options]) -> tuple[dict
 
 def _read_recipe(path: str) -> dict[str, Any]:
     """Return the options in a YAML file as {name: value}."""
+    path = expand_home(path)
     try:
         with Path(path).open(encoding="utf-8") as file:
             node, values = read_yaml(file.read(MAX_YAML_CHARACTERS + 1))
@@ -122,51 +141,80 @@ def _read_recipe(path: str) -> dict[str, Any]:
     return {str(key).replace("-", "_"): value for key, value in values.items()}
 
 
-def _translate(raw: dict[str, Any], options_class: type[Options]) -> tuple[dict[str, Any], list[str]]:
-    """Translate the names in `raw` (a recipe or flags) to our options; return the values and the problems."""
+def _translate(
+    raw: dict[str, Any], options_class: type[Options], given: Set[str], typed_names: dict[str, str]
+) -> tuple[dict[str, Any], list[str]]:
+    """Translate the names in `raw` (a recipe or flags) to our options; return the values and the problems.
+
+    `given` are all names that the user has written. The name that the user has written for an option of ours goes into
+    `typed_names`.
+    """
     fields = _fields(options_class)
     values: dict[str, Any] = {}
     problems = []
     for name, value in raw.items():
-        # Find our option and its value.
-        option, our_value = RENAMED_OPTIONS.get(name, name), value
-        word = str(value).lower()
-        if name in fields:
-            option = name
-        elif word in TRANSLATED_VALUES.get(name, {}):
-            translation = TRANSLATED_VALUES[name][word]
-            if translation is None:
-                continue
-            option, our_value = translation
-        elif name in ANSWERED_OPTIONS:
-            problems.append(f"{name}: {_format_value(value)} has no meaning here; {ANSWERED_OPTIONS[name]}.")
+        translated = (name, value) if name in fields else _translate_one(name, value, given)
+        if isinstance(translated, str):
+            problems.append(translated)
+            continue
+        if translated is None:
             continue
 
         # Two names may mean the same option.
+        option, our_value = translated
         if option not in fields:
             problems.append(_unknown_option(name, list(fields)))
+        elif option == "method" and "method" not in raw and {values.get(option), our_value} == {"lora", "qlora"}:
+            values[option] = "qlora"  # other trainers write it as two settings: an adapter, and 4 bits
         elif option in values and values[option] != our_value:
             problems.append(
                 f"{name}: {_format_value(value)} contradicts another value of {option}; give {option} once."
             )
         else:
-            values[option] = our_value
+            values[option], typed_names[option] = our_value, name
     return values, problems
 
 
+def _translate_one(name: str, value: Any, given: Set[str]) -> tuple[str, Any] | str | None:
+    """Return our option for another trainer's name, and its value. None: it changes nothing here. A text: the problem."""
+    word = str(value).lower()
+    if word in TRANSLATED_VALUES.get(name, {}):
+        return TRANSLATED_VALUES[name][word]
+    if VALUES_BESIDE_AN_OPTION.get((name, word)) in given:
+        return None
+    if name in SHARES and _is_number_from_1(value):
+        return f"{name}: {_format_value(value)} is not a share below 1; {SHARES[name]}."
+    if name in ANSWERED_OPTIONS:
+        return f"{name}: {_format_value(value)} has no meaning here; {ANSWERED_OPTIONS[name]}."
+    return RENAMED_OPTIONS.get(name, name), value
+
+
+def _is_number_from_1(value: Any) -> bool:
+    try:
+        return float(value) >= 1
+    except (TypeError, ValueError):
+        return False
+
+
 def _check(
-    options_class: type[OptionsT], defaults: dict[str, Any], user_values: dict[str, Any]
+    options_class: type[OptionsT],
+    defaults: dict[str, Any],
+    user_values: dict[str, Any],
+    typed_names: dict[str, str],
 ) -> tuple[OptionsT | None, list[str]]:
-    """Return the checked object (None if a required option is missing) and the problems, of values and of rules."""
+    """Return the checked object (None if a required option is missing or wrong) and the problems, of values and rules."""
     values, problems, options = defaults | user_values, [], None
     try:
         options = options_class.model_validate(values)
     except ValidationError as error:
         fields = _fields(options_class)
         errors = {str(item["loc"][0]): item for item in error.errors()}
-        problems = [_problem(name, item, values, fields[name]) for name, item in errors.items()]
+        for name, item in errors.items():
+            typed = typed_names.get(name, name)
+            label = name if typed == name else f"{typed} (here {name})"
+            problems.append(_problem(label, item, values.get(name), fields[name]))
         # The rules are still checked, with the defaults of the wrong options. Required options have no default.
-        if errors.keys() <= values.keys():
+        if not any(fields[name].is_required() for name in errors):
             options = options_class.model_validate({k: v for k, v in values.items() if k not in errors})
     if options is None:
         return None, problems
@@ -175,12 +223,12 @@ def _check(
     return options, problems + options.problems()
 
 
-def _problem(name: str, error: ErrorDetails, values: dict[str, Any], field: FieldInfo) -> str:
+def _problem(label: str, error: ErrorDetails, value: Any, field: FieldInfo) -> str:
     if error["type"] == "value_error":
-        return f"{name}: {error.get('ctx', {})['error']}."
+        return f"{label}: {error.get('ctx', {})['error']}."
     if error["type"] == "missing":
-        return f"{name}: it is required; give {_allowed_values(field)}."
-    return f"{name}: {_format_value(values[name])} is not allowed; give {_allowed_values(field)}."
+        return f"{label}: it is required; give {_allowed_values(field)}."
+    return f"{label}: {_format_value(value)} is not allowed; give {_allowed_values(field)}."
 
 
 def _fields(options_class: type[Options]) -> dict[str, FieldInfo]:
@@ -189,8 +237,12 @@ def _fields(options_class: type[Options]) -> dict[str, FieldInfo]:
 
 
 def _unknown_option(name: str, options: list[str]) -> str:
-    matches = difflib.get_close_matches(name, options, n=1)
-    return f"{name}: no such option; " + (f"did you mean {matches[0]}?" if matches else "--help lists all options.")
+    """Say that an option does not exist, and which ones may be meant: one that is misspelt, or some with its words."""
+    matches = difflib.get_close_matches(name, options, n=1, cutoff=0.8)
+    if not matches:
+        matches = [option for option in options if f"_{name}_" in f"_{option}_"]
+    hint = f"did you mean {' or '.join(matches)}?" if 1 <= len(matches) <= 3 else "--help lists all options."
+    return f"{name}: no such option; {hint}"
 
 
 def _format_value(value: Any) -> str:
@@ -231,6 +283,8 @@ def _describe_type(annotation: Any, ranges: str = "") -> str:
         return "any of " + ", ".join(get_args(args[0])) if get_origin(args[0]) is Literal else "one or several texts"
     if get_origin(annotation) in (Union, types.UnionType):
         return ", or ".join("none" if arg is type(None) else _describe_type(arg, ranges) for arg in args)
+    if get_origin(annotation) is Annotated:  # a type of ours as one of several alternatives
+        return _describe_type(args[0], ranges)
     return {bool: "true or false", int: f"a whole number{ranges}", float: f"a number{ranges}", str: "text"}[annotation]
 
 

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from accel_llm.config.fields import Columns, DataFormat, Options, Packing, Source, Sources, Variables
+from accel_llm.config.fields import Columns, DataFormat, Options, Packing, Place, Source, Sources, Variables
 
 # Options that only make sense for conversations.
 TURN_OPTIONS = (
@@ -34,7 +34,7 @@ class DataOptions(Options):
         description="Names in your data, as expected=yours (instruction=question), or role:yours=ours",
     )
     on_bad_row: Literal["error", "drop"] = Field("error", description="Stop at an invalid row, or leave it out")
-    chat_template: str | None = Field(
+    chat_template: Place | None = Field(
         None, description="chatml, a .jinja file, or a name of the tokenizer's; none: its own"
     )
     chat_template_kwargs: Variables = Field(
@@ -72,7 +72,7 @@ class DataOptions(Options):
         "shuffle", description="Order of the rows: shuffled anew each epoch, the shortest first, or as in the sources"
     )
     preprocessing_num_workers: int | None = Field(None, ge=1, description="Processes that encode rows; none: 1")
-    cache_dir: str | None = Field(None, description="Folder for encoded rows; none: accel_llm in HF_HOME")
+    cache_dir: Place | None = Field(None, description="Folder for encoded rows; none: accel_llm in HF_HOME")
 
     def problems(self) -> list[str]:
         problems = super().problems()

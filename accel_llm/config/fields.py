@@ -7,6 +7,8 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from typing_extensions import Self
 
+from accel_llm.system.places import expand_home
+
 MAX_YAML_CHARACTERS = 1 << 16  # of a recipe, before and after its YAML aliases are expanded
 
 
@@ -86,7 +88,7 @@ def _parse_sources(value: Any) -> Any:
     if not isinstance(places, list):
         return places
     places = [_parse_yaml(place) if isinstance(place, str) and place.startswith("{") else place for place in places]
-    return [_build_source(place) if isinstance(place, dict) else place for place in places]
+    return [_build_source(place) if isinstance(place, dict) else _parse_place(place) for place in places]
 
 
 def _build_source(fields: dict[str, Any]) -> "Source":
@@ -104,6 +106,13 @@ def _build_source(fields: dict[str, Any]) -> "Source":
         raise ValueError(f"{name} of a source: {fields[name]!r} is not allowed ({first['msg']})") from None
 
 
+def _parse_place(value: Any) -> Any:
+    """Expand a leading `~`, so that nobody behind the options has to."""
+    if isinstance(value, str) and "\0" in value:
+        raise ValueError(f"{value!r} cannot be the name of a file")
+    return expand_home(value) if isinstance(value, str) else value
+
+
 def _parse_packing(value: Any) -> Any:
     """Read a truth value: true means `per_epoch`, false means none."""
     return {"true": "per_epoch", "false": None, "none": None}.get(str(value).lower(), value)
@@ -112,7 +121,7 @@ def _parse_packing(value: Any) -> Any:
 def _parse_resume(value: Any) -> Any:
     """Read a truth value as Transformers does: true means `auto`, false means `none`."""
     text = str(value).lower()
-    return {"true": "auto", "false": "none", "none": "none"}.get(text, value)
+    return {"true": "auto", "false": "none", "none": "none"}.get(text, _parse_place(value))
 
 
 def _parse_target_modules(value: Any) -> Any:
@@ -150,12 +159,16 @@ DataFormat = Literal[
 ]
 
 
+# A file or folder, or also the name of a model on the hub.
+Place = Annotated[str, Field(min_length=1), BeforeValidator(_parse_place)]
+
+
 class Source(BaseModel):
     """One source of rows and its own settings, which mean the same as the options of the same names."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, coerce_numbers_to_str=True)
 
-    path: str = Field(min_length=1)
+    path: Place
     name: str | None = None  # configuration of a hub dataset
     split: str = "train"  # of a hub dataset or a saved one
     revision: str | None = None  # of a hub dataset
@@ -182,6 +195,7 @@ Packing = Annotated[
     BeforeValidator(_parse_packing, json_schema_input_type=bool | Literal["per_epoch", "static"] | None),
 ]
 Texts = Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=str | list[str])]
+Places = Annotated[list[Place], BeforeValidator(_as_list, json_schema_input_type=str | list[str])]
 Size = Annotated[int, Field(ge=1), BeforeValidator(_parse_size, json_schema_input_type=int | str)]
 Numbers = Annotated[list[float], BeforeValidator(_as_list, json_schema_input_type=float | list[float])]
 Trackers = Annotated[
@@ -202,7 +216,7 @@ Optimizer = Annotated[
         lion_32bit="lion",
     ),
 ]
-Resume = Annotated[str, BeforeValidator(_parse_resume)]
+Resume = Annotated[str, Field(min_length=1), BeforeValidator(_parse_resume)]
 TargetModules = Annotated[
     list[str] | str, BeforeValidator(_parse_target_modules, json_schema_input_type=str | list[str])
 ]

@@ -5,6 +5,7 @@ that group. pydantic checks single options. Rules between options are in each gr
 `parse_options` in command_line.py can report all problems at once.
 """
 
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -16,6 +17,7 @@ from accel_llm.config.data_options import TURN_OPTIONS, DataOptions
 from accel_llm.config.fields import (
     Optimizer,
     Options,
+    Place,
     Precision,
     Resume,
     TargetModules,
@@ -40,11 +42,16 @@ SCHEDULES_BY_OPTION = {
 }
 
 
+def count_warmup_steps(warmup_steps: float, total_steps: int) -> int:
+    """Return the number of warmup steps: `warmup_steps`, or, below 1, that share of `total_steps`, rounded up."""
+    return int(warmup_steps) if warmup_steps >= 1 else math.ceil(warmup_steps * total_steps)
+
+
 class ModelOptions(Options):
     """Model"""
 
-    model_name_or_path: str | None = Field(None, description="Folder or hub id of the model to start from")
-    tokenizer_name: str | None = Field(None, description="Folder or hub id of the tokenizer; none: the model's")
+    model_name_or_path: Place | None = Field(None, description="Folder or hub id of the model to start from")
+    tokenizer_name: Place | None = Field(None, description="Folder or hub id of the tokenizer; none: the model's")
     revision: str = Field("main", description="Branch, tag or commit of a model on the hub")
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model")
     allow_pickle: bool = Field(
@@ -62,7 +69,7 @@ class MethodOptions(Options):
         "lora", description="What is trained; full: all weights; lora: an adapter; qlora: an adapter on a 4-bit base"
     )
     load_in_8bit: bool = Field(False, description="Load the base of method lora in 8 bits")
-    adapter_name_or_path: str | None = Field(
+    adapter_name_or_path: Place | None = Field(
         None, description="Adapter to train further, with its own settings and a new optimizer"
     )
     lora_r: int = Field(16, ge=1, description="Rank of the adapter")
@@ -169,7 +176,7 @@ class OptimOptions(Options):
 class RunOptions(Options):
     """Run"""
 
-    output_dir: str = Field("output", description="Folder for all files of the run")
+    output_dir: Place = Field("output", description="Folder for all files of the run")
     overwrite_output_dir: bool = Field(False, description="Start anew even if output_dir holds another run")
     resume_from_checkpoint: Resume = Field(
         "auto", description="auto: continue the run in output_dir; none: start anew; or the folder of a checkpoint"
@@ -268,7 +275,7 @@ class SftOptions(TrainOptions):
 class PretrainOptions(TrainOptions):
     """Pretraining"""
 
-    config_name: str | None = Field(
+    config_name: Place | None = Field(
         None, description="Folder or hub id of a model config, to train from random weights"
     )
     text_column: str = Field("text", description="Column with the text")

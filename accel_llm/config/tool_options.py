@@ -4,18 +4,18 @@ from typing import Literal
 
 from pydantic import Field
 
-from accel_llm.config.fields import Numbers, Options, Precision, Size, Texts
+from accel_llm.config.fields import Numbers, Options, Place, Places, Precision, Size, Texts
 
 
 class MergeOptions(Options):
     """Merge"""
 
-    adapter: Texts = Field(
+    adapter: Places = Field(
         min_length=1,
         description="Folder or hub id of the adapter, or the folder of its run; several adapters are combined",
     )
-    output_dir: str = Field(description="Folder for the merged model")
-    base: str | None = Field(
+    output_dir: Place = Field(description="Folder for the merged model")
+    base: Place | None = Field(
         None, description="Folder or hub id of the base model; none: the one that the adapter names"
     )
     revision: str = Field("main", description="Branch, tag or commit of a base model on the hub")
@@ -74,9 +74,9 @@ class MergeOptions(Options):
 class ExtractOptions(Options):
     """Extract"""
 
-    model: str = Field(description="Folder or hub id of the tuned model")
-    base: str = Field(description="Folder or hub id of the model from which it was tuned")
-    output_dir: str = Field(description="Folder for the adapter")
+    model: Place = Field(description="Folder or hub id of the tuned model")
+    base: Place = Field(description="Folder or hub id of the model from which it was tuned")
+    output_dir: Place = Field(description="Folder for the adapter")
     lora_r: int = Field(16, ge=1, description="Rank of the adapter")
     modules_to_save: Texts = Field(
         default_factory=list,
@@ -89,8 +89,8 @@ class ExtractOptions(Options):
 class ChatOptions(Options):
     """Chat"""
 
-    model: str = Field(description="Folder or hub id of a model, or the folder of an adapter or of a run")
-    base: str | None = Field(None, description="Base model of an adapter; none: the one that the adapter names")
+    model: Place = Field(description="Folder or hub id of a model, or the folder of an adapter or of a run")
+    base: Place | None = Field(None, description="Base model of an adapter; none: the one that the adapter names")
     allow_other_base: bool = Field(
         False, description="Accept a base with another fingerprint, for the same model stored in another way"
     )
@@ -98,7 +98,7 @@ class ChatOptions(Options):
     system: str | None = Field(None, description="System message of the chat")
     max_new_tokens: int = Field(256, ge=1, description="Maximum number of tokens in an answer")
     temperature: float = Field(0.0, ge=0, description="Temperature of the sampling; 0: always the most likely token")
-    chat_template: str | None = Field(
+    chat_template: Place | None = Field(
         None, description="Chat template: chatml, or a .jinja file; none: the tokenizer's own"
     )
     precision: Precision = Field("auto", description="Number format of the weights; auto: as stored, or fp32 on a CPU")

@@ -6,6 +6,7 @@ from typing import Any
 
 from accel_llm.data.splits import missing_split
 from accel_llm.errors import DataError
+from accel_llm.system.hub import ask_hub
 
 
 def is_reader_name(path: str) -> bool:
@@ -27,6 +28,7 @@ def load_hub_dataset(path: str, name: str | None, split: str, revision: str | No
         DataError: the dataset has no such split.
         ValueError: the revision or a file of it cannot be trusted. `datasets` raises errors of many other kinds.
     """
+    ask_hub()  # before the import: datasets reads there whether the hub may be asked
     from datasets import load_dataset_builder
     from datasets.packaged_modules.cache.cache import Cache
 

@@ -154,7 +154,7 @@ def _map_file(path: Path, kind: str) -> np.ndarray:
 
 def cache_folder(options: DataOptions) -> Path:
     """Return the folder that holds all caches: `cache_dir`, or `accel_llm` in the folder of Hugging Face."""
-    return Path(options.cache_dir or Path(HF_HOME) / "accel_llm").expanduser()
+    return Path(options.cache_dir or Path(HF_HOME) / "accel_llm")
 
 
 def cached_rows(folder: Path, build: Callable[[Path], dict[str, Any]]) -> tuple[dict[str, Rows], dict[str, Any]]:

@@ -15,7 +15,6 @@ from typing import Any, Literal, NamedTuple
 import psutil
 from filelock import FileLock
 from huggingface_hub.constants import HF_HOME
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from accel_llm.config.data_options import DataOptions
 from accel_llm.config.fields import Source
@@ -25,7 +24,9 @@ from accel_llm.data.saved_datasets import is_saved_dataset, saved_problem
 from accel_llm.data.splits import SplitChoice, choose_files, list_groups, list_splits
 from accel_llm.errors import DataError
 from accel_llm.system.disk import atomic_file
+from accel_llm.system.hub import is_hub_id, misspelt_path
 from accel_llm.system.launcher import is_launched
+from accel_llm.system.places import is_there, missing_reason
 
 ALLOWED_SOURCES = (
     "a .json, .jsonl, .ndjson, .csv, .tsv, .txt (also as .gz or .zst) or .parquet file, a folder or glob of such files, "
@@ -139,24 +140,19 @@ def _place_kind(source: Source) -> PlaceKind:
 
     A path that looks like a file is never looked up on the hub, even if the file does not exist.
     """
-    path = _local_path(source)
+    path = Path(source.path)
     if source.path == "-":
         return "standard input"
     if re.match(r"[A-Za-z][\w+.-]+://", source.path):
         return "address"
-    if (path / "dataset_dict.json").is_file() or is_saved_dataset(path):
-        return "saved dataset"
-    if path.exists():
+    if is_there(path):
+        if (path / "dataset_dict.json").is_file() or is_saved_dataset(path):
+            return "saved dataset"
         return "folder" if path.is_dir() else "file"
     if glob.has_magic(source.path):
         return "glob"
-    if source.path.startswith((".", "/", "~")) or file_kind(source.path)[0] in READERS:
-        return "nothing"
-    try:
-        validate_repo_id(source.path)
-    except HFValidationError:
-        return "nothing"
-    return "hub dataset"
+    looks_local = source.path.startswith((".", "/", "~")) or file_kind(source.path)[0] in READERS
+    return "nothing" if looks_local or not is_hub_id(source.path) or misspelt_path(source.path) else "hub dataset"
 
 
 def _check_source(source: Source) -> None:
@@ -176,7 +172,8 @@ def _find_problem(source: Source) -> str | None:
     if not path:
         return f"'' is no path; name {ALLOWED_SOURCES}"
     if place == "nothing":
-        return f"{path} does not exist; name {ALLOWED_SOURCES}"
+        reason = (is_hub_id(path) and misspelt_path(path)) or missing_reason(path)
+        return f"{path} {reason}; name {ALLOWED_SOURCES}"
     if place == "address":
         return f"{path} is an address, and addresses cannot be read; download the file and name it"
 
@@ -194,7 +191,7 @@ def _find_problem(source: Source) -> str | None:
         is_kind = is_reader_name(path)
         return f"{path} is a kind of file, not a dataset; name {ALLOWED_SOURCES}" if is_kind else None
     if place == "saved dataset":
-        return saved_problem(path, _local_path(source), source.split)
+        return saved_problem(path, Path(path), source.split)
     return _file_problem(path) if place == "file" else _folder_problem(source)
 
 
@@ -210,6 +207,9 @@ def _file_problem(path: str) -> str | None:
 def _folder_problem(source: Source) -> str | None:
     """Return the problem of a folder or glob, or None."""
     names = _matching_files(source)
+    dangling = next((name for name in _matching_names(source) if is_readable(name) and not is_there(name)), None)
+    if dangling:
+        return f"{source.path}: its file {dangling} {missing_reason(dangling)}; repair or remove it"
     if not any(map(is_readable, names)):
         verb = "matches" if _place_kind(source) == "glob" else "is a folder and holds"
         return f"{source.path} {verb} no file that can be read; name {ALLOWED_SOURCES}"
@@ -222,28 +222,28 @@ def _folder_problem(source: Source) -> str | None:
     return f"{source.path} {choice}" if isinstance(choice, str) else None
 
 
-def _local_path(source: Source) -> Path:
-    try:
-        return Path(source.path).expanduser()
-    except RuntimeError:  # unknown user in `~name`
-        return Path(source.path)
-
-
 def _matching_files(source: Source) -> list[str]:
     """Return all files below a folder or of a glob, of any kind, sorted by name; hidden files are left out."""
-    path = str(_local_path(source))
-    pattern = path if _place_kind(source) == "glob" else str(Path(glob.escape(path), "**", "*"))
+    return [name for name in _matching_names(source) if Path(name).is_file()]
+
+
+def _matching_names(source: Source) -> list[str]:
+    """Return the names below a folder or of a glob, sorted: of files, of folders, and of links that lead nowhere."""
+    base = _named_folder(source)
+    rest = Path(source.path).parts[len(base.parts) :] or ("**", "*")
     # Not Path.glob: it also returns hidden files, and before Python 3.13 no files for a `**` at the end.
-    names = sorted(set(glob.glob(pattern, recursive=True)))  # noqa: PTH207
-    return [name for name in names if Path(name).is_file()]
+    names = sorted(set(glob.glob(str(Path(glob.escape(str(base)), *rest)), recursive=True)))  # noqa: PTH207
+
+    # A link to a folder above itself leads to every file again and again.
+    below = {folder for name in names for folder in Path(name).parents if base in folder.parents}
+    circles = {f for f in below if f.is_symlink() and f.parent.resolve().is_relative_to(f.resolve())}
+    return [name for name in names if circles.isdisjoint(Path(name).parents)]
 
 
-def _named_folder(source: Source) -> PurePath:
-    """Return the folder of a folder or glob below which names say splits: for a glob, the part without wildcards."""
-    path = _local_path(source)
-    if _place_kind(source) == "folder":
-        return path
-    return PurePath(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
+def _named_folder(source: Source) -> Path:
+    """Return the folder of a folder or glob below which names say splits: for a glob, the part that exists as it is."""
+    path = Path(source.path)
+    return path if is_there(path) else next(filter(is_there, path.parents))
 
 
 def _choose_files(source: Source) -> SplitChoice | str:
@@ -254,7 +254,7 @@ def _choose_files(source: Source) -> SplitChoice | str:
 
 def _list_files(source: Source) -> list[SourceFile]:
     """Return the files of a source in the order in which they are read."""
-    place, path = _place_kind(source), _local_path(source)
+    place, path = _place_kind(source), Path(source.path)
     if place == "standard input":
         return [SourceFile(_spool_standard_input(), place, ".jsonl", "")]
     if place == "file":
@@ -315,7 +315,7 @@ def _load_dataset(source: Source) -> Any:
         load_from_disk,
     )  # imported here, because the import takes a second and plain files do not need it
 
-    path, on_hub = _local_path(source), _place_kind(source) == "hub dataset"
+    path, on_hub = Path(source.path), _place_kind(source) == "hub dataset"
     try:
         if on_hub:
             return load_hub_dataset(source.path, source.name, source.split, source.revision)

@@ -2,9 +2,9 @@
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from accel_llm.config.command_line import parse_options
 from accel_llm.config.options import PretrainOptions, TrainOptions
@@ -36,10 +36,15 @@ def resolve_demo(options: TrainOptionsT) -> TrainOptionsT:
             documents = ({"text": text} for text in demo_documents(0, DOCUMENTS))
             changes["train_files"] = [_write_rows(folder / "demo-text.jsonl", documents)]
         else:
-            changes["train_files"] = [_write_rows(folder / "demo-train.jsonl", demo_conversations("train"))]
+            changes["train_files"] = [_write_rows(folder / "demo-train.jsonl", _chats("train"))]
     if options.eval_files == [DEMO_NAME]:
-        changes["eval_files"] = [_write_rows(folder / "demo-eval.jsonl", demo_conversations("eval"))]
+        changes["eval_files"] = [_write_rows(folder / "demo-eval.jsonl", _chats("eval"))]
     return options.model_copy(update=changes)
+
+
+def _chats(split: Literal["train", "eval"]) -> Iterator[dict[str, Any]]:
+    """Yield the conversations of a split without the column `family`, which no training reads."""
+    return ({"messages": row["messages"]} for row in demo_conversations(split))
 
 
 def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> str:

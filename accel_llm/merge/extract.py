@@ -73,7 +73,7 @@ def extract_adapter(
         ConfigError: a model does not exist, or the two models have different shapes or equal weights.
     """
     # Open both models and check them before anything is written.
-    target = Path(options.output_dir).expanduser().resolve()
+    target = Path(options.output_dir).resolve()
     for name, field in ((options.base, "base"), (options.model, "model")):
         check_model_name(name, field)
     folders = [locate_folder(name, field) for name, field in ((options.base, "base"), (options.model, "model"))]
@@ -90,7 +90,7 @@ def extract_adapter(
         if not state:
             raise ConfigError(f"model: {options.model} has the weights of {options.base}; there is nothing to extract.")
         # A local base is named by its full path, so that the adapter finds it from anywhere.
-        local = Path(options.base).expanduser()
+        local = Path(options.base)
         model = base.skeleton.model
         LoraConfig(
             task_type=_task_type(model),

@@ -59,7 +59,7 @@ def merge(options: MergeOptions, progress: Callable[[int, int], None] = lambda d
         ConfigError: adapter or base are missing or do not fit, output_dir is in use, or the merged model differs.
     """
     # Find and check everything that is read before anything is written.
-    target = Path(options.output_dir).expanduser().resolve()
+    target = Path(options.output_dir).resolve()
     folders = [locate_folder(name, "adapter", allow_pickle=options.allow_pickle) for name in options.adapter]
     bases = {str(read_adapter_config(folder).get("base_model_name_or_path")) for folder in folders}
     if options.base is None and len(bases) > 1:
@@ -68,7 +68,7 @@ def merge(options: MergeOptions, progress: Callable[[int, int], None] = lambda d
         )
     # The base that the user names, or the one that the adapter was trained on.
     base = find_base(folders[0], options.base)
-    sources = [*(("adapter", folder) for folder in folders), ("base", Path(base).expanduser())]
+    sources = [*(("adapter", folder) for folder in folders), ("base", Path(base))]
     check_output_dir(target, sources, options.overwrite_output_dir, "config.json")
     adapters = [read_adapter(folder, options.allow_pickle) for folder in folders]
     for adapter in adapters:

@@ -9,6 +9,7 @@ from huggingface_hub import HfApi
 from transformers import GenerationConfig, PreTrainedModel
 
 from accel_llm.errors import ConfigError
+from accel_llm.model.config_file import save_config
 from accel_llm.model.fingerprint import model_fingerprint
 from accel_llm.model.generation import saveable_generation_config
 from accel_llm.model.loading import LOADING_ERRORS, short_reason
@@ -53,7 +54,7 @@ def write_config_files(model: PreTrainedModel, adapter: Path, base: Path, target
         ConfigError: a generation_config.json cannot be read.
     """
     # The config was updated for the merged model; it is not copied.
-    model.config.save_pretrained(str(target))
+    save_config(model.config, target)
     if model.can_generate():
         own = next((folder for folder in (adapter, base) if (folder / "generation_config.json").is_file()), None)
         # The adapter's own config knows which tokens end an answer.
@@ -77,7 +78,7 @@ def write_card(
     """
     # The header that the hub reads.
     # A folder is private; only a hub id is published as base_model.
-    hub = base if not Path(base).expanduser().exists() else None
+    hub = base if not Path(base).exists() else None
     lines = ["---", "library_name: transformers"]
     lines += [f"base_model: {hub}", "base_model_relation: finetune"] if hub else []
     lines += ["tags:", "- merge", "---", "", f"# {target.name.removeprefix('.').removesuffix('.partial')}", ""]

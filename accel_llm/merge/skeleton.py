@@ -34,7 +34,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from accel_llm.errors import ConfigError
-from accel_llm.model.loading import LOADING_ERRORS, describe_shape_mismatch, short_reason
+from accel_llm.model.loading import LOADING_ERRORS, describe_shape_mismatch, drop_invalid_pad_ids, short_reason
 from accel_llm.model.untrusted import check_untrusted_config
 from accel_llm.system.tensors import TensorSpec
 from accel_llm.system.weights import WeightFiles
@@ -82,9 +82,11 @@ def read_model_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig
     """
     check_untrusted_config(str(folder), "base", "main", trust_remote_code)
     try:
-        return AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except LOADING_ERRORS as error:
         raise ConfigError(f"base: {folder} cannot be loaded ({short_reason(error)}).") from None
+    drop_invalid_pad_ids(config)
+    return config
 
 
 def model_class(config: PreTrainedConfig, task: str | None) -> Any:

@@ -1,10 +1,9 @@
-"""Attention for packed rows: documents in one row do not see each other, and a test on the model itself proves it."""
+"""Attention for packed rows: documents in one row do not see each other."""
 
 import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +18,6 @@ REMEDY = "set packing: false"
 # torch 2.10 and 2.11 have `is_causal`, but no `scale`, `window_size`, `enable_gqa`; since 2.12 the window says causal.
 VARLEN_OPTIONS = frozenset(inspect.signature(varlen_attn).parameters)
 VARLEN_MAX_HEAD_DIM = 256
-
-# Relative differences of logits that rounding explains, by the dtype of the matrix products (int8: an 8-bit base).
-# PACKED: a packed row and a single document use different kernels, which sum in a different order.
-# LEAK: changing one document should change nothing in the others. Only bitsandbytes' 8-bit products change: they treat
-# a column separately if any token of the row is an outlier in it.
-PACKED_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1, torch.int8: 1e-1}
-LEAK_TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-4, torch.bfloat16: 2e-3, torch.int8: 5e-2}
 
 # Kinds of layers in which only attention mixes tokens. Only attention knows where a document ends.
 ISOLATED_LAYERS = {"full_attention", "sliding_attention", "dense", "sparse", "moe"}
@@ -285,81 +277,3 @@ def _repeat_heads(query: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
 
 # Without a mask function transformers does not search the positions for documents, and need not wait for the device.
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)
-
-
-@torch.no_grad()
-def check_isolation(model: nn.Module, device: torch.device | str, dtype: torch.dtype) -> None:
-    """Test on the model, exactly as it will train, that packed documents are isolated.
-
-    Three documents in one row must give the same logits as each alone under transformers' own attention, and the logits
-    of the last two must not change when the first one does. `dtype` is the dtype of the matrix products (of autocast,
-    if it is on). Every rank runs the same 5 forwards, so this also works where a forward is a collective.
-
-    Raises:
-        ConfigError: packing changes the logits, or a document changes the logits of another.
-    """
-    inner, training = unwrap_causal_lm(model), model.training
-    model.eval()
-
-    # 2 packed forwards and 3 single ones.
-    documents = _random_documents(inner.config.get_text_config().vocab_size, device)
-    with _narrow_windows(model):
-        packed = _packed_logits(model, documents)
-        changed = _packed_logits(model, [documents[0].roll(1), *documents[1:]])
-        with stock_attention(model):
-            alone = [model(input_ids=document[None], use_cache=False).logits[0].float() for document in documents]
-    model.train(training)
-
-    where = f"{type(inner).__name__} with attention {inner.config._attn_implementation!r}"
-    leak, difference = _relative_distance(changed[1:], packed[1:]), _relative_distance(packed, alone)
-    if leak > LEAK_TOLERANCE[dtype]:
-        raise ConfigError(
-            f"packing: true leaks in {where}: changing one document changes the logits of others in its row by "
-            f"{leak:.1e} (relative; allowed is {LEAK_TOLERANCE[dtype]:.0e}); {REMEDY}."
-        )
-    if difference > PACKED_TOLERANCE[dtype]:
-        raise ConfigError(
-            f"packing: true changes the results of {where}: the logits of packed and of single documents differ by "
-            f"{difference:.1e} (relative; allowed is {PACKED_TOLERANCE[dtype]:.0e}); {REMEDY}."
-        )
-
-
-@contextmanager
-def _narrow_windows(model: nn.Module) -> Iterator[None]:
-    """Set sliding windows to 4 tokens: most windows are longer than the test's documents and would have no effect."""
-    # Some families read the window from the config at each forward, others from the attention module.
-    holders: list[Any] = [unwrap_causal_lm(model).config.get_text_config(), *model.modules()]
-    windows = [(holder, getattr(holder, "sliding_window", None)) for holder in holders]
-    windows = [(holder, window) for holder, window in windows if isinstance(window, int) and window > 0]
-    for holder, _ in windows:
-        holder.sliding_window = 4
-    try:
-        yield
-    finally:
-        for holder, window in windows:
-            holder.sliding_window = window
-
-
-def _random_documents(vocab_size: int, device: torch.device | str) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randint(vocab_size, (length,), generator=generator).to(device) for length in (7, 12, 5)]
-
-
-def _packed_logits(model: nn.Module, documents: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Return float32 [n, vocabulary] for each document of n tokens, computed in one packed row."""
-    lengths = [len(document) for document in documents]
-    boundaries = torch.tensor([0, *lengths]).cumsum(0).to(documents[0].device, torch.int32)
-    batch = {
-        "input_ids": torch.cat(documents)[None],
-        "position_ids": torch.cat([torch.arange(n, device=boundaries.device) for n in lengths])[None],
-        "cu_seqlens": boundaries,
-        "max_seqlen": max(lengths),
-    }
-    return list(model(**forward_arguments(batch), use_cache=False).logits[0].float().split(lengths))
-
-
-def _relative_distance(logits: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
-    """Return the largest relative difference over the documents, without the mean, which softmax ignores."""
-    return max(
-        float((a - b).norm() / (b - b.mean(-1, keepdim=True)).norm()) for a, b in zip(logits, expected, strict=True)
-    )

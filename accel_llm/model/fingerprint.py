@@ -19,7 +19,7 @@ def model_fingerprint(name: str, revision: str = "main") -> str:
     The fingerprint covers the config, the names, shapes and dtypes of all weights, and one kilobyte from the middle of
     each tensor. That is enough to tell two models of one shape apart without reading tens of gigabytes.
     """
-    folder = Path(name).expanduser()
+    folder = Path(name)
     if not folder.is_dir():
         folder = Path(str(cached_file(name, "config.json", revision=revision))).parent
     digest = hashlib.sha256()

@@ -1,5 +1,8 @@
 """Generation: where an answer stops, how prompts are padded, and the generation config that is saved."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -20,6 +23,20 @@ def saveable_generation_config(settings: GenerationConfig | None) -> GenerationC
         for name in SAMPLING_VALUES:
             setattr(copy, name, None)
     return copy
+
+
+@contextmanager
+def without_own_settings(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block, `generate` does what the config that it is given says, and nothing else.
+
+    transformers 5.24 takes each setting that is not given from the model's own generation config: a greedy search would
+    have the repetition penalty of Qwen2.5, for example.
+    """
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def cut_at_stop(ids: list[int], stop_ids: list[int]) -> tuple[list[int], bool]:

@@ -1,7 +1,6 @@
 """Loads a causal language model and its config, after checking that everything is there and fits together."""
 
 import os
-import re
 import textwrap
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,15 +19,29 @@ from transformers import (
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from accel_llm.backend.strategy import compute_dtype, resolve_precision, strategy, training_device
+from accel_llm.config.command_line import shell_command
 from accel_llm.config.options import ModelOptions, PretrainOptions, TrainOptions
 from accel_llm.errors import ConfigError
 from accel_llm.model.attention import enable_packing
+from accel_llm.model.file_weights import compare_with_files
 from accel_llm.model.loss import attach_loss
 from accel_llm.model.placement import materialize_weights
-from accel_llm.model.quantization import build_quantization_config, keep_gradients, prepare_4bit_layers
+from accel_llm.model.positions import position_limit, scale_by_document
+from accel_llm.model.quantization import (
+    build_quantization_config,
+    keep_gradients,
+    prepare_4bit_layers,
+    set_compute_dtype,
+)
+from accel_llm.model.stored_quantization import (
+    check_stored_quantization,
+    is_stored_in_4_bits,
+    stored_quantization,
+    unpack_when_loaded,
+)
 from accel_llm.model.untrusted import check_untrusted_config, check_untrusted_weights
+from accel_llm.system.hub import absence_reason
 
-HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 # Errors of transformers, safetensors and torch for a model that is missing, damaged or unknown.
 LOADING_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, RecursionError)
 LOADING_ERRORS += (SafetensorError, StrictDataclassError, UnpicklingError)
@@ -39,6 +52,7 @@ OWN_IMPLEMENTATIONS: dict[str, Any] = {"attn_implementation": None, "experts_imp
 def model_problems(options: ModelOptions) -> list[str]:
     """Return one sentence for each problem with the model's name and options, before any file is read."""
     problems = _option_problems(options) if isinstance(options, TrainOptions) else []
+    problems += tokenizer_problems(options)
     names = {"model_name_or_path": options.model_name_or_path}
     if isinstance(options, PretrainOptions):
         names["config_name"] = options.config_name
@@ -47,10 +61,18 @@ def model_problems(options: ModelOptions) -> list[str]:
     for field, name in names.items():
         try:
             if name is not None:
-                check_model_name(name, field)
+                check_model_name(name, field, options.revision)
         except ConfigError as error:
             problems += error.problems
     return problems
+
+
+def tokenizer_problems(options: ModelOptions) -> list[str]:
+    """Return the problem with the tokenizer's name, if the options give one, before any file is read."""
+    name = options.tokenizer_name
+    if name is None or not (reason := absence_reason(name, options.revision)):
+        return []
+    return [f"tokenizer_name: {name} {reason}; a folder with a tokenizer or a hub id (owner/name) is allowed."]
 
 
 def _option_problems(options: TrainOptions) -> list[str]:
@@ -84,18 +106,20 @@ def _option_problems(options: TrainOptions) -> list[str]:
     return problems
 
 
-def check_model_name(name: str, field: str = "model_name_or_path") -> None:
-    """Check that `name` can be a model: a folder with config.json, or the form of a hub id.
+def check_model_name(name: str, field: str = "model_name_or_path", revision: str = "main") -> None:
+    """Check that `name` can be a model: a folder with config.json, or a hub id while the hub or its cache answers.
 
     Raises:
         ConfigError: the path does not exist or is a file, or the folder has no config.json or holds an adapter.
     """
-    path = Path(name).expanduser()
+    if reason := absence_reason(name, revision):
+        raise ConfigError(f"{field}: {name} {reason}; a model folder or a hub id (owner/name) is allowed.")
+    path = Path(name)
     if (path / "adapter_config.json").is_file():
         # transformers 5.23 would silently load the base with the LoRA on it, but with nothing to train.
         raise ConfigError(
             f"{field}: {name} is an adapter, not a model; merge it first with "
-            f"launch/merge.py --adapter {name} --output_dir MODEL, or name its base model."
+            f"`{shell_command('merge.py', adapter=name, output_dir='MODEL')}`, or name its base model."
         )
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -105,8 +129,6 @@ def check_model_name(name: str, field: str = "model_name_or_path") -> None:
             )
     elif path.exists():
         raise ConfigError(f"{field}: {name} is a file; a model folder or a hub id (owner/name) is allowed.")
-    elif not HUB_ID.match(name) or name.startswith("."):
-        raise ConfigError(f"{field}: {name} does not exist; a model folder or a hub id (owner/name) is allowed.")
 
 
 def model_source(options: ModelOptions) -> str:
@@ -134,14 +156,17 @@ def load_model_config(options: ModelOptions, max_length: int | None = None) -> P
     """Load only the model's config, for the checks that come before any weight is read.
 
     Raises:
-        ConfigError: no model is named, its config cannot be loaded, or it has fewer than `max_length` positions.
+        ConfigError: no model is named, its config cannot be loaded, it has fewer than `max_length` positions, or the
+            options cannot train such a model.
     """
     name = model_source(options)
     arguments = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
-    check_untrusted_config(expand_home(name), "model_name_or_path", **arguments)
-    config = _load_from(AutoConfig.from_pretrained, name, "model_name_or_path", **arguments)
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if max_length is not None and isinstance(limit, int) and 0 < limit < max_length:
+    check_untrusted_config(name, "model_name_or_path", **arguments)
+    config = _read_config(name, "model_name_or_path", **arguments)
+    if isinstance(options, TrainOptions):
+        _check_trainable(config, options)
+    limit = position_limit(config)
+    if max_length is not None and limit is not None and limit < max_length:
         raise ConfigError(
             f"max_length: {max_length} is beyond the model's {limit} positions; set max_length to {limit} or less."
         )
@@ -169,12 +194,14 @@ def load_model(options: TrainOptions) -> PreTrainedModel:
 
     # While Accelerate's DeepSpeed config is set, transformers shards an empty model and reads every file on rank 0.
     unset_hf_deepspeed_config()
-    model = load_complete_model(str(options.model_name_or_path), **arguments)
+    model = load_complete_model(str(options.model_name_or_path), unpack=True, **arguments)
     model.unread = True  # type: ignore[assignment]
 
     # 4-bit layers wait for `place_weights`, except where PEFT computes an adapter's first values from their weights.
     # Then the device quantizes them, in seconds; a CPU would take minutes.
-    if quantization and not options.load_in_8bit:
+    if is_stored_in_4_bits(model.config):
+        set_compute_dtype(model, compute)
+    elif quantization and not options.load_in_8bit:
         prepare_4bit_layers(model, quantization)
         if options.use_dora or options.init_lora_weights == "olora":
             materialize_weights(model, list(model.modules()), compute, training_device())
@@ -182,11 +209,16 @@ def load_model(options: TrainOptions) -> PreTrainedModel:
 
 
 def load_complete_model(
-    name: str, field: str = "model_name_or_path", allow_pickle: bool = False, **arguments: Any
+    name: str,
+    field: str = "model_name_or_path",
+    allow_pickle: bool = False,
+    unpack: bool = False,
+    **arguments: Any,
 ) -> PreTrainedModel:
     """Load a causal LM and check that every weight came from its files; `arguments` go to `from_pretrained`.
 
-    A pickle is read only with `allow_pickle`, and only if there are no safetensors.
+    A pickle is read only with `allow_pickle`, and only if there are no safetensors. `unpack` turns quantized weights
+    into 16-bit weights where transformers can.
 
     Raises:
         ConfigError: the model cannot be loaded, or a weight is missing or has the wrong shape (transformers would
@@ -194,8 +226,8 @@ def load_complete_model(
     """
     # Nothing in the files may run code or lead out of the folder.
     revision, trusted = arguments.get("revision", "main"), arguments.get("trust_remote_code", False)
-    check_untrusted_config(expand_home(name), field, revision, trusted)
-    check_untrusted_weights(expand_home(name), field, revision, allow_pickle)
+    check_untrusted_config(name, field, revision, trusted)
+    check_untrusted_weights(name, field, revision, allow_pickle)
     arguments = OWN_IMPLEMENTATIONS | arguments
     # With None transformers 5.23 prefers safetensors and reads anything else by torch.load with weights_only.
     arguments |= {"use_safetensors": None if allow_pickle else True, "weights_only": True}
@@ -203,12 +235,19 @@ def load_complete_model(
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
     # Pass the config already loaded: only then do our implementations win over `_attn_implementation` in config.json.
     hub_arguments = {"revision": revision, "trust_remote_code": trusted}
-    arguments |= hub_arguments | {"config": _load_from(AutoConfig.from_pretrained, name, field, **hub_arguments)}
+    config = _read_config(name, field, **hub_arguments)
+    if unpack:
+        unpack_when_loaded(config)
+    quantized = stored_quantization(config) is not None  # before loading, which removes this if it unpacks
+    arguments |= hub_arguments | {"config": config}
 
     # transformers' own error does not name the weights of a wrong shape; its loading report does.
     arguments |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, report = _load_from(AutoModelForCausalLM.from_pretrained, name, field, **arguments)
     _check_complete(report, name, field)
+    as_stored = not quantized and arguments.get("dtype") == "auto"
+    compare_with_files(model, set(report["unexpected_keys"]), name, field, revision, as_stored)
+    scale_by_document(model)
     keep_gradients(model)
     return model
 
@@ -219,6 +258,11 @@ def configure_for_training(model: PreTrainedModel, options: TrainOptions) -> Pre
     Raises:
         ConfigError: the model cannot keep packed documents apart, or our loss does not equal its own.
     """
+    # torch never trains the row `padding_idx`. Many models pad with the token that ends a turn, whose row must learn;
+    # padding itself has neither attention nor a label, so it changes nothing.
+    embedding = model.get_input_embeddings()
+    if isinstance(embedding, torch.nn.Embedding):
+        embedding.padding_idx = None
     if options.packing and options.attn_implementation in ("auto", "sdpa"):
         enable_packing(model)
     if options.gradient_checkpointing:
@@ -236,19 +280,44 @@ def build_model(config: PreTrainedConfig, options: TrainOptions) -> PreTrainedMo
     # Without trust_remote_code as an argument, transformers 5.23 asks at the terminal.
     trusted = options.trust_remote_code
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trusted, **implementations)
+    scale_by_document(model)
     return configure_for_training(model, options)
+
+
+def _read_config(name: str, field: str, **arguments: Any) -> PreTrainedConfig:
+    config = _load_from(AutoConfig.from_pretrained, name, field, **arguments)
+    drop_invalid_pad_ids(config)
+    return config
+
+
+def _check_trainable(config: PreTrainedConfig, options: TrainOptions) -> None:
+    """Check what the config alone tells about how the model can be trained.
+
+    Raises:
+        ConfigError: the options do not fit the model's family or the format of its weights.
+    """
+    sharded = compute_dtype(options) if strategy() in ("zero3", "fsdp2") else None
+    if not (isinstance(options, PretrainOptions) and options.config_name):
+        check_stored_quantization(config, options, sharded)
+
+
+def drop_invalid_pad_ids(config: PreTrainedConfig) -> None:
+    """Remove a pad id that is no row of the embedding; transformers 5.24 could not build the model with it.
+
+    It takes -1 (old Llama configs) for the last row, which would then never be trained.
+    """
+    rows = getattr(config.get_text_config(), "vocab_size", None)
+    for part in (config, config.get_text_config()):
+        pad = getattr(part, "pad_token_id", None)
+        if isinstance(rows, int) and isinstance(pad, int) and not 0 <= pad < rows:
+            part.pad_token_id = None
 
 
 def _load_from(loader: Any, name: str, field: str, **arguments: Any) -> Any:
     try:
-        return loader(expand_home(name), **arguments)
+        return loader(name, **arguments)
     except LOADING_ERRORS as error:
         raise ConfigError(f"{field}: {name} cannot be loaded ({short_reason(error)}).") from None
-
-
-def expand_home(name: str) -> str:
-    """Replace a leading `~` by the home folder: in a recipe no shell does it."""
-    return str(Path(name).expanduser()) if name.startswith("~") else name
 
 
 def _check_complete(report: dict[str, Any], name: str, field: str) -> None:

@@ -103,9 +103,13 @@ def _shifted(values: torch.Tensor, last: float) -> torch.Tensor:
 
 def _candidate_paths(model: PreTrainedModel) -> list[LossPath]:
     """Return the paths to try, in order."""
-    balanced = getattr(model.config.get_text_config(), "output_router_logits", False)
     # The family itself computes its balance loss, and a family without a separate decoder gives us no hidden states.
-    return ["stock"] if balanced or model.base_model is model else ["own", "stock"]
+    return ["stock"] if _asks_for_balance(model) or model.base_model is model else ["own", "stock"]
+
+
+def _asks_for_balance(model: PreTrainedModel) -> bool:
+    """Return whether the config asks for a loss that balances the use of the experts."""
+    return bool(getattr(model.config.get_text_config(), "output_router_logits", False))
 
 
 @torch.no_grad()
@@ -116,7 +120,7 @@ def check_loss(model: nn.Module, device: torch.device | str, dtype: torch.dtype)
     matrix products. Every rank runs the same 2 or 3 forwards.
 
     Raises:
-        ConfigError: no path gives the family's loss.
+        ConfigError: no path gives the family's loss, or the config asks for a balance loss that the family lacks.
     """
     inner, training = unwrap_causal_lm(model), model.training
     model.eval()
@@ -208,6 +212,11 @@ def _family_loss(
     """Return the reference of `check_loss`: the family's mean loss times the number of targets, no balance loss."""
     assert weights is None, "the families' own losses do not support weights"
     output = type(model).forward(model, *args, labels=labels, **kwargs)
+    if _asks_for_balance(model) and getattr(output, "aux_loss", None) is None:
+        raise ConfigError(
+            f"output_router_logits: the config of the model asks for a balance loss of its experts, but "
+            f"{type(model).__name__} computes none; set it to false in config.json."
+        )
     return (output.loss - _balance_loss(model, output)) * count_targets(labels)
 
 

@@ -62,6 +62,13 @@ def keep_gradients(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
+def set_compute_dtype(model: nn.Module, compute: torch.dtype) -> None:
+    """Let 4-bit layers that were stored as such multiply in this run's dtype, not in the one of their config."""
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.compute_dtype, module.compute_type_is_set = compute, True
+
+
 def build_quantization_config(method: MethodOptions, compute: torch.dtype, sharded: bool) -> BitsAndBytesConfig | None:
     """Return the quantization that the options ask for: NF4 for QLoRA, 8 bits for `load_in_8bit`, None for neither."""
     if method.method == "qlora":

@@ -1,6 +1,7 @@
 """What a run prints for people before and after training: settings, colored rows, ledger, plan, the next commands."""
 
 import json
+import math
 import shutil
 from collections import Counter
 from itertools import pairwise
@@ -17,7 +18,8 @@ from transformers import PreTrainedTokenizerFast
 
 from accel_llm.chat.span_tokenizer import decode_tokens
 from accel_llm.chat.targets import IGNORED
-from accel_llm.config.options import Options, TrainOptions
+from accel_llm.config.command_line import shell_command
+from accel_llm.config.options import SCHEDULES_BY_OPTION, Options, TrainOptions, count_warmup_steps
 from accel_llm.data.ledger import QUANTITIES, Ledger, is_lost
 from accel_llm.data.prepare import EncodedData
 from accel_llm.data.rows import Rows
@@ -26,6 +28,8 @@ from accel_llm.errors import ConfigError
 from accel_llm.report.ledger_text import ledger_lines, one_line
 from accel_llm.report.metrics import console
 from accel_llm.report.page import write_report
+from accel_llm.report.record import Record
+from accel_llm.report.trackers import describe_error
 from accel_llm.system.secrecy import hide_secrets
 
 _UNLIMITED = 1 << 20  # characters of a line
@@ -134,6 +138,39 @@ def describe_plan(rows: Rows, plan: TrainingPlan, max_length: int) -> str:
     )
 
 
+def plan_warnings(options: TrainOptions, plan: TrainingPlan) -> list[str]:
+    """Return a sentence for each way in which so short a run differs from what its options say."""
+    warnings = []
+    # A step that is larger than an epoch.
+    rows, bins = plan.rows_per_step, plan.bins
+    if bins < rows and (plan.total_rows is None or bins < plan.total_rows):
+        warnings.append(
+            f"total_batch_size: a step takes {rows:,} rows, but an epoch has {bins:,}; each row is trained "
+            f"{rows / bins:.3g} times in a step on average."
+        )
+    elif bins < rows:
+        warnings.append(
+            f"total_batch_size: a step takes {rows:,} rows, but the run has {plan.total_rows:,}; its only step has fewer."
+        )
+
+    # A warmup without a peak, or one that reaches into the decay.
+    total, warmup = plan.total_steps, count_warmup_steps(options.warmup_steps, plan.total_steps)
+    if options.lr_scheduler_type not in SCHEDULES_BY_OPTION["warmup_steps"] or options.check_only:
+        return warnings
+    decay = math.ceil(options.decay_share * total)
+    if warmup >= total:
+        warnings.append(
+            f"warmup_steps: the warmup has {warmup:,} steps and the run {total:,}; the learning rate "
+            f"reaches {total / (warmup + 1):.1%} of its peak, at the last step."
+        )
+    elif options.lr_scheduler_type == "warmup_stable_decay" and warmup + decay > total:
+        warnings.append(
+            f"decay_share: after {warmup:,} of {total:,} steps of warmup the decay has {total - warmup:,} steps instead "
+            f"of {decay:,}, and the learning rate is never stable."
+        )
+    return warnings
+
+
 def show_plan(
     accelerator: Accelerator,
     options: TrainOptions,
@@ -141,7 +178,7 @@ def show_plan(
     data: EncodedData,
     plan: TrainingPlan,
 ) -> None:
-    """Print the ledger and the plan on the main process; with `dry_run` also all settings and three rows."""
+    """Print the ledger, the plan and its warnings on the main process; with `dry_run` all settings and three rows too."""
     if not accelerator.is_main_process:
         return
     if options.dry_run:
@@ -149,6 +186,8 @@ def show_plan(
         show_rows(tokenizer, data.train, 3)
     show_ledger(data.ledger)
     console.print(describe_plan(data.train, plan, options.max_length))
+    for sentence in plan_warnings(options, plan):
+        console.print(sentence, style="yellow", soft_wrap=True)
 
 
 def advise(accelerator: Accelerator, sentence: str) -> None:
@@ -201,7 +240,7 @@ def show_checks(accelerator: Accelerator, facts: dict[str, Any], options: TrainO
     shutil.rmtree(options.output_dir)
 
 
-def show_next_commands(accelerator: Accelerator, folder: Path) -> None:
+def show_next_commands(accelerator: Accelerator, record: Record, folder: Path) -> None:
     """Write the report and print the commands to use the export, ready to copy. Main process only.
 
     `folder` is the export: adapter/ or model/ in the output folder.
@@ -210,17 +249,18 @@ def show_next_commands(accelerator: Accelerator, folder: Path) -> None:
         return
     try:
         write_report(folder.parent)
-    except OSError as error:
-        # A warning, not an error: the run is done, and the same command would not start it again.
-        console.print(f"report.html could not be written: {error.strerror}; everything else is there.", markup=False)
-    lines = {"ask it": f"python launch/chat.py --model {folder.parent}"}
+    except Exception as error:
+        record.add_problem(f"report.html could not be written ({describe_error(error)}); everything else is there.")
+    run = folder.parent
+    lines = {"ask it": shell_command("chat.py", model=run)}
+    loader = "AutoModelForCausalLM"
     if folder.name == "adapter":
-        lines["merge it"] = f"python launch/merge.py --adapter {folder.parent} --output_dir {folder.parent}-merged"
-        lines["load it"] = f'AutoPeftModelForCausalLM.from_pretrained("{folder}")'
-    else:
-        lines["load it"] = f'AutoModelForCausalLM.from_pretrained("{folder}")'
+        merged = run.with_name(f"{run.name}-merged") if run.name else Path("merged")
+        lines["merge it"] = shell_command("merge.py", adapter=run, output_dir=merged)
+        loader = "AutoPeftModelForCausalLM"
+    lines["load it"] = f"{loader}.from_pretrained({json.dumps(str(folder), ensure_ascii=False)})"
     for purpose, command in lines.items():
-        console.print(f"{purpose + ':':10}{command}", soft_wrap=True, markup=False)
+        console.print(f"{purpose + ':':10}{command}", soft_wrap=True, markup=False, emoji=False)
 
 
 def check_overfit(accelerator: Accelerator, samples: list[dict[str, Any]]) -> None:

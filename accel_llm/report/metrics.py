@@ -14,10 +14,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from accel_llm.backend.collectives import sum_over_processes
-from accel_llm.config.command_line import resolved_options
 from accel_llm.config.options import RunOptions
 from accel_llm.data.batches import Batch, count_targets, total_weight
 from accel_llm.data.stream import TrainingPlan
+from accel_llm.report.record import Record
+from accel_llm.report.trackers import Trackers
 from accel_llm.system.disk import write_atomically
 
 console = Console(highlight=False)
@@ -34,20 +35,19 @@ class Meter:
         accelerator: Accelerator,
         options: RunOptions,
         plan: TrainingPlan,
+        record: Record,
         step: int = 0,
         state: Sequence[float] = (0.0,) * 5,
     ):
         """Start the sums of a run. `step` and `state` are those of the checkpoint that a run resumes from."""
-        self.accelerator, self.options, self.plan = accelerator, options, plan
+        self.accelerator, self.options, self.plan, self.record = accelerator, options, plan, record
         self.file = Path(options.output_dir) / "metrics.jsonl"
         self.supervised = 0  # labeled targets up to the last line of metrics, over all processes
-        # Trackers accept numbers and texts only. Without a tracker the call does nothing.
-        settings = {k: v if isinstance(v, int | float | str) else str(v) for k, v in resolved_options(options).items()}
-        accelerator.init_trackers(options.run_name or "accel-llm", config=settings)
+        self.trackers = Trackers(accelerator, options, record)
         self._reset(state)
         if accelerator.is_main_process and step:
-            self.supervised = _drop_lines_after(self.file, step)
-        self.progress = _start_progress(accelerator, plan, step)
+            self.supervised = _drop_lines_after(self.file, step, plan.total_steps)
+        self.progress = _start_progress(accelerator, plan, step, options.check_only)
 
     def _reset(self, state: Sequence[float] = (0.0,) * 5) -> None:
         # The sums of loss, weight of the targets, targets and tokens; then the seconds that have passed.
@@ -97,7 +97,7 @@ class Meter:
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Write `values` as one JSON object to metrics.jsonl, and send them to the trackers and the screen."""
-        self.accelerator.log(values, step=step)
+        self.trackers.log(values, step)
         if not self.accelerator.is_main_process:
             return
         with self.file.open("a", encoding="utf-8") as file:
@@ -122,6 +122,16 @@ class Meter:
         """Remove the progress bar."""
         if self.progress:
             self.progress.stop()
+
+    def end_run(self) -> None:
+        """Close the trackers and the process group, as the last thing that a script does.
+
+        Raises:
+            ConfigError: the run is done and its weights are there, but something beside the training failed.
+        """
+        self.trackers.finish()
+        self.accelerator.end_training()
+        self.record.raise_problems()
 
 
 class _PausedClock:
@@ -158,9 +168,9 @@ def _status(values: dict[str, Any]) -> str:
     )
 
 
-def _start_progress(accelerator: Accelerator, plan: TrainingPlan, first_step: int) -> Progress | None:
+def _start_progress(accelerator: Accelerator, plan: TrainingPlan, first_step: int, check_only: bool) -> Progress | None:
     """Return a progress bar on the terminal of the main process, else None: a log file gets only the metrics."""
-    if not (accelerator.is_main_process and console.is_terminal):
+    if check_only or not (accelerator.is_main_process and console.is_terminal):
         return None
     columns = (
         BarColumn(),
@@ -181,8 +191,11 @@ def _json_line(values: dict[str, Any]) -> str:
     return json.dumps(values | nulls, allow_nan=False) + "\n"
 
 
-def _drop_lines_after(file: Path, step: int) -> int:
-    """Remove the lines of later steps, which a resumed run does again. Return the supervised tokens up to `step`."""
+def _drop_lines_after(file: Path, step: int, last: int) -> int:
+    """Remove what a run that resumes after `step` does again: later lines, and the evaluation after the last step.
+
+    Returns the supervised tokens up to `step`.
+    """
     remaining = []
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     for line in lines:
@@ -190,7 +203,8 @@ def _drop_lines_after(file: Path, step: int) -> int:
             values = json.loads(line)
         except json.JSONDecodeError:  # the run was killed while it wrote its last line
             continue
-        if values["step"] <= step:
+        is_last_evaluation = step == last == values["step"] and "eval/loss" in values
+        if values["step"] <= step and not is_last_evaluation:
             remaining.append(values)
     write_atomically(file, "".join(map(_json_line, remaining)))
     return max((values.get("supervised_tokens", 0) for values in remaining), default=0)

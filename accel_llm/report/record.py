@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from accel_llm.backend.collectives import wait_for_all
+from accel_llm.errors import ConfigError
 from accel_llm.system.disk import write_atomically
 from accel_llm.system.exit import wait_for_root_cause
 from accel_llm.system.launcher import is_launched, process_rank
@@ -66,6 +67,7 @@ class Record:
 
     def __init__(self, folder: Path, main: bool):
         self.path, self.main, self.facts = folder / "run.json", main, {}
+        self.problems: list[str] = []  # what failed beside the training, a sentence each
 
     def update(self, **facts: Any) -> None:
         """Add or replace facts. Only the main process writes them."""
@@ -73,6 +75,28 @@ class Record:
         if self.main:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._write(self.facts)
+
+    def add_problem(self, sentence: str) -> None:
+        """Say that something beside the training failed, such as a tracker, and write it down; the run goes on.
+
+        `raise_problems` makes the exit code at the end of the script tell it too.
+        """
+        print(f"problem: {hide_secrets(sentence)}", flush=True)
+        self.problems.append(sentence)
+        with suppress(OSError):  # a disk may be what failed
+            self.update(problems=self.problems)
+
+    def raise_problems(self) -> None:
+        """Raise an error if the run had problems.
+
+        Raises:
+            ConfigError: it had; all weights are there.
+        """
+        if self.problems:
+            raise ConfigError(
+                "The run is done and its weights are complete, but something beside the training failed, as said above; "
+                f"see problems in {self.path}."
+            )
 
     def fail(self, reason: str, **facts: Any) -> None:
         """Set status `failed` with the reason, if the status is still `running`: the first process to fail counts.
@@ -98,10 +122,10 @@ def recording(folder: str | Path, main: bool, facts: dict[str, Any]) -> Iterator
 
     The status becomes `done`, `preempted`, or `failed` with the error. Under a launcher `failed_rank` is the rank of
     the process that failed. That process writes it itself, because the main process may hang waiting for it. `pid` is
-    the main process, to send signals to.
+    the main process, to send signals to. Relative paths in the options start at `working_dir`.
     """
     record = Record(Path(folder), main)
-    here = {"host": socket.gethostname(), "pid": os.getpid()}
+    here = {"host": socket.gethostname(), "pid": os.getpid(), "working_dir": str(Path.cwd())}
     record.update(status="running", started=_now(), **facts, **environment(), **here)
     failed = {"failed_rank": process_rank()} if is_launched() else {}
 

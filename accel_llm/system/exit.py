@@ -14,7 +14,9 @@ from pathlib import Path
 
 from accel_llm.errors import ConfigError, DataError
 from accel_llm.system.disk import disk_failure
-from accel_llm.system.launcher import is_launched, process_rank, world_size
+from accel_llm.system.last_line import print_last
+from accel_llm.system.launcher import is_launched, launcher_pid, process_rank, world_size
+from accel_llm.system.run_lock import release_locks
 from accel_llm.system.secrecy import hide_secrets
 from accel_llm.system.signals import Preempted, mark_as_failing, signal_requests
 
@@ -28,22 +30,23 @@ def run_script(main: Callable[[], None]) -> None:
     A ConfigError, a DataError or a full disk prints its sentences on stderr and ends with exit code 2; a signal ends
     with 128 + its number, and so does standard output that is closed, as by `| head -1`. Anything else is a bug or a
     failed machine: it prints its traceback, and under a launcher the last line names the rank, as in `error (rank 1):
-    RuntimeError: ...`.
+    RuntimeError: ...`. A launcher prints its own traceback then, and the sentences are repeated below it.
     """
     launched, rank = is_launched(), process_rank()
+    source = f"error (rank {rank})" if rank else "error"
     _escape_unprintable()
     try:
         main()
         sys.stdout.flush()
     except (ConfigError, DataError) as error:
         wait_for_root_cause(error)
-        prefix = f"error (rank {rank}): " if rank else "error: "
-        _end(2, "\n".join(prefix + line for line in str(error).splitlines()))
+        _leave_for_launcher(str(error))
+        _end(2, "\n".join(f"{source}: {line}" for line in str(error).splitlines()))
     except KeyboardInterrupt:
-        _end(128 + signal.SIGINT, "interrupted" if not rank else "")
+        _end(128 + signal.SIGINT, "interrupted" if not rank else "", is_error=False)
     except Preempted as end:
         message = f"preempted by {end}; run the same command to continue"
-        _end(128 + end.number, message if not rank else "")
+        _end(128 + end.number, message if not rank else "", is_error=False)
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _is_output_closed():
             _end(OUTPUT_CLOSED)
@@ -53,16 +56,19 @@ def run_script(main: Callable[[], None]) -> None:
             _end(128 + signal_requests.stop)
         wait_for_root_cause(error)
         if reason := disk_failure(error):
-            _end(2, f"error{f' (rank {rank})' if rank else ''}: {DISK_ADVICE.format(reason)}")
-        if not launched:
+            _end(2, f"{source}: {DISK_ADVICE.format(reason)}")
+        if not launched and launcher_pid() is None:
+            release_locks()
             raise
         last = "".join(traceback.format_exception_only(error))
         _leave_for_launcher(last.strip())
-        _end(1, "".join(traceback.format_exception(error)).removesuffix(last) + f"error (rank {rank}): {last}".strip())
+        source = f"error (rank {rank})" if launched else "error"
+        _end(1, f"{source}: {last}".strip(), "".join(traceback.format_exception(error)).removesuffix(last))
     if launched:
         # torch 2.13 sometimes aborts a rank that has finished ("terminate called without an active exception"): threads
         # of its process groups still run while the interpreter deletes the objects that they use.
         _end(0)
+    release_locks()
 
 
 def _escape_unprintable() -> None:
@@ -112,12 +118,13 @@ def _leave_for_launcher(message: str) -> None:
         )
 
 
-def _end(code: int, message: str = "") -> None:
-    """Print `message` on stderr and end the process at once.
+def _end(code: int, sentences: str = "", details: str = "", is_error: bool = True) -> None:
+    """Print why the script ends, see `print_last`, and end the process at once.
 
     Unlike sys.exit, this does not wait for process groups and worker threads, which could keep a finished rank alive.
     """
     sys.stdout.flush()
-    message = hide_secrets(message)
-    print(message, end="\n" if message else "", file=sys.stderr, flush=True)
+    release_locks()
+    if sentences:
+        print_last(hide_secrets(sentences), hide_secrets(details), is_error)
     os._exit(code)

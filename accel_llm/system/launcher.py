@@ -1,6 +1,9 @@
-"""The environment variables of the launcher: the rank of this process and the number of processes."""
+"""The launcher: its process, and in its environment variables the rank of this process and the number of processes."""
 
+import contextlib
 import os
+import sys
+from pathlib import Path
 
 
 def is_launched() -> bool:
@@ -16,3 +19,19 @@ def process_rank() -> int:
 def world_size() -> int:
     """Return the number of processes; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def launcher_pid() -> int | None:
+    """Return the id of the launcher's process if it ends when this process fails; None without one, or if not visible.
+
+    A launcher that starts the processes again (`max_restarts`) does not end before its last try.
+    """
+    last_try = os.environ.get("TORCHELASTIC_RESTART_COUNT") == os.environ.get("TORCHELASTIC_MAX_RESTARTS")
+    if not last_try or not os.environ.keys() & {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"}:
+        return None
+    # The variables can be left over in a shell. But a launcher has the script among its own arguments.
+    parent = os.getppid()
+    with contextlib.suppress(OSError):
+        if os.fsencode(sys.argv[0]) in Path(f"/proc/{parent}/cmdline").read_bytes().split(b"\0"):
+            return parent
+    return None

@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 
 from accel_llm.system.disk import sha256, write_atomically
 from accel_llm.system.folders import hidden_sibling, rename_into_place
+from accel_llm.system.places import missing_reason
 
 MANIFEST = "manifest.json"
 DAMAGE_TEXTS = ("lacks {}", "has a damaged {}")
@@ -59,11 +60,13 @@ def find_damage(
     Each process checks every `world`-th file. `add_up` returns the sums of a list over all processes, so that all of
     them get the same answer.
     """
-    # The manifest itself.
+    # The folder, and the manifest itself.
+    if reason := missing_reason(folder):
+        return reason
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return "does not exist" if not folder.exists() else f"is not a whole checkpoint (no {MANIFEST})"
+    except (FileNotFoundError, NotADirectoryError):
+        return f"is not a whole checkpoint (no {MANIFEST})"
     except (ValueError, IsADirectoryError):
         return f"has a damaged {MANIFEST}"
     if not _is_manifest(files):

@@ -19,11 +19,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from accel_llm.system.disk import write_atomically
+from accel_llm.system.last_line import print_last
 from accel_llm.system.launcher import process_rank
+from accel_llm.system.run_lock import release_locks
 
 # Ctrl-C reaches every process and is forwarded by the launcher: within 2 s both count as one signal.
 SAME_SIGNAL_SECONDS = 2.0
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 PR_SET_PDEATHSIG = 1  # option of Linux' prctl(2): the signal to get when the parent ends
+# A signal of its own for the end of the launcher. Ctrl-C also ends a launcher with one process, which takes it seconds:
+# as a SIGTERM, its end would look like a second signal of the user.
+LAUNCHER_ENDED = signal.SIGRTMIN + 4
 
 
 class Preempted(Exception):
@@ -66,7 +72,7 @@ def listen_for_signals(folder: Path | None) -> None:
     # The C handler of Python writes the number of each signal to a socket, and the thread reads it.
     reader, writer = socket.socketpair()
     writer.setblocking(False)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in (*STOP_SIGNALS, signal.SIGUSR1, LAUNCHER_ENDED):
         signal.signal(number, lambda *_: None)
     signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     # A forked process shares the socket: its signals would reach the thread of this one.
@@ -77,14 +83,14 @@ def listen_for_signals(folder: Path | None) -> None:
 
 def _reset_handlers() -> None:
     signal.set_wakeup_fd(-1)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in (*STOP_SIGNALS, signal.SIGUSR1, LAUNCHER_ENDED):
         signal.signal(number, signal.SIG_DFL)
 
 
 def _end_with_launcher() -> None:
-    """Get SIGTERM when the launcher ends. With one process `accelerate launch` ends without forwarding the signal."""
+    """Get a signal when the launcher ends. With one process `accelerate launch` ends without forwarding its own."""
     if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, LAUNCHER_ENDED)
 
 
 def _read_signals(reader: socket.socket, writer: socket.socket) -> None:
@@ -96,25 +102,46 @@ def _read_signals(reader: socket.socket, writer: socket.socket) -> None:
 
 def handle_signal(number: int) -> None:
     """React to a signal: note it, or end the process, as described at the top of this file."""
-    global _stop_time
     if number == signal.SIGUSR1:
         signal_requests.save = True
-    elif number in (signal.SIGTERM, signal.SIGINT):
-        now = time.monotonic()
-        if not signal_requests.stop and (_failing or _is_peer_gone()):
-            # When one process of a job fails, the launcher stops the others with this signal. The failed one reports
-            # why.
-            if _on_stop is not None:
-                _on_stop(number)
-            os._exit(128 + number)
-        elif not _deferring:
-            _end(number)
-        elif not signal_requests.stop:
-            signal_requests.stop, _stop_time = number, now
-            if _on_stop is not None:
-                _on_stop(number)
-        elif now - _stop_time > SAME_SIGNAL_SECONDS:
-            os._exit(128 + number)
+    elif number in STOP_SIGNALS:
+        _stop(number)
+    elif number == LAUNCHER_ENDED and not signal_requests.stop:
+        _stop(signal.SIGTERM)
+
+
+def _stop(number: int) -> None:
+    """React to a signal to stop."""
+    global _stop_time
+    now = time.monotonic()
+    if not signal_requests.stop and (_failing or _is_peer_gone()):
+        # When one process of a job fails, the launcher stops the others with this signal. The failed one reports why.
+        if _on_stop is not None:
+            _on_stop(number)
+        release_locks()
+        os._exit(128 + number)
+    elif not _deferring:
+        _end(number)
+    elif not signal_requests.stop:
+        signal_requests.stop, _stop_time = number, now
+        if _on_stop is not None:
+            _on_stop(number)
+        _announce_stop(number)
+    elif now - _stop_time > SAME_SIGNAL_SECONDS:
+        release_locks()
+        os._exit(128 + number)
+
+
+def _announce_stop(number: int) -> None:
+    """Say on the main process what happens now: a step can be long, and the shell may show its prompt before its end."""
+    if process_rank() or not sys.stderr:
+        return
+    message = f"\n{signal.Signals(number).name}: the run saves at the end of this step and stops; `kill {os.getpid()}` "
+    message += "stops it at once, without the steps since the last checkpoint"
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        seconds = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30")
+        message += f"; the launcher waits {seconds} s for it (TORCH_ELASTIC_SHUTDOWN_TIMEOUT in its environment)"
+    print(message, file=sys.stderr, flush=True)
 
 
 def _is_peer_gone() -> bool:
@@ -167,10 +194,11 @@ def _end(number: int) -> None:
         if _run_folder is not None:
             with contextlib.suppress(OSError):
                 _record_preemption(_run_folder)
+        release_locks()
         if process_rank() == 0:
             name = signal.Signals(number).name
             message = f"preempted by {name}: nothing is lost; run the same command to continue"
-            print(message, file=sys.stderr, flush=True)
+            print_last(message, is_error=False)
     finally:
         os._exit(128 + number)
 
@@ -178,7 +206,7 @@ def _end(number: int) -> None:
 def _record_preemption(folder: Path) -> None:
     """Write status `preempted` to run.json, if the folder is new or holds a run that can continue."""
     run_file = folder / "run.json"
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if not folder.exists() or (folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir())):
         folder.mkdir(parents=True, exist_ok=True)
         run = {"status": "running", "step": 0}
     else:

@@ -2,7 +2,10 @@
 
 import math
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,17 +22,21 @@ from accel_llm.config.options import TrainOptions
 from accel_llm.data.batches import collate, count_targets, total_weight
 from accel_llm.data.packing import pack
 from accel_llm.data.rows import Rows
-from accel_llm.model.attention import stock_attention
-from accel_llm.model.generation import cut_at_stop, pad_left
+from accel_llm.model.attention import stock_attention, unwrap_causal_lm
+from accel_llm.model.generation import cut_at_stop, pad_left, without_own_settings
 from accel_llm.model.loss import next_token_loss
+from accel_llm.model.positions import position_limit
 from accel_llm.model.tokenizer import pad_token_id
 from accel_llm.report.metrics import Meter
+from accel_llm.report.trackers import describe_error
 from accel_llm.system.signals import Preempted, signal_requests
 from accel_llm.training.loop import to_device
 from accel_llm.training.start import Start
 
+Question = tuple[np.ndarray, np.ndarray]  # ids of the prompt and of the answer
 LOWER_IS_BETTER = {"eval/loss"}  # with all other metrics higher is better
 MAX_SAMPLES_KEPT = 20
+SHARDED = ("zero3", "fsdp2")
 EXTRA_TOKENS = 8  # an answer may be this much longer than the longest one in the data
 
 
@@ -64,10 +71,33 @@ class Evaluation:
             raise Preempted(signal_requests.stop or signal.SIGTERM, start.step)
 
     def when_due(self, model: Any, meter: Meter, step: int) -> None:
-        """Evaluate every `eval_steps` and after the last step."""
+        """Evaluate every `eval_steps`, but not after the last step: `at_end` does that.
+
+        An evaluation of a single process that fails is a problem of the run, which goes on.
+        """
         every = self.options.eval_steps
-        if step == meter.plan.total_steps or (every and step % every == 0):
+        if not every or step % every or step == meter.plan.total_steps:
+            return
+        try:
             self.run(model, meter, step)
+        except Exception as error:
+            if self.accelerator.num_processes > 1:  # the others may wait for this one
+                raise
+            meter.record.add_problem(f"The evaluation after step {step} failed ({describe_error(error)}).")
+
+    def at_end(self, model: Any, meter: Meter, exported: Path) -> None:
+        """Evaluate after the last step. The model is already `exported`.
+
+        Raises:
+            RuntimeError: the evaluation failed.
+        """
+        try:
+            self.run(model, meter, meter.plan.total_steps)
+        except Exception as error:
+            raise RuntimeError(
+                f"The evaluation after the last step failed ({describe_error(error)}). The trained model is complete in "
+                f"{exported}; the same command evaluates it again."
+            ) from error
 
     def run(self, model: Any, meter: Meter, step: int) -> None:
         """Evaluate now, and write the metrics as those of `step`.
@@ -109,6 +139,17 @@ def find_new_best(
     return step, value
 
 
+@contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Within the block, the model is in evaluation mode and no gradients are kept."""
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train()
+
+
 class EvaluationInterrupted(Exception):
     """The run was asked to stop in the middle of an evaluation."""
 
@@ -145,8 +186,7 @@ def mean_loss(
     )
     count, size, world = len(offsets) - 1, options.per_device_eval_batch_size, accelerator.num_processes
     sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
-    model.eval()
-    with torch.no_grad():
+    with _evaluating(model):
         # Sharded weights are gathered in each forward pass, so every process must make the same number of passes. A
         # process that has no rows left gets a batch without labels.
         for first in range(0, count, size * world):
@@ -159,14 +199,13 @@ def mean_loss(
             sums[0] += next_token_loss(model, batch)
             sums[1] += total_weight(batch)
             sums[2] += count_targets(batch["labels"])
-    model.train()
     total, weight, targets = sum_over_processes(accelerator, sums).tolist()
     loss = total / (weight or 1)
     # exp overflows a float64 above 709.
     return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0)), "eval/supervised_tokens": int(targets)}
 
 
-def select_questions(rows: Rows, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def select_questions(rows: Rows, count: int) -> list[Question]:
     """Return the last trained turn of the first `count` rows with a prompt before it, as (prompt ids, answer ids)."""
     questions = []
     for ids, labels in (rows[k] for k in range(len(rows))):
@@ -187,7 +226,7 @@ def exact_match(
     accelerator: Accelerator,
     model: Any,
     tokenizer: PreTrainedTokenizerFast,
-    questions: list[tuple[np.ndarray, np.ndarray]],
+    questions: list[Question],
     batch_size: int,
     stop_ids: list[int],
 ) -> tuple[dict[str, float], list[GeneratedAnswer]]:
@@ -198,37 +237,54 @@ def exact_match(
         `eval/stop_rate`, the share of answers that ended by a stop token, both over all processes; and the answers of
         this process.
     """
-    own_questions = questions[accelerator.process_index :: accelerator.num_processes]
-    per_process = -(-len(questions) // accelerator.num_processes)
-    longest = max(len(answer) for _, answer in questions)
-    settings = GenerationConfig(
-        max_new_tokens=longest + EXTRA_TOKENS,
-        do_sample=False,
-        eos_token_id=stop_ids,
-        pad_token_id=tokenizer.pad_token_id,
-    )
     inner = unwrap_model(accelerator, model)
+    causal_lm, pad = unwrap_causal_lm(inner), pad_token_id(tokenizer)
+    limit = position_limit(causal_lm.config)
     answers: list[GeneratedAnswer] = []
     stopped = 0
-    inner.eval()
     # Autocast, because `generate` bypasses the forward that `prepare` wraps: without it the float32 parts of an adapter
     # would meet bf16 activations. Packed attention cannot generate, so the model's own takes its place.
-    with torch.no_grad(), accelerator.autocast(), stock_attention(inner):
-        for first in range(0, per_process, batch_size):
+    with _evaluating(inner), accelerator.autocast(), stock_attention(inner), without_own_settings(causal_lm):
+        for batch, own, max_new_tokens in _question_batches(accelerator, questions, batch_size, limit):
             _check_stop(accelerator)
-            # A process that has no questions left repeats one, so that all make the same number of calls.
-            batch = own_questions[first : first + batch_size] or questions[:1]
-            inputs = pad_left([prompt for prompt, _ in batch], pad_token_id(tokenizer), accelerator.device)
-            output = inner.generate(**inputs, generation_config=settings, synced_gpus=strategy() in ("zero3", "fsdp2"))
-            generated = output[:, inputs["input_ids"].shape[1] :].tolist()
-            for (prompt, expected), token_ids in zip(batch, generated, strict=True):
-                if first < len(own_questions):
-                    token_ids, ended = cut_at_stop(token_ids, stop_ids)
-                    stopped += ended
-                    texts = (decode_tokens(tokenizer, ids) for ids in (prompt, expected, token_ids))
-                    answers.append(GeneratedAnswer(*texts))
-    inner.train()
+            inputs = pad_left([prompt for prompt, _ in batch], pad, accelerator.device)
+            settings = GenerationConfig(
+                max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stop_ids, pad_token_id=pad
+            )
+            output = inner.generate(**inputs, generation_config=settings, synced_gpus=strategy() in SHARDED)
+            generated = output[:own, inputs["input_ids"].shape[1] :].tolist()
+            for (prompt, expected), token_ids in zip(batch, generated, strict=False):
+                token_ids, ended = cut_at_stop(token_ids, stop_ids)
+                stopped += ended
+                texts = (decode_tokens(tokenizer, ids) for ids in (prompt, expected, token_ids))
+                answers.append(GeneratedAnswer(*texts))
     right = sum(answer.right for answer in answers)
     totals = torch.tensor([right, stopped, len(answers)], dtype=torch.float64, device=accelerator.device)
     right, stopped, count = sum_over_processes(accelerator, totals).tolist()
     return {"eval/exact_match": right / count, "eval/stop_rate": stopped / count}, answers
+
+
+def _question_batches(
+    accelerator: Accelerator, questions: list[Question], batch_size: int, limit: int | None
+) -> Iterator[tuple[list[Question], int, int]]:
+    """Yield batches of questions, how many of a batch count for this process, and how many tokens to generate.
+
+    All processes get the same number of batches; one that has no questions left repeats a question, which does not
+    count. A prompt to which the longest answer would pass the model's `limit` of positions is a batch of its own, with
+    the tokens that are left: its own answer fits, and no answer depends on the other questions.
+    """
+    rank, world = accelerator.process_index, accelerator.num_processes
+    tokens = max(len(answer) for _, answer in questions) + EXTRA_TOKENS
+    is_long = [limit is not None and len(prompt) + tokens > limit for prompt, _ in questions]
+    short = [question for question, long in zip(questions, is_long, strict=True) if not long]
+    long = [question for question, long in zip(questions, is_long, strict=True) if long]
+    for first in range(0, len(short), batch_size * world):
+        batch = short[first + rank : first + batch_size * world : world]
+        yield batch or short[:1], len(batch), tokens
+    # Where weights are sharded, a process that is done runs on until all are, to positions beyond the limit. So there
+    # all ask the same question.
+    together = strategy() in SHARDED
+    for first in range(0, len(long), 1 if together else world):
+        place = first if together else first + rank
+        question = long[min(place, len(long) - 1)]
+        yield [question], int(place < len(long) and place % world == rank), (limit or 0) - len(question[0])

@@ -11,8 +11,10 @@ from accel_llm.adapters.saved import save_adapter
 from accel_llm.backend.accelerator import gather_weights, unwrap_model
 from accel_llm.config.options import TrainOptions
 from accel_llm.model.attention import unwrap_causal_lm
+from accel_llm.model.config_file import save_config
 from accel_llm.model.generation import build_generation_config
 from accel_llm.model.loading import stored_dtype
+from accel_llm.model.tokenizer_file import save_tokenizer
 from accel_llm.system.folders import atomic_folder
 from accel_llm.training.start import Start
 
@@ -42,7 +44,7 @@ def export_model(
             else:
                 _save_model(unwrap_causal_lm(inner), partial, state, stored_dtype(config))
             build_generation_config(unwrap_causal_lm(inner), tokenizer, stop).save_pretrained(str(partial))
-            tokenizer.save_pretrained(str(partial))
+            save_tokenizer(tokenizer, partial)
     accelerator.wait_for_everyone()
     return folder
 
@@ -54,4 +56,4 @@ def _save_model(model: PreTrainedModel, folder: Path, state: dict[str, torch.Ten
     model.save_pretrained(str(folder), state_dict=state)
     # transformers 5.23 writes the dtype of training, float32, into config.json and would load these weights in it.
     model.config.dtype = dtype
-    model.config.save_pretrained(str(folder))
+    save_config(model.config, folder)

@@ -14,8 +14,9 @@ from accel_llm.backend.collectives import sum_over_processes
 from accel_llm.backend.strategy import compute_dtype, resolve_precision, strategy
 from accel_llm.config.options import TrainOptions
 from accel_llm.errors import ConfigError
-from accel_llm.model.attention import check_isolation, unwrap_causal_lm
+from accel_llm.model.attention import unwrap_causal_lm
 from accel_llm.model.loss import check_loss
+from accel_llm.model.probe import check_causality, check_isolation
 from accel_llm.model.vocabulary import NEW_ROWS
 
 # For a hash, tensors are read as integers of the same size in bytes.
@@ -69,8 +70,9 @@ def preflight(accelerator: Accelerator, model: nn.Module, optimizer: Any, option
         "weights_hash": _check_equal_weights(accelerator, model),
         "attention": unwrap_causal_lm(model).config._attn_implementation,
     }
-    if options.packing:
-        check_isolation(model, accelerator.device, dtype)
+    check_causality(model, accelerator.device, dtype)
+    if options.packing or max(options.per_device_train_batch_size, options.per_device_eval_batch_size) > 1:
+        check_isolation(model, accelerator.device, dtype, bool(options.packing), options.max_length)
     if strategy().startswith("zero"):
         plugin: Any = accelerator.state.deepspeed_plugin
         facts["deepspeed"] = json.loads(json.dumps(plugin.deepspeed_config, default=str))

@@ -5,14 +5,9 @@ import math
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from accel_llm.config.options import OptimOptions
+from accel_llm.config.options import OptimOptions, count_warmup_steps
 
 SCHEDULES = ("linear", "cosine", "cosine_with_min_lr", "constant", "constant_with_warmup", "warmup_stable_decay")
-
-
-def count_warmup_steps(warmup_steps: float, total_steps: int) -> int:
-    """Return the number of warmup steps: `warmup_steps`, or, below 1, that share of `total_steps`, rounded up."""
-    return int(warmup_steps) if warmup_steps >= 1 else math.ceil(warmup_steps * total_steps)
 
 
 def learning_rate_factor(

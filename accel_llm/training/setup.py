@@ -23,10 +23,10 @@ from accel_llm.data.stream import Position, Stream
 from accel_llm.demo.files import TrainOptionsT, parse_options_or_demo, resolve_demo
 from accel_llm.errors import ConfigError, raise_problems
 from accel_llm.model.generation import stop_token_ids
-from accel_llm.model.loading import build_model, load_model, load_model_config, model_problems
+from accel_llm.model.loading import build_model, load_model, load_model_config, model_problems, tokenizer_problems
 from accel_llm.model.neftune import attach_neftune
 from accel_llm.model.placement import place_weights
-from accel_llm.model.tokenizer import check_token_ids, configured_tokenizer, pad_token_id
+from accel_llm.model.tokenizer import check_token_ids, configured_tokenizer, fit_pad_token, pad_token_id
 from accel_llm.model.vocabulary import add_missing_tokens, extend_vocabulary
 from accel_llm.training.optimizers import build_optimizer
 from accel_llm.training.schedule import build_schedule
@@ -66,7 +66,7 @@ def read_data_options(options_class: type[TrainOptionsT], demo: Path) -> TrainOp
         ConfigError: an option, the model or a source of rows cannot be used. It lists all problems.
     """
     options = parse_options_or_demo(options_class, demo, sys.argv[1:])
-    raise_problems(source_problems(options) + ([] if options.tokenizer_name else model_problems(options)))
+    raise_problems(source_problems(options) + (tokenizer_problems(options) if options.tokenizer_name else model_problems(options)))
     quiet_libraries()
     return options
 
@@ -132,6 +132,7 @@ def encode_chats(options: SftOptions, config: PreTrainedConfig, chat: ChatTokeni
     """
     data = encode_conversations(options, options.seed, chat.tokenizer, chat.template)
     check_token_ids(data.token_ids, config, chat.tokenizer, chat.new_tokens)
+    fit_pad_token(chat.tokenizer, config, chat.new_tokens)
     return replace(data, eval=data.train) if options.overfit else data
 
 
@@ -141,6 +142,7 @@ def encode_documents(
     """Encode plain text as rows for training and evaluation; raises the errors of `encode_chats`."""
     data = encode_texts(options, options.seed, tokenizer, options.text_column)
     check_token_ids(data.token_ids, config, tokenizer)
+    fit_pad_token(tokenizer, config)
     return data
 
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from support import STEPS, STOP, Stopped, checkpoint_path, equal_tensors, metrics, run_json, saved_steps, spoil, weights
 
 from accel_llm.checkpoint import checkpoints as checkpoints_module
+from accel_llm.checkpoint import files as files_module
 from accel_llm.errors import ConfigError, DataError
 from accel_llm.model import loss as loss_module
 from accel_llm.model.loss import next_token_loss
@@ -158,7 +159,7 @@ def test_a_state_with_a_nan_is_not_saved(train, at_step, tmp_path, step, words):
 
 @pytest.mark.parametrize("background", [False, True])
 def test_a_full_disk_ends_in_one_sentence_and_keeps_the_last_checkpoint(train, tmp_path, monkeypatch, background):
-    write, calls = checkpoints_module.write_tensors, iter(range(9))
+    write, calls = files_module.write_tensors, iter(range(9))
 
     def full(path: Path, tensors: Any, *header: Any) -> Any:
         if next(calls) == 1:
@@ -166,7 +167,7 @@ def test_a_full_disk_ends_in_one_sentence_and_keeps_the_last_checkpoint(train, t
             raise OSError(28, "No space left on device")
         return write(path, tensors, *header)
 
-    monkeypatch.setattr(checkpoints_module, "write_tensors", full)
+    monkeypatch.setattr(files_module, "write_tensors", full)
     words = ("--save_steps", 2, *(["--save_async"] if background else []))
     with pytest.raises(ConfigError) as error:
         train(tmp_path / "run", *words)
@@ -295,7 +296,7 @@ def test_missing_state_is_an_error(train, interrupt, tmp_path):
     removed = next(name for name in tensors if "|exp_avg|" in name)
     shutil.copytree(folder, tmp_path / "copy")
     facts = json.loads((folder / "manifest.json").read_text())
-    facts[path.name] = list(checkpoints_module.write_tensors(path, {n: t for n, t in tensors.items() if n != removed}))
+    facts[path.name] = list(files_module.write_tensors(path, {n: t for n, t in tensors.items() if n != removed}))
     (folder / "manifest.json").write_text(json.dumps(facts))
     with pytest.raises(ConfigError, match=rf"lacks 1 tensors \({re.escape(removed)}\)"):
         train(tmp_path / "run", *LORA)

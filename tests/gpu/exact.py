@@ -21,10 +21,11 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from accel_llm.adapters.attach import attach_adapter
 from accel_llm.config.options import TrainOptions
 from accel_llm.data.batches import collate_packed, collate_padded
-from accel_llm.model import attention
-from accel_llm.model.attention import LEAK_TOLERANCE, PACKED_TOLERANCE, enable_packing, stock_attention
+from accel_llm.model import attention, probe
+from accel_llm.model.attention import enable_packing, stock_attention
 from accel_llm.model.loss import attach_loss, next_token_loss
 from accel_llm.model.placement import materialize_weights
+from accel_llm.model.probe import LEAK_TOLERANCE, PACKED_TOLERANCE
 from accel_llm.model.quantization import (
     build_quantization_config,
     prepare_4bit_layers,
@@ -142,13 +143,13 @@ def compare_documents() -> None:
     documents = [torch.randint(3, VOCABULARY, (n,), generator=generator).to(DEVICE) for n in (70, 1, 129, 33)]
     for dtype in DTYPES:
         with autocast(dtype):
-            packed = attention._packed_logits(model, documents)
-            changed = attention._packed_logits(model, [documents[0].roll(1), *documents[1:]])
+            packed = probe._logits_together(model, documents, True)
+            changed = probe._logits_together(model, [documents[0].roll(1), *documents[1:]], True)
             with stock_attention(model):
                 alone = [model(input_ids=d[None], use_cache=False).logits[0].float() for d in documents]
         name = name_of(dtype)
-        tell(f"{name}: packed against alone", attention._relative_distance(packed, alone), PACKED_TOLERANCE[dtype])
-        tell(f"{name}: leak", attention._relative_distance(changed[1:], packed[1:]), LEAK_TOLERANCE[dtype])
+        tell(f"{name}: packed against alone", probe._relative_distance(packed, alone), PACKED_TOLERANCE[dtype])
+        tell(f"{name}: leak", probe._relative_distance(changed[1:], packed[1:]), LEAK_TOLERANCE[dtype])
 
 
 def adapted(base: Any, dtype: torch.dtype, **changes: Any) -> Any:

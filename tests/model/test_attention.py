@@ -14,13 +14,13 @@ from accel_llm.model import attention
 from accel_llm.model.attention import (
     PACKED_ATTENTION,
     VARLEN_OPTIONS,
-    check_isolation,
     enable_packing,
     forward_arguments,
     packed_attention,
     stock_attention,
 )
 from accel_llm.model.loss import attach_loss, next_token_loss
+from accel_llm.model.probe import check_isolation
 
 
 def alone(model, rows) -> list[torch.Tensor]:

@@ -65,7 +65,7 @@ def run_kinds() -> list[RunKind]:
 
 def install_pauses() -> None:
     """In a rank: pause around each file of a checkpoint, its manifest and its rename, and during its removal."""
-    from accel_llm.checkpoint import checkpoints
+    from accel_llm.checkpoint import files
     from accel_llm.system import manifest
 
     def slow(module: Any, name: str) -> None:
@@ -79,8 +79,8 @@ def install_pauses() -> None:
 
         setattr(module, name, paused)
 
-    slow(checkpoints, "write_tensors")
-    slow(checkpoints, "_write_json")
+    slow(files, "write_tensors")
+    slow(files, "_write_json")
     slow(manifest, "write_atomically")  # each process's part, then the manifest; the rename follows
     slow(manifest.shutil, "rmtree")  # a folder is renamed before it is removed
 

@@ -37,7 +37,7 @@ PHASES = {
     "first step": ("accelerate", "Accelerator.backward", 1),
     "accumulation": ("accelerate", "Accelerator.backward", 5),
     "evaluation": ("accel_llm.training.evaluation", "next_token_loss", 2),
-    "save": ("accel_llm.checkpoint.checkpoints", "write_part", 1),
+    "save": ("accel_llm.checkpoint.files", "write_part", 1),
     "export": ("accel_llm.training.export", "gather_weights", 1),
 }
 BEFORE_TRAINING = ("mapping", "loading")

@@ -17,6 +17,7 @@ from accel_llm.data.batches import collate_packed, collate_padded
 from accel_llm.data.stream import TrainingPlan
 from accel_llm.report import metrics
 from accel_llm.report.metrics import Meter
+from accel_llm.report.record import Record
 
 ROW = (np.arange(5, 11), np.array([-100, -100, 7, 8, -100, 10]))  # 6 tokens, 3 targets
 SHORT = (np.arange(5, 9), np.array([-100, 6, -100, -100]))  # 4 tokens, 1 target
@@ -25,7 +26,7 @@ FILLER = (np.zeros(2, np.int64), np.full(2, -100))
 
 def new_meter(accelerator, folder: Path, first_step: int = 0, logging_steps: int = 3, total_steps: int = 8) -> Meter:
     options = RunOptions(output_dir=str(folder), logging_steps=logging_steps)
-    return Meter(accelerator, options, TrainingPlan(4, 2, None, total_steps), first_step)
+    return Meter(accelerator, options, TrainingPlan(4, 2, None, total_steps), Record(folder, True), first_step)
 
 
 def refuse(constant: str) -> None:

@@ -1,0 +1,144 @@
+"""First values of a LoRA that are a part of the base's weights (PiSSA, OLoRA), without a change of the base.
+
+PEFT takes s B0 A0, with which such a LoRA begins, out of each weight W of the base and trains s B A on what is left.
+Then nothing but that changed base goes with the adapter. Here the base stays as it is, and the layer adds
+s (B A - B0 A0), with A0 and B0 kept beside A and B. This is the same function of A and B: so the training is the same,
+nothing is rounded away from W, and a plain LoRA of twice the rank, [B, -B0] [A; A0], is the exact export.
+"""
+
+from dataclasses import replace
+from typing import Any, Literal
+
+import accel_llm.system.chatter
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from peft.utils.integrations import dequantize_module_weight
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from accel_llm.errors import ConfigError
+from accel_llm.system.memory import release_pages
+
+# Values of init_lora_weights that are computed from the base's weights alone, so that they can be computed again.
+REPEATABLE_INITS = ("pissa", "olora")
+
+
+class OffsetFactor(nn.Linear):
+    """A factor of a LoRA, A or B, together with the first value of it that is subtracted.
+
+    `weight` is trained: A [r, in] or B [out, r]. `offset`, of the same shape, never changes: A0 or -B0. In its product
+    A becomes [A; A0] (`dim` 0) and B becomes [B, -B0] (`dim` 1).
+    """
+
+    def __init__(self, weight: torch.Tensor, offset: torch.Tensor, dim: Literal[0, 1]):
+        super().__init__(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        self.weight, self.dim = nn.Parameter(weight), dim
+        # A buffer, because no backend shards or steps one. It is in no state_dict: the checkpoints ask for it.
+        self.register_buffer("offset", offset, persistent=False)
+
+    def joined(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return `weight` and the offset as one matrix: [2r, in] for A, [out, 2r] for B."""
+        return torch.cat([weight, self.offset.to(weight)], self.dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.joined(self.weight))
+
+
+def start_from_base(model: PeftModel, init: str, compute: torch.dtype) -> None:
+    """Give the LoRA layers of `model` the first values `init`, "pissa" or "olora"; the base's weights do not change.
+
+    `compute` is the dtype of the base in training. The first values are rounded to it, because the offset is kept in
+    it. Layers for which PEFT has no such values, such as embeddings, keep the values that they have.
+
+    Raises:
+        ConfigError: `init` is another method.
+    """
+    if init not in REPEATABLE_INITS:
+        raise ConfigError(f"init_lora_weights: {init} is not one of {', '.join(REPEATABLE_INITS)}.")
+    for layer in lora_layers(model).values():
+        if isinstance(layer, ParamWrapper) or not isinstance(layer.get_base_layer(), nn.Linear | Conv1D):
+            continue
+        factor_a, factor_b = _first_factors(layer, init)
+        # A matrix whose shorter side is less than r has fewer directions; the others stay zero.
+        missing = layer.r["default"] - len(factor_a)
+        first_a, first_b = F.pad(factor_a, (0, 0, 0, missing)).to(compute), F.pad(factor_b, (0, missing)).to(compute)
+        layer.lora_A["default"] = OffsetFactor(first_a.float(), first_a.clone(), 0)
+        layer.lora_B["default"] = OffsetFactor(first_b.float(), -first_b, 1)
+
+
+def lora_layers(model: Any) -> dict[str, Any]:
+    """Return PEFT's LoRA layers of an adapted model, by their names in the base model."""
+    modules = model.base_model.model.named_modules()
+    return {name: module for name, module in modules if isinstance(module, LoraLayer)}
+
+
+def _first_factors(layer: Any, init: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return A0 and B0 as PEFT computes them for this layer, on the CPU or wherever its weight is."""
+    base: Any = layer.get_base_layer()
+    weight, transposed = base.weight, layer.fan_in_fan_out
+    # 4-bit weights that are not quantized yet hold the plain values.
+    plain = weight.data if getattr(weight, "bnb_quantized", None) is False else dequantize_module_weight(base).data
+    # PEFT changes the weight that it finds in the layer, in place. PEFT 0.21's OLoRA takes the weight of GPT-2's Conv1D
+    # as it is stored, transposed, so that A and B have the wrong shapes or, for a square matrix, compute another thing.
+    copy = (plain.T if transposed else plain).to(torch.float32, copy=True)
+    base.weight = nn.Parameter(copy.contiguous(), requires_grad=False)
+    layer.fan_in_fan_out = False
+    if init == "pissa":
+        layer.pissa_init("default", init)
+    else:
+        layer.olora_init("default")
+    base.weight, layer.fan_in_fan_out = weight, transposed
+    release_pages(plain)
+    return layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data
+
+
+def joined_factors(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the trained weights `state` by name with the offsets in them: the factors of a plain LoRA on the base."""
+    joined = {
+        f"{name}.weight": module.joined(state[f"{name}.weight"])
+        for name, module in model.named_modules()
+        if isinstance(module, OffsetFactor)
+    }
+    return state | joined
+
+
+def plain_config(model: PeftModel) -> LoraConfig:
+    """Return the config of the plain LoRA that `joined_factors` belong to: twice the rank, and the same scaling s."""
+    config: Any = model.peft_config["default"]
+    layers = lora_layers(model)
+    doubled = {name for name, layer in layers.items() if _has_offset(layer)}
+    if not doubled:
+        return config
+    # Layers without an offset keep rank and alpha. PEFT takes the first pattern that fits, so they come first.
+    kept = {_pattern(name, layer): layer for name, layer in layers.items() if name not in doubled}
+    ranks, alphas = ({name: getattr(layer, k)["default"] for name, layer in kept.items()} for k in ("r", "lora_alpha"))
+    growth = 2**0.5 if config.use_rslora else 2  # s is alpha / r, or alpha / sqrt(r) with rslora
+    return replace(
+        config,
+        init_lora_weights=True,
+        r=2 * config.r,
+        lora_alpha=config.lora_alpha * growth,
+        rank_pattern=ranks | {name: 2 * rank for name, rank in config.rank_pattern.items()},
+        alpha_pattern=alphas | {name: alpha * growth for name, alpha in config.alpha_pattern.items()},
+    )
+
+
+def _has_offset(layer: Any) -> bool:
+    return "default" in layer.lora_A and isinstance(layer.lora_A["default"], OffsetFactor)
+
+
+def _pattern(name: str, layer: LoraLayer) -> str:
+    """Return the name under which rank_pattern knows a layer: for a single parameter it is the parameter's."""
+    while name.endswith(".base_layer"):  # several parameters of one module
+        name = name.removesuffix(".base_layer")
+    return f"{name}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else name
+
+
+def offsets(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the offsets of all factors by name: state of a run that is not trained."""
+    return {
+        f"{name}.offset": module.offset for name, module in model.named_modules() if isinstance(module, OffsetFactor)
+    }

@@ -1,0 +1,57 @@
+"""Writes config.json so that programs that build on transformers 4 read the same model.
+
+transformers 5 keeps all settings of rotary embeddings in `rope_parameters`. Transformers 4 does not know this key: it
+takes the default base of 10,000 and no scaling, and vLLM with it, without a word (vLLM 42624). So the old keys are
+written as well.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from accel_llm.system.disk import write_atomically
+
+OWN_KEYS = ("rope_theta", "partial_rotary_factor")  # beside `rope_scaling` in transformers 4, not inside
+
+
+def save_config(config: PreTrainedConfig, folder: Path) -> None:
+    """Write `config` to `folder`/config.json, with the old names of the rotary settings beside the new ones."""
+    config.save_pretrained(str(folder))
+    file = folder / "config.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    widened = _with_old_names(settings)
+    # A family may read the old names in a way of its own. Then the file stays as transformers 5 has written it.
+    again = type(config).from_dict(json.loads(json.dumps(widened)))
+    if _rope_parameters(again.to_dict()) == _rope_parameters(type(config).from_dict(settings).to_dict()):
+        write_atomically(file, json.dumps(widened, indent=2, ensure_ascii=False, sort_keys=True) + "\n")
+
+
+def _with_old_names(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings with the old names added, also in the configs of parts, such as `text_config`."""
+    parts = {key: _with_old_names(value) if isinstance(value, dict) else value for key, value in settings.items()}
+    rope = settings.get("rope_parameters")
+    if not isinstance(rope, dict):
+        return parts
+    # Gemma 3 has one set of values for each kind of layer.
+    main, local = rope.get("full_attention", rope), rope.get("sliding_attention")
+    if not isinstance(main, dict) or "rope_theta" not in main:
+        return parts
+    old = {key: main[key] for key in OWN_KEYS if main.get(key) is not None}
+    scaling = {key: value for key, value in main.items() if key not in OWN_KEYS}
+    if scaling.get("rope_type") == "longrope":
+        # Phi-3 accepts exactly three keys here. The original length stands beside them.
+        scaling = {"type": "longrope"} | {key: main[key] for key in ("short_factor", "long_factor")}
+    old["rope_scaling"] = scaling if scaling.get("rope_type", "longrope") != "default" else None
+    if isinstance(local, dict) and "rope_theta" in local:
+        old["rope_local_base_freq"] = local["rope_theta"]
+    return old | parts
+
+
+def _rope_parameters(settings: Any) -> list[Any]:
+    """Return all values of `rope_parameters`, also those of parts."""
+    if not isinstance(settings, dict):
+        return []
+    own = [settings["rope_parameters"]] if "rope_parameters" in settings else []
+    return own + [value for part in settings.values() for value in _rope_parameters(part)]

@@ -1,0 +1,198 @@
+"""Tests on the model itself, exactly as it will train: its rows are causal and isolated."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+from accel_llm.errors import ConfigError
+from accel_llm.model.attention import REMEDY, forward_arguments, stock_attention, unwrap_causal_lm
+
+# Relative differences of logits that rounding explains, by the dtype of the matrix products (int8: an 8-bit base).
+# PACKED: a row of documents and a single one use different kernels, which sum in a different order.
+# LEAK: changing one document should change nothing in the others. Only bitsandbytes' 8-bit products change: they treat
+# a column separately if any token of the row is an outlier in it.
+PACKED_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1, torch.int8: 1e-1}
+LEAK_TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-4, torch.bfloat16: 2e-3, torch.int8: 5e-2}
+
+# Lengths at which a model changes its behavior, by their names in configs, rotary scalings and modules.
+BEHAVIOR_LENGTHS = ["sliding_window", "sliding_window_size", "attention_chunk_size", "floor_scale"]
+BEHAVIOR_LENGTHS += ["log_scaling_n_floor", "keep_window_size", "index_topk"]
+# LongRoPE, and the temperature of Ministral 3; other scalings read it only while the model is built.
+SCALING_LENGTHS = ["original_max_position_embeddings"]
+# `dynamic` scaling; other models read these only while they are built.
+DYNAMIC_LENGTHS = ["max_position_embeddings", "original_max_seq_len", "max_seq_len_cached"]
+# During the test they are 4 tokens, so documents of these lengths lie on both sides.
+SHORT_LENGTH = 4
+DOCUMENT_LENGTHS = (7, 12, 4)
+
+# Fields by which a config makes a decoder see later tokens, with the value that stops it.
+CAUSAL_FIELDS = {"is_decoder": True, "is_causal": True, "use_bidirectional_attention": False}
+
+
+@torch.no_grad()
+def check_causality(model: nn.Module, device: torch.device | str, dtype: torch.dtype) -> None:
+    """Test on the model that no token sees a later one: two rows that differ in their second half.
+
+    An encoder, or a decoder whose config makes it see both ways, would read the tokens that it must predict. `dtype` is
+    the dtype of the matrix products. Every rank runs the same forward, under transformers' own attention.
+
+    Raises:
+        ConfigError: a later token changes the logits of an earlier one.
+    """
+    inner, training = unwrap_causal_lm(model), model.training
+    model.eval()
+    half = 6
+    row = _random_documents(inner.config.get_text_config().vocab_size, device, [2 * half])[0]
+    rows = torch.stack([row, torch.cat([row[:half], row[half:].roll(1)])])
+    with stock_attention(model):
+        logits = _logits(model, {"input_ids": rows, "attention_mask": torch.ones_like(rows)})[:, :half]
+    model.train(training)
+
+    if (moved := _relative_distance(logits[1:], logits[:1])) > LEAK_TOLERANCE[dtype]:
+        raise ConfigError(
+            f"model_name_or_path: {type(inner).__name__} is not causal here: a later token changes the logits of earlier "
+            f"ones by {moved:.1e} (relative; allowed is {LEAK_TOLERANCE[dtype]:.0e}), so training would show it the "
+            f"tokens that it must predict; {_causal_remedy(inner.config)}name a causal language model."
+        )
+
+
+def _causal_remedy(config: PreTrainedConfig) -> str:
+    text = config.get_text_config(decoder=True)
+    for field, value in CAUSAL_FIELDS.items():
+        if bool(getattr(text, field, value)) != value:
+            return f'set "{field}": {str(value).lower()} in its config.json, or '
+    return ""
+
+
+@torch.no_grad()
+def check_isolation(
+    model: nn.Module,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    packed: bool = True,
+    max_length: int | None = None,
+) -> None:
+    """Test on the model, exactly as it will train, that the documents of a packed row or a padded batch are isolated.
+
+    Three documents together must give the same logits as each alone under transformers' own attention, and the logits
+    of the others must not change when one does. Each length below `max_length` at which the model changes its behavior
+    (a sliding window, the two sides of LongRoPE) is made so short that documents lie on both sides. `dtype` is the
+    dtype of the matrix products (of autocast, if it is on). Every rank runs the same 5 forwards, so this also works
+    where a forward is a collective.
+
+    Raises:
+        ConfigError: the batch changes the logits of a document.
+    """
+    inner, training = unwrap_causal_lm(model), model.training
+    model.eval()
+
+    # The first document changes at all places, the second one behind its first half.
+    documents = _random_documents(inner.config.get_text_config().vocab_size, device, DOCUMENT_LENGTHS)
+    first, second, third = documents
+    half = len(second) // 2
+    replaced = [first.roll(1), torch.cat([second[:half], second[half:].roll(1)]), third]
+    with narrow_lengths(model, max_length):
+        together = _logits_together(model, documents, packed)
+        changed = _logits_together(model, replaced, packed)
+        with stock_attention(model):
+            alone = [_logits(model, {"input_ids": document[None]})[0] for document in documents]
+    model.train(training)
+
+    option = "packing: true" if packed else "per_device_train_batch_size: more than one document in a batch"
+    remedy = REMEDY if packed else "set per_device_train_batch_size: 1 and per_device_eval_batch_size: 1"
+    where = f"{type(inner).__name__} with attention {inner.config._attn_implementation!r}"
+    leak = _relative_distance([changed[1][:half], changed[2]], [together[1][:half], together[2]])
+    if leak > LEAK_TOLERANCE[dtype]:
+        raise ConfigError(
+            f"{option} leaks in {where}: changing one document changes the logits of others in its "
+            f"{'row' if packed else 'batch'} by {leak:.1e} (relative; allowed is {LEAK_TOLERANCE[dtype]:.0e}); {remedy}."
+        )
+    difference = _relative_distance(together, alone)
+    if difference > PACKED_TOLERANCE[dtype]:
+        kind = "packed" if packed else "padded"
+        raise ConfigError(
+            f"{option} changes the results of {where}: the logits of {kind} and of single documents differ by "
+            f"{difference:.1e} (relative; allowed is {PACKED_TOLERANCE[dtype]:.0e}); {remedy}."
+        )
+
+
+@contextmanager
+def narrow_lengths(model: nn.Module, max_length: int | None = None) -> Iterator[None]:
+    """Set the lengths at which the model changes its behavior to 4 tokens, if they are at most `max_length`.
+
+    With their own values the small documents of a test could not reach them.
+    """
+    lengths = [item for item in behavior_lengths(model) if max_length is None or item[2] <= max_length]
+    for holder, name, _ in lengths:
+        _assign(holder, name, SHORT_LENGTH)
+    try:
+        yield
+    finally:
+        for holder, name, value in lengths:
+            _assign(holder, name, value)
+
+
+def behavior_lengths(model: nn.Module) -> list[tuple[Any, str, int]]:
+    """Return each length at which the model changes its behavior: who holds it, its name and its value.
+
+    Some families read them from the config at each forward, others from the attention module.
+    """
+    config = unwrap_causal_lm(model).config.get_text_config(decoder=True)
+    parameters = getattr(config, "rope_parameters", None) or {}
+    scalings = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+    rope_types = {scaling.get("rope_type") for scaling in scalings}
+
+    names = list(BEHAVIOR_LENGTHS)
+    if "longrope" in rope_types or "llama_4_scaling_beta" in parameters:
+        names += SCALING_LENGTHS
+    if "dynamic" in rope_types:
+        names += DYNAMIC_LENGTHS
+    values = [(holder, name, vars(holder).get(name)) for holder in (config, *model.modules()) for name in names]
+    values += [(scaling, name, scaling.get(name)) for scaling in scalings for name in names]
+    return [item for item in values if isinstance(item[2], int) and item[2] > 0]
+
+
+def _assign(holder: Any, name: str, value: int) -> None:
+    if isinstance(holder, dict):
+        holder[name] = value
+    else:
+        setattr(holder, name, value)
+
+
+def _random_documents(vocab_size: int, device: torch.device | str, lengths: Iterable[int]) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(vocab_size, (length,), generator=generator).to(device) for length in lengths]
+
+
+def _logits_together(model: nn.Module, documents: list[torch.Tensor], packed: bool) -> list[torch.Tensor]:
+    """Return float32 [n, vocabulary] for each document of n tokens, computed in one packed row or padded batch."""
+    lengths, device = [len(document) for document in documents], documents[0].device
+    if not packed:
+        mask = torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
+        input_ids = nn.utils.rnn.pad_sequence(documents, batch_first=True)
+        with stock_attention(model):
+            rows = _logits(model, {"input_ids": input_ids, "attention_mask": mask.long()})
+        return [row[:n] for row, n in zip(rows, lengths, strict=True)]
+    batch = {
+        "input_ids": torch.cat(documents)[None],
+        "position_ids": torch.cat([torch.arange(n, device=device) for n in lengths])[None],
+        "cu_seqlens": torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32),
+        "max_seqlen": max(lengths),
+    }
+    return list(_logits(model, forward_arguments(batch))[0].split(lengths))
+
+
+def _logits(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+    """Return float32 [rows, tokens, vocabulary]."""
+    return model(**inputs, use_cache=False).logits.float()
+
+
+def _relative_distance(logits: Iterable[torch.Tensor], expected: Iterable[torch.Tensor]) -> float:
+    """Return the largest relative difference over the documents, without the mean, which softmax ignores."""
+    return max(
+        float((a - b).norm() / (b - b.mean(-1, keepdim=True)).norm()) for a, b in zip(logits, expected, strict=True)
+    )
