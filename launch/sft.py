@@ -66,7 +66,7 @@ def main() -> None:
         train(accelerator, model, optimizer, scheduler, stream, meter, evaluation, checkpoints, options)
         if options.check_only:
             return display.show_checks(accelerator, checks["accelerate"], options)
-        export = partial(export_model, accelerator, model, chat.tokenizer, stop, options, config, start)
+        export = partial(export_model, accelerator, model, chat.tokenizer, stop, options, config, start, record)
         folder = checkpoints.finish(export, evaluation, meter)
     display.show_next_commands(accelerator, record, folder)
     if options.overfit:

@@ -126,6 +126,9 @@ UNFUSED_FAMILIES: dict[str, dict] = {
     },  # no decoder under its base_model_prefix
 }
 
+# Models whose rotary embeddings depend on the length of the input.
+SCALED = ["phi3 longrope", "phimoe longrope", "olmo3 longrope", "llama dynamic", "gemma3_text dynamic"]
+
 # Conversations.
 SINGLE = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
 MULTI = [*SINGLE, {"role": "user", "content": "And 2+2?"}, {"role": "assistant", "content": "It is 4.\n\nSure."}]
@@ -270,6 +273,28 @@ def tiny_model(family: str, **options) -> PreTrainedModel:
             if parameter.ndim == 1 and name.endswith("weight"):
                 parameter.add_(1)
     return model.eval()
+
+
+def scaled_model(kind: str, length: int = 8) -> PreTrainedModel:
+    """Return a tiny model that rotates documents of more than `length` tokens in another way; see SCALED."""
+    plain = {"rope_type": "default", "rope_theta": 1000.0}
+    dynamic = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1000.0}
+    factors = {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 5.0, 9.0, 12.0], "attention_factor": 1.2}
+    longrope = {"rope_type": "longrope", **factors, "original_max_position_embeddings": length, "rope_theta": 1000.0}
+    layers = {"layer_types": ["full_attention", "sliding_attention"], **WINDOW}
+    phi = {"original_max_position_embeddings": length, "sliding_window": None}
+    options = {
+        "phi3 longrope": {**phi, "rope_parameters": longrope},
+        "phimoe longrope": {**phi, "rope_parameters": {**longrope, "short_mscale": 1.1, "long_mscale": 1.3}},
+        "olmo3 longrope": {**layers, "rope_parameters": {"full_attention": longrope, "sliding_attention": plain}},
+        "llama dynamic": {"rope_parameters": dynamic, "max_position_embeddings": length},
+        "gemma3_text dynamic": {
+            **layers,
+            "rope_parameters": {"full_attention": dynamic, "sliding_attention": plain},
+            "max_position_embeddings": length,
+        },
+    }[kind]
+    return tiny_model(kind.split()[0], **options)
 
 
 def random_rows(number: int, longest: int, seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -1,5 +1,6 @@
 """Attaches a LoRA adapter to a base model with PEFT: a fresh one, or one that was trained before."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from accel_llm.adapters.initial import REPEATABLE_INITS, start_from_base
+from accel_llm.adapters.compat import check_first_values
+from accel_llm.adapters.initial import check_own_start, first_and_trained_factors, start_from_base, subtracted_init
 from accel_llm.adapters.locate import describe_other_base, locate_folder
 from accel_llm.adapters.saved import ADAPTER_WEIGHTS, read_adapter_config
 from accel_llm.backend.strategy import compute_dtype
-from accel_llm.config.options import MethodOptions
+from accel_llm.config.options import MethodOptions, TrainOptions
 from accel_llm.errors import ConfigError, raise_problems
+from accel_llm.model.language_part import parts_beside_language
 from accel_llm.model.vocabulary import NEW_ROWS, PEFT_ROWS, train_new_rows
 from accel_llm.system.launcher import process_rank
 
@@ -68,6 +71,12 @@ def adopt_adapter_options(options: MethodOptions) -> Any:
         )
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise ConfigError(f"adapter_name_or_path: {name} has no {ADAPTER_WEIGHTS}; only safetensors are read.")
+    check_first_values(settings, name, "adapter_name_or_path")
+    if "init_lora_weights" in options.model_fields_set and options.init_lora_weights is not True:
+        raise ConfigError(
+            f"init_lora_weights: {options.init_lora_weights} has no effect, because the weights of the adapter {name} "
+            "are the first values; leave it out."
+        )
 
     # Options that the user set must agree with the adapter; dropout may differ, it has no weights.
     adopted = {option: settings[key] for option, key in ADOPTED_OPTIONS.items() if settings.get(key) is not None}
@@ -90,7 +99,7 @@ def _comparable(value: Any) -> Any:
     return sorted(value) if isinstance(value, list) else value
 
 
-def attach_adapter(model: PreTrainedModel, options: MethodOptions, new_tokens: range = range(0)) -> PeftModel:
+def attach_adapter(model: PreTrainedModel, options: TrainOptions, new_tokens: range = range(0)) -> PeftModel:
     """Freeze `model` and add a trainable LoRA to it, in float32 whatever the dtype of the base is.
 
     The vocabulary rows of `new_tokens` are trained too. If `adapter_name_or_path` is set, the LoRA starts with the
@@ -102,18 +111,20 @@ def attach_adapter(model: PreTrainedModel, options: MethodOptions, new_tokens: r
     """
     _check_module_names(model, options)
     config = _peft_config(options)
+    if (parts := parts_beside_language(model)) and not config.exclude_modules:
+        # `all-linear`, and names such as q_proj, also match the layers of a vision tower.
+        config.exclude_modules = f"(?:{'|'.join(map(re.escape, parts))})(?:\\..*)?"
     # First values that are a part of the base's weights come afterwards: PEFT would change the base.
-    init: Any = config.init_lora_weights
-    from_base = isinstance(init, str) and init in REPEATABLE_INITS
+    init = subtracted_init(config.init_lora_weights)
     try:
-        wrapped: Any = get_peft_model(model, replace(config, init_lora_weights=True) if from_base else config)
+        wrapped: Any = get_peft_model(model, replace(config, init_lora_weights=True) if init else config)
     except ValueError as error:
         # PEFT's own message can have many lines; the first one says enough.
         raise ConfigError(
             f"lora_target_modules: {options.lora_target_modules!r} does not fit the model "
             f"({str(error).splitlines()[0]}); its linear layers are {_linear_layers(model)}."
         ) from None
-    if from_base:
+    if init:
         start_from_base(wrapped, init, compute_dtype(options))
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
@@ -122,7 +133,7 @@ def attach_adapter(model: PreTrainedModel, options: MethodOptions, new_tokens: r
             parameter.data = parameter.data.float()
 
     adapter_config: Any = wrapped.peft_config["default"]
-    adapter_config.init_lora_weights = init
+    adapter_config.init_lora_weights = config.init_lora_weights
     adapter_config.trainable_token_indices = train_new_rows(model, new_tokens) or None
     if options.adapter_name_or_path is not None:
         _load_weights(wrapped, options.adapter_name_or_path)
@@ -133,9 +144,11 @@ def _peft_config(options: MethodOptions) -> Any:
     """Return the LoRA's config; an earlier adapter's is read as a whole, because not every setting has an option."""
     if options.adapter_name_or_path is None:
         return build_lora_config(options)
-    config = PeftConfig.from_pretrained(options.adapter_name_or_path)
-    # First values do not matter, the earlier weights replace them; new rows are handled by train_new_rows.
-    changes = {"inference_mode": False, "lora_dropout": options.lora_dropout, "init_lora_weights": True}
+    config: Any = PeftConfig.from_pretrained(options.adapter_name_or_path)
+    # First values do not matter, the earlier weights replace them, unless they are subtracted. New rows are handled by
+    # train_new_rows.
+    init = subtracted_init(config.init_lora_weights)
+    changes = {"inference_mode": False, "lora_dropout": options.lora_dropout, "init_lora_weights": init or True}
     return replace(config, **changes, trainable_token_indices=None)
 
 
@@ -176,6 +189,7 @@ def _load_weights(model: Any, name: str) -> None:
         problems.append(f"{len(result.unexpected_keys)} have no place in the model ({min(result.unexpected_keys)})")
     if problems:
         raise ConfigError(f"adapter_name_or_path: {name} does not fit the model: {'; '.join(problems)}.")
+    check_own_start(first_and_trained_factors(model), name, "adapter_name_or_path")
     if process_rank() == 0:
         print(f"continuing from the adapter {name}; optimizer, schedule and data start from the beginning", flush=True)
 

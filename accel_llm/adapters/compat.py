@@ -27,6 +27,13 @@ from accel_llm.system.memory import release_pages
 PEFT_PREFIX = "base_model.model."
 # Keys that PEFT has removed, and the last release that had them.
 REMOVED_KEYS = {"enable_lora": "0.2", "merge_weights": "0.2"}
+# Values of init_lora_weights that take a part out of the base that cannot be computed again, and where it came from.
+LOST_INITS = {
+    "pissa_niter_": "a random decomposition",
+    "corda": "texts that are not in its folder",
+    "lora_ga": "gradients that are not in its folder",
+    "loftq": "rounding the base and a decomposition that another device rounds otherwise",
+}
 # Parts that training wrappers (FSDP, torch.compile, DDP, ...) leave in names when weights are saved without unwrapping.
 WRAPPERS = re.compile(r"(?<![^.])(_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module|module)\.")
 
@@ -53,6 +60,7 @@ def read_adapter(folder: Path, allow_pickle: bool = False) -> SavedAdapter:
         ConfigError: the folder is not an adapter, is damaged, or has a kind that the installed PEFT does not know.
     """
     settings = read_adapter_config(folder)
+    check_first_values(settings, str(folder))
     cleaned, notes = clean_settings(settings, folder)
     weights = _read_weights(folder, allow_pickle)
     # Prompts are saved under names without a module, so there is nothing to rename.
@@ -67,6 +75,24 @@ def read_adapter(folder: Path, allow_pickle: bool = False) -> SavedAdapter:
         weights = {name: _ungroup(name, weight, enabled) for name, weight in weights.items()}
         cleaned["r"], cleaned["lora_alpha"] = (cleaned[key] * sum(enabled) for key in ("r", "lora_alpha"))
     return SavedAdapter(folder, settings, build_peft_config(cleaned, folder), weights, tuple(notes))
+
+
+def check_first_values(settings: dict[str, Any], name: str, field: str = "adapter") -> None:
+    """Refuse an adapter whose base cannot be had: its first values were taken out of the base and are in no file.
+
+    PEFT 0.21 draws or computes other ones at each load, or leaves the base whole, without a word.
+
+    Raises:
+        ConfigError: `init_lora_weights` in its settings is such a method.
+    """
+    init = str(settings.get("init_lora_weights"))
+    for prefix, source in LOST_INITS.items():
+        if init.startswith(prefix):
+            raise ConfigError(
+                f"{field}: {name} has init_lora_weights {init}, which took first values out of the base; they came "
+                f"from {source}, so nobody can compute that base again. Export the adapter as a plain LoRA where it "
+                "was trained, by PEFT's save_pretrained with path_initial_model_for_weight_conversion."
+            )
 
 
 def clean_settings(settings: dict[str, Any], folder: Path) -> tuple[dict[str, Any], list[str]]:

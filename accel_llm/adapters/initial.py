@@ -6,6 +6,8 @@ s (B A - B0 A0), with A0 and B0 kept beside A and B. This is the same function o
 nothing is rounded away from W, and a plain LoRA of twice the rank, [B, -B0] [A; A0], is the exact export.
 """
 
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -24,6 +26,8 @@ from accel_llm.system.memory import release_pages
 
 # Values of init_lora_weights that are computed from the base's weights alone, so that they can be computed again.
 REPEATABLE_INITS = ("pissa", "olora")
+LEAST_COSINE = 0.1  # between an adapter and its first values
+Factors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # A, B and their first values A0, B0
 
 
 class OffsetFactor(nn.Linear):
@@ -32,6 +36,8 @@ class OffsetFactor(nn.Linear):
     `weight` is trained: A [r, in] or B [out, r]. `offset`, of the same shape, never changes: A0 or -B0. In its product
     A becomes [A; A0] (`dim` 0) and B becomes [B, -B0] (`dim` 1).
     """
+
+    offset: torch.Tensor
 
     def __init__(self, weight: torch.Tensor, offset: torch.Tensor, dim: Literal[0, 1]):
         super().__init__(weight.shape[1], weight.shape[0], bias=False, device="meta")
@@ -47,17 +53,17 @@ class OffsetFactor(nn.Linear):
         return F.linear(x, self.joined(self.weight))
 
 
+def subtracted_init(init: Any) -> str:
+    """Return the method if `init`, a value of init_lora_weights, takes first values out of the base; else ""."""
+    return init.lower() if str(init).lower() in REPEATABLE_INITS else ""
+
+
 def start_from_base(model: PeftModel, init: str, compute: torch.dtype) -> None:
     """Give the LoRA layers of `model` the first values `init`, "pissa" or "olora"; the base's weights do not change.
 
     `compute` is the dtype of the base in training. The first values are rounded to it, because the offset is kept in
     it. Layers for which PEFT has no such values, such as embeddings, keep the values that they have.
-
-    Raises:
-        ConfigError: `init` is another method.
     """
-    if init not in REPEATABLE_INITS:
-        raise ConfigError(f"init_lora_weights: {init} is not one of {', '.join(REPEATABLE_INITS)}.")
     for layer in lora_layers(model).values():
         if isinstance(layer, ParamWrapper) or not isinstance(layer.get_base_layer(), nn.Linear | Conv1D):
             continue
@@ -135,6 +141,38 @@ def _pattern(name: str, layer: LoraLayer) -> str:
     while name.endswith(".base_layer"):  # several parameters of one module
         name = name.removesuffix(".base_layer")
     return f"{name}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else name
+
+
+def check_own_start(factors: Iterable[Factors], name: str, field: str = "adapter") -> None:
+    """Refuse an adapter whose first values, computed again from the base, are not those that it began with.
+
+    The measure is the cosine between all B A and all B0 A0, seen as one vector each. Training moves such an adapter a
+    part of the way; of another base, or of what PEFT had left of this one, the cosine is near 0.
+
+    Raises:
+        ConfigError: the cosine is below 0.1.
+    """
+    products, squares, first_squares = 0.0, 0.0, 0.0
+    for layer in factors:
+        a, b, first_a, first_b = (tensor.detach().double() for tensor in layer)
+        # <B A, C D> is the sum of all elements of (B' C) * (A D'), without the large products.
+        products += float(((b.T @ first_b) * (a @ first_a.T)).sum())
+        squares += float(((b.T @ b) * (a @ a.T)).sum())
+        first_squares += float(((first_b.T @ first_b) * (first_a @ first_a.T)).sum())
+    if products < LEAST_COSINE * math.sqrt(squares * first_squares):
+        raise ConfigError(
+            f"{field}: {name} did not begin with a part of this base, as its init_lora_weights says: either its base is "
+            "another model, or it is what PEFT had left of one; then set init_lora_weights to true in its "
+            "adapter_config.json."
+        )
+
+
+def first_and_trained_factors(model: PeftModel) -> Iterator[Factors]:
+    """Yield A, B, A0 and B0 of each layer that subtracts its first values."""
+    for layer in lora_layers(model).values():
+        if _has_offset(layer):
+            a, b = layer.lora_A["default"], layer.lora_B["default"]
+            yield a.weight, b.weight, a.offset, -b.offset
 
 
 def offsets(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import PartialState
 from accelerate.utils import (
+    DistributedDataParallelKwargs,
     DistributedType,
     FullyShardedDataParallelPlugin,
     GradientAccumulationPlugin,
@@ -17,6 +18,8 @@ from accelerate.utils import (
 )
 from torch.distributed.fsdp.wrap import always_wrap_policy
 
+from accel_llm.backend.compilation import compile_layers, compile_problems
+from accel_llm.backend.launch_settings import launch_problems, launcher_flag
 from accel_llm.backend.strategy import accumulation_steps, resolve_precision, strategy, use_cpu
 from accel_llm.backend.zero import build_deepspeed_plugin, prepare_deepspeed_on_cpu
 from accel_llm.config.options import TrainOptions
@@ -38,31 +41,33 @@ def _prepare_fsdp_on_cpu() -> None:
     state.device = torch.device("cpu")
 
 
-def _check_yaml_against_recipe(options: TrainOptions) -> None:
-    """Check that the launch YAML does not contradict the recipe in what the recipe decides.
+def _check_launch(options: TrainOptions) -> None:
+    """Check that the launch YAML and the environment ask for nothing that cannot be in force or contradicts the recipe.
 
     Raises:
-        ConfigError: with one sentence for each contradiction.
+        ConfigError: with one sentence for each setting.
     """
-    yaml_precision, problems = os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), []
-    if yaml_precision not in ("no", resolve_precision(options)):
+    precision, cpu = resolve_precision(options), use_cpu()
+    problems = launch_problems() + compile_problems(strategy())
+    yaml_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if yaml_precision not in ("no", precision):
+        allowed = ("bf16",) if cpu else ("bf16", "fp16")
+        remedy = f", or set precision: {yaml_precision} in the recipe" if yaml_precision in allowed else ""
         problems.append(
-            f"mixed_precision: the launch YAML says {yaml_precision}, but the recipe's precision is "
-            f"{resolve_precision(options)}; remove it there, or set precision: {yaml_precision} in the recipe."
+            f"mixed_precision: the launch YAML says {yaml_precision}, but the recipe's precision is {precision}; remove it "
+            f"there{remedy}."
         )
-    if strategy() == "fsdp2":
-        if os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "false").lower() == "true":
-            problems.append(
-                "fsdp_activation_checkpointing: the launch YAML sets it; remove it there and use "
-                "gradient_checkpointing in the recipe."
-            )
-        policy = os.environ.get("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")
-        if policy != "TRANSFORMER_BASED_WRAP":
-            problems.append(f"fsdp_auto_wrap_policy: {policy} is not supported; set TRANSFORMER_BASED_WRAP.")
-    # Layers are read one by one (model/placement.py). If this were true, transformers would leave the weights empty on
-    # all ranks but one.
-    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    if precision == "fp16" and cpu:
+        # Accelerate 1.15 leaves it out, or leaves out the scaling of the loss, or stops, depending on the strategy.
+        problems.append("precision: fp16 needs a GPU, because nothing scales the loss on a CPU; use fp32 or bf16.")
+    if cpu and launcher_flag("ACCELERATE_USE_FSDP") and launcher_flag("FSDP_OFFLOAD_PARAMS"):
+        problems.append(
+            "fsdp_offload_params: true needs a GPU; without one all parameters are on the CPU: set it to false."
+        )
     raise_problems(problems)
+    # Layers are read one by one (model/placement.py). If these were true, transformers would leave the weights empty on
+    # all ranks but one, or shard them while it reads.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = os.environ["ACCELERATE_DEEPSPEED_ZERO3_INIT"] = "false"
 
 
 def build_accelerator(options: TrainOptions) -> Accelerator:
@@ -83,7 +88,7 @@ def build_accelerator(options: TrainOptions) -> Accelerator:
         )
     if missing := [name for name in options.report_to if find_spec(name) is None]:
         raise ConfigError(*(f'report_to: {name} is not installed; run pip install -e ".[track]".' for name in missing))
-    _check_yaml_against_recipe(options)
+    _check_launch(options)
 
     # What each strategy needs.
     arguments: dict[str, Any] = {}
@@ -102,6 +107,9 @@ def build_accelerator(options: TrainOptions) -> Accelerator:
     elif cpu:
         arguments["cpu"] = True
         os.environ.pop("ACCELERATE_USE_FSDP", None)
+    if launched_strategy == "ddp":
+        # Buffers are equal on all processes and never change; DDP would send them all before each forward pass.
+        arguments["kwargs_handlers"] = [DistributedDataParallelKwargs(broadcast_buffers=False)]
 
     # The main process refuses a folder in which another run lives; the others cannot get past it, for they meet it in
     # `Accelerator`. From then on a signal may write to the folder.
@@ -113,6 +121,7 @@ def build_accelerator(options: TrainOptions) -> Accelerator:
         mixed_precision={"fp32": "no"}.get(resolve_precision(options), resolve_precision(options)),
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False),
         step_scheduler_with_optimizer=False,
+        dynamo_backend="no",  # see compilation.py
         log_with=list(options.report_to) or None,
         project_config=ProjectConfiguration(
             project_dir=options.output_dir, logging_dir=str(Path(options.output_dir) / "logs")
@@ -145,7 +154,10 @@ def _check_accelerator(accelerator: Accelerator, launched_strategy: str) -> None
 
 
 def prepare(accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
-    """Wrap model and optimizer with Accelerate's `prepare`. The weights are already on their devices, and sharded."""
+    """Wrap model and optimizer with Accelerate's `prepare`, and compile the layers if the launch YAML asks for it.
+
+    The weights are already on their devices, and sharded.
+    """
     groups = [list(group["params"]) for group in optimizer.param_groups]
     if strategy() == "fsdp2":
         # model/placement.py has already wrapped the layers, and their classes now have other names than Accelerate
@@ -157,6 +169,7 @@ def prepare(accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.o
         # Accelerate 1.15 maps parameters by their address, but all empty shards of a rank have the same address.
         for group, parameters in zip(prepared.param_groups, groups, strict=True):
             group["params"] = parameters
+    compile_layers(model)
     return model, prepared
 
 
@@ -177,6 +190,18 @@ def local_part(tensor: Any) -> torch.Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
+def reshard(model: torch.nn.Module) -> None:
+    """Free the whole parameters that FSDP2 holds in place of some shards, in the dtype of the matrix products.
+
+    It keeps them after a forward pass without a backward pass. Without FSDP2 there is nothing to do.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def gather_weights(accelerator: Accelerator, model: torch.nn.Module, trainable_only: bool) -> dict[str, torch.Tensor]:
     """Return complete parameters by name, on the CPU of the main process; an empty dict on the others.
 
@@ -185,6 +210,7 @@ def gather_weights(accelerator: Accelerator, model: torch.nn.Module, trainable_o
     """
     from torch.distributed.tensor import DTensor
 
+    reshard(model)
     state = {}
     for name, parameter in unwrap_model(accelerator, model).named_parameters():
         if trainable_only and not parameter.requires_grad:

@@ -7,6 +7,7 @@ from typing import Any
 
 from accelerate.utils import DeepSpeedPlugin
 
+from accel_llm.backend.deepspeed_keys import deepspeed_problems
 from accel_llm.config.options import TrainOptions
 from accel_llm.errors import ConfigError, raise_problems
 
@@ -40,7 +41,8 @@ def deepspeed_settings() -> dict[str, Any]:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ConfigError(f"deepspeed_config_file: {path} is not JSON (line {error.lineno}: {error.msg}).") from None
-    if "stage" not in settings.get("zero_optimization", {}):
+    zero = settings.get("zero_optimization")
+    if not isinstance(zero, dict) or "stage" not in zero:
         raise ConfigError(f"deepspeed_config_file: {path} has no zero_optimization.stage; it must be 1, 2 or 3.")
     return settings
 
@@ -80,7 +82,7 @@ def _check_against_recipe(settings: dict[str, Any]) -> None:
             problems.append(
                 f'{key}: the DeepSpeed configuration enables it; set it to "auto" there and use precision: {key}.'
             )
-    raise_problems(problems)
+    raise_problems(problems + deepspeed_problems(settings))
 
 
 def build_deepspeed_plugin(options: TrainOptions, accumulation: int, cpu: bool) -> DeepSpeedPlugin:

@@ -13,7 +13,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
-from accel_llm.backend.accelerator import local_part, unwrap_model, unwrap_optimizer
+from accel_llm.adapters.initial import offsets
+from accel_llm.backend.accelerator import local_part, reshard, unwrap_model, unwrap_optimizer
 from accel_llm.checkpoint.pieces import WEIGHT, WHOLE, Piece, PieceReader, Share
 from accel_llm.errors import ConfigError
 from accel_llm.system.tensors import DTYPE_NAMES, DTYPES_BY_NAME
@@ -25,8 +26,7 @@ def local_shares(accelerator: Accelerator, model: Any, optimizer: Any) -> list[S
     Raises:
         ConfigError: DeepSpeed runs without ZeRO.
     """
-    if accelerator.distributed_type == DistributedType.FSDP:
-        _reshard(model)
+    reshard(model)
     # Only trained parameters, by name. The backend decides which elements of them are here.
     parameters = unwrap_model(accelerator, model).named_parameters()
     names = {parameter: name for name, parameter in parameters if parameter.requires_grad}
@@ -40,15 +40,6 @@ def local_shares(accelerator: Accelerator, model: Any, optimizer: Any) -> list[S
             "zero_optimization.stage: 0 cannot be saved in checkpoints; set stage 1, 2 or 3, or use ddp.yaml."
         )
     return [_parameter_share(parameter, name) for parameter, name in names.items()]
-
-
-def _reshard(model: torch.nn.Module) -> None:
-    """After a forward pass without a backward pass FSDP2 holds whole parameters in place of some shards."""
-    from torch.distributed.fsdp import FSDPModule
-
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
 
 
 def _parameter_share(parameter: Any, name: str) -> Share:
@@ -158,6 +149,21 @@ def fill_weights(share: Share, reader: PieceReader) -> None:
     """Load the weights of one share, without the optimizer's state."""
     for piece in share.pieces:
         reader.fill(piece, WEIGHT, share.flat)
+
+
+def offset_tensors(accelerator: Accelerator, model: Any) -> dict[str, torch.Tensor]:
+    """Return the offsets of an adapter's factors (`adapters/initial.py`), named as pieces; each process has all of them.
+
+    Another machine may compute other ones, so a run keeps those that it began with.
+    """
+    whole = offsets(unwrap_model(accelerator, model))
+    return {f"{name}|{WEIGHT}|0": offset.view(-1) for name, offset in whole.items()}
+
+
+def load_offsets(accelerator: Accelerator, model: Any, reader: PieceReader) -> None:
+    """Load what `offset_tensors` returned; raises ConfigError if the checkpoint does not hold it."""
+    for name, offset in offsets(unwrap_model(accelerator, model)).items():
+        reader.fill(Piece(name, 0, 0, offset.numel()), WEIGHT, offset.view(-1))
 
 
 def _allocate_state(optimizer: Any, share: Share, reader: PieceReader) -> dict[str, Any]:

@@ -81,7 +81,7 @@ SWITCHES = {
 }
 # Other trainers' switches: their values as (our option, its value), or None if the value changes nothing here.
 TRANSLATED_VALUES: dict[str, dict[str, tuple[str, str | bool] | None]] = {
-    **dict.fromkeys(SWITCHES, {"false": None}),
+    **{name: {"false": None} for name in SWITCHES},
     "bf16": {"true": ("precision", "bf16"), "false": None, "auto": None},
     "fp16": {"true": ("precision", "fp16"), "false": None},
     "mixed_precision": {"bf16": ("precision", "bf16"), "fp16": ("precision", "fp16"), "no": ("precision", "fp32")},

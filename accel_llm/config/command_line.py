@@ -6,6 +6,7 @@ names of other trainers (`aliases`) are translated if they mean the same here; o
 
 import difflib
 import json
+import re
 import shlex
 import shutil
 import sys
@@ -80,11 +81,12 @@ def recipe_schema(options_class: type[Options]) -> dict[str, Any]:
 
 
 def shell_command(script: str, **options: str | Path) -> str:
-    """Return a command that starts another script of the one that runs, ready to paste where the user stands."""
-    words = ["python", str(Path(sys.argv[0]).with_name(script))]
+    """Return a command that starts the script beside the one that runs, ready to paste where the user stands."""
+    beside = Path(sys.argv[0]).with_name(script)
+    words = ["python", str(beside if beside.is_file() else Path("launch", script))]
     for name, value in options.items():
-        # A value that begins with a dash would be read as an option.
-        words += [f"--{name}", f"./{value}" if str(value).startswith("-") else str(value)]
+        # A dash would begin an option, and a tilde the home folder.
+        words += [f"--{name}", f"./{value}" if str(value).startswith(("-", "~")) else str(value)]
     return shlex.join(words)
 
 
@@ -204,6 +206,7 @@ def _check(
 ) -> tuple[OptionsT | None, list[str]]:
     """Return the checked object (None if a required option is missing or wrong) and the problems, of values and rules."""
     values, problems, options = defaults | user_values, [], None
+    errors: dict[str, ErrorDetails] = {}
     try:
         options = options_class.model_validate(values)
     except ValidationError as error:
@@ -220,7 +223,9 @@ def _check(
         return None, problems
     # Defaults of the script must not count as set by the user.
     options.model_fields_set.difference_update(defaults.keys() - user_values.keys())
-    return options, problems + options.problems()
+    # A rule about a wrong option would speak of its default, which the user did not give.
+    wrong = re.compile("|".join(rf"\b{name}\b" for name in errors) or "$.")
+    return options, problems + [problem for problem in options.problems() if not wrong.search(problem)]
 
 
 def _problem(label: str, error: ErrorDetails, value: Any, field: FieldInfo) -> str:

@@ -13,7 +13,7 @@ from filelock import FileLock
 from huggingface_hub.constants import HF_HOME
 
 from accel_llm.config.data_options import DataOptions
-from accel_llm.system.folders import atomic_folder
+from accel_llm.system.folders import atomic_folder, write_problem
 
 # The arrays of a part (train or eval), each a file of plain numbers, and their type as `array` and NumPy name it.
 ARRAYS = {"input_ids": "i", "labels": "i", "weights": "f", "lengths": "i", "number": "q", "origin": "i", "digest": "Q"}
@@ -155,6 +155,15 @@ def _map_file(path: Path, kind: str) -> np.ndarray:
 def cache_folder(options: DataOptions) -> Path:
     """Return the folder that holds all caches: `cache_dir`, or `accel_llm` in the folder of Hugging Face."""
     return Path(options.cache_dir or Path(HF_HOME) / "accel_llm")
+
+
+def cache_problems(options: DataOptions) -> list[str]:
+    """Try to write in the folder of the caches. Return a sentence if that fails."""
+    folder = cache_folder(options)
+    if not (problem := write_problem(folder)):
+        return []
+    name = "cache_dir" if options.cache_dir else "HF_HOME"
+    return [f"{name}: the folder for encoded rows, {folder}, {problem}; set cache_dir to another folder."]
 
 
 def cached_rows(folder: Path, build: Callable[[Path], dict[str, Any]]) -> tuple[dict[str, Rows], dict[str, Any]]:

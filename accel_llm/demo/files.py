@@ -8,9 +8,10 @@ from typing import Any, Literal, TypeVar
 
 from accel_llm.config.command_line import parse_options
 from accel_llm.config.options import PretrainOptions, TrainOptions
-from accel_llm.data.rows import cache_folder
+from accel_llm.data.rows import cache_folder, cache_problems
 from accel_llm.demo.skills import DOCUMENTS, demo_conversations, demo_documents
 from accel_llm.demo.tokenizer import build_demo_tokenizer, demo_base_config
+from accel_llm.errors import raise_problems
 from accel_llm.system.disk import write_atomically
 
 TrainOptionsT = TypeVar("TrainOptionsT", bound=TrainOptions)
@@ -19,7 +20,12 @@ DEMO_BASE = Path(__file__).parents[1] / "demo_base"
 
 
 def resolve_demo(options: TrainOptionsT) -> TrainOptionsT:
-    """Replace the value `demo` by paths: the shipped base as model, generated conversations or texts as data."""
+    """Replace the value `demo` by paths: the shipped base as model, generated conversations or texts as data.
+
+    Raises:
+        ConfigError: the folder of the caches cannot be written.
+    """
+    raise_problems(cache_problems(options))  # also the rows that are encoded later are written there
     folder = cache_folder(options)
     changes: dict[str, Any] = {}
 

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from accel_llm.adapters.compat import PEFT_PREFIX, SavedAdapter
+from accel_llm.adapters.initial import check_own_start, subtracted_init
 from accel_llm.errors import ConfigError
 from accel_llm.merge.one_module import plain_module
 from accel_llm.merge.skeleton import Skeleton
@@ -43,8 +44,6 @@ STORED_METHODS = [
     "FOURIERFT",
     "VBLORA",
 ]
-# Values of init_lora_weights that change the base's weights, or are computed from them.
-BASE_DEPENDENT_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 COMBINED_NAME = "combined"
 # PEFT lists these weights in every layer, although all layers share one tensor or PEFT draws it from a seed.
 SHARED_TENSORS = ("vblora_vector_bank", ".tinylora_v.", ".unilora_theta_d.")
@@ -66,13 +65,15 @@ class AttachedAdapters(NamedTuple):
 def can_be_lazy(adapters: list[SavedAdapter]) -> bool:
     """Return whether the adapter can be attached to a base without weights: then the largest module bounds memory."""
     config: Any = adapters[0].config
-    init = str(getattr(config, "init_lora_weights", "")).lower()
+    init = subtracted_init(getattr(config, "init_lora_weights", True))  # PEFT needs the base's weights for it
     stored = config.peft_type in STORED_METHODS and getattr(config, "save_projection", True)
-    return len(adapters) == 1 and stored and not init.startswith(BASE_DEPENDENT_INITS)
+    return len(adapters) == 1 and stored and not init
 
 
-def check_mergeable(adapter: SavedAdapter) -> None:
+def check_mergeable(adapter: SavedAdapter, changed: bool = False) -> None:
     """Refuse an adapter that cannot be added to the weights of a layer.
+
+    `changed` says that the adapter is scaled, combined with others, or taken out of a model.
 
     Raises:
         ConfigError: its method has no such weights, or it acts on a part of the text only.
@@ -87,6 +88,10 @@ def check_mergeable(adapter: SavedAdapter) -> None:
         reason = "layer_replication makes another model, with more layers than its base"
     elif getattr(adapter.config, "alora_invocation_tokens", None):
         reason = "an activated LoRA (alora_invocation_tokens) acts on a part of the text only"
+    elif changed and (init := subtracted_init(getattr(adapter.config, "init_lora_weights", True))):
+        reason = (
+            f"init_lora_weights {init} took first values out of its base, so it can only be merged alone and as it is"
+        )
     if reason:
         raise ConfigError(f"adapter: {folder} cannot be merged, {reason}.")
 
@@ -108,7 +113,9 @@ def attach_adapters(skeleton: Skeleton, adapters: list[SavedAdapter], lazy: bool
     for name, adapter in zip(names, adapters, strict=True):
         try:
             wrapped = _attach(wrapped or model, adapter, name, lazy)
-            weights |= _rename_weights(wrapped, adapter.weights, name)
+            renamed = _rename_weights(wrapped, adapter.weights, name)
+            _check_start(wrapped, adapter, renamed, name)
+            weights |= renamed
             if not _check_fit(wrapped, base, weights, adapter, name) and lazy:
                 return None
         except KeyError as error:  # PEFT 0.21 looks modules_to_save up by name
@@ -165,6 +172,18 @@ def _rename_weights(wrapped: Any, weights: dict[str, torch.Tensor], name: str) -
     finally:
         del wrapped.load_state_dict
     return renamed
+
+
+def _check_start(wrapped: Any, adapter: SavedAdapter, weights: dict[str, torch.Tensor], name: str) -> None:
+    """Check that PEFT has taken the adapter's own first values out of the base; `weights` are not loaded yet."""
+    if not subtracted_init(getattr(adapter.config, "init_lora_weights", True)):
+        return
+    keys = [key.removesuffix(f".lora_A.{name}.weight") for key in weights if key.endswith(f".lora_A.{name}.weight")]
+    pairs = [(f"{key}.lora_A.{name}.weight", f"{key}.lora_B.{name}.weight") for key in keys]
+    first = wrapped.state_dict()
+    same_shapes = all(key in weights and weights[key].shape == first[key].shape for pair in pairs for key in pair)
+    if same_shapes:  # otherwise `_check_fit` says what is wrong
+        check_own_start(((weights[a], weights[b], first[a], first[b]) for a, b in pairs), str(adapter.folder))
 
 
 def _check_fit(
@@ -296,6 +315,7 @@ def load_adapter(model: PreTrainedModel, adapter: SavedAdapter) -> Any:
     try:
         wrapped: Any = _attach(model, adapter, "default", lazy=False)
         weights = _rename_weights(wrapped, adapter.weights, "default")
+        _check_start(wrapped, adapter, weights, "default")
         _check_fit(wrapped, base, weights, adapter, "default")
         wrapped.load_state_dict(weights, strict=False)
     except (ValueError, KeyError, RuntimeError) as error:

@@ -72,7 +72,7 @@ def merge(options: MergeOptions, progress: Callable[[int, int], None] = lambda d
     check_output_dir(target, sources, options.overwrite_output_dir, "config.json")
     adapters = [read_adapter(folder, options.allow_pickle) for folder in folders]
     for adapter in adapters:
-        check_mergeable(adapter)
+        check_mergeable(adapter, changed=len(adapters) > 1 or options.scale != 1 or options.unmerge)
     source = locate_folder(base, "base", options.revision, options.allow_pickle)
     if not (options.allow_other_base or options.unmerge):
         check_bases(folders, source)

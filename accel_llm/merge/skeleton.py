@@ -34,6 +34,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from accel_llm.errors import ConfigError
+from accel_llm.model.language_part import causal_lm_loader
 from accel_llm.model.loading import LOADING_ERRORS, describe_shape_mismatch, drop_invalid_pad_ids, short_reason
 from accel_llm.model.untrusted import check_untrusted_config
 from accel_llm.system.tensors import TensorSpec
@@ -94,7 +95,7 @@ def model_class(config: PreTrainedConfig, task: str | None) -> Any:
     if task is None:
         own_class = getattr(transformers, (config.architectures or [""])[0], None)
         return own_class or AutoModelForCausalLM
-    return TASKS[task]
+    return causal_lm_loader(config) if task == "CAUSAL_LM" else TASKS[task]
 
 
 def build_skeleton(

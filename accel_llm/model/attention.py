@@ -95,6 +95,9 @@ def stock_attention(model: nn.Module) -> Iterator[None]:
         inner.set_attn_implementation(PACKED_ATTENTION)
 
 
+# Never traced by torch.compile: on a CPU the lengths of the documents are numbers of the host, and each new set of them
+# would be a new graph.
+@torch.compiler.disable
 def packed_attention(
     module: nn.Module,
     query: torch.Tensor,

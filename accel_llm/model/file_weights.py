@@ -6,7 +6,6 @@ whatever it means. It logs that as information. Some of it is harmless; the rest
 
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.utils import cached_file

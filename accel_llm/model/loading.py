@@ -3,6 +3,7 @@
 import os
 import textwrap
 from collections.abc import Iterable
+from copy import copy
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -12,7 +13,6 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -24,6 +24,7 @@ from accel_llm.config.options import ModelOptions, PretrainOptions, TrainOptions
 from accel_llm.errors import ConfigError
 from accel_llm.model.attention import enable_packing
 from accel_llm.model.file_weights import compare_with_files
+from accel_llm.model.language_part import causal_lm_loader, check_recomputation, freeze_other_parts
 from accel_llm.model.loss import attach_loss
 from accel_llm.model.placement import materialize_weights
 from accel_llm.model.positions import position_limit, scale_by_document
@@ -194,7 +195,7 @@ def load_model(options: TrainOptions) -> PreTrainedModel:
 
     # While Accelerate's DeepSpeed config is set, transformers shards an empty model and reads every file on rank 0.
     unset_hf_deepspeed_config()
-    model = load_complete_model(str(options.model_name_or_path), unpack=True, **arguments)
+    model = load_complete_model(str(options.model_name_or_path), for_training=True, **arguments)
     model.unread = True  # type: ignore[assignment]
 
     # 4-bit layers wait for `place_weights`, except where PEFT computes an adapter's first values from their weights.
@@ -212,13 +213,13 @@ def load_complete_model(
     name: str,
     field: str = "model_name_or_path",
     allow_pickle: bool = False,
-    unpack: bool = False,
+    for_training: bool = False,
     **arguments: Any,
 ) -> PreTrainedModel:
     """Load a causal LM and check that every weight came from its files; `arguments` go to `from_pretrained`.
 
-    A pickle is read only with `allow_pickle`, and only if there are no safetensors. `unpack` turns quantized weights
-    into 16-bit weights where transformers can.
+    A pickle is read only with `allow_pickle`, and only if there are no safetensors. `for_training` unpacks
+    quantized weights where transformers can, and freezes the parts that no text passes through.
 
     Raises:
         ConfigError: the model cannot be loaded, or a weight is missing or has the wrong shape (transformers would
@@ -236,17 +237,19 @@ def load_complete_model(
     # Pass the config already loaded: only then do our implementations win over `_attn_implementation` in config.json.
     hub_arguments = {"revision": revision, "trust_remote_code": trusted}
     config = _read_config(name, field, **hub_arguments)
-    if unpack:
+    if for_training:
         unpack_when_loaded(config)
     quantized = stored_quantization(config) is not None  # before loading, which removes this if it unpacks
     arguments |= hub_arguments | {"config": config}
 
     # transformers' own error does not name the weights of a wrong shape; its loading report does.
     arguments |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    model, report = _load_from(AutoModelForCausalLM.from_pretrained, name, field, **arguments)
+    model, report = _load_from(causal_lm_loader(config).from_pretrained, name, field, **arguments)
     _check_complete(report, name, field)
     as_stored = not quantized and arguments.get("dtype") == "auto"
     compare_with_files(model, set(report["unexpected_keys"]), name, field, revision, as_stored)
+    if for_training:
+        freeze_other_parts(model, config)
     scale_by_document(model)
     keep_gradients(model)
     return model
@@ -279,7 +282,12 @@ def build_model(config: PreTrainedConfig, options: TrainOptions) -> PreTrainedMo
         implementations["attn_implementation"] = options.attn_implementation
     # Without trust_remote_code as an argument, transformers 5.23 asks at the terminal.
     trusted = options.trust_remote_code
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trusted, **implementations)
+    config = copy(config)
+    if stored_quantization(config):
+        del config.quantization_config  # of weights that are not read
+    loader = causal_lm_loader(config)
+    model = loader.from_config(config, dtype=torch.float32, trust_remote_code=trusted, **implementations)
+    freeze_other_parts(model, config)
     scale_by_document(model)
     return configure_for_training(model, options)
 
@@ -297,6 +305,8 @@ def _check_trainable(config: PreTrainedConfig, options: TrainOptions) -> None:
         ConfigError: the options do not fit the model's family or the format of its weights.
     """
     sharded = compute_dtype(options) if strategy() in ("zero3", "fsdp2") else None
+    if options.gradient_checkpointing:
+        check_recomputation(config)
     if not (isinstance(options, PretrainOptions) and options.config_name):
         check_stored_quantization(config, options, sharded)
 

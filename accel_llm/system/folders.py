@@ -1,8 +1,10 @@
 """Folders that are either complete or absent, even if the process that writes them is killed."""
 
+import os
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +12,8 @@ from pathlib import Path
 
 from accel_llm.errors import ConfigError
 from accel_llm.system.disk import disk_failure, sync_to_disk
+from accel_llm.system.places import missing_reason
+from accel_llm.system.run_lock import check_no_live_run, locked
 
 
 @contextmanager
@@ -60,15 +64,37 @@ def rename_into_place(partial: Path, target: Path) -> None:
     sync_to_disk(target.parent)
 
 
+def write_problem(folder: Path) -> str:
+    """Try to write in a folder. Return why that fails, as the end of a sentence; empty if it can be written.
+
+    Nothing is left behind. Of a folder that does not exist yet, the nearest folder above is tried.
+    """
+    try:
+        for place in (folder, *folder.parents):
+            if place.is_symlink() and not place.exists():
+                return missing_reason(folder)
+            if place.is_dir():
+                with tempfile.TemporaryFile(dir=place, prefix=".try-") as file:
+                    file.write(bytes(4096))  # a full disk still takes an empty file
+                    file.flush()
+                    os.fsync(file.fileno())
+                return ""
+            if place.exists():
+                return "is a file" if place == folder else f"cannot be created, because {place} is a file"
+    except OSError as error:
+        return f"cannot be written: {error.strerror}"
+    return ""
+
+
 @contextmanager
 def atomic_output(target: Path) -> Iterator[Path]:
     """Like `atomic_folder`, for a script that only writes `target`: SIGTERM also deletes what was written so far.
 
     Raises:
-        ConfigError: the disk is full or failed in another way.
+        ConfigError: the disk is full or failed in another way, or another script writes `target`.
     """
     try:
-        with _exit_on_sigterm(), atomic_folder(target) as partial:
+        with _exit_on_sigterm(), locked(hidden_sibling(target, "lock"), target), atomic_folder(target) as partial:
             yield partial
     except Exception as error:
         if reason := disk_failure(error):
@@ -98,13 +124,18 @@ def check_output_dir(target: Path, sources: list[tuple[str, Path]], overwrite: b
     `sources` are the folders that the script reads, as (what it is, path).
 
     Raises:
-        ConfigError: `target` is a file, contains a source, is not empty without `overwrite`, or lacks `mark`.
+        ConfigError: `target` is a file, cannot be written, contains a source, belongs to a live run, is not empty
+            without `overwrite`, or lacks `mark`.
     """
+    # Nothing that is not a folder, and no folder that a script reads or writes. `target` itself will be renamed into
+    # its place, so the folder above it must be writable.
+    if target.exists() and not target.is_dir():
+        raise ConfigError(f"output_dir: {target} is a file; name a folder.")
+    if problem := write_problem(target.parent):
+        raise ConfigError(f"output_dir: {target.parent} {problem}; name another folder.")
+    check_no_live_run(target, whole=True)
     if not target.exists():
         return
-    # Nothing that is not a folder, and no folder that the script reads.
-    if not target.is_dir():
-        raise ConfigError(f"output_dir: {target} is a file; name a folder.")
     for what, source in sources:
         if source.exists() and source.resolve().is_relative_to(target):
             raise ConfigError(f"output_dir: {target} holds the {what} that is read; name another folder.")

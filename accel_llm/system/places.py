@@ -7,7 +7,8 @@ import os
 import re
 from pathlib import Path
 
-CLOSENESS = 0.75  # of a misspelt name, as difflib counts it
+# How close a misspelt name must be, as difflib counts it; short names are much alike, such as `one` and `none`.
+CLOSENESS, CLOSENESS_OF_SHORT = 0.75, 0.88
 MAX_NAMES = 10_000  # of a folder, among which a misspelt name is looked for
 
 
@@ -74,7 +75,8 @@ def _close_name(name: str, names: list[str]) -> str | None:
         for other in names
         if _numbers(other) == _numbers(name) and other.startswith(".") == name.startswith(".")
     }
-    matches = difflib.get_close_matches(name.lower(), same_numbers, n=1, cutoff=CLOSENESS)
+    cutoff = CLOSENESS if len(name) > 4 else CLOSENESS_OF_SHORT
+    matches = difflib.get_close_matches(name.lower(), same_numbers, n=1, cutoff=cutoff)
     return same_numbers[matches[0]] if matches else None
 
 

@@ -17,6 +17,11 @@ _PARAMETER = re.compile(
 )
 
 
+def names_secret(variable: str) -> bool:
+    """Return whether an environment variable has the name of a secret, such as HF_TOKEN."""
+    return _NAME.search(variable) is not None
+
+
 def hide_secrets(text: str) -> str:
     """Replace secrets in `text` by ***: values of environment variables with names of secrets, and secrets in URLs.
 
@@ -24,7 +29,7 @@ def hide_secrets(text: str) -> str:
     credential or signature.
     """
     secrets = frozenset(
-        value for name, value in os.environ.items() if len(value) >= MIN_SECRET_LENGTH and _NAME.search(name)
+        value for name, value in os.environ.items() if len(value) >= MIN_SECRET_LENGTH and names_secret(name)
     )
     for spelling in _spellings(secrets):
         text = text.replace(spelling, MASK)

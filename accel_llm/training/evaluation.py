@@ -140,7 +140,7 @@ def find_new_best(
 
 
 @contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """Within the block, the model is in evaluation mode and no gradients are kept."""
     model.eval()
     try:
@@ -186,7 +186,7 @@ def mean_loss(
     )
     count, size, world = len(offsets) - 1, options.per_device_eval_batch_size, accelerator.num_processes
     sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
-    with _evaluating(model):
+    with evaluating(model):
         # Sharded weights are gathered in each forward pass, so every process must make the same number of passes. A
         # process that has no rows left gets a batch without labels.
         for first in range(0, count, size * world):
@@ -244,7 +244,7 @@ def exact_match(
     stopped = 0
     # Autocast, because `generate` bypasses the forward that `prepare` wraps: without it the float32 parts of an adapter
     # would meet bf16 activations. Packed attention cannot generate, so the model's own takes its place.
-    with _evaluating(inner), accelerator.autocast(), stock_attention(inner), without_own_settings(causal_lm):
+    with evaluating(inner), accelerator.autocast(), stock_attention(inner), without_own_settings(causal_lm):
         for batch, own, max_new_tokens in _question_batches(accelerator, questions, batch_size, limit):
             _check_stop(accelerator)
             inputs = pad_left([prompt for prompt, _ in batch], pad, accelerator.device)

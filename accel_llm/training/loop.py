@@ -31,7 +31,8 @@ def clip_gradients(accelerator: Accelerator, model: torch.nn.Module, max_grad_no
     gradients = [local_part(p.grad) for p in model.parameters() if p.grad is not None]
     norm = _gradient_norm(accelerator, gradients)
     if 0 < max_grad_norm < norm:
-        torch._foreach_mul_(gradients, max_grad_norm / (norm + 1e-6))  # type: ignore[reportPrivateImportUsage]
+        # Not `_foreach_mul_`: on a CPU torch 2.13 rounds its factor to the dtype of the gradients, which may be bfloat16.
+        torch._foreach_div_(gradients, (norm + 1e-6) / max_grad_norm)  # type: ignore[reportPrivateImportUsage]
     return norm
 
 

@@ -11,13 +11,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from accel_llm.backend.accelerator import local_part, unwrap_model, unwrap_optimizer
 from accel_llm.backend.collectives import sum_over_processes
+from accel_llm.backend.launch_settings import recorded_environment
 from accel_llm.backend.strategy import compute_dtype, resolve_precision, strategy
 from accel_llm.config.options import TrainOptions
 from accel_llm.errors import ConfigError
 from accel_llm.model.attention import unwrap_causal_lm
+from accel_llm.model.language_part import parts_beside_language
 from accel_llm.model.loss import check_loss
 from accel_llm.model.probe import check_causality, check_isolation
 from accel_llm.model.vocabulary import NEW_ROWS
+from accel_llm.training.census import ProductCensus, compilation_facts, dtype_name, watch_layers
 
 # For a hash, tensors are read as integers of the same size in bytes.
 INTEGERS_BY_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -56,6 +59,11 @@ def preflight(accelerator: Accelerator, model: nn.Module, optimizer: Any, option
         _check_sharding(model)
 
     # Checks that run the model, and all settings as they are.
+    with ProductCensus() as census:
+        loss_path = check_loss(model, accelerator.device, dtype)
+        check_causality(model, accelerator.device, dtype)
+        if options.packing or max(options.per_device_train_batch_size, options.per_device_eval_batch_size) > 1:
+            check_isolation(model, accelerator.device, dtype, bool(options.packing), options.max_length)
     facts |= {
         "strategy": strategy(),
         "distributed_type": str(accelerator.distributed_type.value),
@@ -64,15 +72,16 @@ def preflight(accelerator: Accelerator, model: nn.Module, optimizer: Any, option
         "device": str(accelerator.device),
         "precision": resolve_precision(options),
         "engine": type(model).__name__,
-        "loss_path": check_loss(model, accelerator.device, dtype),
+        "optimizer": _class_name(unwrap_optimizer(optimizer)),
+        "loss_path": loss_path,
         "parameters": parameters | {"each_process": sum_over_processes(accelerator, torch.tensor(held)).tolist()},
         "dtypes": dtypes,
         "weights_hash": _check_equal_weights(accelerator, model),
+        "products": dict(census.products),
         "attention": unwrap_causal_lm(model).config._attn_implementation,
+        "attention_kernels": dict(census.attention_kernels),
+        "environment": recorded_environment(),
     }
-    check_causality(model, accelerator.device, dtype)
-    if options.packing or max(options.per_device_train_batch_size, options.per_device_eval_batch_size) > 1:
-        check_isolation(model, accelerator.device, dtype, bool(options.packing), options.max_length)
     if strategy().startswith("zero"):
         plugin: Any = accelerator.state.deepspeed_plugin
         facts["deepspeed"] = json.loads(json.dumps(plugin.deepspeed_config, default=str))
@@ -99,14 +108,17 @@ def _check_engine(model: nn.Module) -> None:
 def _check_trainable_parameters(model: nn.Module, options: TrainOptions) -> None:
     """Raise RuntimeError if method full leaves a parameter frozen, or another method trains one outside the adapter.
 
-    Also trainable: `modules_to_save`, the rows of added tokens and, with `lora_bias`, biases.
+    Also trainable: `modules_to_save`, the rows of added tokens and, with `lora_bias`, biases. Parts that no text passes
+    through are always frozen.
     """
+    text_free = tuple(f"{name}." for name in parts_beside_language(model))
     parts = ["lora_", ".modules_to_save.", f".{NEW_ROWS}", *([".bias"] if options.lora_bias != "none" else [])]
     full = options.method == "full"
     names = [
         name
         for name, parameter in model.named_parameters()
-        if (not parameter.requires_grad if full else parameter.requires_grad and not any(p in name for p in parts))
+        if not name.startswith(text_free)
+        and (not parameter.requires_grad if full else parameter.requires_grad and not any(p in name for p in parts))
     ]
     if names:
         state = "frozen" if full else "trained"
@@ -195,16 +207,22 @@ def _watch_first_step(accelerator: Accelerator, model: nn.Module, optimizer: Any
     trained = [(name, p) for name, p in unwrap_model(accelerator, model).named_parameters() if p.requires_grad]
     # For each parameter: 1 if it has a gradient, and 1 if that is not all zero.
     gradient_flags = torch.zeros(len(trained), 2, dtype=torch.int64)
-    hooks = []
+    gradient_dtypes: set[str] = set()
+    hooks: list[Any] = watch_layers(unwrap_model(accelerator, model), facts)
+
+    def mark(k: int, gradient: Any) -> None:
+        _mark_gradient(gradient_flags, k, gradient)
+        gradient_dtypes.add(dtype_name(gradient))
+
     if strategy().startswith("zero"):
         # DeepSpeed frees each gradient as soon as it is computed, so it must be seen during the backward pass.
         for k, (_, parameter) in enumerate(trained):
-            hooks.append(parameter.register_hook(lambda gradient, k=k: _mark_gradient(gradient_flags, k, gradient)))
+            hooks.append(parameter.register_hook(lambda gradient, k=k: mark(k, gradient)))
 
     def check_gradients(*_: Any) -> None:
         for k, (_, parameter) in enumerate(trained):
             if parameter.grad is not None:
-                _mark_gradient(gradient_flags, k, parameter.grad)
+                mark(k, parameter.grad)
         counts = sum_over_processes(accelerator, gradient_flags).cpu().tolist()
         without = [name for (name, _), (present, _) in zip(trained, counts, strict=True) if not present]
         zero = [name for (name, _), (present, value) in zip(trained, counts, strict=True) if present and not value]
@@ -216,9 +234,14 @@ def _watch_first_step(accelerator: Accelerator, model: nn.Module, optimizer: Any
             )
 
     def record_dtypes(inner: Any, *_: Any) -> None:
-        state = {str(t.dtype).removeprefix("torch.") for values in inner.state.values() for t in _moments(values)}
-        stepped = {str(parameter.dtype).removeprefix("torch.") for parameter in inner.state}
-        facts["dtypes"] |= {"stepped": sorted(stepped), "optimizer_state": sorted(state)}
+        state = {dtype_name(tensor) for values in inner.state.values() for tensor in _moments(values)}
+        stepped = {dtype_name(parameter) for parameter in inner.state}
+        facts["dtypes"] |= {
+            "gradients": sorted(gradient_dtypes),
+            "stepped": sorted(stepped),
+            "optimizer_state": sorted(state),
+        }
+        facts["compiled"] = compilation_facts()
         for hook in hooks:
             hook.remove()
 
@@ -229,6 +252,10 @@ def _watch_first_step(accelerator: Accelerator, model: nn.Module, optimizer: Any
 def _mark_gradient(flags: torch.Tensor, k: int, gradient: Any) -> None:
     flags[k, 0] = 1
     flags[k, 1] |= int(local_part(gradient).any())
+
+
+def _class_name(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__name__}"
 
 
 def _moments(state: dict[str, Any]) -> list[torch.Tensor]:

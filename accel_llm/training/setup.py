@@ -28,6 +28,7 @@ from accel_llm.model.neftune import attach_neftune
 from accel_llm.model.placement import place_weights
 from accel_llm.model.tokenizer import check_token_ids, configured_tokenizer, fit_pad_token, pad_token_id
 from accel_llm.model.vocabulary import add_missing_tokens, extend_vocabulary
+from accel_llm.system.folders import write_problem
 from accel_llm.training.optimizers import build_optimizer
 from accel_llm.training.schedule import build_schedule
 
@@ -52,7 +53,7 @@ def read_options(
     if isinstance(options, SftOptions) and options.overfit:
         options = options.with_defaults(OVERFIT_DEFAULTS)
     options = adopt_adapter_options(options)
-    raise_problems(model_problems(options) + source_problems(options))
+    raise_problems(model_problems(options) + source_problems(options) + _output_problems(options))
     quiet_libraries()
     return options
 
@@ -69,6 +70,13 @@ def read_data_options(options_class: type[TrainOptionsT], demo: Path) -> TrainOp
     raise_problems(source_problems(options) + (tokenizer_problems(options) if options.tokenizer_name else model_problems(options)))
     quiet_libraries()
     return options
+
+
+def _output_problems(options: TrainOptions) -> list[str]:
+    """Try to write in the output folder now: hours later it would cost the result."""
+    if options.dry_run or not (problem := write_problem(Path(options.output_dir))):
+        return []
+    return [f"output_dir: {options.output_dir} {problem}; name another folder."]
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,17 @@
 """Flags and recipes become checked options, and every problem is one sentence that names the remedy."""
 
 import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
-from accel_llm.config.command_line import parse_options, recipe_schema, resolved_options
+from accel_llm.config.command_line import parse_options, recipe_schema, resolved_options, shell_command
 from accel_llm.config.options import OptimOptions, PretrainOptions, SftOptions
-from accel_llm.config.tool_options import ChatOptions, MergeOptions, ShowOptions
+from accel_llm.config.tool_options import ChatOptions, ExtractOptions, MergeOptions, ShowOptions
 from accel_llm.errors import ConfigError
 
 
@@ -295,7 +299,7 @@ def test_names_of_other_trainers(line, name, value):
         ("--fsdp full_shard", "fsdp: 'full_shard' has no meaning here; start with `accelerate launch "
          "--config_file accelerate_configs/fsdp2.yaml`."),
         ("--bf16 --fp16", "fp16: true (or no value) contradicts another value of precision; give precision once."),
-        ("--torch_dtype int8", "precision: 'int8' is not allowed; give auto, bf16, fp16 or fp32."),
+        ("--torch_dtype int8", "torch_dtype (here precision): 'int8' is not allowed; give auto, bf16, fp16 or fp32."),
     ],
 )  # fmt: skip
 def test_names_of_other_trainers_without_an_option_here(line, problem):
@@ -317,6 +321,80 @@ def test_a_script_takes_only_its_own_options():
         "verify: 'maybe' is not allowed; give modules, logits or none.",
     ]
     assert parse_options(ChatOptions, ["--model", "m", "--prompt=--hello there"]).prompt == "--hello there"
+
+
+REQUIRED = {
+    MergeOptions: ["adapter", "output_dir"],
+    ExtractOptions: ["model", "base", "output_dir"],
+    ChatOptions: ["model"],
+}
+
+
+@pytest.mark.parametrize(("script", "name"), [(script, name) for script, names in REQUIRED.items() for name in names])
+@pytest.mark.parametrize(
+    "value",
+    [None, "true", "''", "{a: b}", "[a, b]", "[[a]]", "null", "[]", '"a\\0b"', "2020-01-01", "[{a: b}]"],
+)
+def test_a_wrong_value_of_a_required_option_is_one_sentence(tmp_path, script, name, value):
+    """pydantic's own error named the class and a web page, under a traceback."""
+    others = [word for other in REQUIRED[script] if other != name for word in (f"--{other}", "x")]
+    config = recipe(tmp_path, "" if value is None else f"{name}: {value}\n").split()
+    if name == "adapter" and value == "[a, b]":
+        return  # several adapters are combined
+    with pytest.raises(ConfigError) as caught:
+        parse_options(script, [*others, *config])
+    (sentence,) = caught.value.problems
+    assert sentence.startswith(f"{name}: ") and sentence.endswith(".")
+    assert "pydantic" not in sentence and "\n" not in sentence
+
+
+def test_wrong_values_of_required_options_are_reported_with_all_others():
+    assert problems(MergeOptions, "--adapter --output_dir a b --scale x --vrify none") == [
+        "vrify: no such option; did you mean verify?",
+        "adapter: true (or no value) is not allowed; give one or several texts.",
+        "output_dir: ['a', 'b'] is not allowed; give text.",
+        "scale: 'x' is not allowed; give a number.",
+    ]
+    assert problems(ChatOptions, "--model= --temperature -1") == [
+        "model: '' is not allowed; give text.",
+        "temperature: '-1' is not allowed; give a number of at least 0.",
+    ]
+
+
+def test_no_rule_speaks_of_the_default_of_a_wrong_option():
+    assert problems(Pretrain, "--config_name= ") == ["config_name: '' is not allowed; give text, or none."]
+    assert problems(Sft, "--init_lora_weights orthogonal --lora_r 0") == [
+        "lora_r: '0' is not allowed; give a whole number of at least 1."
+    ]
+
+
+ODD_NAMES = ["out", "my run", "it's", 'a"b', "$HOME", "`x`", "-dash", "--model", "日本 [x]#1", "a\nb", "~", "a\\b", "*"]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_a_printed_command_means_the_same_in_a_shell(name, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "the scripts" / "sft.py")])
+    words = shlex.split(shell_command("chat.py", model=name))
+    assert words[:2] == [
+        "python",
+        "launch/chat.py",
+    ]  # there is no chat.py beside the script: this is a program of another
+    model = parse_options(ChatOptions, words[2:]).model
+    assert Path(model) == Path(name).absolute().relative_to(Path.cwd()) and not model.startswith("-")
+    # A shell gives the same words.
+    command = shell_command("chat.py", model=name).replace("python", "printf '%s\\0'", 1)
+    printed = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True).stdout
+    assert printed.split("\0")[:-1] == words[1:]
+
+
+def test_a_printed_command_finds_its_script_from_where_the_user_stands(monkeypatch, tmp_path):
+    (tmp_path / "the scripts").mkdir()
+    (tmp_path / "the scripts" / "merge.py").touch()
+    monkeypatch.chdir(tmp_path)
+    for place in ("the scripts", str(tmp_path / "the scripts")):
+        monkeypatch.setattr(sys, "argv", [f"{place}/sft.py"])
+        words = shlex.split(shell_command("merge.py", adapter="a b", output_dir=Path("c")))
+        assert words == ["python", f"{place}/merge.py", "--adapter", "a b", "--output_dir", "c"]
 
 
 def test_show_data_has_a_json_flag():

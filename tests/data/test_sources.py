@@ -276,7 +276,6 @@ MISTAKES = [
     ("none.json", "none.json does not exist; name {ALLOWED}."),
     ("none.csv.zst", "none.csv.zst does not exist; name {ALLOWED}."),
     ("./none", "./none does not exist; name {ALLOWED}."),
-    ("~/none", "~/none does not exist; name {ALLOWED}."),
     ("~nobody-of-this-name/x", "~nobody-of-this-name/x does not exist; name {ALLOWED}."),
     ("/no/thing", "/no/thing does not exist; name {ALLOWED}."),
     ("a/b/c", "a/b/c does not exist; name {ALLOWED}."),
@@ -323,6 +322,68 @@ def test_source_problems_names_every_mistake_at_once(tmp_path, saved_datasets, m
     right = ["a.jsonl", "*.jsonl", Source(path="two", split="test"), Source(path="one", split="train"), "owner/name"]
     assert source_problems(DataOptions(train_files=right)) == []
     assert source_problems(DataOptions()) == [f"train_files: is missing; name at least one source: {ALLOWED_SOURCES}."]
+
+
+def test_a_misspelt_source_is_found_before_the_hub_is_asked(tmp_path, monkeypatch):
+    def ask() -> str:
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr(hub, "ask_hub", ask)
+    monkeypatch.chdir(tmp_path)
+    write_texts(tmp_path / "data" / "chats.jsonl", "x")
+    (tmp_path / "data" / "held_out").mkdir()
+    (tmp_path / "link.jsonl").symlink_to("gone.jsonl")
+    reasons = {
+        "data/chat.jsonl": "does not exist, but data/chats.jsonl does",
+        "data/heldout": "does not exist, but data/held_out does",
+        "data/evaluation": "does not exist in the folder data "
+        "(to load a model of this name from the hub, start in another folder)",
+        "link.jsonl": "is a symbolic link to gone.jsonl, which does not exist",
+        "x" * 300: "cannot be read (File name too long)",
+    }
+    for place, reason in reasons.items():
+        with pytest.raises(DataError) as error:
+            texts(place)
+        assert str(error.value) == f"{place} {reason}; name {ALLOWED_SOURCES}."
+
+
+@pytest.mark.parametrize("name", ["with space", "日本", "#1", "[ab]", "-dash", "a*b", "?", "{x}", "$HOME", "'\"", "~"])
+def test_odd_names_of_folders_and_files_are_names(tmp_path, monkeypatch, name):
+    write_texts(tmp_path / "data" / name / f"{name}.jsonl", "x")
+    write_texts(tmp_path / "data" / "a" / "other.jsonl", "y")
+    monkeypatch.chdir(tmp_path / "data")
+    for place in (name, f"{name}/", f"{name}/{name}.jsonl", f"./{name}", f"{name}/*.jsonl", f"{name}/**/*.jsonl"):
+        assert texts(place) == ["x"], place
+    assert texts(".") == texts("*/*.jsonl") != ["x"]
+
+
+def test_a_link_that_leads_nowhere_is_no_file_less(tmp_path):
+    """glob leaves it out, so its rows would be missing without a word."""
+    write_texts(tmp_path / "a.jsonl", "x")
+    (tmp_path / "b.jsonl").symlink_to("gone.jsonl")
+    (tmp_path / "notes.md").symlink_to("gone.md")
+    for place in (tmp_path, tmp_path / "*.jsonl"):
+        with pytest.raises(DataError) as error:
+            texts(place)
+        assert str(error.value) == (
+            f"{place}: its file {tmp_path / 'b.jsonl'} is a symbolic link to gone.jsonl, which does not exist; repair or "
+            "remove it."
+        )
+    write_texts(tmp_path / "gone.jsonl", "z")
+    assert texts(tmp_path) == ["x", "z", "z"]
+
+
+def test_a_folder_that_links_to_itself_is_read_once(tmp_path):
+    """glob follows such a link forty times, so each row would be trained forty times."""
+    write_texts(tmp_path / "data" / "a.jsonl", "x")
+    write_texts(tmp_path / "data" / "in" / "b.jsonl", "y")
+    write_texts(tmp_path / "elsewhere" / "c.jsonl", "z")
+    (tmp_path / "data" / "again").symlink_to(".")
+    (tmp_path / "data" / "in" / "up").symlink_to("..")
+    (tmp_path / "data" / "more").symlink_to("../elsewhere")
+    (tmp_path / "link").symlink_to("data")
+    for place in ("data", "data/**/*.jsonl", "link"):
+        assert texts(tmp_path / place) == ["x", "y", "z"], place
 
 
 def test_identity_is_of_the_content_and_its_order(tmp_path, saved_datasets):

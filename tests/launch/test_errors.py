@@ -121,7 +121,7 @@ def test_unusable_models(sft_errors, tiny, tmp_path):
     ]
     (folder / "adapter_config.json").write_text("{}")
     assert sft_errors("--model_name_or_path", folder)[0].startswith(
-        f"model_name_or_path: {folder} is an adapter, not a model; merge it first with launch/merge.py --adapter {folder}"
+        f"model_name_or_path: {folder} is an adapter, not a model; merge it first with `python "
     )
     (folder / "adapter_config.json").unlink()
     (folder / "model.safetensors").write_bytes(b"half")
@@ -271,7 +271,8 @@ def test_a_bug_on_all_ranks_is_reported_by_the_first_alone(tmp_path):
 def test_a_mistake_on_all_ranks_is_reported_at_once_by_the_first_alone(tmp_path):
     (first, second), codes, seconds = run_ranks(["mistake", "mistake"], tmp_path)
     assert (first, second) == ("error: a: wrong.\nerror: b: wrong.\n", "") and codes == [2, -15] and seconds < 2
-    assert list(tmp_path.iterdir()) == []
+    assert json.loads((tmp_path / "0").read_text())["message"] == "a: wrong.\nb: wrong."
+    assert [path.name for path in tmp_path.iterdir()] == ["0"]
 
 
 def test_a_mistake_of_one_rank_names_it(tmp_path):

@@ -1,4 +1,3 @@
-from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -6,7 +5,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from support import FAMILIES, random_rows, tiny_model
 from torch import nn
-from transformers import AttentionInterface
 
 from accel_llm.data.batches import collate_packed, collate_padded
 from accel_llm.errors import ConfigError
@@ -89,102 +87,6 @@ def test_no_gradient_crosses_a_boundary(family):
     assert [bool(part.any()) for part in parts] == [False, True, False, False]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_isolation_check_passes_what_is_isolated(family):
-    model = tiny_model(family)
-    enable_packing(model)
-    check_isolation(model.train(), "cpu", torch.float32)
-    assert model.training
-
-
-def leaking(module, query, key, value, mask, cu_seq_lens_q, **others):
-    boundaries = cu_seq_lens_q[[0, -1]]
-    longest = int(boundaries[-1])
-    others["max_length_q"] = longest
-    return packed_attention(module, query, key, value, mask, cu_seq_lens_q=boundaries, **others)
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "granite"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_isolation_check_catches_a_backend_that_ignores_boundaries(family, dtype, monkeypatch):
-    model = tiny_model(family).to(dtype)
-    enable_packing(model)
-    check_isolation(model, "cpu", dtype)
-    monkeypatch.setitem(AttentionInterface._global_mapping, PACKED_ATTENTION, leaking)
-    with pytest.raises(ConfigError, match=r"packing: true leaks in .*ForCausalLM|LMHeadModel.*; set packing: false"):
-        check_isolation(model, "cpu", dtype)
-
-
-def changed_backend(**changes: Callable):
-    """A backend that differs from the right one in what `changes` does to some of its arguments."""
-
-    def attend(module, query, key, value, mask, **others):
-        arguments = {"query": query, "key": key, "value": value, **others}
-        arguments |= {name: change(arguments[name]) for name, change in changes.items()}
-        query, key, value = (arguments.pop(name) for name in ("query", "key", "value"))
-        return packed_attention(module, query, key, value, mask, **arguments)
-
-    return attend
-
-
-def seeing_the_future(module, query, key, value, mask, cu_seq_lens_q, **others):
-    backwards = (cu_seq_lens_q[-1] - cu_seq_lens_q).flip(0)
-    query, key, value = (tensor.flip(2) for tensor in (query, key, value))
-    output, _ = packed_attention(module, query, key, value, mask, cu_seq_lens_q=backwards, **others)
-    return output.flip(1), None
-
-
-def shift_inner(boundaries: torch.Tensor) -> torch.Tensor:
-    return torch.cat([boundaries[:1], boundaries[1:-1] + 1, boundaries[-1:]])
-
-
-BROKEN = {
-    "boundaries one token late": ("llama", changed_backend(cu_seq_lens_q=shift_inner)),
-    "last document joined to the one before": ("llama", changed_backend(cu_seq_lens_q=lambda b: b[[0, 1, 3]], max_length_q=lambda n: n + 5)),
-    "future tokens seen": ("llama", seeing_the_future),
-    "window one token too wide": ("mistral", changed_backend(sliding_window=lambda n: n + 1)),
-    "window one token too narrow": ("starcoder2", changed_backend(sliding_window=lambda n: n - 1)),
-    "window left out": ("qwen2", changed_backend(sliding_window=lambda n: None)),
-    "window left out where layers alternate": ("gemma3_text", changed_backend(sliding_window=lambda n: None)),
-    "soft-cap left out": ("gemma2", changed_backend(softcap=lambda cap: None)),
-    "soft-cap half as high": ("gemma2", changed_backend(softcap=lambda cap: cap / 2)),
-    "sinks left out": ("gpt_oss", changed_backend(s_aux=lambda sinks: None)),
-    "scale left out": ("granite", changed_backend(scaling=lambda scale: None)),
-    "another head's keys": ("llama", changed_backend(key=lambda key: key.roll(1, 1))),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("fault", BROKEN)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_isolation_check_catches_a_backend_that_computes_something_else(fault, dtype, monkeypatch):
-    family, backend = BROKEN[fault]
-    model = tiny_model(family).to(dtype)
-    enable_packing(model)
-    check_isolation(model, "cpu", dtype)
-    monkeypatch.setitem(AttentionInterface._global_mapping, PACKED_ATTENTION, backend)
-    with pytest.raises(ConfigError, match=r"packing: true (leaks in|changes the results of) .*; set packing: false"):
-        check_isolation(model, "cpu", dtype)
-
-
-class RunningPositions(nn.Module):
-    """A wrapper that loses the restart of positions."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids, position_ids=None, **inputs):
-        return self.model(input_ids=input_ids, position_ids=torch.arange(input_ids.shape[1])[None], **inputs)
-
-
-@pytest.mark.parametrize("family", ["gpt2", "opt"])
-def test_isolation_check_catches_positions_that_do_not_restart(family):
-    model = RunningPositions(tiny_model(family))
-    enable_packing(model)
-    with pytest.raises(ConfigError, match="packing: true changes the results"):
-        check_isolation(model, "cpu", torch.float32)
-
-
 @pytest.mark.parametrize(
     ("family", "options", "reason"),
     [
@@ -198,13 +100,6 @@ def test_isolation_check_catches_positions_that_do_not_restart(family):
 def test_families_that_cannot_be_isolated_are_refused(family, options, reason):
     with pytest.raises(ConfigError, match=f"{reason}.*set packing: false"):
         enable_packing(tiny_model(family, **options))
-
-
-def test_a_family_that_drops_the_boundaries_is_refused_by_the_isolation_check():
-    model = tiny_model("stablelm")
-    enable_packing(model)
-    with pytest.raises(ConfigError, match="StableLmAttention got no boundaries; set packing: false"):
-        check_isolation(model, "cpu", torch.float32)
 
 
 def test_without_boundaries_nothing_is_computed():
@@ -342,22 +237,3 @@ def test_variable_length_kernel_equals_one_document_at_a_time(dtype, kv_heads, s
     assert kernel_used == ((window is None or "window_size" in options) and (scaling == 64**-0.5 or "scale" in options))
     for packed, alone, truth in zip(fused, single, exact, strict=True):
         assert (packed - truth).norm() <= 1.5 * (alone - truth).norm() + 1e-3 * truth.norm()
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_isolation_check_passes_on_cuda(family, dtype):
-    model = tiny_model(family).to("cuda", dtype)
-    enable_packing(model)
-    check_isolation(model, "cuda", dtype)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_autocast_leaves_the_kernel_one_dtype():
-    model = tiny_model("qwen3").cuda()
-    enable_packing(model)
-    with torch.autocast("cuda", torch.bfloat16):
-        check_isolation(model, "cuda", torch.bfloat16)

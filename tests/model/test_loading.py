@@ -26,9 +26,16 @@ from accel_llm.model.loss import attach_loss, next_token_loss
 from accel_llm.model.placement import place_weights
 from accel_llm.model.quantization import build_quantization_config
 from accel_llm.model.tokenizer import check_token_ids, configured_tokenizer, load_tokenizer, pad_token_id
+from accel_llm.system import hub
 
 pytestmark = pytest.mark.usefixtures("quiet")
 DATA = Path(__file__).parents[3] / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def hub_answers(monkeypatch):
+    """No test here depends on a network: names of the hub are taken as they are."""
+    monkeypatch.setattr(hub, "ask_hub", lambda: "")
 
 
 def options(model: Path | str | None = None, **more) -> TrainOptions:
@@ -68,8 +75,8 @@ def test_an_adapter_is_no_model(tiny, tmp_path, config):
     folder = copy(tiny, tmp_path)
     (folder / "adapter_config.json").write_text(config, encoding="utf-8")
     assert model_problems(options(folder)) == [
-        f"model_name_or_path: {folder} is an adapter, not a model; merge it first with launch/merge.py "
-        f"--adapter {folder} --output_dir MODEL, or name its base model."
+        f"model_name_or_path: {folder} is an adapter, not a model; merge it first with `python launch/merge.py "
+        f"--adapter {folder} --output_dir MODEL`, or name its base model."
     ]
 
 

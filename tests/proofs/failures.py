@@ -271,6 +271,11 @@ def row(cell: Cell, outcome: Outcome) -> list[str]:
 
 def table(rows: list[list[str]]) -> str:
     head = ["strategy", "rank", "stage", "fault", "seconds to the end", "errors", "exit code", "run.json", "verdict"]
+    return table_of(head, rows)
+
+
+def table_of(head: list[str], rows: list[list[str]]) -> str:
+    """Return a table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 

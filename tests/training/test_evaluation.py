@@ -15,15 +15,17 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from support import character_tokenizer, make_rows
-from transformers import LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from accel_llm.config.options import TrainOptions
 from accel_llm.data.batches import collate_padded
 from accel_llm.data.rows import Rows
 from accel_llm.data.stream import TrainingPlan
+from accel_llm.errors import ConfigError
 from accel_llm.model.attention import PACKED_ATTENTION, enable_packing, unwrap_causal_lm
 from accel_llm.model.loss import attach_loss, next_token_loss
 from accel_llm.report.metrics import Meter
+from accel_llm.report.record import Record
 from accel_llm.training.evaluation import Evaluation, GeneratedAnswer, exact_match, mean_loss, select_questions
 from accel_llm.training.start import Start
 
@@ -215,7 +217,7 @@ def test_a_run_evaluates_when_due_and_writes_the_results(accelerator, tiny_llama
         eval_on_start=True,
         eval_generate=3,
     )
-    meter = Meter(accelerator, options, TrainingPlan(4, 4, 20, 5))
+    meter = Meter(accelerator, options, TrainingPlan(4, 4, 20, 5), Record(tmp_path, True))
     evaluation = Evaluation(accelerator, tokenizer, rows, options, [EOS])
     evaluation.at_start(model, meter, Start(output_dir=tmp_path, step=3))  # a resumed run has no start
     assert not Path(tmp_path / "metrics.jsonl").exists()
@@ -225,6 +227,7 @@ def test_a_run_evaluates_when_due_and_writes_the_results(accelerator, tiny_llama
             with torch.no_grad():
                 model.lm_head.weight.zero_()
         evaluation.when_due(model, meter, step)
+    evaluation.at_end(model, meter, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 2, 4, 5]
     assert [line["eval/exact_match"] for line in lines] == [1.0, 1.0, 1.0, 0.0]
@@ -236,12 +239,12 @@ def test_a_run_evaluates_when_due_and_writes_the_results(accelerator, tiny_llama
 
 def test_without_rows_or_questions_nothing_is_measured(accelerator, tiny_llama, tokenizer, tmp_path):
     options: dict[str, Any] = {"output_dir": str(tmp_path), "packing": False, "max_length": MAX_LENGTH}
-    meter = Meter(accelerator, TrainOptions(**options), TrainingPlan(4, 4, 4, 1))
-    Evaluation(accelerator, tokenizer, None, TrainOptions(**options), [EOS]).when_due(None, meter, 1)
+    meter = Meter(accelerator, TrainOptions(**options), TrainingPlan(4, 4, 4, 1), Record(tmp_path, True))
+    Evaluation(accelerator, tokenizer, None, TrainOptions(**options), [EOS]).at_end(None, meter, tmp_path)
     assert list(tmp_path.iterdir()) == []
     model = tiny_llama()
     attach_loss(model, MAX_LENGTH)
-    Evaluation(accelerator, tokenizer, random_rows(), TrainOptions(**options), [EOS]).when_due(model, meter, 1)
+    Evaluation(accelerator, tokenizer, random_rows(), TrainOptions(**options), [EOS]).at_end(model, meter, tmp_path)
     line = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert line.keys() == {"step", "eval/loss", "eval/perplexity", "eval/supervised_tokens"}
 
@@ -331,3 +334,74 @@ def test_each_row_counts_once_whatever_the_number_of_processes(tiny_llama, tmp_p
         for several, one in zip(answers_of_all, answered, strict=True):
             assert sorted(map(str, several)) == sorted(map(str, one))
     assert [len(answers) for answers in answered] == [7, 2]
+
+
+def test_no_answer_passes_the_positions_and_none_depends_on_its_batch(accelerator, tokenizer):
+    """A learned position beyond the last one is an IndexError; the answer of a long question still fits."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 105, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 24}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=2)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    rng = np.random.default_rng(0)
+    questions = [
+        (rng.integers(5, 100, n), np.full(length, 7)) for n, length in ((2, 6), (21, 3), (15, 4), (23, 1), (9, 2))
+    ]
+    # What the model says, from plain transformers, one question at a time, at most up to position 24.
+    expected = {}
+    for prompt, _ in questions:
+        ids, room = torch.from_numpy(prompt)[None], min(6 + 8, 24 - len(prompt))
+        output = model.generate(ids, max_new_tokens=room, do_sample=False, eos_token_id=2, pad_token_id=0)
+        expected[tokenizer.decode(prompt)] = tokenizer.decode(output[0, len(prompt) :])
+    for batch_size in (1, 2, 5):
+        answers = exact_match(accelerator, model, tokenizer, questions, batch_size, [EOS])[1]
+        assert {answer.prompt: answer.generated for answer in answers} == expected
+    # With more positions than are needed all of them get as many tokens as the longest answer and 8.
+    with pytest.raises(IndexError):
+        model.generate(torch.from_numpy(questions[3][0])[None], max_new_tokens=14, do_sample=False, pad_token_id=0)
+
+
+def test_the_models_own_generation_settings_do_not_change_the_answers(accelerator, tiny_llama, tokenizer):
+    model, rng = tiny_llama(3), np.random.default_rng(2)
+    questions = [(rng.integers(5, 100, n), np.array([7, EOS])) for n in (3, 17, 30)]
+    before = generate(accelerator, model, tokenizer, questions, 2)
+    own = model.generation_config
+    own.repetition_penalty, own.min_new_tokens, own.suppress_tokens = 5.0, 4, [20, 21, 22]
+    own.no_repeat_ngram_size, own.num_beams, own.do_sample = 2, 2, True
+    assert generate(accelerator, model, tokenizer, questions, 2) == before
+    assert model.generation_config is own and own.repetition_penalty == 5.0
+
+
+def test_an_evaluation_that_fails_ends_no_run_of_one_process(accelerator, tiny_llama, tokenizer, tmp_path, monkeypatch):
+    model, rows = memorized(tiny_llama)
+    options = TrainOptions(
+        output_dir=str(tmp_path), packing=False, max_length=MAX_LENGTH, eval_steps=2, eval_generate=3
+    )
+    meter = Meter(accelerator, options, TrainingPlan(4, 4, 20, 5), Record(tmp_path, True))
+    evaluation = Evaluation(accelerator, tokenizer, rows, options, [EOS])
+    original = LlamaForCausalLM.generate
+
+    def failing(self, *arguments, **settings):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", failing)
+    evaluation.when_due(model, meter, 2)
+    problem = "The evaluation after step 2 failed (OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB)."
+    assert json.loads((tmp_path / "run.json").read_text())["problems"] == [problem]
+    assert model.training and evaluation.step is None
+    with pytest.raises(ConfigError, match="The run is done and its weights are complete, but"):
+        meter.end_run()
+    with pytest.raises(
+        RuntimeError, match="after the last step failed .*The trained model is complete in there; the same"
+    ):
+        evaluation.at_end(model, meter, Path("there"))
+    with pytest.raises(torch.OutOfMemoryError):  # nothing is lost yet
+        evaluation.at_start(model, meter, Start(output_dir=tmp_path, evaluate=True))
+    accelerator.state.num_processes = 2  # the other one may wait for this one
+    with pytest.raises(torch.OutOfMemoryError):
+        evaluation.when_due(model, meter, 4)
+    monkeypatch.setattr(LlamaForCausalLM, "generate", original)
+    accelerator.state.num_processes = 1
+    evaluation.when_due(model, meter, 4)
+    assert evaluation.step == 4 and evaluation.metrics["eval/exact_match"] == 1.0
