@@ -1,6 +1,7 @@
 """Attaches a LoRA adapter to a base model with PEFT: a fresh one, or one that was trained before."""
 
 import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ ADOPTED_OPTIONS = {
     "use_dora": "use_dora",
     "use_rslora": "use_rslora",
 }
+# In the name of a parameter: it has an adapter, or is one.
+ADAPTED = re.compile(r"\.(base_layer|lora_[AB])\.")
 
 
 def build_lora_config(options: MethodOptions) -> LoraConfig:
@@ -132,6 +135,8 @@ def attach_adapter(model: PreTrainedModel, options: TrainOptions, new_tokens: ra
             # change: at usual learning rates a step is smaller than the distance to the next number.
             parameter.data = parameter.data.float()
 
+    if options.lora_target_modules == "all-linear":
+        _say_what_has_no_adapter(wrapped)
     adapter_config: Any = wrapped.peft_config["default"]
     adapter_config.init_lora_weights = config.init_lora_weights
     adapter_config.trainable_token_indices = train_new_rows(model, new_tokens) or None
@@ -212,6 +217,32 @@ def _check_module_names(model: PreTrainedModel, options: MethodOptions) -> None:
             if not any(module == name or module.endswith(f".{name}") for module in modules):
                 problems.append(f"{field}: the model has no {name!r}; its linear layers are {_linear_layers(model)}.")
     raise_problems(problems)
+
+
+def _say_what_has_no_adapter(model: PeftModel) -> None:
+    """Say which share of the weights `all-linear` has left without an adapter, beside embedding, head and other parts.
+
+    PEFT 0.21 knows the experts of some mixtures only, which are one tensor for each layer; of those families it leaves
+    out the layers that bear the same names as parts of an expert, such as those of shared experts.
+    """
+    base: Any = model.get_base_model()
+    parts = tuple(f"{part}." for part in parts_beside_language(base))
+    kinds = Counter()
+    for path, module in base.named_modules():
+        if path.startswith(parts) or module in (base.get_input_embeddings(), base.get_output_embeddings()):
+            continue
+        for name, parameter in module.named_parameters(path, recurse=False):
+            is_matrix = isinstance(module, torch.nn.Linear | Conv1D) and parameter.ndim == 2
+            is_expert = parameter.ndim == 3 and not isinstance(module, torch.nn.Conv1d)
+            if (is_matrix or is_expert) and not ADAPTED.search(f"{name}."):
+                kinds[re.sub(r"\.\d+(?=\.)", ".N", name.removesuffix(".weight"))] += parameter.numel()
+    if kinds and process_rank() == 0:
+        share = kinds.total() / sum(parameter.numel() for parameter in base.parameters())
+        print(
+            f"lora_target_modules: all-linear leaves {share:.0%} of the weights without an adapter: "
+            f"{', '.join(sorted(kinds)[:4])}{' and others' if len(kinds) > 4 else ''}",
+            flush=True,
+        )
 
 
 def _linear_layers(model: torch.nn.Module) -> str:

@@ -71,7 +71,7 @@ def _check_launch(options: TrainOptions) -> None:
 
 
 def build_accelerator(options: TrainOptions) -> Accelerator:
-    """Build the Accelerator of a training script (devices, precision, strategy, trackers), and start to handle signals.
+    """Build the Accelerator of a training script (devices, precision, strategy), and start to handle signals.
 
     Raises:
         ConfigError: too many CPU processes, a tracker that is not installed, or a launch YAML or DeepSpeed file that is
@@ -122,7 +122,6 @@ def build_accelerator(options: TrainOptions) -> Accelerator:
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False),
         step_scheduler_with_optimizer=False,
         dynamo_backend="no",  # see compilation.py
-        log_with=list(options.report_to) or None,
         project_config=ProjectConfiguration(
             project_dir=options.output_dir, logging_dir=str(Path(options.output_dir) / "logs")
         ),

@@ -33,7 +33,7 @@ IN_FORCE = {
 # the names in the model; weights are gathered for the export; the rest is FSDP1's, or only about memory and speed.
 HARMLESS = {
     *("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "ACCELERATE_ENABLE_RICH", "ACCELERATE_DISABLE_RICH"),
-    *("ACCELERATE_ALLOW_CP_STANDALONE", "ACCELERATE_DEBUG_RDV_FILE"),
+    *("ACCELERATE_ALLOW_CP_STANDALONE", "ACCELERATE_DOWNCAST_BF16", "ACCELERATE_DEBUG_RDV_FILE"),
     *("ACCELERATE_DEEPSPEED_ZERO3_INIT", "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL"),
     *("FSDP_MIN_NUM_PARAMS", "FSDP_TRANSFORMER_CLS_TO_WRAP", "FSDP_BACKWARD_PREFETCH", "FSDP_FORWARD_PREFETCH"),
     *("FSDP_STATE_DICT_TYPE", "FSDP_USE_ORIG_PARAMS", "FSDP_SYNC_MODULE_STATES", "FSDP_CPU_RAM_EFFICIENT_LOADING"),
@@ -175,7 +175,7 @@ def _dropped_keys(settings: dict[str, Any], arguments: Namespace) -> list[str]:
                 )
     if settings.get("use_cpu") and kind in PASSED_ON_KINDS:
         problems.append(
-            f"use_cpu: `accelerate launch` ignores it with distributed_type: {kind}; set CUDA_VISIBLE_DEVICES=."
+            f"use_cpu: `accelerate launch` ignores it with distributed_type: {kind}; hide the GPUs with CUDA_VISIBLE_DEVICES=-1."
         )
     compiler = settings.get("dynamo_backend") or (settings.get("dynamo_config") or {}).get("dynamo_backend")
     compiler = arguments.dynamo_backend or compiler or "no"

@@ -230,14 +230,31 @@ def _matching_files(source: Source) -> list[str]:
 def _matching_names(source: Source) -> list[str]:
     """Return the names below a folder or of a glob, sorted: of files, of folders, and of links that lead nowhere."""
     base = _named_folder(source)
-    rest = Path(source.path).parts[len(base.parts) :] or ("**", "*")
+    if _place_kind(source) == "folder":
+        return sorted(_names_below(base, base))
+    rest = Path(source.path).parts[len(base.parts) :]
     # Not Path.glob: it also returns hidden files, and before Python 3.13 no files for a `**` at the end.
     names = sorted(set(glob.glob(str(Path(glob.escape(str(base)), *rest)), recursive=True)))  # noqa: PTH207
-
-    # A link to a folder above itself leads to every file again and again.
-    below = {folder for name in names for folder in Path(name).parents if base in folder.parents}
-    circles = {f for f in below if f.is_symlink() and f.parent.resolve().is_relative_to(f.resolve())}
+    folders = {folder for name in names for folder in Path(name).parents if base in folder.parents}
+    circles = {folder for folder in folders if _leads_back(folder, base)}
     return [name for name in names if circles.isdisjoint(Path(name).parents)]
+
+
+def _names_below(folder: Path, base: Path) -> Iterator[str]:
+    """Yield the names below `folder`, but for hidden ones; `base` is the folder where the search began."""
+    for path in folder.iterdir():
+        if not path.name.startswith("."):
+            yield str(path)
+            if path.is_dir() and not _leads_back(path, base):
+                yield from _names_below(path, base)
+
+
+def _leads_back(folder: Path, base: Path) -> bool:
+    """Tell whether a folder is a link to one above it, from `base` on: each file in it would be read again and again."""
+    if not folder.is_symlink():
+        return False
+    place = folder.resolve()
+    return any(above.resolve().is_relative_to(place) for above in folder.parents if above == base or base in above.parents)
 
 
 def _named_folder(source: Source) -> Path:

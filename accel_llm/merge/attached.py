@@ -1,7 +1,6 @@
 """Attaches adapters with PEFT to a model whose weights are not in memory, and fills the adapters' weights in later."""
 
 import re
-import warnings
 from copy import deepcopy
 from typing import Any, NamedTuple
 
@@ -149,14 +148,11 @@ def _attach(model: Any, adapter: SavedAdapter, name: str, lazy: bool) -> PeftMod
         names = [key for key, _ in model.named_modules()]
         if not any(re.fullmatch(targets, key) for key in names):
             config.target_modules = [targets]
-    with warnings.catch_warnings():
-        # PEFT warns about fan_in_fan_out, which it corrects itself, and about tied embeddings, which are handled here.
-        warnings.simplefilter("ignore")
-        if isinstance(model, PeftModel):
-            model.add_adapter(name, config, low_cpu_mem_usage=lazy)
-            return model
-        peft_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
-        return peft_class(model, config, name, low_cpu_mem_usage=lazy).eval()
+    if isinstance(model, PeftModel):
+        model.add_adapter(name, config, low_cpu_mem_usage=lazy)
+        return model
+    peft_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
+    return peft_class(model, config, name, low_cpu_mem_usage=lazy).eval()
 
 
 def _rename_weights(wrapped: Any, weights: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:

@@ -29,7 +29,7 @@ from accel_llm.merge.skeleton import (
 )
 from accel_llm.model.fingerprint import model_fingerprint
 from accel_llm.model.loading import check_model_name, describe_shape_mismatch, short_reason
-from accel_llm.system.folders import atomic_output, check_output_dir
+from accel_llm.system.folders import atomic_output, check_output_dir, check_writable
 from accel_llm.system.tensors import TensorSpec, write_tensors
 from accel_llm.system.weights import WeightFiles, open_weights
 
@@ -74,6 +74,7 @@ def extract_adapter(
     """
     # Open both models and check them before anything is written.
     target = Path(options.output_dir).resolve()
+    check_writable(target)
     for name, field in ((options.base, "base"), (options.model, "model")):
         check_model_name(name, field)
     folders = [locate_folder(name, field) for name, field in ((options.base, "base"), (options.model, "model"))]

@@ -28,7 +28,7 @@ from accel_llm.merge.verify import read_back
 from accel_llm.merge.write import write_merged
 from accel_llm.model.loading import load_complete_model
 from accel_llm.model.vocabulary import adapter_vocabulary_size, extend_vocabulary
-from accel_llm.system.folders import atomic_output, check_output_dir
+from accel_llm.system.folders import atomic_output, check_output_dir, check_writable
 from accel_llm.system.memory import returning_freed_memory
 
 
@@ -60,6 +60,7 @@ def merge(options: MergeOptions, progress: Callable[[int, int], None] = lambda d
     """
     # Find and check everything that is read before anything is written.
     target = Path(options.output_dir).resolve()
+    check_writable(target)
     folders = [locate_folder(name, "adapter", allow_pickle=options.allow_pickle) for name in options.adapter]
     bases = {str(read_adapter_config(folder).get("base_model_name_or_path")) for folder in folders}
     if options.base is None and len(bases) > 1:

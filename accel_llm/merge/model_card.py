@@ -1,8 +1,6 @@
 """Writes the files beside the weights of a merged model: tokenizer and template, configs, code, and the model card."""
 
-import platform
 import shutil
-from importlib.metadata import version
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -13,6 +11,7 @@ from accel_llm.model.config_file import save_config
 from accel_llm.model.fingerprint import model_fingerprint
 from accel_llm.model.generation import saveable_generation_config
 from accel_llm.model.loading import LOADING_ERRORS, short_reason
+from accel_llm.report.card import card_header, is_published, short_path, versions_sentence
 from accel_llm.system.disk import sha256
 
 # Files of tokenizers and processors, copied unchanged.
@@ -27,8 +26,6 @@ TOKENIZER_FILES = (
     "chat_template*",
     "*processor_config.json",
 )
-# Their versions are written into the card.
-CARD_PACKAGES = ("torch", "transformers", "peft", "safetensors")
 
 
 def copy_tokenizer(adapter: Path, base: Path, target: Path) -> str:
@@ -76,35 +73,27 @@ def write_card(
     `base` is the base's name as the user gave it, `source` its folder. `action` completes the sentence "base with 2
     adapters ...".
     """
-    # The header that the hub reads.
-    # A folder is private; only a hub id is published as base_model.
-    hub = base if not Path(base).exists() else None
-    lines = ["---", "library_name: transformers"]
-    lines += [f"base_model: {hub}", "base_model_relation: finetune"] if hub else []
-    lines += ["tags:", "- merge", "---", "", f"# {target.name.removeprefix('.').removesuffix('.partial')}", ""]
+    # A folder is private; only a hub id is published.
+    base_name = base if is_published(base) else short_path(Path(base).expanduser())
+    lines = card_header("transformers", base, "finetune", ["merge"])
+    lines += [f"# {target.name.removeprefix('.').removesuffix('.partial')}", ""]
 
     # The sentence, the table of hashes, and the facts.
     lines += [
-        f"`{hub or _short_path(Path(base))}` with {len(adapters)} adapter{'s' * (len(adapters) > 1)} {action}.",
+        f"`{base_name}` with {len(adapters)} adapter{'s' * (len(adapters) > 1)} {action}.",
         "",
         "| | SHA-256 |",
         "|-|-|",
-        f"| base `{hub or _short_path(Path(base))}`, fingerprint | {model_fingerprint(str(source))} |",
+        f"| base `{base_name}`, fingerprint | {model_fingerprint(str(source))} |",
     ]
     # Hashes of what went in, then of what came out.
     for adapter in adapters:
         weights = sorted(adapter.glob("adapter_model.*"))
-        lines += [f"| adapter `{_short_path(adapter)}`, {file.name} | {sha256(file)} |" for file in weights]
+        lines += [f"| adapter `{short_path(adapter)}`, {file.name} | {sha256(file)} |" for file in weights]
     lines += [f"| {name} | {digest} |" for name, digest in hashes.items()]
     lines += ["", *(f"- {fact}" for fact in facts), ""]
-    versions = [f"{name} {version(name)}" for name in CARD_PACKAGES]
-    lines += [f"Written with Python {platform.python_version()}, {', '.join(versions)}.", ""]
+    lines += [versions_sentence(), ""]
     (target / "README.md").write_text("\n".join(lines), encoding="utf-8")
-
-
-def _short_path(folder: Path) -> str:
-    """Return the last two parts of a path. A card is published, and the rest of the path is private."""
-    return "/".join(folder.resolve().parts[-2:])
 
 
 def push_folder(folder: Path, name: str) -> str:

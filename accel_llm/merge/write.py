@@ -1,6 +1,5 @@
 """Writes the merged weights: adapted modules are merged one at a time, all other weights are copied byte by byte."""
 
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -143,8 +142,7 @@ def _merge_module(
     error = None
     wait_for_writer()
     try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with torch.no_grad():
             if options.verify == "none":
                 plain = merge_module(module, options.unmerge)
             else:

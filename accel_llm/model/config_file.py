@@ -9,9 +9,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from accel_llm.system.disk import write_atomically
+from accel_llm.system.launcher import process_rank
 
 OWN_KEYS = ("rope_theta", "partial_rotary_factor")  # beside `rope_scaling` in transformers 4, not inside
 
@@ -26,6 +27,26 @@ def save_config(config: PreTrainedConfig, folder: Path) -> None:
     again = type(config).from_dict(json.loads(json.dumps(widened)))
     if _rope_parameters(again.to_dict()) == _rope_parameters(type(config).from_dict(settings).to_dict()):
         write_atomically(file, json.dumps(widened, indent=2, ensure_ascii=False, sort_keys=True) + "\n")
+
+
+def correct_tied_embeddings(model: PreTrainedModel) -> None:
+    """Set `tie_word_embeddings` of a loaded model to false if its files hold a head that differs from the embedding.
+
+    transformers 5.24 then keeps both, whatever config.json says. vLLM and transformers 4 believe config.json and drop
+    the head (vLLM 51063), so an export must say what is true.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or getattr(head, "weight", None) is getattr(embedding, "weight", None):
+        return
+    configs = [c for c in (model.config, model.config.get_text_config()) if getattr(c, "tie_word_embeddings", False)]
+    for config in configs:
+        config.tie_word_embeddings = False
+    if configs and process_rank() == 0:
+        print(
+            "tie_word_embeddings: config.json says true, but the files hold a head that differs from the embedding; "
+            "both are used, and an export says false",
+            flush=True,
+        )
 
 
 def _with_old_names(settings: dict[str, Any]) -> dict[str, Any]:

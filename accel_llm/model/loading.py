@@ -23,6 +23,7 @@ from accel_llm.config.command_line import shell_command
 from accel_llm.config.options import ModelOptions, PretrainOptions, TrainOptions
 from accel_llm.errors import ConfigError
 from accel_llm.model.attention import enable_packing
+from accel_llm.model.config_file import correct_tied_embeddings
 from accel_llm.model.file_weights import compare_with_files
 from accel_llm.model.language_part import causal_lm_loader, check_recomputation, freeze_other_parts
 from accel_llm.model.loss import attach_loss
@@ -203,7 +204,7 @@ def load_model(options: TrainOptions) -> PreTrainedModel:
     if is_stored_in_4_bits(model.config):
         set_compute_dtype(model, compute)
     elif quantization and not options.load_in_8bit:
-        prepare_4bit_layers(model, quantization)
+        prepare_4bit_layers(model, quantization, recompute_experts=not options.gradient_checkpointing)
         if options.use_dora or options.init_lora_weights == "olora":
             materialize_weights(model, list(model.modules()), compute, training_device())
     return configure_for_training(model, options)
@@ -248,6 +249,7 @@ def load_complete_model(
     _check_complete(report, name, field)
     as_stored = not quantized and arguments.get("dtype") == "auto"
     compare_with_files(model, set(report["unexpected_keys"]), name, field, revision, as_stored)
+    correct_tied_embeddings(model)
     if for_training:
         freeze_other_parts(model, config)
     scale_by_document(model)

@@ -15,6 +15,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from accel_llm.config.options import MethodOptions
+from accel_llm.model.experts import expert_weights, prepare_4bit_experts
 
 
 def _layers_to_quantize(model: PreTrainedModel) -> tuple[dict[str, Any], list[str]]:
@@ -29,8 +30,8 @@ def _layers_to_quantize(model: PreTrainedModel) -> tuple[dict[str, Any], list[st
     return layers, excluded
 
 
-def prepare_4bit_layers(model: PreTrainedModel, config: BitsAndBytesConfig) -> None:
-    """Replace the linear layers of a loaded model by 4-bit layers; `materialize_weights` quantizes them later.
+def prepare_4bit_layers(model: PreTrainedModel, config: BitsAndBytesConfig, recompute_experts: bool = True) -> None:
+    """Replace the linear layers and the experts of a loaded model by 4-bit ones; `materialize_weights` quantizes them.
 
     transformers itself quantizes during loading, so every rank would hold the whole 4-bit model before it is sharded.
     """
@@ -44,6 +45,7 @@ def prepare_4bit_layers(model: PreTrainedModel, config: BitsAndBytesConfig) -> N
         new.weight = Params4bit(weight, requires_grad=False, **vars(new.weight))
         new.bias = old.bias
 
+    prepare_4bit_experts(model, config, recompute_experts)
     keep_gradients(model)
     # transformers and PEFT look at these two to know that the model is quantized.
     model.is_loaded_in_4bit = True  # type: ignore[assignment]
@@ -86,7 +88,8 @@ def build_quantization_config(method: MethodOptions, compute: torch.dtype, shard
 def quantized_weights(model: PreTrainedModel) -> dict[str, bool]:
     """Return the names of the weights that QLoRA holds in 4 bits, and whether each is stored transposed (GPT-2)."""
     layers, _ = _layers_to_quantize(model)
-    return {f"{name}.weight": isinstance(module, Conv1D) for name, module in layers.items()}
+    weights = {f"{name}.weight": isinstance(module, Conv1D) for name, module in layers.items()}
+    return weights | {name: False for name, _, _ in expert_weights(model)}
 
 
 def round_to_4_bits(weight: torch.Tensor, transposed: bool) -> torch.Tensor:

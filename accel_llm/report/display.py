@@ -25,6 +25,7 @@ from accel_llm.data.prepare import EncodedData
 from accel_llm.data.rows import Rows
 from accel_llm.data.stream import TrainingPlan
 from accel_llm.errors import ConfigError
+from accel_llm.report.card import write_run_card
 from accel_llm.report.ledger_text import ledger_lines, one_line
 from accel_llm.report.metrics import console
 from accel_llm.report.page import write_report
@@ -241,17 +242,18 @@ def show_checks(accelerator: Accelerator, facts: dict[str, Any], options: TrainO
 
 
 def show_next_commands(accelerator: Accelerator, record: Record, folder: Path) -> None:
-    """Write the report and print the commands to use the export, ready to copy. Main process only.
+    """Write report and card, and print the commands to use the export, ready to copy. Main process only.
 
     `folder` is the export: adapter/ or model/ in the output folder.
     """
     if not accelerator.is_main_process:
         return
-    try:
-        write_report(folder.parent)
-    except Exception as error:
-        record.add_problem(f"report.html could not be written ({describe_error(error)}); everything else is there.")
     run = folder.parent
+    for name, write, place in (("report.html", write_report, run), ("README.md", write_run_card, folder)):
+        try:
+            write(place)
+        except Exception as error:
+            record.add_problem(f"{name} could not be written ({describe_error(error)}); everything else is there.")
     lines = {"ask it": shell_command("chat.py", model=run)}
     loader = "AutoModelForCausalLM"
     if folder.name == "adapter":

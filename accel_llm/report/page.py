@@ -55,11 +55,11 @@ def write_report(folder: Path) -> Path:
     """
     run = json.loads(hide_secrets((folder / "run.json").read_text(encoding="utf-8")))
     path = folder / "report.html"
-    write_atomically(path, _page(run, _read_metrics(folder / "metrics.jsonl"), folder.resolve().name))
+    write_atomically(path, _page(run, read_metrics(folder / "metrics.jsonl"), folder.resolve().name))
     return path
 
 
-def _read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return the lines of metrics.jsonl that have a step. A null stands for a number that is not finite: NaN."""
     if not path.is_file():
         return []
@@ -79,6 +79,8 @@ def _page(run: dict[str, Any], lines: list[dict[str, Any]], folder_name: str) ->
     options, python, commit = run.pop("options", None) or {}, run.pop("python", None), run.pop("git_commit", None)
     name = _escape(run.pop("run_name", None) or options.get("run_name") or folder_name)
     status, error = _escape(run.pop("status", None) or "unknown"), run.pop("error", None)
+    failures = [error] if error else []
+    failures += run.pop("problems", None) or []
     times = ", ".join(f"{key} {_escape(run.pop(key))}" for key in ("started", "ended") if run.get(key))
 
     losses = {"train": _points(lines, "loss"), "eval": _points(lines, "eval/loss")}
@@ -93,7 +95,7 @@ def _page(run: dict[str, Any], lines: list[dict[str, Any]], folder_name: str) ->
         "Also recorded": _pairs_table(run),
     }
     body = "".join(f"<section><h2>{title}</h2>{content}</section>\n" for title, content in sections.items())
-    failure = f'<pre class="failed">\n{_escape(error)}</pre>' if error else ""
+    failure = "".join(f'<pre class="failed">\n{_escape(text)}</pre>' for text in failures)
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{name}: {status}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">

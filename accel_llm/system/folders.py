@@ -118,24 +118,32 @@ def _exit_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
+def check_writable(target: Path) -> None:
+    """Check that the folder `target` can be written or replaced. Call it before anything is loaded.
+
+    Raises:
+        ConfigError: it cannot be created, or is a file, or belongs to a live run.
+    """
+    if target.is_file():
+        raise ConfigError(f"output_dir: {target} is a file; name a folder.")
+    # The new folder is written beside `target` and renamed.
+    if problem := write_problem(target.parent):
+        raise ConfigError(f"output_dir: {target.parent} {problem}; name another folder.")
+    check_no_live_run(target, whole=True)
+
+
 def check_output_dir(target: Path, sources: list[tuple[str, Path]], overwrite: bool, mark: str) -> None:
     """Check that writing `target` destroys nothing but an earlier result, which is recognized by a file named `mark`.
 
     `sources` are the folders that the script reads, as (what it is, path).
 
     Raises:
-        ConfigError: `target` is a file, cannot be written, contains a source, belongs to a live run, is not empty
-            without `overwrite`, or lacks `mark`.
+        ConfigError: `target` cannot be written, contains a source, is not empty without `overwrite`, or lacks `mark`.
     """
-    # Nothing that is not a folder, and no folder that a script reads or writes. `target` itself will be renamed into
-    # its place, so the folder above it must be writable.
-    if target.exists() and not target.is_dir():
-        raise ConfigError(f"output_dir: {target} is a file; name a folder.")
-    if problem := write_problem(target.parent):
-        raise ConfigError(f"output_dir: {target.parent} {problem}; name another folder.")
-    check_no_live_run(target, whole=True)
+    check_writable(target)
     if not target.exists():
         return
+    # No folder that the script reads.
     for what, source in sources:
         if source.exists() and source.resolve().is_relative_to(target):
             raise ConfigError(f"output_dir: {target} holds the {what} that is read; name another folder.")

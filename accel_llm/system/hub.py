@@ -46,15 +46,13 @@ def absence_reason(name: str, revision: str = "main") -> str:
 def misspelt_path(name: str) -> str:
     """Say that a missing `name` looks like a path, although it has the form of a hub id; empty if it does not.
 
-    It looks like one if it misspells a folder, is a link that leads nowhere, or begins with the name of a folder.
+    It looks like one if it misspells a path, is a link that leads nowhere, or begins with the name of a folder.
     """
     meant, owner = close_path(Path(name)), Path(name).parts[0]
-    if Path(name).is_symlink() or (meant and meant.is_dir()):
+    if Path(name).is_symlink() or (meant and ("/" in name or meant.is_dir())):
         return missing_reason(name)
     if "/" in name and Path(owner).is_dir():
-        return (
-            f"does not exist in the folder {owner} (to load a model of this name from the hub, start in another folder)"
-        )
+        return f"does not exist in the folder {owner} (to take this name from the hub, start in another folder)"
     return ""
 
 

@@ -140,7 +140,7 @@ def _reason_not_to_compute(model: Any, state: dict[str, torch.Tensor]) -> str:
         return "there is too little memory to load the model once more"
     if not type(inner).__module__.startswith("transformers."):
         return "the model comes with code of its own"
-    if hasattr(model, "peft_config") and getattr(inner, "is_quantized", False):
+    if hasattr(model, "peft_config") and getattr(inner.config, "quantization_config", None):
         return "the base is quantized here, but not where the adapter is loaded"
     if any(name.endswith(f".{NEW_ROWS}") for name in state):
         return "the base needs rows for new tokens before the adapter can be loaded"

@@ -188,7 +188,7 @@ def test_keys_that_the_launcher_drops_are_named():
         "fsdp_reshard_after_forward?",
         "deepspeed_config: it has no effect with distributed_type: FSDP; remove it, or set distributed_type: DEEPSPEED.",
         "dynamo_config.dynamo_mod: `accelerate launch` does not know this key and ignores it; did you mean dynamo_mode?",
-        "use_cpu: `accelerate launch` ignores it with distributed_type: FSDP; set CUDA_VISIBLE_DEVICES=.",
+        "use_cpu: `accelerate launch` ignores it with distributed_type: FSDP; hide the GPUs with CUDA_VISIBLE_DEVICES=-1.",
     ]
 
 

@@ -25,15 +25,17 @@ def test_one_rank_that_fails_ends_the_job(cell: Cell, work: Path) -> None:
 def test_every_problem_of_a_failed_launch_is_noticed() -> None:
     cell = Cell("ddp", 1, "save")
     line = "error (rank 1): RuntimeError: injected at save"
-    screen = f"Traceback (most recent call last)\n{line}\nTraceback (most recent call last)\nRoot Cause\n  rank      : 1 (local_rank: 1)"
+    root_cause = "Traceback (most recent call last)\nRoot Cause\n  rank      : 1 (local_rank: 1)"
+    screen = f"Traceback (most recent call last)\n{line}\n{root_cause}\n\n{line}\n\n"
     run = {"status": "failed", "error": "RuntimeError: injected at save", "failed_rank": 1}
     assert find_problems(cell, Outcome(9.0, 1, screen, run, [], [])) == []
     for outcome in (
         Outcome(None, 0, screen, run, [], []),
         Outcome(61.0, 1, screen, run, [], []),
         Outcome(9.0, 0, screen, run, [], []),
-        Outcome(9.0, 1, screen.replace(line, f"{line}\n{line}"), run, [], []),
-        Outcome(9.0, 1, screen.replace("error (rank 1)", "error (rank 0)"), run, [], []),
+        Outcome(9.0, 1, screen.replace(line, f"{line}\n{line}", 1), run, [], []),
+        Outcome(9.0, 1, screen.replace("error (rank 1)", "error (rank 0)", 1), run, [], []),
+        Outcome(9.0, 1, f"{screen}the end\n", run, [], []),
         Outcome(9.0, 1, f"Traceback (most recent call last)\n{screen}", run, [], []),
         Outcome(9.0, 1, screen.replace("rank      : 1", "rank      : 0"), run, [], []),
         Outcome(9.0, 1, screen, run | {"status": "running"}, [], []),

@@ -182,8 +182,10 @@ def test_bad_input_is_one_sentence_from_one_process(tmp_path: Path) -> None:
         *["--output_dir", str(output)],
         code=1,
     )
-    assert screen.count("error: model_name_or_path") == 1 and screen.count("error: train_files") == 1
+    # At once, and again below the lines of the launcher.
+    assert screen.count("error: model_name_or_path") == 2 and screen.count("error: train_files") == 2
     assert "error (rank" not in screen and 'File "' not in screen.split("error: train_files")[0]
+    assert 'File "' not in screen.rpartition("error: model_name_or_path")[2]
     assert not output.exists()
 
 

@@ -165,14 +165,15 @@ def launch(cell: Cell, work: Path) -> Outcome:
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
     }
-    process = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    to_one_screen = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.run(words, cwd=ROOT, env=environment, timeout=300, check=False, **to_one_screen)
     ended = time.time()
     struck = folder / "fault"
     run = folder / "output" / "run.json"
     return Outcome(
         ended - float(struck.read_text(encoding="utf-8")) if struck.is_file() else None,
         process.returncode,
-        process.stdout + process.stderr,
+        process.stdout,
         json.loads(run.read_text(encoding="utf-8")) if run.is_file() else None,
         find_incomplete(folder / "output"),
         alive(str(struck)),
@@ -237,8 +238,12 @@ def find_problems(cell: Cell, outcome: Outcome) -> list[str]:
         "raise": [f"error{rank_suffix}: RuntimeError: {cause(cell)}"],
         "mistake": [f"error{rank_suffix}: {cause(cell)}"],
     }
-    if error_lines(outcome.screen) != lines.get(cell.kind, []):
+    # The process says it at once; below the launcher's lines it is the last thing on the screen.
+    expected = lines.get(cell.kind, [])
+    if error_lines(outcome.screen) != expected * 2:
         problems.append(f"reported {error_lines(outcome.screen)}")
+    if expected and outcome.screen.rstrip("\n").rpartition("\n\n")[2].splitlines() != expected:
+        problems.append("the error is not the last thing on the screen")
     # The launcher prints the rest: its own traceback, and the rank that failed first.
     if cell.kind == "raise" and outcome.screen.count("Traceback (most recent call last)") != 2:
         problems.append("not one traceback of the run and one of the launcher")

@@ -213,8 +213,8 @@ def find_problems(cell: Cell, outcome: Outcome) -> list[str]:
     if outcome.seconds is None:
         return ["the phase was never reached"]
     problems = [f"took {outcome.seconds:.0f} s"] if outcome.seconds > LIMIT else []
-    # A launcher with one process ends by the signal itself; torchrun ends with 1.
-    problems += [] if outcome.code == (130 if YAMLS[cell.yaml] == 1 else 1) else [f"exit code {outcome.code}"]
+    # Of the launcher: 130 if it ends by the signal itself, as it does with one process, unless the run has ended before.
+    problems += [] if outcome.code in ((1, 130) if YAMLS[cell.yaml] == 1 else (1,)) else [f"exit code {outcome.code}"]
     problems += [] if outcome.run.get("status") == "preempted" else [f"status {outcome.run.get('status')}"]
     problems += [f"{name} is not whole" for name in outcome.incomplete]
     problems += [f"process {process} lives on" for process in outcome.alive]

@@ -160,6 +160,11 @@ def test_a_failed_run_shows_its_error(tmp_path):
     assert write_page(tmp_path, RUN).texts("pre", "failed") == []
 
 
+def test_problems_of_a_run_that_is_done_stand_at_the_top(tmp_path):
+    page = write_page(tmp_path, RUN | {"status": "done", "problems": ["wandb <is> away", "No card."]})
+    assert page.texts("pre", "failed") == ["\nwandb <is> away", "\nNo card."]
+
+
 def test_every_section_stands_once_and_in_order(tmp_path):
     for run in (RUN, {}):
         assert write_page(tmp_path, run, METRICS).texts("h2") == SECTIONS

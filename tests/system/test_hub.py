@@ -62,7 +62,7 @@ def test_the_form_of_a_hub_id():
         ("ouput", "does not exist, but output does"),
         (
             "output/lora",
-            "does not exist in the folder output (to load a model of this name from the hub, start in another folder)",
+            "does not exist in the folder output (to take this name from the hub, start in another folder)",
         ),
         ("output/link", "is a symbolic link to gone, which does not exist"),
         ("./owner/name", "does not exist"),
@@ -87,7 +87,7 @@ def test_without_a_network_a_hub_id_must_be_in_the_cache(tmp_path):
         "is not a folder and not in the cache of the hub, and the hub cannot be reached (no network)"
     )
     assert absence_reason("owner/name", "other-revision") == (
-        "does not exist in the folder owner (to load a model of this name from the hub, start in another folder)"
+        "does not exist in the folder owner (to take this name from the hub, start in another folder)"
     )
 
 

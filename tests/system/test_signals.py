@@ -109,7 +109,7 @@ def test_the_end_of_the_launcher_alone_stops_the_run_like_sigterm(launch):
 def test_under_torchrun_the_user_is_told_how_long_it_waits(launch):
     run = launch(TORCHELASTIC_RUN_ID="none")
     os.kill(run.pid, signal.SIGTERM)
-    assert run.line() == "noted 15"
+    assert (run.line(), run.line()) == ("noted 15", "15")
     run.kill_launcher()
     assert run.rest()[1].endswith(
         "; the launcher waits 30 s for it (TORCH_ELASTIC_SHUTDOWN_TIMEOUT in its environment)\n"

@@ -393,15 +393,11 @@ def test_an_evaluation_that_fails_ends_no_run_of_one_process(accelerator, tiny_l
     with pytest.raises(ConfigError, match="The run is done and its weights are complete, but"):
         meter.end_run()
     with pytest.raises(
-        RuntimeError, match="after the last step failed .*The trained model is complete in there; the same"
+        RuntimeError, match=r"after the last step failed .*The trained model is complete in there; the same"
     ):
         evaluation.at_end(model, meter, Path("there"))
     with pytest.raises(torch.OutOfMemoryError):  # nothing is lost yet
         evaluation.at_start(model, meter, Start(output_dir=tmp_path, evaluate=True))
-    accelerator.state.num_processes = 2  # the other one may wait for this one
-    with pytest.raises(torch.OutOfMemoryError):
-        evaluation.when_due(model, meter, 4)
     monkeypatch.setattr(LlamaForCausalLM, "generate", original)
-    accelerator.state.num_processes = 1
     evaluation.when_due(model, meter, 4)
     assert evaluation.step == 4 and evaluation.metrics["eval/exact_match"] == 1.0

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -40,6 +42,32 @@ def test_facts_before_and_after_the_first_step(accelerator, tiny):
     assert facts["dtypes"]["stepped"] == facts["dtypes"]["optimizer_state"] == ["float32"]
     step(accelerator, model, optimizer)
     assert facts["first_step"]["gradients"] == 21
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_record_says_what_is_and_not_what_the_options_ask_for(tiny, checkpointing):
+    """Autocast and recomputed layers are seen in the forward and backward passes of the model."""
+    AcceleratorState._reset_state(True)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    model, optimizer, options = prepare(accelerator, tiny, method="full", gradient_checkpointing=checkpointing)
+    assert options.precision == "fp32"
+    facts = preflight(accelerator, model.train(), optimizer, options.model_copy(update={"precision": "bf16"}))[
+        "accelerate"
+    ]
+    assert facts["products"].keys() == {"bfloat16"} and facts["optimizer"] == "torch.optim.adamw.AdamW"
+    step(accelerator, model, optimizer)
+    assert facts["autocast"] == "bfloat16" and facts["recomputed_in_backward"] == checkpointing
+    assert facts["dtypes"]["gradients"] == ["float32"] and facts["compiled"] is None
+    AcceleratorState._reset_state(True)
+
+
+def test_products_in_float32_are_recorded_as_such_whatever_was_asked_for(accelerator, tiny):
+    model, optimizer, options = prepare(accelerator, tiny, method="full")
+    facts = preflight(accelerator, model, optimizer, options.model_copy(update={"precision": "bf16"}))["accelerate"]
+    assert facts["precision"] == "bf16" and facts["products"].keys() == {"float32"}
+    assert facts["attention_kernels"].keys() == {"scaled_dot_product_flash_attention_for_cpu"}
+    step(accelerator, model.train(), optimizer)
+    assert facts["autocast"] is None and not facts["recomputed_in_backward"]
 
 
 def test_the_hash_is_that_of_the_weights_in_their_order(accelerator, tiny):

@@ -1,0 +1,157 @@
+"""README.md of an export: the card that the model hub shows, without paths and secrets of this machine."""
+
+import json
+import math
+import platform
+from importlib.metadata import version
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import urlsplit
+
+import yaml
+
+from accel_llm.adapters.saved import read_base_fingerprint
+from accel_llm.report.page import read_metrics
+from accel_llm.system.disk import write_atomically
+from accel_llm.system.hub import is_hub_id
+from accel_llm.system.secrecy import hide_secrets
+
+# Their versions are written into a card.
+CARD_PACKAGES = ("torch", "transformers", "peft", "safetensors")
+ADAPTER_EXAMPLE = """from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+model = AutoPeftModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")"""
+MODEL_EXAMPLE = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("{name}")"""
+
+
+def card_header(library: str, base: str | None, relation: str, tags: list[str], **more: Any) -> list[str]:
+    """Return the lines of the YAML header that the hub reads; `base` is the base's name as the user gave it.
+
+    A folder is private, and the hub refuses a card that names one: only a hub id is published as base_model.
+    """
+    header: dict[str, Any] = {"library_name": library}
+    if base and is_published(base):
+        header |= {"base_model": base, "base_model_relation": relation}
+    header |= {"tags": tags} | {name: value for name, value in more.items() if value}
+    return ["---", *yaml.safe_dump(header, sort_keys=False, allow_unicode=True, width=1000).splitlines(), "---", ""]
+
+
+def is_published(name: str) -> bool:
+    """Return whether `name` is a hub id, and not something on this machine."""
+    return is_hub_id(name) and not Path(name).expanduser().exists()
+
+
+def short_path(folder: Path) -> str:
+    """Return the last two parts of a path. A card is published, and the rest of the path is private."""
+    return "/".join(folder.resolve().parts[-2:])
+
+
+def versions_sentence() -> str:
+    """Say with which versions an export was written."""
+    versions = [f"{name} {version(name)}" for name in CARD_PACKAGES]
+    return f"Written with Python {platform.python_version()}, {', '.join(versions)}."
+
+
+def write_run_card(folder: Path) -> None:
+    """Write README.md of the export `folder`, adapter/ or model/, from its run's run.json and metrics.jsonl.
+
+    Raises:
+        OSError: a file cannot be read or written.
+    """
+    run = json.loads((folder.parent / "run.json").read_text(encoding="utf-8"))
+    options, adapter = run["options"], folder / "adapter_config.json"
+    settings = json.loads(adapter.read_text(encoding="utf-8")) if adapter.is_file() else {}
+    base, sources = options.get("model_name_or_path"), [_source_path(source) for source in options["train_files"]]
+    published = [source for source in sources if is_published(source)]
+    name = short_path(folder)
+
+    lines = card_header(
+        "peft" if settings else "transformers",
+        base,
+        "adapter" if settings else "finetune",
+        ["accel-llm", *(["lora"] if settings else [])],
+        pipeline_tag="text-generation",
+        datasets=published,
+    )
+    facts = {"base": _describe_base(options, folder), "method": _describe_method(options, settings)}
+    facts |= {"data": ", ".join(_describe_source(source, run) for source in sources)}
+    facts |= _describe_training(run, options, read_metrics(folder.parent / "metrics.jsonl"))
+    lines += [f"# {name}", "", "| | |", "|-|-|"]
+    lines += [f"| {key} | {_cell(value)} |" for key, value in facts.items() if value]
+    example = (ADAPTER_EXAMPLE if settings else MODEL_EXAMPLE).format(name=name)
+    lines += ["", "```python", example, "```", "", "```sh", f"python launch/chat.py --model {name}"]
+    lines += [f"python launch/merge.py --adapter {name} --output_dir merged"] if settings else []
+    lines += ["```", "", versions_sentence(), ""]
+    write_atomically(folder / "README.md", hide_secrets("\n".join(lines)))
+
+
+def _source_path(source: Any) -> str:
+    return source["path"] if isinstance(source, dict) else str(source)
+
+
+def _describe_base(options: dict[str, Any], folder: Path) -> str:
+    base = options.get("model_name_or_path")
+    if base is None:
+        return "none: trained from random weights"
+    name = base if is_published(base) else short_path(Path(base).expanduser())
+    fingerprint = read_base_fingerprint(folder)
+    return f"`{name}`" + (f", fingerprint {fingerprint}" if fingerprint else "")
+
+
+def _describe_method(options: dict[str, Any], settings: dict[str, Any]) -> str:
+    """Say what was trained; `settings` are those of the adapter, empty without one."""
+    if not settings:
+        return "all weights"
+    targets = settings["target_modules"]
+    targets = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in targets})) if isinstance(targets, list) else targets
+    kind = ["DoRA" if settings.get("use_dora") else "LoRA"] + ["rank-stabilized"] * bool(settings.get("use_rslora"))
+    base = {"qlora": " on a 4-bit base"}.get(options["method"], " on an 8-bit base" * options["load_in_8bit"])
+    words = [f"{', '.join(kind)}{base}", f"rank {settings['r']}", f"alpha {settings['lora_alpha']:g}", f"on {targets}"]
+    if settings["r"] != options["lora_r"]:
+        words.append(
+            f"trained with rank {options['lora_r']} from {options['init_lora_weights']}, and stored as a plain LoRA of "
+            "twice the rank on the unchanged base"
+        )
+    if modules := settings.get("modules_to_save"):
+        words.append(f"whole: {', '.join(modules)}")
+    return "; ".join(words)
+
+
+def _describe_source(source: str, run: dict[str, Any]) -> str:
+    """Name a source of rows, without its folder, and count its rows and trained tokens."""
+    # Of an address nothing that could be a secret.
+    path = urlsplit(source).path if "://" in source else source
+    name = source if is_published(source) else PurePosixPath(path).name
+    amount = run.get("ledger", {}).get("bins", {}).get(source, {}).get("trained")
+    counts = f" ({amount['rows']:,} rows, {amount['supervised']:,} trained tokens)" if amount else ""
+    return f"`{name}`{counts}"
+
+
+def _describe_training(run: dict[str, Any], options: dict[str, Any], metrics: list[dict[str, Any]]) -> dict[str, str]:
+    """Return what is known of steps and losses, by the name of the line in the card."""
+    losses, evaluated, epochs = (_series(metrics, key) for key in ("loss", "eval/loss", "epoch"))
+    facts = {"evaluation loss": ", ".join(f"{loss:.4f} at step {step}" for step, loss in evaluated[-3:])}
+    if losses:
+        (first, start), (last, end) = losses[0], losses[-1]
+        facts["steps"] = f"{last}" + (f", epoch {epochs[-1][1]:.2f}" if epochs else "")
+        facts["training loss"] = f"{start:.4f} at step {first}, {end:.4f} at step {last}"
+        if run.get("exported_step", last) != last:
+            facts["weights"] = f"of step {run['exported_step']}, the best by {options.get('metric_for_best_model')}"
+    if here := run.get("accelerate"):
+        facts["trained in"] = f"{here['precision']}, by {here['num_processes']} processes ({here['strategy']})"
+    return facts
+
+
+def _series(metrics: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
+    """Return the finite values of `key` with their steps."""
+    return [(line["step"], line[key]) for line in metrics if math.isfinite(line.get(key, math.nan))]
+
+
+def _cell(text: str) -> str:
+    """Return `text` as the content of one cell of a Markdown table."""
+    return " ".join(text.split()).replace("|", "\\|")
