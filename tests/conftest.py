@@ -26,6 +26,20 @@ from accel_llm.demo.tokenizer import build_demo_tokenizer
 from accel_llm.errors import ConfigError, DataError
 
 
+@pytest.fixture(autouse=True)
+def no_product_without_a_gradient(monkeypatch) -> None:
+    """Fail a test in which a 4-bit layer is repacked for the product of bitsandbytes that has no backward pass.
+
+    bitsandbytes 0.50.2 does that in eval mode on a CPU with AVX512-BF16; each test believes that its CPU is such a one.
+    """
+
+    def repacked(*_: object) -> None:
+        raise AssertionError("a 4-bit layer was repacked")
+
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    monkeypatch.setattr("bitsandbytes.nn.modules._convert_weight_packed_for_cpu", repacked)
+
+
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
     return character_tokenizer()

@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from accel_llm.adapters.attach import attach_adapter
+from accel_llm.adapters.saved import save_adapter
 from accel_llm.backend.strategy import PRECISION_DTYPES, resolve_precision
 from accel_llm.chat.targets import IGNORED
 from accel_llm.chat.template import Template, load_template
@@ -30,7 +32,9 @@ from accel_llm.chat.values import (
     TWO_REASONINGS,
     UNKNOWN_ROLE,
 )
+from accel_llm.config.options import TrainOptions
 from accel_llm.data.rows import ARRAYS, Origin, RowPart, Rows
+from accel_llm.model.loading import load_model
 from accel_llm.model.placement import materialize_weights
 from accel_llm.system.run_lock import release_locks
 from accel_llm.system.signals import signal_requests
@@ -237,6 +241,24 @@ def materialize(model: Any, options: Any) -> Any:
     compute = PRECISION_DTYPES[resolve_precision(options)]
     materialize_weights(model, list(model.modules()), compute, torch.device("cpu"))
     return model
+
+
+def moved_adapter(base: Path, folder: Path, seed: int = 0, by: float = 0.05, **options: Any) -> Any:
+    """Save an adapter whose weights moved away from their first values, as in training; return the model with it."""
+    settings = TrainOptions(**{"model_name_or_path": str(base), "packing": False} | options)
+    torch.manual_seed(seed)
+    model = materialize(attach_adapter(load_model(settings), settings), settings)
+    state = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    with torch.no_grad():
+        for parameter in state.values():
+            parameter.add_(torch.randn_like(parameter) * by)
+    save_adapter(model, folder, {name: parameter.detach().clone() for name, parameter in state.items()}, str(base))
+    return model
+
+
+def relative_distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return |actual - expected| / |expected|."""
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
 
 
 def make_rows(encoded: Iterable[tuple[int, list[int], list[int]]], weights: list[list[float]] | None = None) -> Rows:

@@ -22,6 +22,7 @@ from accel_llm.adapters.saved import ADAPTER_WEIGHTS, read_adapter_config
 from accel_llm.backend.strategy import compute_dtype
 from accel_llm.config.options import MethodOptions, TrainOptions
 from accel_llm.errors import ConfigError, raise_problems
+from accel_llm.model.experts import unpack_experts_in_forward
 from accel_llm.model.language_part import parts_beside_language
 from accel_llm.model.vocabulary import NEW_ROWS, PEFT_ROWS, train_new_rows
 from accel_llm.system.launcher import process_rank
@@ -129,6 +130,7 @@ def attach_adapter(model: PreTrainedModel, options: TrainOptions, new_tokens: ra
         ) from None
     if init:
         start_from_base(wrapped, init, compute_dtype(options))
+    unpack_experts_in_forward(wrapped, recompute=not options.gradient_checkpointing)
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
             # PEFT 0.21 makes the LoRA itself float32, but not biases and modules_to_save. In bfloat16 they would not
@@ -154,7 +156,8 @@ def _peft_config(options: MethodOptions) -> Any:
     # train_new_rows.
     init = subtracted_init(config.init_lora_weights)
     changes = {"inference_mode": False, "lora_dropout": options.lora_dropout, "init_lora_weights": init or True}
-    return replace(config, **changes, trainable_token_indices=None)
+    # Without the name of its base PEFT does not warn of another spelling of the path; the fingerprint is checked instead.
+    return replace(config, **changes, base_model_name_or_path=None, trainable_token_indices=None)
 
 
 def _load_weights(model: Any, name: str) -> None:

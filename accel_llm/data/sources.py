@@ -254,7 +254,9 @@ def _leads_back(folder: Path, base: Path) -> bool:
     if not folder.is_symlink():
         return False
     place = folder.resolve()
-    return any(above.resolve().is_relative_to(place) for above in folder.parents if above == base or base in above.parents)
+    return any(
+        above.resolve().is_relative_to(place) for above in folder.parents if above == base or base in above.parents
+    )
 
 
 def _named_folder(source: Source) -> Path:

@@ -73,8 +73,8 @@ def extract_adapter(
         ConfigError: a model does not exist, or the two models have different shapes or equal weights.
     """
     # Open both models and check them before anything is written.
+    check_writable(Path(options.output_dir))
     target = Path(options.output_dir).resolve()
-    check_writable(target)
     for name, field in ((options.base, "base"), (options.model, "model")):
         check_model_name(name, field)
     folders = [locate_folder(name, field) for name, field in ((options.base, "base"), (options.model, "model"))]

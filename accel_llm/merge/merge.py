@@ -59,8 +59,8 @@ def merge(options: MergeOptions, progress: Callable[[int, int], None] = lambda d
         ConfigError: adapter or base are missing or do not fit, output_dir is in use, or the merged model differs.
     """
     # Find and check everything that is read before anything is written.
+    check_writable(Path(options.output_dir))
     target = Path(options.output_dir).resolve()
-    check_writable(target)
     folders = [locate_folder(name, "adapter", allow_pickle=options.allow_pickle) for name in options.adapter]
     bases = {str(read_adapter_config(folder).get("base_model_name_or_path")) for folder in folders}
     if options.base is None and len(bases) > 1:

@@ -5,8 +5,9 @@ bitsandbytes replaces linear layers only, so QLoRA would leave these weights in 
 unpacked for one layer at a time, while it computes.
 """
 
-from collections.abc import Iterator
-from types import MethodType, SimpleNamespace
+from collections.abc import Callable, Iterator
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import accel_llm.system.chatter
@@ -14,6 +15,7 @@ import accel_llm.system.chatter
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn.modules import Params4bit
+from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import BitsAndBytesConfig
@@ -30,47 +32,62 @@ def expert_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
                     yield f"{prefix}.{name}", module, name
 
 
-def prepare_4bit_experts(model: nn.Module, config: BitsAndBytesConfig, recompute: bool) -> None:
+def prepare_4bit_experts(model: nn.Module, config: BitsAndBytesConfig) -> None:
     """Replace the experts of a loaded model by 4-bit weights; `materialize_weights` quantizes them later.
 
-    With `recompute` the experts of a layer are computed a second time in the backward pass. Without it autograd would
-    keep the unpacked weights of every layer until then, unless the whole layer is recomputed anyway.
+    Call `unpack_experts_in_forward` once the adapter is attached.
     """
     for _, module, name in list(expert_weights(model)):
         experts: Any = module
-        if "quantized_experts" not in vars(experts):
-            experts.quantized_experts = {}
-            experts.recomputes_experts = recompute
-            experts.forward = MethodType(_forward, experts)
         # bitsandbytes writes the scales here when it quantizes; FSDP2 replaces the parameter and would lose them.
-        experts.quantized_experts[name] = SimpleNamespace()
+        scales = SimpleNamespace(quant_state=None)
+        experts.scales_by_name = getattr(experts, "scales_by_name", {}) | {name: scales}
         experts._parameters[name] = Params4bit(
             experts._parameters[name].data,
             requires_grad=False,
             compress_statistics=config.bnb_4bit_use_double_quant,
             quant_type=config.bnb_4bit_quant_type,
             quant_storage=config.bnb_4bit_quant_storage,
-            module=experts.quantized_experts[name],
+            module=scales,  # type: ignore[arg-type]
         )
 
 
-def _forward(module: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-    if module.recomputes_experts and torch.is_grad_enabled():
-        return checkpoint(_compute, module, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-    return _compute(module, *args, **kwargs)
+def has_4bit_experts(model: nn.Module) -> bool:
+    """Return whether `prepare_4bit_experts` found experts in the model."""
+    return any(hasattr(module, "scales_by_name") for module in model.modules())
 
 
-def _compute(module: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """Compute the experts' own forward with unpacked weights, whatever this forward does with them."""
-    with torch.no_grad():
-        weights = {
-            name: dequantize_4bit(module._parameters[name].data, holder.quant_state)
-            for name, holder in module.quantized_experts.items()
-        }
-    # An attribute of the object comes before a parameter of the same name.
-    vars(module).update(weights)
+def unpack_experts_in_forward(model: nn.Module, recompute: bool) -> None:
+    """Let each layer's experts compute with unpacked weights; PEFT's wrappers around them see these as well.
+
+    With `recompute` the experts of a layer are computed a second time in the backward pass. Without it autograd would
+    keep the unpacked weights of every layer until then, unless the whole layer is recomputed anyway.
+
+    bitsandbytes' own way, a parametrization, does not work with PEFT 0.21: `ParamWrapper` adds one for the adapter in
+    each forward, and does not remove it if it finds another one there.
+    """
+    wrapped: set[nn.Module] = set()
+    for module in list(model.modules()):
+        experts = module.get_base_layer() if isinstance(module, ParamWrapper) else module
+        # The outermost wrapper comes first.
+        if hasattr(experts, "scales_by_name") and experts not in wrapped:
+            wrapped.add(experts)
+            module.forward = partial(_forward, experts, module.forward, recompute)
+
+
+def _forward(experts: Any, forward: Callable, recompute: bool, *args: Any, **kwargs: Any) -> torch.Tensor:
+    compute = partial(_compute_unpacked, experts, forward)
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(compute, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+    return compute(*args, **kwargs)
+
+
+def _compute_unpacked(experts: Any, forward: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
+    packed = {name: experts._parameters[name] for name in experts.scales_by_name}
+    for name, parameter in packed.items():
+        weight = dequantize_4bit(parameter.data, experts.scales_by_name[name].quant_state)
+        experts._parameters[name] = nn.Parameter(weight, requires_grad=False)
     try:
-        return type(module).forward(module, *args, **kwargs)
+        return forward(*args, **kwargs)
     finally:
-        for name in weights:
-            del vars(module)[name]
+        experts._parameters.update(packed)

@@ -1,5 +1,6 @@
 """Generation: where an answer stops, how prompts are padded, and the generation config that is saved."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -8,6 +9,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from accel_llm.model.attention import unwrap_causal_lm
+from accel_llm.model.loading import short_reason
 
 SAMPLING_VALUES = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
@@ -68,8 +70,19 @@ def stop_token_ids(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, t
 def build_generation_config(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, stop: list[int]
 ) -> GenerationConfig:
-    """Return the generation config to save: the model's own, with the stop tokens `stop`."""
+    """Return the generation config to save: the model's own, with the stop tokens `stop`.
+
+    transformers refuses to save settings that contradict one another, which it loads. Of such a config only the tokens
+    are kept, and this is said.
+    """
     settings = saveable_generation_config(model.generation_config)
     settings.eos_token_id = stop[0] if len(stop) == 1 else stop or None
     settings.pad_token_id = tokenizer.pad_token_id
+    try:
+        settings.validate(strict=True)
+    except ValueError as error:
+        names = ", ".join(re.findall(r"^- `(\w+)`", str(error), re.MULTILINE)) or short_reason(error)
+        print(f"generation_config.json of the export holds only token ids: the model's own is not valid ({names})")
+        tokens = {name: getattr(settings, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        settings = GenerationConfig(**tokens)
     return settings

@@ -204,9 +204,10 @@ def load_model(options: TrainOptions) -> PreTrainedModel:
     if is_stored_in_4_bits(model.config):
         set_compute_dtype(model, compute)
     elif quantization and not options.load_in_8bit:
-        prepare_4bit_layers(model, quantization, recompute_experts=not options.gradient_checkpointing)
+        prepare_4bit_layers(model, quantization)
         if options.use_dora or options.init_lora_weights == "olora":
-            materialize_weights(model, list(model.modules()), compute, training_device())
+            modules = [module for module in model.modules() if not hasattr(module, "scales_by_name")]
+            materialize_weights(model, modules, compute, training_device())
     return configure_for_training(model, options)
 
 

@@ -30,7 +30,7 @@ def _layers_to_quantize(model: PreTrainedModel) -> tuple[dict[str, Any], list[st
     return layers, excluded
 
 
-def prepare_4bit_layers(model: PreTrainedModel, config: BitsAndBytesConfig, recompute_experts: bool = True) -> None:
+def prepare_4bit_layers(model: PreTrainedModel, config: BitsAndBytesConfig) -> None:
     """Replace the linear layers and the experts of a loaded model by 4-bit ones; `materialize_weights` quantizes them.
 
     transformers itself quantizes during loading, so every rank would hold the whole 4-bit model before it is sharded.
@@ -45,7 +45,7 @@ def prepare_4bit_layers(model: PreTrainedModel, config: BitsAndBytesConfig, reco
         new.weight = Params4bit(weight, requires_grad=False, **vars(new.weight))
         new.bias = old.bias
 
-    prepare_4bit_experts(model, config, recompute_experts)
+    prepare_4bit_experts(model, config)
     keep_gradients(model)
     # transformers and PEFT look at these two to know that the model is quantized.
     model.is_loaded_in_4bit = True  # type: ignore[assignment]

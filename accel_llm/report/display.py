@@ -161,7 +161,7 @@ def plan_warnings(options: TrainOptions, plan: TrainingPlan) -> list[str]:
     decay = math.ceil(options.decay_share * total)
     if warmup >= total:
         warnings.append(
-            f"warmup_steps: the warmup has {warmup:,} steps and the run {total:,}; the learning rate "
+            f"warmup_steps: the warmup lasts to step {warmup:,}, and the run to step {total:,}; the learning rate "
             f"reaches {total / (warmup + 1):.1%} of its peak, at the last step."
         )
     elif options.lr_scheduler_type == "warmup_stable_decay" and warmup + decay > total:

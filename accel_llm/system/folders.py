@@ -127,8 +127,9 @@ def check_writable(target: Path) -> None:
     if target.is_file():
         raise ConfigError(f"output_dir: {target} is a file; name a folder.")
     # The new folder is written beside `target` and renamed.
-    if problem := write_problem(target.parent):
-        raise ConfigError(f"output_dir: {target.parent} {problem}; name another folder.")
+    place = target.parent if target.exists() else target
+    if problem := write_problem(place):
+        raise ConfigError(f"output_dir: {place} {problem}; name another folder.")
     check_no_live_run(target, whole=True)
 
 

@@ -29,7 +29,7 @@ INTEGERS_BY_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int
 def preflight(accelerator: Accelerator, model: nn.Module, optimizer: Any, options: TrainOptions) -> dict[str, Any]:
     """Check the prepared model before it trains, and hook up a check of its gradients in the first step.
 
-    The checks: the engine is the one of the launch YAML; exactly the parameters of the method are trained; parameters
+    The checks: the engine is the one of the launch YAML; matrix products run in the precision that was asked for; exactly the parameters of the method are trained; parameters
     are sharded where the engine shards; all ranks hold equal weights; the loss equals that of the model family; packed
     documents do not see each other; and in the first step every trained parameter gets a gradient. All processes must
     call it.
@@ -64,6 +64,7 @@ def preflight(accelerator: Accelerator, model: nn.Module, optimizer: Any, option
         check_causality(model, accelerator.device, dtype)
         if options.packing or max(options.per_device_train_batch_size, options.per_device_eval_batch_size) > 1:
             check_isolation(model, accelerator.device, dtype, bool(options.packing), options.max_length)
+    _check_products(census, dtype)
     facts |= {
         "strategy": strategy(),
         "distributed_type": str(accelerator.distributed_type.value),
@@ -103,6 +104,13 @@ def _check_engine(model: nn.Module) -> None:
         raise RuntimeError(
             f"The launch YAML asks for {expected}, but the model was prepared as {type(model).__name__}."
         )
+
+
+def _check_products(census: ProductCensus, dtype: torch.dtype) -> None:
+    """Raise RuntimeError unless most matrix products of the model run in `dtype`. 8-bit products are not checked."""
+    most = max(census.products, key=lambda name: census.products[name], default=None)
+    if most is not None and dtype != torch.int8 and f"torch.{most}" != str(dtype):
+        raise RuntimeError(f"The products should run in {dtype}, but most run in {most} ({dict(census.products)}).")
 
 
 def _check_trainable_parameters(model: nn.Module, options: TrainOptions) -> None:

@@ -9,7 +9,8 @@ import psutil
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
-from transformers import AutoConfig, GenerationConfig
+from torch.distributed.fsdp import FSDPModule
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from accel_llm.adapters.saved import check_saved_adapter
@@ -116,7 +117,7 @@ def _check_model_files(folder: Path, model: Any, state: dict[str, torch.Tensor])
     if not stored or stored != trained:
         raise _unusable(folder, f"its files hold {stored:,} numbers in {len(specs)} tensors for {trained:,}")
     # Code that comes with a model may compute in its constructor, which an empty model cannot.
-    if not type(model).__module__.startswith("transformers."):
+    if _has_own_code(unwrap_causal_lm(model)):
         return
     loaded, report = _load_plain(folder, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True)
     for what in ("missing", "unexpected"):
@@ -138,13 +139,19 @@ def _reason_not_to_compute(model: Any, state: dict[str, torch.Tensor]) -> str:
         return f"the model has {count:,} parameters, and at most {MAX_PARAMETERS:,} are loaded once more"
     if psutil.virtual_memory().available < 2 * FLOAT32_BYTES * count:
         return "there is too little memory to load the model once more"
-    if not type(inner).__module__.startswith("transformers."):
+    if _has_own_code(inner):
         return "the model comes with code of its own"
     if hasattr(model, "peft_config") and getattr(inner.config, "quantization_config", None):
         return "the base is quantized here, but not where the adapter is loaded"
     if any(name.endswith(f".{NEW_ROWS}") for name in state):
         return "the base needs rows for new tokens before the adapter can be loaded"
     return ""
+
+
+def _has_own_code(model: PreTrainedModel) -> bool:
+    # FSDP2 has put a class of its own before the model's.
+    model_class = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+    return not model_class.__module__.startswith("transformers.")
 
 
 def _load_plain(folder: Path | str, **arguments: Any) -> Any:

@@ -67,7 +67,9 @@ def read_data_options(options_class: type[TrainOptionsT], demo: Path) -> TrainOp
         ConfigError: an option, the model or a source of rows cannot be used. It lists all problems.
     """
     options = parse_options_or_demo(options_class, demo, sys.argv[1:])
-    raise_problems(source_problems(options) + (tokenizer_problems(options) if options.tokenizer_name else model_problems(options)))
+    raise_problems(
+        source_problems(options) + (tokenizer_problems(options) if options.tokenizer_name else model_problems(options))
+    )
     quiet_libraries()
     return options
 

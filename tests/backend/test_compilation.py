@@ -52,15 +52,15 @@ def gradients(model, batch: dict) -> tuple[float, dict[str, torch.Tensor]]:
 def test_gradients_of_packed_rows_of_any_length_are_those_without_a_compiler(compiler, backend, checkpointing, quiet):
     """Also under activation checkpointing, and in few graphs: not one for each layer or each set of documents."""
     compiler.setenv("ACCELERATE_DYNAMO_BACKEND", backend)
-    model = tiny_model("llama", num_hidden_layers=3).train()
+    model = tiny_model("llama", num_hidden_layers=2).train()
     attach_loss(model, 64)
     enable_packing(model)
-    model = get_peft_model(model, LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False))
     if checkpointing:
         for layer in decoder_layers(model):
             layer.gradient_checkpointing = True
             layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
-    batches = [packed(lengths, seed) for seed, lengths in enumerate([[20, 12], [7, 9, 14], [30], [5, 5, 5, 11]])]
+    batches = [packed(lengths, seed) for seed, lengths in enumerate([[20, 12], [7, 9, 14], [5, 5, 11]])]
     expected = [gradients(model, batch) for batch in batches]
     names = [name for name, _ in model.named_parameters()]
 

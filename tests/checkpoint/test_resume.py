@@ -235,3 +235,31 @@ def test_a_fingerprint_depends_on_the_content_only(tmp_path, tiny):
     assert model_fingerprint(str(copy)) == model_fingerprint(str(tiny))
     (copy / "config.json").write_text(json.dumps(config | {"rope_theta": 5.0}))
     assert model_fingerprint(str(copy)) != model_fingerprint(str(tiny))
+
+
+@pytest.mark.parametrize("again", ["--overwrite_output_dir", "--resume_from_checkpoint=none"])
+def test_what_a_run_reads_is_not_removed_as_the_files_of_an_earlier_run(train, chats, tmp_path, again):
+    """Its export as the next model or adapter, or rows that somebody put there: all would be gone before step 1."""
+    run = train(tmp_path / "run", "--method", "full", "--max_steps", 1)
+    (run / "logs").mkdir()
+    shutil.copy(chats, run / "logs" / "chats.jsonl")
+    (run / "run.json").write_text(json.dumps(run_json(run) | {"status": "failed"}))
+    before = sorted(path.relative_to(run) for path in run.rglob("*"))
+    (tmp_path / "link").symlink_to(run / "model")
+    for words, name, place in (
+        (("--model_name_or_path", run / "model"), "model_name_or_path", run / "model"),
+        (("--model_name_or_path", tmp_path / "link"), "model_name_or_path", tmp_path / "link"),
+        (("--tokenizer_name", run / "model"), "tokenizer_name", run / "model"),
+        (("--train_files", run / "logs" / "chats.jsonl"), "train_files", run / "logs" / "chats.jsonl"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            train(run, again, *words)
+        assert str(error.value) == (
+            f"{name}: {place} is a part of the earlier run in {run}, which this run replaces; move it, or name another "
+            "output_dir."
+        )
+    assert sorted(path.relative_to(run) for path in run.rglob("*") if path.name[0] != ".") == before
+    (tmp_path / "link").unlink()
+    (run / "model").rename(tmp_path / "model")
+    train(run, again, "--model_name_or_path", tmp_path / "model", "--max_steps", 1)
+    assert run_json(run)["status"] == "done"

@@ -35,6 +35,12 @@ def test_sabotage_is_noticed(pairwise: tuple[Path, str]) -> None:
     assert len(re.findall("^control ", pairwise[1], re.MULTILINE)) == 5
 
 
+def test_every_method_follows_float64_with_evaluations_between_the_steps(tmp_path: Path) -> None:
+    output = matrix("--paths", "--work", str(tmp_path))
+    statuses = dict(re.findall(r'^\d/5 cpu-(\w+)-\S+ {"status": "(\w+)"', output, re.MULTILINE))
+    assert statuses == dict.fromkeys(("full", "lora", "dora", "qlora", "lora8"), "same")
+
+
 def test_stopped_and_resumed_runs_are_bit_equal_on_every_strategy(tmp_path: Path) -> None:
     """And state moves between numbers of processes and strategies; sick steps are left out by all processes alike."""
     output = matrix("--resumes", "--pairwise", "--work", str(tmp_path))
@@ -46,8 +52,8 @@ def test_stopped_and_resumed_runs_are_bit_equal_on_every_strategy(tmp_path: Path
 def test_a_fork_trains_as_accelerate_launch_does_to_the_last_bit(pairwise: tuple[Path, str], tmp_path: Path) -> None:
     cell = re.findall(r"\S+-qlora-\S+-2p-\S+", pairwise[1])[0]
     matrix("--only", cell, "--work", str(tmp_path), "--launch")
-    forked, launched = (work / "runs" / f"curve-{cell}" for work in (pairwise[0], tmp_path))
+    forked, launched = (work / "runs" / f"gradient-{cell}" for work in (pairwise[0], tmp_path))
     weights = Path("adapter") / "adapter_model.safetensors"
     assert (forked / weights).read_bytes() == (launched / weights).read_bytes()
     losses = [re.findall(r'"loss": ([\d.]+)', (folder / "metrics.jsonl").read_text()) for folder in (forked, launched)]
-    assert len(losses[0]) == 20 and losses[0] == losses[1]
+    assert len(losses[0]) == 1 and losses[0] == losses[1]

@@ -108,14 +108,8 @@ def test_late_quantization_equals_that_of_transformers(family, make_model, tmp_p
     assert torch.equal(ours.eval()(input_ids=ids).logits, theirs.eval()(input_ids=ids).logits)
 
 
-def test_4_bit_layers_keep_their_gradient_after_an_evaluation_on_every_cpu(tiny, tmp_path, monkeypatch, quiet):
-    """bitsandbytes 0.50.2 on a CPU with AVX512-BF16 repacks a layer in eval mode; that product has no backward."""
-
-    def repacked(*_):
-        raise AssertionError("a 4-bit layer was repacked")
-
-    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
-    monkeypatch.setattr("bitsandbytes.nn.modules._convert_weight_packed_for_cpu", repacked)
+def test_4_bit_layers_keep_their_gradient_after_an_evaluation_on_every_cpu(tiny, tmp_path, quiet):
+    """Every test fails if a layer is repacked: see `no_product_without_a_gradient` in conftest.py."""
     train_options = options(tiny, method="qlora", lora_dropout=0.0, init_lora_weights="gaussian")
     eager(tiny).save_pretrained(tmp_path / "stored")  # a model whose files are in 4 bits
     model = materialize(attach_adapter(load_model(train_options), train_options), train_options)
@@ -140,6 +134,32 @@ def test_4_bit_layers_keep_their_gradient_after_an_evaluation_on_every_cpu(tiny,
     (reference.train()(input_ids=ids, labels=ids).loss * 11).backward()  # ours is the sum over 11 labels
     for name, parameter in reference_weights.items():
         torch.testing.assert_close(ours[name].grad, parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_no_script_repacks_a_4_bit_layer(script, tiny, chats, tmp_path, capsys):
+    """Training with evaluations between the steps, on weights in 16 bits and on stored 4 bits; merge and chat."""
+    eager(tiny).save_pretrained(tmp_path / "stored")
+    build_demo_tokenizer().save_pretrained(tmp_path / "stored")
+    for number, base in enumerate((tiny, tmp_path / "stored")):
+        adapter, rows = tmp_path / f"adapter-{number}", ("--train_files", chats, "--eval_share", 0.3)
+        words = (
+            "--method",
+            "qlora",
+            "--max_steps",
+            3,
+            "--eval_steps",
+            1,
+            "--eval_on_start",
+            "true",
+            "--eval_generate",
+            2,
+        )
+        script("sft", "--model_name_or_path", base, *rows, *words, "--max_length", 128, "--output_dir", adapter)
+        script("chat", "--model", adapter, "--prompt", "What is 3 + 4?", "--max_new_tokens", 4)
+        merged = tmp_path / f"merged-{number}"
+        script("merge", "--adapter", adapter, "--output_dir", merged, "--merge_base", "dequantized")
+        script("chat", "--model", merged, "--prompt", "What is 3 + 4?", "--max_new_tokens", 4)
+    script("chat", "--model", tmp_path / "stored", "--prompt", "What is 3 + 4?", "--max_new_tokens", 4)
 
 
 @pytest.mark.parametrize("chosen", [{"use_dora": True}, {"init_lora_weights": "olora"}])

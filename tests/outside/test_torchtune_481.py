@@ -40,7 +40,7 @@ def test_a_second_start_is_refused_and_touches_nothing(script, tiny, chats, tmp_
             with pytest.raises(ConfigError, match=f"output_dir: {output} is in use by process {first.pid} on"):
                 script(*command, *more)
         assert contents(output) == before
-        script(*command, "--dry_run")  # writes nothing there
+        script(*command, "--overwrite_output_dir", "--dry_run")  # writes nothing there
         assert contents(output) == before
     script(*command, "--overwrite_output_dir")
     assert contents(output) != before and not (output / ".run.lock").exists()

@@ -76,14 +76,16 @@ def trained(model: Any) -> dict[str, torch.nn.Parameter]:
     return {re.sub(r"(magnitude_vector)\.weight$", r"\1", k.replace(".default", "")): p for k, p in named.items()}
 
 
-def clipped_step(work: Path, method: str, rows: list[EncodedRow], held_out: int, max_norm: float) -> dict[str, Any]:
+def clipped_step(
+    work: Path, method: str, rows: list[EncodedRow], held_out: list[EncodedRow], max_norm: float
+) -> dict[str, Any]:
     """Return the numbers of one step: the clipped gradient by name, its norm before, and the losses.
 
-    `evaluation` is the loss over the first `held_out` rows before the step, in eval mode.
+    `evaluation` is the loss over the rows `held_out` before the step, in eval mode.
     """
     model = load(work, method)
     with torch.no_grad():
-        evaluation = mean_loss(model.eval(), rows[:held_out])
+        evaluation = mean_loss(model.eval(), held_out)
     loss = mean_loss(model.train(), rows)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
@@ -93,7 +95,9 @@ def clipped_step(work: Path, method: str, rows: list[EncodedRow], held_out: int,
     return {name: np.array(tensor) for name, tensor in (numbers | gradients | starts).items()}
 
 
-def path(work: Path, method: str, rows: list[EncodedRow], held_out: int, steps: int, every: int, **adamw: float) -> Any:
+def path(
+    work: Path, method: str, rows: list[EncodedRow], held_out: list[EncodedRow], steps: int, every: int, **adamw: float
+) -> dict[str, list[float]]:
     """Return the curves of `steps` steps of torch's AdamW, with an evaluation at the start and after each `every`."""
     model = load(work, method)
     optimizer = torch.optim.AdamW(trained(model).values(), **adamw)
@@ -101,7 +105,7 @@ def path(work: Path, method: str, rows: list[EncodedRow], held_out: int, steps: 
     for step in range(steps + 1):
         if step % every == 0:
             with torch.no_grad():
-                curves["eval/loss"].append(float(mean_loss(model.eval(), rows[:held_out])))
+                curves["eval/loss"].append(float(mean_loss(model.eval(), held_out)))
         if step < steps:
             optimizer.zero_grad()
             loss = mean_loss(model.train(), rows)

@@ -64,9 +64,9 @@ STEPS, ROWS, LENGTH = 20, 32, 64
 CURVE = f"--max_steps {STEPS} --total_batch_size 8 --learning_rate 1e-3 --adam_epsilon 1e-6"
 # The step is so long that float32 loses nothing of the gradient when the old weights are subtracted from the new ones.
 RATE, MAX_NORM = 1e6, 0.01
-HELD_OUT = 8  # rows of an evaluation, the first ones
+HELD_OUT = 8  # rows of an evaluation, those after the trained ones
 WHOLE = f"--total_batch_size {ROWS} --limit_rows {ROWS} --lr_scheduler_type constant --eval_on_start true"
-GRADIENT = f"{WHOLE} --max_steps 1 --optim sgd --learning_rate {RATE} --max_grad_norm {MAX_NORM}"
+GRADIENT = f"{WHOLE} --optim sgd --learning_rate {RATE} --max_grad_norm {MAX_NORM}"
 # Torch's AdamW, with evaluations between the steps.
 PATH_STEPS, PATH_EVERY, ADAMW = 20, 5, {"lr": 1e-3, "eps": 1e-6, "weight_decay": 0.0}
 PATH = f"{WHOLE} --max_steps {PATH_STEPS} --eval_steps {PATH_EVERY} --learning_rate {ADAMW['lr']} "
@@ -259,10 +259,10 @@ def prepare(work: Path) -> None:
     ]
     texts = [text(tokenizer, page[: 8 + 13 * k % 48]) for k, page in enumerate(skills.demo_documents(0, 300))]
     for script, rows in {"sft": chats, "pretrain": texts}.items():
-        for name, part in ((script, rows), (f"{script}-eval", rows[:HELD_OUT])):
+        for name, part in ((script, rows), (f"{script}-eval", rows[ROWS : ROWS + HELD_OUT])):
             (work / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row, *_ in part), encoding="utf-8")
         for method in METHODS:
-            step = float64.clipped_step(work, method, rows[:ROWS], HELD_OUT, MAX_NORM)
+            step = float64.clipped_step(work, method, rows[:ROWS], rows[ROWS : ROWS + HELD_OUT], MAX_NORM)
             save_file(step, work / f"{script}-{method}-step.safetensors")
 
 
@@ -271,9 +271,12 @@ def prepare_paths(work: Path) -> None:
     from accel_llm.demo.tokenizer import build_demo_tokenizer
 
     tokenizer = build_demo_tokenizer()
-    rows = [chat(tokenizer, json.loads(line)) for line in (work / "sft.jsonl").read_text("utf-8").splitlines()[:ROWS]]
+    rows = [
+        chat(tokenizer, json.loads(line))
+        for line in (work / "sft.jsonl").read_text("utf-8").splitlines()[: ROWS + HELD_OUT]
+    ]
     for method in METHODS:
-        curves = float64.path(work, method, rows, HELD_OUT, PATH_STEPS, PATH_EVERY, **ADAMW)
+        curves = float64.path(work, method, rows[:ROWS], rows[ROWS:], PATH_STEPS, PATH_EVERY, **ADAMW)
         (work / f"sft-{method}-path.json").write_text(json.dumps(curves), encoding="utf-8")
 
 
@@ -456,8 +459,9 @@ def main() -> None:
         if args.write:
             write(results)
     if everything or args.paths:
-        compute(partial(prepare_paths, work), work / "prepare.log")
-        cells = [Cell("cpu", method, "packed", 2, "ckpt", 1, "sft") for method in METHODS]
+        if not (work / f"sft-{[*METHODS][-1]}-path.json").exists():
+            compute(partial(prepare_paths, work), work / "prepare.log")
+        cells = [Cell("cpu", method, "padded", 2, "ckpt", 1, "sft") for method in METHODS]  # 32 rows: a step
         results = run_cells({cell: ["path"] for cell in cells}, work, keep=args.work is not None)
         problems += failures(cells, results)
     if everything or args.controls:

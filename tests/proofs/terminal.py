@@ -16,6 +16,7 @@ import pty
 import select
 import shlex
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -97,6 +98,7 @@ class Terminal:
         pid, self.terminal = pty.fork()
         if not pid:
             os.chdir(ROOT)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell starts what is in its background without Ctrl-C
             os.execvpe("bash", ["bash", "--norc", "--noprofile", "-i"], environment)
         self.pid = pid
         self.read_until(lambda: PROMPT in self.screen, 10)

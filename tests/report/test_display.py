@@ -1,15 +1,27 @@
 """The output on the screen: the ledger as a table, colored rows, and the check that answers will stop."""
 
+import ast
 import io
+import shlex
+import sys
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
-from support import make_rows
+from support import ROOT, make_rows
 
+from accel_llm.config.command_line import parse_options
+from accel_llm.config.options import SftOptions
+from accel_llm.config.tool_options import ChatOptions, MergeOptions
 from accel_llm.data.ledger import Ledger, Unused
+from accel_llm.data.stream import Position, Stream, TrainingPlan
 from accel_llm.report import display
 from accel_llm.report.display import color_row, show_ledger, show_stop_token_check, trained_text
+from accel_llm.report.record import Record
+from accel_llm.training.schedule import build_schedule
 
 
 def make_ledger() -> Ledger:
@@ -167,3 +179,64 @@ def test_the_stop_proof_counts_documents(accelerator, tokenizer, monkeypatch, do
 def test_the_stop_proof_names_a_template_that_closes_no_turn(accelerator, tokenizer, monkeypatch):
     output = proof(accelerator, tokenizer, monkeypatch, [[-100, 9]], turn_end=None)
     assert output == "stop token: the template closes no turn; answers will not stop by themselves"
+
+
+@pytest.mark.parametrize(
+    ("options", "plan", "sentences"),
+    [
+        ({"warmup_steps": 200}, (100, 8, 100, 13),
+         ["warmup_steps: the warmup lasts to step 200, and the run to step 13; the learning rate reaches 6.5% of its peak, at the last step."]),
+        ({"warmup_steps": 12}, (100, 8, 100, 13), []),
+        ({"warmup_steps": 200, "lr_scheduler_type": "constant_with_warmup"}, (100, 8, 100, 13),
+         ["warmup_steps: the warmup lasts to step 200, and the run to step 13; the learning rate reaches 6.5% of its peak, at the last step."]),
+        ({"lr_scheduler_type": "constant"}, (1, 1, 1, 1), []),
+        ({"warmup_steps": 0, "num_train_epochs": 1}, (3, 8, 3, 1),
+         ["total_batch_size: a step takes 8 rows, but the run has 3; its only step has fewer."]),
+        ({"num_train_epochs": 5}, (3, 8, 15, 2),
+         ["total_batch_size: a step takes 8 rows, but an epoch has 3; each row is trained 2.67 times in a step on average."]),
+        ({"max_steps": 4}, (3, 8, None, 4),
+         ["total_batch_size: a step takes 8 rows, but an epoch has 3; each row is trained 2.67 times in a step on average."]),
+        ({"lr_scheduler_type": "warmup_stable_decay", "warmup_steps": 8, "decay_share": 0.5}, (100, 8, 100, 10),
+         ["decay_share: after 8 of 10 steps of warmup the decay has 2 steps instead of 5, and the learning rate is never stable."]),
+        ({"warmup_steps": 200, "check_only": True}, (100, 8, 100, 13), []),
+        ({}, (100, 8, 1000, 125), []),
+    ],
+)  # fmt: skip
+def test_a_run_that_is_too_short_for_its_options_is_said(options, plan, sentences):
+    assert display.plan_warnings(SftOptions(**options), TrainingPlan(*plan)) == sentences
+
+
+def test_what_the_warnings_say_is_what_the_run_does():
+    """The rows of the stream and the factor of the schedule, not the formulas of the warnings again."""
+    options = SftOptions(max_steps=4, total_batch_size=8, warmup_steps=200, train_files=["a"])
+    stream = Stream(make_rows((1, [9] * 2000, [-100] + [9] * 1999) for _ in range(3)), options, Position(), 0)
+    repeats = Counter(k for micro in range(8) for k in stream.row_indices(0, micro, 0))
+    assert sum(repeats.values()) / 3 == pytest.approx(8 / 3) and set(repeats.values()) == {2, 3}
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    peak = build_schedule(optimizer, options, 4).lr_lambdas[0](3)
+    first, second = display.plan_warnings(options, stream.plan)
+    assert "an epoch has 3; each row is trained 2.67 times" in first and f"reaches {peak:.1%} of its peak" in second
+
+
+@pytest.mark.parametrize("run", ["out", "my run/a", "it's $HOME [bold]:smile:", "-dash", "."])
+@pytest.mark.parametrize("export", ["adapter", "model"])
+def test_the_next_commands_are_right_where_the_user_stands(accelerator, tmp_path, monkeypatch, run, export):
+    (tmp_path / run / export).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "launch" / "sft.py")])
+    monkeypatch.setattr(display, "write_report", lambda folder: None)
+    screen = io.StringIO()
+    monkeypatch.setattr(display, "console", Console(file=screen, width=40))
+    display.show_next_commands(accelerator, Record(Path(run), False), Path(run) / export)
+    lines = dict(line.split(":", 1) for line in screen.getvalue().splitlines())
+    _, chat, *words = shlex.split(lines["ask it"])
+    assert Path(chat).is_file() and Path(parse_options(ChatOptions, words).model) == Path(run)
+    ((argument,),) = [[a.value for a in node.args] for node in ast.walk(ast.parse(lines["load it"].strip()))
+                      if isinstance(node, ast.Call)]  # fmt: skip
+    assert Path(argument).is_dir() and Path(argument) == Path(run) / export
+    assert ("merge it" in lines) == (export == "adapter")
+    if "merge it" in lines:
+        _, merge, *words = shlex.split(lines["merge it"])
+        options = parse_options(MergeOptions, words)
+        assert Path(merge).is_file() and Path(options.adapter[0]) == Path(run)
+        assert Path(options.output_dir).resolve() not in (Path(run).resolve(), (Path(run) / export).resolve())

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from support import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config, DeepseekV3ForCausalLM, GenerationConfig
 
 from accel_llm.chat.template_source import CHATML
@@ -15,6 +16,7 @@ from accel_llm.config.options import TrainOptions
 from accel_llm.demo.tokenizer import build_demo_tokenizer
 from accel_llm.model.generation import build_generation_config, stop_token_ids
 from accel_llm.model.loading import load_model
+from accel_llm.model.stored_dtypes import StoredDtypes
 from accel_llm.training import export
 
 TOKENIZER_FILES = ["chat_template.jinja", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
@@ -62,6 +64,36 @@ def test_a_model_is_complete_and_in_the_dtype_of_its_base(train, make_model, tmp
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
     configs = [json.loads((path / "config.json").read_text()) for path in (base, folder)]
     assert configs[0] == {key: configs[1][key] for key in configs[0]}  # beside them names of transformers 4
+
+
+@pytest.mark.parametrize("named", [None, "float32"])
+def test_the_files_decide_the_dtypes_and_not_what_config_json_says(train, make_model, tmp_path, named):
+    """A config without a dtype, or with that of somebody's training; norms that were kept in float32 stay so."""
+    base = make_model(tmp_path / "base", torch.bfloat16)
+    settings = json.loads((base / "config.json").read_text()) | {"dtype": named}
+    (base / "config.json").write_text(json.dumps({key: value for key, value in settings.items() if value}))
+    file = base / "model.safetensors"
+    state = {name: tensor.float() if "norm" in name else tensor for name, tensor in load_file(file).items()}
+    save_file(state, file, {"format": "pt"})
+    folder = train(base, "--method", "full") / "model"
+    exported = load_file(folder / "model.safetensors")
+    assert {name: tensor.dtype for name, tensor in exported.items()} == {name: t.dtype for name, t in state.items()}
+    assert AutoModelForCausalLM.from_pretrained(folder).dtype == torch.bfloat16  # in which most bytes are
+
+
+def test_files_of_a_base_model_have_no_prefix(tmp_path):
+    """GPT-2 is published as `wte.weight`, and is `transformer.wte.weight` in the causal LM."""
+    model = tiny_model("gpt2")
+    model.transformer.save_pretrained(tmp_path)
+    state = {
+        name: tensor.half() if "ln_" in name else tensor
+        for name, tensor in load_file(tmp_path / "model.safetensors").items()
+    }
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    stored = StoredDtypes(TrainOptions(model_name_or_path=str(tmp_path)), model.config)
+    cast = stored.cast(model, dict(model.named_parameters()))
+    assert stored.main == torch.float32
+    assert {name for name, tensor in cast.items() if tensor.dtype == torch.float16} == {n for n in cast if "ln_" in n}
 
 
 def test_checkpointing_and_packing_leave_no_trace_in_the_config(train, make_model, tmp_path):

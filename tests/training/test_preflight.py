@@ -36,10 +36,13 @@ def test_facts_before_and_after_the_first_step(accelerator, tiny):
     count = sum(parameter.numel() for parameter in model.parameters())
     counts = {"trainable": count, "total": count, "this_process": count, "each_process": [count]}
     assert facts["parameters"] == counts and facts["engine"] == "LlamaForCausalLM"
+    assert facts["products"].keys() == {"float32"}
+    assert facts["attention_kernels"].keys() == {"scaled_dot_product_flash_attention_for_cpu"}
     assert facts["dtypes"] == {"trained": {"float32": 21}, "frozen": {}} and "first_step" not in facts
     step(accelerator, model, optimizer)
     assert facts["first_step"] == {"gradients": 21, "all_zero": 0, "without": []}
     assert facts["dtypes"]["stepped"] == facts["dtypes"]["optimizer_state"] == ["float32"]
+    assert facts["dtypes"]["gradients"] == ["float32"] and facts["autocast"] is None
     step(accelerator, model, optimizer)
     assert facts["first_step"]["gradients"] == 21
 
@@ -61,13 +64,10 @@ def test_the_record_says_what_is_and_not_what_the_options_ask_for(tiny, checkpoi
     AcceleratorState._reset_state(True)
 
 
-def test_products_in_float32_are_recorded_as_such_whatever_was_asked_for(accelerator, tiny):
+def test_products_in_another_dtype_than_was_asked_for_are_an_error(accelerator, tiny):
     model, optimizer, options = prepare(accelerator, tiny, method="full")
-    facts = preflight(accelerator, model, optimizer, options.model_copy(update={"precision": "bf16"}))["accelerate"]
-    assert facts["precision"] == "bf16" and facts["products"].keys() == {"float32"}
-    assert facts["attention_kernels"].keys() == {"scaled_dot_product_flash_attention_for_cpu"}
-    step(accelerator, model.train(), optimizer)
-    assert facts["autocast"] is None and not facts["recomputed_in_backward"]
+    with pytest.raises(RuntimeError, match=r"should run in torch.bfloat16, but most run in float32"):
+        preflight(accelerator, model, optimizer, options.model_copy(update={"precision": "bf16"}))
 
 
 def test_the_hash_is_that_of_the_weights_in_their_order(accelerator, tiny):
