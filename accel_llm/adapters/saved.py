@@ -101,7 +101,9 @@ def _compare_loaded(model: Any, folder: Path) -> str:
     unset_hf_deepspeed_config()  # otherwise transformers would shard the copy under ZeRO-3
     with torch.device("meta"):
         base = model_class._from_config(deepcopy(inner.config))
-    loaded: Any = get_peft_model(base, PeftConfig.from_pretrained(str(folder)), low_cpu_mem_usage=True)
+    config: Any = PeftConfig.from_pretrained(str(folder))
+    config.base_model_name_or_path = None  # otherwise PEFT warns of another spelling of the base's path
+    loaded: Any = get_peft_model(base, config, low_cpu_mem_usage=True)
     result = loaded.load_adapter(str(folder), "default", torch_device="cpu", low_cpu_mem_usage=True)
     if keys := [*result.missing_keys, *result.unexpected_keys]:
         return f"{len(keys)} weights have no counterpart after loading, such as {min(keys)}"

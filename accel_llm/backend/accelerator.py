@@ -48,7 +48,7 @@ def _check_launch(options: TrainOptions) -> None:
         ConfigError: with one sentence for each setting.
     """
     precision, cpu = resolve_precision(options), use_cpu()
-    problems = launch_problems() + compile_problems(strategy())
+    problems = launch_problems() + compile_problems(strategy(), cpu)
     yaml_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if yaml_precision not in ("no", precision):
         allowed = ("bf16",) if cpu else ("bf16", "fp16")

@@ -9,7 +9,9 @@ evaluation is a check of what the compiler did.
 
 import functools
 import os
+import shutil
 import warnings
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -19,6 +21,10 @@ from accel_llm.errors import ConfigError
 
 # torch 2.13 compiles a function 8 times at most, for all layers and shapes together, and then runs it uncompiled.
 RECOMPILE_LIMIT = 64
+
+
+# The other modes record CUDA graphs, whose results the next layer would overwrite.
+MODES = ("default", "max-autotune-no-cudagraphs")
 
 
 def compile_settings() -> dict[str, Any]:
@@ -32,15 +38,24 @@ def compile_settings() -> dict[str, Any]:
     return {"backend": backend, "dynamic": dynamic} | ({} if mode == "default" else {"mode": mode})
 
 
-def compile_problems(strategy: str) -> list[str]:
+def compile_problems(strategy: str, cpu: bool) -> list[str]:
     """Return a sentence if the launch YAML asks for `torch.compile` in a way that cannot work."""
-    backend = compile_settings().get("backend")
-    if backend is None:
+    settings = compile_settings()
+    if not settings:
         return []
+    backend, mode = settings["backend"], settings.get("mode", "default")
+    if backend == "cudagraphs" or mode not in MODES:
+        return [f"dynamo_backend: {backend} with dynamo_mode: {mode} records CUDA graphs, which is not supported; use "
+                f"inductor with dynamo_mode: {' or '.join(MODES)}."]  # fmt: skip
     allowed = {*torch.compiler.list_backends(exclude_tags=None), "eager", "aot_eager", "inductor"}
     if backend not in allowed:
         return [f"dynamo_backend: {backend} is not installed; use inductor, or remove it from the launch YAML."]
+    if backend == "inductor" and cpu and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
+        return ["dynamo_backend: inductor needs a C++ compiler on a CPU, and there is none; install g++, or remove it."]
+    if backend == "inductor" and not cpu and find_spec("triton") is None:
+        return ["dynamo_backend: inductor needs triton on a GPU; run pip install triton, or remove it."]
     if strategy == "zero3":
+        # Tried with torch 2.13 and DeepSpeed 0.19.8: the first step did not end within five minutes.
         return ["dynamo_backend: ZeRO-3 fetches weights inside the layers, which cannot be compiled; use fsdp2.yaml."]
     return []
 

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from accel_llm.system.launcher import is_launched, launcher_pid
-from accel_llm.system.secrecy import names_secret
+from accel_llm.system.secrecy import hide_secrets, names_secret
 
 LAUNCHER_PREFIXES = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_", "MEGATRON_LM_")
 
@@ -97,9 +97,8 @@ def launcher_flag(name: str) -> bool:
 
 def recorded_environment() -> dict[str, str]:
     """Return the environment variables that the libraries read, without secrets."""
-    return {
-        name: value for name, value in sorted(os.environ.items()) if RECORDED.match(name) and not names_secret(name)
-    }
+    recorded = {name: value for name, value in os.environ.items() if RECORDED.match(name) and not names_secret(name)}
+    return {name: hide_secrets(recorded[name]) for name in sorted(recorded)}
 
 
 def launch_problems() -> list[str]:
@@ -133,20 +132,28 @@ def _yaml_name(variable: str) -> str:
     return special.get(variable, variable.removeprefix("ACCELERATE_").removeprefix("DEEPSPEED_").lower())
 
 
+def launch_yaml() -> Path | None:
+    """Return the YAML of the `accelerate launch` that started this process, as far as it can be seen (on Linux).
+
+    Without `--config_file` the launcher reads the one that `accelerate config` has once written, and does not say so.
+    """
+    arguments = _launcher_arguments()
+    path = Path(arguments.config_file) if arguments else None
+    return path if path and path.is_file() else None
+
+
 def _yaml_problems() -> list[str]:
     """Return a sentence for each key of the launch YAML that the launcher drops without a word.
 
     The launcher passes on no name of its YAML, but its command line can be read on Linux. Elsewhere nothing is checked.
     """
-    arguments = _launcher_arguments()
+    arguments, path = _launcher_arguments(), launch_yaml()
     if arguments is None:
         return []
-    from accelerate.commands.config.config_args import default_config_file
-
-    path = Path(arguments.config_file or default_config_file)
     settings: dict[str, Any] = {}
-    with contextlib.suppress(OSError, yaml.YAMLError):
-        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    if path:
+        with contextlib.suppress(OSError, yaml.YAMLError):
+            settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     return _dropped_keys(settings, arguments) + _dropped_processes(settings, arguments, path)
 
 
@@ -187,14 +194,15 @@ def _dropped_keys(settings: dict[str, Any], arguments: Namespace) -> list[str]:
     return problems
 
 
-def _dropped_processes(settings: dict[str, Any], arguments: Namespace, path: Path) -> list[str]:
+def _dropped_processes(settings: dict[str, Any], arguments: Namespace, path: Path | None) -> list[str]:
     """Return a sentence if several processes were asked for, but the launcher's simple way started a single one."""
-    asked = arguments.num_processes or settings.get("num_processes")
-    if is_launched() or not str(asked).isdigit() or int(asked) <= 1:
+    asked = str(arguments.num_processes or settings.get("num_processes"))
+    if is_launched() or not asked.isdigit() or int(asked) <= 1:
         return []
+    return []
     return [
-        f"num_processes: {asked} processes were asked for, but {path.name} starts one, with use_cpu or distributed_type "
-        f"NO; use ddp.yaml, which also runs without a GPU, or set num_processes: 1."
+        f"num_processes: {asked} processes were asked for, but {path.name if path else 'the launcher'} starts one, with "
+        f"use_cpu or distributed_type NO; use ddp.yaml, which also runs without a GPU, or set num_processes: 1."
     ]
 
 
@@ -203,6 +211,7 @@ def _launcher_arguments() -> Namespace | None:
     pid = launcher_pid()
     if pid is None:
         return None
+    from accelerate.commands.config.config_args import default_config_file
     from accelerate.commands.launch import launch_command_parser
 
     with contextlib.suppress(OSError, SystemExit, StopIteration):
@@ -210,7 +219,7 @@ def _launcher_arguments() -> Namespace | None:
         names = ("launch", "accelerate-launch", "launch.py")
         start = next(k for k, word in enumerate(words) if Path(word).name in names)
         arguments = launch_command_parser().parse_args(words[start + 1 :])
-        if arguments.config_file:
-            arguments.config_file = str(Path(f"/proc/{pid}/cwd") / Path(arguments.config_file).expanduser())
+        folder = Path(f"/proc/{pid}/cwd").resolve()
+        arguments.config_file = str(folder / Path(arguments.config_file or default_config_file).expanduser())
         return arguments
     return None

@@ -35,7 +35,8 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from accel_llm.errors import ConfigError
 from accel_llm.model.language_part import causal_lm_loader
-from accel_llm.model.loading import LOADING_ERRORS, describe_shape_mismatch, drop_invalid_pad_ids, short_reason
+from accel_llm.model.loading import LOADING_ERRORS, describe_shape_mismatch, short_reason
+from accel_llm.model.padding import drop_invalid_pad_ids
 from accel_llm.model.untrusted import check_untrusted_config
 from accel_llm.system.tensors import TensorSpec
 from accel_llm.system.weights import WeightFiles

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,14 +76,14 @@ def build_generation_config(
     transformers refuses to save settings that contradict one another, which it loads. Of such a config only the tokens
     are kept, and this is said.
     """
-    settings = saveable_generation_config(model.generation_config)
-    settings.eos_token_id = stop[0] if len(stop) == 1 else stop or None
-    settings.pad_token_id = tokenizer.pad_token_id
+    own: Any = model.generation_config
+    tokens = {"eos_token_id": stop[0] if len(stop) == 1 else stop or None, "pad_token_id": tokenizer.pad_token_id}
     try:
+        settings = saveable_generation_config(own)
+        settings.update(**tokens)
         settings.validate(strict=True)
     except ValueError as error:
         names = ", ".join(re.findall(r"^- `(\w+)`", str(error), re.MULTILINE)) or short_reason(error)
         print(f"generation_config.json of the export holds only token ids: the model's own is not valid ({names})")
-        tokens = {name: getattr(settings, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        settings = GenerationConfig(**tokens)
+        settings = GenerationConfig(bos_token_id=own.bos_token_id, **tokens)
     return settings

@@ -27,6 +27,7 @@ from accel_llm.model.config_file import correct_tied_embeddings
 from accel_llm.model.file_weights import compare_with_files
 from accel_llm.model.language_part import causal_lm_loader, check_recomputation, freeze_other_parts
 from accel_llm.model.loss import attach_loss
+from accel_llm.model.padding import drop_invalid_pad_ids
 from accel_llm.model.placement import materialize_weights
 from accel_llm.model.positions import position_limit, scale_by_document
 from accel_llm.model.quantization import (
@@ -35,6 +36,7 @@ from accel_llm.model.quantization import (
     prepare_4bit_layers,
     set_compute_dtype,
 )
+from accel_llm.model.quantized_share import check_quantized_share
 from accel_llm.model.stored_quantization import (
     check_stored_quantization,
     is_stored_in_4_bits,
@@ -90,6 +92,11 @@ def _option_problems(options: TrainOptions) -> list[str]:
         problems.append(
             f"lora_bias: {options.lora_bias} does not train with {base}, because bitsandbytes rounds the biases of its "
             "layers at every use; give none, or use method lora on 16-bit weights."
+        )
+    if options.use_dora and options.method == "qlora" and strategy() == "zero3":
+        problems.append(
+            "use_dora: PEFT reads whole 4-bit weights for it in each step, which ZeRO-3 has sharded; use fsdp2.yaml or "
+            "zero2.yaml, or use_dora: false."
         )
     if options.master_weights == "stochastic_rounding":
         if strategy().startswith("zero"):
@@ -312,18 +319,7 @@ def _check_trainable(config: PreTrainedConfig, options: TrainOptions) -> None:
         check_recomputation(config)
     if not (isinstance(options, PretrainOptions) and options.config_name):
         check_stored_quantization(config, options, sharded)
-
-
-def drop_invalid_pad_ids(config: PreTrainedConfig) -> None:
-    """Remove a pad id that is no row of the embedding; transformers 5.24 could not build the model with it.
-
-    It takes -1 (old Llama configs) for the last row, which would then never be trained.
-    """
-    rows = getattr(config.get_text_config(), "vocab_size", None)
-    for part in (config, config.get_text_config()):
-        pad = getattr(part, "pad_token_id", None)
-        if isinstance(rows, int) and isinstance(pad, int) and not 0 <= pad < rows:
-            part.pad_token_id = None
+        check_quantized_share(config, options)
 
 
 def _load_from(loader: Any, name: str, field: str, **arguments: Any) -> Any:

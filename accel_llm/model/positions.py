@@ -59,10 +59,10 @@ def scale_by_document(model: PreTrainedModel) -> None:
         model.register_forward_pre_hook(_add_position_ids, with_kwargs=True)
 
 
-def _rope_types(module: nn.Module) -> set[str]:
+def _rope_types(module: nn.Module) -> set[str | None]:
     """Return the kinds of scaling of a rotary embedding: one, or one for each kind of layer."""
-    rope_type = getattr(module, "rope_type", None)
-    return set(rope_type.values()) if isinstance(rope_type, dict) else {rope_type} - {None}
+    rope_type: Any = getattr(module, "rope_type", None)
+    return set(rope_type.values()) if isinstance(rope_type, dict) else {rope_type}
 
 
 def _add_position_ids(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

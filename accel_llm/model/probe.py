@@ -156,9 +156,9 @@ def behavior_lengths(model: nn.Module) -> list[tuple[Any, str, int]]:
         names += SCALING_LENGTHS
     if "dynamic" in rope_types:
         names += DYNAMIC_LENGTHS
-    values = [(holder, name, vars(holder).get(name)) for holder in (config, *model.modules()) for name in names]
-    values += [(scaling, name, scaling.get(name)) for scaling in scalings for name in names]
-    return [item for item in values if isinstance(item[2], int) and item[2] > 0]
+    held = [(holder, name, vars(holder).get(name)) for holder in (config, *model.modules()) for name in names]
+    held += [(scaling, name, scaling.get(name)) for scaling in scalings for name in names]
+    return [(holder, name, value) for holder, name, value in held if isinstance(value, int) and value > 0]
 
 
 def _assign(holder: Any, name: str, value: int) -> None:

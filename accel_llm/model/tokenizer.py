@@ -6,9 +6,9 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 from accel_llm.config.options import ModelOptions
 from accel_llm.errors import ConfigError
 from accel_llm.model.loading import LOADING_ERRORS, model_source, short_reason
+from accel_llm.model.padding import embedding_rows
 from accel_llm.model.tokenizer_pattern import load_with_right_pattern
 from accel_llm.model.untrusted import check_untrusted_tokenizer
-from accel_llm.system.launcher import process_rank
 
 
 def configured_tokenizer(options: ModelOptions) -> PreTrainedTokenizerFast:
@@ -54,32 +54,6 @@ def pad_token_id(tokenizer: PreTrainedTokenizerFast) -> int:
     return token
 
 
-def fit_pad_token(tokenizer: PreTrainedTokenizerFast, config: PreTrainedConfig, new_tokens: range = range(0)) -> None:
-    """Give `tokenizer` another pad token if the model's embedding has, and will get, no row for its own.
-
-    Often somebody added a pad token to a tokenizer and did not resize the model. Padding would then be an IndexError,
-    here and for everybody who loads the exported tokenizer and generation config.
-    """
-    rows, old, old_id = _embedding_rows(config, new_tokens), tokenizer.pad_token, pad_token_id(tokenizer)
-    if old_id < rows:
-        return
-    # No token is masked by its id, so any token can fill a batch; the first of these is what others use too.
-    candidates = (tokenizer.eos_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, 0)
-    new_id = next(token for token in candidates if isinstance(token, int) and token < rows)
-    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(new_id)
-    if process_rank() == 0:
-        print(
-            f"pad token: {old} has id {old_id}, but the model has only {rows} rows; {tokenizer.pad_token} (id {new_id}) "
-            "takes its place, also in the exported tokenizer",
-            flush=True,
-        )
-
-
-def _embedding_rows(config: PreTrainedConfig, new_tokens: range) -> int:
-    """Return the number of rows that the embedding has, or will get with `new_tokens`."""
-    return max(config.get_text_config().vocab_size, new_tokens.stop if new_tokens else 0)
-
-
 def check_token_ids(
     parts: list[np.ndarray],
     config: PreTrainedConfig,
@@ -91,7 +65,7 @@ def check_token_ids(
     Raises:
         ConfigError: an id is too large.
     """
-    rows = _embedding_rows(config, new_tokens)
+    rows = embedding_rows(config, new_tokens)
     largest = max(int(input_ids.max()) for input_ids in parts)
     if largest >= rows:
         token = tokenizer.convert_ids_to_tokens(largest)

@@ -1,4 +1,4 @@
-"""Signals: SIGTERM and SIGINT save and stop a run (a second one ends it at once), SIGUSR1 saves and goes on.
+"""Signals: SIGTERM, SIGINT and SIGHUP save and stop a run (a second one ends it at once), SIGUSR1 saves and goes on.
 
 While a run trains, a signal is only noted; all processes agree on what to do at the end of a step, or of a batch of an
 evaluation. Before training, and while the result is exported, nothing can be lost: a signal ends the process at once.
@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import socket
+import stat
 import sys
 import threading
 import time
@@ -25,7 +26,7 @@ from accel_llm.system.run_lock import release_locks
 
 # Ctrl-C reaches every process and is forwarded by the launcher: within 2 s both count as one signal.
 SAME_SIGNAL_SECONDS = 2.0
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1  # option of Linux' prctl(2): the signal to get when the parent ends
 # A signal of its own for the end of the launcher. Ctrl-C also ends a launcher with one process, which takes it seconds:
 # as a SIGTERM, its end would look like a second signal of the user.
@@ -73,7 +74,9 @@ def listen_for_signals(folder: Path | None) -> None:
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     for number in (*STOP_SIGNALS, signal.SIGUSR1, LAUNCHER_ENDED):
-        signal.signal(number, lambda *_: None)
+        # `nohup` sets SIGHUP to be ignored. But torchrun passes it on even so, and then kills what has not ended.
+        if signal.getsignal(number) != signal.SIG_IGN or number != signal.SIGHUP or "TORCHELASTIC_RUN_ID" in os.environ:
+            signal.signal(number, lambda *_: None)
     signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     # A forked process shares the socket: its signals would reach the thread of this one.
     os.register_at_fork(after_in_child=_reset_handlers)
@@ -114,6 +117,8 @@ def _stop(number: int) -> None:
     """React to a signal to stop."""
     global _stop_time
     now = time.monotonic()
+    if number == signal.SIGHUP:
+        _leave_terminal()
     if not signal_requests.stop and (_failing or _is_peer_gone()):
         # When one process of a job fails, the launcher stops the others with this signal. The failed one reports why.
         if _on_stop is not None:
@@ -130,6 +135,14 @@ def _stop(number: int) -> None:
     elif now - _stop_time > SAME_SIGNAL_SECONDS:
         release_locks()
         os._exit(128 + number)
+
+
+def _leave_terminal() -> None:
+    """Write no more to the terminal, which has been closed: each line would be an error, and the run would fail by it."""
+    for handle in (1, 2):
+        with contextlib.suppress(OSError):  # one that is closed
+            if stat.S_ISCHR(os.fstat(handle).st_mode):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), handle)
 
 
 def _announce_stop(number: int) -> None:

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from accel_llm.backend.accelerator import local_part, unwrap_model, unwrap_optimizer
 from accel_llm.backend.collectives import sum_over_processes
-from accel_llm.backend.launch_settings import recorded_environment
+from accel_llm.backend.launch_settings import launch_yaml, recorded_environment
 from accel_llm.backend.strategy import compute_dtype, resolve_precision, strategy
 from accel_llm.config.options import TrainOptions
 from accel_llm.errors import ConfigError
@@ -81,6 +81,7 @@ def preflight(accelerator: Accelerator, model: nn.Module, optimizer: Any, option
         "products": dict(census.products),
         "attention": unwrap_causal_lm(model).config._attn_implementation,
         "attention_kernels": dict(census.attention_kernels),
+        "launch_yaml": launch_yaml(),
         "environment": recorded_environment(),
     }
     if strategy().startswith("zero"):

@@ -24,9 +24,9 @@ from accel_llm.model.loading import (
     LOADING_ERRORS,
     OWN_IMPLEMENTATIONS,
     describe_shape_mismatch,
-    drop_invalid_pad_ids,
     short_reason,
 )
+from accel_llm.model.padding import drop_invalid_pad_ids
 from accel_llm.model.positions import position_limit
 from accel_llm.model.vocabulary import NEW_ROWS
 from accel_llm.system.weights import open_weights

@@ -25,8 +25,9 @@ from accel_llm.errors import ConfigError, raise_problems
 from accel_llm.model.generation import stop_token_ids
 from accel_llm.model.loading import build_model, load_model, load_model_config, model_problems, tokenizer_problems
 from accel_llm.model.neftune import attach_neftune
+from accel_llm.model.padding import fit_pad_token
 from accel_llm.model.placement import place_weights
-from accel_llm.model.tokenizer import check_token_ids, configured_tokenizer, fit_pad_token, pad_token_id
+from accel_llm.model.tokenizer import check_token_ids, configured_tokenizer, pad_token_id
 from accel_llm.model.vocabulary import add_missing_tokens, extend_vocabulary
 from accel_llm.system.folders import write_problem
 from accel_llm.training.optimizers import build_optimizer

@@ -109,13 +109,24 @@ def test_a_compiler_that_compiles_nothing_is_an_error(compiler):
 
 
 def test_the_settings_of_the_launcher(compiler):
-    compiler.setenv("ACCELERATE_DYNAMO_MODE", "max-autotune")
+    compiler.setenv("ACCELERATE_DYNAMO_MODE", "max-autotune-no-cudagraphs")
     compiler.setenv("ACCELERATE_DYNAMO_USE_DYNAMIC", "True")
-    assert compile_settings() == {"backend": "eager", "dynamic": True, "mode": "max-autotune"}
+    assert compile_settings() == {"backend": "eager", "dynamic": True, "mode": "max-autotune-no-cudagraphs"}
     compiler.setenv("ACCELERATE_DYNAMO_MODE", "default")
     compiler.setenv("ACCELERATE_DYNAMO_USE_DYNAMIC", "False")
     assert compile_settings() == {"backend": "eager", "dynamic": None}
     compiler.setenv("ACCELERATE_DYNAMO_BACKEND", "FX2TRT")
-    assert compile_problems("single") == [
+    assert compile_problems("single", cpu=True) == [
         "dynamo_backend: fx2trt is not installed; use inductor, or remove it from the launch YAML."
     ]
+    compiler.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    compiler.setenv("PATH", "")
+    compiler.delenv("CXX", raising=False)
+    assert compile_problems("single", cpu=True)[0].startswith("dynamo_backend: inductor needs a C++ compiler on a CPU")
+    compiler.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")
+    assert compile_problems("zero2", cpu=True) == []
+    assert compile_problems("zero3", cpu=True)[0].endswith("use fsdp2.yaml.")
+    compiler.setenv("ACCELERATE_DYNAMO_MODE", "reduce-overhead")
+    assert compile_problems("single", cpu=False)[0].startswith(
+        "dynamo_backend: eager with dynamo_mode: reduce-overhead"
+    )

@@ -251,8 +251,9 @@ def test_the_record_has_what_libraries_read_and_no_secret(monkeypatch):
 SHOW = """
 import sys
 sys.path.insert(0, {root!r})
-from accel_llm.backend.launch_settings import launch_problems
+from accel_llm.backend.launch_settings import launch_problems, launch_yaml
 print("problems:", launch_problems())
+print("yaml:", launch_yaml())
 """
 
 
@@ -271,3 +272,4 @@ def test_a_launch_with_several_processes_that_starts_one_says_so(tmp_path):
     ]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
     assert "num_processes: 4 processes were asked for, but cpu.yaml starts one" in ended.stdout
+    assert f"yaml: {ROOT / 'accelerate_configs' / 'cpu.yaml'}" in ended.stdout

@@ -58,7 +58,7 @@ def test_finished_runs_and_other_files_in_output_dir_are_refused(train, tmp_path
             f"output_dir: {foreign} holds files that are not a run of this project; name another folder, or set "
             "overwrite_output_dir."
         )
-    with pytest.raises(ConfigError, match=r"thesis.txt is a file; name a folder\.$"):
+    with pytest.raises(ConfigError, match=r"thesis.txt is a file; name another folder\.$"):
         train(foreign / "thesis.txt")
 
 

@@ -79,7 +79,8 @@ def train(work: Path, strategy: str, method: str) -> Path:
     config = work / "zero3.yaml" if strategy == "zero3" else ROOT / "accelerate_configs" / f"{strategy}.yaml"
     output = work / f"{strategy}-{method}"
     started = ["accelerate", "launch", "--config_file", str(config), "--num_processes", "2", "launch/sft.py"]
-    launch(*started, *words(work, method, output))
+    screen = launch(*started, *words(work, method, output))
+    assert " warns: " not in screen, screen
     return output
 
 
@@ -98,7 +99,7 @@ def test_every_strategy_gives_the_single_process_run(strategy: str, reference: t
     output = train(work, strategy, method)
     for ours, theirs in zip(metrics(output), metrics(alone), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
-        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-6 if ours["step"] == 1 else 1e-3)
         assert ours["learning_rate"] == theirs["learning_rate"]
         assert ours["supervised_tokens"] == theirs["supervised_tokens"]
     weights = "model/model.safetensors" if method == "full" else "adapter/adapter_model.safetensors"
@@ -119,6 +120,30 @@ def test_every_strategy_gives_the_single_process_run(strategy: str, reference: t
     if strategy == "zero2":
         settings = force["deepspeed"]["zero_optimization"]
         assert settings["reduce_bucket_size"] == 200_000_000 and settings["stage"] == 2
+
+
+@pytest.mark.long
+def test_the_demo_trains_with_qlora(tmp_path: Path) -> None:
+    settings = [
+        "--method",
+        "qlora",
+        "--max_steps",
+        "3",
+        "--eval_steps",
+        "1",
+        "--limit_rows",
+        "400",
+        "--eval_generate",
+        "4",
+    ]
+    screen = launch(
+        *["accelerate", "launch", "--config_file", "accelerate_configs/cpu.yaml", "launch/sft.py", *settings],
+        *["--output_dir", str(tmp_path)],
+    )
+    assert json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))["status"] == "done"
+    assert " warns: " not in screen and "gemm_4bit" not in screen
+    losses = [line["eval/loss"] for line in metrics(tmp_path) if "eval/loss" in line]
+    assert len(losses) == 4 and losses[-1] < losses[0]
 
 
 @pytest.mark.long

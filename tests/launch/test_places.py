@@ -44,7 +44,7 @@ def test_every_script_finds_every_path_from_any_folder(script, tiny, chats, tmp_
     with pytest.raises(ConfigError, match="holds a finished run"):
         script("sft", *words, "--max_steps", 1)
     script("sft", *words, "--max_steps", 2, f"--resume_from_checkpoint=~/{NAME}/run/checkpoints/step-00000001",
-           f"--output_dir=~/{NAME}/longer")  # fmt: skip
+           f"--output_dir=~/{NAME}/longer", "--allow_changed", "max_steps")  # fmt: skip
     assert json.loads((home / NAME / "longer" / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 2
     script("sft", *words, "--max_steps", 1, f"--adapter_name_or_path=~/{NAME}/run", "--output_dir", "-dash")
     assert (elsewhere / "-dash" / "adapter" / "adapter_model.safetensors").is_file()

@@ -1,6 +1,7 @@
 """Signals to a process whose launcher dies: its death is never taken for a second signal of the user."""
 
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -104,6 +105,34 @@ def test_the_end_of_the_launcher_alone_stops_the_run_like_sigterm(launch):
     assert (run.line(), run.line()) == ("noted 15", "launcher ended")
     printed, message = run.rest()
     assert printed == "saved\n" and message.startswith("\nSIGTERM: the run saves at the end of this step")
+
+
+def test_a_terminal_that_is_closed_stops_the_run_as_a_signal_does(tmp_path):
+    saved = tmp_path / "saved"
+    program = PROCESS.replace("for _ in sys.stdin:", "while not signals.signal_requests.stop:")
+    program = program.replace("pass\n", "time.sleep(0.01)\n").replace(
+        'print("saved"', 'open(sys.argv[1], "w"); print("saved"'
+    )
+    pid, terminal = pty.fork()
+    if not pid:
+        os.execve(sys.executable, [sys.executable, "-c", program, str(saved)], os.environ | {"PYTHONPATH": str(ROOT)})
+    assert os.read(terminal, 100).strip() == str(pid).encode()
+    os.close(terminal)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert (code, saved.exists()) == (128 + signal.SIGHUP, True)
+
+
+@pytest.mark.parametrize(("variables", "noted"), [({}, "noted 15"), ({"TORCHELASTIC_RUN_ID": "none"}, "noted 1")])
+def test_nohup_is_respected_but_not_under_torchrun_which_does_not(launch, monkeypatch, variables, noted):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does, for all that is started
+    try:
+        run = launch(**variables)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    os.kill(run.pid, signal.SIGHUP)
+    if not variables:
+        os.kill(run.pid, signal.SIGTERM)
+    assert run.line() == noted
 
 
 def test_under_torchrun_the_user_is_told_how_long_it_waits(launch):

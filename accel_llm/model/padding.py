@@ -1,0 +1,43 @@
+"""Pad ids that a model has no row for: taken out of its config, and replaced in its tokenizer."""
+
+from transformers import PreTrainedConfig, PreTrainedTokenizerFast
+
+from accel_llm.system.launcher import process_rank
+
+
+def drop_invalid_pad_ids(config: PreTrainedConfig) -> None:
+    """Remove a pad id that is no row of the embedding; transformers 5.24 could not build the model with it.
+
+    It takes -1 (old Llama configs) for the last row, which would then never be trained.
+    """
+    rows = getattr(config.get_text_config(), "vocab_size", None)
+    for part in (config, config.get_text_config()):
+        pad = getattr(part, "pad_token_id", None)
+        if isinstance(rows, int) and isinstance(pad, int) and not 0 <= pad < rows:
+            part.pad_token_id = None
+
+
+def embedding_rows(config: PreTrainedConfig, new_tokens: range = range(0)) -> int:
+    """Return the number of rows that the embedding has, or will get with `new_tokens`."""
+    return max(config.get_text_config().vocab_size, new_tokens.stop if new_tokens else 0)
+
+
+def fit_pad_token(tokenizer: PreTrainedTokenizerFast, config: PreTrainedConfig, new_tokens: range = range(0)) -> None:
+    """Give `tokenizer` another pad token if the model's embedding has, and will get, no row for its own.
+
+    Often somebody added a pad token to a tokenizer and did not resize the model. Padding would then be an IndexError,
+    here and for everybody who loads the exported tokenizer and generation config.
+    """
+    rows, old, old_id = embedding_rows(config, new_tokens), tokenizer.pad_token, tokenizer.pad_token_id
+    if old_id < rows:
+        return
+    # No token is masked by its id, so any token can fill a batch; the first of these is what others use too.
+    candidates = (tokenizer.eos_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, 0)
+    new_id = next(token for token in candidates if isinstance(token, int) and token < rows)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(new_id)
+    if process_rank() == 0:
+        print(
+            f"pad token: {old} has id {old_id}, but the model has only {rows} rows; {tokenizer.pad_token} (id {new_id}) "
+            "takes its place, also in the exported tokenizer",
+            flush=True,
+        )

@@ -1,0 +1,35 @@
+"""llama-cookbook 164: four days of training, the evaluation loss is inf at every epoch, and no model was ever saved.
+
+A model was saved only when the loss got better, and inf never is. Right: with no best evaluation the last weights are
+exported, and only a finite loss can be the best.
+"""
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from accel_llm.training.evaluation import find_new_best
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_run_without_a_finite_evaluation_still_exports(script, tiny, chats, tmp_path, monkeypatch, value) -> None:
+    evaluation: Any = SimpleNamespace(step=3, metrics={"eval/loss": value})
+    assert find_new_best("eval/loss", evaluation, 3, None) is None
+    monkeypatch.setattr("accel_llm.training.evaluation.mean_loss", lambda *_: {"eval/loss": value})
+    words = ("--model_name_or_path", tiny, "--train_files", chats, "--eval_files", chats, "--max_length", 128)
+    script(
+        "sft",
+        *words,
+        "--max_steps",
+        2,
+        "--eval_steps",
+        1,
+        "--metric_for_best_model",
+        "eval/loss",
+        "--output_dir",
+        tmp_path,
+    )
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    assert '"exported_step": 2' in (tmp_path / "run.json").read_text()
