@@ -4,14 +4,13 @@ python launch/chat.py --model output
 python launch/chat.py --model merged --prompt "What is 3 + 4?"
 """
 
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 import accel_llm.system.chatter
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerFast, TextStreamer, set_seed
+from transformers import GenerationConfig, PreTrainedTokenizerFast, set_seed
 
 from accel_llm.adapters.locate import check_bases, find_adapter, find_base
 from accel_llm.backend.library_messages import quiet_libraries
@@ -21,9 +20,8 @@ from accel_llm.config.command_line import parse_options
 from accel_llm.config.tool_options import ChatOptions
 from accel_llm.errors import ConfigError
 from accel_llm.merge.merge import load_with_adapter
-from accel_llm.model.attention import unwrap_causal_lm
+from accel_llm.model.answers import Conversation
 from accel_llm.model.loading import check_model_name, load_complete_model
-from accel_llm.model.positions import position_limit
 from accel_llm.model.tokenizer import load_tokenizer
 from accel_llm.system.exit import run_script
 
@@ -38,13 +36,9 @@ def main() -> None:
     tokenizer = load_tokenizer(tokenizer_source, trust_remote_code=options.trust_remote_code)
     template = load_template(tokenizer, options.chat_template)
     settings = generation_settings(model, tokenizer, template, options)
-    beginning: list[dict[str, Any]] = [{"role": "system", "content": options.system}] if options.system else []
-    messages = beginning
-    limit = position_limit(unwrap_causal_lm(model).config)
+    conversation = Conversation(model, tokenizer, template, settings, options.system)
     for question in read_questions(options):
-        messages = fit_positions([*messages, {"role": "user", "content": question}], beginning, template, limit)
-        answer = generate_answer(model, tokenizer, template, messages, settings, limit)
-        messages.append({"role": "assistant", "content": answer})
+        conversation.ask(question)
 
 
 def load_model_or_adapter(options: ChatOptions, device: str) -> tuple[Any, str]:
@@ -99,56 +93,6 @@ def read_questions(options: ChatOptions) -> Iterator[str]:
         yield question
         if options.prompt:
             return
-
-
-def fit_positions(
-    messages: list[dict[str, Any]], beginning: list[dict[str, Any]], template: Template, limit: int | None
-) -> list[dict[str, Any]]:
-    """Return the messages, or only `beginning` and the last question if the model has too few positions for all.
-
-    Raises:
-        ConfigError: the question alone is too long.
-    """
-    count = len(template.prompt_ids(messages))
-    if limit is None or count < limit:
-        return messages
-    shortest = [*beginning, messages[-1]]
-    if messages == shortest:
-        raise ConfigError(
-            f"prompt: the question has {count:,} tokens with the chat template, but the model has {limit:,} positions "
-            "for question and answer; shorten it."
-        )
-    note(
-        f"The conversation has {count:,} tokens, but the model {limit:,} positions: it starts anew with this question."
-    )
-    return fit_positions(shortest, beginning, template, limit)
-
-
-def generate_answer(
-    model: Any,
-    tokenizer: PreTrainedTokenizerFast,
-    template: Template,
-    messages: list[dict[str, Any]],
-    settings: GenerationConfig,
-    limit: int | None,
-) -> str:
-    """Print the answer to the last of `messages` while it is generated, at most up to the last position; return it."""
-    ids = torch.tensor([template.prompt_ids(messages)], device=model.device)
-    room = limit - ids.shape[1] if limit else settings.max_new_tokens
-    settings = GenerationConfig.from_dict(settings.to_dict() | {"max_new_tokens": min(settings.max_new_tokens, room)})
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    with torch.no_grad():
-        output = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=streamer
-        )
-    if output.shape[1] == limit and output[0, -1] not in settings.eos_token_id:
-        note(f"The answer is cut off at the last of the model's {limit:,} positions.")
-    return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
-
-
-def note(sentence: str) -> None:
-    """Print a remark to the person, apart from the answers on standard output."""
-    print(f"[{sentence}]", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 PEFT takes s B0 A0, with which such a LoRA begins, out of each weight W of the base and trains s B A on what is left.
 Then nothing but that changed base goes with the adapter. Here the base stays as it is, and the layer adds
 s (B A - B0 A0), with A0 and B0 kept beside A and B. This is the same function of A and B: so the training is the same,
-nothing is rounded away from W, and a plain LoRA of twice the rank, [B, -B0] [A; A0], is the exact export.
+nothing is rounded away from W, and a plain LoRA of twice the rank, [B, -B0] [A; A0], is the exact export. (With
+`lora_dropout` both parts see the same input, so a fresh adapter adds nothing then either; PEFT's begins with noise.)
 """
 
 import math

@@ -1,10 +1,10 @@
 """torch.compile: the launch YAML's `dynamo_backend`, in force for the layers in training.
 
-Accelerate 1.15 would wrap the whole model. Then all names get the prefix `_orig_mod.`, which no export knows, and
-our loss and the documents of a packed row, which have another shape in each step, would be compiled again and again. So
-each part of a decoder layer (attention, MLP, norms) is compiled by itself. Around the parts stay activation checkpointing
-and the hooks of FSDP2. Without gradients (evaluation, generation, the checks at the start) the parts run uncompiled, so
-evaluation is a check of what the compiler did.
+Accelerate 1.15 would wrap the whole model. Then all names get the prefix `_orig_mod.`, which no export knows. And our
+loss and the documents of a packed row, which have another shape in each step, would be compiled again and again. So
+each part of a decoder layer (attention, MLP, norms) is compiled by itself; activation checkpointing and the hooks of
+FSDP2 stay around the parts. Without gradients (evaluation, generation, the checks at the start) the parts run uncompiled, so
+an evaluation also checks what the compiler did.
 """
 
 import functools
@@ -22,7 +22,6 @@ from accel_llm.errors import ConfigError
 # torch 2.13 compiles a function 8 times at most, for all layers and shapes together, and then runs it uncompiled.
 RECOMPILE_LIMIT = 64
 
-
 # The other modes record CUDA graphs, whose results the next layer would overwrite.
 MODES = ("default", "max-autotune-no-cudagraphs")
 
@@ -33,7 +32,7 @@ def compile_settings() -> dict[str, Any]:
     if backend == "no":
         return {}
     mode = os.environ.get("ACCELERATE_DYNAMO_MODE", "default").lower()
-    # The launcher writes "False" also where the YAML says nothing. None: torch decides, after the second length it meets.
+    # The launcher writes "False" also where the YAML says nothing. None: torch decides at the second length it meets.
     dynamic = os.environ.get("ACCELERATE_DYNAMO_USE_DYNAMIC", "false").lower() == "true" or None
     return {"backend": backend, "dynamic": dynamic} | ({} if mode == "default" else {"mode": mode})
 
@@ -74,8 +73,8 @@ def compile_layers(model: nn.Module) -> None:
     parts = [p for layer in layers for p in layer.children() if not any(module in layers for module in p.modules())]
     if not parts:
         raise ConfigError(
-            f"dynamo_backend: {type(model).__name__} does not name its layers (_no_split_modules), so none can be compiled; "
-            "remove it from the launch YAML."
+            f"dynamo_backend: {type(model).__name__} does not name its layers (_no_split_modules), so none can be "
+            "compiled; remove it from the launch YAML."
         )
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     # torch 2.13 looks at the .grad of everything that a compiled function gets, and then warns about that.
@@ -90,7 +89,7 @@ def compiled_graphs() -> int:
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """Return the layers of a transformers model, also inside wrappers: modules of the classes in `_no_split_modules`."""
+    """Return the layers of a transformers model, wrapped or not: modules of the classes in `_no_split_modules`."""
     names = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or []}
     # FSDP2 gives a layer that it shards a class of its own, made from the layer's class.
     return [module for module in model.modules() if names & {base.__name__ for base in type(module).__mro__}]

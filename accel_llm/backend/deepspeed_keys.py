@@ -1,7 +1,7 @@
 """The keys of a DeepSpeed configuration: each one is in force, harmless or refused.
 
-DeepSpeed 0.19 ignores a key that it does not know without a word, and stops at an unknown one inside `zero_optimization`
-only when the model is there. zero.py checks the keys that belong into the recipe.
+DeepSpeed 0.19 ignores a key that it does not know without a word, and stops at an unknown one inside
+`zero_optimization` only when the model is there. zero.py checks the keys that belong into the recipe.
 """
 
 import os
@@ -51,7 +51,7 @@ ZERO_DEFAULTS = {
     "cpu_offload_param": (False, 'use "offload_param": {"device": "cpu"}'),
 }
 DEVICES = ("none", "cpu")
-# Inside `bf16` and `fp16`: the scaling of the loss is in force; in which dtype the weights are stepped, the recipe says.
+# Inside `bf16` and `fp16`: the scaling of the loss is in force; the dtype of the stepped weights is in the recipe.
 PRECISION_KEYS = {
     *("enabled", "loss_scale", "loss_scale_window", "initial_scale_power", "hysteresis", "consecutive_hysteresis"),
     *("min_loss_scale", "check_grad_overflow", "immediate_grad_update"),
@@ -91,7 +91,8 @@ def deepspeed_problems(settings: dict[str, Any]) -> list[str]:
 
 def _other_values(settings: dict[str, Any], defaults: dict[str, tuple[Any, str]], where: str) -> list[str]:
     return [
-        f"{where}{key}: the DeepSpeed configuration says {settings[key]!r}, but only {default!r} is supported: {reason}."
+        f"{where}{key}: the DeepSpeed configuration says {settings[key]!r}, but only {default!r} is supported: "
+        f"{reason}."
         for key, (default, reason) in defaults.items()
         if settings.get(key, default) not in (default, "auto")
     ]
@@ -120,7 +121,8 @@ def _zero_problems(zero: dict[str, Any]) -> list[str]:
             guess = get_close_matches(name, names, 1) if unknown else []
             reason = "is unknown to DeepSpeed" if unknown else f"{fault['input']!r} is not allowed ({fault['msg']})"
             problems.append(
-                f"zero_optimization.{name}: {reason}; {f'did you mean {guess[0]}?' if guess else 'correct or remove it.'}"
+                f"zero_optimization.{name}: {reason}; "
+                f"{f'did you mean {guess[0]}?' if guess else 'correct or remove it.'}"
             )
     return problems
 
@@ -129,8 +131,8 @@ def _replaced_fields() -> list[str]:
     if os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none") == "none":
         return []
     return [
-        f"{field}: {os.environ[variable]} in the launch YAML has no effect beside deepspeed_config_file; remove it there, "
-        "and change the JSON or the recipe."
+        f"{field}: {os.environ[variable]} in the launch YAML has no effect beside deepspeed_config_file; remove it "
+        "there, and change the JSON or the recipe."
         for variable, field in REPLACED.items()
         if os.environ.get(variable, "none").lower() not in ("none", "auto")
     ]

@@ -1,7 +1,7 @@
-"""Settings from outside the recipe: each one of the launch YAML and of the environment is in force, harmless or refused.
+"""Settings from outside the recipe, of the launch YAML and the environment: each is in force, harmless or refused.
 
-`accelerate launch` turns its YAML and its flags into environment variables, which may also be set by hand. So the tables
-are about these variables. What the launcher drops without a word is read from the YAML itself, see `_yaml_problems`.
+`accelerate launch` turns its YAML and its flags into environment variables, which may also be set by hand. So the
+tables are about these variables. What the launcher drops without a word is read from the YAML, see `_yaml_problems`.
 """
 
 import contextlib
@@ -46,15 +46,15 @@ FIXED = {
     "ACCELERATE_INIT_INCLUDE_BUFFERS": ("false", "buffers are built with the model; remove it"),
     "ACCELERATE_USE_PARALLELISM_CONFIG": (
         "false",
-        "tensor, context and sequence parallelism are not supported; remove parallelism_config. fsdp2.yaml and zero3.yaml "
-        "shard the model over all processes",
+        "tensor, context and sequence parallelism are not supported; remove parallelism_config. fsdp2.yaml and "
+        "zero3.yaml shard the model over all processes",
     ),
     "ACCELERATE_USE_MEGATRON_LM": ("false", "Megatron-LM is not supported; use fsdp2.yaml or zero3.yaml"),
     "ACCELERATE_USE_SAGEMAKER": (
         "false",
         "SageMaker is not supported; start the script with `accelerate launch` there",
     ),
-    "ACCELERATE_IN_TPU_POD": ("0", "TPUs are not supported"),
+    "ACCELERATE_IN_TPU_POD": ("false", "TPUs are not supported"),
     "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_NVME_PATH": ("none", "only cpu is supported for offload"),
     "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_NVME_PATH": ("none", "only cpu is supported for offload"),
     "FSDP_SHARDING_STRATEGY": ("full_shard", "FSDP2 does not read it; use fsdp_reshard_after_forward: true or false"),
@@ -63,6 +63,7 @@ FIXED = {
     "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": ("false", "remove it"),
     "FSDP_IGNORED_MODULES": ("none", "all modules are sharded; remove it"),
 }
+OFF = ("0", "no", "off")  # other spellings of false
 # Read by Accelerate without DeepSpeed; with it they are checked in zero.py.
 FIXED_WITHOUT_DEEPSPEED = {
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1", "use gradient_accumulation_steps in the recipe"),
@@ -112,7 +113,7 @@ def launch_problems() -> list[str]:
         if not name.startswith(LAUNCHER_PREFIXES) or name.startswith(unread):
             continue
         allowed, remedy = fixed.get(name, (None, ""))
-        if allowed is not None and value.lower() not in ("", allowed):
+        if allowed is not None and value.lower() not in ("", allowed, *(OFF if allowed == "false" else ())):
             problems.append(f"{_yaml_name(name)}: {value} is not supported here: {remedy}.")
         elif name not in known:
             guess = get_close_matches(name, known, 1)
@@ -132,14 +133,13 @@ def _yaml_name(variable: str) -> str:
     return special.get(variable, variable.removeprefix("ACCELERATE_").removeprefix("DEEPSPEED_").lower())
 
 
-def launch_yaml() -> Path | None:
+def launch_yaml() -> str | None:
     """Return the YAML of the `accelerate launch` that started this process, as far as it can be seen (on Linux).
 
     Without `--config_file` the launcher reads the one that `accelerate config` has once written, and does not say so.
     """
     arguments = _launcher_arguments()
-    path = Path(arguments.config_file) if arguments else None
-    return path if path and path.is_file() else None
+    return arguments.config_file if arguments and Path(arguments.config_file).is_file() else None
 
 
 def _yaml_problems() -> list[str]:
@@ -152,8 +152,7 @@ def _yaml_problems() -> list[str]:
         return []
     settings: dict[str, Any] = {}
     if path:
-        with contextlib.suppress(OSError, yaml.YAMLError):
-            settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     return _dropped_keys(settings, arguments) + _dropped_processes(settings, arguments, path)
 
 
@@ -182,7 +181,8 @@ def _dropped_keys(settings: dict[str, Any], arguments: Namespace) -> list[str]:
                 )
     if settings.get("use_cpu") and kind in PASSED_ON_KINDS:
         problems.append(
-            f"use_cpu: `accelerate launch` ignores it with distributed_type: {kind}; hide the GPUs with CUDA_VISIBLE_DEVICES=-1."
+            f"use_cpu: `accelerate launch` ignores it with distributed_type: {kind}; hide the GPUs with "
+            "CUDA_VISIBLE_DEVICES=-1."
         )
     compiler = settings.get("dynamo_backend") or (settings.get("dynamo_config") or {}).get("dynamo_backend")
     compiler = arguments.dynamo_backend or compiler or "no"
@@ -194,15 +194,15 @@ def _dropped_keys(settings: dict[str, Any], arguments: Namespace) -> list[str]:
     return problems
 
 
-def _dropped_processes(settings: dict[str, Any], arguments: Namespace, path: Path | None) -> list[str]:
+def _dropped_processes(settings: dict[str, Any], arguments: Namespace, path: str | None) -> list[str]:
     """Return a sentence if several processes were asked for, but the launcher's simple way started a single one."""
     asked = str(arguments.num_processes or settings.get("num_processes"))
     if is_launched() or not asked.isdigit() or int(asked) <= 1:
         return []
-    return []
+    starter = Path(path).name if path else "the launcher"
     return [
-        f"num_processes: {asked} processes were asked for, but {path.name if path else 'the launcher'} starts one, with "
-        f"use_cpu or distributed_type NO; use ddp.yaml, which also runs without a GPU, or set num_processes: 1."
+        f"num_processes: {asked} processes were asked for, but {starter} starts one, with use_cpu or distributed_type NO; "
+        f"use ddp.yaml, which also runs without a GPU, or set num_processes: 1."
     ]
 
 

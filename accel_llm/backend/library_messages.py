@@ -21,6 +21,9 @@ from accel_llm.system.launcher import process_rank
 CHATTER = {
     r"MatMul8bitLt: inputs will be cast": "the 8-bit product of bitsandbytes takes float16, whatever the precision is",
     r"[Mm]erge lora module to [48]-bit linear may get different": "merge/verify.py measures that difference",
+    r"(rank|alpha)_pattern keys did not match any targeted module and were ignored: \['\.\*\\+\.\w+'\]": (
+        "PEFT wrote these keys itself, for the experts of a mixture; it looks for them among the modules only"
+    ),
     r"fan_in_fan_out is set to \w+ but the target module is": "PEFT corrects it itself",
     r"ZeRO with an untested optimizer": "tests/proofs/matrix.py tests each of them",
     r"Mismatch dtype between input and weight.*fused": "the product that is not fused gives the same numbers",

@@ -51,7 +51,7 @@ SHARES = {"warmup_ratio": "give the number of steps as warmup_steps"}
 
 TORCH_DTYPES = {"bfloat16": ("precision", "bf16"), "float16": ("precision", "fp16"), "float32": ("precision", "fp32")}
 # Switches that have no option here: false changes nothing, and for true there is a remedy.
-SWITCHES = {
+ABSENT_SWITCHES = {
     "auto_find_batch_size": "per_device_train_batch_size sets the rows of a forward pass, total_batch_size those of a step",
     "eval_packing": "packing holds for the evaluation too",
     "fp16_full_eval": "an evaluation computes in the precision of the training",
@@ -81,7 +81,7 @@ SWITCHES = {
 }
 # Other trainers' switches: their values as (our option, its value), or None if the value changes nothing here.
 TRANSLATED_VALUES: dict[str, dict[str, tuple[str, str | bool] | None]] = {
-    **{name: {"false": None} for name in SWITCHES},
+    **{name: {"false": None} for name in ABSENT_SWITCHES},
     "bf16": {"true": ("precision", "bf16"), "false": None, "auto": None},
     "fp16": {"true": ("precision", "fp16"), "false": None},
     "mixed_precision": {"bf16": ("precision", "bf16"), "fp16": ("precision", "fp16"), "no": ("precision", "fp32")},
@@ -118,10 +118,10 @@ EVALUATION = "eval_files or eval_share turns evaluation on; eval_steps sets how 
 LAUNCHER = "the launcher decides it; start with `accelerate launch --config_file accelerate_configs/ddp.yaml`"
 WORKERS = "rows are encoded before the training; preprocessing_num_workers sets by how many processes"
 SOURCES = "write a source as {path: ..., name: ..., split: ...} in train_files or eval_files"
-UPLOAD = SWITCHES["push_to_hub"]
+UPLOAD = ABSENT_SWITCHES["push_to_hub"]
 # Names without an option of ours, and values of switches that are not listed above: the remedy.
 ANSWERED_OPTIONS = {
-    **SWITCHES,
+    **ABSENT_SWITCHES,
     "deepspeed": "start with `accelerate launch --config_file accelerate_configs/zero2.yaml`",
     "fsdp": "start with `accelerate launch --config_file accelerate_configs/fsdp2.yaml`",
     "fsdp_config": "start with `accelerate launch --config_file accelerate_configs/fsdp2.yaml`",
@@ -131,7 +131,7 @@ ANSWERED_OPTIONS = {
     **dict.fromkeys(["ddp_backend", "ddp_timeout", "ddp_find_unused_parameters", "ddp_bucket_cap_mb"], LAUNCHER),
     **dict.fromkeys(["ddp_broadcast_buffers", "ddp_static_graph", "accelerator_config"], LAUNCHER),
     **dict.fromkeys(["parallelism_config", "device", "devices"], LAUNCHER),
-    **dict.fromkeys(["torch_compile_backend", "torch_compile_mode"], SWITCHES["torch_compile"]),
+    **dict.fromkeys(["torch_compile_backend", "torch_compile_mode"], ABSENT_SWITCHES["torch_compile"]),
     "logging_dir": "metrics.jsonl in output_dir has the metrics; report_to names trackers that get them too",
     **dict.fromkeys(["wandb_project", "project"], "the environment variable WANDB_PROJECT names the project"),
     **dict.fromkeys(["hub_model_id", "hub_token", "hub_strategy", "hub_private_repo", "hub_revision"], UPLOAD),

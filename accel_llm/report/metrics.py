@@ -18,7 +18,7 @@ from accel_llm.config.options import RunOptions
 from accel_llm.data.batches import Batch, count_targets, total_weight
 from accel_llm.data.stream import TrainingPlan
 from accel_llm.report.record import Record
-from accel_llm.report.trackers import Trackers
+from accel_llm.report.trackers import RunTrackers
 from accel_llm.system.disk import write_atomically
 
 console = Console(highlight=False)
@@ -43,7 +43,7 @@ class Meter:
         self.accelerator, self.options, self.plan, self.record = accelerator, options, plan, record
         self.file = Path(options.output_dir) / "metrics.jsonl"
         self.supervised = 0  # labeled targets up to the last line of metrics, over all processes
-        self.trackers = Trackers(accelerator, options, record)
+        self.trackers = RunTrackers(accelerator, options, record)
         self._reset(state)
         if accelerator.is_main_process and step:
             self.supervised = _drop_lines_after(self.file, step, plan.total_steps)

@@ -23,7 +23,7 @@ PROJECT_VARIABLES = {
 RUN_NAME_ARGUMENTS = {"wandb": "name", "trackio": "name", "swanlab": "experiment_name"}
 
 
-class Trackers:
+class RunTrackers:
     """Sends metrics to the trackers of `report_to`, from the main process.
 
     A tracker that raises an error is left out from then on; the record of the run says so.

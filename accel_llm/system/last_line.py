@@ -32,7 +32,7 @@ def _repeat_below(launcher: int, text: bytes) -> None:
         # A program, not a fork: a fork would keep the memory and the devices of this process. It has a session of its
         # own, because torchrun sends its signals to the whole group of a process.
         program = subprocess.Popen(
-            [sys.executable, "-I", "-S", below_launcher.__file__, str(launcher), str(handle), written],
+            [sys.executable, "-I", "-S", below_launcher.__file__, *map(str, (launcher, handle, written))],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             pass_fds=[handle],

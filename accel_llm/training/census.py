@@ -1,4 +1,4 @@
-"""What a run really computes: dtypes of products, kernels, recomputed layers, compiled graphs. Observed, not asked for."""
+"""What a run really computes, as observed: dtypes of products, kernels, recomputed layers, compiled graphs."""
 
 import re
 from collections import Counter

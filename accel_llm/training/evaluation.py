@@ -33,7 +33,7 @@ from accel_llm.system.signals import Preempted, signal_requests
 from accel_llm.training.loop import to_device
 from accel_llm.training.start import Start
 
-Question = tuple[np.ndarray, np.ndarray]  # ids of the prompt and of the answer
+PromptAndAnswer = tuple[np.ndarray, np.ndarray]  # ids of the prompt and of the answer
 LOWER_IS_BETTER = {"eval/loss"}  # with all other metrics higher is better
 MAX_SAMPLES_KEPT = 20
 SHARDED = ("zero3", "fsdp2")
@@ -205,7 +205,7 @@ def mean_loss(
     return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0)), "eval/supervised_tokens": int(targets)}
 
 
-def select_questions(rows: Rows, count: int) -> list[Question]:
+def select_questions(rows: Rows, count: int) -> list[PromptAndAnswer]:
     """Return the last trained turn of the first `count` rows with a prompt before it, as (prompt ids, answer ids)."""
     questions = []
     for ids, labels in (rows[k] for k in range(len(rows))):
@@ -226,7 +226,7 @@ def exact_match(
     accelerator: Accelerator,
     model: Any,
     tokenizer: PreTrainedTokenizerFast,
-    questions: list[Question],
+    questions: list[PromptAndAnswer],
     batch_size: int,
     stop_ids: list[int],
 ) -> tuple[dict[str, float], list[GeneratedAnswer]]:
@@ -265,8 +265,8 @@ def exact_match(
 
 
 def _question_batches(
-    accelerator: Accelerator, questions: list[Question], batch_size: int, limit: int | None
-) -> Iterator[tuple[list[Question], int, int]]:
+    accelerator: Accelerator, questions: list[PromptAndAnswer], batch_size: int, limit: int | None
+) -> Iterator[tuple[list[PromptAndAnswer], int, int]]:
     """Yield batches of questions, how many of a batch count for this process, and how many tokens to generate.
 
     All processes get the same number of batches; one that has no questions left repeats a question, which does not

@@ -17,7 +17,7 @@ from accel_llm.model.stored_dtypes import StoredDtypes
 from accel_llm.model.tokenizer_file import save_tokenizer
 from accel_llm.report.record import Record
 from accel_llm.system.folders import atomic_folder
-from accel_llm.training.read_back import read_back, sample_logits
+from accel_llm.training.read_back import read_export_back, sample_logits
 from accel_llm.training.start import Start
 
 
@@ -56,7 +56,7 @@ def export_model(
                 _save_model(causal_lm, partial, state, stored.main)
             build_generation_config(causal_lm, tokenizer, stop).save_pretrained(str(partial))
             save_tokenizer(tokenizer, partial)
-            compared = read_back(partial, inner, state, logits, options)
+            compared = read_export_back(partial, inner, state, logits, options)
         record.update(export=compared)
     accelerator.wait_for_everyone()
     return folder

@@ -29,10 +29,10 @@ INTEGERS_BY_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int
 def preflight(accelerator: Accelerator, model: nn.Module, optimizer: Any, options: TrainOptions) -> dict[str, Any]:
     """Check the prepared model before it trains, and hook up a check of its gradients in the first step.
 
-    The checks: the engine is the one of the launch YAML; matrix products run in the precision that was asked for; exactly the parameters of the method are trained; parameters
-    are sharded where the engine shards; all ranks hold equal weights; the loss equals that of the model family; packed
-    documents do not see each other; and in the first step every trained parameter gets a gradient. All processes must
-    call it.
+    The checks: the engine is the one of the launch YAML; matrix products run in the precision that was asked for;
+    exactly the parameters of the method are trained; parameters are sharded where the engine shards; all ranks hold
+    equal weights; the loss equals that of the model family; packed documents do not see each other; and in the first
+    step every trained parameter gets a gradient. All processes must call it.
 
     Returns:
         The settings in force, for run.json. The first optimizer step adds `first_step` and more dtypes to this dict.

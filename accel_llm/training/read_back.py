@@ -56,7 +56,7 @@ def _sample_ids(model: Any) -> torch.Tensor:
     return torch.randint(config.get_text_config().vocab_size, (1, count), generator=torch.Generator().manual_seed(0))
 
 
-def read_back(
+def read_export_back(
     folder: Path, model: Any, state: dict[str, torch.Tensor], logits: torch.Tensor, options: TrainOptions
 ) -> dict[str, Any]:
     """Check that plain transformers or PEFT loads from `folder` what was trained. One process is enough.

@@ -314,6 +314,12 @@ def test_a_resumed_run_keeps_the_first_values_that_it_began_with(script, tiny, c
         *("--output_dir", tmp_path / "parts"),
         *("--resume_from_checkpoint", tmp_path / "whole" / "checkpoints" / "step-00000002"),
     )
+    with pytest.raises(
+        ConfigError, match=r"init_lora_weights: .* was saved with 'pissa', this run has True; give the same"
+    ):
+        checkpoint = ("--resume_from_checkpoint", tmp_path / "whole" / "checkpoints" / "step-00000002")
+        changed = ("--init_lora_weights", "true", "--allow_changed", "init_lora_weights")
+        script("sft", *words, *checkpoint, *changed, "--output_dir", tmp_path / "changed")
     whole, parts = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "parts"))
     assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
     assert {tensor.shape[0] for name, tensor in whole.items() if "lora_A" in name} == {8}

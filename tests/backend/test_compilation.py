@@ -1,4 +1,4 @@
-"""torch.compile by the launch YAML: the same numbers, names and files as without it. The oracle is the uncompiled model."""
+"""torch.compile by the launch YAML: numbers, names and files are those of the uncompiled model, the oracle here."""
 
 import functools
 

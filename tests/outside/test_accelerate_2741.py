@@ -4,8 +4,6 @@ The right number of processes is the one that was asked for. The launcher has on
 `--cpu` (or `use_cpu: true`) takes another one. So we refuse, and name the YAML that starts two.
 """
 
-from pathlib import Path
-
 from accelerate.commands.launch import launch_command_parser
 
 from accel_llm.backend.launch_settings import _dropped_processes
@@ -13,7 +11,7 @@ from accel_llm.backend.launch_settings import _dropped_processes
 
 def problems(*flags: str, **settings: object) -> list[str]:
     arguments = launch_command_parser().parse_args([*flags, "train.py"])
-    return _dropped_processes(settings, arguments, Path("cpu.yaml"))
+    return _dropped_processes(settings, arguments, "cpu.yaml")
 
 
 def test_two_processes_on_a_cpu_are_not_silently_one(monkeypatch):

@@ -25,6 +25,7 @@ from accel_llm.model.loss import next_token_loss
 # PEFT adapts the experts of the first two families as well, with a wrapper around the module.
 FAMILIES = {"qwen3_moe": {"moe_intermediate_size": 64}, "mixtral": {}, "gpt_oss": {}}
 SIZES = {"hidden_size": 64, "intermediate_size": 64}
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 def rounded(weight: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,8 @@ from accel_llm.model.loss import next_token_loss
 from accel_llm.model.padding import fit_pad_token
 from accel_llm.model.tokenizer import pad_token_id
 
-ROWS = 103  # of the embedding: all tokens but the added <pad>
+ROWS = len(character_tokenizer())  # of the embedding: all tokens but the added [PAD]
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 @pytest.fixture

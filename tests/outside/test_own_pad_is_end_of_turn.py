@@ -15,6 +15,7 @@ from accel_llm.model.loading import load_model
 from accel_llm.model.loss import next_token_loss
 
 END = 2
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 @pytest.mark.parametrize("packing", [True, False])

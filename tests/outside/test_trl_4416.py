@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from accel_llm.adapters.saved import save_adapter
 from accel_llm.config.options import TrainOptions
 from accel_llm.errors import ConfigError
-from accel_llm.training.read_back import read_back, sample_logits
+from accel_llm.training.read_back import read_export_back, sample_logits
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21.2
 
@@ -30,7 +30,7 @@ def test_an_empty_adapter_is_never_exported(accelerator, tmp_path) -> None:
         folder = tmp_path / f"adapter-{len(state)}"
         save_adapter(model, folder, state, str(tmp_path / "base"))
         base.generation_config.save_pretrained(folder)
-        read_back(folder, model, trained, logits, options)
+        read_export_back(folder, model, trained, logits, options)
         return len(load_file(folder / "adapter_model.safetensors"))
 
     assert export(trained) == len(trained) > 0

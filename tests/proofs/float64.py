@@ -27,8 +27,8 @@ def write_adapters(work: Path) -> None:
     for name in set(ADAPTERS.values()):
         base: Any = AutoModelForCausalLM.from_pretrained(work / "model")
         settings = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", use_dora=name == "dora")
-        model = get_peft_model(base, settings)
         torch.manual_seed(1)
+        model = get_peft_model(base, settings)
         with torch.no_grad():
             for key, parameter in model.named_parameters():
                 if "lora_B" in key:

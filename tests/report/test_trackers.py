@@ -13,7 +13,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accel_llm.config.options import RunOptions
 from accel_llm.errors import ConfigError
 from accel_llm.report.record import Record
-from accel_llm.report.trackers import Trackers, build_tracker
+from accel_llm.report.trackers import RunTrackers, build_tracker
 
 # A package that writes down what it is told, and fails in the function that FAIL names.
 PACKAGE = """
@@ -60,11 +60,11 @@ def package(tmp_path, monkeypatch) -> Callable[[str], list[Any]]:
     return put
 
 
-def send(accelerator, folder: Path, report_to: list[str], **options: Any) -> tuple[Trackers, Record]:
+def send(accelerator, folder: Path, report_to: list[str], **options: Any) -> tuple[RunTrackers, Record]:
     """Send two steps of metrics."""
     record = Record(folder, True)
     record.update(status="running")
-    trackers = Trackers(accelerator, RunOptions(output_dir=str(folder), report_to=report_to, **options), record)
+    trackers = RunTrackers(accelerator, RunOptions(output_dir=str(folder), report_to=report_to, **options), record)
     for step in (1, 2):
         trackers.log({"loss": 0.5}, step)
     trackers.finish()

@@ -28,7 +28,7 @@ def trained_state(model: Any) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def write(tmp_path, accelerator):
-    """`write(model)` writes a full export; returns (folder, model, state, logits), which `read_back` takes."""
+    """`write(model)` writes a full export; returns (folder, model, state, logits), which `read_export_back` takes."""
 
     def call(model: Any, dtype: torch.dtype = torch.float32) -> tuple[Path, Any, dict[str, torch.Tensor], torch.Tensor]:
         state = export._model_state(model, {name: t.to(dtype) for name, t in trained_state(model).items()})
@@ -42,13 +42,13 @@ def write(tmp_path, accelerator):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_read_back_bit_by_bit(write, family):
-    facts = read_back.read_back(*write(tiny_model(family)), OPTIONS)
+    facts = read_back.read_export_back(*write(tiny_model(family)), OPTIONS)
     assert facts["loaded_by"] == "transformers" and facts["tensors"] > 3 and facts["parameters"] > 1000
     assert facts["logits"]["tokens"] == 32 and facts["logits"]["relative_error"] < 1e-5
 
 
 def test_16_bit_files_round_the_logits_but_not_beyond_what_is_allowed(write):
-    facts = read_back.read_back(*write(tiny_model("llama"), torch.bfloat16), OPTIONS)
+    facts = read_back.read_export_back(*write(tiny_model("llama"), torch.bfloat16), OPTIONS)
     assert 1e-4 < facts["logits"]["relative_error"] < 0.1
 
 
@@ -91,10 +91,10 @@ def set_config(folder: Path, **values: Any) -> None:
 def test_a_bad_export_is_refused(write, damage, message):
     """An export with too few, too many or other weights, or with another config, is none; and whole it is one."""
     folder, *rest = write(tiny_model("llama"))
-    read_back.read_back(folder, *rest, OPTIONS)
+    read_back.read_export_back(folder, *rest, OPTIONS)
     damage(folder)
     with pytest.raises(ConfigError) as error:
-        read_back.read_back(folder, *rest, OPTIONS)
+        read_back.read_export_back(folder, *rest, OPTIONS)
     sentence = str(error.value)
     assert sentence.startswith(f"output_dir: {folder.with_name('model')} was written and read back, but ")
     assert message in sentence
@@ -118,7 +118,7 @@ def adapter(tmp_path, accelerator):
 
 
 def test_an_adapter_is_compared_on_its_base(adapter):
-    facts = read_back.read_back(*adapter)
+    facts = read_back.read_export_back(*adapter)
     assert facts["loaded_by"] == "peft" and facts["tensors"] == 2 * 7 * SIZES["num_hidden_layers"]
     assert facts["logits"]["relative_error"] < 1e-5
 
@@ -128,13 +128,13 @@ def test_an_adapter_without_tensors_or_with_others_is_refused(adapter):
     state = load_file(file)
     save_file({name: tensor * 2 for name, tensor in state.items()}, file, {"format": "pt"})
     with pytest.raises(ConfigError, match="but the logits of a row differ by"):
-        read_back.read_back(*adapter)
+        read_back.read_export_back(*adapter)
     save_file({}, file, {"format": "pt"})
     with pytest.raises(ConfigError, match="28 of 28 weights are missing"):
-        read_back.read_back(*adapter)
+        read_back.read_export_back(*adapter)
 
 
 def test_what_is_too_large_is_not_computed_once_more(write, monkeypatch):
     arguments = write(tiny_model("llama"))
     monkeypatch.setattr(read_back, "MAX_PARAMETERS", 10_000)
-    assert read_back.read_back(*arguments, OPTIONS)["logits"].startswith("not compared: the model has ")
+    assert read_back.read_export_back(*arguments, OPTIONS)["logits"].startswith("not compared: the model has ")
