@@ -20,7 +20,7 @@ from accel_llm.config.command_line import parse_options
 from accel_llm.config.tool_options import ChatOptions
 from accel_llm.errors import ConfigError
 from accel_llm.merge.merge import load_with_adapter
-from accel_llm.model.answers import Conversation
+from accel_llm.model.answers import Dialogue
 from accel_llm.model.loading import check_model_name, load_complete_model
 from accel_llm.model.tokenizer import load_tokenizer
 from accel_llm.system.exit import run_script
@@ -36,9 +36,9 @@ def main() -> None:
     tokenizer = load_tokenizer(tokenizer_source, trust_remote_code=options.trust_remote_code)
     template = load_template(tokenizer, options.chat_template)
     settings = generation_settings(model, tokenizer, template, options)
-    conversation = Conversation(model, tokenizer, template, settings, options.system)
+    dialogue = Dialogue(model, tokenizer, template, settings, options.system)
     for question in read_questions(options):
-        conversation.ask(question)
+        dialogue.ask(question)
 
 
 def load_model_or_adapter(options: ChatOptions, device: str) -> tuple[Any, str]:

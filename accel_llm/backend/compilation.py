@@ -3,8 +3,8 @@
 Accelerate 1.15 would wrap the whole model. Then all names get the prefix `_orig_mod.`, which no export knows. And our
 loss and the documents of a packed row, which have another shape in each step, would be compiled again and again. So
 each part of a decoder layer (attention, MLP, norms) is compiled by itself; activation checkpointing and the hooks of
-FSDP2 stay around the parts. Without gradients (evaluation, generation, the checks at the start) the parts run uncompiled, so
-an evaluation also checks what the compiler did.
+FSDP2 stay around the parts. Without gradients (evaluation, generation, checks at the start) the parts run uncompiled,
+so an evaluation also checks what the compiler did.
 """
 
 import functools

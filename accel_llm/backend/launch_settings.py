@@ -201,8 +201,8 @@ def _dropped_processes(settings: dict[str, Any], arguments: Namespace, path: str
         return []
     starter = Path(path).name if path else "the launcher"
     return [
-        f"num_processes: {asked} processes were asked for, but {starter} starts one, with use_cpu or distributed_type NO; "
-        f"use ddp.yaml, which also runs without a GPU, or set num_processes: 1."
+        f"num_processes: {asked} processes were asked for, but {starter} starts one, with use_cpu or distributed_type "
+        "NO; use ddp.yaml, which also runs without a GPU, or set num_processes: 1."
     ]
 
 

@@ -12,7 +12,7 @@ from accel_llm.model.attention import unwrap_causal_lm
 from accel_llm.model.positions import position_limit
 
 
-class Conversation:
+class Dialogue:
     """Asks a model question after question. If the positions do not suffice for all, it starts anew and says so."""
 
     def __init__(

@@ -2,6 +2,7 @@
 
 import torch
 from transformers import PreTrainedConfig
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from accel_llm.backend.strategy import strategy
 from accel_llm.config.options import MethodOptions
@@ -27,6 +28,7 @@ def check_quantized_share(config: PreTrainedConfig, options: MethodOptions) -> N
     quantizes = options.method == "qlora" or options.load_in_8bit
     if not quantizes or causal_lm_class(config) is None:  # without a class it is code that comes with the model
         return
+    unset_hf_deepspeed_config()  # otherwise transformers shards it under ZeRO-3, for which it needs weights
     with torch.device("meta"):
         model = causal_lm_loader(config).from_config(config)
     experts = {name for name, _, _ in expert_weights(model)}

@@ -47,7 +47,12 @@ def sample_logits(accelerator: Accelerator, model: Any) -> torch.Tensor:
     """
     inner = unwrap_model(accelerator, model)
     with evaluating(inner), accelerator.autocast(), stock_attention(inner):
-        return inner(input_ids=_sample_ids(inner).to(accelerator.device)).logits.float().cpu()
+        logits = inner(input_ids=_sample_ids(inner).to(accelerator.device)).logits.float().cpu()
+    if isinstance(inner, FSDPModule):
+        # The forward pass leaves the outermost unit whole. Only the main process then writes files, which shards it
+        # again there, and the next forward pass would wait for the others.
+        inner.reshard()
+    return logits
 
 
 def _sample_ids(model: Any) -> torch.Tensor:

@@ -1,14 +1,17 @@
 """The demo: determinism, disjoint splits, the tokenizer, and the size of the shipped base."""
 
+import json
 import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoTokenizer
 
-from accel_llm.demo.files import DEMO_BASE
+from accel_llm.config.options import SftOptions
+from accel_llm.demo.files import DEMO_BASE, resolve_demo
 from accel_llm.demo.skills import (
     CONVERSATIONS,
     FAMILIES,
@@ -41,6 +44,13 @@ def test_every_family_appears_equally_often_and_no_row_twice(split):
     assert len(rows) == CONVERSATIONS[split]
     assert families == {family.__name__: len(rows) // len(FAMILIES) for family in FAMILIES}
     assert len({str(row["messages"]) for row in rows}) == len(rows)
+
+
+def test_the_files_of_the_demo_have_no_column_that_nothing_reads(tmp_path):
+    options = resolve_demo(SftOptions(train_files=["demo"], eval_files=["demo"], cache_dir=str(tmp_path)))
+    for split, (file,) in (("train", options.train_files), ("eval", options.eval_files)):
+        rows = [json.loads(line) for line in Path(str(file)).read_text(encoding="utf-8").splitlines()]
+        assert rows == [{"messages": row["messages"]} for row in demo_conversations(split)]
 
 
 @pytest.mark.parametrize("split", ["train", "eval"])

@@ -47,7 +47,7 @@ def test_experts_are_held_in_4_bits_and_trained_through(tmp_path, family, recomp
     # The oracle: plain transformers and PEFT on the rounded weights.
     with torch.no_grad():
         for name, module in plain.named_modules():
-            matrices = type(module) is nn.Linear and name != "lm_head" or "Experts" in type(module).__name__
+            matrices = (type(module) is nn.Linear and name != "lm_head") or "Experts" in type(module).__name__
             for parameter in module.parameters(recurse=False) if matrices else []:
                 if parameter.ndim > 1 and not (parameter.ndim == 2 and "Experts" in type(module).__name__):
                     parameter.copy_(rounded(parameter))

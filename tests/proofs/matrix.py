@@ -68,7 +68,7 @@ HELD_OUT = 8  # rows of an evaluation, those after the trained ones
 WHOLE = f"--total_batch_size {ROWS} --limit_rows {ROWS} --lr_scheduler_type constant --eval_on_start true"
 GRADIENT = f"{WHOLE} --optim sgd --learning_rate {RATE} --max_grad_norm {MAX_NORM}"
 # Torch's AdamW, with evaluations between the steps.
-PATH_STEPS, PATH_EVERY, ADAMW = 10, 3, {"lr": 1e-3, "eps": 1e-6, "weight_decay": 0.0}
+PATH_STEPS, PATH_EVERY, ADAMW = 10, 5, {"lr": 1e-3, "eps": 1e-6, "weight_decay": 0.0}
 PATH = f"{WHOLE} --max_steps {PATH_STEPS} --eval_steps {PATH_EVERY} --learning_rate {ADAMW['lr']} "
 PATH += f"--adam_epsilon {ADAMW['eps']} --weight_decay 0 --max_grad_norm 1"
 
