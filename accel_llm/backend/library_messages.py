@@ -32,6 +32,8 @@ CHATTER = {
     r"No device id is provided via `init_process_group`": "there is one device for each process",
     r"Token indices sequence length is longer": "data/limits.py counts rows that are too long, and says so",
     r"`tie_word_embeddings=True` and (a tied layer|the tied_target_modules)": "merge/ unties them, and verifies it",
+    r"so we will NOT tie them": "model/config_file.py says it in a sentence of its own",
+    r"`tokenizer_class` is `\w+` but `tokenizer.json` is": "model/tokenizer_file.py keeps to tokenizer.json anyway",
     r"LOAD REPORT.*(MISSING|MISMATCH)": "model/loading.py reads the same report and refuses such a model",
 }
 # Parts of messages of torch, transformers, PEFT and bitsandbytes that tell of wrong numbers.

@@ -42,13 +42,14 @@ def prepare_4bit_experts(model: nn.Module, config: BitsAndBytesConfig) -> None:
         # bitsandbytes writes the scales here when it quantizes; FSDP2 replaces the parameter and would lose them.
         scales = SimpleNamespace(quant_state=None)
         experts.scales_by_name = getattr(experts, "scales_by_name", {}) | {name: scales}
-        experts._parameters[name] = Params4bit(
+        four_bit: Any = Params4bit
+        experts._parameters[name] = four_bit(
             experts._parameters[name].data,
             requires_grad=False,
             compress_statistics=config.bnb_4bit_use_double_quant,
             quant_type=config.bnb_4bit_quant_type,
             quant_storage=config.bnb_4bit_quant_storage,
-            module=scales,  # type: ignore[arg-type]
+            module=scales,
         )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from accel_llm.errors import ConfigError
 from accel_llm.system.launcher import process_rank

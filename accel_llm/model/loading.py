@@ -294,7 +294,7 @@ def build_model(config: PreTrainedConfig, options: TrainOptions) -> PreTrainedMo
     trusted = options.trust_remote_code
     config = copy(config)
     if stored_quantization(config):
-        del config.quantization_config  # of weights that are not read
+        del config.quantization_config  # type: ignore[attr-defined] # of weights that are not read
     loader = causal_lm_loader(config)
     model = loader.from_config(config, dtype=torch.float32, trust_remote_code=trusted, **implementations)
     freeze_other_parts(model, config)

@@ -1,5 +1,7 @@
 """Pad ids that a model has no row for: taken out of its config, and replaced in its tokenizer."""
 
+from typing import Any
+
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 from accel_llm.system.launcher import process_rank
@@ -28,7 +30,8 @@ def fit_pad_token(tokenizer: PreTrainedTokenizerFast, config: PreTrainedConfig, 
     Often somebody added a pad token to a tokenizer and did not resize the model. Padding would then be an IndexError,
     here and for everybody who loads the exported tokenizer and generation config.
     """
-    rows, old, old_id = embedding_rows(config, new_tokens), tokenizer.pad_token, tokenizer.pad_token_id
+    old_id: Any = tokenizer.pad_token_id
+    rows, old = embedding_rows(config, new_tokens), tokenizer.pad_token
     if old_id < rows:
         return
     # No token is masked by its id, so any token can fill a batch; the first of these is what others use too.

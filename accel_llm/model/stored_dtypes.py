@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from accel_llm.config.options import ModelOptions, PretrainOptions
 from accel_llm.model.loading import stored_dtype

@@ -33,7 +33,9 @@ def load_as_published(name: str, **arguments: Any) -> PreTrainedTokenizerFast:
     if _pipeline(tokenizer.backend_tokenizer) == _pipeline(Tokenizer.from_file(path)):
         return tokenizer
     # The general class takes the file as it is, but has no special tokens beside those in tokenizer_config.json.
-    special = {key: token for key, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    special: dict[str, Any] = {
+        key: token for key, token in tokenizer.special_tokens_map.items() if isinstance(token, str)
+    }
     return PreTrainedTokenizerFast.from_pretrained(
         name, **arguments, **special, model_input_names=tokenizer.model_input_names
     )
