@@ -75,7 +75,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((actual - expected).norm() / expected.norm())
+    return ((actual - expected).norm() / expected.norm()).item()
 
 
 def trained(base: Path, folder: Path, **options: Any) -> PeftModel:
@@ -108,7 +108,7 @@ def test_logits_and_gradients_are_those_of_peft_with_its_changed_base(bases, fam
     for each in (model.double(), oracle):
         each.train()(input_ids=IDS).logits.logsumexp(-1).sum().backward()
     # PEFT rounds the changed base to float32.
-    assert distance(logits(model), logits(oracle)) < 1e-6 < 0.1 < distance(logits(model), start)
+    assert distance(logits(model), logits(oracle)) < 2e-6 < 0.1 < distance(logits(model), start)
     gradients = {name: p.grad for name, p in oracle.named_parameters() if p.requires_grad}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

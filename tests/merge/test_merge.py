@@ -380,7 +380,8 @@ def test_a_hub_id_that_cannot_be_reached_is_refused(tiny, make_adapter, tmp_path
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     field = name.split("/")[1]
     with pytest.raises(
-        ConfigError, match=rf"^{field}: {name} is not a folder, and as a hub id it cannot be downloaded \("
+        ConfigError,
+        match=rf"^{field}: {name} is not a folder and not in the cache of the hub, and the hub cannot be reached \(",
     ):
         if field == "adapter":
             merge(MergeOptions(adapter=[name], output_dir=str(tmp_path / "merged")))

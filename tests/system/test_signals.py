@@ -116,7 +116,10 @@ def test_a_terminal_that_is_closed_stops_the_run_as_a_signal_does(tmp_path):
     pid, terminal = pty.fork()
     if not pid:
         os.execve(sys.executable, [sys.executable, "-c", program, str(saved)], os.environ | {"PYTHONPATH": str(ROOT)})
-    assert os.read(terminal, 100).strip() == str(pid).encode()
+    line = b""
+    while not line.endswith(b"\n"):  # a write to a terminal that is closed meanwhile would fail
+        line += os.read(terminal, 100)
+    assert line.strip() == str(pid).encode()
     os.close(terminal)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     assert (code, saved.exists()) == (128 + signal.SIGHUP, True)
