@@ -54,9 +54,12 @@ def _shard_units(model: nn.Module) -> list[nn.Module]:
     layer_classes = set(inner._no_split_modules or [])
     # Backwards, so that a layer inside another one comes first.
     layers = [module for module in reversed(list(model.modules())) if type(module).__name__ in layer_classes]
-    # A tied embedding stays with its head in the last unit.
-    embedding, head = inner.get_input_embeddings(), inner.get_output_embeddings()
-    tied = head is not None and getattr(embedding, "weight", 0) is getattr(head, "weight", 1)
+    # An embedding that shares its weight with the head stays with it in the last unit. With `modules_to_save` PEFT keeps
+    # the shared weight inside a wrapper, beside the copy that is trained.
+    embedding = inner.get_input_embeddings()
+    own = set() if embedding is None else set(embedding.modules())
+    others = {parameter for module in model.modules() if module not in own for parameter in module.parameters(False)}
+    tied = embedding is not None and not others.isdisjoint(embedding.parameters())
     return [*layers, *([] if tied or embedding is None else [embedding]), model]
 
 
