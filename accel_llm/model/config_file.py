@@ -15,6 +15,8 @@ from accel_llm.system.disk import write_atomically
 from accel_llm.system.launcher import process_rank
 
 OWN_KEYS = ("rope_theta", "partial_rotary_factor")  # beside `rope_scaling` in transformers 4, not inside
+# Families that called them otherwise.
+OTHER_NAMES = {"gpt_neox": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}}
 
 
 def save_config(config: PreTrainedConfig, folder: Path) -> None:
@@ -23,10 +25,19 @@ def save_config(config: PreTrainedConfig, folder: Path) -> None:
     file = folder / "config.json"
     settings = json.loads(file.read_text(encoding="utf-8"))
     widened = _with_old_names(settings)
-    # A family may read the old names in a way of its own. Then the file stays as transformers 5 has written it.
-    again = type(config).from_dict(json.loads(json.dumps(widened)))
-    if _rope_parameters(again.to_dict()) == _rope_parameters(type(config).from_dict(settings).to_dict()):
+    # A family may read the old names in a way of its own, or refuse them. Then the file stays as it is.
+    try:
+        same = _rotary_settings(config, widened) == _rotary_settings(config, settings)
+    except Exception:
+        same = False
+    if same:
         write_atomically(file, json.dumps(widened, indent=2, ensure_ascii=False, sort_keys=True) + "\n")
+    elif widened != settings:
+        print(
+            f"config.json: the rotary settings of {config.model_type} have names of transformers 5 only; programs that "
+            "build on transformers 4 would read other ones",
+            flush=True,
+        )
 
 
 def correct_tied_embeddings(model: PreTrainedModel) -> None:
@@ -52,27 +63,38 @@ def correct_tied_embeddings(model: PreTrainedModel) -> None:
 def _with_old_names(settings: dict[str, Any]) -> dict[str, Any]:
     """Return the settings with the old names added, also in the configs of parts, such as `text_config`."""
     parts = {key: _with_old_names(value) if isinstance(value, dict) else value for key, value in settings.items()}
-    rope = settings.get("rope_parameters")
+    rope, family = settings.get("rope_parameters"), settings.get("model_type")
     if not isinstance(rope, dict):
         return parts
     # Gemma 3 has one set of values for each kind of layer.
     main, local = rope.get("full_attention", rope), rope.get("sliding_attention")
     if not isinstance(main, dict) or "rope_theta" not in main:
         return parts
-    old = {key: main[key] for key in OWN_KEYS if main.get(key) is not None}
-    scaling = {key: value for key, value in main.items() if key not in OWN_KEYS}
+    names = OTHER_NAMES.get(str(family), {})
+    old = {names.get(key, key): main[key] for key in OWN_KEYS if main.get(key) is not None}
+    scaling = {key: value for key, value in main.items() if key not in (*OWN_KEYS, "type")}
     if scaling.get("rope_type") == "longrope":
-        # Phi-3 accepts exactly three keys here. The original length stands beside them.
-        scaling = {"type": "longrope"} | {key: main[key] for key in ("short_factor", "long_factor")}
-    old["rope_scaling"] = scaling if scaling.get("rope_type", "longrope") != "default" else None
+        # The names that Phi-3 and its kin have in transformers 4. Phi-3 accepts exactly these three keys.
+        kept = {"short_factor", "long_factor"} if family == "phi3" else scaling.keys() - {"rope_type"}
+        scaling = {"type": "longrope"} | {key: value for key, value in scaling.items() if key in kept}
+    old["rope_scaling"] = scaling if scaling.get("rope_type") != "default" else None
     if isinstance(local, dict) and "rope_theta" in local:
         old["rope_local_base_freq"] = local["rope_theta"]
     return old | parts
 
 
+def _rotary_settings(config: PreTrainedConfig, settings: dict[str, Any]) -> list[Any]:
+    """Return all `rope_parameters` that transformers 5 reads from `settings`, also those of parts."""
+    return _rope_parameters(type(config).from_dict(json.loads(json.dumps(settings))).to_dict())
+
+
 def _rope_parameters(settings: Any) -> list[Any]:
-    """Return all values of `rope_parameters`, also those of parts."""
     if not isinstance(settings, dict):
         return []
-    own = [settings["rope_parameters"]] if "rope_parameters" in settings else []
+    # `type` is an older name of `rope_type`, which is always there.
+    own = (
+        [{k: v for k, v in settings["rope_parameters"].items() if k != "type"}]
+        if settings.get("rope_parameters")
+        else []
+    )
     return own + [value for part in settings.values() for value in _rope_parameters(part)]

@@ -3,6 +3,7 @@
 import json
 import math
 import platform
+import shlex
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -21,12 +22,12 @@ CARD_PACKAGES = ("torch", "transformers", "peft", "safetensors")
 ADAPTER_EXAMPLE = """from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 
-model = AutoPeftModelForCausalLM.from_pretrained("{name}")
-tokenizer = AutoTokenizer.from_pretrained("{name}")"""
+model = AutoPeftModelForCausalLM.from_pretrained({name})
+tokenizer = AutoTokenizer.from_pretrained({name})"""
 MODEL_EXAMPLE = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained("{name}")"""
+model = AutoModelForCausalLM.from_pretrained({name}, dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained({name})"""
 
 
 def card_header(library: str, base: str | None, relation: str, tags: list[str], **more: Any) -> list[str]:
@@ -83,9 +84,10 @@ def write_run_card(folder: Path) -> None:
     facts |= _describe_training(run, options, read_metrics(folder.parent / "metrics.jsonl"))
     lines += [f"# {name}", "", "| | |", "|-|-|"]
     lines += [f"| {key} | {_cell(value)} |" for key, value in facts.items() if value]
-    example = (ADAPTER_EXAMPLE if settings else MODEL_EXAMPLE).format(name=name)
-    lines += ["", "```python", example, "```", "", "```sh", f"python launch/chat.py --model {name}"]
-    lines += [f"python launch/merge.py --adapter {name} --output_dir merged"] if settings else []
+    example = (ADAPTER_EXAMPLE if settings else MODEL_EXAMPLE).format(name=json.dumps(name, ensure_ascii=False))
+    word = shlex.quote(name)
+    lines += ["", "```python", example, "```", "", "```sh", f"python launch/chat.py --model {word}"]
+    lines += [f"python launch/merge.py --adapter {word} --output_dir merged"] if settings else []
     lines += ["```", "", versions_sentence(), ""]
     write_atomically(folder / "README.md", hide_secrets("\n".join(lines)))
 

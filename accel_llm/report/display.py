@@ -248,7 +248,7 @@ def show_next_commands(accelerator: Accelerator, record: Record, folder: Path) -
     """
     if not accelerator.is_main_process:
         return
-    run = folder.parent
+    run, folder = folder.parent.absolute(), folder.absolute()  # the commands work from anywhere
     for name, write, place in (("report.html", write_report, run), ("README.md", write_run_card, folder)):
         try:
             write(place)

@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import json
 import os
+import select
 import signal
 import socket
 import stat
@@ -117,8 +118,7 @@ def _stop(number: int) -> None:
     """React to a signal to stop."""
     global _stop_time
     now = time.monotonic()
-    if number == signal.SIGHUP:
-        _leave_terminal()
+    _leave_closed_terminal(closing=number == signal.SIGHUP)
     if not signal_requests.stop and (_failing or _is_peer_gone()):
         # When one process of a job fails, the launcher stops the others with this signal. The failed one reports why.
         if _on_stop is not None:
@@ -137,12 +137,23 @@ def _stop(number: int) -> None:
         os._exit(128 + number)
 
 
-def _leave_terminal() -> None:
-    """Write no more to the terminal, which has been closed: each line would be an error, and the run would fail by it."""
+def _leave_closed_terminal(closing: bool) -> None:
+    """Write no more to a terminal that has been closed: each line would be an error, and the run would fail by it.
+
+    `closing`: SIGHUP says so. torchrun passes it on as SIGTERM; then the terminal itself says so.
+    """
     for handle in (1, 2):
         with contextlib.suppress(OSError):  # one that is closed
-            if stat.S_ISCHR(os.fstat(handle).st_mode):
+            if stat.S_ISCHR(os.fstat(handle).st_mode) and (closing or _is_hung_up(handle)):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), handle)
+
+
+def _is_hung_up(handle: int) -> bool:
+    if not hasattr(select, "poll"):  # Windows, which has no such terminals
+        return False
+    terminal = select.poll()
+    terminal.register(handle, 0)  # a hang-up is always reported
+    return bool(terminal.poll(0))
 
 
 def _announce_stop(number: int) -> None:

@@ -52,6 +52,19 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
             "original_max_position_embeddings": 4096,
         },
     ),
+    "Phi-3.5-MoE": (
+        "phimoe",
+        {
+            "rope_theta": 10000.0,
+            "rope_scaling": LONGROPE
+            | {"short_mscale": 1.2, "long_mscale": 1.3, "original_max_position_embeddings": 4096},
+            "max_position_embeddings": 131072,
+            "original_max_position_embeddings": 4096,
+            "hidden_size": 3072,
+            "num_attention_heads": 32,
+        },
+    ),
+    "RedPajama-INCITE-3B": ("gpt_neox", {"rotary_pct": 1.0, "rotary_emb_base": 50000}),
     "Phi-2": ("phi", {"rope_theta": 10000.0, "partial_rotary_factor": 0.4}),
 }
 
@@ -67,6 +80,9 @@ def test_the_rotary_settings_have_their_old_names_too(tmp_path: Path, model: str
     # In transformers 5 the file means what it meant before.
     config.save_pretrained(tmp_path / "stock")
     assert "rope_theta" not in json.loads((tmp_path / "stock" / "config.json").read_text())
+    again = AutoConfig.from_pretrained(tmp_path / "stock")  # without the old names
+    save_config(again, tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_text()) == written
     ours, stock = AutoConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path / "stock")
     assert ours.rope_parameters == stock.rope_parameters == config.rope_parameters
 

@@ -23,7 +23,7 @@ def equal_data() -> None:
 def leaking_document() -> None:
     import torch
 
-    from accel_llm.model import attention, loss
+    from accel_llm.model import attention, loss, probe
 
     honest = attention.forward_arguments
 
@@ -32,7 +32,7 @@ def leaking_document() -> None:
         whole = {"cu_seqlens": torch.tensor([0, tokens], dtype=torch.int32), "max_seqlen": tokens}
         return honest(batch | whole if "cu_seqlens" in batch else batch)
 
-    attention.forward_arguments = loss.forward_arguments = one_document
+    attention.forward_arguments = loss.forward_arguments = probe.forward_arguments = one_document
 
 
 def whole_layer() -> None:

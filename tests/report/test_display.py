@@ -220,7 +220,7 @@ def test_what_the_warnings_say_is_what_the_run_does():
 
 @pytest.mark.parametrize("run", ["out", "my run/a", "it's $HOME [bold]:smile:", "-dash", "."])
 @pytest.mark.parametrize("export", ["adapter", "model"])
-def test_the_next_commands_are_right_where_the_user_stands(accelerator, tmp_path, monkeypatch, run, export):
+def test_the_next_commands_are_right_from_anywhere(accelerator, tmp_path, monkeypatch, run, export):
     (tmp_path / run / export).mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [str(ROOT / "launch" / "sft.py")])
@@ -228,15 +228,17 @@ def test_the_next_commands_are_right_where_the_user_stands(accelerator, tmp_path
     screen = io.StringIO()
     monkeypatch.setattr(display, "console", Console(file=screen, width=40))
     display.show_next_commands(accelerator, Record(Path(run), False), Path(run) / export)
+    monkeypatch.chdir(ROOT)
+    folder = tmp_path / run
     lines = dict(line.split(":", 1) for line in screen.getvalue().splitlines())
     _, chat, *words = shlex.split(lines["ask it"])
-    assert Path(chat).is_file() and Path(parse_options(ChatOptions, words).model) == Path(run)
+    assert Path(chat).is_file() and Path(parse_options(ChatOptions, words).model) == folder
     ((argument,),) = [[a.value for a in node.args] for node in ast.walk(ast.parse(lines["load it"].strip()))
                       if isinstance(node, ast.Call)]  # fmt: skip
-    assert Path(argument).is_dir() and Path(argument) == Path(run) / export
+    assert Path(argument).is_dir() and Path(argument) == folder / export
     assert ("merge it" in lines) == (export == "adapter")
     if "merge it" in lines:
         _, merge, *words = shlex.split(lines["merge it"])
         options = parse_options(MergeOptions, words)
-        assert Path(merge).is_file() and Path(options.adapter[0]) == Path(run)
-        assert Path(options.output_dir).resolve() not in (Path(run).resolve(), (Path(run) / export).resolve())
+        assert Path(merge).is_file() and Path(options.adapter[0]) == folder
+        assert Path(options.output_dir).resolve() not in (folder.resolve(), (folder / export).resolve())
