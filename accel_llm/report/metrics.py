@@ -124,13 +124,16 @@ class Meter:
             self.progress.stop()
 
     def end_run(self) -> None:
-        """Close the trackers and the process group, as the last thing that a script does.
+        """Close the trackers, as the last thing that a script does.
+
+        The process groups are not destroyed, as by `Accelerator.end_training`: run_script ends the process at once, and
+        torch 2.13 can deadlock there. The destructor of a gloo group waits for a lock while it holds Python's, and the
+        group's own thread, which frees the tensors of its last sum, waits for Python's while it holds the other.
 
         Raises:
             ConfigError: the run is done and its weights are there, but something beside the training failed.
         """
         self.trackers.finish()
-        self.accelerator.end_training()
         self.record.raise_problems()
 
 

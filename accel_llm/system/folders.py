@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import stat
 import sys
 import tempfile
 import threading
@@ -73,14 +74,18 @@ def write_problem(folder: Path) -> str:
         for place in (folder, *folder.parents):
             if place.is_symlink() and not place.exists():
                 return missing_reason(folder)
-            if place.is_dir():
-                with tempfile.TemporaryFile(dir=place, prefix=".try-") as file:
-                    file.write(bytes(4096))  # a full disk still takes an empty file
-                    file.flush()
-                    os.fsync(file.fileno())
-                return ""
-            if place.exists():
+            try:
+                # One look: another process of the run may create the folder meanwhile.
+                mode = place.stat().st_mode
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            if not stat.S_ISDIR(mode):
                 return "is a file" if place == folder else f"cannot be created, because {place} is a file"
+            with tempfile.TemporaryFile(dir=place, prefix=".try-") as file:
+                file.write(bytes(4096))  # a full disk still takes an empty file
+                file.flush()
+                os.fsync(file.fileno())
+            return ""
     except OSError as error:
         return f"cannot be written: {error.strerror}"
     return ""
