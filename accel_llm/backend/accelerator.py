@@ -90,6 +90,13 @@ def build_accelerator(options: TrainOptions) -> Accelerator:
         raise ConfigError(*(f'report_to: {name} is not installed; run pip install -e ".[track]".' for name in missing))
     _check_launch(options)
 
+    # The main process refuses a folder in which another run lives. It does so before any process group exists: the
+    # others meet it in there, so they cannot get past it. From then on a signal may write to the folder.
+    folder = None if options.dry_run else Path(options.output_dir)
+    if folder and process_rank() == 0:
+        lock_output_dir(folder)
+        listen_for_signals(folder)
+
     # What each strategy needs.
     arguments: dict[str, Any] = {}
     if launched_strategy.startswith("zero"):
@@ -111,12 +118,6 @@ def build_accelerator(options: TrainOptions) -> Accelerator:
         # Buffers are equal on all processes and never change; DDP would send them all before each forward pass.
         arguments["kwargs_handlers"] = [DistributedDataParallelKwargs(broadcast_buffers=False)]
 
-    # The main process refuses a folder in which another run lives; the others cannot get past it, for they meet it in
-    # `Accelerator`. From then on a signal may write to the folder.
-    folder = None if options.dry_run else Path(options.output_dir)
-    if folder and process_rank() == 0:
-        lock_output_dir(folder)
-        listen_for_signals(folder)
     accelerator = Accelerator(
         mixed_precision={"fp32": "no"}.get(resolve_precision(options), resolve_precision(options)),
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False),

@@ -12,6 +12,8 @@ import forks
 import resumes
 from supervise import RunKind, find_differences
 
+from accel_llm.system.run_lock import LOCK_NAME
+
 STEPS, STOP = 8, 6
 DAMAGES = ("missing", "truncated", "flipped", "empty", "a folder")
 
@@ -132,7 +134,9 @@ def _check_refusal(kind: RunKind, work: Path, output: Path, message: str, more: 
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() if path.is_file() else b"" for path in folder.rglob("*")}
+    # A killed run leaves its lock file, and the next one removes it.
+    paths = (path for path in folder.rglob("*") if path.name != LOCK_NAME)
+    return {path: path.read_bytes() if path.is_file() else b"" for path in paths}
 
 
 def cases(work: Path, short: bool) -> Iterator[Case]:
