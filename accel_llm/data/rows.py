@@ -14,6 +14,7 @@ from huggingface_hub.constants import HF_HOME
 
 from accel_llm.config.data_options import DataOptions
 from accel_llm.system.folders import atomic_folder, write_problem
+from accel_llm.system.launcher import process_rank
 
 # The arrays of a part (train or eval), each a file of plain numbers, and their type as `array` and NumPy name it.
 ARRAYS = {"input_ids": "i", "labels": "i", "weights": "f", "lengths": "i", "number": "q", "origin": "i", "digest": "Q"}
@@ -158,9 +159,9 @@ def cache_folder(options: DataOptions) -> Path:
 
 
 def cache_problems(options: DataOptions) -> list[str]:
-    """Try to write in the folder of the caches. Return a sentence if that fails."""
+    """Try to write in the folder of the caches; the main process does it for all. Return a sentence if that fails."""
     folder = cache_folder(options)
-    if not (problem := write_problem(folder)):
+    if process_rank() or not (problem := write_problem(folder)):
         return []
     name = "cache_dir" if options.cache_dir else "HF_HOME"
     return [f"{name}: the folder for encoded rows, {folder}, {problem}; set cache_dir to another folder."]

@@ -30,6 +30,7 @@ from accel_llm.model.placement import place_weights
 from accel_llm.model.tokenizer import check_token_ids, configured_tokenizer, pad_token_id
 from accel_llm.model.vocabulary import add_missing_tokens, extend_vocabulary
 from accel_llm.system.folders import write_problem
+from accel_llm.system.launcher import process_rank
 from accel_llm.training.optimizers import build_optimizer
 from accel_llm.training.schedule import build_schedule
 
@@ -76,8 +77,8 @@ def read_data_options(options_class: type[TrainOptionsT], demo: Path) -> TrainOp
 
 
 def _output_problems(options: TrainOptions) -> list[str]:
-    """Try to write in the output folder now: hours later it would cost the result."""
-    if options.dry_run or not (problem := write_problem(Path(options.output_dir))):
+    """Try to write in the output folder now: hours later it would cost the result. The main process does it for all."""
+    if options.dry_run or process_rank() or not (problem := write_problem(Path(options.output_dir))):
         return []
     return [f"output_dir: {options.output_dir} {problem}; name another folder."]
 
