@@ -19,12 +19,12 @@ from accelerate.utils import (
 from torch.distributed.fsdp.wrap import always_wrap_policy
 
 from accel_llm.backend.compilation import compile_layers, compile_problems
-from accel_llm.backend.launch_settings import launch_problems, launcher_flag
+from accel_llm.backend.launch_settings import launch_problems
 from accel_llm.backend.strategy import accumulation_steps, resolve_precision, strategy, use_cpu
 from accel_llm.backend.zero import build_deepspeed_plugin, prepare_deepspeed_on_cpu
 from accel_llm.config.options import TrainOptions
 from accel_llm.errors import ConfigError, raise_problems
-from accel_llm.system.launcher import process_rank, world_size
+from accel_llm.system.launcher import launcher_flag, process_rank, world_size
 from accel_llm.system.run_lock import lock_output_dir, share_lock
 from accel_llm.system.signals import listen_for_signals
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from accel_llm.system.launcher import is_launched, launcher_pid
+from accel_llm.system.launcher import is_launched, launcher_flag, launcher_pid
 from accel_llm.system.secrecy import hide_secrets, names_secret
 
 LAUNCHER_PREFIXES = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_", "MEGATRON_LM_")
@@ -89,11 +89,6 @@ RECORDED = re.compile(
     r"HUGGINGFACE|TRANSFORMERS|DATASETS|TOKENIZERS|PEFT|BNB|BITSANDBYTES|NCCL|GLOO|CUDA|CUBLAS|CUDNN|NVIDIA|NVTE|HIP|"
     r"ROCR|ROCM|XLA|OMP|MKL|KMP|OPENBLAS|FLASH_ATTENTION|USE_HUB_KERNELS|PYTHONHASHSEED)(_|$)"
 )
-
-
-def launcher_flag(name: str) -> bool:
-    """Return whether an environment variable of the launcher says true."""
-    return os.environ.get(name, "false").lower() == "true"
 
 
 def recorded_environment() -> dict[str, str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from accel_llm.backend.strategy import use_cpu
 from accel_llm.errors import ConfigError
-from accel_llm.system.launcher import process_rank
+from accel_llm.system.launcher import launcher_flag, process_rank
 
 # Patterns of messages on which no user can act, and why.
 CHATTER = {
@@ -85,7 +85,7 @@ def quiet_libraries() -> None:
     warnings.showwarning = _show_warning
 
     # Loggers: all of them pass their messages on to one handler.
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+    if launcher_flag("ACCELERATE_USE_DEEPSPEED"):
         importlib.import_module("deepspeed")  # adds a handler of its own
     for name in list(logging.Logger.manager.loggerDict):
         if name.split(".")[0] in LIBRARIES:

@@ -1,20 +1,19 @@
 """Strategy, precision and batch sizes of the run, from launcher and recipe, before an Accelerator exists."""
 
-import os
 from typing import Literal
 
 import torch
 
 from accel_llm.backend.zero import deepspeed_settings
 from accel_llm.config.options import ModelOptions, RunOptions
-from accel_llm.system.launcher import world_size
+from accel_llm.system.launcher import launcher_flag, world_size
 
 PRECISION_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def use_cpu() -> bool:
     """Return whether this process trains on the CPU: the launch YAML says so, or there is no GPU."""
-    return os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true" or not torch.cuda.is_available()
+    return launcher_flag("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
 
 
 def training_device() -> torch.device:
@@ -24,9 +23,9 @@ def training_device() -> torch.device:
 
 def strategy() -> str:
     """Return the strategy of the launch YAML: `single`, `ddp`, `fsdp2` or `zero1` to `zero3`."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+    if launcher_flag("ACCELERATE_USE_DEEPSPEED"):
         return f"zero{deepspeed_settings()['zero_optimization'].get('stage', 0)}"
-    sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    sharded = launcher_flag("ACCELERATE_USE_FSDP")
     # One process on a CPU has no other process to share with; on a GPU FSDP2 also runs with a single rank.
     if sharded and (world_size() > 1 or not use_cpu()):
         return "fsdp2"

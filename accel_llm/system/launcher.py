@@ -35,3 +35,8 @@ def launcher_pid() -> int | None:
         if os.fsencode(sys.argv[0]) in Path(f"/proc/{parent}/cmdline").read_bytes().split(b"\0"):
             return parent
     return None
+
+
+def launcher_flag(name: str) -> bool:
+    """Return whether an environment variable of the launcher says true."""
+    return os.environ.get(name, "false").lower() == "true"
