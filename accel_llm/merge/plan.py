@@ -13,6 +13,7 @@ from accel_llm.merge.attached import AttachedAdapters, attach_adapters, can_be_l
 from accel_llm.merge.four_bit import unpack_4_bits
 from accel_llm.merge.one_module import plain_module
 from accel_llm.merge.skeleton import Skeleton, build_skeleton, parameter_specs, read_model_config, saved_names
+from accel_llm.model.config_file import untie
 from accel_llm.model.loading import short_reason
 from accel_llm.model.quantization import quantized_weights, round_to_4_bits
 from accel_llm.model.vocabulary import adapter_vocabulary_size, extend_vocabulary
@@ -130,9 +131,7 @@ def _update_config(model: PreTrainedModel) -> None:
     modules = [model.get_input_embeddings(), model.get_output_embeddings()]
     embedding_and_head = [plain_module(module) for module in modules if module is not None]
     if len(embedding_and_head) == 2 and embedding_and_head[0].weight is not embedding_and_head[1].weight:
-        for config in (model.config, model.config.get_text_config()):
-            if getattr(config, "tie_word_embeddings", False):
-                config.tie_word_embeddings = False
+        untie(model.config)
     # `save_pretrained` of a model sets these two.
     model.config.dtype = model.dtype
     model.config.architectures = [type(model).__name__]

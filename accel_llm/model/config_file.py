@@ -1,4 +1,4 @@
-"""Writes config.json so that programs that build on transformers 4 read the same model.
+"""Makes config.json true for other programs, such as vLLM and those that build on transformers 4.
 
 transformers 5 keeps all settings of rotary embeddings in `rope_parameters`. Transformers 4 does not know this key: it
 takes the default base of 10,000 and no scaling, and vLLM with it, without a word (vLLM 42624). So the old keys are
@@ -49,15 +49,20 @@ def correct_tied_embeddings(model: PreTrainedModel) -> None:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is None or getattr(head, "weight", None) is getattr(embedding, "weight", None):
         return
-    configs = [c for c in (model.config, model.config.get_text_config()) if getattr(c, "tie_word_embeddings", False)]
-    for config in configs:
-        config.tie_word_embeddings = False
-    if configs and process_rank() == 0:
+    if untie(model.config) and process_rank() == 0:
         print(
             "tie_word_embeddings: config.json says true, but the files hold a head that differs from the embedding; "
             "both are used, and an export says false",
             flush=True,
         )
+
+
+def untie(config: PreTrainedConfig) -> bool:
+    """Set `tie_word_embeddings` to false, also in the part for text. Return whether it was true anywhere."""
+    tied = [part for part in (config, config.get_text_config()) if getattr(part, "tie_word_embeddings", False)]
+    for part in tied:
+        part.tie_word_embeddings = False
+    return bool(tied)
 
 
 def _with_old_names(settings: dict[str, Any]) -> dict[str, Any]:
