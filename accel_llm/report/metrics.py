@@ -127,8 +127,8 @@ class Meter:
         """Close the trackers, as the last thing that a script does.
 
         The process groups are not destroyed, as by `Accelerator.end_training`: run_script ends the process at once, and
-        torch 2.13 can deadlock there. The destructor of a gloo group waits for a lock while it holds Python's, and the
-        group's own thread, which frees the tensors of its last sum, waits for Python's while it holds the other.
+        torch 2.13 can deadlock there (pytorch 56297). The destructor of a gloo group waits for a lock while it holds
+        Python's, and the group's own thread, which frees the tensors of its last sum, waits for Python's.
 
         Raises:
             ConfigError: the run is done and its weights are there, but something beside the training failed.

@@ -159,3 +159,13 @@ def test_progress_is_drawn_on_a_terminal_only(accelerator, tmp_path, monkeypatch
     meter.close()
     assert meter.progress.finished is False and not meter.progress.live.is_started
     assert "step 3/8" in screen.getvalue() and "step 3/8" not in capsys.readouterr().out
+
+
+def test_the_end_of_a_run_leaves_its_process_groups_alone(accelerator, tmp_path):
+    """To destroy them could deadlock in torch 2.13 (pytorch 56297)."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        new_meter(accelerator, tmp_path).end_run()
+        assert torch.distributed.is_initialized()
+    finally:
+        torch.distributed.destroy_process_group()
