@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from accel_llm.backend.accelerator import build_accelerator
+from accel_llm.config.options import TrainOptions
 from accel_llm.errors import ConfigError
 from accel_llm.system import run_lock
 from accel_llm.system.folders import atomic_output, check_output_dir
@@ -208,3 +210,19 @@ with atomic_output(pathlib.Path({str(tmp_path / "merged")!r})) as partial:
     assert other.returncode == 0 and [path.name for path in tmp_path.iterdir()] == ["merged"]
     with atomic_output(tmp_path / "merged") as partial:
         shutil.copy(tmp_path / "merged" / "config.json", partial)
+
+
+@pytest.mark.parametrize("kind", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", None])
+def test_a_held_folder_is_refused_before_any_process_group_exists(tmp_path, start, monkeypatch, kind):
+    """Else another rank could take its byte of the lock first, and the main process would refuse its own run."""
+    start(tmp_path)
+    variables = {"RANK": "0", "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true", "FSDP_VERSION": "2"}
+    variables |= {"FSDP_CPU_RAM_EFFICIENT_LOADING": "false", "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false"}
+    if kind:
+        variables[kind] = "true"
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    for name in ("MASTER_ADDR", "MASTER_PORT"):  # so that a process group cannot be built
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ConfigError, match=r"^output_dir: .* is in use by process"):
+        build_accelerator(TrainOptions(output_dir=str(tmp_path), model_name_or_path="unused"))
