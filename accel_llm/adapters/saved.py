@@ -133,8 +133,10 @@ def read_adapter_config(folder: Path, field: str = "adapter") -> dict[str, Any]:
     if reason := missing_reason(folder):
         raise ConfigError(f"{field}: {folder} {reason}; name the adapter's folder, or the run's output_dir.")
     if not path.is_file():
-        kind = "a full model" if (folder / "config.json").is_file() else "not an adapter"
-        raise ConfigError(f"{field}: {folder} is {kind}: it has no adapter_config.json.")
+        model = next((place for place in (folder, folder / "model") if (place / "config.json").is_file()), None)
+        if model:
+            raise ConfigError(f"{field}: {model} is a full model, not an adapter; it is used as it is.")
+        raise ConfigError(f"{field}: {folder} is not an adapter: it has no adapter_config.json.")
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:

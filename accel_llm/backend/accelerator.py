@@ -54,8 +54,8 @@ def _check_launch(options: TrainOptions) -> None:
         allowed = ("bf16",) if cpu else ("bf16", "fp16")
         remedy = f", or set precision: {yaml_precision} in the recipe" if yaml_precision in allowed else ""
         problems.append(
-            f"mixed_precision: the launch YAML says {yaml_precision}, but the recipe's precision is {precision}; "
-            f"remove it there{remedy}."
+            f"mixed_precision: `accelerate launch` says {yaml_precision}, but precision is {precision} here; remove it "
+            f"from its YAML or flags{remedy}."
         )
     if precision == "fp16" and cpu:
         # Accelerate 1.15 leaves it out, or leaves out the scaling of the loss, or stops, depending on the strategy.

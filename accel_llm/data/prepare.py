@@ -125,7 +125,8 @@ def encode_sources(
         raise DataError(f"train_files: no row is left to train on ({labels}): {describe_losses(ledger)}.")
     if "eval" in parts and not len(parts["eval"]):
         labels = ", ".join(source.label for source in evaluation)
-        option = f"eval_share: {options.eval_share}" if options.eval_share else f"eval_files: {labels}"
+        share = f"eval_share: {options.eval_share} (the chance of each row to be held out)"
+        option = share if options.eval_share else f"eval_files: {labels}"
         raise DataError(f"{option} leaves no row to evaluate on; give more rows, or leave the option out.")
     _note_shares(ledger, parts["train"], train, seed)
     return EncodedData(parts["train"], parts.get("eval"), ledger, key)

@@ -132,6 +132,8 @@ def check_model_name(name: str, field: str = "model_name_or_path", revision: str
         )
     if path.is_dir():
         if not (path / "config.json").is_file():
+            if (path / "model" / "config.json").is_file():
+                raise ConfigError(f"{field}: {name} is the folder of a run; its model is {path / 'model'}.")
             file_names = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
             raise ConfigError(
                 f"{field}: the folder {name} has no config.json (it holds {file_names}); a model folder has one."
@@ -176,8 +178,10 @@ def load_model_config(options: ModelOptions, max_length: int | None = None) -> P
         _check_trainable(config, options)
     limit = position_limit(config)
     if max_length is not None and limit is not None and limit < max_length:
+        default = "max_length" not in options.model_fields_set and max_length == getattr(options, "max_length", None)
         raise ConfigError(
-            f"max_length: {max_length} is beyond the model's {limit} positions; set max_length to {limit} or less."
+            f"max_length: {max_length}{' (the default)' if default else ''} is beyond the model's {limit} positions; set "
+            f"max_length to {limit} or less."
         )
     return config
 

@@ -243,7 +243,7 @@ def test_an_adapter_that_cannot_go_on_is_refused(script, tiny, chats, tmp_path, 
     words = ("--model_name_or_path", tiny, *common, "--output_dir", tmp_path / "never", "--adapter_name_or_path")
     for more, message in (
         ((tmp_path / "nowhere",), "nowhere does not exist"),
-        ((tiny,), "is a full model: it has no adapter_config.json"),
+        ((tiny,), "is a full model, not an adapter"),
         ((first, "--lora_r", 8), f"lora_r: 8 is given, but the adapter {first} has 4; leave it out."),
         ((first, "--method", "full"), "adapter_name_or_path"),
     ):

@@ -34,7 +34,7 @@ def test_more_cpu_processes_than_allowed(sft_errors, monkeypatch):
 def test_a_launch_yaml_that_contradicts_the_recipe(sft_errors, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     assert sft_errors("--precision", "fp32") == [
-        "mixed_precision: the launch YAML says bf16, but the recipe's precision is fp32; remove it there, or set "
+        "mixed_precision: `accelerate launch` says bf16, but precision is fp32 here; remove it from its YAML or flags, or set "
         "precision: bf16 in the recipe."
     ]
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
@@ -166,7 +166,7 @@ def test_settings_that_need_a_gpu_are_refused_on_a_cpu(sft_errors, monkeypatch):
     ]
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     assert sft_errors() == [
-        "mixed_precision: the launch YAML says fp16, but the recipe's precision is fp32; remove it there."
+        "mixed_precision: `accelerate launch` says fp16, but precision is fp32 here; remove it from its YAML or flags."
     ]
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")

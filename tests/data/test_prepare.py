@@ -363,7 +363,9 @@ def test_nothing_to_evaluate_on_is_an_error(tmp_path):
     evaluation = write_rows(tmp_path, [conversation(TALK)], "eval.jsonl")
     with pytest.raises(DataError, match=r"eval_files: .*eval\.jsonl leaves no row to evaluate on"):
         encode(tmp_path, numbered_rows(3), eval_files=[evaluation], max_length=40)
-    with pytest.raises(DataError, match=r"eval_share: 0\.001 leaves no row to evaluate on"):
+    with pytest.raises(
+        DataError, match=r"eval_share: 0\.001 \(the chance of each row to be held out\) leaves no row to evaluate on"
+    ):
         encode(tmp_path, numbered_rows(3), eval_share=0.001)
 
 

@@ -174,7 +174,7 @@ def test_adapters_that_cannot_be_merged_are_refused_in_one_sentence(tiny, make_m
     nowhere = tmp_path / "nowhere"
     advice = "name the adapter's folder, or the run's output_dir."
     assert refusal(target, nowhere) == f"adapter: {nowhere} does not exist; {advice}"
-    assert refusal(target, tiny) == f"adapter: {tiny} is a full model: it has no adapter_config.json."
+    assert refusal(target, tiny) == f"adapter: {tiny} is a full model, not an adapter; it is used as it is."
     folder = make_adapter(tiny)
     assert refusal(target, folder, base=str(nowhere)) == (
         f"base: {nowhere} does not exist; a model folder or a hub id (owner/name) is allowed."
