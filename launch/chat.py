@@ -7,21 +7,17 @@ python launch/chat.py --model merged --prompt "What is 3 + 4?"
 from collections.abc import Iterator
 from typing import Any
 
-import accel_llm.system.chatter
-
-import torch
 from transformers import GenerationConfig, PreTrainedTokenizerFast, set_seed
 
 from accel_llm.adapters.locate import check_bases, find_adapter, find_base
 from accel_llm.backend.library_messages import quiet_libraries
-from accel_llm.backend.strategy import PRECISION_DTYPES
 from accel_llm.chat.template import Template, load_template
 from accel_llm.config.command_line import parse_options
 from accel_llm.config.tool_options import ChatOptions
 from accel_llm.errors import ConfigError
-from accel_llm.merge.merge import load_with_adapter
-from accel_llm.model.answers import Dialogue
-from accel_llm.model.loading import check_model_name, load_complete_model
+from accel_llm.merge.load import describe_placement, load_to_ask, load_with_adapter
+from accel_llm.model.answers import Dialogue, print_remark
+from accel_llm.model.loading import check_model_name
 from accel_llm.model.tokenizer import load_tokenizer
 from accel_llm.system.exit import run_script
 
@@ -30,32 +26,29 @@ def main() -> None:
     options = parse_options(ChatOptions)
     quiet_libraries()
     set_seed(options.seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer_source = load_model_or_adapter(options, device)
-    model.to(device).eval()
+    model, tokenizer_source = load_model_or_adapter(options)
     tokenizer = load_tokenizer(tokenizer_source, trust_remote_code=options.trust_remote_code)
     template = load_template(tokenizer, options.chat_template)
     settings = generation_settings(model, tokenizer, template, options)
     dialogue = Dialogue(model, tokenizer, template, settings, options.system)
+    print_remark(describe_placement(model))
     for question in read_questions(options):
         dialogue.ask(question)
 
 
-def load_model_or_adapter(options: ChatOptions, device: str) -> tuple[Any, str]:
+def load_model_or_adapter(options: ChatOptions) -> tuple[Any, str]:
     """Load the model, with its adapter if the options name one; return it and the source of its tokenizer."""
-    dtype = PRECISION_DTYPES.get(options.precision) or (torch.float32 if device == "cpu" else "auto")
     adapter = find_adapter(options.model)
     if not (adapter / "adapter_config.json").is_file():
         # A run with method full has its model in the folder model/.
         name = str(adapter / "model") if (adapter / "model" / "config.json").is_file() else options.model
         check_model_name(name, "model")
-        arguments = {"allow_pickle": options.allow_pickle, "trust_remote_code": options.trust_remote_code}
-        return load_complete_model(name, "model", dtype=dtype, **arguments), name
+        return load_to_ask(name, "model", options), name
 
     base = find_base(adapter, options.base)
     if not options.allow_other_base:
         check_bases([adapter], base)
-    model: Any = load_with_adapter(adapter, base, dtype, options.trust_remote_code, options.allow_pickle)
+    model = load_with_adapter(adapter, base, options)
     if (adapter / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(adapter))
     return model, str(adapter) if (adapter / "tokenizer_config.json").is_file() else base

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from accel_llm.adapters.compat import check_first_values
 from accel_llm.adapters.initial import check_own_start, first_and_trained_factors, start_from_base, subtracted_init
 from accel_llm.adapters.locate import describe_other_base, locate_folder
+from accel_llm.adapters.lora_forward import shorten_lora_forward
 from accel_llm.adapters.saved import ADAPTER_WEIGHTS, read_adapter_config
 from accel_llm.backend.strategy import compute_dtype
 from accel_llm.config.options import MethodOptions, TrainOptions
@@ -130,6 +131,7 @@ def attach_adapter(model: PreTrainedModel, options: TrainOptions, new_tokens: ra
         ) from None
     if init:
         start_from_base(wrapped, init, compute_dtype(options))
+    shorten_lora_forward(wrapped)
     unpack_experts_in_forward(wrapped, recompute=not options.gradient_checkpointing)
     for parameter in wrapped.parameters():
         if parameter.requires_grad:

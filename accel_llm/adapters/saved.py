@@ -25,6 +25,7 @@ from accel_llm.system.tensors import write_tensors
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 BASE_FINGERPRINT = "base_fingerprint"
+BASE_BITS = "base_bits"  # "4" if the adapter was trained on a base in 4 bits
 
 
 def save_adapter(
@@ -34,11 +35,13 @@ def save_adapter(
 
     It is always a plain LoRA on the base itself, whatever its first values were, see `adapters/initial.py`. `base` is
     written down as the base model; a folder becomes an absolute path, so that the adapter works from anywhere.
-    `base_fingerprint` goes into the header of the weights file, which other programs ignore.
+    `base_fingerprint`, and that the base was in 4 bits, go into the header of the weights file, which other programs
+    ignore.
     """
     folder.mkdir(parents=True, exist_ok=True)
     weights = _named_for_file(model, joined_factors(model, state))
     metadata = {"format": "pt"} | ({BASE_FINGERPRINT: base_fingerprint} if base_fingerprint else {})
+    metadata |= {BASE_BITS: "4"} if getattr(model.get_base_model(), "is_loaded_in_4bit", False) else {}
     write_tensors(folder / ADAPTER_WEIGHTS, dict(sorted(weights.items())), metadata)
     # The config says what the weights are.
     config, local = copy(plain_config(model)), Path(base)
@@ -116,11 +119,27 @@ def _compare_loaded(model: Any, folder: Path) -> str:
 
 def read_base_fingerprint(folder: Path) -> str | None:
     """Return the `model_fingerprint` of the base that an adapter was trained on, or None if its file has none."""
+    return _read_metadata(folder).get(BASE_FINGERPRINT)
+
+
+def _read_metadata(folder: Path) -> dict[str, str]:
     try:
         with safe_open(folder / ADAPTER_WEIGHTS, "pt") as file:
-            return (file.metadata() or {}).get(BASE_FINGERPRINT)
+            return file.metadata() or {}
     except (FileNotFoundError, SafetensorError):  # reading the weights will report it
-        return None
+        return {}
+
+
+def trained_in_4_bits(folder: Path) -> bool:
+    """Return whether an adapter was trained on a base in 4 bits, as its file or the run.json of its run says."""
+    if BASE_BITS in (metadata := _read_metadata(folder)):
+        return metadata[BASE_BITS] == "4"
+    # Earlier releases did not write it into the file.
+    try:
+        run = json.loads((folder.parent / "run.json").read_text(encoding="utf-8"))
+        return run["options"]["method"] == "qlora"
+    except (OSError, ValueError, LookupError, TypeError):  # no run.json, or one of another program
+        return False
 
 
 def read_adapter_config(folder: Path, field: str = "adapter") -> dict[str, Any]:

@@ -101,7 +101,12 @@ class ChatOptions(Options):
     chat_template: Place | None = Field(
         None, description="Chat template: chatml, or a .jinja file; none: the tokenizer's own"
     )
-    precision: Precision = Field("auto", description="Number format of the weights; auto: as stored, or fp32 on a CPU")
+    precision: Precision = Field(
+        "auto", description="Number format; auto: as stored, or fp32 on a CPU; in 4 bits as a training run computes"
+    )
+    load_in_4bit: bool | None = Field(
+        None, description="Hold the weights in 4 bits; none: if the adapter was trained on a base in 4 bits"
+    )
     seed: int = Field(42, ge=0, lt=2**32, description="Seed of the sampling")
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model")
     allow_pickle: bool = Field(

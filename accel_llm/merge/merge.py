@@ -10,24 +10,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import accel_llm.system.chatter
-
 import torch
-from peft import PeftModel
 
 from accel_llm.adapters.compat import SavedAdapter, read_adapter
 from accel_llm.adapters.locate import check_bases, find_base, locate_folder
 from accel_llm.adapters.saved import read_adapter_config
 from accel_llm.config.tool_options import MergeOptions
 from accel_llm.errors import ConfigError
-from accel_llm.merge.attached import check_mergeable, load_adapter
+from accel_llm.merge.attached import check_mergeable
 from accel_llm.merge.compare_logits import compare_logits
 from accel_llm.merge.model_card import copy_tokenizer, write_card, write_config_files
 from accel_llm.merge.plan import plan_merge
 from accel_llm.merge.verify import read_back
 from accel_llm.merge.write import write_merged
-from accel_llm.model.loading import load_complete_model
-from accel_llm.model.vocabulary import adapter_vocabulary_size, extend_vocabulary
 from accel_llm.system.folders import atomic_output, check_output_dir, check_writable
 from accel_llm.system.memory import returning_freed_memory
 
@@ -149,22 +144,3 @@ def describe_base_errors(result: MergeResult) -> dict[str, str]:
         way: f"merged logits differ from those of the adapter on its 4-bit base by {error:.1e}"
         for way, error in errors.items()
     }
-
-
-def load_with_adapter(
-    adapter: Path, base: str, dtype: torch.dtype | str, trust_remote_code: bool, allow_pickle: bool = False
-) -> PeftModel:
-    """Load the base model with the adapter on it, with embedding rows for the tokens that the adapter added.
-
-    Raises:
-        ConfigError: one of them cannot be loaded, or the adapter does not fit the base.
-    """
-    saved = read_adapter(adapter, allow_pickle)
-    task = saved.config.task_type
-    if task not in (None, "CAUSAL_LM"):
-        raise ConfigError(f"adapter: {adapter} was trained for {task}; only adapters of causal LMs can be loaded.")
-    model = load_complete_model(base, "base", allow_pickle, dtype=dtype, trust_remote_code=trust_remote_code)
-    # Rows for tokens that the adapter added, before its weights are loaded.
-    rows = model.config.get_text_config().vocab_size
-    extend_vocabulary(model, range(rows, adapter_vocabulary_size(model, saved.settings, saved.weights)))
-    return load_adapter(model, saved)

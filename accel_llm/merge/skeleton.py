@@ -76,17 +76,17 @@ class Skeleton(NamedTuple):
     missing: frozenset[str]
 
 
-def read_model_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
-    """Read config.json of a model folder.
+def read_model_config(folder: Path | str, trust_remote_code: bool, field: str = "base") -> PreTrainedConfig:
+    """Read config.json of a model folder; `field` is the option to name in an error.
 
     Raises:
         ConfigError: it cannot be read, or asks for code without trust_remote_code.
     """
-    check_untrusted_config(str(folder), "base", "main", trust_remote_code)
+    check_untrusted_config(str(folder), field, "main", trust_remote_code)
     try:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except LOADING_ERRORS as error:
-        raise ConfigError(f"base: {folder} cannot be loaded ({short_reason(error)}).") from None
+        raise ConfigError(f"{field}: {folder} cannot be loaded ({short_reason(error)}).") from None
     drop_invalid_pad_ids(config)
     return config
 

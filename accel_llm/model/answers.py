@@ -44,7 +44,7 @@ class Dialogue:
                 input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=streamer
             )
         if room < wanted and output.shape[1] == self.limit and output[0, -1] not in settings.eos_token_id:
-            _note(f"The answer is cut off at the last of the model's {self.limit:,} positions.")
+            print_remark(f"The answer is cut off at the last of the model's {self.limit:,} positions.")
         answer = str(self.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
         self.messages.append({"role": "assistant", "content": answer})
         return answer
@@ -60,7 +60,7 @@ class Dialogue:
                 f"prompt: the question has {len(ids):,} tokens with the chat template, but the model has {self.limit:,} "
                 "positions for question and answer; shorten it."
             )
-        _note(
+        print_remark(
             f"The conversation has {len(ids):,} tokens, but the model {self.limit:,} positions: it starts anew with this "
             "question."
         )
@@ -68,6 +68,6 @@ class Dialogue:
         return self._prompt(question)
 
 
-def _note(sentence: str) -> None:
+def print_remark(sentence: str) -> None:
     """Print a remark to the person, apart from the answers on standard output."""
     print(f"[{sentence}]", file=sys.stderr, flush=True)

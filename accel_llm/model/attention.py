@@ -4,6 +4,7 @@ import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ REMEDY = "set packing: false"
 # torch 2.10 and 2.11 have `is_causal`, but no `scale`, `window_size`, `enable_gqa`; since 2.12 the window says causal.
 VARLEN_OPTIONS = frozenset(inspect.signature(varlen_attn).parameters)
 VARLEN_MAX_HEAD_DIM = 256
+_assumed_gpu = ContextVar("assumed_gpu", default=False)
 
 # Kinds of layers in which only attention mixes tokens. Only attention knows where a document ends.
 ISOLATED_LAYERS = {"full_attention", "sliding_attention", "dense", "sparse", "moe"}
@@ -93,6 +95,16 @@ def stock_attention(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         inner.set_attn_implementation(PACKED_ATTENTION)
+
+
+@contextmanager
+def assumed_gpu() -> Iterator[None]:
+    """Compute packed attention as an Ampere GPU would, for tensors without data, which need no GPU."""
+    token = _assumed_gpu.set(True)
+    try:
+        yield
+    finally:
+        _assumed_gpu.reset(token)
 
 
 # Never traced by torch.compile: on a CPU the lengths of the documents are numbers of the host, and each new set of them
@@ -172,9 +184,10 @@ def _check_arguments(
 
 def _varlen_supports(query: torch.Tensor, scaling: float | None, window: int | None) -> bool:
     head_dim = query.shape[-1]
+    # The kernel refuses GPUs older than Ampere.
+    on_ampere = query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0)
     return (
-        query.is_cuda
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)  # Ampere; the kernel refuses older GPUs
+        (on_ampere or _assumed_gpu.get())
         and query.dtype in (torch.float16, torch.bfloat16)
         and head_dim % 8 == 0
         and head_dim <= VARLEN_MAX_HEAD_DIM
@@ -227,7 +240,7 @@ def _sdpa_attention(
     and 2 to 20 times faster than one masked row, for 40 short documents and for one long one, forward and backward.
     """
     length = query.shape[2]
-    on_cpu = query.device.type == "cpu"
+    on_cpu = query.device.type == "cpu" and not _assumed_gpu.get()
     if not on_cpu:  # with enable_gqa, CUDA has no fused float32 kernel and stores the full score matrix
         key, value = _repeat_heads(query, key), _repeat_heads(query, value)
     banded = window is not None and length > window

@@ -5,7 +5,6 @@ from typing import Any
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
-from accel_llm.errors import ConfigError
 from accel_llm.model.attention import unwrap_causal_lm
 from accel_llm.system.launcher import process_rank
 
@@ -26,20 +25,6 @@ def causal_lm_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     mapping = causal_lm_loader(config)._model_mapping
     model_class = mapping.get(type(config), None)
     return model_class[0] if isinstance(model_class, tuple) else model_class
-
-
-def check_recomputation(config: PreTrainedConfig) -> None:
-    """Check that the model's family can recompute activations (`gradient_checkpointing`).
-
-    Raises:
-        ConfigError: it cannot.
-    """
-    model_class = causal_lm_class(config)
-    if model_class is not None and not model_class.supports_gradient_checkpointing:
-        raise ConfigError(
-            f"gradient_checkpointing: {model_class.__name__} of transformers does not recompute activations; set it to "
-            "false, and use a smaller max_length or batch if memory is short."
-        )
 
 
 def parts_beside_language(model: nn.Module) -> dict[str, nn.Module]:

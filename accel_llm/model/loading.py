@@ -25,7 +25,7 @@ from accel_llm.errors import ConfigError
 from accel_llm.model.attention import enable_packing
 from accel_llm.model.config_file import correct_tied_embeddings
 from accel_llm.model.file_weights import compare_with_files
-from accel_llm.model.language_part import causal_lm_loader, check_recomputation, freeze_other_parts
+from accel_llm.model.language_part import causal_lm_loader, freeze_other_parts
 from accel_llm.model.loss import attach_loss
 from accel_llm.model.padding import drop_invalid_pad_ids
 from accel_llm.model.placement import materialize_weights
@@ -37,6 +37,7 @@ from accel_llm.model.quantization import (
     set_compute_dtype,
 )
 from accel_llm.model.quantized_share import check_quantized_share
+from accel_llm.model.recomputation import check_recomputation, recompute_activations
 from accel_llm.model.stored_quantization import (
     check_stored_quantization,
     is_stored_in_4_bits,
@@ -227,12 +228,13 @@ def load_complete_model(
     field: str = "model_name_or_path",
     allow_pickle: bool = False,
     for_training: bool = False,
+    unpack: bool = False,
     **arguments: Any,
 ) -> PreTrainedModel:
     """Load a causal LM and check that every weight came from its files; `arguments` go to `from_pretrained`.
 
-    A pickle is read only with `allow_pickle`, and only if there are no safetensors. `for_training` unpacks
-    quantized weights where transformers can, and freezes the parts that no text passes through.
+    A pickle is read only with `allow_pickle`, and only if there are no safetensors. `unpack` and `for_training` unpack
+    quantized weights where transformers can; `for_training` also freezes the parts that no text passes through.
 
     Raises:
         ConfigError: the model cannot be loaded, or a weight is missing or has the wrong shape (transformers would
@@ -250,7 +252,7 @@ def load_complete_model(
     # Pass the config already loaded: only then do our implementations win over `_attn_implementation` in config.json.
     hub_arguments = {"revision": revision, "trust_remote_code": trusted}
     config = _read_config(name, field, **hub_arguments)
-    if for_training:
+    if for_training or unpack:
         unpack_when_loaded(config)
     quantized = stored_quantization(config) is not None  # before loading, which removes this if it unpacks
     arguments |= hub_arguments | {"config": config}
@@ -283,7 +285,7 @@ def configure_for_training(model: PreTrainedModel, options: TrainOptions) -> Pre
     if options.packing and options.attn_implementation in ("auto", "sdpa"):
         enable_packing(model)
     if options.gradient_checkpointing:
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        recompute_activations(model, options.lora_dropout)
     tokens = [n * options.max_length for n in (options.per_device_train_batch_size, options.per_device_eval_batch_size)]
     attach_loss(model, *tokens, label_smoothing=options.label_smoothing_factor, z_loss_coef=options.z_loss_coef)
     return model.train()

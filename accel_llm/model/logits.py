@@ -4,18 +4,19 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from accel_llm.chat.targets import IGNORED
+from accel_llm.model.recomputation import has_dropout
 
-# The vocabulary is projected in chunks of positions. For each logit of a chunk, 8 bytes are in memory at once: the logit
-# and its log-probability. A chunk takes less than what a layer of usual proportions takes to be recomputed, which is
-# about LAYER_BYTES for each element of its input, or CHUNK_BYTES if that is more.
-LOGIT_BYTES = 8
+# The vocabulary is projected in chunks of positions. For each logit of a chunk, 6 bytes are in memory at once: the logit
+# in float32, in whose place its gradient is computed, and the head's output or the gradient in 16 bits. A chunk takes
+# less than what a layer of usual proportions takes to be recomputed, which is about LAYER_BYTES for each element of its
+# input, or CHUNK_BYTES if that is more.
+LOGIT_BYTES = 6
 LAYER_BYTES = 48
 CHUNK_BYTES = 256 * 2**20
 
@@ -43,8 +44,10 @@ def sum_of_chunks(
     parts = list(zip(*(tensor.tensor_split(chunks) for tensor in tensors), strict=True))
     if chunks == 1 or not differentiated:
         return torch.stack([_chunk_loss(model, *part) for part in parts]).sum()
-    # Logits are recomputed in the backward pass, so only one chunk of them is in memory.
-    return torch.stack([checkpoint(_chunk_loss, model, *part, use_reentrant=False) for part in parts]).sum()
+    # Logits are recomputed in the backward pass, so only one chunk of them is in memory. An adapter of the head may
+    # have dropout; without it no state of the random generators has to be kept.
+    settings: Any = {"use_reentrant": False, "preserve_rng_state": has_dropout(head)}
+    return torch.stack([checkpoint(_chunk_loss, model, *part, **settings) for part in parts]).sum()
 
 
 def _needs_recomputation(head: nn.Module, hidden: torch.Tensor, trained: list[nn.Parameter]) -> bool:
@@ -89,11 +92,11 @@ class LossInOnePass(torch.autograd.Function):
             loss, by_logits = _loss_and_gradient(model, logits.detach(), targets[part], some_weights)
             losses.append(loss)
             inputs = [*trained, *([] if gradient is None else [some_hidden])]
-            found = torch.autograd.grad(logits, inputs, by_logits, allow_unused=True)
+            by_inputs = torch.autograd.grad(logits, inputs, by_logits, allow_unused=True)
             del logits, by_logits
             if gradient is not None:
-                gradient[part] = found[-1]
-            new = found[: len(trained)]
+                gradient[part] = by_inputs[-1]
+            new = by_inputs[: len(trained)]
             sums = [a if b is None else a.add_(b) for a, b in zip(sums, new, strict=True)] if losses[1:] else list(new)
         ctx.gradients = [gradient, *sums]
         return torch.stack(losses).sum()
@@ -114,75 +117,76 @@ def _scale(tensor: torch.Tensor | None, scale: torch.Tensor) -> torch.Tensor | N
     return tensor
 
 
+class SumOfTerms(torch.autograd.Function):
+    """Sums the terms of logits. Their gradient is computed with the sum, and takes the place of the logits in memory."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, model: PreTrainedModel, logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None
+    ) -> torch.Tensor:
+        loss, gradient = _loss_and_gradient(model, logits.detach(), targets, weights)
+        ctx.save_for_backward(gradient)  # so that a chunk that is recomputed later does not keep it
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: torch.Tensor) -> tuple[Any, ...]:
+        (gradient,) = ctx.saved_tensors
+        return None, gradient.mul_(scale), None, None
+
+
 def _loss_and_gradient(
     model: Any, logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what `sum_terms` returns and its gradient by the logits, which takes their place in memory.
+    """Return the sum of the terms of logits [n, vocabulary], float32 [], and its gradient in the place of the logits.
 
-    Each target t has the term -(1 - s) * log p[t] - s * mean of log p + z * (log Z)^2, all times its weight. With
-    log p[j] = logit[j] - log Z its gradient by logit[j] is (1 + 2 * z * log Z) * p[j] - s / vocabulary, and less 1 - s
-    where j = t.
+    Each target t [n] has the term -(1 - s) * log p[t] - s * mean of log p + z * (log Z)^2, all times its weight. Z is
+    the sum of exp(logits); the squared term keeps it near 1 (z-loss: PaLM, arXiv 2204.02311, section 5). Label
+    smoothing s: Szegedy et al. 2016, arXiv 1512.00567, section 7. With log p[j] = logit[j] - log Z the gradient by
+    logit[j] is (1 + 2 * z * log Z) * p[j] - s / vocabulary, and less 1 - s where j = t, all times the weight.
     """
     smoothing, z_coef = (model.label_smoothing, model.z_loss_coef) if model.training else (0.0, 0.0)
-    at_target = torch.arange(len(targets), device=targets.device), targets
-    log_probs = logits.log_softmax(1)
-    log_p = log_probs[at_target]
-    terms, factor = -log_p, weights
+    # Each step overwrites the last one: log_softmax would need a second matrix, and its exp is ten times less exact.
+    largest = logits.amax(1, keepdim=True)
+    logits -= largest
+    at_target = logits.gather(1, targets[:, None]).squeeze(1)
+    mean = logits.mean(1) if smoothing else at_target
+    sums = logits.exp_().sum(1)
+    log_sums = sums.log()
+    terms = log_sums - at_target
     if smoothing:
-        terms = (1 - smoothing) * terms - smoothing * log_probs.mean(1)
+        terms -= smoothing * (mean - at_target)
+    factors = 1 / sums
     if z_coef:
-        log_z = logits[at_target] - log_p
-        terms = terms + z_coef * log_z.square()
-        factor = (1 + 2 * z_coef * log_z) * (1 if weights is None else weights)
+        log_z = log_sums + largest.squeeze(1)
+        terms += z_coef * log_z.square()
+        factors *= 1 + 2 * z_coef * log_z
 
-    gradient = torch.exp(log_probs, out=logits)
-    del log_probs
-    if factor is not None:
-        gradient *= factor[:, None]
+    # From here on `logits` becomes the gradient.
+    if weights is None:
+        weights = torch.ones_like(terms)
+    logits *= (factors * weights)[:, None]
     if smoothing:
-        gradient -= smoothing / gradient.shape[1] * (1 if weights is None else weights[:, None])
-    gradient[at_target] -= (1 - smoothing) * (1 if weights is None else weights)
-    return (terms if weights is None else terms * weights).sum(), gradient
+        logits -= (smoothing / logits.shape[1] * weights)[:, None]
+    logits.scatter_add_(1, targets[:, None], ((smoothing - 1) * weights)[:, None])
+    return (terms * weights).sum(), logits
 
 
 def _chunk_loss(
     model: PreTrainedModel, hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Return the loss of hidden [n, width] for targets [n], float32 []; for n = 0 it is 0, with a gradient graph."""
-    return sum_terms(model, _project(model, hidden).float(), targets, weights)
+    return SumOfTerms.apply(model, _project(model, hidden).float(), targets, weights)  # type: ignore
 
 
 def sum_terms(
     model: PreTrainedModel, logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None
 ) -> torch.Tensor:
     """Sum over logits [n, vocabulary] of the terms of targets [n], each times its weight if there are any."""
-    smoothing, z_coef = (model.label_smoothing, model.z_loss_coef) if model.training else (0.0, 0.0)
-    if smoothing or z_coef:
-        terms = _regularized_terms(logits, targets, smoothing, z_coef)  # type: ignore
-    elif weights is None:
-        return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
-    else:
-        terms = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")
-    return (terms if weights is None else terms * weights).sum()
-
-
-def _regularized_terms(logits: torch.Tensor, targets: torch.Tensor, smoothing: float, z_coef: float) -> torch.Tensor:
-    """Return for each target (1 - smoothing) * -log p(target) + smoothing * mean of all -log p + z_coef * (log Z)^2.
-
-    logits [n, vocabulary] -> [n], 0 where there is no label. Z is the sum of exp(logits); the squared term keeps it
-    near 1 (PaLM, arXiv 2204.02311, section 5). Label smoothing: Szegedy et al. 2016, arXiv 1512.00567, section 7.
-    """
-    # By indexing, not gather, and with log Z = logit - log p: the backward of gather or of logsumexp would keep a
-    # second copy of the logits.
-    at_target = torch.arange(len(targets), device=targets.device), targets.clamp(min=0)
-    log_probs = logits.log_softmax(1)
-    log_p = log_probs[at_target]
-    terms = -log_p
-    if smoothing:
-        terms = (1 - smoothing) * terms - smoothing * log_probs.mean(1)
-    if z_coef:
-        terms = terms + z_coef * (logits[at_target] - log_p).square()
-    return terms.masked_fill(targets == IGNORED, 0)
+    labeled = (targets != IGNORED).float()
+    weights = labeled if weights is None else labeled * weights
+    logits = logits.to(torch.float32, copy=True)  # the family may need its own for the gradient
+    return SumOfTerms.apply(model, logits, targets.clamp(min=0), weights)  # type: ignore
 
 
 def _project(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:

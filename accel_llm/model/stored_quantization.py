@@ -43,7 +43,7 @@ def check_stored_quantization(config: PreTrainedConfig, options: MethodOptions, 
     settings, name = stored_quantization(config), config._name_or_path
     if settings is None:
         return
-    how = _describe(settings)
+    how = describe_quantization(settings)
     in_16_bits = "name the same model in 16 bits"
     if options.load_in_8bit:
         raise ConfigError(f"load_in_8bit: the weights of {name} are quantized already ({how}); {in_16_bits}.")
@@ -68,7 +68,8 @@ def check_stored_quantization(config: PreTrainedConfig, options: MethodOptions, 
         )
 
 
-def _describe(settings: dict[str, Any]) -> str:
+def describe_quantization(settings: dict[str, Any]) -> str:
+    """Return the name of the format that `stored_quantization` returns."""
     method = str(settings.get("quant_method", "unknown"))
     if method == "bitsandbytes":
         return "bitsandbytes 4-bit" if settings.get("load_in_4bit") else "bitsandbytes 8-bit"

@@ -18,6 +18,7 @@ from accel_llm.errors import ConfigError
 from accel_llm.system.disk import write_atomically
 from accel_llm.system.exit import wait_for_root_cause
 from accel_llm.system.launcher import is_launched, process_rank
+from accel_llm.system.out_of_memory import memory_failure
 from accel_llm.system.secrecy import hide_secrets
 from accel_llm.system.signals import Preempted, deferring_signals
 
@@ -145,6 +146,6 @@ def recording(folder: str | Path, main: bool, facts: dict[str, Any]) -> Iterator
     except BaseException as error:
         # Another process may have failed first: its reason is the one to keep.
         wait_for_root_cause(error)
-        record.fail(f"{type(error).__name__}: {error}", **failed)
+        record.fail(memory_failure(error) or f"{type(error).__name__}: {error}", **failed)
         raise
     record.update(status="done", ended=_now())

@@ -16,6 +16,7 @@ from accel_llm.errors import ConfigError, DataError
 from accel_llm.system.disk import disk_failure
 from accel_llm.system.last_line import print_last
 from accel_llm.system.launcher import is_launched, launcher_pid, process_rank, world_size
+from accel_llm.system.out_of_memory import memory_failure
 from accel_llm.system.run_lock import release_locks
 from accel_llm.system.secrecy import hide_secrets
 from accel_llm.system.signals import Preempted, mark_as_failing, signal_requests
@@ -27,10 +28,11 @@ DISK_ADVICE = "{}; make room and give the same command again; it continues from 
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's `main` and end the process.
 
-    A ConfigError, a DataError or a full disk prints its sentences on stderr and ends with exit code 2; a signal ends
-    with 128 + its number, and so does standard output that is closed, as by `| head -1`. Anything else is a bug or a
-    failed machine: it prints its traceback, and under a launcher the last line names the rank, as in `error (rank 1):
-    RuntimeError: ...`. A launcher prints its own traceback then, and the sentences are repeated below it.
+    A ConfigError, a DataError, a full disk or a lack of memory prints its sentences on stderr and ends with exit code
+    2; a signal ends with 128 + its number, and so does standard output that is closed, as by `| head -1`. Anything else
+    is a bug or a failed machine: it prints its traceback, and under a launcher the last line names the rank, as in
+    `error (rank 1): RuntimeError: ...`. A launcher prints its own traceback then, and the sentences are repeated below
+    it.
     """
     launched, rank = is_launched(), process_rank()
     source = f"error (rank {rank})" if rank else "error"
@@ -40,8 +42,9 @@ def run_script(main: Callable[[], None]) -> None:
         sys.stdout.flush()
     except (ConfigError, DataError) as error:
         wait_for_root_cause(error)
-        _leave_for_launcher(str(error))
-        _end(2, "\n".join(f"{source}: {line}" for line in str(error).splitlines()))
+        text = memory_failure(error) or str(error)  # what looks like a wrong setting may be a lack of memory
+        _leave_for_launcher(text)
+        _end(2, "\n".join(f"{source}: {line}" for line in text.splitlines()))
     except KeyboardInterrupt:
         _end(128 + signal.SIGINT, "interrupted" if not rank else "", is_error=False)
     except Preempted as end:
@@ -57,6 +60,9 @@ def run_script(main: Callable[[], None]) -> None:
         wait_for_root_cause(error)
         if reason := disk_failure(error):
             _end(2, f"{source}: {DISK_ADVICE.format(reason)}")
+        if sentence := memory_failure(error):
+            _leave_for_launcher(sentence)
+            _end(2, f"{source}: {sentence}")
         if not launched and launcher_pid() is None:
             release_locks()
             raise
@@ -102,9 +108,9 @@ def wait_for_root_cause(error: BaseException) -> None:
     if world_size() == 1 or not isinstance(error, Exception):
         return
     mark_as_failing()
-    # The failure of another rank never causes an error in the settings or the data, nor a full disk: do not wait for
-    # it.
-    own_fault = isinstance(error, (ConfigError, DataError)) or disk_failure(error)
+    # The failure of another rank never causes an error in the settings or the data, a full disk or a lack of memory: do
+    # not wait for it.
+    own_fault = isinstance(error, (ConfigError, DataError)) or disk_failure(error) or memory_failure(error)
     rank = process_rank()
     time.sleep((0 if own_fault else 3) + (3 + min(rank, 10) if rank else 0))
 

@@ -31,6 +31,7 @@ from accel_llm.model.tokenizer import check_token_ids, configured_tokenizer, pad
 from accel_llm.model.vocabulary import add_missing_tokens, extend_vocabulary
 from accel_llm.system.folders import write_problem
 from accel_llm.system.launcher import process_rank
+from accel_llm.training.memory_advice import note_memory_advice
 from accel_llm.training.optimizers import build_optimizer
 from accel_llm.training.schedule import build_schedule
 
@@ -177,6 +178,7 @@ def assemble_model(
     model. NEFTune is attached to the finished embedding. Weights are quantized and sharded last, when all of them are
     there.
     """
+    note_memory_advice(accelerator, options, config)
     set_seed(options.seed)
     fresh = isinstance(options, PretrainOptions) and options.config_name
     model: Any = build_model(config, options) if fresh else load_model(options)

@@ -37,8 +37,8 @@ SCRIPTS = {
     "show_data": ["json", "overfit", *TRAINING],
     "chat": [
         """
-        model base allow_other_base prompt system max_new_tokens temperature chat_template precision seed
-        trust_remote_code allow_pickle
+        model base allow_other_base prompt system max_new_tokens temperature chat_template precision load_in_4bit
+        seed trust_remote_code allow_pickle
         """
     ],
     "merge": [

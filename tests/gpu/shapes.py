@@ -13,7 +13,10 @@ import json
 import os
 import sys
 import time
+import traceback
+import warnings
 import zlib
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from bitsandbytes.nn.modules import Params4bit
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config
+from turns import wait_for_turn
 
 from accel_llm.demo.skills import demo_conversations
 from accel_llm.demo.tokenizer import build_demo_tokenizer
@@ -33,9 +37,10 @@ from accel_llm.training import loop, setup
 ROOT = Path(__file__).resolve().parents[2]
 CUDA = torch.cuda.is_available()
 GIB = 2**30
-# The steps that are left out, then those that are timed, then those that are profiled: few, as 8B has 25,000 launches in
-# a step and the profiler takes seconds for them.
-WARM, TIMED, PROFILED = 2, 4, 1
+SHAPES = ("llama_8b", "qwen3_8b", "qwen3_0.6b", "tiny")
+# The steps that are left out, then those that are timed, then those that are profiled; one more is watched for waits.
+WARM, TIMED, PROFILED = 2, 4, 3
+MEASURED_STEPS = WARM + TIMED + PROFILED + 1
 # What the host calls to wait, to copy and to start kernels, as the profiler names it.
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx")
@@ -48,6 +53,11 @@ def config_of(name: str) -> PretrainedConfig:
         return LlamaConfig(
             vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
             num_key_value_heads=8, rope_parameters={"rope_type": "default", "rope_theta": 500000.0}, **common,
+        )  # fmt: skip
+    if name == "qwen3_8b":
+        return Qwen3Config(
+            vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
+            num_key_value_heads=8, head_dim=128, tie_word_embeddings=False, **common,
         )  # fmt: skip
     if name == "qwen3_0.6b":
         return Qwen3Config(
@@ -130,42 +140,73 @@ def draw_weights_instead_of_reading() -> None:
     placement.materialize_weights = draw_and_materialize
 
 
-class StepClock:
-    """Times some steps and profiles some more, from the one call that the loop makes at the start of each step."""
+class Measured(Exception):
+    """All that is measured is known; the rest of the run is not needed."""
 
-    def __init__(self, profiled: bool):
-        self.original, self.step, self.tokens = loop.total_targets, 0, 0
-        self.facts: dict[str, Any] = {}
-        self.profiler: Any = None
-        self.profiled = profiled
+
+class StepClock:
+    """Times some steps, profiles some more and watches one, from the call that the loop makes at the start of a step."""
+
+    def __init__(self, facts: dict[str, Any]):
+        self.original, self.step, self.tokens, self.facts = loop.total_targets, 0, 0, facts
         loop.total_targets = self  # type: ignore[assignment]
 
     def __call__(self, accelerator: Any, micro_batches: list[dict]) -> float:
         self.step += 1
         if self.step == WARM + 1:
-            self.start, self.tokens = now(), 0
+            wait_for_turn()
+            self.start = now()
         if self.step == WARM + TIMED + 1:
             seconds = now() - self.start
             self.facts |= {"ms_a_step": 1000 * seconds / TIMED, "tokens_a_second": self.tokens / seconds}
-            self.start_profile()
-        if self.step == WARM + TIMED + PROFILED + 1:
-            self.stop_profile()
-        self.tokens += sum(
-            int(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum()) for batch in micro_batches
-        )
-        return self.original(accelerator, micro_batches)
-
-    def start_profile(self) -> None:
-        if self.profiled:
-            activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if CUDA else [])]
-            self.profiler = profile(activities=activities)
+            # Without the operators on the CPU, whose events are many times as many.
+            self.profiler = profile(activities=[ProfilerActivity.CUDA if CUDA else ProfilerActivity.CPU])
             self.profiler.__enter__()
-
-    def stop_profile(self) -> None:
-        if self.profiler is not None:
+        if self.step == MEASURED_STEPS:
             self.profiler.__exit__(None, None, None)
             self.facts |= profile_facts(self.profiler, self.facts["ms_a_step"])
-            self.profiler = None
+            self.watch = WaitWatch()
+        if self.step == MEASURED_STEPS + 1:
+            self.facts |= {"places_of_waits": self.watch.stop()}
+            raise Measured
+        if WARM < self.step <= WARM + TIMED:
+            self.tokens += sum(map(token_count, micro_batches))
+        return self.original(accelerator, micro_batches)
+
+
+def token_count(batch: dict) -> int:
+    """Return the tokens of a batch, without padding."""
+    return int(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum())
+
+
+class WaitWatch:
+    """Notes the line of this project at which torch makes the host wait for the device, until `stop`.
+
+    torch sees its own waits only, not those of bitsandbytes or DeepSpeed; the profile counts all of them. What the
+    backward pass waits for is noted at the line that calls it.
+    """
+
+    def __init__(self) -> None:
+        self.places: Counter[str] = Counter()
+        self.catcher = warnings.catch_warnings()
+        self.catcher.__enter__()
+        warnings.simplefilter("always")
+        warnings.showwarning = self.note
+        if CUDA:
+            torch.cuda.set_sync_debug_mode("warn")
+
+    def note(self, message: Warning | str, *_: Any, **__: Any) -> None:
+        if "called a synchronizing" not in str(message):
+            return
+        frames = [frame for frame in traceback.extract_stack() if frame.filename.startswith(f"{ROOT}/")]
+        place = next(frame for frame in reversed(frames) if Path(frame.filename) != Path(__file__))
+        self.places[f"{Path(place.filename).relative_to(ROOT)}:{place.lineno}"] += 1
+
+    def stop(self) -> dict[str, int]:
+        if CUDA:
+            torch.cuda.set_sync_debug_mode("default")
+        self.catcher.__exit__(None, None, None)
+        return dict(self.places)
 
 
 def now() -> float:
@@ -176,27 +217,34 @@ def now() -> float:
 
 
 def profile_facts(profiler: Any, ms_a_step: float) -> dict[str, Any]:
-    """Return counts for each step: waits and copies to the host, launches; and the share of time the device is busy."""
-    events = profiler.events()
-    counts = {event.key: event.count for event in profiler.key_averages()}
-    spans = sorted(
-        (event.time_range.start, event.time_range.end)
-        for event in events
-        if event.device_type == torch.autograd.DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
-    )
-    busy, reached = 0.0, 0.0
-    for start, end in spans:
-        busy += max(0.0, end - max(start, reached))
+    """Return counts for each step: waits and copies to the host, launches; and the share of time the device is busy.
+
+    The raw events are read: torch's summary of them takes seconds for tens of thousands of launches.
+    """
+    counts: Counter[str] = Counter()
+    kernels: Counter[str] = Counter()
+    spans = []
+    for event in profiler.profiler.kineto_results.events():
+        name = event.name()
+        counts[name] += 1
+        if event.device_type() == torch.autograd.DeviceType.CUDA and not event.is_user_annotation():
+            spans.append((event.start_ns(), event.end_ns()))
+            kernels[name[:80]] += event.duration_ns()
+    busy = reached = 0
+    for start, end in sorted(spans):
+        busy += max(0, end - max(start, reached))
         reached = max(reached, end)
-    to_host = sum(count for key, count in counts.items() if key.startswith("Memcpy DtoH"))
-    top = sorted(profiler.key_averages(), key=lambda event: -event.self_device_time_total)[:12]
+    waits = {name: counts[name] for name in WAITS if counts[name]}
+    own = min(1, counts["cudaDeviceSynchronize"])  # when it stops, torch's profiler waits once itself
+    to_host = sum(count for name, count in counts.items() if name.startswith("Memcpy DtoH"))
     return {
-        "waits_a_step": sum(counts.get(name, 0) for name in WAITS) / PROFILED,
+        "waits": waits,
+        "waits_a_step": (sum(waits.values()) - own) / PROFILED,
         "copies_to_host_a_step": to_host / PROFILED,
-        "launches_a_step": sum(counts.get(name, 0) for name in LAUNCHES) / PROFILED,
-        "busy_ms_a_step": busy / 1000 / PROFILED,
-        "busy_share": busy / 1000 / PROFILED / ms_a_step,
-        "kernels_ms_a_step": {event.key[:80]: event.self_device_time_total / 1000 / PROFILED for event in top},
+        "launches_a_step": sum(counts[name] for name in LAUNCHES) / PROFILED,
+        "busy_ms_a_step": busy / 1e6 / PROFILED,
+        "busy_share": busy / 1e6 / PROFILED / ms_a_step,
+        "kernels_ms_a_step": {name: time / 1e6 / PROFILED for name, time in kernels.most_common(12)},
     }
 
 
@@ -237,32 +285,43 @@ def run_sft(words: list[str]) -> None:
     module.main()
 
 
+def words_of(folder: Path, words: list[str]) -> list[str]:
+    """Return the options of sft.py for the model and the rows in `folder`."""
+    files = ["--model_name_or_path", str(folder / "model"), "--train_files", str(folder / "chats.jsonl")]
+    return [*files, "--output_dir", str(folder / "out"), *words]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(allow_abbrev=False)
-    parser.add_argument("shape", choices=("llama_8b", "qwen3_0.6b", "tiny"))
+    parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--limit_gib", type=float)
-    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--measure", action="store_true", help="time and profile steps, and end after them")
     args, words = parser.parse_known_args()  # all other words are options of sft.py
 
     write_inputs(config_of(args.shape), args.folder)
     draw_weights_instead_of_reading()
-    clock, facts = StepClock(args.profile), {}
+    facts: dict[str, Any] = {}
+    if args.measure:
+        words += ["--max_steps", str(MEASURED_STEPS + 1)]
+        StepClock(facts)
     for name in ("assemble_model", "optimizer_and_schedule"):
         note_memory_after(name, facts)
     if CUDA and args.limit_gib:
         torch.cuda.set_per_process_memory_fraction(args.limit_gib * GIB / torch.cuda.mem_get_info()[1])
 
-    files = ["--model_name_or_path", str(args.folder / "model"), "--train_files", str(args.folder / "chats.jsonl")]
     try:
-        run_sft([*files, "--output_dir", str(args.folder / "out"), *words])
-    except torch.OutOfMemoryError as error:
-        facts["out_of_memory"] = str(error)[:300]
+        run_sft(words_of(args.folder, words))
+    except Measured:
+        pass
+    except Exception as error:
+        traceback.print_exc()
+        facts["error"] = f"{type(error).__name__}: {error}"[:600]
     lines = args.folder / "out" / "metrics.jsonl"
     if lines.is_file():
         losses = [json.loads(line)["loss"] for line in lines.read_text(encoding="utf-8").splitlines()]
         facts |= {"losses": losses[:8]}
-    print("MEASURED " + json.dumps(facts | clock.facts | memory_facts()), flush=True)
+    print("MEASURED " + json.dumps(facts | memory_facts()), flush=True)
     os._exit(0)
 
 

@@ -212,7 +212,7 @@ def test_no_label_gives_zero_and_zero_gradients(family, chunks, extra):
 
 
 def test_chunks_follow_from_capacity_and_the_head_is_used_as_often_whatever_the_labels(monkeypatch):
-    monkeypatch.setattr(logits_module, "CHUNK_BYTES", 97 * 8 * 100)
+    monkeypatch.setattr(logits_module, "CHUNK_BYTES", 97 * logits_module.LOGIT_BYTES * 100)
     monkeypatch.setattr(logits_module, "LAYER_BYTES", 0)
     model = tiny_model("llama")
     attach_loss(model, 450)
@@ -230,8 +230,8 @@ def test_chunks_follow_from_capacity_and_the_head_is_used_as_often_whatever_the_
 
 
 def test_a_chunk_takes_less_than_a_layer():
-    assert [logits_module.chunk_count(tokens, 4096, 128256) for tokens in (0, 2048, 8192)] == [0, 6, 6]
-    assert logits_module.chunk_count(2048, 64, 128256) == 8, "256 MiB each: products of few rows would be slow"
+    assert [logits_module.chunk_count(tokens, 4096, 128256) for tokens in (0, 2048, 8192)] == [0, 4, 4]
+    assert logits_module.chunk_count(2048, 64, 128256) == 6, "256 MiB each: products of few rows would be slow"
 
 
 class Largest(TorchDispatchMode):
@@ -257,23 +257,65 @@ class Largest(TorchDispatchMode):
         self.now -= size
 
 
-@pytest.mark.parametrize("extra", [{}, {"label_smoothing": 0.1, "z_loss_coef": 1e-3}], ids=["plain", "regularised"])
+REGULARISED = {"label_smoothing": 0.1, "z_loss_coef": 1e-3}
+
+
+@pytest.mark.parametrize("recomputed", [False, True], ids=["one-pass", "recomputed"])
+@pytest.mark.parametrize("extra", [{}, REGULARISED], ids=["plain", "regularised"])
 @pytest.mark.parametrize("method", ["frozen", "trained"])
-def test_a_logit_takes_eight_bytes_and_is_computed_once(method, extra):
+def test_one_copy_of_the_logits_in_float32_and_no_product_more_than_needed(method, extra, recomputed, monkeypatch):
     model = tiny_model("llama", tie_word_embeddings=False).train()
     model.lm_head.requires_grad_(method == "trained")
     attach_loss(model, 1024, **extra)
     model.loss_chunks = 4
+    if recomputed:
+        monkeypatch.setattr(logits_module, "_needs_recomputation", lambda *_: True)
     hidden = torch.randn(400, 32, dtype=torch.bfloat16, requires_grad=True)
-    targets = torch.arange(400) % 97
-    with torch.autocast("cpu", torch.bfloat16), Largest(97) as largest:
-        loss = logits_module.sum_of_chunks(model, hidden, targets, None)
-    assert largest.most <= 100 * 97 * logits_module.LOGIT_BYTES
-    assert largest.products == 4 * (2 + (method == "trained")), "logits, gradient by hidden states, and by the head"
-    with Largest(97) as later:
+    targets, weights = torch.arange(400) % 97, torch.rand(400)
+    # A logit of float32 and one of bfloat16 beside it.
+    limit = 100 * 97 * (4 + 2)
+    with torch.autocast("cpu", torch.bfloat16), Largest(97) as forward:
+        loss = logits_module.sum_of_chunks(model, hidden, targets, weights if extra else None)
+    with Largest(97) as backward:
         loss.backward()
-    assert later.products == later.most == 0 and hidden.grad is not None
-    assert (model.lm_head.weight.grad is not None) == (method == "trained")
+    assert max(forward.most, backward.most) <= limit
+    # The gradient by the hidden states, and by the head only where it is trained.
+    gradients = 4 * (1 + (method == "trained"))
+    expected = (4, 4 + gradients) if recomputed else (4 + gradients, 0)
+    assert (forward.products, backward.products) == expected
+    assert hidden.grad is not None and (model.lm_head.weight.grad is not None) == (method == "trained")
+
+
+def terms_in_float64(
+    logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, smoothing: float, z_coef: float
+) -> torch.Tensor:
+    """torch's own label smoothing, and the log of Z that it computes itself."""
+    terms = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
+    return ((terms + z_coef * logits.logsumexp(1).square()) * weights).sum()
+
+
+@pytest.mark.parametrize("scale", [0.1, 3, 30])
+@pytest.mark.parametrize("extra", [{}, REGULARISED], ids=["plain", "regularised"])
+def test_loss_and_gradient_are_at_least_as_exact_as_torchs(extra, scale):
+    """Against float64. A small scale gives a flat distribution, a large one answers that are all but certain."""
+    model = tiny_model("llama").train()
+    attach_loss(model, 1024, **extra)
+    torch.manual_seed(0)
+    targets, weights, logits = torch.randint(8000, (64,)), torch.rand(64), scale * torch.randn(64, 8000)
+    logits[torch.arange(32), targets[:32]] += 3 * scale
+    settings = extra.get("label_smoothing", 0), extra.get("z_loss_coef", 0)
+
+    def loss_and_gradient(function, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        values.requires_grad_()
+        loss = function(values)
+        return loss.detach().double(), torch.autograd.grad(loss, values)[0].double()
+
+    expected = loss_and_gradient(lambda x: terms_in_float64(x, targets, weights.double(), *settings), logits.double())
+    torchs = loss_and_gradient(lambda x: terms_in_float64(x, targets, weights, *settings), logits.clone())
+    ours = loss_and_gradient(lambda x: logits_module.sum_terms(model, x, targets, weights), logits.clone())
+    for own, other, exact in zip(ours, torchs, expected, strict=True):
+        error, torchs_error = (float((value - exact).norm() / exact.norm()) for value in (own, other))
+        assert error <= max(torchs_error, 1e-7)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "cohere2"])

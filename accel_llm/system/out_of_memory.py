@@ -1,0 +1,190 @@
+"""Says where memory ran out, on a device or on the host, what was expected to be taken, and what saves most."""
+
+import contextlib
+import errno
+import re
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import psutil
+import torch
+
+# Texts of torch, CUDA, NCCL, cuBLAS and the C++ library in errors without a type of their own: `torch.empty` on the
+# host, pinned memory, a CUDA context, a mapped file. bitsandbytes 0.50.2 raises nothing: where its paged memory cannot
+# be had, it prints a line and ends the process.
+ON_HOST = re.compile(r"DefaultCPUAllocator|unable to mmap|Cannot allocate memory|bad_alloc|bad allocation")
+ON_DEVICE = re.compile(r"out of memory|_ALLOC_FAILED")
+
+# Where a run is, by the function that it is in: the stem of its file, or `script` for one in launch/, and its name. In
+# braces are local variables of the function, and `step` also of those around it. The innermost of PLACES counts, and
+# inside `script.train` the innermost of STEP_PLACES.
+PLACES = {
+    "setup.encode_chats": "while the rows were encoded",
+    "setup.encode_documents": "while the rows were encoded",
+    "setup.assemble_model": "while the model was loaded",
+    "placement.place_weights": "while the weights were read",
+    "placement.materialize_weights": "while the weights of {module} were read",
+    "setup.optimizer_and_schedule": "while the optimizer was built",
+    "accelerator.prepare": "while the model was prepared",
+    "preflight.preflight": "in the checks at the start",
+    "checkpoints.resume": "while the checkpoint was loaded",
+    "script.train": "in step {step}",
+    "evaluation.at_start": "in the evaluation before the first step",
+    "evaluation.when_due": "in the evaluation after step {step}",
+    "evaluation.at_end": "in the last evaluation (the trained model is complete in {exported})",
+    "checkpoints._save": "while the checkpoint of step {step} was saved",
+    "checkpoints._write_in_background": "while a checkpoint was written",
+    "export.export_model": "in the export",
+}
+STEP_PLACES = {
+    "loss.next_token_loss": "in the forward pass of step {step}",
+    "accelerator.backward": "in the backward pass of step {step}",
+    "loop.clip_gradients": "while the gradients of step {step} were clipped",
+    "optimizer.step": "in the optimizer's step {step}",
+    "engine.step": "in the optimizer's step {step}",  # DeepSpeed's, inside of the backward pass
+}
+
+
+@dataclass
+class MemoryAdvice:
+    """What a run knows beforehand about its memory: training/memory_advice.py fills it in."""
+
+    device_type: str = ""  # where it trains
+    estimate: str = ""  # the terms of one device and their sum
+    for_training: str = ""  # the settings that save most on the device, with their gain
+    for_evaluation: str = ""
+    for_host: str = ""
+
+
+memory_advice = MemoryAdvice()
+
+
+def memory_failure(error: BaseException) -> str | None:
+    """Return a sentence about memory that ran out if `error` or one of its causes says so; else None.
+
+    The tensors of the functions that have ended by the error are given free.
+    """
+    links = list(_causes(error))
+    lack = next((link for link in links if _kinds(link)), None)
+    if lack is None:
+        return None
+    if not hasattr(lack, "sentence"):  # the first time; run.json and the screen say the same
+        tracebacks = [link.__traceback__ for link in links[: links.index(lack) + 1]]
+        lack.sentence = _sentence(lack, _place(tracebacks))  # type: ignore[attr-defined]
+        for frames in tracebacks:
+            traceback.clear_frames(frames)
+    return lack.sentence  # type: ignore[attr-defined]
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield `error` and its causes, also those that another error has replaced by `from None`."""
+    link: BaseException | None = error
+    while link is not None:
+        yield link
+        link = link.__cause__ or link.__context__
+
+
+def _kinds(error: BaseException) -> tuple[str, ...]:
+    """Return where the memory was that ran out, "device" or "host", or both if the error leaves it open; else ()."""
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return ("device",)
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return ("host",)
+    if not isinstance(error, RuntimeError):
+        return ()
+    if ON_HOST.search(text):
+        return ("host",)
+    # "CUDA error: out of memory" is CUDA's own: it may also be that host memory could not be pinned.
+    return (("device", "host") if "CUDA error" in text else ("device",)) if ON_DEVICE.search(text) else ()
+
+
+def _place(tracebacks: list[TracebackType | None]) -> str:
+    """Return in words where the errors with these tracebacks, the outermost first, were raised; "" if nobody knows."""
+    place, function, step = "", "", {}
+    for frame, _ in chain.from_iterable(map(traceback.walk_tb, tracebacks)):
+        name = _function_name(frame)
+        words = PLACES.get(name) or (STEP_PLACES.get(name) if function == "script.train" else None)
+        if words is None:
+            continue
+        function = name if name in PLACES else function
+        values = step | _printable_locals(frame)
+        step = {"step": values["step"]} if "step" in values else {}
+        with contextlib.suppress(KeyError):  # the function had not got that far
+            place = words.format_map(values)
+    return place
+
+
+def _printable_locals(frame: FrameType) -> dict[str, Any]:
+    """Return the local variables of a function; a `module` of its `model` becomes its name there."""
+    values = dict(frame.f_locals)
+    if {"model", "module"} <= values.keys():
+        names = (name for name, module in values["model"].named_modules() if module is values["module"])
+        values["module"] = next(names, "") or "the model"
+    return values
+
+
+def _function_name(frame: FrameType) -> str:
+    path = Path(frame.f_code.co_filename)
+    return f"{'script' if path.parent.name == 'launch' else path.stem}.{frame.f_code.co_name}"
+
+
+def _sentence(error: BaseException, place: str) -> str:
+    kinds, text, advice = _kinds(error), str(error), memory_advice
+    states = {"device": _device_state(text), "host": _host_state()}
+    where = " or ".join(f"the {kind}" for kind in kinds)
+    parts = [f"Out of memory on {where}{place and ' '}{place}{_requested(text)}"]
+    parts += [states[kind] for kind in kinds if states[kind]]
+
+    # On a CPU the host is the device that is trained on.
+    if "device" in kinds or advice.device_type == "cpu":
+        help_texts = [advice.estimate, advice.for_evaluation if "evaluation" in place else advice.for_training]
+    else:
+        help_texts = [advice.for_host]
+    parts += [help_text for help_text in help_texts if help_text]
+    if advice.device_type:
+        parts.append("the same command continues from the last whole checkpoint, if there is one")
+    return f"{'; '.join(parts)}."
+
+
+def _requested(text: str) -> str:
+    """Return how much more was needed, from the text of an error, as in "Tried to allocate 20.00 MiB"."""
+    match = re.search(r"allocate (\d[\d.]*) ([KMGT]?i?B|bytes)", text)
+    if match is None:
+        return ""
+    return f", where {as_gib(int(match[1])) if match[2] == 'bytes' else f'{match[1]} {match[2]}'} more were needed"
+
+
+def _device_state(text: str) -> str:
+    """Return what is taken and free on this process's device; `text` is the error's, which knows of a limit."""
+    if not torch.cuda.is_initialized():
+        return ""
+    index = torch.cuda.current_device()
+    free, total = torch.cuda.mem_get_info(index)
+    allowed = re.search(r"([\d.]+ [KMGT]iB) allowed", text)
+    limit = f", {allowed[1]} of which this process may take" if allowed else ""
+    return (
+        f"cuda:{index} has {as_gib(total)}{limit}, {as_gib(free)} are free, and this process holds "
+        f"{as_gib(torch.cuda.memory_reserved(index))}, {as_gib(torch.cuda.memory_allocated(index))} of it in tensors"
+    )
+
+
+def _host_state() -> str:
+    memory, process = psutil.virtual_memory(), psutil.Process()
+    limits = [process.rlimit(kind)[0] for kind in (psutil.RLIMIT_AS, psutil.RLIMIT_DATA)] if psutil.LINUX else []
+    finite = [limit for limit in limits if 0 <= limit < memory.total]
+    limit = f" and may take {as_gib(min(finite))} (ulimit)" if finite else ""
+    return (
+        f"the machine has {as_gib(memory.total)}, {as_gib(memory.available)} are free, and this process holds "
+        f"{as_gib(process.memory_info().rss)}{limit}"
+    )
+
+
+def as_gib(size: float) -> str:
+    """Return a number of bytes as text in GiB, or in MiB below a tenth of one."""
+    return f"{size / 2**30:.2f} GiB" if size >= 0.1 * 2**30 else f"{size / 2**20:.1f} MiB"

@@ -1,0 +1,37 @@
+"""What a run can say if memory runs out: the estimate of its device and the settings that save most."""
+
+from accelerate import Accelerator
+from transformers import PreTrainedConfig
+
+from accel_llm.config.options import TrainOptions
+from accel_llm.system.out_of_memory import as_gib, memory_advice
+from accel_llm.training.memory_estimate import estimate_memory, memory_savings
+
+SETTINGS_NAMED = 3
+
+
+def note_memory_advice(accelerator: Accelerator, options: TrainOptions, config: PreTrainedConfig) -> None:
+    """Note what this run is estimated to take, and what saves most, for the sentence of `memory_failure`."""
+    arguments = (options, config, accelerator.num_processes, accelerator.device.type)
+    estimate, savings = estimate_memory(*arguments), memory_savings(*arguments)[:SETTINGS_NAMED]
+    terms = " + ".join(f"{name} {as_gib(size)}" for name, size in estimate.terms.items())
+    memory_advice.device_type = accelerator.device.type
+    memory_advice.estimate = f"estimated were {terms} = {as_gib(estimate.total)}"
+    gains = ", ".join(f"{setting} ({as_gib(gain)})" for setting, gain in savings)
+    memory_advice.for_training = f"what saves most: {gains}" if gains else "take a smaller model or a larger device"
+    memory_advice.for_evaluation = _for_evaluation(options)
+    memory_advice.for_host = _for_host(options)
+
+
+def _for_evaluation(options: TrainOptions) -> str:
+    """An evaluation keeps no activations for a backward pass: the size of its batches is what counts."""
+    size = options.per_device_eval_batch_size
+    if size > 1:
+        return f"lower per_device_eval_batch_size, which is {size}"
+    return f"lower max_length, which is {options.max_length}"
+
+
+def _for_host(options: TrainOptions) -> str:
+    """Name what takes memory of the host in a run on a GPU."""
+    settings = [f"{name}: false" for name in ("save_async", "offload_embeddings") if getattr(options, name, False)]
+    return f"less is taken with {', '.join([*settings, 'fewer processes or a launch YAML without offload'])}"

@@ -1,0 +1,224 @@
+"""Memory that runs out: one sentence, exit code 2, run.json says why, and nothing is half-written."""
+
+import ast
+import importlib.util
+import itertools
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from failures import find_incomplete
+from support import ROOT, saved_steps
+
+from accel_llm.errors import ConfigError
+from accel_llm.system.out_of_memory import PLACES, STEP_PLACES, memory_advice, memory_failure
+
+CUDA = (
+    "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 7.50 GiB of which 0.12 GiB is free."
+)
+
+
+def raised(call: Callable[[], Any]) -> BaseException:
+    with pytest.raises(BaseException) as error:
+        call()
+    return error.value
+
+
+@pytest.fixture
+def little_memory() -> Any:
+    """Within the test, the process may map 600 MiB more than it has."""
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + (600 << 20), before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not limit it")
+def test_what_the_libraries_raise_on_the_host_is_recognized(little_memory, tmp_path):
+    file = tmp_path / "large"
+    with file.open("wb") as handle:
+        handle.truncate(3 << 30)
+    calls = {
+        "torch": (lambda: torch.empty(1 << 30), "4.00 GiB"),
+        "numpy": (lambda: np.empty(1 << 30), "8.00 GiB"),
+        "python": (lambda: bytes(1 << 31), None),
+        "a mapped file": (lambda: torch.from_file(str(file), size=1 << 29), None),
+    }
+    for name, (call, size) in calls.items():
+        sentence = memory_failure(raised(call))
+        assert sentence and sentence.startswith("Out of memory on the host"), name
+        assert ("more were needed" in sentence) == (size is not None), name
+        assert size is None or f", where {size} more were needed; the machine has " in sentence
+        assert "may take" in sentence and "(ulimit)" in sentence
+
+
+@pytest.mark.parametrize(
+    ("error", "where"),
+    [
+        (torch.OutOfMemoryError(CUDA), "the device, where 2.50 GiB more were needed"),
+        (RuntimeError("CUDA error: out of memory"), "the device or the host"),  # pinned memory, a context
+        (RuntimeError("NCCL error: Cuda failure 2 'out of memory'"), "the device"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "the device"),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 2147483648 bytes."), "the host"),
+        (RuntimeError("std::bad_alloc"), "the host"),
+        (OSError(12, "Cannot allocate memory"), "the host"),
+    ],
+)
+def test_other_texts_of_libraries_are_recognized(error, where):
+    assert str(memory_failure(error)).startswith(f"Out of memory on {where}")
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory():
+    for error in (
+        RuntimeError("out of resource: shared memory, Required: 163840, Hardware limit: 101376"),
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        ConfigError("model_name_or_path: out of memory is a folder."),
+        OSError(28, "No space left on device"),
+        KeyError("memory"),
+    ):
+        assert memory_failure(error) is None
+
+
+def test_a_lack_of_memory_behind_another_error_is_found():
+    def misread() -> None:
+        try:
+            raise torch.OutOfMemoryError(CUDA)
+        except RuntimeError:
+            raise ConfigError("model_name_or_path: it cannot be loaded.") from None
+
+    assert str(memory_failure(raised(misread))).startswith("Out of memory on the device")
+
+
+def test_its_tensors_are_given_free():
+    tensors = []
+
+    def fail() -> None:
+        held = torch.zeros(10)
+        tensors.append(held.untyped_storage()._weak_ref())
+        raise MemoryError
+
+    error = raised(fail)
+    assert memory_failure(error)
+    assert torch.UntypedStorage._expired(tensors[0])
+
+
+def test_the_functions_that_say_where_a_run_is_exist():
+    names = {
+        f"{'script' if path.parent.name == 'launch' else path.stem}.{node.name}"
+        for path in [*(ROOT / "accel_llm").rglob("*.py"), ROOT / "launch" / "sft.py", *LIBRARIES]
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef)
+    }
+    assert {*PLACES, *STEP_PLACES} <= names
+
+
+LIBRARIES = [
+    Path(str(importlib.util.find_spec(name).origin))  # type: ignore[union-attr]
+    for name in ("accelerate.accelerator", "accelerate.optimizer", "deepspeed.runtime.engine")
+]
+
+
+# Where it happens: the function that fails, which call of it (or the first one in step 2), and what the sentence says.
+PLANTED = {
+    "loading": ("accel_llm.training.setup.load_model", 1, "while the model was loaded"),
+    "weights": ("accel_llm.model.placement.release_pages", 3, "while the weights of base_model.model.model."),
+    "checks": ("accel_llm.training.preflight.check_loss", 1, "in the checks at the start"),
+    "forward": ("accel_llm.model.loss.forward_arguments", "step 2", "in the forward pass of step 2"),
+    "backward": ("torch.Tensor.backward", "step 2", "in the backward pass of step 2"),
+    "optimizer": ("torch.optim.AdamW.step", "step 2", "in the optimizer's step 2"),
+    "checkpoint": ("accel_llm.checkpoint.checkpoints.generator_states", 2, "while the checkpoint of step 2 was saved"),
+    "export": ("accel_llm.training.export.gather_weights", 1, "in the export"),
+    "last evaluation": (
+        "accel_llm.training.evaluation.next_token_loss",
+        1,
+        "in the last evaluation (the trained model ",
+    ),
+}
+STEPS_SAVED = {"forward": [1], "backward": [1], "optimizer": [1], "checkpoint": [1], "export": [2, 3]}
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, name: str, when: int | str) -> None:
+    """Let one call of a function run out of memory."""
+    owner_name, _, last = name.rpartition(".")
+    try:
+        owner: Any = importlib.import_module(owner_name)
+    except ModuleNotFoundError:
+        module, _, attribute = owner_name.rpartition(".")
+        owner = getattr(importlib.import_module(module), attribute)
+    honest, calls = getattr(owner, last), itertools.count(1)
+
+    def wrapper(*arguments: Any, **keywords: Any) -> Any:
+        frames = itertools.takewhile(bool, accumulate_frames())
+        steps = {frame.f_locals.get("step") for frame in frames if frame.f_code.co_name == "train"}
+        if (2 in steps) if when == "step 2" else (next(calls) == when):
+            raise torch.OutOfMemoryError(CUDA)
+        return honest(*arguments, **keywords)
+
+    monkeypatch.setattr(owner, last, wrapper)
+
+
+def accumulate_frames() -> Any:
+    frame = sys._getframe(1)
+    while frame:
+        yield frame
+        frame = frame.f_back
+
+
+def sft_words(tiny: Path, chats: Path, out: Path) -> tuple[object, ...]:
+    words = ("--model_name_or_path", tiny, "--train_files", chats, "--eval_files", chats, "--max_length", 128)
+    return (*words, "--max_steps", 3, "--save_steps", 1, "--output_dir", out)
+
+
+@pytest.mark.parametrize("place", PLANTED)
+def test_the_sentence_says_where_and_what_helps_and_nothing_is_half_written(
+    place, script, tiny, chats, tmp_path, monkeypatch
+):
+    name, when, where = PLANTED[place]
+    plant(monkeypatch, name, when)
+    out = tmp_path / "out"
+    error = raised(lambda: script("sft", *sft_words(tiny, chats, out)))
+    sentence = memory_failure(error)
+    assert sentence and sentence.startswith(f"Out of memory on the device {where}")
+    assert sentence.count("\n") == 0 and sentence.endswith("from the last whole checkpoint, if there is one.")
+    if place == "last evaluation":
+        assert f"complete in {out / 'adapter'})" in sentence
+        assert "lower max_length, which is 128" in sentence
+    else:
+        assert "; estimated were weights " in sentence
+        first, second = memory_advice.for_training.removeprefix("what saves most: ").split("), ")[:2]
+        assert f"; what saves most: {first}" in sentence and second in sentence
+    if place in ("loading", "weights", "checks"):
+        assert not out.exists()
+        return
+    run = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    assert run["status"] == "failed" and run["error"] == sentence
+    assert saved_steps(out) == STEPS_SAVED.get(place, [2, 3]) and find_incomplete(out) == []
+
+    # The same command continues from the last checkpoint.
+    monkeypatch.undo()
+    script("sft", *sft_words(tiny, chats, out))
+    assert json.loads((out / "run.json").read_text(encoding="utf-8"))["status"] == "done"
+
+
+def test_an_evaluation_that_runs_out_is_a_problem_of_a_run_that_goes_on(script, tiny, chats, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    plant(monkeypatch, "accel_llm.training.evaluation.next_token_loss", 2)
+    words = (*sft_words(tiny, chats, out), "--eval_steps", 1, "--per_device_eval_batch_size", 24)
+    with pytest.raises(ConfigError, match="something beside the training failed"):
+        script("sft", *words)
+    run = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    (problem,) = run["problems"]
+    assert problem.startswith(
+        "The evaluation after step 2 failed (Out of memory on the device in the evaluation after "
+    )
+    assert "; lower per_device_eval_batch_size, which is 24;" in problem
+    assert run["status"] == "done" and (out / "adapter" / "adapter_model.safetensors").is_file()
