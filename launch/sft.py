@@ -87,7 +87,7 @@ def train(
 ) -> None:
     start, plan, undo_averaging = checkpoints.start, stream.plan, loop.undo_averaging(accelerator)
     bad_steps = BadSteps(accelerator, stream, options, start.skipped)
-    batches = stream.batches(start.step)
+    batches = loop.prefetch_to_device(stream.batches(start.step), accelerator.device, stream.accumulation)
     evaluation.at_start(model, meter, start)
     for step in range(start.step + 1, plan.total_steps + 1):
         micro_batches = [next(batches) for _ in range(stream.accumulation)]
@@ -96,7 +96,6 @@ def train(
         for batch in micro_batches:
             if not targets:  # no process has a label in this step, so there is nothing to learn
                 break
-            batch = loop.to_device(batch, accelerator.device)
             with accelerator.accumulate(model):
                 loss = next_token_loss(model, batch)  # the sum over the labels of this batch
                 accelerator.backward(loss * undo_averaging / targets)  # in total: the mean over the labels of the step

@@ -104,7 +104,7 @@ def build_accelerator(options: TrainOptions) -> Accelerator:
             prepare_deepspeed_on_cpu()
             # Without the name of a backend, Accelerate 1.15 assumes on every rank that there is only one process.
             arguments["kwargs_handlers"] = [InitProcessGroupKwargs(backend="gloo")]
-        arguments["deepspeed_plugin"] = build_deepspeed_plugin(options, accumulation, cpu)
+        arguments["deepspeed_plugin"] = build_deepspeed_plugin(options, accumulation, precision, cpu)
     elif launched_strategy == "fsdp2":
         if cpu:
             _prepare_fsdp_on_cpu()

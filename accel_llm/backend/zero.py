@@ -5,12 +5,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import DeepSpeedPlugin
 
 from accel_llm.backend.deepspeed_keys import deepspeed_problems
 from accel_llm.config.options import TrainOptions
 from accel_llm.errors import ConfigError, raise_problems
 
+DEFAULT_BUCKET = 500_000_000  # DeepSpeed 0.19.8's own reduce_bucket_size
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 
@@ -85,8 +87,10 @@ def _check_against_recipe(settings: dict[str, Any]) -> None:
     raise_problems(problems + deepspeed_problems(settings))
 
 
-def build_deepspeed_plugin(options: TrainOptions, accumulation: int, cpu: bool) -> DeepSpeedPlugin:
+def build_deepspeed_plugin(options: TrainOptions, accumulation: int, precision: str, cpu: bool) -> DeepSpeedPlugin:
     """Return Accelerate's DeepSpeed plugin with the settings of the launch YAML, completed by the recipe.
+
+    `precision` is fp32, bf16 or fp16. Gradients are added up and reduced in float32 with each of them.
 
     Raises:
         ConfigError: the settings are missing or broken, or contradict the recipe.
@@ -104,7 +108,12 @@ def build_deepspeed_plugin(options: TrainOptions, accumulation: int, cpu: bool) 
         # Otherwise, under offload, Accelerate 1.15 replaces the optimizer by DeepSpeedCPUAdam, which needs a compiler.
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
+        # Otherwise DeepSpeed adds up gradients, and reduces them, in the dtype of the weights.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": settings.get("communication_data_type", "fp32"),
     }
+    if zero["stage"] == 1 and precision == "bf16":
+        _keep_zero1_optimizer()
 
     # A CPU has neither pinned memory nor streams to overlap.
     if cpu:
@@ -118,6 +127,29 @@ def build_deepspeed_plugin(options: TrainOptions, accumulation: int, cpu: bool) 
         if isinstance(value, float) and value.is_integer():
             zero[key] = int(value)
     return DeepSpeedPlugin(hf_ds_config=settings, gradient_accumulation_steps=accumulation)
+
+
+def _keep_zero1_optimizer() -> None:
+    """Make DeepSpeed use the same optimizer class for ZeRO-1 in bf16 as in float32 and fp16."""
+    # For float32 gradients of bf16 weights DeepSpeed 0.19.8 would take its BF16_Optimizer. Its gradients are the same,
+    # but it keeps 2 bytes more for each trained parameter, and checkpoints would need a form of their own.
+    from deepspeed.runtime import engine
+
+    engine.DeepSpeedEngine._do_optimizer_sanity_check = lambda *_: engine.ZERO_OPTIMIZATION
+
+
+def fit_buckets(settings: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    """Lower `reduce_bucket_size` in DeepSpeed settings to the number of trained elements, if it is larger.
+
+    DeepSpeed allocates that many elements, up to two times, whatever is trained. The other buckets only say when to
+    begin the next message, and take no memory themselves.
+    """
+    zero = settings["zero_optimization"]
+    size = zero.get("reduce_bucket_size", DEFAULT_BUCKET)
+    if size != "auto":  # then Accelerate takes the square of the model's hidden size
+        trained = (parameter for group in optimizer.param_groups for parameter in group["params"])
+        # Under ZeRO-3 a parameter is an empty vector; DeepSpeed keeps its size in `ds_numel`.
+        zero["reduce_bucket_size"] = min(size, sum(getattr(p, "ds_numel", p.numel()) for p in trained))
 
 
 def prepare_deepspeed_on_cpu() -> None:

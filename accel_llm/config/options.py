@@ -32,6 +32,7 @@ METHODS_BY_OPTION = {
     **dict.fromkeys(["modules_to_save", "init_lora_weights", "use_dora", "use_rslora"], ("lora", "qlora")),
     **dict.fromkeys(["loraplus_lr_ratio", "adapter_name_or_path"], ("lora", "qlora")),
     "load_in_8bit": ("lora",),
+    "offload_embeddings": ("lora", "qlora"),
 }
 ADAMW = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit")
 OPTIMIZERS_BY_OPTION = {"adam_beta1": (*ADAMW, "lion"), "adam_beta2": (*ADAMW, "lion"), "adam_epsilon": ADAMW}
@@ -60,6 +61,9 @@ class ModelOptions(Options):
     precision: Precision = Field("auto", description="Number format; auto: bf16 or fp16 on a GPU, fp32 on a CPU")
     attn_implementation: str = Field("auto", description="Attention in Transformers, by name; auto: the best available")
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass to save memory")
+    offload_embeddings: bool = Field(
+        False, description="Keep the frozen input embedding in host memory; the GPU gets only the rows it needs"
+    )
 
 
 class MethodOptions(Options):
@@ -182,7 +186,9 @@ class RunOptions(Options):
         "auto", description="auto: continue the run in output_dir; none: start anew; or the folder of a checkpoint"
     )
     per_device_train_batch_size: int = Field(1, ge=1, description="Rows in one forward pass of one process")
-    per_device_eval_batch_size: int = Field(8, ge=1, description="Rows in one forward pass of an evaluation")
+    per_device_eval_batch_size: int = Field(
+        0, ge=0, description="Rows in one forward pass of an evaluation; 0: as in training"
+    )
     gradient_accumulation_steps: int | None = Field(None, ge=1, description="Forward passes in a step; none: 1")
     total_batch_size: int | None = Field(None, ge=1, description="Rows in a step over all processes; sets accumulation")
     num_train_epochs: float = Field(1.0, gt=0, description="Number of passes through the data")
@@ -212,6 +218,13 @@ class RunOptions(Options):
     eval_generate: int = Field(
         0, ge=0, description="Number of evaluation rows to generate answers for (eval/exact_match)"
     )
+
+    @model_validator(mode="after")
+    def _fit_evaluation(self) -> "RunOptions":
+        """Evaluate in batches as large as those of training, which fit in memory, unless a size is given."""
+        if self.per_device_eval_batch_size == 0:
+            object.__setattr__(self, "per_device_eval_batch_size", self.per_device_train_batch_size)
+        return self
 
     @model_validator(mode="after")
     def _apply_check_only(self) -> "RunOptions":

@@ -1,4 +1,8 @@
-"""Turn encoded rows into a batch of tensors, and count the targets in a batch."""
+"""Turn encoded rows into a batch: tensors for the device, and numbers that the host needs.
+
+The host knows lengths, counts and places when it makes the batch. Later it would have to wait for the device to read
+them from the tensors.
+"""
 
 from typing import Any
 
@@ -11,19 +15,17 @@ from accel_llm.data.rows import Rows
 Batch = dict[str, Any]
 
 
-def count_targets(labels: torch.Tensor) -> torch.Tensor:
-    """Return how many of `labels` [B, L] the loss sums over, int64 []. The first token of a row is never a target."""
-    return (labels[:, 1:] != IGNORED).sum()
-
-
-def total_weight(batch: dict) -> torch.Tensor:
-    """Return the number to divide the summed loss of `batch` by, float64 []: its targets, each times its weight.
-
-    Without `weights` in the batch every target counts 1.
-    """
-    if "weights" not in batch:
-        return count_targets(batch["labels"]).double()
-    return batch["weights"][:, 1:].double()[batch["labels"][:, 1:] != IGNORED].sum()
+def _targets(labels: np.ndarray, weights: np.ndarray | None) -> dict:
+    """Return where the targets of labels [B, L] are, and what they add up to; see `collate_packed`."""
+    rows, columns = np.nonzero(labels[:, 1:] != IGNORED)
+    weight = len(rows) if weights is None else weights[:, 1:][rows, columns].sum(dtype=np.float64)
+    return {
+        "target_positions": torch.from_numpy(rows * labels.shape[1] + columns),
+        # One column at least: every process must take part in the backward pass.
+        "target_columns": torch.from_numpy(np.unique(columns) if len(columns) else np.zeros(1, np.int64)),
+        "num_targets": len(rows),
+        "total_weight": float(weight),
+    }
 
 
 def collate_packed(rows: list[tuple[np.ndarray, np.ndarray]], weights: list[np.ndarray] | None = None) -> dict:
@@ -33,7 +35,11 @@ def collate_packed(rows: list[tuple[np.ndarray, np.ndarray]], weights: list[np.n
     int32 [documents + 1], holds the boundaries from 0 to T, and `max_seqlen` is the length of the longest document.
     With `weights` (an array [n] for each document) the batch also has `weights`, float32 [1, T].
 
-    The first token of a document is never a label, because no token of the same document comes before it.
+    The first token of a document is never a label, because no token of the same document comes before it. Position i
+    predicts token i + 1, so a label at i + 1 is the target of position i. `target_positions`, int64 [targets], are such
+    positions in the flattened rows, and `target_columns`, int64, those in a row that have a target in any row.
+    `num_targets` is their number, and `total_weight` the number to divide the summed loss by: the sum of the weights of
+    the targets, or without `weights` their number. `lengths` lists the length of each document.
     """
     # Where each document starts and ends in the row.
     lengths = np.array([len(ids) for ids, _ in rows])
@@ -44,13 +50,16 @@ def collate_packed(rows: list[tuple[np.ndarray, np.ndarray]], weights: list[np.n
     labels = np.concatenate([row_labels for _, row_labels in rows])
     labels[starts] = IGNORED
 
-    batch = {} if weights is None else {"weights": torch.from_numpy(np.concatenate(weights))[None]}
+    row_weights = None if weights is None else np.concatenate(weights)[None]
+    batch = {} if row_weights is None else {"weights": torch.from_numpy(row_weights)}
+    batch |= _targets(labels[None], row_weights)
     return batch | {
         "input_ids": _as_one_row(np.concatenate([ids for ids, _ in rows])),
         "labels": _as_one_row(labels),
         "position_ids": _as_one_row(np.arange(ends[-1]) - np.repeat(starts, lengths)),
         "cu_seqlens": torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
         "max_seqlen": int(lengths.max()),
+        "lengths": lengths.tolist(),
     }
 
 
@@ -66,7 +75,7 @@ def collate_padded(
 
     `input_ids`, `labels` and `attention_mask` are int64 [B, L]. With `weights` (an array [n] for each document) the
     batch also has `weights`, float32 [B, L]. Padding is never a label and never attended to, whatever `pad_token_id`
-    is.
+    is. What the batch says of targets and lengths is described at `collate_packed`.
     """
     # Start from tensors that are all padding.
     shape = len(rows), max(len(ids) for ids, _ in rows)
@@ -87,7 +96,26 @@ def collate_padded(
         batch["weights"] = torch.ones(shape)
         for i, row_weights in enumerate(weights):
             batch["weights"][i, : len(row_weights)] = torch.from_numpy(np.asarray(row_weights, np.float32))
-    return batch
+    numbers = _targets(labels.numpy(), batch["weights"].numpy() if weights is not None else None)
+    return batch | numbers | {"lengths": [len(ids) for ids, _ in rows]}
+
+
+def to_device(batch: Batch, device: torch.device | str) -> Batch:
+    """Copy the tensors of a batch to `device` by `start_copy`; other values stay as they are.
+
+    `input_ids.on_host` are the ids on the CPU, for an embedding that stays there (model/offloaded_embedding.py).
+    """
+    copies = {name: start_copy(v, device) if isinstance(v, torch.Tensor) else v for name, v in batch.items()}
+    if torch.device(device).type != "cpu":
+        copies["input_ids"].on_host = batch["input_ids"]
+    return copies
+
+
+def start_copy(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """Return a copy of a CPU tensor on `device`, where it may arrive later; the host does not wait for it."""
+    # Only pinned memory is copied while the host goes on.
+    pinned = tensor.pin_memory() if torch.device(device).type == "cuda" else tensor
+    return pinned.to(device, non_blocking=True)
 
 
 def collate(rows: Rows, indices: list[int], packed: bool, pad_token_id: int) -> Batch:

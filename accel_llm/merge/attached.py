@@ -314,6 +314,6 @@ def load_adapter(model: PreTrainedModel, adapter: SavedAdapter) -> Any:
         _check_start(wrapped, adapter, weights, "default")
         _check_fit(wrapped, base, weights, adapter, "default")
         wrapped.load_state_dict(weights, strict=False)
-    except (ValueError, KeyError, RuntimeError) as error:
+    except (ValueError, KeyError, RuntimeError, TypeError) as error:
         raise ConfigError(f"adapter: {adapter.folder} does not fit its base ({short_reason(error)}).") from None
     return wrapped

@@ -5,28 +5,27 @@ device never holds more than the 4-bit model and one weight in 16 bits: the card
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import accel_llm.system.chatter
 
 import torch
-from bitsandbytes.nn import Linear4bit
-from peft.tuners.tuners_utils import BaseTunerLayer
+from bitsandbytes.nn.modules import Linear4bit
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 
 from accel_llm.adapters.compat import SavedAdapter, read_adapter
 from accel_llm.adapters.initial import subtracted_init
 from accel_llm.adapters.saved import trained_in_4_bits
 from accel_llm.backend.strategy import PRECISION_DTYPES, compute_dtype, training_device
-from accel_llm.config.options import MethodOptions, ModelOptions
 from accel_llm.config.tool_options import ChatOptions
 from accel_llm.errors import ConfigError
 from accel_llm.merge.attached import load_adapter
 from accel_llm.merge.skeleton import read_model_config
 from accel_llm.model.attention import unwrap_causal_lm
 from accel_llm.model.experts import has_4bit_experts, unpack_experts_in_forward
-from accel_llm.model.loading import load_complete_model
+from accel_llm.model.loading import load_complete_model, short_reason
 from accel_llm.model.placement import materialize_weights
-from accel_llm.model.quantization import build_quantization_config, prepare_4bit_layers, set_compute_dtype
+from accel_llm.model.quantization import nf4_config, prepare_4bit_layers, set_compute_dtype
 from accel_llm.model.stored_quantization import (
     UNPACKED,
     describe_quantization,
@@ -34,6 +33,9 @@ from accel_llm.model.stored_quantization import (
     stored_quantization,
 )
 from accel_llm.model.vocabulary import adapter_vocabulary_size, extend_vocabulary
+from accel_llm.system.memory import returning_freed_memory
+
+IN_16_BITS = "name the same model in 16 bits"
 
 
 def load_with_adapter(adapter: Path, base: str, options: ChatOptions) -> Any:
@@ -59,14 +61,13 @@ def load_to_ask(name: str, field: str, options: ChatOptions, adapter: SavedAdapt
     """
     device = training_device()
     if _chooses_4_bits(name, field, options, adapter):
-        compute = compute_dtype(ModelOptions(precision=options.precision))
+        compute = compute_dtype(options)
         return _load_in_4_bits(name, field, options, adapter, compute, device).eval()
     dtype = PRECISION_DTYPES.get(options.precision) or (torch.float32 if device.type == "cpu" else "auto")
     arguments = {"dtype": dtype, "trust_remote_code": options.trust_remote_code}
     model: Any = load_complete_model(name, field, options.allow_pickle, **arguments)
     if adapter:
-        _add_rows(model, adapter)
-        model = load_adapter(model, adapter)
+        model = _with_adapter(_with_rows(model, adapter), adapter)
     return model.to(device).eval()
 
 
@@ -77,26 +78,21 @@ def _chooses_4_bits(name: str, field: str, options: ChatOptions, adapter: SavedA
         ConfigError: that is not possible with the weights in its files.
     """
     asked, config = options.load_in_4bit, read_model_config(name, options.trust_remote_code, field)
-    if is_stored_in_4_bits(config):
-        if asked is False:
-            raise ConfigError(
-                f"load_in_4bit: false, but the files of {name} hold its weights in 4 bits; leave it out, or name the "
-                "same model in 16 bits."
-            )
-        return True
+    stored, in_files = stored_quantization(config), is_stored_in_4_bits(config)
     if asked is None:
-        asked = adapter is not None and trained_in_4_bits(adapter.folder)
-    stored = stored_quantization(config)
-    if asked and stored and stored.get("quant_method") not in UNPACKED:
-        raise ConfigError(
-            f"load_in_4bit: the weights of {name} are quantized already ({describe_quantization(stored)}); set it to "
-            "false, or name the same model in 16 bits."
+        asked = in_files or (adapter is not None and trained_in_4_bits(adapter.folder))
+    problem = ""
+    if in_files and not asked:
+        problem = f"false, but the files of {name} hold its weights in 4 bits; leave it out, or {IN_16_BITS}"
+    elif asked and stored and not in_files and stored.get("quant_method") not in UNPACKED:
+        how = describe_quantization(stored)
+        problem = f"the weights of {name} are quantized already ({how}); set it to false, or {IN_16_BITS}"
+    elif asked and adapter and subtracted_init(getattr(adapter.config, "init_lora_weights", True)) == "pissa":
+        problem = (
+            f"PEFT computes init_lora_weights pissa of {adapter.folder} only from a base in 16 bits; set it to false"
         )
-    if asked and adapter and subtracted_init(getattr(adapter.config, "init_lora_weights", True)) == "pissa":
-        raise ConfigError(
-            f"load_in_4bit: {adapter.folder} has init_lora_weights pissa, which PEFT computes from weights in 16 bits "
-            "only; set load_in_4bit to false."
-        )
+    if problem:
+        raise ConfigError(f"load_in_4bit: {problem}.")
     return asked
 
 
@@ -112,48 +108,69 @@ def _load_in_4_bits(
     arguments = {"dtype": "auto", "trust_remote_code": options.trust_remote_code}
     model: Any = load_complete_model(name, field, options.allow_pickle, unpack=True, **arguments)
     if adapter:
-        _add_rows(model, adapter)
+        model = _with_rows(model, adapter)
     if is_stored_in_4_bits(model.config):
         set_compute_dtype(model, compute)
     else:
-        prepare_4bit_layers(model, build_quantization_config(MethodOptions(method="qlora"), compute, sharded=False))
+        prepare_4bit_layers(model, nf4_config(compute))
     if not has_4bit_experts(model) and not any(isinstance(module, Linear4bit) for module in model.modules()):
-        raise ConfigError(
-            f"load_in_4bit: {name} has no layer that can be held in 4 bits; set it to false, or leave it out."
-        )
+        raise ConfigError(f"load_in_4bit: {name} has no layer that can be held in 4 bits; set it to false.")
 
-    # PEFT computes DoRA's first values from the weights of a layer, but the shape of an adapter for experts from theirs,
-    # which 4 bits no longer show. So the experts are quantized after it.
+    # PEFT reads the weights of a layer for DoRA, but for experts only their shape, which 4 bits no longer show: experts
+    # are quantized after the adapter is there.
     read = [module for module in model.modules() if not hasattr(module, "scales_by_name")]
-    materialize_weights(model, read, compute, device, masters=False)
-    if adapter:
-        model = load_adapter(model, adapter)
-        _check_4bit_adapter(model, adapter)
-    unread = set(model.modules()).difference(read)
-    materialize_weights(model, list(unread), compute, device, masters=False)
+    with returning_freed_memory():
+        materialize_weights(model, read, compute, device, masters=False)
+        if adapter:
+            model = _with_adapter(model, adapter)
+        unread = set(model.modules()).difference(read)
+        materialize_weights(model, list(unread), compute, device, masters=False)
     unpack_experts_in_forward(model, recompute=False)
+    if adapter and adapter.config.peft_type != "LORA":
+        _check_4bit_adapter(model, adapter)
     return model
 
 
-def _add_rows(model: Any, adapter: SavedAdapter) -> None:
+def _with_rows(model: Any, adapter: SavedAdapter) -> Any:
     """Add rows for the tokens that the adapter added, before its weights are loaded."""
     rows = model.config.get_text_config().vocab_size
     extend_vocabulary(model, range(rows, adapter_vocabulary_size(model, adapter.settings, adapter.weights)))
+    return model
+
+
+def _with_adapter(model: Any, adapter: SavedAdapter) -> Any:
+    """Put the adapter on the model, and the rows of its trained tokens into embedding and head.
+
+    PEFT 0.21 copies the whole matrix for these rows in each forward, which takes a gigabyte of an 8B model.
+    """
+    wrapped = load_adapter(model, adapter)
+    layers = [module for module in wrapped.modules() if isinstance(module, TrainableTokensLayer)]
+    users = [parameter for module in wrapped.modules() for parameter in module.parameters(recurse=False)]
+    for layer in layers:
+        weight, rows = cast(torch.Tensor, layer.get_base_layer().weight), layer.trainable_tokens_delta
+        same = [k for k in layers if k.get_base_layer().weight is weight and k.trainable_tokens_delta is rows]
+        # A matrix that is also used with other rows, or with none, stays as it is.
+        if len(same) == sum(parameter is weight for parameter in users):
+            index = torch.tensor(layer.token_indices["default"], device=weight.device)
+            weight.data[index] = rows["default"].data.to(weight)
+            layer.merged_adapters.append("default")
+    return wrapped
 
 
 def _check_4bit_adapter(model: Any, adapter: SavedAdapter) -> None:
-    """Refuse an adapter whose method would read packed weights as numbers: PEFT has a 4-bit layer for some methods only.
+    """Compute one token: PEFT 0.21 lets a few methods read packed weights as numbers, which fails only here.
 
     Raises:
-        ConfigError: the adapter is of another method.
+        ConfigError: it fails.
     """
-    for layer in model.modules():
-        is_plain = isinstance(layer, BaseTunerLayer) and not type(layer).__module__.endswith(".bnb")
-        if is_plain and isinstance(layer.get_base_layer(), Linear4bit):
-            raise ConfigError(
-                f"load_in_4bit: PEFT has no 4-bit layers for the {adapter.config.peft_type} adapter {adapter.folder}; "
-                "set it to false."
-            )
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device))
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"load_in_4bit: PEFT cannot compute the adapter {adapter.folder} on weights in 4 bits "
+            f"({short_reason(error)}); set load_in_4bit to false, with a base in 16 bits."
+        ) from None
 
 
 def describe_placement(model: Any) -> str:

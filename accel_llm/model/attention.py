@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from accel_llm.errors import ConfigError
 
-PACKED_ATTENTION = "packed"
+PACKED_ATTENTION, PADDED_ATTENTION = "packed", "padded"
 REMEDY = "set packing: false"
 # torch 2.10 and 2.11 have `is_causal`, but no `scale`, `window_size`, `enable_gqa`; since 2.12 the window says causal.
 VARLEN_OPTIONS = frozenset(inspect.signature(varlen_attn).parameters)
@@ -29,11 +31,15 @@ def forward_arguments(batch: dict) -> dict:
     """Return the arguments of the model's forward for a packed or padded batch, without labels.
 
     The boundaries of a packed batch get the names of transformers' FlashAttentionKwargs: models pass these on to every
-    attention call, with and without gradient checkpointing.
+    attention call, with and without gradient checkpointing. The lengths of the documents, which the host knows, travel
+    as an attribute of the tensors.
     """
+    lengths = batch.get("lengths")
     if "cu_seqlens" not in batch:
+        batch["attention_mask"].lengths = lengths
         return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     boundaries, longest = batch["cu_seqlens"], batch["max_seqlen"]
+    boundaries.lengths = batch["position_ids"].lengths = lengths
     return {
         "input_ids": batch["input_ids"],
         "position_ids": batch["position_ids"],
@@ -53,11 +59,10 @@ def packing_obstacle(model: nn.Module) -> str | None:
     """Return the reason why this model cannot train on packed rows, or None (`check_isolation` then tests it)."""
     inner = unwrap_causal_lm(model)
     config = inner.config.get_text_config()
-    source = inspect.getsource(sys.modules[type(inner).__module__])
+    source = _source(inner)
     kinds = set(getattr(config, "layer_types", None) or [])
 
-    # Only such families call our function.
-    if "ALL_ATTENTION_FUNCTIONS" not in source:
+    if not _calls_interface(inner):
         return f"{type(inner).__name__} computes attention outside transformers' AttentionInterface"
     # Linear attention and convolutions carry state over document boundaries.
     if mixing := kinds - ISOLATED_LAYERS:
@@ -67,6 +72,16 @@ def packing_obstacle(model: nn.Module) -> str | None:
     if sliding and "create_sliding_window_causal_mask" in source and "sliding_window=" not in source:
         return f"{type(inner).__name__} passes its sliding window to the attention mask only"
     return None
+
+
+def _source(model: PreTrainedModel) -> str:
+    """Return the source of the family's module."""
+    return inspect.getsource(sys.modules[type(model).__module__])
+
+
+def _calls_interface(model: PreTrainedModel) -> bool:
+    """Return whether the family calls attention by transformers' AttentionInterface: only then it calls ours."""
+    return "ALL_ATTENTION_FUNCTIONS" in _source(model)
 
 
 def enable_packing(model: nn.Module) -> None:
@@ -83,18 +98,36 @@ def enable_packing(model: nn.Module) -> None:
     unwrap_causal_lm(model).set_attn_implementation(PACKED_ATTENTION)
 
 
+def enable_padding(model: nn.Module) -> None:
+    """Switch the model to attention that builds no mask for rows padded on the right, where its family allows it.
+
+    Causal attention needs none: the padding comes later than all tokens. With a mask, transformers 5.24 asks the device
+    whether there is padding at all, and the host waits for the answer. Run generation, which pads on the left, inside
+    `with stock_attention(model)`.
+    """
+    inner = unwrap_causal_lm(model)
+    if inner.config._attn_implementation == "sdpa" and _calls_interface(inner):
+        inner.set_attn_implementation(PADDED_ATTENTION)
+
+
+def _mask_without_padding(*args, attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor | None:
+    """Return transformers' mask of a row without padding: none for causal attention, else that of the window."""
+    return sdpa_mask(*args, attention_mask=None, **kwargs)
+
+
 @contextmanager
 def stock_attention(model: nn.Module) -> Iterator[None]:
-    """Use transformers' own attention inside the `with` block: for generation, padded batches and comparison."""
+    """Use transformers' own attention inside the `with` block: for generation and comparison."""
     inner = unwrap_causal_lm(model)
-    if inner.config._attn_implementation != PACKED_ATTENTION:
+    ours = inner.config._attn_implementation
+    if ours not in (PACKED_ATTENTION, PADDED_ATTENTION):
         yield
         return
     inner.set_attn_implementation("sdpa" if inner._supports_sdpa else "eager")
     try:
         yield
     finally:
-        inner.set_attn_implementation(PACKED_ATTENTION)
+        inner.set_attn_implementation(ours)
 
 
 @contextmanager
@@ -159,7 +192,7 @@ def packed_attention(
 
 def document_lengths(boundaries: torch.Tensor) -> list[int]:
     """Return the lengths of the documents between `boundaries`, kept with them: layers need not wait for the device."""
-    if not hasattr(boundaries, "lengths"):
+    if getattr(boundaries, "lengths", None) is None:
         boundaries.lengths = boundaries.diff().tolist()  # type: ignore[attr-defined]
     return boundaries.lengths  # type: ignore[attr-defined]
 
@@ -293,3 +326,5 @@ def _repeat_heads(query: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
 
 # Without a mask function transformers does not search the positions for documents, and need not wait for the device.
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+AttentionInterface.register(PADDED_ATTENTION, sdpa_attention_forward)
+AttentionMaskInterface.register(PADDED_ATTENTION, _mask_without_padding)

@@ -9,6 +9,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from bitsandbytes.nn.modules import Linear4bit
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
@@ -22,7 +23,7 @@ from accel_llm.backend.strategy import compute_dtype, resolve_precision, strateg
 from accel_llm.config.command_line import shell_command
 from accel_llm.config.options import ModelOptions, PretrainOptions, TrainOptions
 from accel_llm.errors import ConfigError
-from accel_llm.model.attention import enable_packing
+from accel_llm.model.attention import enable_packing, enable_padding
 from accel_llm.model.config_file import correct_tied_embeddings
 from accel_llm.model.file_weights import compare_with_files
 from accel_llm.model.language_part import causal_lm_loader, freeze_other_parts
@@ -93,6 +94,11 @@ def _option_problems(options: TrainOptions) -> list[str]:
         problems.append(
             f"lora_bias: {options.lora_bias} does not train with {base}, because bitsandbytes rounds the biases of its "
             "layers at every use; give none, or use method lora on 16-bit weights."
+        )
+    if options.offload_embeddings and strategy() in ("zero3", "fsdp2"):
+        problems.append(
+            f"offload_embeddings: {strategy()} shards the embedding over all processes instead; set it to false, or use "
+            "single_gpu.yaml, ddp.yaml or zero2.yaml."
         )
     if options.use_dora and options.method == "qlora" and strategy() == "zero3":
         problems.append(
@@ -217,9 +223,9 @@ def load_model(options: TrainOptions) -> PreTrainedModel:
         set_compute_dtype(model, compute)
     elif quantization and not options.load_in_8bit:
         prepare_4bit_layers(model, quantization)
-        if options.use_dora or options.init_lora_weights == "olora":
-            modules = [module for module in model.modules() if not hasattr(module, "scales_by_name")]
-            materialize_weights(model, modules, compute, training_device())
+        if options.use_dora or options.init_lora_weights in ("olora", "pissa"):
+            layers: list[Any] = [module for module in model.modules() if isinstance(module, Linear4bit)]
+            materialize_weights(model, layers, compute, training_device())
     return configure_for_training(model, options)
 
 
@@ -282,8 +288,8 @@ def configure_for_training(model: PreTrainedModel, options: TrainOptions) -> Pre
     embedding = model.get_input_embeddings()
     if isinstance(embedding, torch.nn.Embedding):
         embedding.padding_idx = None
-    if options.packing and options.attn_implementation in ("auto", "sdpa"):
-        enable_packing(model)
+    if options.attn_implementation in ("auto", "sdpa"):
+        (enable_packing if options.packing else enable_padding)(model)
     if options.gradient_checkpointing:
         recompute_activations(model, options.lora_dropout)
     tokens = [n * options.max_length for n in (options.per_device_train_batch_size, options.per_device_eval_batch_size)]

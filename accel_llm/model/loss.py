@@ -2,8 +2,9 @@
 
 import functools
 from types import MethodType
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -12,12 +13,14 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import ModelOutput
 
 from accel_llm.chat.targets import IGNORED
-from accel_llm.data.batches import count_targets, total_weight
+from accel_llm.data.batches import collate_padded, to_device
 from accel_llm.errors import ConfigError
 from accel_llm.model.attention import forward_arguments, stock_attention, unwrap_causal_lm
 from accel_llm.model.logits import chunk_count, sum_of_chunks, sum_terms
 
 LossPath = Literal["own", "stock"]
+# What the loss reads of a batch beside the labels.
+TARGETS = ("target_positions", "target_columns", "total_weight", "weights")
 LOSS_TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-3, torch.int8: 2e-3}  # relative
 
 
@@ -27,8 +30,8 @@ def next_token_loss(model: nn.Module, batch: dict) -> torch.Tensor:
     `batch` is packed or padded, see data/batches.py. With `weights` in it, each term is multiplied by its token's
     weight. Call `attach_loss` on the model first; after that it may be wrapped (PEFT, DDP, DeepSpeed, FSDP2).
     """
-    others = {name: batch[name] for name in ("weights", "num_targets") if name in batch}
-    return model(**forward_arguments(batch), labels=batch["labels"], use_cache=False, **others).loss
+    targets = {name: batch[name] for name in TARGETS if name in batch} | {"row_length": batch["labels"].shape[1]}
+    return model(**forward_arguments(batch), labels=batch["labels"], targets=targets, use_cache=False).loss
 
 
 def attach_loss(
@@ -38,12 +41,12 @@ def attach_loss(
     label_smoothing: float = 0.0,
     z_loss_coef: float = 0.0,
 ) -> LossPath:
-    """Replace the forward of a causal LM: with `labels` it returns the SUM of their cross-entropies and no logits.
+    """Replace the forward of a causal LM: with `targets` it returns the SUM of their cross-entropies and no logits.
 
-    Without `labels` the forward stays the family's own. Call this before PEFT wraps the model and before
-    `accelerator.prepare`: then the loss is computed inside the forward of DDP, DeepSpeed and FSDP2. `tokens_per_batch`
-    is the largest number of tokens in a micro-batch. It sets the number of chunks in which the vocabulary is projected;
-    evaluation may have larger batches.
+    `next_token_loss` passes them; without them the forward stays the family's own. Call this before PEFT wraps the
+    model and before `accelerator.prepare`: then the loss is computed inside the forward of DDP, DeepSpeed and FSDP2.
+    `tokens_per_batch` is the largest number of tokens in a micro-batch. It sets the number of chunks in which the
+    vocabulary is projected; evaluation may have larger batches.
 
     In training mode, and only there, up to three terms are added: label smoothing and z-loss (see model/logits.py)
     and, if the config sets `output_router_logits`, the balance loss of the experts (see `_stock_loss`).
@@ -58,20 +61,11 @@ def attach_loss(
 
     # `wraps` keeps the signature: transformers' generate reads from it which inputs the model takes.
     @functools.wraps(type(model).forward)
-    def forward(
-        self: PreTrainedModel,
-        *args,
-        labels: torch.Tensor | None = None,
-        weights: torch.Tensor | None = None,
-        num_targets: int | None = None,
-        **kwargs,
-    ):
-        if labels is None:
+    def forward(self: PreTrainedModel, *args, targets: dict[str, Any] | None = None, **kwargs):
+        if targets is None:
             return type(self).forward(self, *args, **kwargs)
-        if self.loss_path == "own":
-            kwargs["num_targets"] = num_targets
         path = LOSS_PATHS[self.loss_path]  # type: ignore
-        return CausalLMOutputWithPast(loss=path(self, *args, labels=labels, weights=weights, **kwargs))  # type: ignore
+        return CausalLMOutputWithPast(loss=path(self, *args, targets=targets, **kwargs))  # type: ignore
 
     # The settings live on the model, where every wrapper finds them.
     text = model.config.get_text_config()
@@ -89,16 +83,9 @@ def attach_loss(
     return check_loss(model, parameter.device, model.dtype)
 
 
-def _target_positions(targets: torch.Tensor, count: int | None) -> torch.Tensor:
-    """Return the positions of the labels in targets [n]. Where their number is known, nothing waits for the device."""
-    if count is None:
-        return (targets != IGNORED).nonzero().squeeze(1)
-    return (targets == IGNORED).int().argsort(stable=True)[:count]
-
-
 def _shifted(values: torch.Tensor, last: float) -> torch.Tensor:
-    """Return values [B, L] flattened, each of them one position earlier: position i predicts token i + 1."""
-    return F.pad(values[:, 1:], (0, 1), value=last).flatten()
+    """Return values [B, L], each of them one position earlier: position i predicts token i + 1."""
+    return F.pad(values[:, 1:], (0, 1), value=last)
 
 
 def _candidate_paths(model: PreTrainedModel) -> list[LossPath]:
@@ -142,38 +129,24 @@ def check_loss(model: nn.Module, device: torch.device | str, dtype: torch.dtype)
 
 def _random_batch(vocab_size: int, device: torch.device | str) -> dict:
     """Return two rows of different lengths, some tokens without a label."""
-    generator = torch.Generator().manual_seed(0)
-    input_ids = torch.randint(vocab_size, (2, 12), generator=generator)
-    attention_mask = torch.ones_like(input_ids)
-    attention_mask[1, 9:] = 0
-    labels = input_ids.masked_fill(attention_mask == 0, IGNORED)
-    labels[0, :4] = IGNORED
-    batch = {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+    first, second = np.random.default_rng(0).integers(vocab_size, size=(2, 12))
+    rows = [(first, np.where(np.arange(12) < 4, IGNORED, first)), (second[:9], second[:9])]
+    return to_device(collate_padded(rows, 0), device)
 
 
-def _own_loss(
-    model: PreTrainedModel,
-    *args,
-    labels: torch.Tensor,
-    weights: torch.Tensor | None,
-    num_targets: int | None = None,
-    **kwargs,
-) -> torch.Tensor:
-    """Sum over the labeled tokens, projecting only their positions to the vocabulary."""
-    hidden = model.base_model(*args, **kwargs)[0]
-    targets = _shifted(labels, IGNORED)
-    labeled = _target_positions(targets, num_targets)
-    hidden, targets = hidden.flatten(0, 1).index_select(0, labeled), targets.index_select(0, labeled)
+def _own_loss(model: PreTrainedModel, *args, labels: torch.Tensor, targets: dict[str, Any], **kwargs) -> torch.Tensor:
+    """Sum over the targets, projecting only their positions to the vocabulary."""
+    # PEFT's prompt tuning puts virtual tokens before each row, and labels for them.
+    virtual = labels.shape[1] - targets["row_length"]
+    hidden, labels = model.base_model(*args, **kwargs)[0][:, virtual:], _shifted(labels[:, virtual:], IGNORED)
+    hidden, labels = (tensor.flatten(0, 1).index_select(0, targets["target_positions"]) for tensor in (hidden, labels))
+    weights = targets.get("weights")
     if weights is not None:
-        weights = _shifted(weights, 0).index_select(0, labeled)
+        weights = _shifted(weights, 0).flatten().index_select(0, targets["target_positions"])
+    return sum_of_chunks(model, hidden, labels, weights)
 
-    return sum_of_chunks(model, hidden, targets, weights)
 
-
-def _stock_loss(
-    model: PreTrainedModel, *args, labels: torch.Tensor, weights: torch.Tensor | None, **kwargs
-) -> torch.Tensor:
+def _stock_loss(model: PreTrainedModel, *args, labels: torch.Tensor, targets: dict[str, Any], **kwargs) -> torch.Tensor:
     """Return the same sum as `_own_loss`, from the family's logits; in training plus the balance loss of the experts.
 
     The family computes the balance loss from the routing of this micro-batch's real tokens. We multiply it by the
@@ -182,18 +155,17 @@ def _stock_loss(
     single micro-batch this is the family's loss. Each micro-batch is balanced by itself, so more and smaller
     micro-batches ask for more balance.
     """
-    # The columns in which any row has a label; the family computes logits for these only.
-    targets = labels[:, 1:]
-    columns = (targets != IGNORED).any(0).nonzero().squeeze(1)
-    if not len(columns):
-        columns = columns.new_zeros(1)  # keeps the gradient graph: every rank must take part in the backward pass
-    output = type(model).forward(model, *args, logits_to_keep=columns, **kwargs)
-    logits, targets = output.logits.flatten(0, 1).float(), targets[:, columns].flatten()
-    loss = sum_terms(model, logits, targets, None if weights is None else weights[:, 1:][:, columns].flatten())
+    # The family computes logits for the columns in which any row has a target.
+    columns, virtual = targets["target_columns"], labels.shape[1] - targets["row_length"]
+    output = type(model).forward(model, *args, logits_to_keep=columns + virtual, **kwargs)
+    logits, labels = output.logits.flatten(0, 1).float(), _shifted(labels[:, virtual:], IGNORED)
+    weights = targets.get("weights")
+    if weights is not None:
+        weights = _shifted(weights, 0).index_select(1, columns).flatten()
+    loss = sum_terms(model, logits, labels.index_select(1, columns).flatten(), weights)
     if not model.training:
         return loss
-    batch = {"labels": labels} if weights is None else {"labels": labels, "weights": weights}
-    return loss + _balance_loss(model, output) * total_weight(batch).float()
+    return loss + _balance_loss(model, output) * targets["total_weight"]
 
 
 def _balance_loss(model: PreTrainedModel, output: ModelOutput) -> torch.Tensor | float:
@@ -207,17 +179,17 @@ def _balance_loss(model: PreTrainedModel, output: ModelOutput) -> torch.Tensor |
 
 
 def _family_loss(
-    model: PreTrainedModel, *args, labels: torch.Tensor, weights: torch.Tensor | None, **kwargs
+    model: PreTrainedModel, *args, labels: torch.Tensor, targets: dict[str, Any], **kwargs
 ) -> torch.Tensor:
     """Return the reference of `check_loss`: the family's mean loss times the number of targets, no balance loss."""
-    assert weights is None, "the families' own losses do not support weights"
+    assert "weights" not in targets, "the families' own losses do not support weights"
     output = type(model).forward(model, *args, labels=labels, **kwargs)
     if _asks_for_balance(model) and getattr(output, "aux_loss", None) is None:
         raise ConfigError(
             f"output_router_logits: the config of the model asks for a balance loss of its experts, but "
             f"{type(model).__name__} computes none; set it to false in config.json."
         )
-    return (output.loss - _balance_loss(model, output)) * count_targets(labels)
+    return (output.loss - _balance_loss(model, output)) * targets["total_weight"]
 
 
 LOSS_PATHS = {"own": _own_loss, "stock": _stock_loss, "family": _family_loss}

@@ -19,16 +19,20 @@ from bitsandbytes.nn.modules import Params4bit
 from torch import nn
 
 from accel_llm.backend.strategy import PRECISION_DTYPES, strategy
-from accel_llm.config.options import OptimOptions
+from accel_llm.config.options import TrainOptions
 from accel_llm.model.attention import unwrap_causal_lm
+from accel_llm.model.offloaded_embedding import embedding_to_offload, keep_on_host
 from accel_llm.system.memory import release_pages, returning_freed_memory
 
 
-def place_weights(accelerator: Accelerator, model: nn.Module, options: OptimOptions) -> None:
+def place_weights(accelerator: Accelerator, model: nn.Module, options: TrainOptions) -> None:
     """Move all weights of `model` to the device, in their final dtype, and shard them as the strategy says.
 
     Call it after everything that adds weights (new tokens, adapters) and before building the optimizer. Under ZeRO-3
     and FSDP2 it is a collective.
+
+    Raises:
+        ConfigError: `offload_embeddings` is set, but the embedding cannot stay in host memory.
     """
     # "no", Accelerate's word for float32, is not in the table.
     compute = PRECISION_DTYPES.get(accelerator.mixed_precision, torch.float32)
@@ -39,6 +43,15 @@ def place_weights(accelerator: Accelerator, model: nn.Module, options: OptimOpti
     # A module belongs to the first unit that contains it, so the last unit gets only what is left.
     done: set[nn.Module] = set()
     with returning_freed_memory():
+        if options.offload_embeddings:
+            embedding = embedding_to_offload(model)
+            if accelerator.device.type == "cpu":
+                accelerator.print(
+                    "offload_embeddings: without a GPU all weights lie in host memory, so it has no effect"
+                )
+            else:
+                materialize_weights(model, [embedding], compute, torch.device("cpu"), masters)
+                keep_on_host(embedding)
         for unit in _shard_units(model):
             modules = [module for module in unit.modules() if module not in done]
             materialize_weights(model, modules, compute, accelerator.device, masters)

@@ -1,12 +1,16 @@
 """Positions: how many a model has, and rotary embeddings that depend on a document's length."""
 
 import functools
+import inspect
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from accel_llm.data.batches import start_copy
 
 # Fields that hold the number of positions, in the names of the model families.
 POSITION_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
@@ -71,7 +75,8 @@ def _add_position_ids(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tup
     inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
     if mask is not None and mask.ndim == 2 and inputs is not None and kwargs.get("position_ids") is None:
         # Behind cached tokens the mask is longer than the input. Padding on the right repeats the last position.
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -inputs.shape[1] :]
+        positions: Any = (mask.cumsum(-1) - 1).clamp(min=0)[:, -inputs.shape[1] :]
+        positions.lengths = getattr(mask, "lengths", None)
         kwargs = kwargs | {"position_ids": positions}
     return args, kwargs
 
@@ -88,21 +93,24 @@ def _rotate_by_document(
     if rope_type not in ("longrope", "dynamic"):
         return type(self).forward(self, x, position_ids, **kind)
 
+    # The documents of each group are rotated as an input of the group's length.
     lengths = _document_lengths(position_ids)
     if rope_type == "longrope":
         scaling = self.config.rope_parameters if layer_type is None else self.config.rope_parameters[layer_type]
-        is_long = lengths > scaling["original_max_position_embeddings"]
-        groups = [~is_long, is_long]
+        limit = scaling["original_max_position_embeddings"]
+        groups = {limit: lengths <= limit, limit + 1: lengths > limit}
     else:
-        lengths = lengths.clamp(min=self.original_max_seq_len)  # up to here nothing is scaled
-        groups = [lengths == length for length in lengths.unique().tolist()]
+        limit = self.original_max_seq_len  # up to here nothing is scaled
+        host_lengths = getattr(position_ids, "lengths", None) or lengths.unique().tolist()
+        groups = {limit: lengths <= limit} | {n: lengths == n for n in sorted(host_lengths) if n > limit}
 
+    # transformers 5.24 reads the length from the device; its function inside does not.
+    forward = inspect.unwrap(type(self).forward)
     outputs = None
-    for group in groups:
-        if rope_type == "dynamic":
-            _forget_longest(self, layer_type, x.device)
-        # In the places of other documents stands position 0, so that the largest position is that of this group.
-        output = type(self).forward(self, x, position_ids.where(group, 0), **kind)
+    for length, group in groups.items():
+        _set_frequencies(self, rope_type, layer_type, length, x.device)
+        # In the places of other documents stands position 0: PhiMoE looks at the largest position itself.
+        output = forward(self, x, position_ids.where(group, 0), **kind)
         tensors = output if isinstance(output, tuple) else (output,)
         previous = tensors if outputs is None else outputs
         outputs = tuple(a.where(group[..., None], b) for a, b in zip(tensors, previous, strict=True))
@@ -110,11 +118,13 @@ def _rotate_by_document(
     return outputs if isinstance(output, tuple) else outputs[0]
 
 
-def _forget_longest(rotary: Any, layer_type: str | None, device: torch.device) -> None:
-    """Undo what transformers 5.24 keeps of a long input: it would scale the next one that is not clearly shorter."""
-    prefix = "" if layer_type is None else f"{layer_type}_"
-    rotary.register_buffer(f"{prefix}inv_freq", getattr(rotary, f"{prefix}original_inv_freq").to(device), False)
-    setattr(rotary, f"{prefix}max_seq_len_cached", rotary.original_max_seq_len)
+def _set_frequencies(rotary: Any, rope_type: str, layer_type: str | None, length: int, device: torch.device) -> None:
+    """Give a rotary embedding the frequencies of an input of `length` tokens."""
+    kind = {} if layer_type is None else {"layer_type": layer_type}
+    # As transformers 5.24 does it: `dynamic` computes with a tensor, `longrope` compares a number.
+    seq_len = torch.tensor(length) if rope_type == "dynamic" else length
+    frequencies, _ = ROPE_INIT_FUNCTIONS[rope_type](rotary.config, torch.device("cpu"), seq_len=seq_len, **kind)
+    setattr(rotary, "inv_freq" if layer_type is None else f"{layer_type}_inv_freq", start_copy(frequencies, device))
 
 
 def _document_lengths(position_ids: torch.Tensor) -> torch.Tensor:

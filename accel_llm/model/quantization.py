@@ -74,15 +74,20 @@ def set_compute_dtype(model: nn.Module, compute: torch.dtype) -> None:
 def build_quantization_config(method: MethodOptions, compute: torch.dtype, sharded: bool) -> BitsAndBytesConfig | None:
     """Return the quantization that the options ask for: NF4 for QLoRA, 8 bits for `load_in_8bit`, None for neither."""
     if method.method == "qlora":
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=compute,
-            # FSDP2 and ZeRO-3 flatten parameters together, so the packed bytes must have the dtype of the float ones.
-            bnb_4bit_quant_storage=compute if sharded else torch.uint8,
-        )
+        # FSDP2 and ZeRO-3 flatten parameters together, so the packed bytes must have the dtype of the float ones.
+        return nf4_config(compute, storage=compute if sharded else torch.uint8)
     return BitsAndBytesConfig(load_in_8bit=True) if method.load_in_8bit else None
+
+
+def nf4_config(compute: torch.dtype, storage: torch.dtype = torch.uint8) -> BitsAndBytesConfig:
+    """Return the quantization of QLoRA: NF4, with scales that are quantized too."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+        bnb_4bit_quant_storage=storage,
+    )
 
 
 def quantized_weights(model: PreTrainedModel) -> dict[str, bool]:

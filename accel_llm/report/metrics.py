@@ -13,9 +13,9 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from accel_llm.backend.collectives import sum_over_processes
+from accel_llm.backend.collectives import sum_on_cpus
 from accel_llm.config.options import RunOptions
-from accel_llm.data.batches import Batch, count_targets, total_weight
+from accel_llm.data.batches import Batch
 from accel_llm.data.stream import TrainingPlan
 from accel_llm.report.record import Record
 from accel_llm.report.trackers import RunTrackers
@@ -25,9 +25,9 @@ console = Console(highlight=False)
 
 
 class Meter:
-    """Sums loss and tokens on the device, and reads the sums once per logging step.
+    """Sums the loss on the device, and reads the sum once per logging step.
 
-    So the meter makes the loop wait for the device in those steps only.
+    So the meter makes the loop wait for the device in those steps only. Tokens are counted on the host.
     """
 
     def __init__(
@@ -50,27 +50,27 @@ class Meter:
         self.progress = _start_progress(accelerator, plan, step, options.check_only)
 
     def _reset(self, state: Sequence[float] = (0.0,) * 5) -> None:
-        # The sums of loss, weight of the targets, targets and tokens; then the seconds that have passed.
-        self.sums = torch.tensor(state[:4], dtype=torch.float64, device=self.accelerator.device)
+        # The sums of loss and weight of the targets, without losses that are not finite; then targets and tokens.
+        self.sums = torch.tensor(state[:2], dtype=torch.float64, device=self.accelerator.device)
+        self.targets, self.tokens = state[2:4]
         self.since = time.perf_counter() - state[4]
 
     def state(self) -> list[float]:
         """Return the sums of this process since the last line of metrics, and the seconds since then."""
-        return [*self.sums.tolist(), time.perf_counter() - self.since]
+        return [*self.sums.tolist(), self.targets, self.tokens, time.perf_counter() - self.since]
 
     def add(self, loss: torch.Tensor, batch: Batch) -> None:
         """Add one micro-batch of this process: its summed loss, labeled targets, and tokens without padding.
 
         A loss that is not finite is left out of the mean; `BadSteps` decides whether its step is skipped.
         """
-        finite = loss.detach().isfinite()
-        tokens = batch["attention_mask"].sum() if "attention_mask" in batch else batch["input_ids"].numel()
-        targets = count_targets(batch["labels"])
-        self.sums[0] += torch.where(finite, loss.detach(), 0.0)
-        self.sums[1] += total_weight(batch) * finite
-        self.sums[2] += targets
+        loss = loss.detach().double()
+        finite = loss.isfinite()
+        self.sums[0] += torch.where(finite, loss, 0.0)
+        self.sums[1] += finite.double() * batch["total_weight"]
+        self.targets += batch["num_targets"]
         # A batch without targets only fills a slot of the last step: it has no real tokens.
-        self.sums[3] += tokens * (targets > 0)
+        self.tokens += sum(batch["lengths"]) if batch["num_targets"] else 0
 
     def log(self, step: int, learning_rate: float, grad_norm: float) -> None:
         """Write the metrics of step `step` (from 1) if they are due: every `logging_steps`, first and last step."""
@@ -78,7 +78,8 @@ class Meter:
             self.progress.update(self.progress.task_ids[0], completed=step)
         if step % self.options.logging_steps and step not in (1, self.plan.total_steps):
             return
-        loss, weight, targets, tokens = sum_over_processes(self.accelerator, self.sums).tolist()
+        sums = [*self.sums.tolist(), self.targets, self.tokens]  # the host waits for the device
+        loss, weight, targets, tokens = sum_on_cpus(self.accelerator, sums)
         seconds = time.perf_counter() - self.since
         self.supervised += int(targets)
         self.write(

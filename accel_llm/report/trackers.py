@@ -12,7 +12,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accel_llm.config.command_line import resolved_options
 from accel_llm.config.options import RunOptions
 from accel_llm.report.record import Record
-from accel_llm.system.out_of_memory import memory_failure
+from accel_llm.system.out_of_memory import memory_reason
 
 DEFAULT_PROJECT = "accel-llm"
 # Environment variables that name the project: those of the trackers, and those that other trainers read.
@@ -87,7 +87,7 @@ def build_tracker(name: str, run_name: str | None, logging_dir: Any) -> Any:
 
 
 def describe_error(error: BaseException) -> str:
-    """Return the type and the message of an error on one line, or the sentence about memory that ran out."""
-    if sentence := memory_failure(error):
-        return sentence
+    """Return the type and the message of an error on one line, or where memory ran out and what helps."""
+    if reason := memory_reason(error):
+        return reason
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]

@@ -65,7 +65,17 @@ memory_advice = MemoryAdvice()
 
 
 def memory_failure(error: BaseException) -> str | None:
-    """Return a sentence about memory that ran out if `error` or one of its causes says so; else None.
+    """Return the sentence with which a script ends if `error` says that memory ran out, see `memory_reason`; else None."""
+    reason = memory_reason(error)
+    if reason is None:
+        return None
+    if not memory_advice.device_type:
+        return f"{reason}."
+    return f"{reason}; the same command continues from the last whole checkpoint, if there is one."
+
+
+def memory_reason(error: BaseException) -> str | None:
+    """Return where memory ran out, and what helps, if `error` or one of its causes says that it did; else None.
 
     The tensors of the functions that have ended by the error are given free.
     """
@@ -73,12 +83,12 @@ def memory_failure(error: BaseException) -> str | None:
     lack = next((link for link in links if _kinds(link)), None)
     if lack is None:
         return None
-    if not hasattr(lack, "sentence"):  # the first time; run.json and the screen say the same
+    if not hasattr(lack, "memory_reason"):  # the first time; run.json and the screen say the same
         tracebacks = [link.__traceback__ for link in links[: links.index(lack) + 1]]
-        lack.sentence = _sentence(lack, _place(tracebacks))  # type: ignore[attr-defined]
+        lack.memory_reason = _describe(lack, _place(tracebacks))  # type: ignore[attr-defined]
         for frames in tracebacks:
             traceback.clear_frames(frames)
-    return lack.sentence  # type: ignore[attr-defined]
+    return lack.memory_reason  # type: ignore[attr-defined]
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -134,7 +144,7 @@ def _function_name(frame: FrameType) -> str:
     return f"{'script' if path.parent.name == 'launch' else path.stem}.{frame.f_code.co_name}"
 
 
-def _sentence(error: BaseException, place: str) -> str:
+def _describe(error: BaseException, place: str) -> str:
     kinds, text, advice = _kinds(error), str(error), memory_advice
     states = {"device": _device_state(text), "host": _host_state()}
     where = " or ".join(f"the {kind}" for kind in kinds)
@@ -147,9 +157,7 @@ def _sentence(error: BaseException, place: str) -> str:
     else:
         help_texts = [advice.for_host]
     parts += [help_text for help_text in help_texts if help_text]
-    if advice.device_type:
-        parts.append("the same command continues from the last whole checkpoint, if there is one")
-    return f"{'; '.join(parts)}."
+    return "; ".join(parts)
 
 
 def _requested(text: str) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import accel_llm.system.chatter
 
 import torch
-from bitsandbytes.functional import quantize_4bit
+from bitsandbytes.functional import QuantState
 from bitsandbytes.nn.modules import Params4bit
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -177,17 +177,23 @@ def _fill(model: nn.Module, compute: torch.dtype, masters: bool) -> None:
 def _filled(parameter: nn.Parameter, compute: torch.dtype, masters: bool) -> nn.Parameter:
     if isinstance(parameter, Params4bit):
         settings: Any = parameter
-        weight = torch.empty(parameter.shape, dtype=compute, device="cpu")
-        packed, state = quantize_4bit(
-            weight, blocksize=64, compress_statistics=settings.compress_statistics, quant_type=settings.quant_type
-        )
-        filled: Any = nn.Parameter(packed, requires_grad=False)
-        filled.quant_state = settings.module.quant_state = state
+        filled: Any = nn.Parameter(torch.empty(-(-parameter.numel() // 2), 1, dtype=torch.uint8), requires_grad=False)
+        filled.quant_state = settings.module.quant_state = _empty_scales(parameter.shape, compute)
         return filled
     dtype = parameter.dtype
     if parameter.is_floating_point():
         dtype = torch.float32 if parameter.requires_grad and masters else compute
-    return nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device="cpu"), requires_grad=parameter.requires_grad)
+    return nn.Parameter(torch.empty(parameter.shape, dtype=dtype), requires_grad=parameter.requires_grad)
+
+
+def _empty_scales(shape: torch.Size, compute: torch.dtype) -> QuantState:
+    """Return the scales of NF4 weights: one in 8 bits for 64 weights, and one in 32 bits for 256 of those."""
+    blocks = -(-shape.numel() // 64)
+    absmax = torch.empty(-(-blocks // 256))
+    outer = QuantState(absmax, code=torch.empty(256), blocksize=256, dtype=torch.float32)
+    return QuantState(
+        torch.empty(blocks, dtype=torch.uint8), shape, torch.empty(16), 64, "nf4", compute, torch.empty(()), outer
+    )
 
 
 def _mark_parts(model: nn.Module, recorder: Recorder, period: int) -> None:
@@ -213,9 +219,12 @@ def _longest_batch(options: TrainOptions) -> Batch:
     rows, length = options.per_device_train_batch_size, options.max_length
     shape = (1, rows * length) if options.packing else (rows, length)
     ids = torch.zeros(shape, dtype=torch.int64)
-    batch: Batch = {"input_ids": ids, "labels": ids, "num_targets": rows * (length - 1)}
+    targets = rows * (length - 1)
+    batch: Batch = {"input_ids": ids, "labels": ids, "lengths": [length] * rows}
+    batch |= {"num_targets": targets, "total_weight": float(targets)}
+    batch |= {"target_positions": torch.zeros(targets, dtype=torch.int64)}
+    batch |= {"target_columns": torch.zeros(targets if options.packing else length - 1, dtype=torch.int64)}
     if not options.packing:
         return batch | {"attention_mask": torch.ones_like(ids)}
-    boundaries: Any = torch.zeros(rows + 1, dtype=torch.int32)
-    boundaries.lengths = [length] * rows
+    boundaries = torch.zeros(rows + 1, dtype=torch.int32)
     return batch | {"position_ids": ids, "cu_seqlens": boundaries, "max_seqlen": length}

@@ -14,12 +14,12 @@ from accelerate import Accelerator
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from accel_llm.backend.accelerator import unwrap_model
-from accel_llm.backend.collectives import agree_on_requests, sum_over_processes
+from accel_llm.backend.collectives import agree_on_requests, sum_on_cpus
 from accel_llm.backend.strategy import strategy
 from accel_llm.chat.span_tokenizer import decode_tokens
 from accel_llm.chat.targets import IGNORED
 from accel_llm.config.options import TrainOptions
-from accel_llm.data.batches import collate, count_targets, total_weight
+from accel_llm.data.batches import collate, to_device
 from accel_llm.data.packing import pack
 from accel_llm.data.rows import Rows
 from accel_llm.model.attention import stock_attention, unwrap_causal_lm
@@ -30,7 +30,6 @@ from accel_llm.model.tokenizer import pad_token_id
 from accel_llm.report.metrics import Meter
 from accel_llm.report.trackers import describe_error
 from accel_llm.system.signals import Preempted, signal_requests
-from accel_llm.training.loop import to_device
 from accel_llm.training.start import Start
 
 PromptAndAnswer = tuple[np.ndarray, np.ndarray]  # ids of the prompt and of the answer
@@ -110,7 +109,7 @@ class Evaluation:
             with meter.pause_clock():
                 metrics = mean_loss(self.accelerator, model, self.rows, self.options, pad_token_id(self.tokenizer))
                 if questions := select_questions(self.rows, self.options.eval_generate):
-                    size = self.options.per_device_eval_batch_size
+                    size = questions_in_batch(questions, self.options)
                     scores, answers = exact_match(
                         self.accelerator, model, self.tokenizer, questions, size, self.stop_ids
                     )
@@ -185,7 +184,7 @@ def mean_loss(
         pack(rows.lengths, options.max_length) if options.packing else (np.arange(len(rows)), np.arange(len(rows) + 1))
     )
     count, size, world = len(offsets) - 1, options.per_device_eval_batch_size, accelerator.num_processes
-    sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+    total, weight, targets = torch.zeros((), dtype=torch.float64, device=accelerator.device), 0.0, 0
     with evaluating(model):
         # Sharded weights are gathered in each forward pass, so every process must make the same number of passes. A
         # process that has no rows left gets a batch without labels.
@@ -194,13 +193,12 @@ def mean_loss(
             start = first + accelerator.process_index * size
             packed_rows = range(start, min(start + size, count))
             documents = [int(k) for b in packed_rows for k in order[offsets[b] : offsets[b + 1]]]
-            batch = collate(rows, documents, bool(options.packing), pad_token_id)
-            batch = to_device(batch, accelerator.device)
-            sums[0] += next_token_loss(model, batch)
-            sums[1] += total_weight(batch)
-            sums[2] += count_targets(batch["labels"])
-    total, weight, targets = sum_over_processes(accelerator, sums).tolist()
-    loss = total / (weight or 1)
+            batch = to_device(collate(rows, documents, bool(options.packing), pad_token_id), accelerator.device)
+            total += next_token_loss(model, batch)
+            weight, targets = weight + batch["total_weight"], targets + batch["num_targets"]
+    # The host waits for the device only here.
+    summed, weight, targets = sum_on_cpus(accelerator, [float(total), weight, targets])
+    loss = summed / (weight or 1)
     # exp overflows a float64 above 709.
     return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0)), "eval/supervised_tokens": int(targets)}
 
@@ -220,6 +218,22 @@ def select_questions(rows: Rows, count: int) -> list[PromptAndAnswer]:
         if first > 0:
             questions.append((ids[:first], ids[first : last + 1]))
     return questions
+
+
+def questions_in_batch(questions: list[PromptAndAnswer], options: TrainOptions) -> int:
+    """Return how many of `questions` to answer at once: `per_device_eval_batch_size`.
+
+    A packed row holds several documents. So with packing it is as many as have, padded and answered, no more tokens
+    than that number of rows.
+    """
+    rows = options.per_device_eval_batch_size
+    longest = max(len(prompt) for prompt, _ in questions) + _new_tokens(questions)
+    return max(rows, rows * options.max_length // longest) if options.packing else rows
+
+
+def _new_tokens(questions: list[PromptAndAnswer]) -> int:
+    """Return the number of tokens to generate at most: a little more than the longest answer has."""
+    return max(len(answer) for _, answer in questions) + EXTRA_TOKENS
 
 
 def exact_match(
@@ -259,8 +273,7 @@ def exact_match(
                 texts = (decode_tokens(tokenizer, ids) for ids in (prompt, expected, token_ids))
                 answers.append(GeneratedAnswer(*texts))
     right = sum(answer.right for answer in answers)
-    totals = torch.tensor([right, stopped, len(answers)], dtype=torch.float64, device=accelerator.device)
-    right, stopped, count = sum_over_processes(accelerator, totals).tolist()
+    right, stopped, count = sum_on_cpus(accelerator, [right, stopped, len(answers)])
     return {"eval/exact_match": right / count, "eval/stop_rate": stopped / count}, answers
 
 
@@ -274,7 +287,7 @@ def _question_batches(
     the tokens that are left: its own answer fits, and no answer depends on the other questions.
     """
     rank, world = accelerator.process_index, accelerator.num_processes
-    tokens = max(len(answer) for _, answer in questions) + EXTRA_TOKENS
+    tokens = _new_tokens(questions)
     is_long = [limit is not None and len(prompt) + tokens > limit for prompt, _ in questions]
     short = [question for question, long in zip(questions, is_long, strict=True) if not long]
     long = [question for question, long in zip(questions, is_long, strict=True) if long]

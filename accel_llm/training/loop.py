@@ -1,6 +1,9 @@
-"""The parts of one training step: count the targets, move a batch, undo averaging, clip, decide whether to step."""
+"""The parts of one training step: fetch batches, count the targets, undo averaging, clip, decide whether to step."""
 
 import math
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from accelerate import Accelerator
@@ -8,8 +11,7 @@ from accelerate import Accelerator
 from accel_llm.backend.accelerator import local_part
 from accel_llm.backend.collectives import sum_on_cpus, sum_over_processes
 from accel_llm.backend.strategy import engine
-from accel_llm.data.batches import Batch, count_targets, total_weight
-from accel_llm.model.attention import document_lengths
+from accel_llm.data.batches import Batch, to_device
 
 
 def clip_gradients(accelerator: Accelerator, model: torch.nn.Module, max_grad_norm: float) -> float:
@@ -70,18 +72,17 @@ def total_targets(accelerator: Accelerator, micro_batches: list[Batch]) -> float
 
     The losses of the step are divided by it; 0 means that there is nothing to learn. Costs one all-reduce.
     """
-    return sum_on_cpus(accelerator, [float(sum(total_weight(batch) for batch in micro_batches))])[0]
+    return sum_on_cpus(accelerator, [sum(batch["total_weight"] for batch in micro_batches)])[0]
 
 
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Copy the tensors of a batch to `device`; other values stay as they are.
+def prefetch_to_device(batches: Iterator[Batch], device: torch.device, ahead: int) -> Iterator[Batch]:
+    """Yield the batches of an endless iterator on `device`; the next `ahead` of them are made and copied meanwhile."""
+    with ThreadPoolExecutor(1) as thread:
 
-    Numbers that the host needs in the forward pass are noted first, so that it need not wait for the device there: the
-    number of targets, `num_targets`, and the lengths of packed documents.
-    """
-    moved = {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-    if "labels" in batch:
-        moved["num_targets"] = int(count_targets(batch["labels"]))
-    if "cu_seqlens" in batch:
-        moved["cu_seqlens"].lengths = document_lengths(batch["cu_seqlens"])  # type: ignore[attr-defined]
-    return moved
+        def fetch() -> Future[Batch]:
+            return thread.submit(lambda: to_device(next(batches), device))
+
+        waiting = deque(fetch() for _ in range(ahead))
+        while True:
+            waiting.append(fetch())
+            yield waiting.popleft().result()

@@ -18,6 +18,7 @@ from accel_llm.errors import ConfigError
 from accel_llm.model.attention import unwrap_causal_lm
 from accel_llm.model.language_part import parts_beside_language
 from accel_llm.model.loss import check_loss
+from accel_llm.model.offloaded_embedding import host_matrices
 from accel_llm.model.probe import check_causality, check_isolation
 from accel_llm.model.vocabulary import NEW_ROWS
 from accel_llm.training.census import ProductCensus, compilation_facts, dtype_name, watch_layers
@@ -77,6 +78,7 @@ def preflight(accelerator: Accelerator, model: nn.Module, optimizer: Any, option
         "loss_path": loss_path,
         "parameters": parameters | {"each_process": sum_over_processes(accelerator, torch.tensor(held)).tolist()},
         "dtypes": dtypes,
+        "in_host_memory": list(host_matrices(model)),
         "weights_hash": _check_equal_weights(accelerator, model),
         "products": dict(census.products),
         "attention": unwrap_causal_lm(model).config._attn_implementation,
@@ -166,7 +168,7 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
     from torch.distributed.tensor import DTensor
 
     counts = {"trainable": 0, "total": 0, "this_process": 0}
-    parameters: Any = model.parameters()
+    parameters: Any = [*model.parameters(), *host_matrices(model).values()]
     for parameter in parameters:
         size = held = parameter.numel()
         if hasattr(parameter, "ds_id"):
@@ -198,7 +200,7 @@ def _check_equal_weights(accelerator: Accelerator, model: nn.Module) -> str | No
     if strategy() in ("zero3", "fsdp2"):
         return None
     total = torch.zeros((), dtype=torch.int64)
-    for number, parameter in enumerate(model.parameters()):
+    for number, parameter in enumerate([*model.parameters(), *host_matrices(model).values()]):
         bits = torch.hash_tensor(parameter.detach().contiguous().view(INTEGERS_BY_SIZE[parameter.element_size()]))
         # The factor makes the order of the tensors count. int64 wraps around on overflow: for a hash that is fine.
         total += bits.cpu().view(torch.int64) * (2 * number + 1)

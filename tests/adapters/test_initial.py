@@ -23,13 +23,15 @@ from accel_llm.adapters.attach import adopt_adapter_options, attach_adapter
 from accel_llm.adapters.initial import OffsetFactor, start_from_base
 from accel_llm.adapters.saved import save_adapter
 from accel_llm.config.options import TrainOptions
-from accel_llm.config.tool_options import MergeOptions
+from accel_llm.config.tool_options import ChatOptions, MergeOptions
 from accel_llm.errors import ConfigError
-from accel_llm.merge.merge import load_with_adapter, merge
+from accel_llm.merge.load import load_with_adapter
+from accel_llm.merge.merge import merge
 from accel_llm.model.loading import load_model
 from accel_llm.model.quantization import keep_gradients
 
 pytestmark = pytest.mark.usefixtures("quiet")
+CHAT = ChatOptions(model="-", load_in_4bit=False)
 IDS = torch.randint(3, 50, (3, 20), generator=torch.Generator().manual_seed(3))
 CASES: dict[str, dict[str, Any]] = {
     "pissa": {"init_lora_weights": "pissa"},
@@ -190,7 +192,7 @@ def test_every_reader_gets_what_was_trained(bases, tmp_path, family, case):
     assert distance(logits(AutoModelForCausalLM.from_pretrained(base)), expected) > 0.1
     loaded = {
         "PEFT": PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter"),
-        "chat": load_with_adapter(tmp_path / "adapter", str(base), torch.float32, False),
+        "chat": load_with_adapter(tmp_path / "adapter", str(base), CHAT),
         "continued": attached(
             base, adapter_name_or_path=str(tmp_path / "adapter"), lora_r=2 * options.get("lora_r", 4)
         ),
@@ -248,7 +250,7 @@ def test_an_adapter_on_what_peft_left_of_the_base_is_refused_with_the_whole_base
     with pytest.raises(ConfigError, match=rf"^adapter_name_or_path: .*adapter {sentence}"):
         attached(tmp_path / "rest", adapter_name_or_path=str(tmp_path / "adapter"))
     with pytest.raises(ConfigError, match=rf"^adapter: .*adapter {sentence}"):
-        load_with_adapter(tmp_path / "adapter", str(tmp_path / "rest"), torch.float32, False)
+        load_with_adapter(tmp_path / "adapter", str(tmp_path / "rest"), CHAT)
     options = {"adapter": [str(tmp_path / "adapter")], "output_dir": str(tmp_path / "merged")}
     with pytest.raises(ConfigError, match=sentence):
         merge(MergeOptions(**options, base=str(tmp_path / "rest")))  # type: ignore[arg-type]
@@ -271,7 +273,7 @@ def test_an_adapter_whose_base_nobody_can_compute_again_is_refused_everywhere(ba
     ):
         attached(bases["llama"], adapter_name_or_path=str(folder))
     with pytest.raises(ConfigError, match=f"^adapter: {sentence}"):
-        load_with_adapter(folder, str(bases["llama"]), torch.float32, False)
+        load_with_adapter(folder, str(bases["llama"]), CHAT)
     with pytest.raises(ConfigError, match=f"^adapter: {sentence}"):
         merge(MergeOptions(adapter=[str(folder)], output_dir=str(tmp_path / "merged")))
     assert not (tmp_path / "merged").exists()

@@ -9,7 +9,7 @@ import pytest
 
 MODEL = """
 model_name_or_path tokenizer_name revision trust_remote_code allow_pickle precision attn_implementation
-gradient_checkpointing
+gradient_checkpointing offload_embeddings
 """
 DATA = """
 train_files eval_files eval_share limit_rows data_format columns on_bad_row chat_template chat_template_kwargs add_tokens

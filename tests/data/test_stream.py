@@ -12,9 +12,9 @@ from support import make_rows
 
 from accel_llm.chat.targets import IGNORED
 from accel_llm.config.options import TrainOptions
+from accel_llm.data.batches import to_device
 from accel_llm.data.rows import Rows
 from accel_llm.data.stream import Position, Stream, TrainingPlan
-from accel_llm.training.loop import to_device
 
 PAD = 0
 MAX_LENGTH = 16

@@ -22,20 +22,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import features
 import launches
-from runner import ROOT, Cell, Ended, Part, python
-
-HERE = Path(__file__).resolve().parent
+import speed
+from runner import HERE, ROOT, Cell, Ended, Part, python
+from turns import VARIABLE, give_turns
 
 FIRST_PORT = 29600
-# Seconds for each part, in the order in which they run. Those marked alone need the machine for themselves; for each of
-# them so many seconds of the whole time are kept.
-LIMITS = {"a": 100, "d": 100, "c": 90, "b": 170, "g": 110, "e": 140, "f": 110}
-ALONE, KEPT = "ef", 100
+# Seconds for each part, in the order in which they run. The programs of those in `TIMED` set up beside the others and
+# wait for their turn; for these turns `KEPT` seconds of the whole time are kept.
+LIMITS = {"a": 120, "d": 120, "c": 120, "b": 240, "g": 150, "e": 360, "f": 360}
+TIMED, KEPT = "ef", 90
 GPU_ONLY = {"d": "the 8B shape", "e": "the profile", "f": "the comparison with TRL"}
-MEMORY_LIMIT = 7.5  # GiB
-TRAINED_8B = "--method qlora --precision bf16 --gradient_checkpointing --max_length 2048 --train_on all"
-EIGHT_BILLION = "meta-llama/Llama-3.1-8B-Instruct"
 
 
 class Job(NamedTuple):
@@ -51,11 +49,12 @@ class Report:
 
     def __init__(self, path: Path, facts: dict[str, Any]):
         self.path, self.facts, self.lock = path, facts | {"parts": {}}, threading.Lock()
-        self.failed = 0
+        self.failed, self.cells = 0, {}
 
     def add(self, letter: str, cells: list[Cell], log: list[str]) -> None:
         with self.lock:
             part = self.facts["parts"].setdefault(letter, {"limit_s": LIMITS[letter], "cells": []})
+            self.cells |= {cell.name: cell for cell in cells}
             for cell in cells:
                 mark = {True: "ok", False: "FAILED", None: "left out"}[cell.ok]
                 self.failed += cell.ok is False
@@ -73,6 +72,7 @@ class Report:
 
 
 STARTED = time.monotonic()
+FIRST_CELLS = 5  # of the matrix: all methods on one GPU; after them comes what has run least
 
 
 def printed_cells(ended: Ended, name: str) -> list[Cell]:
@@ -102,87 +102,6 @@ def gpu_tests(part: Part) -> list[Cell]:
     return [Cell("pytest -m gpu", ended.code == 0, figure, "none failed", {"failed": failed} if failed else None)]
 
 
-# --- parts d and e ---
-
-
-def shape(part: Part, name: str, size: str, options: str, work: Path, *more: str) -> tuple[Ended, dict[str, Any]]:
-    """Train a model of a published shape with random weights, and return what was measured."""
-    folder = work / f"shape-{name.replace(' ', '-')}"
-    words = [size, "--folder", str(folder), *more, *options.split(), "--overwrite_output_dir"]
-    ended = part.run(name, python(HERE / "shapes.py", *words))
-    measured = re.findall(r"^MEASURED (.*)$", ended.text, re.M)
-    return ended, json.loads(measured[-1]) if measured else {}
-
-
-def eight_billion(part: Part, name: str, options: str, limit: float | None, work: Path) -> list[Cell]:
-    """Memory of QLoRA on the 8B shape, with and without a limit on what the process may take."""
-    limited = ["--limit_gib", str(limit)] if limit else []
-    ended, facts = shape(part, name, "llama_8b", f"{TRAINED_8B} --max_steps 4 {options}", work, *limited)
-    if not facts:
-        return [Cell(name, False, ended.cause, f"at most {MEMORY_LIMIT} GiB")]
-    peak, reserved = facts["peak_allocated_gib"], facts["peak_reserved_gib"]
-    steps = len(facts.get("losses", []))
-    figure = (
-        f"peak {peak:.2f} GiB, reserved {reserved:.2f}, after {steps} lines of "
-        f"metrics; weights {facts.get('after_assemble_model', {}).get('now_gib', 0):.2f}; estimated {estimate():.2f}"
-        f"; expandable segments: {facts.get('expandable')}"
-    )
-    if "out_of_memory" in facts:
-        figure = f"out of memory; {figure}"
-    good = reserved <= MEMORY_LIMIT and steps > 0 and "out_of_memory" not in facts
-    return [Cell(name, good, figure, f"at most {MEMORY_LIMIT} GiB", facts)]
-
-
-def estimate() -> float:
-    """Return the GiB that tests/proofs/memory.py estimates for the 8B shape, without CUDA's own memory."""
-    import memory
-
-    from accel_llm.config.options import TrainOptions
-
-    values = {"model_name_or_path": EIGHT_BILLION, "method": "qlora", "gradient_checkpointing": True}
-    parts = memory.parts(TrainOptions(**values, max_length=2048))
-    return sum(size for term, size in parts.items() if term != "CUDA") / 2**30
-
-
-def profiled(part: Part, name: str, size: str, options: str, work: Path) -> list[Cell]:
-    """A profiled step: waits of the host, launches, and the share of the time in which the device works."""
-    required = "less than 2 waits a step"
-    ended, facts = shape(part, name, size, f"{options} --max_steps 8 --logging_steps 100", work, "--profile")
-    if "waits_a_step" not in facts:
-        return [Cell(name, False, ended.cause, required, facts)]
-    figure = (
-        f"{facts['tokens_a_second']:,.0f} tokens/s, {facts['ms_a_step']:.0f} ms/step, busy {facts['busy_share']:.0%}, "
-        f"a step: {facts['waits_a_step']:.0f} waits, {facts['copies_to_host_a_step']:.0f} copies to the host, "
-        f"{facts['launches_a_step']:,.0f} launches; peak {facts['peak_allocated_gib']:.2f} GiB"
-    )
-    return [Cell(name, facts["waits_a_step"] < 2, figure, required, facts)]
-
-
-# --- part f ---
-
-
-def beside_trl(part: Part, how: str, size: str, work: Path) -> list[Cell]:
-    """LoRA with the same rows, weights and settings, here and in TRL: the speed, the memory and the first loss."""
-    packed = how == "packed"
-    options = "--method lora --precision bf16 --max_length 2048 --train_on all --order source --max_steps 7"
-    options += " --logging_steps 1" + ("" if packed else " --packing false --per_device_train_batch_size 16")
-    ended, ours = shape(part, how, size, options, work)
-    words = [size, "--folder", str(work / f"trl-{how}"), *(["--packing"] if packed else [])]
-    trl = part.run(f"{how} trl", python(HERE / "beside.py", *words))
-    measured = re.findall(r"^MEASURED (.*)$", trl.text, re.M)
-    if not ours or not measured:
-        return [Cell(how, False, ended.cause if not ours else f"TRL: {trl.cause}", "both run")]
-    theirs = json.loads(measured[-1])
-    texts = [
-        f"{name} {facts['tokens_a_second']:,.0f} tokens/s, {facts.get('peak_allocated_gib', 0):.2f} GiB, first loss "
-        f"{facts['losses'][0]:.4f}"
-        for name, facts in (("here", ours), ("TRL", theirs))
-    ]
-    # Packed rows hold other documents in the two programs, so their first losses are only near.
-    near = abs(ours["losses"][0] - theirs["losses"][0]) < 0.02
-    return [Cell(how, near, "; ".join(texts), "first losses within 0.02", {"here": ours, "trl": theirs})]
-
-
 # --- all parts ---
 
 
@@ -196,24 +115,21 @@ def jobs_of(letter: str, gpu: bool, work: Path, ports: Any) -> list[Job]:
         return [Job("a", "basics", program("basics")), job("pytest", gpu_tests)]
     if letter == "b":
         cells = launches.combinations(gpu)
-        return [job(cell.name, launches.check_combination, cell, work, next(ports)) for cell in cells]
+        jobs = [job(cell.name, launches.check_combination, cell, work, next(ports)) for cell in cells]
+        if not gpu:
+            return jobs
+        more = [job(name, features.check_feature, name, work, next(ports)) for name in features.FEATURES]
+        return [*jobs[:FIRST_CELLS], *more, job("out of memory", features.out_of_memory, work), *jobs[FIRST_CELLS:]]
     if letter == "c":
         compared = [job("20 steps", launches.compare_with_cpu, work)] if gpu else []
         return [Job("c", "exact", program("exact")), *compared]
     if letter == "d":
-        cases = {"8B adamw": ("", None), "8B adamw 7.5 GiB": ("", MEMORY_LIMIT)}
-        cases["8B adamw_8bit 7.5 GiB"] = ("--optim adamw_8bit", MEMORY_LIMIT)
-        return [job(name, eight_billion, name, options, limit, work) for name, (options, limit) in cases.items()]
+        return [job(name, speed.fits, name, work) for name in speed.FITS]
     if letter == "e":
-        small = "--precision bf16 --max_length 2048 --train_on all"
-        cases = {
-            "8B qlora": ("llama_8b", TRAINED_8B),
-            "0.6B lora": ("qwen3_0.6b", f"--method lora {small}"),
-            "0.6B full": ("qwen3_0.6b", f"--method full {small}"),
-        }
-        return [job(name, profiled, name, size, options, work) for name, (size, options) in cases.items()]
+        return [job(name, speed.profiled, name, work) for name in speed.PROFILES]
     if letter == "f":
-        return [job(how, beside_trl, how, "qwen3_0.6b", work) for how in ("packed", "unpacked")]
+        ours = [job(f"{name} unpacked", speed.ours_unpacked, name, work) for name in speed.COMPARED]
+        return [*ours, *(job(f"{name} trl", speed.trl, name, work) for name in speed.COMPARED)]
     names = launches.RESUMES if gpu else launches.SMALL_RESUMES
     return [job(name, launches.stop_and_resume, name, work, next(ports)) for name in names]
 
@@ -234,30 +150,48 @@ def do(job: Job, part: Part, report: Report) -> None:
 
 
 def run_parts(letters: str, args: argparse.Namespace, gpu: bool, work: Path, report: Report) -> None:
-    """Run the jobs of all parts side by side, but those of `ALONE` one by one."""
+    """Run the jobs of all parts side by side, those whose programs wait for a turn last."""
     end = STARTED + 60 * args.minutes
     ports = iter(range(FIRST_PORT, 65000, 8))
-    pool, waiting = ThreadPoolExecutor(args.workers), []
-    for place, letter in enumerate(letters):
-        kept = KEPT * sum(later in ALONE for later in letters[place + 1 :]) * gpu
-        part = Part(letter, LIMITS[letter] * args.patience, args.logs, end - kept)
+    kept = KEPT * gpu * bool(set(letters) & set(TIMED))
+    jobs: list[tuple[Job, Part]] = []
+    for letter in sorted(letters, key=lambda letter: letter in TIMED):
         if not gpu and letter in GPU_ONLY:
             report.add(letter, [Cell(GPU_ONLY[letter], None, "needs a GPU")], [])
             continue
-        if letter in ALONE:
-            for future in waiting:
-                future.result()
-            waiting = []
-        for job in jobs_of(letter, gpu, work, ports):
-            if not re.search(args.only, job.name):
-                continue
-            if letter in ALONE:
-                do(job, part, report)
-            else:
-                waiting.append(pool.submit(do, job, part, report))
-    for future in waiting:
-        future.result()
-    pool.shutdown()
+        part = Part(letter, LIMITS[letter] * args.patience, args.logs, end - (0 if letter in TIMED else kept))
+        jobs += [(job, part) for job in jobs_of(letter, gpu, work, ports) if re.search(args.only, job.name)]
+
+    running, turns = Running(), work / "turns"
+    turns.mkdir()
+    os.environ[VARIABLE] = str(turns)
+    all_done = threading.Event()
+    giver = threading.Thread(target=give_turns, args=(turns, lambda: running.count, all_done.is_set))
+    giver.start()
+    with ThreadPoolExecutor(args.workers) as pool:
+        for job, part in jobs:
+            pool.submit(running.run, do, job, part, report)
+    all_done.set()
+    giver.join()
+    if "f" in letters and gpu:
+        for name in speed.COMPARED:
+            report.add("f", speed.comparison(name, report.cells), [])
+
+
+class Running:
+    """Counts the jobs that run now."""
+
+    def __init__(self) -> None:
+        self.count, self.lock = 0, threading.Lock()
+
+    def run(self, function: Callable[..., None], *arguments: Any) -> None:
+        with self.lock:
+            self.count += 1
+        try:
+            function(*arguments)
+        finally:
+            with self.lock:
+                self.count -= 1
 
 
 def prepare(work: Path) -> None:
@@ -267,8 +201,9 @@ def prepare(work: Path) -> None:
     rows = demo_conversations("train")[:1000]
     lines = "".join(json.dumps({"messages": row["messages"]}) + "\n" for row in rows)
     (work / "chats.jsonl").write_text(lines, encoding="utf-8")
+    features.write_mixture(work / features.MIXTURE)
     os.environ |= {"HF_HOME": str(work / "hf"), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
     os.environ |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "COLUMNS": "4000", "PYTHONUNBUFFERED": "1"}
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -310,7 +245,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
-    sys.path += [str(ROOT), str(ROOT / "tests" / "proofs")]
+    sys.path.append(str(ROOT))
     with tempfile.TemporaryDirectory(prefix="gpu-check-", ignore_cleanup_errors=True) as folder:
         work = Path(folder)
         args.logs = (args.logs or work / "logs").resolve()

@@ -15,6 +15,7 @@ import accel_llm.system.chatter
 import numpy as np
 import torch
 import torch.nn.functional as F
+from support import scaled_model
 from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -25,7 +26,8 @@ from accel_llm.model import attention, probe
 from accel_llm.model.attention import enable_packing, stock_attention
 from accel_llm.model.loss import attach_loss, next_token_loss
 from accel_llm.model.placement import materialize_weights
-from accel_llm.model.probe import LEAK_TOLERANCE, PACKED_TOLERANCE
+from accel_llm.model.positions import scale_by_document
+from accel_llm.model.probe import LEAK_TOLERANCE, PACKED_TOLERANCE, SHORT_LENGTH, check_isolation
 from accel_llm.model.quantization import (
     build_quantization_config,
     prepare_4bit_layers,
@@ -152,6 +154,16 @@ def compare_documents() -> None:
         tell(f"{name}: leak", probe._relative_distance(changed[1:], packed[1:]), LEAK_TOLERANCE[dtype])
 
 
+def compare_lengths(kind: str) -> None:
+    """Rotary embeddings that depend on a document's length: packed and padded documents against each alone."""
+    model: Any = scaled_model(kind, length=SHORT_LENGTH).to(DEVICE)
+    scale_by_document(model)
+    enable_packing(model)
+    for packed in (True, False):
+        check_isolation(model, DEVICE, torch.float32, packed)
+    tell(f"float32: {kind}, packed and padded", 0.0, 0.0, ", as each document alone")
+
+
 def adapted(base: Any, dtype: torch.dtype, **changes: Any) -> Any:
     """Return `base` with a random adapter and our loss, its weights on the device in the dtypes of a training."""
     options = TrainOptions(method="qlora", init_lora_weights=False, **changes)
@@ -196,6 +208,8 @@ def attempt(name: str, function: Callable[..., None], *arguments: Any, **options
 def main() -> None:
     attempt("float64", compare_with_float64)
     attempt("documents", compare_documents)
+    for kind in ("phi3 longrope", "llama dynamic"):
+        attempt(kind, compare_lengths, kind)
     for dtype in DTYPES:
         attempt(f"{name_of(dtype)}: qlora", compare_with_dequantized, dtype)
     attempt("float32: qlora with DoRA", compare_with_dequantized, torch.float32, use_dora=True)

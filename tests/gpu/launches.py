@@ -99,7 +99,7 @@ def facts_of_record(folder: Path) -> dict[str, Any]:
     for name, value in record.get("accelerate", {}).items():
         inner = value if isinstance(value, dict) else {"": value}
         facts |= {f"{name} {key}".strip(): part for key, part in inner.items()}
-    return facts | {"losses": [line["loss"] for line in metrics(folder)]}
+    return facts | {"losses": [line["loss"] for line in metrics(folder) if "loss" in line]}
 
 
 def problems_of(cell: Combination, ended: Ended, facts: dict[str, Any]) -> list[str]:
@@ -179,6 +179,7 @@ STEPS, STOP = 30, 6
 # The slowest comes first; a step of ZeRO-3 takes a second.
 RESUMES: dict[str, tuple[str, str]] = {
     "zero3 qlora": ("zero3", METHODS["qlora"]),
+    "fsdp2 qlora": ("fsdp2", METHODS["qlora"]),
     "zero2 fp16": ("zero2", f"{LORA} --precision fp16"),
     "adamw lora": ("", f"{LORA} --lora_dropout 0.1"),
     "adamw full": ("", "--method full"),

@@ -6,12 +6,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 
 
 class Cell(NamedTuple):
@@ -99,9 +100,11 @@ def python(*words: object) -> list[str]:
     return [sys.executable, *map(str, words)]
 
 
-def launch(yaml: str, *words: object, port: int = 0, processes: int | None = None) -> list[str]:
+def launch(
+    yaml: str, *words: object, launcher: Sequence[str] = (), port: int = 0, processes: int | None = None
+) -> list[str]:
     """Return the command that a person types, `accelerate launch`, with a port of its own."""
-    options = ["--main_process_port", str(port)] if port else []
+    options = ["--config_file", f"accelerate_configs/{yaml}.yaml", *launcher]
+    options += ["--main_process_port", str(port)] if port else []
     options += ["--num_processes", str(processes)] if processes else []
-    config = ["--config_file", f"accelerate_configs/{yaml}.yaml"]
-    return python("-m", "accelerate.commands.launch", *config, *options, *words)
+    return python("-m", "accelerate.commands.launch", *options, *words)

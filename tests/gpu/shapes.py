@@ -32,6 +32,7 @@ from turns import wait_for_turn
 from accel_llm.demo.skills import demo_conversations
 from accel_llm.demo.tokenizer import build_demo_tokenizer
 from accel_llm.model import loading, placement
+from accel_llm.system.out_of_memory import memory_reason
 from accel_llm.training import loop, setup
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -316,7 +317,8 @@ def main() -> None:
         pass
     except Exception as error:
         traceback.print_exc()
-        facts["error"] = f"{type(error).__name__}: {error}"[:600]
+        facts["error"] = memory_reason(error) or f"{type(error).__name__}: {error}"[:300]
+        print(facts["error"], flush=True)
     lines = args.folder / "out" / "metrics.jsonl"
     if lines.is_file():
         losses = [json.loads(line)["loss"] for line in lines.read_text(encoding="utf-8").splitlines()]

@@ -5,6 +5,7 @@ import importlib.util
 import itertools
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from failures import find_incomplete
+from failures import LIMIT, Cell, error_lines, find_incomplete, launch
 from support import ROOT, saved_steps
 
 from accel_llm.errors import ConfigError
@@ -220,5 +221,69 @@ def test_an_evaluation_that_runs_out_is_a_problem_of_a_run_that_goes_on(script, 
     assert problem.startswith(
         "The evaluation after step 2 failed (Out of memory on the device in the evaluation after "
     )
-    assert "; lower per_device_eval_batch_size, which is 24;" in problem
+    assert problem.endswith("; lower per_device_eval_batch_size, which is 24).")
     assert run["status"] == "done" and (out / "adapter" / "adapter_model.safetensors").is_file()
+
+
+# Leaves 64 MiB to map from the first step on.
+LIMITED = """
+import resource, runpy, sys
+from accel_llm.training import loop
+
+honest = loop.undo_averaging
+
+def limited(accelerator):
+    mapped = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + (64 << 20),) * 2)
+    return honest(accelerator)
+
+loop.undo_averaging = limited
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not limit it")
+def test_a_step_that_needs_more_than_there_is(make_model, tmp_path):
+    model, chats, out = (
+        make_model(tmp_path / "model", max_position_embeddings=16384),
+        tmp_path / "chats.jsonl",
+        tmp_path / "out",
+    )
+    chat = {"messages": [{"role": "user", "content": "a b " * 2000}, {"role": "assistant", "content": "c d " * 2000}]}
+    chats.write_text(f"{json.dumps(chat)}\n" * 3, encoding="utf-8")
+    words = ("--model_name_or_path", model, "--train_files", chats, "--max_length", 16384, "--max_steps", 3)
+    words += ("--output_dir", out, "--cache_dir", tmp_path / "cache", "--method", "full")
+    command = [sys.executable, "-c", LIMITED, "launch/sft.py", *map(str, words)]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert ended.returncode == 2, ended.stderr[-3000:]
+    (line,) = ended.stderr.splitlines()[-1:]
+    assert re.match(
+        r"error: Out of memory on the host in the (forward|backward) pass of step 1, where [\d.]+ MiB ", line
+    )
+    for part in (
+        "; the machine has ",
+        " (ulimit); estimated were weights ",
+        "; what saves most: gradient_checkpointing",
+    ):
+        assert part in line
+    assert "Traceback" not in ended.stderr
+    run = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    assert (run["status"], f"error: {run['error']}") == ("failed", line)
+    assert sorted(path.name for path in out.iterdir() if path.name[0] != ".") == ["run.json"]
+
+
+@pytest.mark.long
+def test_one_rank_that_runs_out_ends_the_job_with_one_sentence(tmp_path):
+    outcome = launch(Cell("ddp", 1, "backward", "memory"), tmp_path)
+    assert outcome.code != 0 and outcome.seconds is not None and outcome.seconds < LIMIT
+    first, second = error_lines(outcome.screen)  # at once, and below the launcher's lines
+    assert first == second == outcome.screen.rstrip().splitlines()[-1]
+    assert first.startswith(
+        "error (rank 1): Out of memory on the device in the backward pass of step 2; estimated were "
+    )
+    run = outcome.run
+    assert run and (run["status"], run["failed_rank"], f"error (rank 1): {run['error']}") == ("failed", 1, first)
+    assert outcome.incomplete == [] and outcome.alive == []
+    assert "Traceback" not in outcome.screen.split(first)[0]

@@ -18,13 +18,12 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from accel_llm.chat.targets import IGNORED
 from accel_llm.config.options import TrainOptions
-from accel_llm.data.batches import collate_packed, collate_padded, count_targets, total_weight
+from accel_llm.data.batches import collate_packed, collate_padded
 from accel_llm.data.packing import pack
 from accel_llm.errors import ConfigError
 from accel_llm.model import logits as logits_module
 from accel_llm.model.attention import enable_packing
 from accel_llm.model.loss import attach_loss, check_loss, next_token_loss
-from accel_llm.training.loop import to_device
 
 # Families with a balance loss of their experts; JetMoE has another name for the coefficient.
 BALANCED = ["mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "olmoe", "phimoe", "gpt_oss", "jetmoe"]
@@ -32,7 +31,8 @@ BALANCED = ["mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "olmoe", "phimoe"
 
 def family_loss(model: PreTrainedModel, batch: dict) -> torch.Tensor:
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
-    return type(model).forward(model, **inputs, use_cache=False).loss * count_targets(batch["labels"])
+    targets = int((batch["labels"][:, 1:] != IGNORED).sum())
+    return type(model).forward(model, **inputs, use_cache=False).loss * targets
 
 
 def gradients(model: PreTrainedModel, loss: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -131,7 +131,7 @@ def test_balance_is_that_of_real_tokens_weighed_with_the_weight_of_the_targets(f
         enable_packing(model)
     batch = collate_packed(rows, weights) if packed else collate_padded(rows, 0, weights)
     balance = next_token_loss(model, batch) - next_token_loss(model.eval(), batch)
-    assert float(balance / total_weight(batch)) == pytest.approx(expected, rel=1e-5)
+    assert float(balance / batch["total_weight"]) == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_steps_balance_loss_is_the_mean_of_its_micro_batches_in_proportion_to_their_targets():
@@ -139,7 +139,7 @@ def test_a_steps_balance_loss_is_the_mean_of_its_micro_batches_in_proportion_to_
     attach_loss(model, 1024)
     rows = random_rows(12, 20)
     micro_batches = [collate_padded(part, 0) for part in (rows[:1], rows[1:4], rows[4:])]
-    counts = [count_targets(batch["labels"]) for batch in micro_batches]
+    counts = [batch["num_targets"] for batch in micro_batches]
     means = [family_loss(model, batch) / count for batch, count in zip(micro_batches, counts, strict=True)]
     expected = sum(mean * count for mean, count in zip(means, counts, strict=True)) / sum(counts)
     loss = sum(next_token_loss(model, batch) for batch in micro_batches) / sum(counts)
@@ -339,17 +339,6 @@ def test_one_pass_is_as_exact_as_recomputation(family, monkeypatch):
     assert ours < 1.1 * recomputed < 5e-2
 
 
-def test_the_number_of_targets_may_be_given_and_then_nothing_is_searched():
-    rows, weights = weighted_rows()
-    batch = collate_padded(rows, 0, weights)
-    for family in ("llama", "hyperclovax"):
-        model = tiny_model(family)
-        attach_loss(model, 1024)
-        expected, given = next_token_loss(model, batch), to_device(batch, torch.device("cpu"))
-        assert given["num_targets"] == int(count_targets(batch["labels"]))
-        assert torch.equal(next_token_loss(model, given), expected)
-
-
 def test_generation_is_the_familys():
     model, attached = tiny_model("qwen3"), tiny_model("qwen3")
     attach_loss(attached, 1024)
@@ -374,7 +363,8 @@ def test_peft_around_the_attached_model(config):
     base = tiny_model("llama")
     model = get_peft_model(base, config).eval()
     batch = collate_padded(random_rows(4, 12), 0)
-    expected = model(**batch).loss * count_targets(batch["labels"])
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+    expected = model(**inputs).loss * batch["num_targets"]
     attach_loss(base, 1024)
     torch.testing.assert_close(next_token_loss(model, batch), expected, rtol=1e-6, atol=0)
     assert check_loss(model, "cpu", torch.float32) == "own"
@@ -395,10 +385,6 @@ def test_accelerate_wraps_the_attached_forward_in_autocast():
     torch.testing.assert_close(loss, exact, rtol=2e-2, atol=0)
 
 
-def test_count_targets_leaves_out_the_first_token():
-    assert count_targets(torch.tensor([[5, IGNORED, 7], [IGNORED, 8, 9]])) == 3
-
-
 def reference_gradients(model: PreTrainedModel, rows: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, torch.Tensor]:
     """float64 gradients of the mean loss over all labelled tokens of `rows`, each row alone through the stock model."""
     model = copy.deepcopy(model).double()
@@ -413,7 +399,7 @@ def reference_gradients(model: PreTrainedModel, rows: list[tuple[np.ndarray, np.
 def gradient_case(model: PreTrainedModel, micro_batches: list[dict]) -> dict[str, torch.Tensor]:
     """Gradients of one optimizer step as the training loop takes it, in one process."""
     model.train()
-    targets = sum(count_targets(batch["labels"]) for batch in micro_batches)
+    targets = sum(batch["num_targets"] for batch in micro_batches)
     for batch in micro_batches:
         (next_token_loss(model, batch) / targets).backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -475,9 +461,9 @@ def test_each_label_counts_its_weight(family, packed, chunks):
         enable_packing(model)
     batch = collate_packed(rows, weights) if packed else collate_padded(rows, 0, weights)
     assert float(next_token_loss(model, batch)) == pytest.approx(expected, rel=1e-5)
-    assert float(total_weight(batch)) == pytest.approx(total, rel=1e-12)
-    plain = {name: value for name, value in batch.items() if name != "weights"}
-    assert float(total_weight(plain)) == int(count_targets(batch["labels"])) != pytest.approx(total)
+    assert batch["total_weight"] == pytest.approx(total, rel=1e-12)
+    plain = collate_packed(rows) if packed else collate_padded(rows, 0)
+    assert plain["total_weight"] == batch["num_targets"] != pytest.approx(total)
     ones = {**batch, "weights": torch.ones_like(batch["weights"])}
     assert float(next_token_loss(model, ones)) == pytest.approx(float(next_token_loss(model, plain)))
 
@@ -551,7 +537,7 @@ def test_uniform_predictions_have_the_same_loss_smoothed():
     with torch.no_grad():
         model.lm_head.weight.zero_()
     batch = collate_padded(random_rows(4, 12), 0)
-    count, log_z = float(count_targets(batch["labels"])), float(np.log(97))
+    count, log_z = float(batch["num_targets"]), float(np.log(97))
     attach_loss(model, 1024, label_smoothing=0.4)
     assert float(next_token_loss(model, batch).detach()) == pytest.approx(count * log_z, rel=1e-6)
     attach_loss(model, 1024, label_smoothing=0.4, z_loss_coef=0.5)

@@ -9,10 +9,9 @@ from support import random_rows, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from accel_llm.data.batches import collate_packed
+from accel_llm.data.batches import collate_packed, to_device
 from accel_llm.model.attention import enable_packing
 from accel_llm.model.loss import attach_loss, next_token_loss
-from accel_llm.training.loop import to_device
 
 aten = torch.ops.aten
 # .item(), .tolist(), float(), bool(); then what has as many results as the data says.

@@ -47,7 +47,7 @@ BEFORE_THE_RUN = STAGES[: STAGES.index("forward")]
 
 
 class Cell(NamedTuple):
-    """One launch: `kind` is raise (RuntimeError), mistake (ConfigError), exit (os._exit(9)), kill (SIGKILL) or slow.
+    """One launch: `kind` is raise (RuntimeError), mistake (ConfigError), exit (os._exit(9)), kill (SIGKILL), slow, memory.
 
     `slow` must not fail where ranks wait outside of collectives: the stage takes twice as long as a collective may.
     """
@@ -117,6 +117,10 @@ def strike(cell: Cell) -> None:
         from accel_llm.errors import ConfigError
 
         raise ConfigError(cause(cell))
+    if cell.kind == "memory":
+        import torch
+
+        raise torch.OutOfMemoryError(cause(cell))
     raise RuntimeError(cause(cell))
 
 

@@ -29,7 +29,7 @@ def leaking_document() -> None:
 
     def one_document(batch: dict) -> dict:
         tokens = batch["input_ids"].numel()
-        whole = {"cu_seqlens": torch.tensor([0, tokens], dtype=torch.int32), "max_seqlen": tokens}
+        whole = {"cu_seqlens": torch.tensor([0, tokens], dtype=torch.int32), "max_seqlen": tokens, "lengths": [tokens]}
         return honest(batch | whole if "cu_seqlens" in batch else batch)
 
     attention.forward_arguments = loss.forward_arguments = probe.forward_arguments = one_document

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from support import character_tokenizer, make_rows
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
+from accel_llm.config.command_line import resolved_options
 from accel_llm.config.options import TrainOptions
 from accel_llm.data.batches import collate_padded
 from accel_llm.data.rows import Rows
@@ -26,7 +27,14 @@ from accel_llm.model.attention import PACKED_ATTENTION, enable_packing, unwrap_c
 from accel_llm.model.loss import attach_loss, next_token_loss
 from accel_llm.report.metrics import Meter
 from accel_llm.report.record import Record
-from accel_llm.training.evaluation import Evaluation, GeneratedAnswer, exact_match, mean_loss, select_questions
+from accel_llm.training.evaluation import (
+    Evaluation,
+    GeneratedAnswer,
+    exact_match,
+    mean_loss,
+    questions_in_batch,
+    select_questions,
+)
 from accel_llm.training.start import Start
 
 EOS = 2
@@ -91,6 +99,22 @@ def test_a_loss_beyond_float_has_no_infinite_perplexity(accelerator, tiny_llama)
         model.lm_head.weight.mul_(1e6)
     metrics = mean_loss(accelerator, model, random_rows(), TrainOptions(packing=False, max_length=MAX_LENGTH), 0)
     assert metrics["eval/loss"] > 1000 and metrics["eval/perplexity"] == np.exp(700.0)
+
+
+def test_an_evaluation_is_as_large_as_training_unless_a_size_is_given():
+    options = TrainOptions(per_device_train_batch_size=3)
+    assert resolved_options(options)["per_device_eval_batch_size"] == options.per_device_eval_batch_size == 3
+    assert "per_device_eval_batch_size" not in options.model_fields_set
+    assert TrainOptions().per_device_eval_batch_size == TrainOptions().per_device_train_batch_size == 1
+    assert TrainOptions(per_device_train_batch_size=3, per_device_eval_batch_size=2).per_device_eval_batch_size == 2
+
+
+def test_answers_take_no_more_tokens_than_the_rows_of_a_forward_pass():
+    questions = [(np.arange(10), np.arange(4)), (np.arange(20), np.arange(2))]  # up to 20 + 4 + 8 tokens
+    for rows, packing, expected in ((1, True, 4), (2, True, 8), (2, False, 2)):
+        options = TrainOptions(packing=packing, max_length=128, per_device_eval_batch_size=rows)
+        assert questions_in_batch(questions, options) == expected
+    assert questions_in_batch(questions, TrainOptions(packing=True, max_length=16)) == 1  # no less than one row
 
 
 def test_questions_ask_for_the_last_trained_turn():
@@ -383,11 +407,11 @@ def test_an_evaluation_that_fails_ends_no_run_of_one_process(accelerator, tiny_l
     original = LlamaForCausalLM.generate
 
     def failing(self, *arguments, **settings):
-        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+        raise ArithmeticError("no answer\nfits")
 
     monkeypatch.setattr(LlamaForCausalLM, "generate", failing)
     evaluation.when_due(model, meter, 2)
-    problem = "The evaluation after step 2 failed (OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB)."
+    problem = "The evaluation after step 2 failed (ArithmeticError: no answer fits)."
     assert json.loads((tmp_path / "run.json").read_text())["problems"] == [problem]
     assert model.training and evaluation.step is None
     with pytest.raises(ConfigError, match="The run is done and its weights are complete, but"):
@@ -396,7 +420,7 @@ def test_an_evaluation_that_fails_ends_no_run_of_one_process(accelerator, tiny_l
         RuntimeError, match=r"after the last step failed .*The trained model is complete in there; the same"
     ):
         evaluation.at_end(model, meter, Path("there"))
-    with pytest.raises(torch.OutOfMemoryError):  # nothing is lost yet
+    with pytest.raises(ArithmeticError):  # nothing is lost yet
         evaluation.at_start(model, meter, Start(output_dir=tmp_path, evaluate=True))
     monkeypatch.setattr(LlamaForCausalLM, "generate", original)
     evaluation.when_due(model, meter, 4)
