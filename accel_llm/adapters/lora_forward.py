@@ -1,8 +1,8 @@
-"""The forward of PEFT's LoRA layers in training, with fewer operators and less memory, and no other result.
+"""The forward of PEFT's LoRA layers in training, with fewer operators and less memory.
 
 A small model, or a large one on a fast GPU, waits for the host to launch its operators. For each adapted layer PEFT
 0.21 casts the input to float32, which autocast undoes at once, copies what a 4-bit layer returns, and scales and adds
-in operators of their own; each of them has its backward. Here the sum is one function with its own gradient.
+in operators of their own; each of these has its backward. Here a whole layer is one function with its own gradient.
 """
 
 from types import MethodType
@@ -11,6 +11,9 @@ from typing import Any
 import accel_llm.system.chatter
 
 import torch
+import torch.nn.functional as F
+from bitsandbytes import nn as bnb_nn
+from bitsandbytes.functional import dequantize_4bit
 from peft.tuners.lora.bnb import Linear4bit, Linear8bitLt
 from peft.tuners.lora.layer import Linear
 from torch import nn
@@ -23,10 +26,10 @@ PLAIN_LAYERS = (Linear, Linear4bit, Linear8bitLt)
 
 
 def shorten_lora_forward(model: nn.Module) -> None:
-    """Let the LoRA layers of `model` compute base(x) + s B A dropout(x) with few operators, where nothing else is asked.
+    """Let the LoRA layers of `model` compute base(x) + s B A dropout(x) in training with few operators.
 
-    PEFT's own forward still runs where a layer has several adapters, none, a merged one, DoRA or a bias in B, and where
-    its dtypes do not fit.
+    PEFT's own forward still runs without gradients, and where a layer has several adapters or none, a merged one, DoRA
+    or a bias in B, or where its dtypes do not fit.
     """
     for layer in model.modules():
         if type(layer) in PLAIN_LAYERS:
@@ -34,61 +37,64 @@ def shorten_lora_forward(model: nn.Module) -> None:
 
 
 def _forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    adapter = _plain_adapter(layer)
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    if args or kwargs or adapter is None:
-        return type(layer).forward(layer, x, *args, **kwargs)
-    if type(layer) is Linear:
-        x = x.to(dtype)  # once; autocast would do it for the base and for A
-    factor_a, factor_b, scaling = layer.lora_A[adapter], layer.lora_B[adapter], layer.scaling[adapter]
-    # Without autocast a float32 LoRA on a 16-bit base computes in float32.
-    if x.dtype != dtype or (factor_a.weight.dtype != dtype and not torch.is_autocast_enabled(device)):
-        return type(layer).forward(layer, x)
+    device, kind = x.device.type, type(layer)
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+    adapter = _plain_adapter(layer) if torch.is_grad_enabled() and not args and not kwargs else None
+    if adapter is None or (x.dtype != dtype and kind is not Linear):
+        return kind.forward(layer, x, *args, **kwargs)
+    factor_a, factor_b = layer.lora_A[adapter], layer.lora_B[adapter]
+    weight_a, weight_b = factor_a.weight, factor_b.weight
+    if weight_a.dtype != dtype and not autocast:  # a float32 LoRA on a 16-bit base computes in float32
+        return kind.forward(layer, x)
 
-    result = layer.base_layer(x)
-    dropout = layer.lora_dropout[adapter]
-    # Not the module: on a CPU torch 2.13 rounds its factor 1 / (1 - p) to the dtype of x.
-    x = torch.native_dropout(x, dropout.p, True)[0] if dropout.training and isinstance(dropout, nn.Dropout) else x
+    x = x.to(dtype)  # once; autocast would do it for the base and for A
+    base, dropout, scaling = layer.base_layer, layer.lora_dropout[adapter], layer.scaling[adapter]
+    drops = dropout.training and isinstance(dropout, nn.Dropout)
     # ZeRO-3 fetches weights for a module that is called, and a compiler joins operators itself.
-    if hasattr(factor_a.weight, "ds_id") or torch.compiler.is_compiling():
-        return torch.add(result, factor_b(factor_a(x)), alpha=scaling)
-    return LowRankSum.apply(result, x, _weight(factor_a, dtype), _weight(factor_b, dtype), scaling)  # type: ignore
+    if drops or hasattr(weight_a, "ds_id") or torch.compiler.is_compiling() or not _is_frozen_product(base, dtype):
+        # Not the module: on a CPU torch 2.13 rounds its factor 1 / (1 - p) to the dtype of x.
+        inputs = torch.native_dropout(x, dropout.p, True)[0] if drops else x
+        return torch.add(base(x), factor_b(factor_a(inputs)), alpha=scaling)
+    if isinstance(factor_a, OffsetFactor):  # a first value is in `dtype` already
+        weight_a, weight_b = factor_a.joined(weight_a.to(dtype)), factor_b.joined(weight_b.to(dtype))
+    result: Any = AdaptedProduct.apply(base, x, weight_a, weight_b, scaling)
+    return result
 
 
 def _plain_adapter(layer: Any) -> str | None:
     """Return the name of the adapter of `layer` if PEFT would do nothing but add its product to the base's."""
     names = layer.active_adapters
-    if layer.disable_adapters or layer.merged_adapters or len(names) != 1 or names[0] not in layer.lora_A:
+    if layer.disable_adapters or layer.merged_adapters or len(names) != 1 or names[0] not in layer.scaling:
         return None
     return None if names[0] in layer.lora_variant or layer.lora_bias[names[0]] else names[0]
 
 
-def _weight(factor: Any, dtype: torch.dtype) -> torch.Tensor:
-    # A first value is in `dtype` already, so the two are joined after the cast.
-    return factor.joined(factor.weight.to(dtype)) if isinstance(factor, OffsetFactor) else factor.weight
+def _is_frozen_product(base: Any, dtype: torch.dtype) -> bool:
+    """Return whether the gradient of `base` by its input is a product with its weight, and its only gradient."""
+    weight, bias = base.weight, base.bias
+    fits = type(base) is bnb_nn.Linear4bit or (type(base) is nn.Linear and weight.dtype == dtype)
+    return fits and not weight.requires_grad and (bias is None or not bias.requires_grad)
 
 
-class LowRankSum(torch.autograd.Function):
-    """Computes result + s x A' B' for result [..., out], x [..., in], A [r, in] and B [out, r], in place of `result`.
+class AdaptedProduct(torch.autograd.Function):
+    """Computes base(x) + s x A' B' for x [..., in], A [r, in] and B [out, r], and its gradient by x, A and B.
 
-    A and B are cast to the dtype of x. Kept for the backward pass are x, A and B in this dtype, and s x A' [n, r].
+    `base` is a frozen linear layer, in 4 bits or not. Kept for the backward pass are x, x A', and A and B in the dtype
+    of x.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, result: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float
+        ctx: Any, base: Any, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float
     ) -> torch.Tensor:
-        a, b = a.to(x.dtype), b.to(x.dtype)
-        low = _scaled_product(_rows(x), a.T, scaling)
-        # The base keeps its result nowhere. It is changed through another tensor on the same memory, so that autograd
-        # need not follow a change of what may be a view; if something did keep it, the backward pass refuses.
-        total = result.detach()
-        rows = total.view(-1, total.shape[-1])
-        torch.addmm(rows, low, b.T, out=rows)
+        result, a, b = base(x), a.to(x.dtype), b.to(x.dtype)
+        low = F.linear(x, a)
+        rows = result.view(-1, result.shape[-1])
+        torch.addmm(rows, _rows(low), b.t(), alpha=scaling, out=rows)
         ctx.save_for_backward(x, low, a, b)
-        ctx.scaling = scaling
-        return total
+        ctx.weight, ctx.scaling = base.weight, scaling
+        return result
 
     @staticmethod
     @once_differentiable
@@ -96,10 +102,19 @@ class LowRankSum(torch.autograd.Function):
         x, low, a, b = ctx.saved_tensors
         rows = _rows(gradient)
         by_low = _scaled_product(rows, b, ctx.scaling)
-        by_x = (by_low @ a).view(x.shape) if ctx.needs_input_grad[1] else None
-        by_a = by_low.T @ _rows(x) if ctx.needs_input_grad[2] else None
-        by_b = rows.T @ low if ctx.needs_input_grad[3] else None
-        return gradient, by_x, by_a, by_b, None
+        by_x = None
+        if ctx.needs_input_grad[1]:
+            by_x = rows.mm(_unpacked(ctx.weight, rows.dtype))
+            by_x = torch.addmm(by_x, by_low, a, out=by_x).view(x.shape)
+        by_a = by_low.t().mm(_rows(x)) if ctx.needs_input_grad[2] else None
+        by_b = _scaled_product(rows.t(), _rows(low), ctx.scaling) if ctx.needs_input_grad[3] else None
+        return None, by_x, by_a, by_b, None
+
+
+def _unpacked(weight: Any, dtype: torch.dtype) -> torch.Tensor:
+    """Return the matrix [out, in] of a layer's weight."""
+    state = getattr(weight, "quant_state", None)
+    return weight if state is None else dequantize_4bit(weight.data.view(-1, 1), state).to(dtype)
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:

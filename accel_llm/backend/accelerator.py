@@ -1,6 +1,7 @@
 """Builds the Accelerator. Every difference between backends is settled here, each with its reason."""
 
 import os
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,10 @@ from torch.distributed.fsdp.wrap import always_wrap_policy
 from accel_llm.backend.compilation import compile_layers, compile_problems
 from accel_llm.backend.launch_settings import launch_problems
 from accel_llm.backend.strategy import accumulation_steps, resolve_precision, strategy, use_cpu
-from accel_llm.backend.zero import build_deepspeed_plugin, prepare_deepspeed_on_cpu
+from accel_llm.backend.zero import build_deepspeed_plugin, deepspeed_settings, fit_buckets, prepare_deepspeed_on_cpu
 from accel_llm.config.options import TrainOptions
 from accel_llm.errors import ConfigError, raise_problems
-from accel_llm.system.launcher import launcher_flag, process_rank, world_size
+from accel_llm.system.launcher import launcher_flag, local_world_size, process_rank, world_size
 from accel_llm.system.run_lock import lock_output_dir, share_lock
 from accel_llm.system.signals import listen_for_signals
 
@@ -79,6 +80,7 @@ def build_accelerator(options: TrainOptions) -> Accelerator:
     """
     listen_for_signals(None)
     cpu, launched_strategy, accumulation = use_cpu(), strategy(), accumulation_steps(options)
+    precision = resolve_precision(options)
 
     # Problems that can be found before anything starts.
     if cpu and world_size() > MAX_CPU_PROCESSES:
@@ -115,12 +117,24 @@ def build_accelerator(options: TrainOptions) -> Accelerator:
         arguments["cpu"] = True
         os.environ.pop("ACCELERATE_USE_FSDP", None)
     if launched_strategy == "ddp":
-        # Buffers are equal on all processes and never change; DDP would send them all before each forward pass.
-        arguments["kwargs_handlers"] = [DistributedDataParallelKwargs(broadcast_buffers=False)]
+        # Buffers are equal on all processes and never change; DDP would send them all before each forward pass. The
+        # gradients lie in the buckets that are sent, see `prepare`.
+        arguments["kwargs_handlers"] = [
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+        ]
+    if not cpu and _optimizer_runs_on_cpu(launched_strategy):
+        use_all_cores()
 
     accelerator = Accelerator(
-        mixed_precision={"fp32": "no"}.get(resolve_precision(options), resolve_precision(options)),
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False),
+        mixed_precision={"fp32": "no"}.get(precision, precision),
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=accumulation,
+            sync_with_dataloader=False,
+            # Without it FSDP2 adds up whole gradients of all trained parameters on each process until the last
+            # micro-batch. Those of an adapter are small, and reducing them once saves time.
+            sync_each_batch=launched_strategy == "fsdp2"
+            and (options.method == "full" or bool(options.modules_to_save)),
+        ),
         step_scheduler_with_optimizer=False,
         dynamo_backend="no",  # see compilation.py
         project_config=ProjectConfiguration(
@@ -133,6 +147,24 @@ def build_accelerator(options: TrainOptions) -> Accelerator:
         share_lock(folder)
         listen_for_signals(folder)
     return accelerator
+
+
+def _optimizer_runs_on_cpu(launched_strategy: str) -> bool:
+    """Return whether the launch YAML puts the optimizer's state into the memory of the host."""
+    if launched_strategy.startswith("zero"):
+        offload = deepspeed_settings()["zero_optimization"].get("offload_optimizer") or {}
+        return offload.get("device", "none") == "cpu"
+    return launched_strategy == "fsdp2" and launcher_flag("FSDP_OFFLOAD_PARAMS")
+
+
+def use_all_cores() -> None:
+    """Let torch compute with this process's share of the machine's cores, unless OMP_NUM_THREADS asks for another number.
+
+    `accelerate launch` and torchrun set OMP_NUM_THREADS to 1 if nobody else has set it, so 1 is no wish.
+    """
+    if os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // local_world_size()))
 
 
 def _check_accelerator(accelerator: Accelerator, launched_strategy: str) -> None:
@@ -164,7 +196,14 @@ def prepare(accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.o
         # expects.
         plugin: Any = accelerator.state.fsdp_plugin
         plugin.auto_wrap_policy = always_wrap_policy
+    elif strategy().startswith("zero"):
+        plugin = accelerator.state.deepspeed_plugin
+        fit_buckets(plugin.deepspeed_config, optimizer)
     model, prepared = accelerator.prepare(model, optimizer)
+    if strategy() == "ddp":
+        # DDP sums gradients in its buckets. Zeroed in place they stay there: without it, accumulation would begin in
+        # tensors of their own, which take as much memory again.
+        prepared.zero_grad = partial(prepared.zero_grad, set_to_none=False)
     if strategy() == "fsdp2":
         # Accelerate 1.15 maps parameters by their address, but all empty shards of a rank have the same address.
         for group, parameters in zip(prepared.param_groups, groups, strict=True):

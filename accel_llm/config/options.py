@@ -96,11 +96,6 @@ class MethodOptions(Options):
         problems = super().problems() + self._without_effect(METHODS_BY_OPTION, "method")
         if self.init_lora_weights == "orthogonal" and self.lora_r % 2:
             problems.append(f"lora_r: {self.lora_r} is odd; init_lora_weights orthogonal needs an even rank.")
-        if self.init_lora_weights == "pissa" and (self.method == "qlora" or self.load_in_8bit):
-            problems.append(
-                "init_lora_weights: pissa needs a base that is not quantized; use method lora without "
-                "load_in_8bit, or give olora."
-            )
         return problems
 
 

@@ -79,25 +79,24 @@ def collate_padded(
     """
     # Start from tensors that are all padding.
     shape = len(rows), max(len(ids) for ids, _ in rows)
-    input_ids = torch.full(shape, pad_token_id)
-    labels = torch.full(shape, IGNORED)
-    attention_mask = torch.zeros(shape, dtype=torch.int64)
+    input_ids, labels = np.full(shape, pad_token_id, np.int64), np.full(shape, IGNORED, np.int64)
+    attention_mask, token_weights = np.zeros(shape, np.int64), np.ones(shape, np.float32)
 
     # Write each document over the left part of its row.
     for i, (ids, row_labels) in enumerate(rows):
-        input_ids[i, : len(ids)] = torch.from_numpy(np.asarray(ids, np.int64))
-        labels[i, : len(ids)] = torch.from_numpy(np.asarray(row_labels, np.int64))
+        input_ids[i, : len(ids)] = ids
+        labels[i, : len(ids)] = row_labels
         attention_mask[i, : len(ids)] = 1
+        if weights is not None:
+            token_weights[i, : len(ids)] = weights[i]
     # Prompt tuning puts virtual tokens before the row; a labeled first token would then be a target nobody counted.
     labels[:, 0] = IGNORED
 
-    batch = {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
+    arrays = {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
     if weights is not None:
-        batch["weights"] = torch.ones(shape)
-        for i, row_weights in enumerate(weights):
-            batch["weights"][i, : len(row_weights)] = torch.from_numpy(np.asarray(row_weights, np.float32))
-    numbers = _targets(labels.numpy(), batch["weights"].numpy() if weights is not None else None)
-    return batch | numbers | {"lengths": [len(ids) for ids, _ in rows]}
+        arrays["weights"] = token_weights
+    batch: Batch = {name: torch.from_numpy(values) for name, values in arrays.items()}
+    return batch | _targets(labels, arrays.get("weights")) | {"lengths": [len(ids) for ids, _ in rows]}
 
 
 def to_device(batch: Batch, device: torch.device | str) -> Batch:
@@ -105,7 +104,7 @@ def to_device(batch: Batch, device: torch.device | str) -> Batch:
 
     `input_ids.on_host` are the ids on the CPU, for an embedding that stays there (model/offloaded_embedding.py).
     """
-    copies = {name: start_copy(v, device) if isinstance(v, torch.Tensor) else v for name, v in batch.items()}
+    copies: Batch = {name: start_copy(v, device) if isinstance(v, torch.Tensor) else v for name, v in batch.items()}
     if torch.device(device).type != "cpu":
         copies["input_ids"].on_host = batch["input_ids"]
     return copies

@@ -6,7 +6,7 @@ import accel_llm.system.chatter
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
@@ -56,7 +56,7 @@ def embedding_to_offload(model: nn.Module) -> nn.Embedding:
             f"offload_embeddings: {name} is trained as a whole, because modules_to_save names it; leave it out there, or "
             f"{REMEDY}."
         )
-    if isinstance(module, BaseTunerLayer):
+    if isinstance(module, LoraLayer):
         if module.lora_magnitude_vector:
             raise ConfigError(
                 f"offload_embeddings: use_dora reads the whole matrix of {name} in each step; leave it out of "

@@ -179,8 +179,7 @@ def _logits_together(model: nn.Module, documents: list[torch.Tensor], packed: bo
     if not packed:
         mask = torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
         input_ids = nn.utils.rnn.pad_sequence(documents, batch_first=True)
-        with stock_attention(model):
-            rows = _logits(model, {"input_ids": input_ids, "attention_mask": mask.long()})
+        rows = _logits(model, {"input_ids": input_ids, "attention_mask": mask.long()})
         return [row[:n] for row, n in zip(rows, lengths, strict=True)]
     batch = {
         "input_ids": torch.cat(documents)[None],

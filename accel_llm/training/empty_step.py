@@ -1,21 +1,24 @@
 """Follows the memory of a training step with tensors that have a shape and a dtype, but no data.
 
-The real model code runs: the family's own layers, the adapter, 4-bit layers, our attention and loss. So nothing about
-a family or a method is counted by hand. Only a few layers are built. Layers are alike, so each figure grows by the same
-amount with each further layer.
+The real code runs: the layers of the model's family, the adapter, 4-bit layers, our attention and our loss. So nothing
+about a family or a method is counted by hand. Only a few layers are built: with each further layer of the same kind
+every figure grows by the same amount.
 """
 
 import copy
 import io
+import logging
 import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import accel_llm.system.chatter
 
+import numpy as np
 import torch
 from bitsandbytes.functional import QuantState
 from bitsandbytes.nn.modules import Params4bit
@@ -26,20 +29,207 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from accel_llm.adapters.attach import attach_adapter
 from accel_llm.config.options import TrainOptions
-from accel_llm.data.batches import Batch
+from accel_llm.data.batches import Batch, collate_packed, collate_padded
 from accel_llm.model.attention import assumed_gpu, unwrap_causal_lm
 from accel_llm.model.language_part import causal_lm_loader, freeze_other_parts
 from accel_llm.model.loading import OWN_IMPLEMENTATIONS, configure_for_training
 from accel_llm.model.loss import next_token_loss
-from accel_llm.model.positions import scale_by_document
-from accel_llm.model.quantization import build_quantization_config, prepare_4bit_layers
+from accel_llm.model.quantization import build_quantization_config, prepare_4bit_layers, quantized_weights
+from accel_llm.training.optimizer_state import optimizer_bytes
 
-# The parts of a step at which its memory can be largest.
-PARTS = ("embedding", "forward", "loss", "first backward", "last backward", "embedding backward")
+# The parts of a step in which its memory can be largest. The first and the last of the layers stand for all.
+PARTS = ("forward", "loss", "first backward", "last backward", "embedding backward")
+ALIKE = {"sliding_attention": "full_attention", "chunked_attention": "full_attention"}  # in memory
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What decides about the memory of a step besides options and config.
+
+    `compute` is the dtype of matrix products. With `masters` trained weights are float32, and autocast computes. With
+    `accumulated` the gradients of earlier micro-batches are there already.
+    """
+
+    device_type: str
+    compute: torch.dtype
+    masters: bool = True
+    autocast: bool = True
+    accumulated: bool = False
+
+
+def follow_step(options: TrainOptions, config: PreTrainedConfig, settings: StepSettings) -> dict[str, int]:
+    """Return the memory of a micro-batch of the largest size, as bytes by name.
+
+    `weights` are all weights, `trained` those that are trained, `trainable` their number, `layer` the largest layer,
+    `embedding` the input embedding if it is frozen and used for nothing else; the optimizers have the names of
+    `optimizer_bytes`. For each part of PARTS that the step has there are three figures: the gradients and the stored
+    activations when the part begins (`loss: gradients`, `loss: stored`), and the most that it adds (`loss: added`).
+    """
+    kinds = _layer_kinds(config)
+    start, period = _pattern(kinds)
+    few = start + (2 * period if period == 1 else period)  # no gradient reaches the input of the first layer
+    if few + period >= len(kinds):
+        return _follow(options, config, settings, len(kinds), max(start, period))
+    fewer, more = (_follow(options, config, settings, layers, max(start, period)) for layers in (few, few + period))
+    rest = (len(kinds) - few) / period
+    return {name: round(size + rest * (more[name] - size)) for name, size in fewer.items()}
+
+
+def _layer_kinds(config: PreTrainedConfig) -> list[tuple]:
+    """Return for each layer what the config says about it alone."""
+    text: Any = config.get_text_config()
+    layers = text.num_hidden_layers
+    columns = [value for value in vars(text).values() if isinstance(value, list) and len(value) == layers]
+    dense = getattr(text, "first_k_dense_replace", None) or 0
+    marks = [[k < dense for k in range(layers)], *([ALIKE.get(v, v) for v in column] for column in columns)]
+    return [tuple(map(str, marks_of_layer)) for marks_of_layer in zip(*marks, strict=True)]
+
+
+def _pattern(kinds: list[tuple]) -> tuple[int, int]:
+    """Return after how many layers the kinds begin to repeat, and every how many they do."""
+    patterns = ((start, period) for period in range(1, len(kinds) + 1) for start in range(min(period, 8) + 3))
+    return next((s, p) for s, p in patterns if all(a == b for a, b in zip(kinds[s:], kinds[s + p :], strict=False)))
+
+
+def _follow(
+    options: TrainOptions, config: PreTrainedConfig, settings: StepSettings, layers: int, group: int
+) -> dict[str, int]:
+    """Follow a step of a model with so many layers; the first and the last `group` layers are taken together."""
+    with _quiet():
+        with torch.device("meta"):
+            model, quantized = _build(options, _shorten(config, layers), settings)
+        with FakeTensorMode(allow_non_fake_inputs=True), Allocations() as allocations:
+            _fill(model, settings)
+            figures = _weight_figures(model, settings.device_type)
+            figures["weights"] = allocations.live - quantized
+            if settings.accumulated:
+                for parameter in model.parameters():
+                    parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+            recorder = Recorder(allocations, model, allocations.live - _gradient_bytes(model))
+            _mark_parts(model, recorder, group)
+            on_device = assumed_gpu() if settings.device_type == "cuda" else nullcontext()
+            computes_in_16_bits = settings.autocast and settings.compute != torch.float32
+            batch = _largest_batch(options)
+            with on_device:
+                with torch.autocast("cpu", settings.compute) if computes_in_16_bits else nullcontext():
+                    loss = next_token_loss(model, batch)
+                loss.backward()
+            recorder.end()
+        return figures | recorder.figures
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide what is said about the model: it is said again when the real one is built."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+def _shorten(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+    """Return a copy of the config with fewer layers."""
+    config = copy.deepcopy(config)
+    text: Any = config.get_text_config()
+    for owner in (config, text):
+        if getattr(owner, "quantization_config", None):  # of the files, which are not read
+            del owner.quantization_config  # type: ignore[attr-defined]
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) == text.num_hidden_layers:
+            setattr(text, name, value[:layers])
+    text.num_hidden_layers = layers
+    return config
+
+
+def _build(options: TrainOptions, config: PreTrainedConfig, settings: StepSettings) -> tuple[nn.Module, int]:
+    """Build the model that is trained, without memory. The second value: the bytes that 8-bit weights take less.
+
+    Layers in 8 bits choose columns by their values, so they are followed as 16-bit ones.
+    """
+    arguments = OWN_IMPLEMENTATIONS | {"trust_remote_code": options.trust_remote_code}
+    loader = causal_lm_loader(config)
+    model: PreTrainedModel = loader.from_config(config, dtype=settings.compute, **arguments)
+    freeze_other_parts(model, config)
+    model.unread = True  # type: ignore[assignment]
+    saved = 0
+    if options.load_in_8bit:
+        names = quantized_weights(model)
+        saved = sum(p.numel() * (p.itemsize - 1) - 4 * len(p) for n, p in model.named_parameters() if n in names)
+    elif quantization := build_quantization_config(options, settings.compute, sharded=False):
+        prepare_4bit_layers(model, quantization)
+    # First values need weights. They take no further memory in a step.
+    options = options.model_copy(update={"init_lora_weights": True, "adapter_name_or_path": None})
+    configure_for_training(model, options)
+    return (model if options.method == "full" else attach_adapter(model, options)), saved
+
+
+def _fill(model: nn.Module, settings: StepSettings) -> None:
+    """Give all weights and buffers a place on the CPU, in the dtype that they are trained in."""
+    filled: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = torch.empty_like(buffer, device="cpu")
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if id(parameter) not in filled:
+                filled[id(parameter)] = _filled(parameter, settings)
+            module._parameters[name] = filled[id(parameter)]
+
+
+def _filled(parameter: nn.Parameter, settings: StepSettings) -> nn.Parameter:
+    if isinstance(parameter, Params4bit):
+        four_bit: Any = parameter
+        packed: Any = nn.Parameter(torch.empty(-(-parameter.numel() // 2), 1, dtype=torch.uint8), requires_grad=False)
+        packed.quant_state = four_bit.module.quant_state = _empty_scales(parameter.shape, settings.compute)
+        return packed
+    dtype = parameter.dtype
+    if parameter.is_floating_point():
+        dtype = torch.float32 if parameter.requires_grad and settings.masters else settings.compute
+    return nn.Parameter(torch.empty(parameter.shape, dtype=dtype), requires_grad=parameter.requires_grad)
+
+
+def _empty_scales(shape: torch.Size, compute: torch.dtype) -> QuantState:
+    """Return the scales of NF4 weights: 8 bits for each 64 weights, and 32 bits for each 256 of those.
+
+    Not by bitsandbytes' own `quantize_4bit`, which would keep tensors without data for later calls.
+    """
+    blocks = -(-shape.numel() // 64)
+    outer = QuantState(torch.empty(-(-blocks // 256)), code=torch.empty(256), blocksize=256, dtype=torch.float32)
+    absmax = torch.empty(blocks, dtype=torch.uint8)
+    return QuantState(absmax, shape, torch.empty(16), 64, "nf4", compute, torch.empty(()), outer)
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    inner = unwrap_causal_lm(model)
+    number = inner.config.get_text_config().num_hidden_layers
+    decoder: Any = inner.get_decoder()
+    return list(next(m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == number))
+
+
+def _gradient_bytes(model: nn.Module) -> int:
+    return sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+
+
+def _weight_figures(model: nn.Module, device_type: str) -> dict[str, int]:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    inner = unwrap_causal_lm(model)
+    weight: Any = getattr(inner.get_input_embeddings(), "weight", None)
+    head: Any = inner.get_output_embeddings()
+    alone = weight is not None and not weight.requires_grad and weight is not getattr(head, "weight", None)
+    return {
+        "trained": sum(parameter.nbytes for parameter in trained),
+        "trainable": sum(parameter.numel() for parameter in trained),
+        "layer": max(sum(p.nbytes for p in layer.parameters()) for layer in _layers(model)),
+        "embedding": weight.nbytes if alone else 0,
+        **optimizer_bytes(model, device_type),
+    }
 
 
 class Allocations(TorchDispatchMode):
-    """Counts the bytes of the results of all operations, as long as something holds them."""
+    """Counts the bytes of the results of all operations, for as long as something holds them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +237,11 @@ class Allocations(TorchDispatchMode):
         self.held: dict[int, tuple[int, weakref.ref]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._grouped_mm.default and args[0].dtype == torch.float32:
+            # For tensors without data torch 2.13 takes bfloat16 only.
+            result = func(args[0].bfloat16(), args[1].bfloat16(), *args[2:], **(kwargs or {})).float()
+        else:
+            result = func(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, tuple | list) else (result,):
             if isinstance(tensor, torch.Tensor):
                 self.add(tensor)
@@ -55,8 +249,9 @@ class Allocations(TorchDispatchMode):
 
     def add(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
-        if storage._cdata not in self.held:
-            self.held[storage._cdata] = storage.nbytes(), weakref.ref(storage, partial(self.remove, storage._cdata))
+        key = storage._cdata
+        if key not in self.held:
+            self.held[key] = storage.nbytes(), weakref.ref(storage, partial(self.remove, key))
             self.live += storage.nbytes()
             self.most = max(self.most, self.live)
 
@@ -66,165 +261,56 @@ class Allocations(TorchDispatchMode):
 
 
 class Recorder:
-    """Notes for each part of a step what is in memory when it begins, and the most that it adds."""
+    """Notes for each part of a step what is in memory when it begins, besides `fixed`, and the most that it adds."""
 
-    def __init__(self, allocations: Allocations, model: nn.Module):
-        self.allocations = allocations
-        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.fixed = allocations.live
+    def __init__(self, allocations: Allocations, model: nn.Module, fixed: int):
+        self.allocations, self.model, self.fixed = allocations, model, fixed
         self.figures: dict[str, int] = {}
-        self.part = ""
+        self.part, self.begun = "", 0
 
     def begin(self, part: str, *_: Any) -> None:
-        """Begin a part; if the same part goes on, nothing changes."""
+        """Begin a part. The same part goes on if it is named again; "" is a part that is not noted."""
         if part == self.part:
             return
         self.end()
-        self.part, self.allocations.most = part, self.allocations.live
+        self.part, self.begun = part, self.allocations.live
+        self.allocations.most = self.begun
         if part:
-            gradients = sum(p.grad.nbytes for p in self.parameters if p.grad is not None)
-            self.figures[f"{part}: gradients"] = gradients
-            self.figures[f"{part}: stored"] = self.allocations.live - self.fixed - gradients
+            self.figures[f"{part}: gradients"] = _gradient_bytes(self.model)
+            self.figures[f"{part}: stored"] = self.begun - self.fixed - self.figures[f"{part}: gradients"]
 
     def end(self) -> None:
         if self.part:
-            begun = self.figures[f"{self.part}: stored"] + self.figures[f"{self.part}: gradients"] + self.fixed
-            self.figures[f"{self.part}: added"] = self.allocations.most - begun
+            self.figures[f"{self.part}: added"] = self.allocations.most - self.begun
         self.part = ""
 
 
-def follow_step(
-    options: TrainOptions,
-    config: PreTrainedConfig,
-    compute: torch.dtype,
-    masters: bool,
-    periods: int,
-    device_type: str = 'cuda',
-) -> dict[str, int]:
-    """Return the memory figures of one micro-batch of a model with `periods` times the shortest run of unlike layers.
+def _mark_parts(model: nn.Module, recorder: Recorder, group: int) -> None:
+    """Let `recorder` know when each part begins: by the layers' forwards, and by the gradients of what they return."""
+    layers = _layers(model)
 
-    `compute` is the dtype of matrix products; with `masters` trained weights are float32.
-    """
-    config, layers = _shortened(config, periods)
-    with _quiet(), torch.device("meta"):
-        model = _empty_model(options, config, compute)
-    with FakeTensorMode(allow_non_fake_inputs=True), Allocations() as allocations:
-        _fill(model, compute, masters)
-        recorder = Recorder(allocations, model)
-        _mark_parts(model, recorder, layers // periods)
-        autocast = torch.autocast("cpu", compute) if compute != torch.float32 else nullcontext()
-        recorder.begin("embedding")
-        with assumed_gpu() if device_type == 'cuda' else nullcontext():
-            with autocast:
-                loss = next_token_loss(model, _longest_batch(options))
-            loss.backward()
-        recorder.end()
-        return recorder.figures
-
-
-def _shortened(config: PreTrainedConfig, periods: int) -> tuple[PreTrainedConfig, int]:
-    """Return a config with fewer layers, and their number."""
-    config = copy.deepcopy(config)
-    if getattr(config, "quantization_config", None):
-        del config.quantization_config
-    text: Any = config.get_text_config()
-    whole = text.num_hidden_layers
-    layers = min(periods * _period(getattr(text, "layer_types", None) or [""]), whole)
-    for name, value in list(vars(text).items()):
-        if isinstance(value, list) and len(value) == whole:
-            setattr(text, name, value[:layers])
-    text.num_hidden_layers = layers
-    return config, layers
-
-
-def _period(kinds: list[str]) -> int:
-    """Return after how many layers the kinds of layers repeat."""
-    return next(n for n in range(1, len(kinds) + 1) if all(a == b for a, b in zip(kinds, kinds[n:], strict=False)))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide what is said about the model: it is said again when the real one is built."""
-    with redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-def _empty_model(options: TrainOptions, config: PreTrainedConfig, compute: torch.dtype) -> nn.Module:
-    loader = causal_lm_loader(config)
-    arguments = OWN_IMPLEMENTATIONS | {"trust_remote_code": options.trust_remote_code}
-    model: PreTrainedModel = loader.from_config(config, dtype=compute, **arguments)
-    freeze_other_parts(model, config)
-    model.unread = True  # type: ignore[assignment]
-    quantization = build_quantization_config(options, compute, sharded=False)
-    if options.method == "qlora" and quantization:
-        prepare_4bit_layers(model, quantization)
-    configure_for_training(model, options)
-    return model if options.method == "full" else attach_adapter(model, options)
-
-
-def _fill(model: nn.Module, compute: torch.dtype, masters: bool) -> None:
-    filled: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            module._buffers[name] = torch.empty_like(buffer, device="cpu")
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if id(parameter) not in filled:
-                filled[id(parameter)] = _filled(parameter, compute, masters)
-            module._parameters[name] = filled[id(parameter)]
-
-
-def _filled(parameter: nn.Parameter, compute: torch.dtype, masters: bool) -> nn.Parameter:
-    if isinstance(parameter, Params4bit):
-        settings: Any = parameter
-        filled: Any = nn.Parameter(torch.empty(-(-parameter.numel() // 2), 1, dtype=torch.uint8), requires_grad=False)
-        filled.quant_state = settings.module.quant_state = _empty_scales(parameter.shape, compute)
-        return filled
-    dtype = parameter.dtype
-    if parameter.is_floating_point():
-        dtype = torch.float32 if parameter.requires_grad and masters else compute
-    return nn.Parameter(torch.empty(parameter.shape, dtype=dtype), requires_grad=parameter.requires_grad)
-
-
-def _empty_scales(shape: torch.Size, compute: torch.dtype) -> QuantState:
-    """Return the scales of NF4 weights: one in 8 bits for 64 weights, and one in 32 bits for 256 of those."""
-    blocks = -(-shape.numel() // 64)
-    absmax = torch.empty(-(-blocks // 256))
-    outer = QuantState(absmax, code=torch.empty(256), blocksize=256, dtype=torch.float32)
-    return QuantState(
-        torch.empty(blocks, dtype=torch.uint8), shape, torch.empty(16), 64, "nf4", compute, torch.empty(()), outer
-    )
-
-
-def _mark_parts(model: nn.Module, recorder: Recorder, period: int) -> None:
-    inner = unwrap_causal_lm(model)
-    classes = set(inner._no_split_modules or [])
-    layers = [module for module in inner.get_decoder().modules() if type(module).__name__ in classes]
-    last = len(layers) - period
-    layers[last].register_forward_pre_hook(partial(recorder.begin, "forward"))
-    layers[-1].register_forward_hook(partial(recorder.begin, "loss"))
-
-    def at_gradient(part: str, module: nn.Module, args: Any, output: Any) -> None:
+    def begin_at_gradient(part: str, module: nn.Module, args: Any, output: Any) -> None:
         tensor = output[0] if isinstance(output, tuple) else output
         if tensor.requires_grad:
             tensor.register_hook(lambda _: recorder.begin(part))
 
+    first, last = max(0, len(layers) - group), min(group, len(layers))
+    layers[first].register_forward_pre_hook(partial(recorder.begin, "forward"))
+    layers[-1].register_forward_hook(partial(recorder.begin, "loss"))
     for k, layer in enumerate(layers):
-        part = "first backward" if k >= last else "last backward" if k < period else ""
-        layer.register_forward_hook(partial(at_gradient, part))
-    inner.get_input_embeddings().register_forward_hook(partial(at_gradient, "embedding backward"))
+        part = "first backward" if k >= first else "last backward" if k < last else ""
+        layer.register_forward_hook(partial(begin_at_gradient, part))
+    unwrap_causal_lm(model).get_input_embeddings().register_forward_hook(
+        partial(begin_at_gradient, "embedding backward")
+    )
 
 
-def _longest_batch(options: TrainOptions) -> Batch:
-    rows, length = options.per_device_train_batch_size, options.max_length
-    shape = (1, rows * length) if options.packing else (rows, length)
-    ids = torch.zeros(shape, dtype=torch.int64)
-    targets = rows * (length - 1)
-    batch: Batch = {"input_ids": ids, "labels": ids, "lengths": [length] * rows}
-    batch |= {"num_targets": targets, "total_weight": float(targets)}
-    batch |= {"target_positions": torch.zeros(targets, dtype=torch.int64)}
-    batch |= {"target_columns": torch.zeros(targets if options.packing else length - 1, dtype=torch.int64)}
-    if not options.packing:
-        return batch | {"attention_mask": torch.ones_like(ids)}
-    boundaries = torch.zeros(rows + 1, dtype=torch.int32)
-    return batch | {"position_ids": ids, "cu_seqlens": boundaries, "max_seqlen": length}
+def _largest_batch(options: TrainOptions) -> Batch:
+    """Return a batch without data: as many rows of as many tokens as the options allow, and all of them targets."""
+    row = np.zeros(options.max_length, np.int32)
+    rows = [(row, row)] * options.per_device_train_batch_size
+    batch = collate_packed(rows) if options.packing else collate_padded(rows, 0)
+    return {
+        name: torch.empty(value.shape, dtype=value.dtype) if isinstance(value, torch.Tensor) else value
+        for name, value in batch.items()
+    }

@@ -7,6 +7,9 @@ from torch import nn
 
 from accel_llm.backend.accelerator import local_part
 
+# So many weights `RoundedAdamW` steps at once: beside them, their gradients and moments it takes less than 300 MiB.
+PIECE_SIZE = 2**24
+
 
 class RoundedAdamW(torch.optim.Optimizer):
     """AdamW for bfloat16 weights without float32 copies of them.
@@ -15,7 +18,8 @@ class RoundedAdamW(torch.optim.Optimizer):
     (stochastic rounding, Gupta et al. 2015, arXiv 1502.02551). The moments are float32.
 
     The random numbers depend only on the seed, the step and the position of the weight. So copies of a weight on
-    several ranks stay equal, and a resumed run draws what the interrupted one would have drawn.
+    several ranks stay equal, and a resumed run draws what the interrupted one would have drawn. A large weight is
+    stepped in pieces, which draw one after the other.
     """
 
     def __init__(self, groups: list[dict], betas: tuple[float, float], eps: float, seed: int):
@@ -48,25 +52,41 @@ class RoundedAdamW(torch.optim.Optimizer):
             state["step"] = 0
             state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(parameter, dtype=torch.float32) for _ in range(2))
         state["step"] += 1
-        step, (beta1, beta2) = state["step"], group["betas"]
-        weight, gradient, mean, square = map(
-            local_part, (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
-        )
-
-        # AdamW (arXiv 1711.05101) in float32.
-        gradient = gradient.float()
-        mean.lerp_(gradient, 1 - beta1)
-        square.lerp_(gradient.square(), 1 - beta2)
-        updated = weight.float().mul_(1 - group["lr"] * group["weight_decay"])
-        step_size = group["lr"] / (1 - beta1**step)
-        updated.addcdiv_(mean, (square / (1 - beta2**step)).sqrt_().add_(group["eps"]), value=-step_size)
+        tensors = [local_part(t) for t in (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])]
 
         # Rounding: shards of a weight need different random numbers, copies of it the same.
-        generator = torch.Generator(weight.device)
-        shard = torch.distributed.get_rank() if weight is not parameter else 0
+        generator = torch.Generator(tensors[0].device)
+        shard = torch.distributed.get_rank() if tensors[0] is not parameter else 0
         # `hash` of integers is the same in every process; Python adds a random key for texts only.
-        generator.manual_seed(hash((self.seed, step, position, shard)) & (2**63 - 1))
-        weight.copy_(round_stochastically(updated, generator))
+        generator.manual_seed(hash((self.seed, state["step"], position, shard)) & (2**63 - 1))
+        for pieces in zip(*map(_split_into_pieces, tensors), strict=True):
+            _step_rounded(group, state["step"], generator, *pieces)
+
+
+def _split_into_pieces(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Split a tensor along its first dimension into views of at most PIECE_SIZE numbers, or of one row."""
+    tensor = torch.atleast_1d(tensor)
+    return tensor.split(max(1, PIECE_SIZE // max(1, tensor.shape[1:].numel())))
+
+
+def _step_rounded(
+    group: dict,
+    step: int,
+    generator: torch.Generator,
+    weight: torch.Tensor,
+    gradient: torch.Tensor,
+    mean: torch.Tensor,
+    square: torch.Tensor,
+) -> None:
+    """Change a weight and its moments by one step of AdamW (arXiv 1711.05101), which is computed in float32."""
+    beta1, beta2 = group["betas"]
+    gradient = gradient.float()
+    mean.lerp_(gradient, 1 - beta1)
+    square.lerp_(gradient.square(), 1 - beta2)
+    updated = weight.float().mul_(1 - group["lr"] * group["weight_decay"])
+    step_size = group["lr"] / (1 - beta1**step)
+    updated.addcdiv_(mean, (square / (1 - beta2**step)).sqrt_().add_(group["eps"]), value=-step_size)
+    weight.copy_(round_stochastically(updated, generator))
 
 
 def round_stochastically(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -32,7 +32,10 @@ FEATURES = {
     "experts in 4 bits": Feature(
         "single_gpu", "", f"{QLORA} --check_only --model_name_or_path {{work}}/{MIXTURE}", {"dtypes frozen": "uint8"}
     ),
-    "offload_embeddings": Feature("single_gpu", "", f"{QLORA} {TRAIN} --offload_embeddings", {}),
+    # The demo's own embedding is also its output head.
+    "offload_embeddings": Feature(
+        "single_gpu", "", f"{QLORA} {TRAIN} --offload_embeddings --model_name_or_path {{work}}/{MIXTURE}", {}
+    ),
     "fsdp_offload_params, full": Feature("fsdp2", "--fsdp_offload_params true", "--method full --check_only", {}),
     "fsdp_offload_params, qlora": Feature("fsdp2", "--fsdp_offload_params true", f"{QLORA} --check_only", {}),
     "inductor": Feature(

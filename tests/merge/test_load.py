@@ -1,7 +1,6 @@
 """chat.py asks a model as it was trained: in 4 bits its logits are those of plain PEFT on transformers' own 4-bit base."""
 
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -22,8 +21,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     BitsAndBytesConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
 )
 
 from accel_llm.adapters.attach import attach_adapter
@@ -113,14 +110,19 @@ def test_a_model_with_images_too_is_asked_in_4_bits(family, tmp_path):
 @pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
 def test_an_adapter_is_asked_on_a_base_in_4_bits_if_it_was_trained_on_one(family, use_dora, tmp_path):
     base, adapter = base_folder(tmp_path / "base", family), tmp_path / "adapter"
-    options = {"use_dora": use_dora, "lora_target_modules": ["q_proj"] if family == "qwen3_moe" and use_dora else "all-linear"}
+    options = {
+        "use_dora": use_dora,
+        "lora_target_modules": ["q_proj"] if family == "qwen3_moe" and use_dora else "all-linear",
+    }
     trained = moved_adapter(base, adapter, method="qlora", **options).eval()
     model = ask_adapter(adapter, base)
     expected = logits(PeftModel.from_pretrained(plain_4_bits(base), str(adapter)).eval())
     assert relative_distance(logits(model), expected) < 1e-6
     assert relative_distance(logits(model), logits(trained)) < 1e-6
     assert relative_distance(logits(ask_adapter(adapter, base, load_in_4bit=False)), expected) > 0.01
-    moved_adapter(base, tmp_path / "other", method="lora", lora_target_modules=["q_proj"] if family != "gpt2" else ["c_attn"])
+    moved_adapter(
+        base, tmp_path / "other", method="lora", lora_target_modules=["q_proj"] if family != "gpt2" else ["c_attn"]
+    )
     assert describe_placement(ask_adapter(tmp_path / "other", base)) == "On cpu, weights in float32."
 
 
@@ -163,7 +165,9 @@ class Operations(TorchDispatchMode):
 def test_a_base_in_4_bit_files_stays_in_4_bits(tmp_path):
     base, stored = base_folder(tmp_path / "base", "llama"), tmp_path / "stored"
     settings = BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=torch.bfloat16)  # of the machine that wrote them
-    AutoModelForCausalLM.from_pretrained(base, quantization_config=settings, dtype=torch.float32).save_pretrained(stored)
+    AutoModelForCausalLM.from_pretrained(base, quantization_config=settings, dtype=torch.float32).save_pretrained(
+        stored
+    )
     expected = logits(plain_4_bits(base))
     for options in ({}, {"load_in_4bit": True}):
         model = ask(stored, **options)
@@ -248,37 +252,84 @@ def test_the_file_of_an_adapter_says_how_it_was_trained_or_else_the_record_of_it
         assert (describe_placement(ask_adapter(run / "adapter", base)) == in_4_bits) == expected
 
 
-@pytest.mark.parametrize("moved", [False, True], ids=["run", "adapter alone"])
-def test_chat_answers_as_the_run_did_in_its_last_evaluation(moved, script, chats, make_model, tmp_path, capsys):
-    base, out = make_model(tmp_path / "base"), tmp_path / "out"
+def test_chat_answers_as_the_run_did_in_its_last_evaluation(script, make_model, tmp_path, capsys):
+    base, rows = make_model(tmp_path / "base"), tmp_path / "rows.jsonl"
     # Weights so large that each answer differs, and that rounding to 4 bits changes it.
     model = AutoModelForCausalLM.from_pretrained(base)
+    torch.manual_seed(0)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.3) if parameter.ndim > 1 else None
+        for parameter in (parameter for parameter in model.parameters() if parameter.ndim > 1):
+            parameter.normal_(std=0.3)
     model.save_pretrained(base)
-    words = ("--model_name_or_path", base, "--train_files", chats, "--eval_files", chats, "--eval_generate", 3)
-    words += ("--method", "qlora", "--max_steps", 2, "--per_device_train_batch_size", 8, "--max_length", 128)
-    script("sft", *words, "--output_dir", out)
-    samples, conversations = run_json(out)["samples"], chats.read_text(encoding="utf-8").splitlines()
-    name = shutil.move(out / "adapter", tmp_path / "alone") if moved else out
+    questions = ["What is 3 + 4?", "Where is Delhi?"]
+    chats = [[{"role": "user", "content": text}, {"role": "assistant", "content": "Yes."}] for text in questions]
+    rows.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats), encoding="utf-8")
+    words = ("--model_name_or_path", base, "--train_files", rows, "--eval_files", rows, "--eval_generate", 2)
+    script("sft", *words, "--method", "qlora", "--max_steps", 2, "--max_length", 64, "--output_dir", tmp_path / "out")
+    right = [sample["generated"] for sample in run_json(tmp_path / "out")["samples"]]
 
     def answers(*more: object) -> list[str]:
         texts = []
-        for line in conversations[: len(samples)]:
+        for question in questions:
             capsys.readouterr()
-            question = json.loads(line)["messages"][0]["content"]
-            script("chat", "--model", name, "--prompt", question, "--max_new_tokens", 6, *more)
+            script("chat", "--model", tmp_path / "out", "--prompt", question, "--max_new_tokens", 6, *more)
             printed = capsys.readouterr()
             texts.append(printed.out.strip())
             assert printed.err == f"[On cpu, {'weights' if more else '4-bit weights (NF4), computing'} in float32.]\n"
         return texts
 
-    right = [sample["generated"] for sample in samples]
-    assert len(right) == 3
-    raise AssertionError((samples, answers(), answers("--load_in_4bit", "false")))
-    assert all(text.strip().startswith(answer) for text, answer in zip(right, answers(), strict=True))
-    assert not all(
-        text.strip().startswith(answer)
-        for text, answer in zip(right, answers("--load_in_4bit", "false"), strict=True)
+    in_4_bits, as_stored = answers(), answers("--load_in_4bit", "false")
+    assert all(len(text) > 5 and whole.strip().startswith(text) for whole, text in zip(right, in_4_bits, strict=True))
+    assert not any(whole.strip().startswith(text) for whole, text in zip(right, as_stored, strict=True))
+
+
+PEAK = """
+import re, sys
+from pathlib import Path
+import accel_llm.system.chatter
+from accel_llm.config.tool_options import ChatOptions
+from accel_llm.merge.load import load_to_ask
+
+def kilobytes(name):
+    return int(re.search(name + r":\\s+([0-9]+)", Path("/proc/self/status").read_text())[1])
+
+def load(folder):
+    return load_to_ask(folder, "model", ChatOptions(model="-", load_in_4bit=True, precision="bf16"))
+
+load(sys.argv[1])
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+before = kilobytes("VmRSS")
+model = load(sys.argv[2])
+print(1024 * (kilobytes("VmHWM") - before))
+"""
+
+
+@pytest.mark.long
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux gives the pages of a file back")
+def test_the_peak_is_the_model_in_4_bits_and_a_weight(make_model, tmp_path):
+    small = make_model(tmp_path / "small", torch.bfloat16)
+    sizes = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 10, "num_attention_heads": 8}
+    large = make_model(tmp_path / "large", torch.bfloat16, **sizes, num_key_value_heads=8)
+    stored = (large / "model.safetensors").stat().st_size
+    command = [sys.executable, "-c", PEAK, str(small), str(large)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert int(run.stdout.splitlines()[-1]) < 0.6 * stored  # a quarter, and what bitsandbytes needs for one weight
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_peak_of_the_device_is_the_model_in_4_bits_and_a_weight(make_model, tmp_path):
+    sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 8, "num_attention_heads": 16}
+    base = make_model(tmp_path / "base", torch.bfloat16, **sizes, num_key_value_heads=16)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    model = ask(base, load_in_4bit=True)
+    peak, after = torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before
+    stored = (base / "model.safetensors").stat().st_size
+    assert after < 0.3 * stored and peak < after + 4 * 2048 * 8192 * 2
+    ids = IDS.to("cuda")
+    plain = AutoModelForCausalLM.from_pretrained(
+        base, quantization_config=BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=model.dtype), dtype=model.dtype
     )
+    assert relative_distance(logits(model, ids).cpu(), logits(plain.eval(), ids).cpu()) < 1e-3
+    assert describe_placement(model).startswith("On cuda, 4-bit weights (NF4), computing in ")

@@ -150,8 +150,8 @@ def test_placing_leaves_the_matrix_on_the_host_and_nothing_else(method, make_mod
     assert host_matrices(model).keys() == {f"{name}weight"}
     assert torch.equal(host_matrices(model)[f"{name}weight"], expected)
     # What Accelerate and DeepSpeed do next.
-    moved = model.to("meta").get_input_embeddings()
-    assert moved.new_rows.device.type == "meta" == model.device.type and moved.weight.device.type == "cpu"
+    moved = model.get_input_embeddings().to("meta")
+    assert moved.new_rows.device.type == "meta" and moved.weight.device.type == "cpu"
     assert isinstance(moved.weight, HostMatrix)
 
 

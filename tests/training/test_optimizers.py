@@ -6,6 +6,7 @@ import math
 import os
 import socket
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from accelerate.utils import set_seed
 from peft import LoraConfig, get_peft_model
 from support import random_rows, tiny_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -24,6 +27,7 @@ from accel_llm.errors import ConfigError
 from accel_llm.model.attention import enable_packing, forward_arguments, unwrap_causal_lm
 from accel_llm.model.loss import attach_loss, next_token_loss
 from accel_llm.model.neftune import attach_neftune
+from accel_llm.training import own_optimizers
 from accel_llm.training.optimizers import build_optimizer, check_optimizer, effective_optimizer, parameter_groups
 from accel_llm.training.own_optimizers import RoundedAdamW, round_stochastically
 from accel_llm.training.schedule import build_schedule
@@ -557,3 +561,44 @@ def test_a_resumed_run_rounds_alike():
         model.weight.grad = torch.ones_like(model.weight)
         fresh.step()
     assert torch.equal(model.weight, whole)
+
+
+@pytest.mark.parametrize("shape", [(64, 16), (1000,), (2, 40, 5), ()])
+def test_pieces_of_a_weight_are_stepped_like_the_whole(shape, monkeypatch):
+    torch.manual_seed(0)
+    start, gradients = torch.randn(shape).to(torch.bfloat16), torch.randn(4, *shape).to(torch.bfloat16)
+
+    def trained(piece_size: int) -> tuple[torch.Tensor, int]:
+        """Return the weights after four steps, and the elements of the largest tensor that a step creates."""
+        monkeypatch.setattr(own_optimizers, "PIECE_SIZE", piece_size)
+        weight = nn.Parameter(start.clone())
+        optimizer = RoundedAdamW([{"params": [weight], "weight_decay": 0.1, "lr": 1e-2}], (0.9, 0.999), 1e-8, 0)
+        largest = 0
+        for k, gradient in enumerate(gradients):
+            weight.grad = gradient.clone()
+            with Created() as created:
+                optimizer.step()
+            largest = max(largest, created.largest if k else 0)  # the first step creates the moments
+        return weight.detach(), largest
+
+    (whole, _), (pieces, largest) = trained(2**24), trained(256)
+    assert torch.equal(pieces, whole)
+    assert largest <= 256
+    if len(shape) == 2:
+        assert trained(2**24)[1] == 1024
+
+
+class Created(TorchDispatchMode):
+    """Counts the elements of the largest tensor that is created, not taken as a view of another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inputs = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        results = operation(*args, **(kwargs or {}))
+        for tensor in tree_leaves(results):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in inputs:
+                self.largest = max(self.largest, tensor.numel())
+        return results
