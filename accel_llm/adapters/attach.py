@@ -16,7 +16,13 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from accel_llm.adapters.compat import check_first_values
-from accel_llm.adapters.initial import check_own_start, first_and_trained_factors, start_from_base, subtracted_init
+from accel_llm.adapters.initial import (
+    check_own_start,
+    draw_orthogonal,
+    first_and_trained_factors,
+    start_from_base,
+    subtracted_init,
+)
 from accel_llm.adapters.locate import describe_other_base, locate_folder
 from accel_llm.adapters.lora_forward import shorten_lora_forward
 from accel_llm.adapters.saved import ADAPTER_WEIGHTS, read_adapter_config
@@ -120,9 +126,9 @@ def attach_adapter(model: PreTrainedModel, options: TrainOptions, new_tokens: ra
         # `all-linear`, and names such as q_proj, also match the layers of a vision tower.
         config.exclude_modules = f"(?:{'|'.join(map(re.escape, parts))})(?:\\..*)?"
     # First values that are a part of the base's weights come afterwards: PEFT would change the base.
-    init = subtracted_init(config.init_lora_weights)
+    init, orthogonal = subtracted_init(config.init_lora_weights), config.init_lora_weights == "orthogonal"
     try:
-        wrapped: Any = get_peft_model(model, replace(config, init_lora_weights=True) if init else config)
+        wrapped: Any = get_peft_model(model, replace(config, init_lora_weights=True) if init or orthogonal else config)
     except ValueError as error:
         # PEFT's own message can have many lines; the first one says enough.
         raise ConfigError(
@@ -131,6 +137,8 @@ def attach_adapter(model: PreTrainedModel, options: TrainOptions, new_tokens: ra
         ) from None
     if init:
         start_from_base(wrapped, init, compute_dtype(options))
+    elif orthogonal:
+        draw_orthogonal(wrapped)
     shorten_lora_forward(wrapped)
     unpack_experts_in_forward(wrapped, recompute=not options.gradient_checkpointing)
     for parameter in wrapped.parameters():

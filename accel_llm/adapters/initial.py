@@ -22,6 +22,7 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from accel_llm.backend.strategy import training_device
 from accel_llm.errors import ConfigError
 from accel_llm.system.memory import release_pages
 
@@ -65,15 +66,31 @@ def start_from_base(model: PeftModel, init: str, compute: torch.dtype) -> None:
     `compute` is the dtype of the base in training. The first values are rounded to it, because the offset is kept in
     it. Layers for which PEFT has no such values, such as embeddings, keep the values that they have.
     """
-    for layer in lora_layers(model).values():
-        if isinstance(layer, ParamWrapper) or not isinstance(layer.get_base_layer(), nn.Linear | Conv1D):
-            continue
+    for layer in _linear_lora_layers(model):
         factor_a, factor_b = _first_factors(layer, init)
         # A matrix whose shorter side is less than r has fewer directions; the others stay zero.
         missing = layer.r["default"] - len(factor_a)
         first_a, first_b = F.pad(factor_a, (0, 0, 0, missing)).to(compute), F.pad(factor_b, (0, missing)).to(compute)
         layer.lora_A["default"] = OffsetFactor(first_a.float(), first_a.clone(), 0)
         layer.lora_B["default"] = OffsetFactor(first_b.float(), -first_b, 1)
+
+
+def draw_orthogonal(model: PeftModel) -> None:
+    """Draw first values of A and B whose product is 0, although neither of them is 0 (PEFT's `orthogonal_init`).
+
+    PEFT 0.21 rounds them to the dtype of the base's weights: in 16 bits the product is not 0 any more, and quantized
+    weights have no such dtype. Layers for which PEFT has no such values keep the values that they have.
+    """
+    for layer in _linear_lora_layers(model):
+        base = layer.get_base_layer()
+        weight, base.weight = base.weight, nn.Parameter(torch.empty(0), requires_grad=False)
+        layer.orthogonal_init("default")
+        base.weight = weight
+
+
+def _linear_lora_layers(model: PeftModel) -> list[Any]:
+    layers = [layer for layer in lora_layers(model).values() if not isinstance(layer, ParamWrapper)]
+    return [layer for layer in layers if isinstance(layer.get_base_layer(), nn.Linear | Conv1D)]
 
 
 def lora_layers(model: Any) -> dict[str, Any]:
@@ -83,14 +100,14 @@ def lora_layers(model: Any) -> dict[str, Any]:
 
 
 def _first_factors(layer: Any, init: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return A0 and B0 as PEFT computes them for this layer, on the CPU or wherever its weight is."""
+    """Return A0 and B0 as PEFT computes them for this layer; the device decomposes the weight, in seconds."""
     base: Any = layer.get_base_layer()
     weight, transposed = base.weight, layer.fan_in_fan_out
     # 4-bit weights that are not quantized yet hold the plain values.
     plain = weight.data if getattr(weight, "bnb_quantized", None) is False else dequantize_module_weight(base).data
     # PEFT changes the weight that it finds in the layer, in place. PEFT 0.21's OLoRA takes the weight of GPT-2's Conv1D
     # as it is stored, transposed, so that A and B have the wrong shapes or, for a square matrix, compute another thing.
-    copy = (plain.T if transposed else plain).to(torch.float32, copy=True)
+    copy = (plain.T if transposed else plain).to(training_device(), torch.float32, copy=True)
     base.weight = nn.Parameter(copy.contiguous(), requires_grad=False)
     layer.fan_in_fan_out = False
     if init == "pissa":

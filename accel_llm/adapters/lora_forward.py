@@ -85,10 +85,9 @@ class AdaptedProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, base: Any, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float
-    ) -> torch.Tensor:
-        result, a, b = base(x), a.to(x.dtype), b.to(x.dtype)
+    def forward(ctx: Any, base: Any, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
+        # Not a view of what the base returns: such a result of a function may not be changed in place.
+        result, a, b = base(x).detach(), a.to(x.dtype), b.to(x.dtype)
         low = F.linear(x, a)
         rows = result.view(-1, result.shape[-1])
         torch.addmm(rows, _rows(low), b.t(), alpha=scaling, out=rows)

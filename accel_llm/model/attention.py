@@ -1,10 +1,13 @@
-"""Attention for packed rows: documents in one row do not see each other."""
+"""Attention for packed rows, whose documents do not see each other, and for padded rows, which need no mask."""
 
 import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -273,7 +276,7 @@ def _sdpa_attention(
     and 2 to 20 times faster than one masked row, for 40 short documents and for one long one, forward and backward.
     """
     length = query.shape[2]
-    on_cpu = query.device.type == "cpu" and not _assumed_gpu.get()
+    on_cpu = _is_on_cpu(query)
     if not on_cpu:  # with enable_gqa, CUDA has no fused float32 kernel and stores the full score matrix
         key, value = _repeat_heads(query, key), _repeat_heads(query, value)
     banded = window is not None and length > window
@@ -319,6 +322,22 @@ def _visible_keys(length: int, window: int | None, device: torch.device) -> torc
     return visible if window is None else visible.triu(1 - window)
 
 
+def padded_attention(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args, **kwargs
+) -> tuple[torch.Tensor, None]:
+    """Compute transformers' SDPA attention; the arguments and the result are its own."""
+    caller: Any = module
+    if not _is_on_cpu(query):
+        # Without a mask transformers 5.24 uses enable_gqa: in float32 and before Ampere CUDA then stores all scores.
+        key, value = _repeat_heads(query, key), _repeat_heads(query, value)
+        caller = SimpleNamespace(is_causal=getattr(module, "is_causal", True))
+    return sdpa_attention_forward(caller, query, key, value, *args, **kwargs)
+
+
+def _is_on_cpu(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu" and not _assumed_gpu.get()
+
+
 def _repeat_heads(query: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     groups = query.shape[1] // tensor.shape[1]
     return tensor.repeat_interleave(groups, dim=1) if groups > 1 else tensor
@@ -326,5 +345,5 @@ def _repeat_heads(query: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
 
 # Without a mask function transformers does not search the positions for documents, and need not wait for the device.
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)
-AttentionInterface.register(PADDED_ATTENTION, sdpa_attention_forward)
+AttentionInterface.register(PADDED_ATTENTION, padded_attention)
 AttentionMaskInterface.register(PADDED_ATTENTION, _mask_without_padding)

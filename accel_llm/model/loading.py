@@ -12,11 +12,7 @@ import torch
 from bitsandbytes.nn.modules import Linear4bit
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from accel_llm.backend.strategy import compute_dtype, resolve_precision, strategy, training_device
@@ -217,13 +213,13 @@ def load_model(options: TrainOptions) -> PreTrainedModel:
     model = load_complete_model(str(options.model_name_or_path), for_training=True, **arguments)
     model.unread = True  # type: ignore[assignment]
 
-    # 4-bit layers wait for `place_weights`, except where PEFT computes an adapter's first values from their weights.
-    # Then the device quantizes them, in seconds; a CPU would take minutes.
+    # 4-bit layers wait for `place_weights`, except where PEFT computes DoRA's magnitudes from their weights. Then the
+    # device quantizes them, in seconds; a CPU would take minutes.
     if is_stored_in_4_bits(model.config):
         set_compute_dtype(model, compute)
     elif quantization and not options.load_in_8bit:
         prepare_4bit_layers(model, quantization)
-        if options.use_dora or options.init_lora_weights in ("olora", "pissa"):
+        if options.use_dora:
             layers: list[Any] = [module for module in model.modules() if isinstance(module, Linear4bit)]
             materialize_weights(model, layers, compute, training_device())
     return configure_for_training(model, options)

@@ -3,11 +3,13 @@
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator
 from rich.console import Console
@@ -218,6 +220,10 @@ def peak_memory_mb(device: torch.device) -> int:
     """Return the peak memory of this process in MiB: allocated on the GPU, or, without one, resident in main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) // 2**20
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    try:
+        import resource
+    except ImportError:  # Windows
+        memory: Any = psutil.Process().memory_info()
+        return memory.peak_wset // 2**20
+    # Linux counts in KiB, macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) // 2**20

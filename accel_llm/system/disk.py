@@ -40,8 +40,13 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def sync_to_disk(path: Path) -> None:
-    """Wait until a file, or the list of names in a folder, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    """Wait until a file, or the list of names in a folder, is on the disk. Windows syncs no folders."""
+    if hasattr(os, "O_DIRECTORY"):
+        handle = os.open(path, os.O_RDONLY)
+    elif path.is_dir():
+        return
+    else:
+        handle = os.open(path, os.O_RDWR)  # Windows syncs only what may be written
     try:
         os.fsync(handle)
     except OSError as error:

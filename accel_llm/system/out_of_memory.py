@@ -4,7 +4,7 @@ import contextlib
 import errno
 import re
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -52,13 +52,17 @@ STEP_PLACES = {
 
 @dataclass
 class MemoryAdvice:
-    """What a run knows beforehand about its memory: training/memory_advice.py fills it in."""
+    """What a run knows about its memory: training/memory_advice.py fills it in.
+
+    `complete` does the part of it that takes seconds, which only a failure is worth.
+    """
 
     device_type: str = ""  # where it trains
     estimate: str = ""  # the terms of one device and their sum
     for_training: str = ""  # the settings that save most on the device, with their gain
     for_evaluation: str = ""
     for_host: str = ""
+    complete: Callable[[], None] | None = None
 
 
 memory_advice = MemoryAdvice()
@@ -85,9 +89,10 @@ def memory_reason(error: BaseException) -> str | None:
         return None
     if not hasattr(lack, "memory_reason"):  # the first time; run.json and the screen say the same
         tracebacks = [link.__traceback__ for link in links[: links.index(lack) + 1]]
-        lack.memory_reason = _describe(lack, _place(tracebacks))  # type: ignore[attr-defined]
+        place = _place(tracebacks)
         for frames in tracebacks:
             traceback.clear_frames(frames)
+        lack.memory_reason = _describe(lack, place)  # type: ignore[attr-defined]
     return lack.memory_reason  # type: ignore[attr-defined]
 
 
@@ -147,6 +152,9 @@ def _function_name(frame: FrameType) -> str:
 def _describe(error: BaseException, place: str) -> str:
     kinds, text, advice = _kinds(error), str(error), memory_advice
     states = {"device": _device_state(text), "host": _host_state()}
+    if advice.complete is not None:
+        with contextlib.suppress(Exception):  # it is advice, and memory is short
+            advice.complete()
     where = " or ".join(f"the {kind}" for kind in kinds)
     parts = [f"Out of memory on {where}{place and ' '}{place}{_requested(text)}"]
     parts += [states[kind] for kind in kinds if states[kind]]

@@ -3,21 +3,25 @@
 Each process of a run holds one byte of a hidden file in the folder, and a new run must get all bytes. These locks
 (fcntl's, by ranges of bytes) end with the process that holds them, however it ends. They hold between machines that
 share the file system, and processes that a run forks or starts do not inherit them. The text in the file is for people
-only: host, process and start of the run.
+only: host, process and start of the run. Windows has no such locks, so there nothing keeps a second start out.
 """
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from accel_llm.errors import ConfigError
 from accel_llm.system.launcher import process_rank
+
+fcntl: Any = None
+with contextlib.suppress(ImportError):  # Windows
+    import fcntl
 
 LOCK_NAME = ".run.lock"
 # Files of a run in its folder. run.json is removed last: without it the other files would look like somebody else's.
@@ -28,7 +32,8 @@ NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 # The files that this process holds, and the folders that were created for each. Each is opened once: the locks of a
 # file are gone as soon as its process closes any handle of it.
 _held: dict[Path, tuple[int, list[Path]]] = {}
-os.register_at_fork(after_in_child=_held.clear)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_held.clear)
 
 
 def lock_output_dir(folder: Path) -> None:
@@ -62,6 +67,8 @@ def _hold(path: Path, target: Path) -> None:
         return
     created = [place for place in path.parents if not place.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        return
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         free = _try_to_lock(handle, fcntl.LOCK_EX)
@@ -102,7 +109,7 @@ def share_lock(folder: Path) -> None:
     """Hold the lock of a run's folder in a further process of the run too: it lasts until the last of them ends."""
     path = folder.resolve() / LOCK_NAME
     # On another machine without a shared file system there is no such file.
-    if process_rank() == 0 or path in _held or not path.exists():
+    if fcntl is None or process_rank() == 0 or path in _held or not path.exists():
         return
     handle = os.open(path, os.O_RDWR)
     _held[path] = handle, [Path(place) for place in json.loads(path.read_text(encoding="utf-8"))["created"]]
@@ -122,7 +129,7 @@ def check_no_live_run(folder: Path, whole: bool = False) -> None:
     inside = folder.rglob(LOCK_NAME) if whole else (folder / name / LOCK_NAME for name in RUN_FILES)
     around = (place for place in folder.parents if folder.relative_to(place).parts[0] in RUN_FILES)
     for path in (folder / LOCK_NAME, *(place / LOCK_NAME for place in around), *inside):
-        if path not in _held and _is_held_by_others(path):
+        if fcntl and path not in _held and _is_held_by_others(path):
             raise _in_use(path.parent, path)
 
 

@@ -27,11 +27,15 @@ from accel_llm.system.run_lock import release_locks
 
 # Ctrl-C reaches every process and is forwarded by the launcher: within 2 s both count as one signal.
 SAME_SIGNAL_SECONDS = 2.0
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# Windows has neither SIGHUP nor SIGUSR1, and macOS no real-time signals: there they are 0, a number that no signal has.
+HANG_UP: int = getattr(signal, "SIGHUP", 0)
+SAVE_SIGNAL: int = getattr(signal, "SIGUSR1", 0)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, *([HANG_UP] if HANG_UP else []))
 PR_SET_PDEATHSIG = 1  # option of Linux' prctl(2): the signal to get when the parent ends
 # A signal of its own for the end of the launcher. Ctrl-C also ends a launcher with one process, which takes it seconds:
 # as a SIGTERM, its end would look like a second signal of the user.
-LAUNCHER_ENDED = signal.SIGRTMIN + 4
+LAUNCHER_ENDED: int = signal.SIGRTMIN + 4 if hasattr(signal, "SIGRTMIN") else 0
+HANDLED = [number for number in (*STOP_SIGNALS, SAVE_SIGNAL, LAUNCHER_ENDED) if number]
 
 
 class Preempted(Exception):
@@ -74,20 +78,21 @@ def listen_for_signals(folder: Path | None) -> None:
     # The C handler of Python writes the number of each signal to a socket, and the thread reads it.
     reader, writer = socket.socketpair()
     writer.setblocking(False)
-    for number in (*STOP_SIGNALS, signal.SIGUSR1, LAUNCHER_ENDED):
+    for number in HANDLED:
         # `nohup` sets SIGHUP to be ignored. But torchrun passes it on even so, and then kills what has not ended.
-        if signal.getsignal(number) != signal.SIG_IGN or number != signal.SIGHUP or "TORCHELASTIC_RUN_ID" in os.environ:
+        if signal.getsignal(number) != signal.SIG_IGN or number != HANG_UP or "TORCHELASTIC_RUN_ID" in os.environ:
             signal.signal(number, lambda *_: None)
     signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    # A forked process shares the socket: its signals would reach the thread of this one.
-    os.register_at_fork(after_in_child=_reset_handlers)
+    # A forked process shares the socket: its signals would reach the thread of this one. Windows does not fork.
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_reset_handlers)
     threading.Thread(target=_read_signals, args=(reader, writer), daemon=True).start()
     _end_with_launcher()
 
 
 def _reset_handlers() -> None:
     signal.set_wakeup_fd(-1)
-    for number in (*STOP_SIGNALS, signal.SIGUSR1, LAUNCHER_ENDED):
+    for number in HANDLED:
         signal.signal(number, signal.SIG_DFL)
 
 
@@ -106,7 +111,7 @@ def _read_signals(reader: socket.socket, writer: socket.socket) -> None:
 
 def handle_signal(number: int) -> None:
     """React to a signal: note it, or end the process, as described at the top of this file."""
-    if number == signal.SIGUSR1:
+    if number == SAVE_SIGNAL:
         signal_requests.save = True
     elif number in STOP_SIGNALS:
         _stop(number)
@@ -118,7 +123,7 @@ def _stop(number: int) -> None:
     """React to a signal to stop."""
     global _stop_time
     now = time.monotonic()
-    _leave_closed_terminal(closing=number == signal.SIGHUP)
+    _leave_closed_terminal(closing=number == HANG_UP)
     if not signal_requests.stop and (_failing or _is_peer_gone()):
         # When one process of a job fails, the launcher stops the others with this signal. The failed one reports why.
         if _on_stop is not None:

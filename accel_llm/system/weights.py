@@ -174,15 +174,15 @@ class WeightWriter:
         self, name: str, parts: Iterator[memoryview], stream: BinaryIO, offset: int, spec: TensorSpec
     ) -> None:
         """Write `parts` at `offset`; runs in the thread."""
-        start, checksum = offset, 0
+        checksum = 0
+        stream.seek(offset)
         for part in parts:
             if self._check:
                 checksum = zlib.crc32(part, checksum)
             while len(part):
-                count = os.pwrite(stream.fileno(), part, offset)
-                offset, part = offset + count, part[count:]
-        assert offset - start == spec.size
-        _start_writeback(stream, start, spec.size)
+                part = part[stream.write(part) :]
+        assert stream.tell() - offset == spec.size
+        _start_writeback(stream, offset, spec.size)
         self.checksums[name] = checksum
         self.bytes_written += spec.size
 

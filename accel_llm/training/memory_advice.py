@@ -1,5 +1,7 @@
 """What a run can say if memory runs out: the estimate of its device and the settings that save most."""
 
+from functools import partial
+
 from accelerate import Accelerator
 from transformers import PreTrainedConfig
 
@@ -11,16 +13,25 @@ SETTINGS_NAMED = 3
 
 
 def note_memory_advice(accelerator: Accelerator, options: TrainOptions, config: PreTrainedConfig) -> None:
-    """Note what this run is estimated to take, and what saves most, for the sentence of `memory_failure`."""
-    arguments = (options, config, accelerator.num_processes, accelerator.device.type)
-    estimate, savings = estimate_memory(*arguments), memory_savings(*arguments)[:SETTINGS_NAMED]
-    terms = " + ".join(f"{name} {as_gib(size)}" for name, size in estimate.terms.items())
-    memory_advice.device_type = accelerator.device.type
-    memory_advice.estimate = f"estimated were {terms} = {as_gib(estimate.total)}"
-    gains = ", ".join(f"{setting} ({as_gib(gain)})" for setting, gain in savings)
-    memory_advice.for_training = f"what saves most: {gains}" if gains else "take a smaller model or a larger device"
+    """Note what helps this run if memory runs out, for the sentence of `memory_failure`.
+
+    What it is estimated to take, and what saves most, is computed when the sentence is needed.
+    """
+    device_type = accelerator.device.type
+    memory_advice.device_type = device_type
     memory_advice.for_evaluation = _for_evaluation(options)
     memory_advice.for_host = _for_host(options)
+    memory_advice.complete = partial(_complete, options, config, accelerator.num_processes, device_type)
+
+
+def _complete(options: TrainOptions, config: PreTrainedConfig, processes: int, device_type: str) -> None:
+    memory_advice.complete = None
+    estimate = estimate_memory(options, config, processes, device_type)
+    terms = " + ".join(f"{name} {as_gib(size)}" for name, size in estimate.terms.items())
+    memory_advice.estimate = f"estimated were {terms} = {as_gib(estimate.total)}"
+    savings = memory_savings(options, config, processes, device_type)[:SETTINGS_NAMED]
+    gains = ", ".join(f"{setting} ({as_gib(gain)})" for setting, gain in savings)
+    memory_advice.for_training = f"what saves most: {gains}" if gains else "take a smaller model or a larger device"
 
 
 def _for_evaluation(options: TrainOptions) -> str:

@@ -104,7 +104,9 @@ def _other_settings(options: TrainOptions, layout: Layout) -> list[tuple[str, An
     elif options.method == "lora" and not options.load_in_8bit and options.init_lora_weights != "pissa":
         changes.append(("method", "qlora"))
     if options.optim == "adamw":
-        library = "deepspeed" if layout.strategy.startswith("zero") else "fsdp" if layout.strategy == "fsdp2" else "none"
+        library = (
+            "deepspeed" if layout.strategy.startswith("zero") else "fsdp" if layout.strategy == "fsdp2" else "none"
+        )
         smaller = ["adamw_8bit", *(["paged_adamw_8bit"] if layout.device_type == "cuda" else [])]
         changes += [("optim", name) for name in smaller if name not in UNSUPPORTED[library]]
     may_offload = options.method != "full" and layout.device_type == "cuda" and not layout.sharded

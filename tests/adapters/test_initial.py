@@ -14,6 +14,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
 from safetensors.torch import load_file
 from support import materialize, tiny_model
 from transformers import AutoModelForCausalLM
@@ -28,7 +29,7 @@ from accel_llm.errors import ConfigError
 from accel_llm.merge.load import load_with_adapter
 from accel_llm.merge.merge import merge
 from accel_llm.model.loading import load_model
-from accel_llm.model.quantization import keep_gradients
+from accel_llm.model.quantization import keep_gradients, quantized_weights, round_to_4_bits
 
 pytestmark = pytest.mark.usefixtures("quiet")
 CHAT = ChatOptions(model="-", load_in_4bit=False)
@@ -203,9 +204,10 @@ def test_every_reader_gets_what_was_trained(bases, tmp_path, family, case):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_olora_on_a_4_bit_base_is_what_plain_peft_loads_on_the_4_bit_base(bases, tmp_path, precision):
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_on_a_4_bit_base_plain_peft_loads_what_was_trained(bases, tmp_path, init, precision):
     """PEFT's own OLoRA quantizes the base again after the change, and no low-rank adapter can make up for that."""
-    options = {"init_lora_weights": "olora", "method": "qlora", "precision": precision}
+    options = {"init_lora_weights": init, "method": "qlora", "precision": precision}
     model = trained(bases["llama"], tmp_path, **options)
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     settings = model.config.quantization_config
@@ -213,6 +215,63 @@ def test_olora_on_a_4_bit_base_is_what_plain_peft_loads_on_the_4_bit_base(bases,
     keep_gradients(base)
     assert distance(logits(base), logits(model)) > 0.1
     assert distance(logits(PeftModel.from_pretrained(base, tmp_path)), logits(model)) < 1e-6
+
+
+@pytest.mark.parametrize("base", [{"method": "qlora"}, {"load_in_8bit": True}, {"method": "qlora", "use_dora": True}])
+def test_pissa_on_a_quantized_base_begins_as_the_base_with_its_largest_directions(bases, base):
+    """A0 and B0 come from the plain weights where these are at hand, else from the quantized ones (float64 SVD)."""
+    model = attached(bases["llama"], init_lora_weights="pissa", **base)
+    plain = AutoModelForCausalLM.from_pretrained(bases["llama"])
+    fresh = logits(model)
+    with model.disable_adapter():
+        assert distance(fresh, logits(model)) < 1e-6
+    assert distance(fresh, logits(plain)) > 1e-4, "the base is quantized"
+    for name, layer in initial.lora_layers(model).items():
+        quantized = base.get("load_in_8bit") or base.get("use_dora")
+        weight = (
+            dequantize_module_weight(layer.get_base_layer()) if quantized else plain.get_parameter(f"{name}.weight")
+        )
+        u, s, v = torch.linalg.svd(weight.detach().double(), full_matrices=False)
+        largest = (u[:, :4] * s[:4]) @ v[:4]
+        product = layer.lora_B["default"].weight.double() @ layer.lora_A["default"].weight.double()
+        assert distance(layer.scaling["default"] * product, largest) < 1e-4, name
+
+
+def test_gradients_of_pissa_on_a_4_bit_base_are_those_on_its_dequantized_weights(bases):
+    """The oracle is a plain LoRA [B, -B0] [A; A0] on 16-bit weights that hold what the 4 bits stand for, in float64."""
+    model = attached(bases["llama"], init_lora_weights="pissa", method="qlora")
+    oracle: Any = AutoModelForCausalLM.from_pretrained(bases["llama"])
+    with torch.no_grad():
+        for name in quantized_weights(oracle):
+            oracle.get_parameter(name).copy_(round_to_4_bits(oracle.get_parameter(name), False))
+    oracle = get_peft_model(oracle, initial.plain_config(model)).double()
+    move(model)
+    state = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    joined = initial.joined_factors(model, state)
+    with torch.no_grad():
+        for name, parameter in oracle.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(joined[name])
+    for one in (model, oracle):
+        one.train()(input_ids=IDS, labels=IDS).loss.backward()
+    expected = dict(oracle.named_parameters())
+    for name in state:
+        gradient = expected[name].grad
+        half = gradient[:4] if "lora_A" in name else gradient[:, :4]
+        assert distance(model.get_parameter(name).grad.double(), half) < 1e-4, name
+
+
+@pytest.mark.parametrize(
+    "base", [{}, {"method": "qlora"}, {"load_in_8bit": True}, {"method": "qlora", "use_dora": True}]
+)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_orthogonal_factors_have_the_product_zero_on_every_base(bases, base, precision):
+    """PEFT 0.21 rounds them to the base's dtype: in bf16 the product is not 0, and quantized bases raise an error."""
+    model = attached(bases["llama"], init_lora_weights="orthogonal", precision=precision, **base)
+    for layer in initial.lora_layers(model).values():
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        assert a.dtype == b.dtype == torch.float32
+        assert (b @ a).norm() < 1e-5 * b.norm() * a.norm() and a.norm() > 0.1 < b.norm()
 
 
 def peft_adapter(base: Path, folder: Path, init: str, **settings: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import functools
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -15,6 +16,7 @@ from accel_llm.backend.compilation import (
     compiled_graphs,
     decoder_layers,
 )
+from accel_llm.data.batches import collate_packed
 from accel_llm.model.attention import enable_packing
 from accel_llm.model.loss import attach_loss, next_token_loss
 from accel_llm.training.census import compilation_facts
@@ -32,11 +34,8 @@ def compiler(monkeypatch):
 
 
 def packed(lengths: list[int], seed: int) -> dict:
-    ids = torch.randint(3, 97, (1, sum(lengths)), generator=torch.Generator().manual_seed(seed))
-    boundaries = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    positions = torch.cat([torch.arange(n) for n in lengths])[None]
-    batch = {"input_ids": ids, "labels": ids.clone(), "position_ids": positions}
-    return batch | {"cu_seqlens": boundaries, "max_seqlen": max(lengths)}
+    rng = np.random.default_rng(seed)
+    return collate_packed([(ids, ids) for ids in (rng.integers(3, 97, n) for n in lengths)])
 
 
 def gradients(model, batch: dict) -> tuple[float, dict[str, torch.Tensor]]:

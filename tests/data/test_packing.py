@@ -96,7 +96,7 @@ def test_packed_batch():
     assert batch["labels"].tolist() == [[IGNORED, IGNORED, 7, IGNORED, IGNORED, 10]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1]]
     assert batch["cu_seqlens"].tolist() == [0, 3, 4, 6] and batch["cu_seqlens"].dtype == torch.int32
-    assert batch["max_seqlen"] == 3
+    assert batch["max_seqlen"] == 3 and batch["lengths"] == [3, 1, 2]
     assert ROWS[0][1].tolist() == [5, IGNORED, 7], "the caller's labels are untouched"
 
 
@@ -105,3 +105,28 @@ def test_padded_batch():
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 7, 7], [9, 10, 7]]
     assert batch["labels"].tolist() == [[IGNORED, IGNORED, 7], [IGNORED, IGNORED, IGNORED], [IGNORED, 10, IGNORED]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0]]
+    assert batch["lengths"] == [3, 1, 2]
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_batch_says_where_its_targets_are_and_what_they_weigh(packed, weighted):
+    """Compared with what is read off the shifted labels themselves, one by one."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        lengths = rng.integers(1, 9, 4)
+        rows = [(np.arange(n), np.where(rng.random(n) < 0.3, np.arange(n) + 3, IGNORED)) for n in lengths]
+        weights = [rng.random(n).astype(np.float32) for n in lengths] if weighted else None
+        batch = collate_packed(rows, weights) if packed else collate_padded(rows, 0, weights)
+        labels, found, columns, total = batch["labels"], [], set(), 0.0
+        for row in range(labels.shape[0]):
+            for column in range(labels.shape[1] - 1):
+                if labels[row, column + 1] != IGNORED:
+                    found.append(row * labels.shape[1] + column)
+                    columns.add(column)
+                    total += float(batch["weights"][row, column + 1]) if weighted else 1
+        assert batch["target_positions"].tolist() == found and batch["num_targets"] == len(found)
+        assert batch["target_columns"].tolist() == (sorted(columns) or [0])
+        assert batch["total_weight"] == pytest.approx(total, rel=1e-12)
+        # The first token of a document is never one of them.
+        assert len(found) == sum(int((row_labels[1:] != IGNORED).sum()) for _, row_labels in rows)

@@ -243,16 +243,27 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+def long_chats(folder: Path) -> Path:
+    """Write three conversations of about 14,000 tokens."""
+    path = folder / "chats.jsonl"
+    chat = {"messages": [{"role": "user", "content": "a b " * 2000}, {"role": "assistant", "content": "c d " * 2000}]}
+    path.write_text(f"{json.dumps(chat)}\n" * 3, encoding="utf-8")
+    return path
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not limit it")
 def test_a_step_that_needs_more_than_there_is(make_model, tmp_path):
-    model, chats, out = (
-        make_model(tmp_path / "model", max_position_embeddings=16384),
-        tmp_path / "chats.jsonl",
-        tmp_path / "out",
+    model, out = make_model(tmp_path / "model", max_position_embeddings=16384), tmp_path / "out"
+    words = (
+        "--model_name_or_path",
+        model,
+        "--train_files",
+        long_chats(tmp_path),
+        "--max_length",
+        16384,
+        "--max_steps",
+        3,
     )
-    chat = {"messages": [{"role": "user", "content": "a b " * 2000}, {"role": "assistant", "content": "c d " * 2000}]}
-    chats.write_text(f"{json.dumps(chat)}\n" * 3, encoding="utf-8")
-    words = ("--model_name_or_path", model, "--train_files", chats, "--max_length", 16384, "--max_steps", 3)
     words += ("--output_dir", out, "--cache_dir", tmp_path / "cache", "--method", "full")
     command = [sys.executable, "-c", LIMITED, "launch/sft.py", *map(str, words)]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -272,6 +283,27 @@ def test_a_step_that_needs_more_than_there_is(make_model, tmp_path):
     run = json.loads((out / "run.json").read_text(encoding="utf-8"))
     assert (run["status"], f"error: {run['error']}") == ("failed", line)
     assert sorted(path.name for path in out.iterdir() if path.name[0] != ".") == ["run.json"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_that_is_too_small(script, make_model, tmp_path):
+    model, out = make_model(tmp_path / "model", max_position_embeddings=16384), tmp_path / "out"
+    words = ("--model_name_or_path", model, "--train_files", long_chats(tmp_path), "--max_length", 16384)
+    total = torch.cuda.mem_get_info()[1]
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + (64 << 20)) / total)
+    try:
+        error = raised(lambda: script("sft", *words, "--method", "full", "--max_steps", 1, "--output_dir", out))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    sentence = str(memory_failure(error))
+    assert re.match(
+        r"Out of memory on the device (in|while) .*, where [\d.]+ [KM]iB more were needed; cuda:0 has ", sentence
+    )
+    assert re.search(
+        r" of which this process may take, .* are free, and this process holds .* of it in tensors;", sentence
+    )
+    assert "; what saves most: gradient_checkpointing: true" in sentence
 
 
 @pytest.mark.long

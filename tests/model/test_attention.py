@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from support import FAMILIES, random_rows, tiny_model
+from support import FAMILIES, SCALED, UNFUSED_FAMILIES, UNPACKABLE, random_rows, scaled_model, tiny_model
 from torch import nn
 
 from accel_llm.data.batches import collate_packed, collate_padded
@@ -11,8 +11,11 @@ from accel_llm.errors import ConfigError
 from accel_llm.model import attention
 from accel_llm.model.attention import (
     PACKED_ATTENTION,
+    PADDED_ATTENTION,
     VARLEN_OPTIONS,
+    assumed_gpu,
     enable_packing,
+    enable_padding,
     forward_arguments,
     packed_attention,
     stock_attention,
@@ -180,6 +183,47 @@ def test_dropout_is_applied_to_weights_and_keeps_their_mean(softcap):
     )
     assert output.std() > 0.05
     assert abs(output[0, 20:].mean() - 1) < 0.1
+
+
+# --- rows padded on the right ---
+
+
+def new_model(name: str):
+    return scaled_model(name) if name in SCALED else tiny_model(name)
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *UNPACKABLE, *UNFUSED_FAMILIES, *SCALED])
+@torch.no_grad()
+def test_padding_on_the_right_needs_no_mask(name):
+    """With and without padding, with a window, and as on a GPU: the logits are transformers' own with a mask."""
+    stock, model = new_model(name), new_model(name)
+    enable_padding(model)
+    assert (model.config._attn_implementation == PADDED_ATTENTION) == (
+        stock.config._attn_implementation == "sdpa" and name != "falcon"
+    )
+    for rows in (random_rows(5, 20), random_rows(1, 20)):
+        batch = forward_arguments(collate_padded(rows, 0)) | {"use_cache": False}
+        expected, logits = stock(**batch).logits, [model(**batch).logits]
+        with assumed_gpu():
+            logits.append(model(**batch).logits)
+        for row, (ids, _) in enumerate(rows):
+            for own in logits:
+                assert (own - expected)[row, : len(ids)].norm() <= 1e-5 * expected[row, : len(ids)].norm()
+
+
+def test_rows_padded_on_the_left_need_stock_attention():
+    """Generation: there the mask counts, and the switch is undone behind it."""
+    ids = torch.tensor([[0, 0, 0, 5, 6, 7], [8, 9, 10, 11, 12, 13]])
+    prompts = {"input_ids": ids, "attention_mask": (ids != 0).long()}
+    model = tiny_model("llama")
+    expected = model.generate(**prompts, max_new_tokens=4, do_sample=False)
+    with torch.no_grad():
+        logits = model(**prompts).logits[:, -1]
+        enable_padding(model)
+        assert (model(**prompts).logits[:, -1] - logits)[0].norm() > 1e-2 * logits[0].norm()
+    with stock_attention(model):
+        assert model.generate(**prompts, max_new_tokens=4, do_sample=False).tolist() == expected.tolist()
+    assert model.config._attn_implementation == PADDED_ATTENTION
 
 
 @pytest.mark.parametrize("term", [{"position_bias": torch.zeros(1)}, {"indices": torch.zeros(1)}, {"is_causal": False}])

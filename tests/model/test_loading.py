@@ -19,7 +19,7 @@ from accel_llm.config.options import PretrainOptions, TrainOptions
 from accel_llm.data.batches import collate_packed
 from accel_llm.errors import ConfigError
 from accel_llm.model import placement
-from accel_llm.model.attention import PACKED_ATTENTION
+from accel_llm.model.attention import PACKED_ATTENTION, PADDED_ATTENTION
 from accel_llm.model.generation import saveable_generation_config
 from accel_llm.model.loading import build_model, load_model, load_model_config, model_problems, stored_dtype
 from accel_llm.model.loss import attach_loss, next_token_loss
@@ -361,7 +361,7 @@ def test_activation_checkpointing_leaves_the_gradients_as_they_are(tiny, method)
 
 def test_packing_switches_attention_only_where_it_was_left_to_us(tiny):
     assert load_model(options(tiny)).config._attn_implementation == PACKED_ATTENTION
-    assert load_model(options(tiny, packing=False)).config._attn_implementation == "sdpa"
+    assert load_model(options(tiny, packing=False)).config._attn_implementation == PADDED_ATTENTION
     eager = options(tiny, packing=False, attn_implementation="eager")
     assert load_model(eager).config._attn_implementation == "eager"
 

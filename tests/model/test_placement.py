@@ -14,6 +14,7 @@ from support import materialize
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from accel_llm.adapters.attach import attach_adapter
+from accel_llm.backend.strategy import training_device
 from accel_llm.config.options import TrainOptions
 from accel_llm.demo.tokenizer import build_demo_tokenizer
 from accel_llm.model import placement
@@ -131,7 +132,7 @@ def test_4_bit_layers_keep_their_gradient_after_an_evaluation_on_every_cpu(tiny,
     with torch.no_grad():
         for name, parameter in reference_weights.items():
             parameter.copy_(ours[name])
-    (reference.train()(input_ids=ids, labels=ids).loss * 11).backward()  # ours is the sum over 11 labels
+    reference.train()(input_ids=ids, labels=ids).loss.backward()
     for name, parameter in reference_weights.items():
         torch.testing.assert_close(ours[name].grad, parameter.grad, rtol=1e-4, atol=1e-6)
 
@@ -161,18 +162,42 @@ def test_no_script_repacks_a_4_bit_layer(script, tiny, chats, tmp_path, capsys):
     script("chat", "--model", tmp_path / "stored", "--prompt", "What is 3 + 4?", "--max_new_tokens", 4)
 
 
-@pytest.mark.parametrize("chosen", [{"use_dora": True}, {"init_lora_weights": "olora"}])
+@pytest.mark.parametrize("chosen", [{"use_dora": True}, {"init_lora_weights": "olora"}, {"init_lora_weights": "pissa"}])
 def test_an_adapter_made_from_quantized_weights_finds_them(chosen, tiny, quiet):
     settings = options(tiny, method="qlora", **chosen)
     model = materialize(attach_adapter(load_model(settings), settings), settings)
     assert torch.isfinite(model(input_ids=torch.arange(12)[None]).logits).all()
 
 
-@pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal"])
-def test_first_values_that_need_no_weights_leave_them_in_the_files(init, tiny, quiet):
-    settings = options(tiny, method="qlora", init_lora_weights=init)
+@pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal", "olora", "pissa"])
+def test_a_fresh_adapter_leaves_the_weights_in_the_files(init, make_model, tmp_path, quiet):
+    base = make_model(tmp_path, torch.bfloat16)
+    settings = options(base, method="qlora", precision="bf16", init_lora_weights=init)
     model = attach_adapter(load_model(settings), settings)
     assert not any(p.bnb_quantized for p in model.parameters() if isinstance(p, Params4bit))
+    if sys.platform == "linux":
+        assert all(in_a_map(parameter) for parameter in model.parameters() if not parameter.requires_grad)
+
+
+def test_dora_quantizes_the_layers_once_and_on_the_device(make_model, tmp_path, monkeypatch, quiet):
+    """Nothing else is read: embedding, norms and head stay in the files."""
+    devices: list[str] = []
+    quantize = Params4bit._quantize
+
+    def count(self: Params4bit, device: Any) -> Params4bit:
+        devices.append(torch.device(device).type)
+        return quantize(self, device)
+
+    monkeypatch.setattr(Params4bit, "_quantize", count)
+    base = make_model(tmp_path, torch.bfloat16)
+    settings = options(base, method="qlora", precision="bf16", use_dora=True)
+    model = attach_adapter(load_model(settings), settings)
+    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    assert devices == [training_device().type] * len(layers) == [training_device().type] * 14
+    frozen = [p for p in model.parameters() if not p.requires_grad and not isinstance(p, Params4bit)]
+    assert frozen and (sys.platform != "linux" or all(map(in_a_map, frozen)))
+    materialize(model, settings)
+    assert len(devices) == 14
 
 
 def test_weights_that_were_quantized_before_move_to_the_device_with_their_scales(tiny, quiet):

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 
 from accel_llm.errors import ConfigError
-from accel_llm.model.attention import PACKED_ATTENTION, enable_packing, packed_attention
+from accel_llm.model.attention import PACKED_ATTENTION, enable_packing, enable_padding, packed_attention
 from accel_llm.model.positions import scale_by_document
 from accel_llm.model.probe import behavior_lengths, check_causality, check_isolation, narrow_lengths
 
@@ -120,7 +120,9 @@ def test_a_family_that_drops_the_boundaries_is_refused_by_the_isolation_check():
 
 @pytest.mark.parametrize("family", [*FAMILIES, *UNPACKABLE, *UNFUSED_FAMILIES])
 def test_padded_batches_of_every_family_pass(family):
-    check_isolation(tiny_model(family), "cpu", torch.float32, packed=False)
+    model = tiny_model(family)
+    enable_padding(model)
+    check_isolation(model, "cpu", torch.float32, packed=False)
 
 
 class MeanOfTheBatch(nn.Module):

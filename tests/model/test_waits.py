@@ -74,9 +74,13 @@ def build(case: str, packed: bool, tiny: Path) -> torch.nn.Module:
     """Return the model of a case, as a run would train it."""
     family, *how = case.split()
     if "qlora" in how:
-        options = TrainOptions(model_name_or_path=str(tiny), method="qlora", packing=packed, gradient_checkpointing=True)
+        options = TrainOptions(
+            model_name_or_path=str(tiny), method="qlora", packing=packed, gradient_checkpointing=True
+        )
         return materialize(attach_adapter(load_model(options), options), options)
-    model: Any = scaled_model(case) if case in SCALED else tiny_model(family, **(STOCK[family] if "stock" in how else {}))
+    model: Any = (
+        scaled_model(case) if case in SCALED else tiny_model(family, **(STOCK[family] if "stock" in how else {}))
+    )
     scale_by_document(model)
     (enable_packing if packed else enable_padding)(model)
     expected = "stock" if "stock" in how else "own"
@@ -111,7 +115,9 @@ DEPRECATED = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 @pytest.mark.parametrize("case", CASES)
 def test_no_micro_batch_waits(case: str, packed: bool, weighted: bool, tiny: Path, accelerator, tmp_path: Path) -> None:
     model = build(case, packed, tiny)
-    meter = Meter(accelerator, RunOptions(output_dir=str(tmp_path)), TrainingPlan(4, 2, None, 8), Record(tmp_path, True))
+    meter = Meter(
+        accelerator, RunOptions(output_dir=str(tmp_path)), TrainingPlan(4, 2, None, 8), Record(tmp_path, True)
+    )
     batch = to_device(new_batch(packed, weighted), torch.device("cpu"))
     with noted_waits() as waits:
         loss = next_token_loss(model, batch)
@@ -143,7 +149,10 @@ def test_some_families_wait_in_their_own_code(case: str, tiny: Path) -> None:
 @pytest.mark.parametrize("packing", [True, False])
 def test_an_evaluation_waits_once_for_all_its_batches(packing: bool, tiny: Path, accelerator) -> None:
     encoded = [(k, ids.tolist(), labels.tolist()) for k, (ids, labels) in enumerate(random_rows(9, 12))]
-    rows, model = make_rows(encoded, [np.ones(len(ids)).tolist() for _, ids, _ in encoded]), build("llama", packing, tiny)
+    rows, model = (
+        make_rows(encoded, [np.ones(len(ids)).tolist() for _, ids, _ in encoded]),
+        build("llama", packing, tiny),
+    )
     options = TrainOptions(packing=packing, max_length=20, per_device_eval_batch_size=2)
     with noted_waits() as waits:
         mean_loss(accelerator, model, rows, options, 0)

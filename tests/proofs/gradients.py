@@ -25,11 +25,11 @@ from accel_llm.training.loop import total_targets, undo_averaging
 ROWS = 32
 
 
-def rows() -> list[tuple[np.ndarray, np.ndarray]]:
+def rows(number: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """Return rows of uneven lengths and uneven shares of labels, so that the processes count very different targets."""
     rng = np.random.default_rng(0)
     pairs = []
-    for k in range(ROWS):
+    for k in range(number):
         ids = rng.integers(0, 64, rng.integers(4, 40)).astype(np.int32)
         labels = np.where(rng.random(len(ids)) < (k % 8 + 1) / 9, ids, -100).astype(np.int32)
         pairs.append((ids, labels))
@@ -49,11 +49,11 @@ def model() -> Qwen2ForCausalLM:
     return Qwen2ForCausalLM(config)
 
 
-def reference() -> dict[str, torch.Tensor]:
+def reference(net: Qwen2ForCausalLM, pairs: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, torch.Tensor]:
     """Return the gradients in float64, row by row through the model's own logits: sum of losses over all targets."""
-    net = model().double()
+    net.double()
     total, count = torch.zeros((), dtype=torch.float64), 0
-    for ids, labels in rows():
+    for ids, labels in pairs:
         targets = torch.tensor(labels[1:]).long()
         logits = net(input_ids=torch.tensor(ids).long()[None]).logits[0, :-1]
         total = total + F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
@@ -64,7 +64,8 @@ def reference() -> dict[str, torch.Tensor]:
 
 def main() -> None:
     accelerator = build_accelerator(TrainOptions(precision="fp32"))
-    expected, worst = reference(), {}
+    pairs = rows(ROWS)
+    expected, worst = reference(model(), pairs), {}
     world, rank = accelerator.num_processes, accelerator.process_index
     cases = [
         (size, packed, recompute, True)
@@ -80,7 +81,7 @@ def main() -> None:
         if recompute:
             net.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         prepared = accelerator.prepare(net.train())
-        mine = rows()[rank::world]
+        mine = pairs[rank::world]
         each = max(1, size // world)
         cut = [mine[i : i + each] for i in range(0, len(mine), each)]
         micro_batches = [collate_packed(part) if packed else collate_padded(part, 0) for part in cut]
