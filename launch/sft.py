@@ -42,7 +42,7 @@ def main() -> None:
     data = setup.encode_chats(options, config, chat)
     start = find_start(accelerator, options, data.train)
     stream = setup.open_stream(options, data.train, start, chat.tokenizer)
-    display.show_plan(accelerator, options, chat.tokenizer, data, stream.plan)
+    memory = setup.show_plan_and_memory(accelerator, options, config, chat.tokenizer, data, stream.plan)
     if options.dry_run:
         return
 
@@ -52,7 +52,7 @@ def main() -> None:
     model, optimizer = backend.prepare(accelerator, model, optimizer)
 
     # Check that the libraries did what the options ask. Then a checkpoint, if there is one, replaces the initial state.
-    checks = preflight(accelerator, model, optimizer, options)
+    checks = memory | preflight(accelerator, model, optimizer, options)
     set_seed(options.seed, device_specific=True)  # each process draws its own dropout and noise
     checkpoints = Checkpoints(accelerator, model, optimizer, scheduler, options, start)
     checkpoints.resume()

@@ -12,17 +12,18 @@ import accel_llm.system.chatter
 
 import torch
 import torch.nn.functional as F
-from bitsandbytes import nn as bnb_nn
 from bitsandbytes.functional import dequantize_4bit
-from peft.tuners.lora.bnb import Linear4bit, Linear8bitLt
-from peft.tuners.lora.layer import Linear
+from bitsandbytes.nn.modules import Linear4bit
+from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
+from peft.tuners.lora.bnb import Linear8bitLt as LoraLinear8bit
+from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 from torch.autograd.function import once_differentiable
 
 from accel_llm.adapters.initial import OffsetFactor
 
 # Exactly these classes of PEFT: others compute something else.
-PLAIN_LAYERS = (Linear, Linear4bit, Linear8bitLt)
+PLAIN_LAYERS = (LoraLinear, LoraLinear4bit, LoraLinear8bit)
 
 
 def shorten_lora_forward(model: nn.Module) -> None:
@@ -41,7 +42,7 @@ def _forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Te
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
     adapter = _plain_adapter(layer) if torch.is_grad_enabled() and not args and not kwargs else None
-    if adapter is None or (x.dtype != dtype and kind is not Linear):
+    if adapter is None or (x.dtype != dtype and kind is not LoraLinear):
         return kind.forward(layer, x, *args, **kwargs)
     factor_a, factor_b = layer.lora_A[adapter], layer.lora_B[adapter]
     weight_a, weight_b = factor_a.weight, factor_b.weight
@@ -73,7 +74,7 @@ def _plain_adapter(layer: Any) -> str | None:
 def _is_frozen_product(base: Any, dtype: torch.dtype) -> bool:
     """Return whether the gradient of `base` by its input is a product with its weight, and its only gradient."""
     weight, bias = base.weight, base.bias
-    fits = type(base) is bnb_nn.Linear4bit or (type(base) is nn.Linear and weight.dtype == dtype)
+    fits = type(base) is Linear4bit or (type(base) is nn.Linear and weight.dtype == dtype)
     return fits and not weight.requires_grad and (bias is None or not bias.requires_grad)
 
 

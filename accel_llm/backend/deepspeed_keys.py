@@ -56,6 +56,7 @@ PRECISION_KEYS = {
     *("enabled", "loss_scale", "loss_scale_window", "initial_scale_power", "hysteresis", "consecutive_hysteresis"),
     *("min_loss_scale", "check_grad_overflow", "immediate_grad_update"),
 }
+BF16_DEFAULTS = {"check_grad_overflow": (True, "a step whose gradient is not finite must change nothing")}
 # Fields of the launch YAML that a DeepSpeed JSON replaces: beside it nothing reads them.
 REPLACED = {
     "ACCELERATE_DEEPSPEED_ZERO_STAGE": "zero_stage",
@@ -68,7 +69,7 @@ REPLACED = {
 
 def deepspeed_problems(settings: dict[str, Any]) -> list[str]:
     """Return a sentence for each key of a DeepSpeed configuration that is neither in force nor harmless."""
-    problems = _other_values(settings, DEFAULTS, "")
+    problems = _other_values(settings, DEFAULTS, "") + _other_values(settings.get("bf16", {}), BF16_DEFAULTS, "bf16.")
     known = ALLOWED | DEFAULTS.keys() | REMEDIES.keys()
     for key in settings.keys() - ALLOWED - DEFAULTS.keys():
         if key in REMEDIES:

@@ -92,7 +92,7 @@ def collate_padded(
     # Prompt tuning puts virtual tokens before the row; a labeled first token would then be a target nobody counted.
     labels[:, 0] = IGNORED
 
-    arrays = {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
+    arrays: dict[str, np.ndarray] = {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
     if weights is not None:
         arrays["weights"] = token_weights
     batch: Batch = {name: torch.from_numpy(values) for name, values in arrays.items()}

@@ -55,9 +55,9 @@ def compare_logits(folder: Path, source: Path, adapters: list[Path], options: Me
     process = subprocess.run(
         [sys.executable, "-m", "accel_llm.merge.compare_logits", *arguments],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         check=False,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path), "PYTHONIOENCODING": "utf-8"},
     )
     # 2 is the exit code of a ConfigError: its sentence is the last line on stderr.
     if process.returncode == 2:

@@ -9,13 +9,12 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from bitsandbytes.nn.modules import Linear4bit
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from accel_llm.backend.strategy import compute_dtype, resolve_precision, strategy, training_device
+from accel_llm.backend.strategy import compute_dtype, resolve_precision, strategy
 from accel_llm.config.command_line import shell_command
 from accel_llm.config.options import ModelOptions, PretrainOptions, TrainOptions
 from accel_llm.errors import ConfigError
@@ -25,7 +24,7 @@ from accel_llm.model.file_weights import compare_with_files
 from accel_llm.model.language_part import causal_lm_loader, freeze_other_parts
 from accel_llm.model.loss import attach_loss
 from accel_llm.model.padding import drop_invalid_pad_ids
-from accel_llm.model.placement import materialize_weights
+from accel_llm.model.placement import quantize_layers
 from accel_llm.model.positions import position_limit, scale_by_document
 from accel_llm.model.quantization import (
     build_quantization_config,
@@ -220,8 +219,7 @@ def load_model(options: TrainOptions) -> PreTrainedModel:
     elif quantization and not options.load_in_8bit:
         prepare_4bit_layers(model, quantization)
         if options.use_dora:
-            layers: list[Any] = [module for module in model.modules() if isinstance(module, Linear4bit)]
-            materialize_weights(model, layers, compute, training_device())
+            quantize_layers(model, compute)
     return configure_for_training(model, options)
 
 

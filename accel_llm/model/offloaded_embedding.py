@@ -13,8 +13,6 @@ from torch import nn
 from accel_llm.errors import ConfigError
 from accel_llm.model.attention import unwrap_causal_lm
 
-REMEDY = "set offload_embeddings: false"
-
 
 class HostMatrix(torch.Tensor):
     """A matrix [vocabulary, width] in host memory, whose rows `F.embedding` looks up for the device of the ids."""
@@ -54,22 +52,24 @@ def embedding_to_offload(model: nn.Module) -> nn.Embedding:
     if isinstance(module, ModulesToSaveWrapper):
         raise ConfigError(
             f"offload_embeddings: {name} is trained as a whole, because modules_to_save names it; leave it out there, or "
-            f"{REMEDY}."
+            f"set offload_embeddings: false."
         )
     if isinstance(module, LoraLayer):
         if module.lora_magnitude_vector:
             raise ConfigError(
                 f"offload_embeddings: use_dora reads the whole matrix of {name} in each step; leave it out of "
-                f"lora_target_modules, or {REMEDY}."
+                f"lora_target_modules, or set offload_embeddings: false."
             )
         module = module.get_base_layer()
     if not isinstance(module, nn.Embedding):
-        raise ConfigError(f"offload_embeddings: {type(inner).__name__} has no plain input embedding; {REMEDY}.")
+        raise ConfigError(
+            f"offload_embeddings: {type(inner).__name__} has no plain input embedding; set offload_embeddings: false."
+        )
     holders = [other for other in inner.modules() for own in other.parameters(recurse=False) if own is module.weight]
     if len(holders) > 1:
         raise ConfigError(
             f"offload_embeddings: {name} is also the output head of {type(inner).__name__}, which the GPU needs whole; "
-            f"{REMEDY}."
+            f"set offload_embeddings: false."
         )
     return module
 

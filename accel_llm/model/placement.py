@@ -15,10 +15,10 @@ import accel_llm.system.chatter
 
 import torch
 from accelerate import Accelerator
-from bitsandbytes.nn.modules import Params4bit
+from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from torch import nn
 
-from accel_llm.backend.strategy import PRECISION_DTYPES, strategy
+from accel_llm.backend.strategy import PRECISION_DTYPES, strategy, training_device
 from accel_llm.config.options import TrainOptions
 from accel_llm.model.attention import unwrap_causal_lm
 from accel_llm.model.offloaded_embedding import embedding_to_offload, keep_on_host
@@ -105,6 +105,12 @@ def materialize_weights(
                 continue
             # The pages of the file that were just read would otherwise count as memory of this process.
             release_pages(old)
+
+
+def quantize_layers(model: nn.Module, compute: torch.dtype) -> None:
+    """Quantize the 4-bit linear layers of `model` now, on the device of this process; nothing else is read."""
+    layers: list[nn.Module] = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    materialize_weights(model, layers, compute, training_device())
 
 
 def _float32_parameter_ids(model: nn.Module) -> set[int]:

@@ -49,7 +49,7 @@ def _git_commit() -> str | None:
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     here = Path(__file__).resolve().parent
     try:
-        output = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False).stdout
+        output = subprocess.run(command, cwd=here, capture_output=True, encoding="utf-8", check=False).stdout
     except OSError:
         return None
     return output.strip() or None

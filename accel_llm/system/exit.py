@@ -16,7 +16,7 @@ from accel_llm.errors import ConfigError, DataError
 from accel_llm.system.disk import disk_failure
 from accel_llm.system.last_line import print_last
 from accel_llm.system.launcher import is_launched, launcher_pid, process_rank, world_size
-from accel_llm.system.out_of_memory import memory_failure
+from accel_llm.system.out_of_memory import memory_failure, ran_out_of_memory
 from accel_llm.system.run_lock import release_locks
 from accel_llm.system.secrecy import hide_secrets
 from accel_llm.system.signals import Preempted, mark_as_failing, signal_requests
@@ -110,7 +110,7 @@ def wait_for_root_cause(error: BaseException) -> None:
     mark_as_failing()
     # The failure of another rank never causes an error in the settings or the data, a full disk or a lack of memory: do
     # not wait for it.
-    own_fault = isinstance(error, (ConfigError, DataError)) or disk_failure(error) or memory_failure(error)
+    own_fault = isinstance(error, (ConfigError, DataError)) or disk_failure(error) or ran_out_of_memory(error)
     rank = process_rank()
     time.sleep((0 if own_fault else 3) + (3 + min(rank, 10) if rank else 0))
 

@@ -83,17 +83,23 @@ def memory_reason(error: BaseException) -> str | None:
 
     The tensors of the functions that have ended by the error are given free.
     """
-    links = list(_causes(error))
-    lack = next((link for link in links if _kinds(link)), None)
-    if lack is None:
+    if not ran_out_of_memory(error):
         return None
+    links = list(_causes(error))
+    lack = next(link for link in links if _kinds(link))
     if not hasattr(lack, "memory_reason"):  # the first time; run.json and the screen say the same
         tracebacks = [link.__traceback__ for link in links[: links.index(lack) + 1]]
         place = _place(tracebacks)
+        observed = _describe(lack, place)
         for frames in tracebacks:
             traceback.clear_frames(frames)
-        lack.memory_reason = _describe(lack, place)  # type: ignore[attr-defined]
+        lack.memory_reason = "; ".join([observed, *_advice(lack, place)])  # type: ignore[attr-defined]
     return lack.memory_reason  # type: ignore[attr-defined]
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Tell whether `error` or one of its causes says that memory ran out."""
+    return any(_kinds(link) for link in _causes(error))
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -150,22 +156,25 @@ def _function_name(frame: FrameType) -> str:
 
 
 def _describe(error: BaseException, place: str) -> str:
-    kinds, text, advice = _kinds(error), str(error), memory_advice
+    """Return where memory ran out, how much was needed, and how much there is."""
+    kinds, text = _kinds(error), str(error)
     states = {"device": _device_state(text), "host": _host_state()}
+    where = " or ".join(f"the {kind}" for kind in kinds)
+    first = f"Out of memory on {where}{place and ' '}{place}{_requested(text)}"
+    return "; ".join([first, *(states[kind] for kind in kinds if states[kind])])
+
+
+def _advice(error: BaseException, place: str) -> list[str]:
+    """Return what was estimated and what helps, as far as the run has said it."""
+    advice = memory_advice
+    # On a CPU the host is the device that is trained on.
+    if "device" not in _kinds(error) and advice.device_type != "cpu":
+        return [advice.for_host] if advice.for_host else []
     if advice.complete is not None:
         with contextlib.suppress(Exception):  # it is advice, and memory is short
             advice.complete()
-    where = " or ".join(f"the {kind}" for kind in kinds)
-    parts = [f"Out of memory on {where}{place and ' '}{place}{_requested(text)}"]
-    parts += [states[kind] for kind in kinds if states[kind]]
-
-    # On a CPU the host is the device that is trained on.
-    if "device" in kinds or advice.device_type == "cpu":
-        help_texts = [advice.estimate, advice.for_evaluation if "evaluation" in place else advice.for_training]
-    else:
-        help_texts = [advice.for_host]
-    parts += [help_text for help_text in help_texts if help_text]
-    return "; ".join(parts)
+    texts = (advice.estimate, advice.for_evaluation if "evaluation" in place else advice.for_training)
+    return [text for text in texts if text]
 
 
 def _requested(text: str) -> str:

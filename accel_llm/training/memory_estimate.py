@@ -36,9 +36,10 @@ class MemoryEstimate:
         return sum(self.terms.values())
 
     def describe(self) -> str:
-        """Return the total and the terms in GB, as `6.9 GB = 5.5 weights + ...`."""
-        terms = " + ".join(f"{size / GB:.1f} {name}" for name, size in self.terms.items())
-        return f"{self.total / GB:.1f} GB = {terms}"
+        """Return the total and the terms, as `6.9 GB = 5.5 weights + ...`; in MB if it is little."""
+        unit, name, digits = (GB, "GB", 1) if self.total >= 2 * GB else (2**20, "MB", 0)
+        terms = " + ".join(f"{size / unit:.{digits}f} {term}" for term, size in self.terms.items())
+        return f"{self.total / unit:.{digits}f} {name} = {terms}"
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from accel_llm.config.options import OVERFIT_DEFAULTS, PretrainOptions, SftOptio
 from accel_llm.data.prepare import EncodedData, encode_conversations, encode_texts
 from accel_llm.data.rows import Rows
 from accel_llm.data.sources import source_problems
-from accel_llm.data.stream import Position, Stream
+from accel_llm.data.stream import Position, Stream, TrainingPlan
 from accel_llm.demo.files import TrainOptionsT, parse_options_or_demo, resolve_demo
 from accel_llm.errors import ConfigError, raise_problems
 from accel_llm.model.generation import stop_token_ids
@@ -29,9 +29,11 @@ from accel_llm.model.padding import fit_pad_token
 from accel_llm.model.placement import place_weights
 from accel_llm.model.tokenizer import check_token_ids, configured_tokenizer, pad_token_id
 from accel_llm.model.vocabulary import add_missing_tokens, extend_vocabulary
+from accel_llm.report.display import show_plan
 from accel_llm.system.folders import write_problem
 from accel_llm.system.launcher import process_rank
 from accel_llm.training.memory_advice import note_memory_advice
+from accel_llm.training.memory_report import show_memory
 from accel_llm.training.optimizers import build_optimizer
 from accel_llm.training.schedule import build_schedule
 
@@ -167,6 +169,19 @@ def read_config(options: TrainOptions) -> PreTrainedConfig:
 def open_stream(options: TrainOptions, rows: Rows, start: Position, tokenizer: PreTrainedTokenizerFast) -> Stream:
     """Open the endless stream of this process's micro-batches, which begins at `start`."""
     return Stream(rows, options, start, pad_token_id(tokenizer))
+
+
+def show_plan_and_memory(
+    accelerator: Accelerator,
+    options: TrainOptions,
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    data: EncodedData,
+    plan: TrainingPlan,
+) -> dict[str, Any]:
+    """Print the ledger, the plan and the memory that the run is estimated to take; return the latter for run.json."""
+    show_plan(accelerator, options, tokenizer, data, plan)
+    return show_memory(accelerator, options, config, data.train)
 
 
 def assemble_model(

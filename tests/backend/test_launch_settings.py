@@ -72,7 +72,7 @@ def test_launcher_values_fill_gaps_of_an_inline_deepspeed_config(monkeypatch):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     monkeypatch.setenv("ACCELERATE_CONFIG_DS_FIELDS", "deepspeed_config_file,zero_stage,gradient_accumulation_steps")
     assert deepspeed_settings()["gradient_accumulation_steps"] == "auto"
-    assert build_deepspeed_plugin(TrainOptions(), 2, cpu=True).gradient_accumulation_steps == 2
+    assert build_deepspeed_plugin(TrainOptions(), 2, "fp32", cpu=True).gradient_accumulation_steps == 2
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     assert deepspeed_settings()["gradient_accumulation_steps"] == 4
 
@@ -217,6 +217,8 @@ def test_our_deepspeed_files_have_no_key_without_effect(path):
         ({"bf16": {"enabled": "auto", "bf16_master_weights_and_grads": True}}, ["bf16.bf16_master_weights_and_grads: the "
           "DeepSpeed configuration sets it, but the recipe decides how weights are kept and stepped; remove it and use "
           "master_weights."]),
+        ({"bf16": {"enabled": "auto", "check_grad_overflow": False}}, ["bf16.check_grad_overflow: the DeepSpeed "
+          "configuration says False, but only True is supported: a step whose gradient is not finite must change nothing."]),
         ({"zero_optimization": {"stage": 3, "stage3_param_persistance_threshold": 0}}, ["zero_optimization."
           "stage3_param_persistance_threshold: is unknown to DeepSpeed; did you mean "
           "stage3_param_persistence_threshold?"]),

@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -52,15 +53,18 @@ def fits(part: Part, name: str, work: Path) -> list[Cell]:
     peak, reserved, steps = facts["peak_allocated_gib"], facts["peak_reserved_gib"], len(facts.get("losses", []))
     figure = (
         f"{facts['error'] + '; ' if 'error' in facts else ''}peak {peak:.2f} GiB, reserved {reserved:.2f}, estimated "
-        f"{estimated_gib(size, f'{QLORA} {options}'):.2f}; weights "
+        f"{estimated(size, f'{QLORA} {options}')}; weights "
         f"{facts.get('after_assemble_model', {}).get('now_gib', 0):.2f}; {steps} lines of metrics; expandable segments: "
         f"{facts.get('expandable')}"
     )
     return [Cell(name, reserved <= MEMORY_LIMIT and steps > 0 and "error" not in facts, figure, required, facts)]
 
 
-def estimated_gib(size: str, options: str) -> float:
-    """Return what the script estimates for a shape, without the memory that CUDA itself takes."""
+ESTIMATING = threading.Lock()
+
+
+def estimated(size: str, options: str) -> str:
+    """Return what the script estimates for a shape, in GiB and without the memory that CUDA itself takes."""
     from shapes import config_of
 
     from accel_llm.config.command_line import parse_options
@@ -68,8 +72,12 @@ def estimated_gib(size: str, options: str) -> float:
     from accel_llm.training.memory_estimate import estimate_memory
 
     words = ["--model_name_or_path", size, "--train_files", "chats.jsonl", "--output_dir", "out", *options.split()]
-    terms = estimate_memory(parse_options(SftOptions, words), config_of(size), 1, "cuda").terms
-    return (sum(terms.values()) - terms["context"]) / GIB
+    try:
+        with ESTIMATING:
+            terms = estimate_memory(parse_options(SftOptions, words), config_of(size), 1, "cuda").terms
+    except Exception as error:  # the peak is worth more than the estimate
+        return f"{type(error).__name__}: {error}"[:100]
+    return f"{(sum(terms.values()) - terms['context']) / GIB:.2f}"
 
 
 # --- part e ---

@@ -14,9 +14,8 @@ import memory
 import pytest
 import torch
 import yaml
-from peft import LoraConfig, get_peft_model
 from support import PAGES
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from accel_llm.config.command_line import parse_options
 from accel_llm.config.tool_options import ChatOptions, MergeOptions
@@ -206,56 +205,35 @@ def test_every_family_has_a_recipe_for_every_size() -> None:
 @pytest.mark.parametrize(("family", "size"), FOR_A_GPU)
 def test_recipes_for_a_gpu_are_estimated_to_fit_it(family: str, size: int) -> None:
     path = ROOT / "launch" / "recipes" / f"{family}_{size}gb.yaml"
-    options = parse_options(script("sft").Options, ["--config", str(path), "--train_files", "chats.jsonl"])
+    options = memory.recipe_options(path)
     assert re.match(FAMILIES[family], options.model_name_or_path)
     assert options.output_dir == f"output/{path.stem}"
-    assert memory.estimate(options) < 0.92 * size
+    assert memory.estimate(path).total < 0.92 * size * memory.GB
     first, second = path.read_text(encoding="utf-8").splitlines()[:2]
     assert first.startswith(f"# {options.model_name_or_path.split('/')[1]}, ") and first.endswith(f" {size} GB.")
-    assert second == f"# Estimated, not measured: {memory.sentence(options)}"
-    # The estimate assumes these settings.
-    assert options.gradient_checkpointing and options.packing and not options.load_in_8bit
-    assert options.lora_target_modules == "all-linear" and not options.modules_to_save
-    assert options.per_device_eval_batch_size == options.per_device_train_batch_size
+    # Releases of torch differ a little, for example in whether heads are repeated for the attention.
+    words = re.compile(r"[^\d.]+|\.$")
+    said, now = ([float(number) for number in words.split(line) if number] for line in (second, memory.sentence(path)))
+    assert words.findall(second) == words.findall(memory.sentence(path)) and said == pytest.approx(
+        now, rel=0.05, abs=0.2
+    )
+    table = (path.parent / "README.md").read_text(encoding="utf-8")
+    cells = next(line.split("|") for line in table.splitlines() if line.startswith(f"| `{family}` |"))
+    assert re.findall(r", ([\d.]+)", cells[2 + SIZES.index(size)]) == [f"{said[0]:.1f}"]
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21.2
 @pytest.mark.parametrize("name", memory.SHAPES)
 def test_shapes_are_those_of_the_published_models(name: str) -> None:
-    """The shape gives the number of parameters in the model card and of the architecture built from it."""
-    shape = memory.SHAPES[name]
-    sizes = {
-        "vocab_size": shape.vocab,
-        "hidden_size": shape.hidden,
-        "intermediate_size": shape.intermediate,
-        "num_hidden_layers": 1,
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.kv_heads,
-        "tie_word_embeddings": shape.tied,
-        "pad_token_id": 0,
-    }
-    if shape.head_dim * shape.heads != shape.hidden:
-        sizes["head_dim"] = shape.head_dim
+    """The shape gives the number of parameters in the model card."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[shape.kind](**sizes))
-    linear = [m.weight.shape for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
-    assert sorted((columns, rows) for rows, columns in linear) == sorted(shape.linear)
-    vectors = sum(p.numel() for p in model.parameters() if p.ndim == 1)
-    assert sum(p.numel() for p in model.parameters()) - vectors == (
-        shape.linear_parameters // shape.layers + shape.embedding_parameters
-    )
-    assert (shape.linear_parameters + shape.embedding_parameters) / 1e9 == pytest.approx(shape.billions, rel=2e-3)
-    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear"))
-    assert adapted.get_nb_trainable_parameters()[0] * shape.layers == shape.adapter_parameters(16)
+        model = AutoModelForCausalLM.from_config(memory.SHAPES[name].config())
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    assert numbers / 1e9 == pytest.approx(memory.SHAPES[name].billions, rel=2e-3)
 
 
 def test_the_estimate_of_a_model_that_is_too_large_does_not_fit() -> None:
-    recipe = ["--config", str(ROOT / "launch" / "recipes" / "qwen3_12gb.yaml")]
-    options = parse_options(script("sft").Options, [*recipe, "--model_name_or_path", "Qwen/Qwen3-14B"])
-    assert memory.estimate(options) > 12
-    # QLoRA's paper: double quantization leaves 0.127 of the 0.5 bits a weight that the scales take.
-    bits = memory.NF4 * 8
-    assert bits == pytest.approx(4 + 0.127, abs=1e-3)
+    path = ROOT / "launch" / "recipes" / "qwen3_12gb.yaml"
+    assert memory.estimate(path, "--model_name_or_path", "Qwen/Qwen3-14B").total > 12 * memory.GB
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)

@@ -119,7 +119,9 @@ def test_every_strategy_gives_the_single_process_run(strategy: str, reference: t
     assert held == pytest.approx(total / 2, rel=0.02) if strategy in ("zero3", "fsdp2") else held == total
     if strategy == "zero2":
         settings = force["deepspeed"]["zero_optimization"]
-        assert settings["reduce_bucket_size"] == 200_000_000 and settings["stage"] == 2
+        assert settings["stage"] == 2 and settings["overlap_comm"] is False
+        # zero2.json says 2e8, but a bucket is no larger than what is trained.
+        assert settings["reduce_bucket_size"] == force["parameters"]["trainable"] < 200_000_000
 
 
 @pytest.mark.long

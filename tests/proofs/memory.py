@@ -1,15 +1,24 @@
-"""Estimate the memory of a recipe on one GPU: arithmetic over shapes, without a measurement."""
+"""The memory that each recipe for a GPU is estimated to take: writes it into the recipes' comments and their README.
 
-from typing import NamedTuple
+    python tests/proofs/memory.py
 
-from accel_llm.config.options import TrainOptions
-from accel_llm.model.logits import LOGIT_BYTES, chunk_count
+The estimate is the one that the scripts print, for the shapes of the published models. No network is needed.
+"""
 
-GB = 2**30  # a "24 GB" GPU has 24 of these
-CONTEXT = 1 * GB  # the CUDA context, workspaces of libraries, fragmentation
-# 4 bits a weight, one absmax of 8 bits for 64 weights, one of 32 bits for 256 of those (QLoRA, arXiv 2305.14314)
-NF4 = 1 / 2 + 1 / 64 + 4 / (64 * 256)
-STATES = {"adamw": 8, "adamw_8bit": 2}  # bytes a trained parameter
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+from accel_llm.config.command_line import parse_options
+from accel_llm.config.options import SftOptions
+from accel_llm.training.memory_estimate import GB, MemoryEstimate, estimate_memory
+
+RECIPES = Path(__file__).parents[2] / "launch" / "recipes"
+SIZES = (8, 12, 24, 80)  # GB of one GPU
+MARK = "# Estimated, not measured: "
 
 
 class Shape(NamedTuple):
@@ -26,29 +35,24 @@ class Shape(NamedTuple):
     tied: bool
     billions: float
 
-    @property
-    def linear(self) -> list[tuple[int, int]]:
-        """(in, out) of the linear layers of one transformer layer."""
-        query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        if self.kind == "phi3":
-            attention, mlp = [query + 2 * key], [2 * self.intermediate]
-        else:
-            attention, mlp = [query, key, key], [self.intermediate] * 2
-        inner = [(self.hidden, width) for width in attention + mlp]
-        return [*inner, (query, self.hidden), (self.intermediate, self.hidden)]
-
-    @property
-    def linear_parameters(self) -> int:
-        return self.layers * sum(rows * columns for rows, columns in self.linear)
-
-    @property
-    def embedding_parameters(self) -> int:
-        """The parameters of the embedding, and of the output head if it is not tied."""
-        return self.vocab * self.hidden * (1 if self.tied else 2)
-
-    def adapter_parameters(self, rank: int) -> int:
-        """The parameters of a LoRA on every linear layer except the head."""
-        return self.layers * sum(rank * (rows + columns) for rows, columns in self.linear)
+    def config(self) -> PreTrainedConfig:
+        """Return the config of the model's family with these sizes."""
+        sizes: dict[str, Any] = {
+            "vocab_size": self.vocab,
+            "hidden_size": self.hidden,
+            "intermediate_size": self.intermediate,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "tie_word_embeddings": self.tied,
+            "max_position_embeddings": 8192,
+            "pad_token_id": 0,
+        }
+        if self.head_dim * self.heads != self.hidden or self.kind == "qwen3":
+            sizes["head_dim"] = self.head_dim
+        if self.kind == "mistral":  # the class has another default
+            sizes["sliding_window"] = None
+        return CONFIG_MAPPING[self.kind](**sizes)
 
 
 SHAPES = {
@@ -74,72 +78,45 @@ SHAPES = {
 }
 
 
-def parts(options: TrainOptions) -> dict[str, float]:
-    """Return bytes at the peak of a step with gradient checkpointing and packed rows, in bf16 autocast. They add up.
-
-    The activations in memory at one time are the input of every layer, and either one layer that is recomputed or one
-    chunk of logits.
-    """
-    shape = SHAPES[str(options.model_name_or_path)]
-    tokens = options.per_device_train_batch_size * options.max_length
-    everything = shape.linear_parameters + shape.embedding_parameters
-    states = STATES[options.optim]
-    if options.method == "full":
-        weights = 4 * everything  # float32 masters
-        # float32 gradient, AdamW's moments, autocast's bf16 copy; in 8 bits the embedding's moments stay in 32
-        trained = (4 + states + 2) * everything + (8 - states) * shape.vocab * shape.hidden
-    else:
-        per_weight = NF4 if options.method == "qlora" else 2
-        weights = per_weight * shape.linear_parameters + 2 * shape.embedding_parameters
-        trained = (4 + 4 + states + 2) * shape.adapter_parameters(options.lora_r)
-    residual = 4 if options.method == "full" else 2  # a float32 embedding makes the whole residual stream float32
-    return {
-        "weights": weights,
-        "trained": trained,
-        "checkpoints": residual * tokens * shape.hidden * shape.layers,
-        "peak": max(_layer(shape, options, tokens), _logits(shape, options, tokens)),
-        "CUDA": CONTEXT,
-    }
+def recipe_options(path: Path, *words: str) -> SftOptions:
+    """Return the options of a recipe, with further words of a command line."""
+    return parse_options(SftOptions, ["--config", str(path), "--train_files", "chats.jsonl", *words])
 
 
-def _layer(shape: Shape, options: TrainOptions, tokens: int) -> float:
-    """Return bytes of one layer in its backward pass.
-
-    The factors are upper bounds. They were counted operation by operation for small models of these families with LoRA:
-    float32 copies inside norms, a bf16 copy of each linear layer's input, the MLP's products and their gradients.
-    """
-    query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    total = tokens * (24 * shape.hidden + 8 * query + 6 * key + 18 * shape.intermediate)
-    if options.method == "qlora":  # on 4-bit layers PEFT makes no float32 copy of an adapter's input
-        total -= tokens * (4 * shape.hidden + 6 * shape.intermediate)
-    if shape.kind == "gemma2":  # no fused kernel has its soft-cap, so the scores of the longest document are in memory
-        total += 16 * shape.heads * options.max_length**2
-    largest = max(rows * columns for rows, columns in shape.linear)
-    if options.method == "qlora":
-        total += 2 * largest  # the weight as it is unpacked for its product
-    if options.method == "full":
-        total += (2 + 4) * largest + (4 * shape.vocab * shape.hidden if shape.tied else 0)  # gradients not yet added up
-    return total
+@cache
+def estimate(path: Path, *words: str) -> MemoryEstimate:
+    """Return the estimate of a recipe on one GPU, with further words of a command line."""
+    options = recipe_options(path, *words)
+    return estimate_memory(options, SHAPES[str(options.model_name_or_path)].config(), 1, "cuda")
 
 
-def _logits(shape: Shape, options: TrainOptions, tokens: int) -> float:
-    """Return bytes of one chunk of logits and its gradient, and of the last hidden states; a soft-cap keeps 2 more."""
-    chunks = max(1, chunk_count(tokens, shape.hidden, shape.vocab))
-    total = tokens * shape.vocab / chunks * (LOGIT_BYTES + (2 if shape.kind == "gemma2" else 0))
-    total += 8 * tokens * shape.hidden
-    if options.method == "full":
-        total += (
-            (4 + 2 + 4) * shape.vocab * shape.hidden
-        )  # the head's gradient: summed, of this chunk in bf16 and float32
-    return total
+def sentence(path: Path) -> str:
+    """Return the line with the estimate in the comment of a recipe."""
+    return f"{MARK}{estimate(path).describe()}."
 
 
-def estimate(options: TrainOptions) -> float:
-    """Return the whole estimate in GB."""
-    return sum(parts(options).values()) / GB
+def recipes_for_a_gpu() -> list[Path]:
+    return [
+        path for path in sorted(RECIPES.glob("*gb.yaml")) if re.search(rf"_({'|'.join(map(str, SIZES))})gb", path.stem)
+    ]
 
 
-def sentence(options: TrainOptions) -> str:
-    """Return the estimate as the comments of the recipes show it."""
-    terms = " + ".join(f"{size / GB:.1f} {name}" for name, size in parts(options).items())
-    return f"{terms} = {estimate(options):.1f} GB."
+def main() -> None:
+    table = (RECIPES / "README.md").read_text(encoding="utf-8")
+    for path in recipes_for_a_gpu():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        lines[1] = sentence(path)
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        print(path.stem, lines[1])
+        # In the table of the README: `| model method, 5.7 |` in the row of the family and the column of the size.
+        family, size = path.stem.removesuffix("gb").rsplit("_", 1)
+        row = next(line for line in table.splitlines() if line.startswith(f"| `{family}` |"))
+        cells = row.split("|")
+        column = 2 + SIZES.index(int(size))
+        cells[column] = re.sub(r", [\d.]+", f", {estimate(path).total / GB:.1f}", cells[column])
+        table = table.replace(row, "|".join(cells))
+    (RECIPES / "README.md").write_text(table, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,238 @@
+"""The estimate of memory, beside what real steps take: measured by torch's profiler on a CPU, and once on an H200."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes.functional
+import numpy as np
+import pytest
+import torch
+from support import FAMILIES, SIZES, UNFUSED_FAMILIES, UNPACKABLE, materialize
+from torch.profiler import ProfilerActivity, profile
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig
+
+from accel_llm.adapters.attach import attach_adapter
+from accel_llm.backend.strategy import compute_dtype
+from accel_llm.config.options import TrainOptions
+from accel_llm.data.batches import collate_packed, collate_padded
+from accel_llm.model.loading import load_model, load_model_config
+from accel_llm.model.loss import next_token_loss
+from accel_llm.training import memory_estimate
+from accel_llm.training.memory_estimate import GB, Layout, estimate_memory, memory_savings
+from accel_llm.training.optimizer_state import optimizer_bytes, optimizer_names
+from accel_llm.training.optimizers import build_optimizer
+
+# peft 0.21.2 reads it.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+# Large enough that tensors, and not single numbers, are what is counted; five layers, of which three are followed.
+SHAPE: dict[str, Any] = {
+    "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 5, "num_attention_heads": 6,
+    "num_key_value_heads": 2, "vocab_size": 4096, "max_position_embeddings": 1024, "bos_token_id": 1, "eos_token_id": 2,
+    "pad_token_id": 0,
+}  # fmt: skip
+LENGTH = 256
+CHECKPOINTED = {"gradient_checkpointing": True}
+PADDED = {"packing": False}
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "full, packed": ("llama", {}, {"method": "full"}),
+    "full, 8-bit moments, checkpointed, accumulated": (
+        "llama",
+        {"tie_word_embeddings": True},
+        {"method": "full", "optim": "adamw_8bit", "gradient_accumulation_steps": 2, **CHECKPOINTED},
+    ),
+    "lora, packed": ("qwen3", {"head_dim": 32}, {"per_device_train_batch_size": 2}),
+    "lora, padded, checkpointed": ("llama", {}, {"per_device_train_batch_size": 4, **PADDED, **CHECKPOINTED}),
+    "lora, scores with a soft-cap": ("gemma2", {"head_dim": 32, "sliding_window": 64}, {}),
+    "lora, experts": ("mixtral", {"num_local_experts": 4}, {}),
+    "qlora in bf16, checkpointed": (
+        "llama",
+        {},
+        {"method": "qlora", "precision": "bf16", "per_device_train_batch_size": 4, **CHECKPOINTED},
+    ),
+}
+
+
+def options_of(folder: Path, values: dict[str, Any]) -> TrainOptions:
+    return TrainOptions(**({"model_name_or_path": str(folder), "max_length": LENGTH} | values))
+
+
+def saved_model(folder: Path, family: str, sizes: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**{**SHAPE, **sizes})).save_pretrained(folder)
+
+
+def real_training(options: TrainOptions) -> tuple[Any, torch.optim.Optimizer, Callable[[], None]]:
+    """Return the model, its optimizer, and a function that takes one step as the training loop does."""
+    model: Any = load_model(options)
+    model = materialize(model if options.method == "full" else attach_adapter(model, options), options)
+    optimizer = build_optimizer(model, options, "cpu", "none")
+    row = np.arange(3, 3 + options.max_length, dtype=np.int32)
+    rows = [(row, row.copy())] * options.per_device_train_batch_size
+    dtype = compute_dtype(options)
+
+    def step() -> None:
+        for _ in range(options.gradient_accumulation_steps or 1):
+            batch = collate_packed(rows) if options.packing else collate_padded(rows, 0)
+            with torch.autocast("cpu", dtype) if dtype != torch.float32 else nullcontext():
+                loss = next_token_loss(model, batch)
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return model, optimizer, step
+
+
+def most_allocated(step: Callable[[], None]) -> int:
+    """Return the most bytes that `step` has allocated at one time, as torch's allocator reports to the profiler."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return int(np.cumsum(sizes).max())
+
+
+def held_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, int]:
+    """Return the bytes of the weights with the scales of 4-bit ones, and those of the optimizer's state."""
+    parameters = list(model.parameters())
+    states = [p.quant_state for p in parameters if getattr(p, "quant_state", None) is not None]  # type: ignore
+    scales = [tensor for s in states for tensor in (s.absmax, s.code, s.state2.absmax, s.state2.code)]
+    kept = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+    shared = {tensor.untyped_storage().data_ptr(): tensor.nbytes for tensor in kept}
+    return sum(tensor.nbytes for tensor in [*parameters, *scales]), sum(shared.values())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_estimate_is_what_a_real_step_takes(case, tmp_path):
+    family, sizes, values = CASES[case]
+    saved_model(tmp_path, family, sizes)
+    options = options_of(tmp_path, values)
+    estimate = estimate_memory(options, load_model_config(options), 1, "cpu")
+    terms = estimate.terms
+
+    # The first step builds the state, the second one is measured.
+    model, optimizer, step = real_training(options)
+    step()
+    weights, state = held_bytes(model, optimizer)
+    measured = weights + state + most_allocated(step)
+    assert terms["weights"] == pytest.approx(weights, rel=2e-3)
+    assert terms["trained"] >= 0.99 * state
+    assert estimate.total - terms["context"] == pytest.approx(measured, rel=0.10)
+
+    # The measurement tells settings apart.
+    other = options.model_copy(update={"gradient_checkpointing": not options.gradient_checkpointing})
+    different = estimate_memory(other, load_model_config(options), 1, "cpu")
+    assert different.total - terms["context"] != pytest.approx(measured, rel=0.10)
+
+
+def llama_8b() -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, max_position_embeddings=8192,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("optim", "measured"), [("adamw", 6.90), ("adamw_8bit", 6.67)])
+def test_the_estimate_of_8b_is_what_an_h200_measured(optim, measured):
+    """QLoRA of the 8B shape with 2,048 tokens, all of them targets: peaks that tests/gpu/check.py measured in GiB."""
+    options = TrainOptions(method="qlora", gradient_checkpointing=True, max_length=2048, optim=optim, precision="bf16")
+    estimate = estimate_memory(options, llama_8b(), 1)
+    assert (estimate.total - estimate.terms["context"]) / GB == pytest.approx(measured, rel=0.05)
+    assert estimate.terms["weights"] / GB == pytest.approx(5.467, rel=1e-3)
+    assert list(estimate.terms) == ["weights", "trained", "checkpoints", "peak", "context"]
+
+
+@pytest.mark.parametrize("name", optimizer_names())
+def test_an_optimizers_state_is_as_large_as_said(name, tmp_path):
+    saved_model(tmp_path, "llama", {"num_hidden_layers": 2})
+    options = options_of(tmp_path, {"method": "full", "optim": name})
+    model, optimizer, step = real_training(options)
+    step()
+    _, state = held_bytes(model, optimizer)
+    # Adam's counter of steps, and the map of 8-bit values, are a few bytes for each weight.
+    assert optimizer_bytes(model, "cpu")[name] == pytest.approx(state, rel=0.01, abs=20_000)
+
+
+def test_a_paged_state_lies_in_host_memory():
+    model = torch.nn.Sequential(torch.nn.Linear(400, 400), torch.nn.Linear(20, 20))
+    on_gpu, on_cpu = optimizer_bytes(model, "cuda"), optimizer_bytes(model, "cpu")
+    assert on_cpu["paged_adamw"] == on_cpu["adamw"] == on_gpu["adamw"]
+    assert on_gpu["paged_adamw"] == 8 * (400 + 20 * 20 + 20)  # bitsandbytes pages no small weights
+
+
+def test_bitsandbytes_quantizes_after_an_estimate():
+    bitsandbytes.functional.name2qmap.clear()
+    options = TrainOptions(method="qlora", max_length=32)
+    estimate_memory(options, CONFIG_MAPPING["llama"](**SIZES), 1)
+    weight = torch.randn(64, 64)
+    packed, state = bitsandbytes.functional.quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
+    assert (bitsandbytes.functional.dequantize_4bit(packed, state) - weight).abs().mean() < 0.1
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *UNPACKABLE, *UNFUSED_FAMILIES])
+def test_every_family_has_an_estimate(family):
+    sizes = {**FAMILIES, **UNPACKABLE, **UNFUSED_FAMILIES}[family]
+    config = CONFIG_MAPPING[family](**{**SIZES, **sizes})
+    options = TrainOptions(method="full", max_length=32, packing=family in FAMILIES)
+    with torch.device("meta"):
+        numbers = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    assert estimate_memory(options, config, 1).terms["weights"] >= 4 * numbers
+
+
+def layout(strategy: str, processes: int, **zero: Any) -> Layout:
+    return Layout(strategy, processes, "cuda", zero)
+
+
+def terms_under(where: Layout, options: TrainOptions) -> dict[str, int]:
+    config = llama_8b()
+    return memory_estimate._estimate(options, where, memory_estimate._figures(options, config, where)).terms
+
+
+def test_sharding_divides_what_each_strategy_shares():
+    options = TrainOptions(method="full", gradient_checkpointing=True, max_length=512)
+    numbers = 8.03e9
+    single, zero1, zero2, zero3, fsdp2, offload = (
+        terms_under(where, options)
+        for where in (
+            layout("single", 1),
+            layout("zero1", 4, stage=1),
+            layout("zero2", 4, stage=2),
+            layout("zero3", 4, stage=3),
+            layout("fsdp2", 4),
+            layout("zero3", 4, stage=3, offload_optimizer={"device": "cpu"}, offload_param={"device": "cpu"}),
+        )
+    )
+
+    def per_number(terms: dict[str, int], name: str) -> float:
+        return round(terms[name] / numbers, 1)
+
+    # Bytes for each parameter. float32 weights, gradients and two moments; DeepSpeed: bf16 weights and float32 masters.
+    assert [per_number(single, name) for name in ("weights", "trained")] == [4, 12]
+    assert [per_number(zero1, name) for name in ("weights", "trained")] == [2, 12 / 4 + 4]
+    assert [per_number(zero2, name) for name in ("weights", "trained")] == [2, 16 / 4]
+    assert [per_number(zero3, name) for name in ("weights", "trained")] == [2 / 4, 16 / 4]
+    assert [per_number(fsdp2, name) for name in ("weights", "trained")] == [4 / 4, 12 / 4]
+    assert offload["weights"] == offload["trained"] == 0 and offload["peak"] == zero3["peak"]
+
+
+def test_savings_are_settings_that_save_what_they_say():
+    config = llama_8b()
+    options = TrainOptions(method="lora", max_length=2048, per_device_train_batch_size=2)
+    total = estimate_memory(options, config, 1).total
+    savings = memory_savings(options, config, 1)
+    names = [setting.split(":")[0] for setting, _ in savings]
+    assert set(names) >= {"gradient_checkpointing", "per_device_train_batch_size", "method", "offload_embeddings"}
+    assert names[-1] == "max_length"  # it loses rows
+    sizes = [size for setting, size in savings if not setting.startswith("max_length")]
+    assert sizes == sorted(sizes, reverse=True) and min(sizes) > 0
+    for setting, size in savings:
+        name, value = setting.split(": ")
+        changed = TrainOptions(**(options.model_dump(exclude_unset=True) | {name: value}))
+        assert total - estimate_memory(changed, config, 1).total == size
+    assert "gradient_checkpointing: true" in dict(savings)
+    checkpointed = options.model_copy(update={"gradient_checkpointing": True, "offload_embeddings": True})
+    left = [setting.split(":")[0] for setting, _ in memory_savings(checkpointed, config, 1)]
+    assert not {"gradient_checkpointing", "offload_embeddings"} & set(left)
+    assert "--config_file accelerate_configs/fsdp2.yaml" in dict(memory_savings(options, config, 4))
