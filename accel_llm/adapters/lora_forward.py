@@ -44,13 +44,15 @@ def _forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Te
     adapter = _plain_adapter(layer) if torch.is_grad_enabled() and not args and not kwargs else None
     if adapter is None or (x.dtype != dtype and kind is not LoraLinear):
         return kind.forward(layer, x, *args, **kwargs)
-    factor_a, factor_b = layer.lora_A[adapter], layer.lora_B[adapter]
-    weight_a, weight_b = factor_a.weight, factor_b.weight
+    # Not by attributes: those of a module are slow, and would take as long as launching three operators.
+    parts = layer._modules
+    factor_a, factor_b, dropout = (parts[name]._modules[adapter] for name in ("lora_A", "lora_B", "lora_dropout"))
+    weight_a, weight_b = factor_a._parameters["weight"], factor_b._parameters["weight"]
     if weight_a.dtype != dtype and not autocast:  # a float32 LoRA on a 16-bit base computes in float32
         return kind.forward(layer, x)
 
     x = x.to(dtype)  # once; autocast would do it for the base and for A
-    base, dropout, scaling = layer.base_layer, layer.lora_dropout[adapter], layer.scaling[adapter]
+    base, scaling = parts["base_layer"], layer.scaling[adapter]
     drops = dropout.training and isinstance(dropout, nn.Dropout)
     # ZeRO-3 fetches weights for a module that is called, and a compiler joins operators itself.
     if drops or hasattr(weight_a, "ds_id") or torch.compiler.is_compiling() or not _is_frozen_product(base, dtype):
@@ -73,8 +75,10 @@ def _plain_adapter(layer: Any) -> str | None:
 
 def _is_frozen_product(base: Any, dtype: torch.dtype) -> bool:
     """Return whether the gradient of `base` by its input is a product with its weight, and its only gradient."""
-    weight, bias = base.weight, base.bias
-    fits = type(base) is Linear4bit or (type(base) is nn.Linear and weight.dtype == dtype)
+    if type(base) not in (nn.Linear, Linear4bit):
+        return False
+    weight, bias = base._parameters["weight"], base._parameters["bias"]
+    fits = weight.dtype == dtype or type(base) is Linear4bit
     return fits and not weight.requires_grad and (bias is None or not bias.requires_grad)
 
 

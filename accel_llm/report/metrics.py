@@ -223,7 +223,7 @@ def peak_memory_mb(device: torch.device) -> int:
     try:
         import resource
     except ImportError:  # Windows
-        memory: Any = psutil.Process().memory_info()
-        return memory.peak_wset // 2**20
+        memory = psutil.Process().memory_info()
+        return getattr(memory, "peak_wset", memory.rss) // 2**20
     # Linux counts in KiB, macOS in bytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) // 2**20

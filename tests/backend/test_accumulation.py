@@ -72,7 +72,10 @@ def deepspeed_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 def test_a_bucket_is_no_larger_than_what_is_trained(configured: dict, expected: int | str) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(3, 3, bias=False), torch.nn.Linear(3, 2, bias=False))
     model[0].weight.requires_grad_(False)
-    trained: list = [model[1].weight, SimpleNamespace(ds_numel=8, numel=lambda: 0)]  # under ZeRO-3 a parameter is an empty vector
+    trained: list = [
+        model[1].weight,
+        SimpleNamespace(ds_numel=8, numel=lambda: 0),
+    ]  # under ZeRO-3 a parameter is an empty vector
     settings = {"zero_optimization": configured | {"allgather_bucket_size": 2e8}}
     fit_buckets(settings, SimpleNamespace(param_groups=[{"params": trained[:1]}, {"params": trained[1:]}]))  # type: ignore[arg-type]
     assert settings["zero_optimization"] == {"reduce_bucket_size": expected, "allgather_bucket_size": 2e8}

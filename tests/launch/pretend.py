@@ -8,20 +8,30 @@ or delete what this process still has open. PRETEND_STOP=3 sends SIGTERM to the 
 """
 
 import importlib
-import io
 import os
 import re
 import runpy
 import select
+import shutil
 import signal
 import sys
 import tempfile
+import time
 import warnings
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-LIBRARIES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "datasets", "rich.live", "torch.optim.adamw")
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "peft",
+    "bitsandbytes",
+    "datasets",
+    "rich.live",
+    "torch.optim.adamw",
+)
 # Signals that Windows has; Python has no others there.
 WINDOWS_SIGNALS = {"SIGABRT", "SIGFPE", "SIGILL", "SIGINT", "SIGSEGV", "SIGTERM"}
 LINUX_ALONE = {
@@ -29,11 +39,11 @@ LINUX_ALONE = {
     os: ["pidfd_open", "posix_fallocate", "posix_fadvise", "sched_getaffinity", "sched_setaffinity", "memfd_create"],
 }
 UNIX_ALONE = {
-    signal: ["alarm", "setitimer", "getitimer", "ITIMER_REAL", "ITIMER_VIRTUAL", "ITIMER_PROF", "pthread_sigmask"]
-    + ["pthread_kill", "sigwait", "sigpending", "siginterrupt"],
-    os: ["fork", "register_at_fork", "getpgid", "getpgrp", "setsid", "killpg", "getuid", "geteuid", "getgid", "uname"]
-    + ["pread", "pwrite", "sendfile", "statvfs", "fchmod", "chown", "mkfifo", "sysconf", "getloadavg", "nice"]
-    + ["O_DIRECTORY", "O_NOFOLLOW", "O_CLOEXEC", "O_SYNC"],
+    signal: ["alarm", "setitimer", "getitimer", "pthread_sigmask", "pthread_kill", "sigwait", "sigpending"],
+    os: [
+        *("fork", "register_at_fork", "getpgid", "setsid", "killpg", "getuid", "geteuid", "uname", "pread", "pwrite"),
+        *("sendfile", "statvfs", "fchmod", "chown", "mkfifo", "sysconf", "getloadavg", "O_DIRECTORY", "O_NOFOLLOW"),
+    ],
     select: ["poll", "epoll"],
 }
 UNIX_MODULES = ("fcntl", "resource", "pwd", "grp", "termios", "tty", "pty")
@@ -58,6 +68,7 @@ def become(system: str) -> None:
         remove(UNIX_ALONE | {signal: UNIX_ALONE[signal] + unknown})
         for name in UNIX_MODULES:
             sys.modules[name] = None  # type: ignore[assignment]
+        shutil._use_fd_functions = False  # type: ignore[attr-defined]
         tempfile.TemporaryFile = tempfile.NamedTemporaryFile  # type: ignore[misc] # as the module does there
     sys.platform = system
     sys.addaudithook(lambda event, arguments: check(event, arguments, system))
@@ -94,11 +105,10 @@ def ours() -> bool:
 
 
 def open_files() -> list[str]:
-    handles = [f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd")]
-    files = [os.readlink(handle) for handle in handles if os.path.islink(handle)]
-    with io.open_code("/proc/self/maps") as stream:
-        lines = stream.read().decode().splitlines()
-    return files + [line.split(maxsplit=5)[5] for line in lines if line.count("/")]
+    """Return the paths of the files and folders that this process has open or mapped."""
+    files = [str(handle.readlink()) for handle in Path("/proc/self/fd").iterdir() if handle.is_symlink()]
+    lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    return files + [line.split(maxsplit=5)[5] for line in lines if "/" in line]
 
 
 def is_in(file: str, *places: str) -> bool:
@@ -107,6 +117,7 @@ def is_in(file: str, *places: str) -> bool:
 
 def stop_in_step(number: int) -> None:
     from accel_llm.report.metrics import Meter
+    from accel_llm.system.signals import signal_requests
 
     log = Meter.log
 
@@ -114,6 +125,8 @@ def stop_in_step(number: int) -> None:
         log(meter, step, *arguments)
         if step == number:
             signal.raise_signal(signal.SIGTERM)
+            while not signal_requests.stop:  # a thread notes it
+                time.sleep(0.01)
 
     Meter.log = log_and_stop
 

@@ -20,7 +20,8 @@ from failures import LIMIT, Cell, error_lines, find_incomplete, launch
 from support import ROOT, saved_steps
 
 from accel_llm.errors import ConfigError
-from accel_llm.system.out_of_memory import PLACES, STEP_PLACES, memory_advice, memory_failure
+from accel_llm.system.out_of_memory import PLACES, STEP_PLACES, memory_failure
+from accel_llm.training.memory_estimate import MemoryEstimate
 
 CUDA = (
     "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 7.50 GiB of which 0.12 GiB is free."
@@ -147,6 +148,10 @@ PLANTED = {
 STEPS_SAVED = {"forward": [1], "backward": [1], "optimizer": [1], "checkpoint": [1], "export": [2, 3]}
 
 
+TERMS = {"weights": 2 << 30, "peak": 1 << 29}
+SAVINGS = [("a: true", 3 << 29), ("b: 1", 1 << 29), ("c: 2", 1 << 20), ("d: 3", 1 << 20)]  # of which three are named
+
+
 def plant(monkeypatch: pytest.MonkeyPatch, name: str, when: int | str) -> None:
     """Let one call of a function run out of memory."""
     owner_name, _, last = name.rpartition(".")
@@ -185,6 +190,8 @@ def test_the_sentence_says_where_and_what_helps_and_nothing_is_half_written(
 ):
     name, when, where = PLANTED[place]
     plant(monkeypatch, name, when)
+    monkeypatch.setattr("accel_llm.training.memory_advice.estimate_memory", lambda *_: MemoryEstimate(TERMS))
+    monkeypatch.setattr("accel_llm.training.memory_advice.memory_savings", lambda *_: SAVINGS)
     out = tmp_path / "out"
     error = raised(lambda: script("sft", *sft_words(tiny, chats, out)))
     sentence = memory_failure(error)
@@ -194,9 +201,8 @@ def test_the_sentence_says_where_and_what_helps_and_nothing_is_half_written(
         assert f"complete in {out / 'adapter'})" in sentence
         assert "lower max_length, which is 128" in sentence
     else:
-        assert "; estimated were weights " in sentence
-        first, second = memory_advice.for_training.removeprefix("what saves most: ").split("), ")[:2]
-        assert f"; what saves most: {first}" in sentence and second in sentence
+        assert "; estimated were weights 2.00 GiB + peak 0.50 GiB = 2.50 GiB; " in sentence
+        assert "; what saves most: a: true (1.50 GiB), b: 1 (0.50 GiB), c: 2 (1.0 MiB); the same command " in sentence
     if place in ("loading", "weights", "checks"):
         assert not out.exists()
         return
@@ -253,7 +259,8 @@ def long_chats(folder: Path) -> Path:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not limit it")
 def test_a_step_that_needs_more_than_there_is(make_model, tmp_path):
-    model, out = make_model(tmp_path / "model", max_position_embeddings=16384), tmp_path / "out"
+    sizes = {"max_position_embeddings": 16384, "hidden_size": 64, "intermediate_size": 256}
+    model, out = make_model(tmp_path / "model", **sizes), tmp_path / "out"
     words = (
         "--model_name_or_path",
         model,
@@ -288,7 +295,8 @@ def test_a_step_that_needs_more_than_there_is(make_model, tmp_path):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_that_is_too_small(script, make_model, tmp_path):
-    model, out = make_model(tmp_path / "model", max_position_embeddings=16384), tmp_path / "out"
+    sizes = {"max_position_embeddings": 16384, "hidden_size": 64, "intermediate_size": 256}
+    model, out = make_model(tmp_path / "model", **sizes), tmp_path / "out"
     words = ("--model_name_or_path", model, "--train_files", long_chats(tmp_path), "--max_length", 16384)
     total = torch.cuda.mem_get_info()[1]
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + (64 << 20)) / total)
