@@ -136,7 +136,8 @@ def _keep_zero1_optimizer() -> None:
     # checkpoints do not know.
     from deepspeed.runtime import engine
 
-    engine.DeepSpeedEngine._do_optimizer_sanity_check = lambda *_: engine.ZERO_OPTIMIZATION
+    deepspeed_engine: Any = engine.DeepSpeedEngine
+    deepspeed_engine._do_optimizer_sanity_check = lambda *_: engine.ZERO_OPTIMIZATION
 
 
 def fit_buckets(settings: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:

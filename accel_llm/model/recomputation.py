@@ -31,9 +31,8 @@ def check_recomputation(config: PreTrainedConfig) -> None:
 def recompute_activations(model: PreTrainedModel, adapter_dropout: float = 0.0) -> None:
     """Let each layer of `model` keep only its input, and compute everything else again in the backward pass.
 
-    The random numbers of the first time are drawn again. Where a layer draws none, the state of the generators is not
-    kept: reading and setting it in every layer would take the host longer than launching a layer's small kernels.
-    `adapter_dropout` is the dropout of the adapter that the layers will get.
+    The random numbers of the first time are drawn again. Where a layer draws none, the host does not read and set the
+    state of the generators around each layer. `adapter_dropout` is the dropout of the adapter that the layers will get.
     """
     random = adapter_dropout > 0 or _may_draw(model)
     settings = {"use_reentrant": False, "preserve_rng_state": random}

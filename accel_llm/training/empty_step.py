@@ -26,6 +26,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.integrations import deepspeed as transformers_deepspeed
 
 from accel_llm.adapters.attach import attach_adapter
 from accel_llm.config.options import TrainOptions
@@ -131,6 +132,18 @@ def _quiet() -> Iterator[None]:
         logging.disable(disabled)
 
 
+@contextmanager
+def _whole() -> Iterator[None]:
+    """Keep transformers from sharding a model while it builds it: the other processes do not build this one."""
+    settings: Any = transformers_deepspeed
+    reference = settings._hf_deepspeed_config_weak_ref
+    settings.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        settings._hf_deepspeed_config_weak_ref = reference
+
+
 def _shorten(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
     """Return a copy of the config with fewer layers."""
     config = copy.deepcopy(config)
@@ -152,7 +165,8 @@ def _build(options: TrainOptions, config: PreTrainedConfig, settings: StepSettin
     """
     arguments = OWN_IMPLEMENTATIONS | {"trust_remote_code": options.trust_remote_code}
     loader = causal_lm_loader(config)
-    model: PreTrainedModel = loader.from_config(config, dtype=settings.compute, **arguments)
+    with _whole():
+        model: PreTrainedModel = loader.from_config(config, dtype=settings.compute, **arguments)
     freeze_other_parts(model, config)
     model.unread = True  # type: ignore[assignment]
     saved = 0
@@ -205,8 +219,8 @@ def _empty_scales(shape: torch.Size, compute: torch.dtype) -> QuantState:
 def _layers(model: nn.Module) -> list[nn.Module]:
     inner = unwrap_causal_lm(model)
     number = inner.config.get_text_config().num_hidden_layers
-    decoder: Any = inner.get_decoder()
-    return list(next(m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == number))
+    modules = [module for part in (inner.get_decoder(), inner) if part is not None for module in part.modules()]
+    return list(next(m for m in modules if isinstance(m, nn.ModuleList) and len(m) == number))
 
 
 def _gradient_bytes(model: nn.Module) -> int:

@@ -3,8 +3,10 @@
 import copy
 from collections import Counter
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from bitsandbytes import nn as bnb_nn
@@ -12,20 +14,29 @@ from bitsandbytes.functional import dequantize_4bit
 from peft import LoraConfig
 from peft.tuners.lora.bnb import Linear4bit, Linear8bitLt
 from peft.tuners.lora.layer import Linear
-from support import relative_distance
+from support import materialize, relative_distance, tiny_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
+from accel_llm.adapters.attach import attach_adapter
 from accel_llm.adapters.initial import OffsetFactor
 from accel_llm.adapters.lora_forward import AdaptedProduct, shorten_lora_forward
+from accel_llm.config.options import TrainOptions
+from accel_llm.data.batches import collate_packed, to_device
+from accel_llm.model.loading import load_model
+from accel_llm.model.loss import next_token_loss
 from accel_llm.model.quantization import keep_gradients
 
 WIDTH, OUT, RANK = 64, 96, 8
 KINDS = ["linear", "bias", "conv1d", "4bit", "8bit"]
 # Operators that only look at memory in another way, or reserve it: a device computes nothing for them.
-NO_LAUNCH = {"view", "_unsafe_view", "t", "transpose", "detach", "alias", "new_empty", "empty", "empty_like"}
+NO_LAUNCH = {
+    "view", "_unsafe_view", "_reshape_alias", "t", "transpose", "permute", "expand", "unsqueeze", "squeeze", "as_strided",
+    "select", "slice", "split", "split_with_sizes", "detach", "alias", "new_empty", "new_empty_strided", "empty",
+    "empty_like", "empty_strided",
+}  # fmt: skip
 
 
 def lora_layer(kind: str, base_dtype: torch.dtype = torch.float32, device: str = "cpu", **options: Any) -> Any:
@@ -285,6 +296,31 @@ def test_few_operators_are_launched(kind):
     layer = lora_layer(kind, torch.bfloat16)
     assert launches(layer, ours=True) == ours
     assert launches(layer, ours=False) == peft
+
+
+def decoder_launches(folder: Path, layers: int, method: str, recomputed: bool) -> int:
+    """Return how many operators a forward and a backward of a Llama launch in bf16, for one packed document."""
+    tiny_model("llama", num_hidden_layers=layers).bfloat16().save_pretrained(folder)
+    options = TrainOptions(
+        model_name_or_path=str(folder), method=method, precision="bf16", gradient_checkpointing=recomputed
+    )
+    model = materialize(attach_adapter(load_model(options), options), options).train()
+    ids = np.arange(5, 37)
+    batch = to_device(collate_packed([(ids, ids)]), torch.device("cpu"))
+    with Launches() as counted:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = next_token_loss(model, batch)
+        loss.backward()
+    return counted.names.total()
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21.2
+@pytest.mark.parametrize(
+    ("method", "recomputed", "most"), [("lora", False, 174), ("lora", True, 241), ("qlora", True, 262)]
+)
+def test_a_decoder_layer_launches_no_more_than_the_readme_says(method, recomputed, most, tmp_path):
+    two, three = (decoder_launches(tmp_path / str(n), n, method, recomputed) for n in (2, 3))
+    assert three - two <= most
 
 
 @pytest.mark.parametrize("kind", ["linear", "4bit"])

@@ -38,6 +38,9 @@ FEATURES = {
     ),
     "fsdp_offload_params, full": Feature("fsdp2", "--fsdp_offload_params true", "--method full --check_only", {}),
     "fsdp_offload_params, qlora": Feature("fsdp2", "--fsdp_offload_params true", f"{QLORA} --check_only", {}),
+    "mixture, full": Feature(
+        "single_gpu", "", f"--method full --check_only --model_name_or_path {{work}}/{MIXTURE}", {}
+    ),
     "inductor": Feature(
         "single_gpu", "--dynamo_backend inductor", f"{LORA} --check_only", {"compiled backend": "inductor"}
     ),

@@ -20,8 +20,9 @@ METHODS = {
 }
 STRATEGIES = ("single", "fsdp2", "zero2", "zero3", "zero3_offload")
 YAMLS = {"single": "single_gpu"}
-# What bitsandbytes cannot shard is refused with a sentence that names the option.
+# What cannot be sharded is refused with a sentence that names the option.
 REFUSED = {("lora8", strategy): "error: load_in_8bit: " for strategy in ("fsdp2", "zero3", "zero3_offload")}
+REFUSED |= {("dora+qlora", strategy): "error: use_dora: " for strategy in ("zero3", "zero3_offload")}
 NUMBER = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 

@@ -42,7 +42,7 @@ UNIX_ALONE = {
     signal: ["alarm", "setitimer", "getitimer", "pthread_sigmask", "pthread_kill", "sigwait", "sigpending"],
     os: [
         *("fork", "register_at_fork", "getpgid", "setsid", "killpg", "getuid", "geteuid", "uname", "pread", "pwrite"),
-        *("sendfile", "statvfs", "fchmod", "chown", "mkfifo", "sysconf", "getloadavg", "O_DIRECTORY", "O_NOFOLLOW"),
+        *("statvfs", "fchmod", "chown", "mkfifo", "sysconf", "getloadavg", "O_DIRECTORY", "O_NOFOLLOW"),
     ],
     select: ["poll", "epoll"],
 }

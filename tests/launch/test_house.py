@@ -202,7 +202,10 @@ def test_every_family_has_a_recipe_for_every_size() -> None:
     assert {path.name for path in RECIPES} == expected | {"demo.yaml", "demo_base.yaml"}
 
 
-@pytest.mark.parametrize(("family", "size"), FOR_A_GPU)
+# Each takes seconds; the largest GPU's recipes have all three methods.
+@pytest.mark.parametrize(
+    ("family", "size"), [pytest.param(*pair, marks=[] if pair[1] == 80 else pytest.mark.long) for pair in FOR_A_GPU]
+)
 def test_recipes_for_a_gpu_are_estimated_to_fit_it(family: str, size: int) -> None:
     path = ROOT / "launch" / "recipes" / f"{family}_{size}gb.yaml"
     options = memory.recipe_options(path)
@@ -297,3 +300,29 @@ def test_the_check_for_shadowed_modules_works() -> None:
     assert {"inspect", "evaluate", "tokenize", "profile"} & (
         set(sys.stdlib_module_names) | set(importlib.metadata.packages_distributions())
     ) >= {"inspect", "tokenize", "profile"}
+
+
+def text_without_encoding(tree: ast.Module) -> list[int]:
+    """Return the lines that open, read or write a text, or read a program's output as text, without an encoding."""
+    lines = []
+    for node in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        method = node.func if isinstance(node.func, ast.Attribute) else None
+        name = method.attr if method else getattr(node.func, "id", "")
+        if method and isinstance(method.value, ast.Name) and method.value.id == "os":  # os.open
+            continue
+        keywords = {keyword.arg for keyword in node.keywords}
+        values = [*node.args, *(keyword.value for keyword in node.keywords)]
+        binary = any(isinstance(value, ast.Constant) and "b" in str(value.value) for value in values)
+        # `read_text` alone is a function of ours.
+        of_file = (name == "open" and not binary) or (method and name in ("read_text", "write_text"))
+        if (of_file or "text" in keywords) and "encoding" not in keywords:
+            lines.append(node.lineno)
+    return lines
+
+
+def test_every_text_file_is_read_and_written_in_a_named_encoding() -> None:
+    wrong = ["open(p)", "Path(p).open('w')", "p.read_text()", "p.write_text(t)", "subprocess.run(c, text=True)"]
+    right = ["open(p, 'rb')", "p.open(encoding='utf-8')", "os.open(p, 0)", "p.read_text(encoding='utf-8')", "read_text(f)"]
+    assert text_without_encoding(ast.parse("\n".join([*right, *wrong]))) == [6, 7, 8, 9, 10]
+    files = [*PACKAGE, *SCRIPTS]
+    assert {path: lines for path in files if (lines := text_without_encoding(ast.parse(path.read_text("utf-8"))))} == {}

@@ -200,16 +200,25 @@ def test_dora_quantizes_the_layers_once_and_on_the_device(make_model, tmp_path, 
     assert len(devices) == 14
 
 
-def test_weights_that_were_quantized_before_move_to_the_device_with_their_scales(tiny, quiet):
-    settings = options(tiny, method="qlora", use_dora=True)
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("chosen", [{"use_dora": True}, {"init_lora_weights": "olora"}, {"init_lora_weights": "pissa"}])
+def test_weights_that_were_quantized_before_move_to_the_device_with_their_scales(chosen, stored, tiny, tmp_path, quiet):
+    base = tiny
+    if stored:  # a model whose files are in 4 bits
+        base = tmp_path / "stored"
+        eager(tiny).save_pretrained(base)
+        build_demo_tokenizer().save_pretrained(base)
+    settings = options(base, method="qlora", **chosen)
     model = attach_adapter(load_model(settings), settings)
     layers: list[Any] = [module for module in model.modules() if isinstance(module, Linear4bit)]
     materialize_weights(model, layers, torch.float32, torch.device("meta"))
-    quantized = [parameter for parameter in model.parameters() if isinstance(parameter, Params4bit)]
-    assert quantized and all(parameter.bnb_quantized for parameter in quantized)
-    for parameter in quantized:
-        state = parameter.quant_state
-        assert {parameter.device.type, state.absmax.device.type, state.state2.absmax.device.type} == {"meta"}
+    assert layers and all(layer.weight.bnb_quantized for layer in layers)
+    for layer in layers:
+        # FSDP2 replaces the parameter, and the layer then takes the state from itself.
+        assert layer.quant_state is layer.weight.quant_state
+        state, second = layer.quant_state, layer.quant_state.state2
+        tensors = [layer.weight, state.absmax, state.code, state.offset, second.absmax, second.code]
+        assert {tensor.device.type for tensor in tensors} == {"meta"}
 
 
 def test_modules_that_a_family_keeps_in_float32_stay_float32_in_bf16(tiny):

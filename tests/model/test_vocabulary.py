@@ -30,6 +30,7 @@ from accel_llm.adapters.saved import read_adapter_config, save_adapter
 from accel_llm.chat.template import load_template
 from accel_llm.config.options import TrainOptions
 from accel_llm.config.tool_options import MergeOptions
+from accel_llm.data.batches import collate_padded
 from accel_llm.errors import ConfigError
 from accel_llm.merge.merge import merge
 from accel_llm.model.loading import load_model
@@ -44,8 +45,7 @@ CHATML = ["<|im_start|>", "<|im_end|>"]
 OLD = 257  # 256 bytes and <|endoftext|>
 NEW = range(OLD, OLD + 2)
 IDS = torch.tensor([[*range(0, 255, 17), 257, 30, 258, 256], [257, *range(5, 250, 15), 258]])
-BATCH = {"input_ids": IDS, "labels": IDS, "position_ids": torch.arange(19)[None].expand(2, -1)}
-BATCH["attention_mask"] = torch.ones_like(IDS)
+BATCH = collate_padded([(row, row) for row in IDS.numpy()], 0)
 
 FAMILIES = {
     "llama": (LlamaForCausalLM, LlamaConfig, {"intermediate_size": 48, "num_key_value_heads": 2}),

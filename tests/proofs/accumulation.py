@@ -50,8 +50,8 @@ def float32_weights(net: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Return the complete weights that the optimizer steps. All processes must call it."""
     from deepspeed.utils import safe_get_full_fp32_param
 
-    weights = {}
-    for name, parameter in net.named_parameters():
+    weights, parameters = {}, dict[str, Any](net.named_parameters())
+    for name, parameter in parameters.items():
         whole: Any = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
         if strategy().startswith("zero"):
             whole = safe_get_full_fp32_param(parameter)

@@ -5,6 +5,7 @@ import functools
 import math
 import os
 import socket
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +249,32 @@ def test_muon_follows_the_schedule(model):
     build_schedule(optimizer, options, 10)
     optimizer.step()
     assert [group["lr"] for part, _ in optimizer.parts for group in part.param_groups] == [0.25] * 3
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[str(operation).split(".")[1]] += 1
+        return operation(*args, **(kwargs or {}))
+
+
+def test_a_step_over_an_adapter_is_one_operation_and_in_8_bits_one_for_each_tensor(model):
+    """launch/recipes/README.md says so."""
+    model = with_adapter(model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for name, expected in (("adamw", {"_fused_adamw_": 1}), ("adamw_8bit", {"optimizer_update": len(trained)})):
+        optimizer = build_optimizer(model, OptimOptions(optim=name), "cpu", "none")
+        for parameter in trained:
+            parameter.grad = torch.ones_like(parameter)
+        with Operations() as operations:
+            optimizer.step()
+        for operation, count in expected.items():
+            assert sum(n for key, n in operations.counts.items() if key.startswith(operation)) == count
 
 
 @pytest.mark.gpu
