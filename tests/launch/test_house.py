@@ -322,7 +322,13 @@ def text_without_encoding(tree: ast.Module) -> list[int]:
 
 def test_every_text_file_is_read_and_written_in_a_named_encoding() -> None:
     wrong = ["open(p)", "Path(p).open('w')", "p.read_text()", "p.write_text(t)", "subprocess.run(c, text=True)"]
-    right = ["open(p, 'rb')", "p.open(encoding='utf-8')", "os.open(p, 0)", "p.read_text(encoding='utf-8')", "read_text(f)"]
+    right = [
+        "open(p, 'rb')",
+        "p.open(encoding='utf-8')",
+        "os.open(p, 0)",
+        "p.read_text(encoding='utf-8')",
+        "read_text(f)",
+    ]
     assert text_without_encoding(ast.parse("\n".join([*right, *wrong]))) == [6, 7, 8, 9, 10]
     files = [*PACKAGE, *SCRIPTS]
     assert {path: lines for path in files if (lines := text_without_encoding(ast.parse(path.read_text("utf-8"))))} == {}
