@@ -4,6 +4,7 @@ import math
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -77,7 +78,9 @@ def total_targets(accelerator: Accelerator, micro_batches: list[Batch]) -> float
 
 def prefetch_to_device(batches: Iterator[Batch], device: torch.device, ahead: int) -> Iterator[Batch]:
     """Yield the batches of an endless iterator on `device`; the next `ahead` of them are made and copied meanwhile."""
-    with ThreadPoolExecutor(1) as thread:
+    # A new thread begins on the first GPU: pinning memory there would open a context on it for every process.
+    choose_device = partial(torch.cuda.set_device, torch.cuda.current_device()) if device.type == "cuda" else None
+    with ThreadPoolExecutor(1, initializer=choose_device) as thread:
 
         def fetch() -> Future[Batch]:
             return thread.submit(lambda: to_device(next(batches), device))

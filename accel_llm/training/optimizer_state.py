@@ -8,7 +8,7 @@ from accel_llm.config.options import OptimOptions
 from accel_llm.training.own_optimizers import embedding_weight_ids
 
 SMALLEST_8BIT, SMALLEST_PAGED = 4096, 100_000  # numbers in a weight; bitsandbytes treats smaller ones in the plain way
-BLOCK = 256  # 8-bit numbers with one float32 scale
+NUMBERS_PER_SCALE = 256  # 8-bit numbers with one float32 scale
 # Float32 numbers that a step holds for each number of the largest weight, besides the state.
 IN_A_STEP = {"adafactor": 2, "muon": 3}
 
@@ -48,6 +48,6 @@ def _state_bytes(name: str, parameter: nn.Parameter, is_table: bool, is_end: boo
     if name in ("adafactor", "lion") or (name == "muon" and parameter.ndim == 2 and not is_end):
         moments = 1
     in_8_bits = name.endswith("8bit") and numbers >= SMALLEST_8BIT and not is_table
-    scales = 4 * -(-numbers // BLOCK) if in_8_bits else 0
+    scales = 4 * -(-numbers // NUMBERS_PER_SCALE) if in_8_bits else 0
     paged = name.startswith("paged") and device_type == "cuda" and numbers >= SMALLEST_PAGED
     return moments * ((0 if paged else numbers * (1 if in_8_bits else 4)) + scales)
