@@ -15,8 +15,8 @@ from accel_llm.chat.template import Template, load_template
 from accel_llm.config.command_line import parse_options
 from accel_llm.config.tool_options import ChatOptions
 from accel_llm.errors import ConfigError
-from accel_llm.merge.load import describe_placement, load_to_ask, load_with_adapter
-from accel_llm.model.answers import Dialogue, print_remark
+from accel_llm.merge.load import load_to_ask, load_with_adapter, print_placement
+from accel_llm.model.answers import Dialogue
 from accel_llm.model.loading import check_model_name
 from accel_llm.model.tokenizer import load_tokenizer
 from accel_llm.system.exit import run_script
@@ -31,7 +31,7 @@ def main() -> None:
     template = load_template(tokenizer, options.chat_template)
     settings = generation_settings(model, tokenizer, template, options)
     dialogue = Dialogue(model, tokenizer, template, settings, options.system)
-    print_remark(describe_placement(model))
+    print_placement(model)
     for question in read_questions(options):
         dialogue.ask(question)
 

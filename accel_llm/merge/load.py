@@ -21,6 +21,7 @@ from accel_llm.config.tool_options import ChatOptions
 from accel_llm.errors import ConfigError
 from accel_llm.merge.attached import load_adapter
 from accel_llm.merge.skeleton import read_model_config
+from accel_llm.model.answers import print_remark
 from accel_llm.model.attention import unwrap_causal_lm
 from accel_llm.model.experts import has_4bit_experts, unpack_experts_in_forward
 from accel_llm.model.loading import load_complete_model, short_reason
@@ -182,3 +183,8 @@ def describe_placement(model: Any) -> str:
     in_4_bits = is_stored_in_4_bits(inner.config)
     name = str(settings["bnb_4bit_quant_type"]).upper() if in_4_bits else describe_quantization(settings)
     return f"On {inner.device.type}, {'4-bit' if in_4_bits else 'quantized'} weights ({name}), computing in {dtype}."
+
+
+def print_placement(model: Any) -> None:
+    """Tell the person where a loaded model is, apart from its answers; see `describe_placement`."""
+    print_remark(describe_placement(model))

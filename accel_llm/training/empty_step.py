@@ -224,7 +224,7 @@ def _layers(model: nn.Module) -> list[nn.Module]:
 
 
 def _gradient_bytes(model: nn.Module) -> int:
-    return sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+    return sum(gradient.nbytes for p in model.parameters() if (gradient := p.grad) is not None)
 
 
 def _weight_figures(model: nn.Module, device_type: str) -> dict[str, int]:

@@ -16,7 +16,7 @@ from accel_llm.training.optimizers import UNSUPPORTED, effective_optimizer
 
 GB = 2**30  # a "24 GB" GPU has 24 of these
 # On a GPU: CUDA's context, workspaces of libraries, and gaps between tensors. On a CPU: Python and its libraries.
-CONTEXT = {"cuda": GB, "cpu": GB // 2}
+CONTEXT = {"cuda": GB, "cpu": 7 * GB // 10}
 
 
 @dataclass(frozen=True)
