@@ -16,6 +16,10 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from accel_llm.config.options import MethodOptions
 from accel_llm.model.experts import expert_weights, prepare_4bit_experts
+from accel_llm.model.four_bit_kernel import correct_cpu_unpacking
+
+# For all that follows: layers of transformers and PEFT unpack their weights themselves.
+correct_cpu_unpacking()
 
 
 def _layers_to_quantize(model: PreTrainedModel) -> tuple[dict[str, Any], list[str]]:

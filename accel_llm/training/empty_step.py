@@ -237,7 +237,7 @@ def _weight_figures(model: nn.Module, device_type: str) -> dict[str, int]:
         "trained": sum(parameter.nbytes for parameter in trained),
         "trainable": sum(parameter.numel() for parameter in trained),
         "layer": max(sum(p.nbytes for p in layer.parameters()) for layer in _layers(model)),
-        "embedding": weight.nbytes if alone else 0,
+        "embedding": weight.nbytes if weight is not None and alone else 0,
         **optimizer_bytes(model, device_type),
     }
 

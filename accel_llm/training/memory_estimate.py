@@ -74,7 +74,7 @@ def memory_savings(
 ) -> list[tuple[str, int]]:
     """Return changes of settings that save memory, each as a person types it, with the bytes it saves, largest first.
 
-    The changes exclude nothing but each other's gains. Shorter rows come last, because longer documents would be lost.
+    Each gain is that of one change alone. Shorter rows come last, because longer documents would be lost.
     """
     layout = _launched_layout(processes, device_type)
     figures = _figures(options, config, layout)
