@@ -7,6 +7,8 @@ python launch/chat.py --model merged --prompt "What is 3 + 4?"
 from collections.abc import Iterator
 from typing import Any
 
+import accel_llm.system.chatter
+
 from transformers import GenerationConfig, PreTrainedTokenizerFast, set_seed
 
 from accel_llm.adapters.locate import check_bases, find_adapter, find_base
