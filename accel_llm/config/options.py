@@ -207,7 +207,7 @@ class RunOptions(Options):
     seed: int = Field(42, ge=0, lt=2**32, description="Seed of initialization, order of rows, dropout and noise")
     report_to: Trackers = Field(default_factory=list, description="Trackers that get the metrics")
     run_name: str | None = Field(None, description="Name of the run in trackers and run.json")
-    dry_run: bool = Field(False, description="Show settings, rows, ledger and steps, then stop before training")
+    dry_run: bool = Field(False, description="Show settings, rows, ledger, steps and memory, then stop before training")
     check_only: bool = Field(False, description="Take one step, show checks and settings, then stop; nothing is kept")
     eval_on_start: bool = Field(False, description="Evaluate before the first step too")
     eval_generate: int = Field(

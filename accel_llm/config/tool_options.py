@@ -102,10 +102,10 @@ class ChatOptions(Options):
         None, description="Chat template: chatml, or a .jinja file; none: the tokenizer's own"
     )
     precision: Precision = Field(
-        "auto", description="Number format; auto: as stored, or fp32 on a CPU; in 4 bits as a training run computes"
+        "auto", description="Number format; auto: as stored, or fp32 on a CPU; with 4-bit weights as in training"
     )
     load_in_4bit: bool | None = Field(
-        None, description="Hold the weights in 4 bits; none: if the adapter was trained on a base in 4 bits"
+        None, description="Hold the weights in 4 bits; none: only if the adapter was trained on such a base"
     )
     seed: int = Field(42, ge=0, lt=2**32, description="Seed of the sampling")
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model")

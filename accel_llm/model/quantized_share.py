@@ -51,19 +51,19 @@ def check_quantized_share(config: PreTrainedConfig, options: MethodOptions) -> N
     if share > ALLOWED_SHARE:
         raise ConfigError(
             f"{option}: {share:.0%} of the weights between embedding and head would stay in 16 bits "
-            f"({_gigabytes(sum(body_left.values()))}), such as {largest}; {_remedy(bits, config)}."
+            f"({_size_in_16_bits(sum(body_left.values()))}), such as {largest}; {_remedy(bits, config)}."
         )
     if process_rank() == 0:
         total = sum(sizes.values())
         print(
             f"{bits}-bit weights: {1 - sum(left.values()) / total:.1%} of {total:,}; the others (embedding, head, norms, "
-            f"routers) take {_gigabytes(sum(left.values()))} in 16 bits",
+            f"routers) take {_size_in_16_bits(sum(left.values()))} in 16 bits",
             flush=True,
         )
 
 
-def _gigabytes(count: int) -> str:
-    return f"{2 * count / 1e9:.2g} GB"
+def _size_in_16_bits(count: int) -> str:
+    return f"{2 * count / 1e9:.2g} GB" if count >= 5e7 else f"{2 * count / 1e6:.2g} MB"
 
 
 def _remedy(bits: int, config: PreTrainedConfig) -> str:

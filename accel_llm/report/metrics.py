@@ -50,6 +50,7 @@ class Meter:
         if accelerator.is_main_process and step:
             self.supervised = _drop_lines_after(self.file, step, plan.total_steps)
         self.progress = _start_progress(accelerator, plan, step, options.check_only)
+        record.stop_progress = self.close
 
     def _reset(self, state: Sequence[float] = (0.0,) * 5) -> None:
         # The sums of loss and weight of the targets, without losses that are not finite; then targets and tokens.

@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -69,6 +69,7 @@ class Record:
     def __init__(self, folder: Path, main: bool):
         self.path, self.main, self.facts = folder / "run.json", main, {}
         self.problems: list[str] = []  # what failed beside the training, a sentence each
+        self.stop_progress: Callable[[], None] = lambda: None  # removes the progress bar, so that the reason is last
 
     def update(self, **facts: Any) -> None:
         """Add or replace facts. Only the main process writes them."""
@@ -144,6 +145,7 @@ def recording(folder: str | Path, main: bool, facts: dict[str, Any]) -> Iterator
         wait_for_all()
         raise
     except BaseException as error:
+        record.stop_progress()
         # Another process may have failed first: its reason is the one to keep.
         wait_for_root_cause(error)
         record.fail(memory_failure(error) or f"{type(error).__name__}: {error}", **failed)

@@ -75,13 +75,13 @@ def memory_failure(error: BaseException) -> str | None:
         return None
     if not memory_advice.device_type:
         return f"{reason}."
-    return f"{reason}; the same command continues from the last whole checkpoint, if there is one."
+    return f"{reason}; with such a change the run continues from its last whole checkpoint, if there is one."
 
 
 def memory_reason(error: BaseException) -> str | None:
     """Return where memory ran out, and what helps, if `error` or one of its causes says that it did; else None.
 
-    The tensors of the functions that have ended by the error are given free.
+    The tensors of the functions that have ended by the error are freed.
     """
     if not ran_out_of_memory(error):
         return None
@@ -182,7 +182,8 @@ def _requested(text: str) -> str:
     match = re.search(r"allocate (\d[\d.]*) ([KMGT]?i?B|bytes)", text)
     if match is None:
         return ""
-    return f", where {as_gib(int(match[1])) if match[2] == 'bytes' else f'{match[1]} {match[2]}'} more were needed"
+    needed = as_gb(int(match[1])) if match[2] == "bytes" else f"{match[1]} {match[2].replace('i', '')}"
+    return f", where {needed} more were needed"
 
 
 def _device_state(text: str) -> str:
@@ -192,10 +193,10 @@ def _device_state(text: str) -> str:
     index = torch.cuda.current_device()
     free, total = torch.cuda.mem_get_info(index)
     allowed = re.search(r"([\d.]+ [KMGT]iB) allowed", text)
-    limit = f", {allowed[1]} of which this process may take" if allowed else ""
+    limit = f", {allowed[1].replace('i', '')} of which this process may take" if allowed else ""
     return (
-        f"cuda:{index} has {as_gib(total)}{limit}, {as_gib(free)} are free, and this process holds "
-        f"{as_gib(torch.cuda.memory_reserved(index))}, {as_gib(torch.cuda.memory_allocated(index))} of it in tensors"
+        f"cuda:{index} has {as_gb(total)}{limit}, {as_gb(free)} are free, and this process holds "
+        f"{as_gb(torch.cuda.memory_reserved(index))}, {as_gb(torch.cuda.memory_allocated(index))} of it in tensors"
     )
 
 
@@ -203,13 +204,13 @@ def _host_state() -> str:
     memory, process = psutil.virtual_memory(), psutil.Process()
     limits = [process.rlimit(kind)[0] for kind in (psutil.RLIMIT_AS, psutil.RLIMIT_DATA)] if psutil.LINUX else []
     finite = [limit for limit in limits if 0 <= limit < memory.total]
-    limit = f" and may take {as_gib(min(finite))} (ulimit)" if finite else ""
+    limit = f" and may take {as_gb(min(finite))} (ulimit)" if finite else ""
     return (
-        f"the machine has {as_gib(memory.total)}, {as_gib(memory.available)} are free, and this process holds "
-        f"{as_gib(process.memory_info().rss)}{limit}"
+        f"the machine has {as_gb(memory.total)}, {as_gb(memory.available)} are free, and this process holds "
+        f"{as_gb(process.memory_info().rss)}{limit}"
     )
 
 
-def as_gib(size: float) -> str:
-    """Return a number of bytes as text in GiB, or in MiB below a tenth of one."""
-    return f"{size / 2**30:.2f} GiB" if size >= 0.1 * 2**30 else f"{size / 2**20:.1f} MiB"
+def as_gb(size: float) -> str:
+    """Return a number of bytes as text in GB (2^30 bytes, as the sizes of GPUs), or in MB below a tenth of one."""
+    return f"{size / 2**30:.2f} GB" if size >= 0.1 * 2**30 else f"{size / 2**20:.1f} MB"

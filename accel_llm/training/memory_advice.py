@@ -6,7 +6,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedConfig
 
 from accel_llm.config.options import TrainOptions
-from accel_llm.system.out_of_memory import as_gib, memory_advice
+from accel_llm.system.out_of_memory import as_gb, memory_advice
 from accel_llm.training.memory_estimate import estimate_memory, memory_savings
 
 SETTINGS_NAMED = 3
@@ -27,10 +27,10 @@ def note_memory_advice(accelerator: Accelerator, options: TrainOptions, config: 
 def _complete(options: TrainOptions, config: PreTrainedConfig, processes: int, device_type: str) -> None:
     memory_advice.complete = None
     estimate = estimate_memory(options, config, processes, device_type)
-    terms = " + ".join(f"{name} {as_gib(size)}" for name, size in estimate.terms.items())
-    memory_advice.estimate = f"estimated were {terms} = {as_gib(estimate.total)}"
+    terms = " + ".join(f"{name} {as_gb(size)}" for name, size in estimate.terms.items())
+    memory_advice.estimate = f"estimated were {terms} = {as_gb(estimate.total)}"
     savings = memory_savings(options, config, processes, device_type)[:SETTINGS_NAMED]
-    gains = ", ".join(f"{setting} ({as_gib(gain)})" for setting, gain in savings)
+    gains = ", ".join(f"{setting} ({as_gb(gain)})" for setting, gain in savings)
     memory_advice.for_training = f"what saves most: {gains}" if gains else "take a smaller model or a larger device"
 
 

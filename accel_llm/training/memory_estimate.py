@@ -24,8 +24,8 @@ class MemoryEstimate:
     """Bytes of one device at the fullest moment of a step, by name, in this order.
 
     `weights` are all weights as they are stored, with those of an adapter. `trained` is what training adds for each
-    trained weight: gradients, the optimizer's state, and DeepSpeed's float32 copies. `checkpoints` are the activations
-    that wait for the backward pass, `peak` what is computed at the moment, and `context` what is no tensor.
+    trained weight: gradients, the optimizer's state, and DeepSpeed's float32 copies. `activations` are those that wait
+    for the backward pass, `peak` is what is computed at the moment, and `context` what is no tensor.
     """
 
     terms: dict[str, int]
@@ -38,8 +38,9 @@ class MemoryEstimate:
     def describe(self) -> str:
         """Return the total and the terms, as `6.9 GB = 5.5 weights + ...`; in MB if it is little."""
         unit, name, digits = (GB, "GB", 1) if self.total >= 2 * GB else (2**20, "MB", 0)
-        terms = " + ".join(f"{size / unit:.{digits}f} {term}" for term, size in self.terms.items())
-        return f"{self.total / unit:.{digits}f} {name} = {terms}"
+        rounded = {term: round(size / unit, digits) for term, size in self.terms.items()}  # so that they add up
+        terms = " + ".join(f"{size:.{digits}f} {term}" for term, size in rounded.items())
+        return f"{sum(rounded.values()):.{digits}f} {name} = {terms}"
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ def memory_savings(
 ) -> list[tuple[str, int]]:
     """Return changes of settings that save memory, each as a person types it, with the bytes it saves, largest first.
 
-    Each gain is that of one change alone. Shorter rows come last, because longer documents would be lost.
+    Each gain is that of one change alone; those below 1% are left out. Shorter rows come last, because longer documents
+    would be lost.
     """
     layout = _launched_layout(processes, device_type)
     figures = _figures(options, config, layout)
@@ -88,7 +90,7 @@ def memory_savings(
     for name, other in _other_layouts(options, layout):
         new = _estimate(options, other, _figures(options, config, other)).total
         savings.append((f"--config_file accelerate_configs/{name}.yaml", total - new))
-    return sorted((s for s in savings if s[1] > 0), key=lambda s: (s[0].startswith("max_length"), -s[1]))
+    return sorted((s for s in savings if 100 * s[1] > total), key=lambda s: (s[0].startswith("max_length"), -s[1]))
 
 
 def _other_settings(options: TrainOptions, layout: Layout) -> list[tuple[str, Any]]:
@@ -172,8 +174,8 @@ def _estimate(options: TrainOptions, layout: Layout, figures: dict[str, int]) ->
             moments.append((kept + (gradients if own else 0), stored, added + passing))
     step = figures[f"{effective_optimizer(options, layout.device_type)} step"]
     moments.append((kept + (figures["trained"] if own else 0), 0, step // (1 if own else layout.processes)))
-    trained, checkpoints, peak = max(moments, key=sum)
-    terms = {"weights": weights, "trained": trained, "checkpoints": checkpoints, "peak": peak}
+    trained, activations, peak = max(moments, key=sum)
+    terms = {"weights": weights, "trained": trained, "activations": activations, "peak": peak}
     return MemoryEstimate({**terms, "context": CONTEXT.get(layout.device_type, GB)})
 
 

@@ -32,12 +32,13 @@ def show_memory(
     try:
         estimate = estimate_memory(*arguments)
         available, owner = _device_memory(accelerator)
-        sentence = f"memory of one process, estimated: {estimate.describe()}; {owner} {available / GB:.1f}"
+        sentence = f"memory of one process, estimated: {estimate.describe()}; {owner} {available / GB:.1f} GB"
         console.print(sentence, soft_wrap=True, markup=False)
         if estimate.total > available:
-            savings = [f"{setting} ({size / GB:.1f})" for setting, size in memory_savings(*arguments)[:SAVINGS_SHOWN]]
-            remedy = f"what saves most, in GB: {', '.join(savings)}" if savings else "take a smaller model"
-            console.print(f"It may not fit; {remedy}.", style="yellow", soft_wrap=True, markup=False)
+            console.print("memory: it may not fit; looking for what saves most", style="yellow")
+            savings = [f"{setting} ({size / GB:.1f} GB)" for setting, size in memory_savings(*arguments)]
+            remedy = ", ".join(savings[:SAVINGS_SHOWN]) or "a smaller model"
+            console.print(f"memory: what saves most: {remedy}", style="yellow", soft_wrap=True, markup=False)
     except Exception as error:  # of a family that cannot be followed without data
         console.print(f"memory: there is no estimate for this model ({short_reason(error)})", soft_wrap=True)
         return {}
@@ -58,4 +59,4 @@ def _device_memory(accelerator: Accelerator) -> tuple[int, str]:
     """Return the bytes that one process can have, and the words for who has them."""
     if accelerator.device.type == "cuda":
         return torch.cuda.get_device_properties(accelerator.device).total_memory, "this GPU has"
-    return psutil.virtual_memory().total // accelerator.num_processes, "its share of this machine is"
+    return psutil.virtual_memory().total // accelerator.num_processes, "it can have"

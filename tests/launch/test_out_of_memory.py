@@ -50,8 +50,8 @@ def test_what_the_libraries_raise_on_the_host_is_recognized(little_memory, tmp_p
     with file.open("wb") as handle:
         handle.truncate(3 << 30)
     calls = {
-        "torch": (lambda: torch.empty(1 << 30), "4.00 GiB"),
-        "numpy": (lambda: np.empty(1 << 30), "8.00 GiB"),
+        "torch": (lambda: torch.empty(1 << 30), "4.00 GB"),
+        "numpy": (lambda: np.empty(1 << 30), "8.00 GB"),
         "python": (lambda: bytes(1 << 31), None),
         "a mapped file": (lambda: torch.from_file(str(file), size=1 << 29), None),
     }
@@ -66,7 +66,7 @@ def test_what_the_libraries_raise_on_the_host_is_recognized(little_memory, tmp_p
 @pytest.mark.parametrize(
     ("error", "where"),
     [
-        (torch.OutOfMemoryError(CUDA), "the device, where 2.50 GiB more were needed"),
+        (torch.OutOfMemoryError(CUDA), "the device, where 2.50 GB more were needed"),
         (RuntimeError("CUDA error: out of memory"), "the device or the host"),  # pinned memory, a context
         (RuntimeError("NCCL error: Cuda failure 2 'out of memory'"), "the device"),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "the device"),
@@ -206,8 +206,8 @@ def test_the_sentence_says_where_and_what_helps_and_nothing_is_half_written(
         assert f"complete in {out / 'adapter'})" in sentence
         assert "lower max_length, which is 128" in sentence
     else:
-        assert "; estimated were weights 2.00 GiB + peak 0.50 GiB = 2.50 GiB; " in sentence
-        assert "; what saves most: a: true (1.50 GiB), b: 1 (0.50 GiB), c: 2 (1.0 MiB); the same command " in sentence
+        assert "; estimated were weights 2.00 GB + peak 0.50 GB = 2.50 GB; " in sentence
+        assert "; what saves most: a: true (1.50 GB), b: 1 (0.50 GB), c: 2 (1.0 MB); with such a change " in sentence
     if place in ("loading", "weights", "checks"):
         assert not out.exists()
         return
@@ -286,7 +286,7 @@ def test_a_step_that_needs_more_than_there_is(make_model, tmp_path):
     assert ended.returncode == 2, ended.stderr[-3000:]
     (line,) = ended.stderr.splitlines()[-1:]
     assert re.match(
-        r"error: Out of memory on the host in the (forward|backward) pass of step 1, where [\d.]+ MiB ", line
+        r"error: Out of memory on the host in the (forward|backward) pass of step 1, where [\d.]+ MB ", line
     )
     for part in (
         "; the machine has ",

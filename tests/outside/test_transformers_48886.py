@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from accel_llm.data.batches import collate_padded
 from accel_llm.errors import ConfigError
 from accel_llm.model.loss import attach_loss, next_token_loss
 
@@ -41,6 +42,6 @@ def test_a_balance_loss_that_the_family_has_is_trained() -> None:
     model, ids = _model("qwen3_moe", asks=True), torch.arange(1, 13).view(1, 12)
     expected = model(input_ids=ids, labels=ids).loss.item() * 11
     attach_loss(model, 100)
-    batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+    batch = collate_padded([(ids[0].numpy(), ids[0].numpy())], pad_token_id=0)
     assert next_token_loss(model.train(), batch).item() == pytest.approx(expected, rel=1e-6)
     assert next_token_loss(model.eval(), batch).item() < expected - 0.01  # an evaluation is the plain loss

@@ -19,7 +19,7 @@ def test_the_estimate_is_printed_and_kept(capsys):
     facts = show_memory(Accelerator(cpu=True), options, config, ROWS)["memory"]
     estimate = estimate_memory(options, config, 1, "cpu")
     screen = capsys.readouterr().out
-    assert screen.startswith(f"memory of one process, estimated: {estimate.describe()}; its share of this machine is ")
+    assert screen.startswith(f"memory of one process, estimated: {estimate.describe()}; it can have ")
     assert screen.count("\n") == 1  # and no advice
     assert facts["peak_memory_mb"] == estimate.total // 2**20  # on a CPU the metric counts all that is resident
     assert facts["device_mb"] > sum(facts["estimated_mb"].values())
@@ -38,11 +38,12 @@ def test_what_does_not_fit_gets_advice_and_goes_on(capsys, monkeypatch):
     options, config = TrainOptions(max_length=512), LlamaConfig(**SIZES)
     monkeypatch.setattr(memory_report, "_device_memory", lambda accelerator: (GB // 4, "this GPU has"))
     facts = show_memory(Accelerator(cpu=True), options, config, ROWS)
-    first, second = capsys.readouterr().out.splitlines()
-    assert first.endswith("; this GPU has 0.2")
-    assert second.startswith("It may not fit; what saves most, in GB: ")
+    first, second, third = capsys.readouterr().out.splitlines()
+    assert first.endswith("; this GPU has 0.2 GB")
+    assert second == "memory: it may not fit; looking for what saves most"
+    assert third.startswith("memory: what saves most: ")
     shown = [name for name, _ in memory_savings(options, config, 1, "cpu")[: memory_report.SAVINGS_SHOWN]]
-    assert shown and all(name in second for name in shown)
+    assert shown and all(name in third for name in shown)
     assert facts["memory"]["device_mb"] == 256
 
 
