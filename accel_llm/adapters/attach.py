@@ -83,6 +83,11 @@ def adopt_adapter_options(options: MethodOptions) -> Any:
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise ConfigError(f"adapter_name_or_path: {name} has no {ADAPTER_WEIGHTS}; only safetensors are read.")
     check_first_values(settings, name, "adapter_name_or_path")
+    if subtracted_init(init := settings.get("init_lora_weights")) and (options.method == "qlora" or options.load_in_8bit):
+        raise ConfigError(
+            f"adapter_name_or_path: {name} was saved by PEFT with init_lora_weights {init}, whose base in 4 or 8 bits "
+            "nobody can compute again; train it further with method lora and without load_in_8bit."
+        )
     if "init_lora_weights" in options.model_fields_set and options.init_lora_weights is not True:
         raise ConfigError(
             f"init_lora_weights: {options.init_lora_weights} has no effect, because the weights of the adapter {name} "
@@ -122,9 +127,9 @@ def attach_adapter(model: PreTrainedModel, options: TrainOptions, new_tokens: ra
     """
     _check_module_names(model, options)
     config = _peft_config(options)
-    if (parts := parts_beside_language(model)) and not config.exclude_modules:
+    if (others := [*parts_beside_language(model), *_routers(model)]) and not config.exclude_modules:
         # `all-linear`, and names such as q_proj, also match the layers of a vision tower.
-        config.exclude_modules = f"(?:{'|'.join(map(re.escape, parts))})(?:\\..*)?"
+        config.exclude_modules = f"(?:{'|'.join(map(re.escape, others))})(?:\\..*)?"
     # First values that are a part of the base's weights come afterwards: PEFT would change the base.
     init, orthogonal = subtracted_init(config.init_lora_weights), config.init_lora_weights == "orthogonal"
     try:
@@ -155,6 +160,17 @@ def attach_adapter(model: PreTrainedModel, options: TrainOptions, new_tokens: ra
     if options.adapter_name_or_path is not None:
         _load_weights(wrapped, options.adapter_name_or_path)
     return wrapped
+
+
+def _routers(model: PreTrainedModel) -> list[str]:
+    """Return the names of linear layers that return more than a product (PhiMoE, Llama 4); PEFT 0.21 takes them for one."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and type(module).__module__.startswith("transformers.")
+        and type(module).forward is not torch.nn.Linear.forward
+    ]
 
 
 def _peft_config(options: MethodOptions) -> Any:

@@ -36,7 +36,7 @@ def sum_of_chunks(
     head: Any = model.get_output_embeddings()
     trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
     differentiated = torch.is_grad_enabled() and (hidden.requires_grad or bool(trained))
-    if differentiated and not _needs_recomputation(head, hidden, trained):
+    if differentiated and not _needs_recomputation(head, hidden):
         loss: Any = LossInOnePass.apply(model, chunks, targets, weights, hidden, *trained)
         return loss
 
@@ -50,17 +50,18 @@ def sum_of_chunks(
     return torch.stack([checkpoint(_chunk_loss, model, *part, **settings) for part in parts]).sum()
 
 
-def _needs_recomputation(head: nn.Module, hidden: torch.Tensor, trained: list[nn.Parameter]) -> bool:
+def _needs_recomputation(head: nn.Module, hidden: torch.Tensor) -> bool:
     """Return whether the gradient cannot be computed together with the loss.
 
-    ZeRO-3 lets a gradient be computed in the backward pass only. And in fp16 the gradient of a trained head would be
-    too small without the scale of the loss, which is known in the backward pass only.
+    ZeRO-3 lets a gradient of the head be computed in the backward pass only. And in fp16 a gradient would lose digits
+    or vanish without the scale of the loss, which is known in the backward pass only: with token weights of 0.001 the
+    gradient of the hidden states would be 2% off.
     """
     device = hidden.device.type
     half = hidden.dtype == torch.float16
     if torch.is_autocast_enabled(device):
         half = torch.get_autocast_dtype(device) == torch.float16
-    return (half and bool(trained)) or any(hasattr(parameter, "ds_id") for parameter in head.parameters())
+    return half or any(hasattr(parameter, "ds_id") for parameter in head.parameters())
 
 
 class LossInOnePass(torch.autograd.Function):

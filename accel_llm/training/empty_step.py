@@ -145,9 +145,13 @@ def _whole() -> Iterator[None]:
 
 
 def _shorten(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
-    """Return a copy of the config with fewer layers."""
+    """Return a copy of the config with fewer layers, and with rotary embeddings that read no lengths."""
     config = copy.deepcopy(config)
     text: Any = config.get_text_config()
+    rotary = getattr(text, "rope_parameters", None) or {}
+    for scaling in (rotary, *rotary.values()):  # one for the model, or one for each kind of layer
+        if isinstance(scaling, dict) and scaling.get("rope_type") in ("dynamic", "longrope"):
+            scaling["rope_type"] = "default"  # its results have the same sizes
     for owner in (config, text):
         if getattr(owner, "quantization_config", None):  # of the files, which are not read
             del owner.quantization_config  # type: ignore[attr-defined]

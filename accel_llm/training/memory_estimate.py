@@ -75,12 +75,13 @@ def memory_savings(
 ) -> list[tuple[str, int]]:
     """Return changes of settings that save memory, each as a person types it, with the bytes it saves, largest first.
 
-    Each gain is that of one change alone; those below 1% are left out. Shorter rows come last, because longer documents
+    Each gain is that of one change alone; those below 1% of all tensors are left out. Shorter rows come last, because longer documents
     would be lost.
     """
     layout = _launched_layout(processes, device_type)
     figures = _figures(options, config, layout)
-    total = _estimate(options, layout, figures).total
+    estimate = _estimate(options, layout, figures)
+    total, least = estimate.total, (estimate.total - estimate.terms["context"]) // 100
     savings: list[tuple[str, int]] = []
     for name, value in _other_settings(options, layout):
         changed = options.model_copy(update={name: value})
@@ -90,7 +91,7 @@ def memory_savings(
     for name, other in _other_layouts(options, layout):
         new = _estimate(options, other, _figures(options, config, other)).total
         savings.append((f"--config_file accelerate_configs/{name}.yaml", total - new))
-    return sorted((s for s in savings if 100 * s[1] > total), key=lambda s: (s[0].startswith("max_length"), -s[1]))
+    return sorted((s for s in savings if s[1] > least), key=lambda s: (s[0].startswith("max_length"), -s[1]))
 
 
 def _other_settings(options: TrainOptions, layout: Layout) -> list[tuple[str, Any]]:

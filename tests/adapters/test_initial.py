@@ -295,6 +295,15 @@ def test_an_adapter_of_plain_peft_goes_on_from_its_own_start(bases, tmp_path, in
     assert distance(logits(PeftModel.from_pretrained(base, tmp_path / "second")), expected) < 2e-6
 
 
+@pytest.mark.parametrize("changes", [{"method": "qlora"}, {"load_in_8bit": True}], ids=["4 bits", "8 bits"])
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_adapter_of_plain_peft_does_not_go_on_from_a_quantized_base(bases, tmp_path, init, changes):
+    """PEFT quantizes what it leaves of the base; here the base is quantized first, which is another model."""
+    peft_adapter(bases["llama"], tmp_path / "first", init)
+    with pytest.raises(ConfigError, match=f"^adapter_name_or_path: .* init_lora_weights {init}, whose base in 4 or 8"):
+        attached(bases["llama"], adapter_name_or_path=str(tmp_path / "first"), **changes)
+
+
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_an_adapter_on_what_peft_left_of_the_base_is_refused_with_the_whole_base(bases, tmp_path, init):
     """Somebody saved the changed base as the base, and forgot to set init_lora_weights to true."""

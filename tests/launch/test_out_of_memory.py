@@ -201,7 +201,7 @@ def test_the_sentence_says_where_and_what_helps_and_nothing_is_half_written(
     error = raised(lambda: script("sft", *sft_words(tiny, chats, out)))
     sentence = memory_failure(error)
     assert sentence and sentence.startswith(f"Out of memory on the device {where}")
-    assert sentence.count("\n") == 0 and sentence.endswith("from the last whole checkpoint, if there is one.")
+    assert sentence.count("\n") == 0 and sentence.endswith("from its last whole checkpoint, if there is one.")
     if place == "last evaluation":
         assert f"complete in {out / 'adapter'})" in sentence
         assert "lower max_length, which is 128" in sentence

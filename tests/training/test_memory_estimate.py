@@ -10,7 +10,7 @@ import memory
 import numpy as np
 import pytest
 import torch
-from support import FAMILIES, SIZES, UNFUSED_FAMILIES, UNPACKABLE, materialize
+from support import FAMILIES, SCALED, SIZES, UNFUSED_FAMILIES, UNPACKABLE, materialize, scaled_model
 from torch.profiler import ProfilerActivity, profile
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig
 
@@ -193,6 +193,12 @@ def test_every_family_has_an_estimate(family):
     with torch.device("meta"):
         numbers = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     assert estimate_memory(options, config, 1).terms["weights"] >= 4 * numbers
+
+
+@pytest.mark.parametrize("kind", SCALED)
+def test_rotary_embeddings_that_depend_on_lengths_have_an_estimate(kind):
+    options = TrainOptions(method="full", max_length=32, packing=False)
+    assert estimate_memory(options, scaled_model(kind).config, 1).terms["activations"] > 0
 
 
 def layout(strategy: str, processes: int, **zero: Any) -> Layout:
