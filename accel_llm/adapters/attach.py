@@ -83,7 +83,9 @@ def adopt_adapter_options(options: MethodOptions) -> Any:
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise ConfigError(f"adapter_name_or_path: {name} has no {ADAPTER_WEIGHTS}; only safetensors are read.")
     check_first_values(settings, name, "adapter_name_or_path")
-    if subtracted_init(init := settings.get("init_lora_weights")) and (options.method == "qlora" or options.load_in_8bit):
+    if subtracted_init(init := settings.get("init_lora_weights")) and (
+        options.method == "qlora" or options.load_in_8bit
+    ):
         raise ConfigError(
             f"adapter_name_or_path: {name} was saved by PEFT with init_lora_weights {init}, whose base in 4 or 8 bits "
             "nobody can compute again; train it further with method lora and without load_in_8bit."

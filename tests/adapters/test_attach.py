@@ -10,15 +10,17 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
-from support import materialize
+from support import materialize, random_rows, tiny_model
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from accel_llm.adapters.attach import attach_adapter
 from accel_llm.adapters.saved import read_adapter_config, save_adapter
 from accel_llm.backend.strategy import PRECISION_DTYPES
 from accel_llm.config.options import TrainOptions
+from accel_llm.data.batches import collate_padded
 from accel_llm.errors import ConfigError
-from accel_llm.model.loading import load_model
+from accel_llm.model.loading import configure_for_training, load_model
+from accel_llm.model.loss import next_token_loss
 
 pytestmark = pytest.mark.usefixtures("quiet")
 IDS = torch.randint(600, (2, 20), generator=torch.Generator().manual_seed(3))
@@ -266,3 +268,13 @@ def test_an_adapter_that_cannot_go_on_is_refused(script, tiny, chats, tmp_path, 
     with pytest.raises(ConfigError, match=r"has no adapter_model.safetensors; only safetensors are read"):
         script("sft", *words, first)
     assert not (tmp_path / "never").exists()
+
+
+@pytest.mark.parametrize("family", ["phimoe", "llama4_text"])
+def test_a_router_that_returns_more_than_a_product_gets_no_adapter(family: str) -> None:
+    """PEFT takes it for a linear layer, and the first forward would end in a traceback."""
+    options = TrainOptions(model_name_or_path="x", packing=False, max_length=32)
+    model = attach_adapter(configure_for_training(tiny_model(family), options), options)
+    assert not any("router" in name for name, p in model.named_parameters() if p.requires_grad)
+    next_token_loss(model.train(), collate_padded(random_rows(3, 9), 0)).backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)

@@ -5,12 +5,12 @@ import accel_llm.system.chatter
 import pytest
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
+from support import tiny_model
 from torch import nn
 from torch.nn import functional as F
 from transformers import BitsAndBytesConfig
 
 from accel_llm.model.quantization import prepare_4bit_layers, round_to_4_bits
-from support import tiny_model
 
 # Width 32 modulo 64 is where bitsandbytes 0.50.2 goes wrong on a CPU with AVX-512.
 SHAPES = [(96, 96), (64, 224), (48, 32), (3, 160), (16, 172), (31, 40), (7, 8), (96, 64), (64, 128), (5, 33)]
