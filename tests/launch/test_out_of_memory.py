@@ -314,7 +314,7 @@ def test_a_gpu_that_is_too_small(script, make_model, tmp_path):
         torch.cuda.set_per_process_memory_fraction(1.0)
     sentence = str(memory_failure(error))
     assert re.match(
-        r"Out of memory on the device (in|while) .*, where [\d.]+ [KM]iB more were needed; cuda:0 has ", sentence
+        r"Out of memory on the device (in|while) .*, where [\d.]+ [KM]B more were needed; cuda:0 has ", sentence
     )
     assert re.search(
         r" of which this process may take, .* are free, and this process holds .* of it in tensors;", sentence
