@@ -44,5 +44,5 @@ def _for_evaluation(options: TrainOptions) -> str:
 
 def _for_host(options: TrainOptions) -> str:
     """Name what takes memory of the host in a run on a GPU."""
-    settings = [f"{name}: false" for name in ("save_async", "offload_embeddings") if getattr(options, name, False)]
+    settings = [f"{name}: false" for name in ("save_async", "offload_embeddings") if getattr(options, name)]
     return f"less is taken with {', '.join([*settings, 'fewer processes or a launch YAML without offload'])}"

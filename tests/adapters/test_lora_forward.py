@@ -152,8 +152,7 @@ def test_offsets_of_pissa_are_added_in():
         assert_close(ours, peft, bound)
 
 
-@pytest.mark.parametrize("kind", ["linear", "4bit"])
-def test_a_trained_bias_of_the_base_has_its_gradient(kind):
+def test_a_trained_bias_of_the_base_has_its_gradient():
     layer = lora_layer("bias")
     layer.base_layer.bias.requires_grad_()
     ours, peft = (computed(layer, mine) for mine in (True, False))

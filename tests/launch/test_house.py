@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from accel_llm.config.command_line import parse_options
 from accel_llm.config.tool_options import ChatOptions, MergeOptions
+from accel_llm.training.memory_estimate import GB
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = sorted((ROOT / "accel_llm").rglob("*.py"))
@@ -211,7 +212,7 @@ def test_recipes_for_a_gpu_are_estimated_to_fit_it(family: str, size: int) -> No
     options = memory.recipe_options(path)
     assert re.match(FAMILIES[family], options.model_name_or_path)
     assert options.output_dir == f"output/{path.stem}"
-    assert memory.estimate(path).total < 0.92 * size * memory.GB
+    assert memory.estimate(path).total < 0.92 * size * GB
     first, second = path.read_text(encoding="utf-8").splitlines()[:2]
     assert first.startswith(f"# {options.model_name_or_path.split('/')[1]}, ") and first.endswith(f" {size} GB.")
     # Releases of torch differ a little, for example in whether heads are repeated for the attention.
@@ -236,7 +237,7 @@ def test_shapes_are_those_of_the_published_models(name: str) -> None:
 
 def test_the_estimate_of_a_model_that_is_too_large_does_not_fit() -> None:
     path = ROOT / "launch" / "recipes" / "qwen3_12gb.yaml"
-    assert memory.estimate(path, "--model_name_or_path", "Qwen/Qwen3-14B").total > 12 * memory.GB
+    assert memory.estimate(path, "--model_name_or_path", "Qwen/Qwen3-14B").total > 12 * GB
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)

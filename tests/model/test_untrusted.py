@@ -316,7 +316,7 @@ def test_a_kernel_that_a_config_names_is_passed_over(folder, key):
         load_complete_model(str(folder), "model"),
         build_model(load_model_config(options(folder)), options(folder)),
     ]
-    assert {model.config._attn_implementation for model in loaded} == {"sdpa"}
+    assert {model.config._attn_implementation for model in loaded} == {"padded", "sdpa"}
     eager_model = load_model(options(folder, attn_implementation="eager"))
     assert eager_model.config._attn_implementation == "eager"
     if key != "_attn_implementation_internal":

@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from accel_llm.config.command_line import parse_options
 from accel_llm.config.options import SftOptions
-from accel_llm.training.memory_estimate import GB, MemoryEstimate, estimate_memory
+from accel_llm.training.memory_estimate import MemoryEstimate, estimate_memory
 
 RECIPES = Path(__file__).parents[2] / "launch" / "recipes"
 SIZES = (8, 12, 24, 80)  # GB of one GPU
@@ -113,7 +113,7 @@ def main() -> None:
         row = next(line for line in table.splitlines() if line.startswith(f"| `{family}` |"))
         cells = row.split("|")
         column = 2 + SIZES.index(int(size))
-        cells[column] = re.sub(r", [\d.]+", f", {estimate(path).total / GB:.1f}", cells[column])
+        cells[column] = re.sub(r", [\d.]+", f", {lines[1].removeprefix(MARK).split()[0]}", cells[column])
         table = table.replace(row, "|".join(cells))
     (RECIPES / "README.md").write_text(table, encoding="utf-8")
 

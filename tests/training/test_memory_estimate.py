@@ -245,13 +245,14 @@ def test_sharding_divides_what_each_strategy_shares():
 def test_savings_are_settings_that_save_what_they_say():
     config = small_llama()
     options = TrainOptions(method="lora", max_length=512, per_device_train_batch_size=2)
-    total = estimate_memory(options, config, 1).total
+    estimate = estimate_memory(options, config, 1)
+    total, tensors = estimate.total, estimate.total - estimate.terms["context"]
     savings = memory_savings(options, config, 1)
     names = [setting.split(":")[0] for setting, _ in savings]
-    assert set(names) >= {"gradient_checkpointing", "per_device_train_batch_size", "offload_embeddings", "optim"}
+    assert set(names) >= {"gradient_checkpointing", "per_device_train_batch_size", "offload_embeddings"}
     assert names[-1] == "max_length"  # it loses rows
     sizes = [size for setting, size in savings if not setting.startswith("max_length")]
-    assert sizes == sorted(sizes, reverse=True) and min(sizes) > 0
+    assert sizes == sorted(sizes, reverse=True) and min(sizes) > tensors / 100 - 1
     assert "gradient_checkpointing: true" in dict(savings) and "per_device_train_batch_size: 1" in dict(savings)
     for setting, size in savings[:2]:
         name, value = setting.split(": ")
