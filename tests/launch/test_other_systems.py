@@ -33,7 +33,8 @@ def pretend(system: str, *commands: list[object], **environment: str) -> subproc
     )
 
 
-@pytest.mark.parametrize("system", ["win32", pytest.param("darwin", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("system", ["win32", "darwin"])
 def test_a_run_is_stopped_resumed_merged_and_asked_as_on_linux(system, script, tiny, chats, tmp_path):
     def run(folder: Path) -> list[object]:
         words = ["--model_name_or_path", tiny, "--train_files", chats, "--eval_files", chats, "--max_length", 128]
