@@ -79,8 +79,7 @@ def build_accelerator(options: TrainOptions) -> Accelerator:
             broken or contradicts the recipe; or another run lives in `output_dir`.
     """
     listen_for_signals(None)
-    cpu, launched_strategy, accumulation = use_cpu(), strategy(), accumulation_steps(options)
-    precision = resolve_precision(options)
+    cpu, launched_strategy, precision = use_cpu(), strategy(), resolve_precision(options)
 
     # Problems that can be found before anything starts.
     if cpu and world_size() > MAX_CPU_PROCESSES:
@@ -99,8 +98,38 @@ def build_accelerator(options: TrainOptions) -> Accelerator:
         lock_output_dir(folder)
         listen_for_signals(folder)
 
-    # What each strategy needs.
-    arguments: dict[str, Any] = {}
+    if not cpu and _optimizer_runs_on_cpu(launched_strategy):
+        use_all_cores()
+    accelerator = Accelerator(
+        mixed_precision={"fp32": "no"}.get(precision, precision),
+        step_scheduler_with_optimizer=False,
+        dynamo_backend="no",  # see compilation.py
+        project_config=ProjectConfiguration(
+            project_dir=options.output_dir, logging_dir=str(Path(options.output_dir) / "logs")
+        ),
+        **_strategy_arguments(options, launched_strategy, precision, cpu),
+    )
+    _check_accelerator(accelerator, launched_strategy)
+    if folder:
+        share_lock(folder)
+        listen_for_signals(folder)
+    return accelerator
+
+
+def _strategy_arguments(options: TrainOptions, launched_strategy: str, precision: str, cpu: bool) -> dict[str, Any]:
+    """Return the arguments of the Accelerator that depend on the strategy.
+
+    Raises:
+        ConfigError: the settings of DeepSpeed or FSDP in the launch YAML cannot be used.
+    """
+    accumulation = accumulation_steps(options)
+    # Without `sync_each_batch` FSDP2 adds up whole gradients of all trained parameters on each process until the last
+    # micro-batch. Those of an adapter are small, and reducing them once saves time.
+    whole = options.method == "full" or bool(options.modules_to_save)
+    plugin = GradientAccumulationPlugin(
+        num_steps=accumulation, sync_with_dataloader=False, sync_each_batch=launched_strategy == "fsdp2" and whole
+    )
+    arguments: dict[str, Any] = {"gradient_accumulation_plugin": plugin}
     if launched_strategy.startswith("zero"):
         if cpu:
             prepare_deepspeed_on_cpu()
@@ -122,31 +151,7 @@ def build_accelerator(options: TrainOptions) -> Accelerator:
         arguments["kwargs_handlers"] = [
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
         ]
-    if not cpu and _optimizer_runs_on_cpu(launched_strategy):
-        use_all_cores()
-
-    accelerator = Accelerator(
-        mixed_precision={"fp32": "no"}.get(precision, precision),
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=accumulation,
-            sync_with_dataloader=False,
-            # Without it FSDP2 adds up whole gradients of all trained parameters on each process until the last
-            # micro-batch. Those of an adapter are small, and reducing them once saves time.
-            sync_each_batch=launched_strategy == "fsdp2"
-            and (options.method == "full" or bool(options.modules_to_save)),
-        ),
-        step_scheduler_with_optimizer=False,
-        dynamo_backend="no",  # see compilation.py
-        project_config=ProjectConfiguration(
-            project_dir=options.output_dir, logging_dir=str(Path(options.output_dir) / "logs")
-        ),
-        **arguments,
-    )
-    _check_accelerator(accelerator, launched_strategy)
-    if folder:
-        share_lock(folder)
-        listen_for_signals(folder)
-    return accelerator
+    return arguments
 
 
 def _optimizer_runs_on_cpu(launched_strategy: str) -> bool:

@@ -75,8 +75,8 @@ def memory_savings(
 ) -> list[tuple[str, int]]:
     """Return changes of settings that save memory, each as a person types it, with the bytes it saves, largest first.
 
-    Each gain is that of one change alone; those below 1% of all tensors are left out. Shorter rows come last, because longer documents
-    would be lost.
+    Each gain is that of one change alone; those below 1% of all tensors are left out. Shorter rows come last, because
+    longer documents would be lost.
     """
     layout = _launched_layout(processes, device_type)
     figures = _figures(options, config, layout)
@@ -105,7 +105,7 @@ def _other_settings(options: TrainOptions, layout: Layout) -> list[tuple[str, An
         changes.append(("max_length", options.max_length // 2))
     if options.method == "full":
         changes.append(("method", "lora"))
-    elif options.method == "lora" and not options.load_in_8bit and options.init_lora_weights != "pissa":
+    elif options.method == "lora" and not options.load_in_8bit:
         changes.append(("method", "qlora"))
     if options.optim == "adamw":
         library = (
