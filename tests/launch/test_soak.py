@@ -33,7 +33,8 @@ def test_killed_runs_resume_and_end_as_an_undisturbed_run(printed: str) -> None:
     )
     assert summary, printed
     kills, runs, in_saves, after_a_step = map(int, summary.groups())
-    assert (kills, runs) == (8, 2) and in_saves >= 2 and after_a_step >= 6
+    # A run may reach its end before its next kill; another run then takes the kills that are left.
+    assert kills == 8 and runs >= 2 and in_saves >= 2 and after_a_step >= 4
 
 
 @pytest.mark.long
