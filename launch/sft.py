@@ -47,7 +47,7 @@ def main() -> None:
         return
 
     # Data comes first, because its mistakes show quickly; only then weights are read.
-    model = setup.assemble_model(accelerator, options, config, chat.new_tokens)
+    model = setup.assemble_model(accelerator, options, config, stream, chat.new_tokens)
     optimizer, scheduler = setup.optimizer_and_schedule(accelerator, model, options, stream.plan.total_steps)
     model, optimizer = backend.prepare(accelerator, model, optimizer)
 

@@ -9,7 +9,7 @@ from typing import Any
 import accel_llm.system.chatter
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
@@ -25,6 +25,7 @@ from accel_llm.adapters.initial import (
 )
 from accel_llm.adapters.locate import describe_other_base, locate_folder
 from accel_llm.adapters.lora_forward import shorten_lora_forward
+from accel_llm.adapters.methods import LORA_METHODS, build_peft_config
 from accel_llm.adapters.saved import ADAPTER_WEIGHTS, read_adapter_config
 from accel_llm.backend.strategy import compute_dtype
 from accel_llm.config.options import MethodOptions, TrainOptions
@@ -49,22 +50,6 @@ ADOPTED_OPTIONS = {
 ADAPTED = re.compile(r"\.(base_layer|lora_[AB])\.")
 
 
-def build_lora_config(options: MethodOptions) -> LoraConfig:
-    """Return PEFT's config for a fresh LoRA."""
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=options.lora_r,
-        lora_alpha=options.lora_alpha,  # type: ignore[arg-type] # PEFT accepts any number
-        lora_dropout=options.lora_dropout,
-        bias=options.lora_bias,
-        target_modules=options.lora_target_modules,
-        modules_to_save=options.modules_to_save or None,
-        init_lora_weights=options.init_lora_weights,
-        use_dora=options.use_dora,
-        use_rslora=options.use_rslora,
-    )
-
-
 def adopt_adapter_options(options: MethodOptions) -> Any:
     """Return the options with the folder and the settings of the adapter in `adapter_name_or_path`, if that is set.
 
@@ -84,7 +69,7 @@ def adopt_adapter_options(options: MethodOptions) -> Any:
         raise ConfigError(f"adapter_name_or_path: {name} has no {ADAPTER_WEIGHTS}; only safetensors are read.")
     check_first_values(settings, name, "adapter_name_or_path")
     if subtracted_init(init := settings.get("init_lora_weights")) and (
-        options.method == "qlora" or options.load_in_8bit
+        options.in_4_bits or options.load_in_8bit
     ):
         raise ConfigError(
             f"adapter_name_or_path: {name} was saved by PEFT with init_lora_weights {init}, whose base in 4 or 8 bits "
@@ -128,6 +113,8 @@ def attach_adapter(model: PreTrainedModel, options: TrainOptions, new_tokens: ra
             with them, or the weights of the earlier adapter do not fit.
     """
     _check_module_names(model, options)
+    if options.method not in LORA_METHODS:
+        return _attach_other_adapter(model, options)
     config = _peft_config(options)
     if (others := [*parts_beside_language(model), *_routers(model)]) and not config.exclude_modules:
         # `all-linear`, and names such as q_proj, also match the layers of a vision tower.
@@ -164,6 +151,21 @@ def attach_adapter(model: PreTrainedModel, options: TrainOptions, new_tokens: ra
     return wrapped
 
 
+def _attach_other_adapter(model: PreTrainedModel, options: TrainOptions) -> PeftModel:
+    """Add an adapter of a method other than LoRA to `model`; what is trained is float32."""
+    config = build_peft_config(options)
+    if (others := [*parts_beside_language(model), *_routers(model)]) and hasattr(config, "exclude_modules"):
+        config.exclude_modules = f"(?:{'|'.join(map(re.escape, others))})(?:\\..*)?"
+    try:
+        wrapped: Any = get_peft_model(model, config)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"method: {options.method} does not fit the model ({str(error).splitlines()[0]}).") from None
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return wrapped
+
+
 def _routers(model: PreTrainedModel) -> list[str]:
     """Return the names of linear layers that return more than a product (PhiMoE, Llama 4); PEFT 0.21 takes them for one."""
     return [
@@ -178,7 +180,7 @@ def _routers(model: PreTrainedModel) -> list[str]:
 def _peft_config(options: MethodOptions) -> Any:
     """Return the LoRA's config; an earlier adapter's is read as a whole, because not every setting has an option."""
     if options.adapter_name_or_path is None:
-        return build_lora_config(options)
+        return build_peft_config(options)
     config: Any = PeftConfig.from_pretrained(options.adapter_name_or_path)
     # First values do not matter, the earlier weights replace them, unless they are subtracted. New rows are handled by
     # train_new_rows.

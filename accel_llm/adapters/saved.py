@@ -137,7 +137,7 @@ def trained_in_4_bits(folder: Path) -> bool:
     # Earlier releases did not write it into the file.
     try:
         run = json.loads((folder.parent / "run.json").read_text(encoding="utf-8"))
-        return run["options"]["method"] == "qlora"
+        return run["options"]["method"] == "qlora" or run["options"].get("load_in_4bit", False)
     except (OSError, ValueError, LookupError, TypeError):  # no run.json, or one of another program
         return False
 

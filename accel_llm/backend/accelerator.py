@@ -125,7 +125,7 @@ def _strategy_arguments(options: TrainOptions, launched_strategy: str, precision
     accumulation = accumulation_steps(options)
     # Without `sync_each_batch` FSDP2 adds up whole gradients of all trained parameters on each process until the last
     # micro-batch. Those of an adapter are small, and reducing them once saves time.
-    whole = options.method == "full" or bool(options.modules_to_save)
+    whole = not options.has_adapter or bool(options.modules_to_save)
     plugin = GradientAccumulationPlugin(
         num_steps=accumulation, sync_with_dataloader=False, sync_each_batch=launched_strategy == "fsdp2" and whole
     )

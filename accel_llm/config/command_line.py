@@ -31,11 +31,13 @@ from accel_llm.config.aliases import (
     VALUES_BESIDE_AN_OPTION,
 )
 from accel_llm.config.fields import MAX_YAML_CHARACTERS, read_yaml
-from accel_llm.config.options import Options
+from accel_llm.config.options import METHODS_BY_OPTION, MethodOptions, Options
 from accel_llm.errors import ConfigError, raise_problems
+from accel_llm.system.launcher import process_rank
 from accel_llm.system.places import expand_home
 from accel_llm.system.secrecy import hide_secrets
 
+DEFAULT_METHOD = MethodOptions.model_fields["method"].default
 OptionsT = TypeVar("OptionsT", bound=Options)
 
 
@@ -62,12 +64,29 @@ def parse_options(
     given, typed_names = recipe.keys() | flags.keys(), {}
     recipe_values, recipe_problems = _translate(recipe, options_class, given, typed_names)
     flag_values, flag_problems = _translate(flags, options_class, given, typed_names)
+    recipe_values = _without_other_method(recipe_values, flag_values)
     options, value_problems = _check(options_class, defaults, recipe_values | flag_values, typed_names)
 
     problems += recipe_problems + flag_problems + value_problems
     if problems or options is None:
         raise ConfigError(*dict.fromkeys(problems))
     return options
+
+
+def _without_other_method(recipe: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
+    """Leave out of the recipe what is meant for its method, if a flag names another one; print what is left out."""
+    own, other = recipe.get("method", DEFAULT_METHOD), flags.get("method")
+    if other in (None, own) or {own, other} <= {"lora", "qlora"}:
+        return recipe
+    names = [
+        name
+        for name in recipe
+        if name in ("learning_rate", "method_options")
+        or (name in METHODS_BY_OPTION and own in METHODS_BY_OPTION[name] and other not in METHODS_BY_OPTION[name])
+    ]
+    if names and process_rank() == 0:
+        print(f"not taken from the recipe, whose method is {own}: {', '.join(names)}", flush=True)
+    return {name: value for name, value in recipe.items() if name not in names}
 
 
 def resolved_options(options: Options) -> dict[str, Any]:

@@ -145,6 +145,14 @@ def _parse_target_modules(value: Any) -> Any:
     return value
 
 
+def _parse_method(value: Any) -> Any:
+    """Read a method's name in any case, and PEFT's names of methods that have a shorter one here."""
+    if not isinstance(value, str):
+        return value
+    name = value.strip().lower().replace("-", "_").strip("()").replace(")", "")
+    return {"prefix_tuning": "prefix", "prompt_tuning": "prompt"}.get(name, name)
+
+
 def _parse_size(value: Any) -> Any:
     """Read a number of bytes, or a number with a unit as Transformers writes it: 500MB, 5GB, 2GiB."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B", str(value).strip(), re.IGNORECASE)
@@ -216,6 +224,7 @@ Optimizer = Annotated[
         lion_32bit="lion",
     ),
 ]
+MethodName = Annotated[str, Field(min_length=1), BeforeValidator(_parse_method)]
 Resume = Annotated[str, Field(min_length=1), BeforeValidator(_parse_resume)]
 TargetModules = Annotated[
     list[str] | str, BeforeValidator(_parse_target_modules, json_schema_input_type=str | list[str])

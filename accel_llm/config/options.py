@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 
 from accel_llm.config.data_options import TURN_OPTIONS, DataOptions
 from accel_llm.config.fields import (
+    MethodName,
     Optimizer,
     Options,
     Place,
@@ -23,17 +24,26 @@ from accel_llm.config.fields import (
     TargetModules,
     Texts,
     Trackers,
+    Variables,
 )
 from accel_llm.system.launcher import is_launched
 
 # Options that only some methods, optimizers or schedules use. If one is set for another choice, that is an error.
+# Which options a method of PEFT takes besides, its own config class says (adapters/methods.py).
 METHODS_BY_OPTION = {
-    **dict.fromkeys(["lora_r", "lora_alpha", "lora_dropout", "lora_bias", "lora_target_modules"], ("lora", "qlora")),
-    **dict.fromkeys(["modules_to_save", "init_lora_weights", "use_dora", "use_rslora"], ("lora", "qlora")),
-    **dict.fromkeys(["loraplus_lr_ratio", "adapter_name_or_path"], ("lora", "qlora")),
-    "load_in_8bit": ("lora",),
-    "offload_embeddings": ("lora", "qlora"),
+    **dict.fromkeys(["lora_r", "init_lora_weights", "use_dora", "use_rslora", "loraplus_lr_ratio"], ("lora", "qlora")),
+    **dict.fromkeys(["lora_alpha", "lora_dropout", "lora_bias"], ("lora", "qlora", "adalora")),
 }
+# Methods that train weights of the model itself: all of them, or a part. The others train an adapter beside it.
+METHODS_WITHOUT_ADAPTER = ("full", "freeze", "bitfit")
+ADAPTER_OPTIONS = (
+    "adapter_name_or_path",
+    "lora_target_modules",
+    "load_in_4bit",
+    "load_in_8bit",
+    "modules_to_save",
+    "offload_embeddings",
+)
 ADAMW = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit")
 OPTIMIZERS_BY_OPTION = {"adam_beta1": (*ADAMW, "lion"), "adam_beta2": (*ADAMW, "lion"), "adam_epsilon": ADAMW}
 SCHEDULES_BY_OPTION = {
@@ -69,10 +79,14 @@ class ModelOptions(Options):
 class MethodOptions(Options):
     """Method"""
 
-    method: Literal["full", "lora", "qlora"] = Field(
-        "lora", description="What is trained; full: all weights; lora: an adapter; qlora: an adapter on a 4-bit base"
+    method: MethodName = Field(
+        "lora", description="What is trained: full, lora, qlora, ...; launch/show_methods.py lists all methods"
     )
-    load_in_8bit: bool = Field(False, description="Load the base of method lora in 8 bits")
+    method_options: Variables = Field(
+        default_factory=dict, description="Further options of the method by PEFT's names, as name=value"
+    )
+    load_in_4bit: bool = Field(False, description="Load the base of an adapter in 4 bits (NF4); qlora is lora with it")
+    load_in_8bit: bool = Field(False, description="Load the base of an adapter in 8 bits")
     adapter_name_or_path: Place | None = Field(
         None, description="Adapter to train further, with its own settings and a new optimizer"
     )
@@ -92,8 +106,27 @@ class MethodOptions(Options):
     use_dora: bool = Field(False, description="DoRA: train the magnitude and the direction of the weights separately")
     use_rslora: bool = Field(False, description="rsLoRA: scale the adapter by alpha / sqrt(r)")
 
+    @property
+    def has_adapter(self) -> bool:
+        """Whether an adapter is trained; else weights of the model itself are."""
+        return self.method not in METHODS_WITHOUT_ADAPTER
+
+    @property
+    def in_4_bits(self) -> bool:
+        """Whether the base of the adapter is held in 4 bits."""
+        return self.method == "qlora" or self.load_in_4bit
+
     def problems(self) -> list[str]:
         problems = super().problems() + self._without_effect(METHODS_BY_OPTION, "method")
+        if not self.has_adapter:
+            problems += [
+                f"{name}: method {self.method} trains no adapter; remove it."
+                for name in ADAPTER_OPTIONS
+                if name in self.model_fields_set and getattr(self, name)
+            ]
+        if self.in_4_bits and self.load_in_8bit:
+            other = "method qlora" if self.method == "qlora" else "load_in_4bit"
+            problems.append(f"load_in_8bit: {other} already holds the base in 4 bits; give one of them.")
         if self.init_lora_weights == "orthogonal" and self.lora_r % 2:
             problems.append(f"lora_r: {self.lora_r} is odd; init_lora_weights orthogonal needs an even rank.")
         return problems
@@ -136,7 +169,7 @@ class OptimOptions(Options):
     @model_validator(mode="after")
     def _resolve(self) -> "OptimOptions":
         """Fill in the defaults that depend on another option, so that run.json can record the values in force."""
-        full = not isinstance(self, MethodOptions) or self.method == "full"
+        full = not isinstance(self, MethodOptions) or not self.has_adapter
         defaults = {
             "learning_rate": 2e-5 if full else 2e-4,
             "adam_beta2": 0.99 if self.optim == "lion" else 0.999,

@@ -84,7 +84,7 @@ def _option_problems(options: TrainOptions) -> list[str]:
             f"load_in_8bit: {strategy()} cannot shard 8-bit weights, of which bitsandbytes keeps whole copies; use "
             "ddp.yaml, zero1.yaml or zero2.yaml, or method qlora."
         )
-    if options.lora_bias != "none" and (options.method == "qlora" or options.load_in_8bit):
+    if options.lora_bias != "none" and (options.in_4_bits or options.load_in_8bit):
         base = "method qlora" if options.method == "qlora" else "load_in_8bit"
         problems.append(
             f"lora_bias: {options.lora_bias} does not train with {base}, because bitsandbytes rounds the biases of its "
@@ -95,7 +95,7 @@ def _option_problems(options: TrainOptions) -> list[str]:
             f"offload_embeddings: {strategy()} shards the embedding over all processes instead; set it to false, or use "
             "single_gpu.yaml, ddp.yaml or zero2.yaml."
         )
-    if options.use_dora and options.method == "qlora" and strategy() == "zero3":
+    if options.use_dora and options.in_4_bits and strategy() == "zero3":
         problems.append(
             "use_dora: PEFT reads whole 4-bit weights for it in each step, which ZeRO-3 has sharded; use fsdp2.yaml or "
             "zero2.yaml, or use_dora: false."

@@ -77,7 +77,7 @@ def set_compute_dtype(model: nn.Module, compute: torch.dtype) -> None:
 
 def build_quantization_config(method: MethodOptions, compute: torch.dtype, sharded: bool) -> BitsAndBytesConfig | None:
     """Return the quantization that the options ask for: NF4 for QLoRA, 8 bits for `load_in_8bit`, None for neither."""
-    if method.method == "qlora":
+    if method.in_4_bits:
         # FSDP2 and ZeRO-3 flatten parameters together, so the packed bytes must have the dtype of the float ones.
         return nf4_config(compute, storage=compute if sharded else torch.uint8)
     return BitsAndBytesConfig(load_in_8bit=True) if method.load_in_8bit else None

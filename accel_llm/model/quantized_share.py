@@ -25,7 +25,7 @@ def check_quantized_share(config: PreTrainedConfig, options: MethodOptions) -> N
     Raises:
         ConfigError: most of what should be quantized would not be, or the strategy cannot shard it.
     """
-    quantizes = options.method == "qlora" or options.load_in_8bit
+    quantizes = options.in_4_bits or options.load_in_8bit
     if not quantizes or causal_lm_class(config) is None:  # without a class it is code that comes with the model
         return
     unset_hf_deepspeed_config()  # otherwise transformers shards it under ZeRO-3, for which it needs weights

@@ -54,7 +54,7 @@ def check_stored_quantization(config: PreTrainedConfig, options: MethodOptions, 
             f"model_name_or_path: the weights of {name} are quantized ({how}), and only bitsandbytes 4-bit, FP8 and "
             f"MXFP4 can be trained; {in_16_bits}, and set method: qlora to hold it in 4 bits."
         )
-    if options.method == "full":
+    if not options.has_adapter:
         raise ConfigError(
             f"method: full trains all weights, but those of {name} are quantized ({how}); give lora or qlora, or "
             f"{in_16_bits}."

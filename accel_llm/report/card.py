@@ -112,7 +112,8 @@ def _describe_method(options: dict[str, Any], settings: dict[str, Any]) -> str:
     targets = settings["target_modules"]
     targets = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in targets})) if isinstance(targets, list) else targets
     kind = ["DoRA" if settings.get("use_dora") else "LoRA"] + ["rank-stabilized"] * bool(settings.get("use_rslora"))
-    base = {"qlora": " on a 4-bit base"}.get(options["method"], " on an 8-bit base" * options["load_in_8bit"])
+    in_4_bits = options["method"] == "qlora" or options.get("load_in_4bit")
+    base = " on a 4-bit base" if in_4_bits else " on an 8-bit base" * options["load_in_8bit"]
     words = [f"{', '.join(kind)}{base}", f"rank {settings['r']}", f"alpha {settings['lora_alpha']:g}", f"on {targets}"]
     if settings["r"] != options["lora_r"]:
         words.append(

@@ -182,7 +182,7 @@ def _build(options: TrainOptions, config: PreTrainedConfig, settings: StepSettin
     # First values need weights. They take no further memory in a step.
     options = options.model_copy(update={"init_lora_weights": True, "adapter_name_or_path": None})
     configure_for_training(model, options)
-    return (model if options.method == "full" else attach_adapter(model, options)), saved
+    return (attach_adapter(model, options) if options.has_adapter else model), saved
 
 
 def _fill(model: nn.Module, settings: StepSettings) -> None:

@@ -103,9 +103,9 @@ def _other_settings(options: TrainOptions, layout: Layout) -> list[tuple[str, An
         changes.append(("per_device_train_batch_size", options.per_device_train_batch_size // 2))
     if options.max_length >= 256:
         changes.append(("max_length", options.max_length // 2))
-    if options.method == "full":
+    if not options.has_adapter:
         changes.append(("method", "lora"))
-    elif options.method == "lora" and not options.load_in_8bit:
+    elif options.method == "lora" and not (options.load_in_8bit or options.in_4_bits):
         changes.append(("method", "qlora"))
     if options.optim == "adamw":
         library = (
@@ -113,7 +113,7 @@ def _other_settings(options: TrainOptions, layout: Layout) -> list[tuple[str, An
         )
         smaller = ["adamw_8bit", *(["paged_adamw_8bit"] if layout.device_type == "cuda" else [])]
         changes += [("optim", name) for name in smaller if name not in UNSUPPORTED[library]]
-    may_offload = options.method != "full" and layout.device_type == "cuda" and not layout.sharded
+    may_offload = options.has_adapter and layout.device_type == "cuda" and not layout.sharded
     if may_offload and not options.offload_embeddings:
         changes.append(("offload_embeddings", True))
     return changes

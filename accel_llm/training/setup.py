@@ -11,6 +11,7 @@ from accelerate.utils import set_seed
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 from accel_llm.adapters.attach import adopt_adapter_options, attach_adapter
+from accel_llm.adapters.methods import check_method
 from accel_llm.backend.library_messages import quiet_libraries
 from accel_llm.backend.strategy import engine
 from accel_llm.chat.template import Template, configured_template
@@ -57,6 +58,7 @@ def read_options(
         options = resolve_demo(parse_options(options_class, sys.argv[1:], defaults))
     if isinstance(options, SftOptions) and options.overfit:
         options = options.with_defaults(OVERFIT_DEFAULTS)
+    check_method(options)
     options = adopt_adapter_options(options)
     raise_problems(model_problems(options) + source_problems(options) + _output_problems(options))
     quiet_libraries()
@@ -185,9 +187,15 @@ def show_plan_and_memory(
 
 
 def assemble_model(
-    accelerator: Accelerator, options: TrainOptions, config: PreTrainedConfig, new_tokens: range = range(0)
+    accelerator: Accelerator,
+    options: TrainOptions,
+    config: PreTrainedConfig,
+    stream: Stream,
+    new_tokens: range = range(0),
 ) -> torch.nn.Module:
     """Build or load the model, adapt it, and place its weights on their devices. All processes must call it.
+
+    `stream` tells methods that ask for it the number of steps and the first rows.
 
     The order matters. The seed comes before all random weights. New tokens get their rows before an adapter freezes the
     model. NEFTune is attached to the finished embedding. Weights are quantized and sharded last, when all of them are
@@ -198,7 +206,7 @@ def assemble_model(
     fresh = isinstance(options, PretrainOptions) and options.config_name
     model: Any = build_model(config, options) if fresh else load_model(options)
     extend_vocabulary(model, new_tokens)
-    if options.method != "full":
+    if options.has_adapter:
         model = attach_adapter(model, options, new_tokens)
     attach_neftune(model, options.neftune_noise_alpha)
     place_weights(accelerator, model, options)

@@ -17,7 +17,7 @@ allow_special_in_text train_on train_on_eos split_turns open_thought max_length 
 preprocessing_num_workers cache_dir
 """
 METHOD = """
-method load_in_8bit adapter_name_or_path lora_r lora_alpha lora_dropout lora_bias lora_target_modules modules_to_save
+method method_options load_in_4bit load_in_8bit adapter_name_or_path lora_r lora_alpha lora_dropout lora_bias lora_target_modules modules_to_save
 init_lora_weights use_dora use_rslora
 """
 OPTIMIZER = """

@@ -1,0 +1,119 @@
+"""The methods by name: which class of the installed PEFT each one is, what it cannot do, and its config."""
+
+from difflib import get_close_matches
+from typing import Any
+
+import accel_llm.system.chatter
+
+from peft import PeftConfig, PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+from accel_llm.adapters.method_options import check_method_options, option_names
+from accel_llm.config.options import METHODS_WITHOUT_ADAPTER, MethodOptions
+from accel_llm.errors import ConfigError
+from accel_llm.model.loading import short_reason
+
+# Methods whose names here are not PEFT's. P-tuning v2 is prefix tuning without the network that computes the prefixes.
+PEFT_TYPES = {"qlora": "LORA", "prefix": "PREFIX_TUNING", "p_tuning_v2": "PREFIX_TUNING", "prompt": "PROMPT_TUNING"}
+PROMPT_METHODS = ("prefix", "p_tuning_v2", "prompt", "p_tuning")
+# Methods of PEFT that need more than a model and rows, and what they need.
+REFUSED_METHODS = {
+    "xlora": "it mixes adapters that were trained before",
+    "poly": "each row must name its task (task_ids)",
+    "multitask_prompt_tuning": "each row must name its task (task_ids)",
+    "adaption_prompt": "PEFT's code replaces the attention of some families, so packed rows cannot be kept apart",
+}
+# Options with flat names, and the fields of PEFT's config that they set.
+FLAT_OPTIONS = {
+    "lora_r": "r",
+    "lora_alpha": "lora_alpha",
+    "lora_dropout": "lora_dropout",
+    "lora_bias": "bias",
+    "lora_target_modules": "target_modules",
+    "modules_to_save": "modules_to_save",
+    "init_lora_weights": "init_lora_weights",
+    "use_dora": "use_dora",
+    "use_rslora": "use_rslora",
+}
+LORA_METHODS = ("lora", "qlora")
+# What AdaLoRA takes of LoRA's flat options; its ranks are init_r and target_r.
+ADALORA_OPTIONS = ("lora_alpha", "lora_dropout", "lora_bias", "lora_target_modules", "modules_to_save")
+
+
+def peft_methods() -> list[str]:
+    """Return the names of all methods that train an adapter with the installed PEFT."""
+    kinds = {PeftType(kind).value.lower() for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
+    return sorted((kinds - {"prefix_tuning", "prompt_tuning"}) | PEFT_TYPES.keys())
+
+
+def config_class_of(method: str) -> type[PeftConfig]:
+    """Return PEFT's config class of a method.
+
+    Raises:
+        ConfigError: the installed PEFT has no such method.
+    """
+    kind = PEFT_TYPES.get(method, method.upper())
+    try:
+        return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)]
+    except (ValueError, KeyError):
+        names = [*METHODS_WITHOUT_ADAPTER, *peft_methods()]
+        guess = get_close_matches(method, names, 1)
+        hint = f"did you mean {guess[0]}? " if guess else ""
+        raise ConfigError(f"method: {method!r} is unknown; {hint}Allowed are {', '.join(names)}.") from None
+
+
+def check_method(options: MethodOptions) -> None:
+    """Check the method and its options, before anything is read.
+
+    Raises:
+        ConfigError: the installed PEFT has no such method, it needs more than a model and rows, or an option is not its.
+    """
+    if not options.has_adapter:
+        return
+    config_class = config_class_of(options.method)
+    if reason := REFUSED_METHODS.get(options.method):
+        raise ConfigError(f"method: {options.method} cannot be trained here: {reason}; give another method.")
+    names = option_names(config_class)
+    problems = [
+        f"{option}: method {options.method} does not use it; remove it."
+        for option in ("lora_target_modules", "modules_to_save")
+        if option in options.model_fields_set and getattr(options, option) and FLAT_OPTIONS[option] not in names
+    ]
+    problems += [
+        f"method_options: {field} has an option of its own; set {option}."
+        for option, field in _flat_options(options).items()
+        if field in options.method_options
+    ]
+    if problems:
+        raise ConfigError(*problems)
+    build_peft_config(options)
+
+
+def _flat_options(options: MethodOptions) -> dict[str, str]:
+    """Return those options with flat names that the method uses, and the field of PEFT's config of each."""
+    if options.method in LORA_METHODS:
+        return FLAT_OPTIONS
+    names = ADALORA_OPTIONS if options.method == "adalora" else ("lora_target_modules", "modules_to_save")
+    known = option_names(config_class_of(options.method))
+    return {name: FLAT_OPTIONS[name] for name in names if FLAT_OPTIONS[name] in known}
+
+
+def build_peft_config(options: MethodOptions) -> Any:
+    """Return PEFT's config for a fresh adapter of the method.
+
+    Raises:
+        ConfigError: the installed PEFT refuses a value of `method_options`.
+    """
+    config_class = config_class_of(options.method)
+    values = {field: getattr(options, option) for option, field in _flat_options(options).items()}
+    values["modules_to_save"] = options.modules_to_save or None
+    if options.method in ("prefix", "p_tuning_v2"):
+        values["prefix_projection"] = options.method == "prefix"
+    values |= check_method_options(options.method, options.method_options, config_class)
+    try:
+        return config_class(task_type="CAUSAL_LM", **values)
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigError(
+            f"method_options: {options.method_options} are not allowed for method {options.method} "
+            f"({short_reason(error)})."
+        ) from None
