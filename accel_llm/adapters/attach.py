@@ -25,7 +25,7 @@ from accel_llm.adapters.initial import (
 )
 from accel_llm.adapters.locate import describe_other_base, locate_folder
 from accel_llm.adapters.lora_forward import shorten_lora_forward
-from accel_llm.adapters.methods import LORA_METHODS, build_peft_config
+from accel_llm.adapters.methods import LORA_METHODS, fresh_adapter_config
 from accel_llm.adapters.saved import ADAPTER_WEIGHTS, read_adapter_config
 from accel_llm.backend.strategy import compute_dtype
 from accel_llm.config.options import MethodOptions, TrainOptions
@@ -153,7 +153,7 @@ def attach_adapter(model: PreTrainedModel, options: TrainOptions, new_tokens: ra
 
 def _attach_other_adapter(model: PreTrainedModel, options: TrainOptions) -> PeftModel:
     """Add an adapter of a method other than LoRA to `model`; what is trained is float32."""
-    config = build_peft_config(options)
+    config = fresh_adapter_config(options)
     if (others := [*parts_beside_language(model), *_routers(model)]) and hasattr(config, "exclude_modules"):
         config.exclude_modules = f"(?:{'|'.join(map(re.escape, others))})(?:\\..*)?"
     try:
@@ -180,7 +180,7 @@ def _routers(model: PreTrainedModel) -> list[str]:
 def _peft_config(options: MethodOptions) -> Any:
     """Return the LoRA's config; an earlier adapter's is read as a whole, because not every setting has an option."""
     if options.adapter_name_or_path is None:
-        return build_peft_config(options)
+        return fresh_adapter_config(options)
     config: Any = PeftConfig.from_pretrained(options.adapter_name_or_path)
     # First values do not matter, the earlier weights replace them, unless they are subtracted. New rows are handled by
     # train_new_rows.

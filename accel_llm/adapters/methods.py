@@ -86,7 +86,7 @@ def check_method(options: MethodOptions) -> None:
     ]
     if problems:
         raise ConfigError(*problems)
-    build_peft_config(options)
+    fresh_adapter_config(options)
 
 
 def _flat_options(options: MethodOptions) -> dict[str, str]:
@@ -98,7 +98,7 @@ def _flat_options(options: MethodOptions) -> dict[str, str]:
     return {name: FLAT_OPTIONS[name] for name in names if FLAT_OPTIONS[name] in known}
 
 
-def build_peft_config(options: MethodOptions) -> Any:
+def fresh_adapter_config(options: MethodOptions) -> Any:
     """Return PEFT's config for a fresh adapter of the method.
 
     Raises:
