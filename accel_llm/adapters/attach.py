@@ -1,7 +1,8 @@
-"""Attaches a LoRA adapter to a base model with PEFT: a fresh one, or one that was trained before."""
+"""Attaches an adapter to a base model with PEFT: a fresh one, or one that was trained before."""
 
 import re
 from collections import Counter
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,12 @@ import accel_llm.system.chatter
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from accel_llm.adapters.compat import check_first_values
 from accel_llm.adapters.initial import (
     check_own_start,
     draw_orthogonal,
@@ -23,10 +24,13 @@ from accel_llm.adapters.initial import (
     start_from_base,
     subtracted_init,
 )
-from accel_llm.adapters.locate import describe_other_base, locate_folder
+from accel_llm.adapters.locate import describe_other_base
 from accel_llm.adapters.lora_forward import shorten_lora_forward
-from accel_llm.adapters.methods import LORA_METHODS, fresh_adapter_config
-from accel_llm.adapters.saved import ADAPTER_WEIGHTS, read_adapter_config
+from accel_llm.adapters.methods import LORA_METHODS, PROMPT_METHODS, fresh_adapter_config
+from accel_llm.adapters.prompts import attach_prompt
+from accel_llm.adapters.saved import ADAPTER_WEIGHTS
+from accel_llm.adapters.sizes import fit_sizes
+from accel_llm.adapters.targets import choose_targets, leave_out, linear_names
 from accel_llm.backend.strategy import compute_dtype
 from accel_llm.config.options import MethodOptions, TrainOptions
 from accel_llm.errors import ConfigError, raise_problems
@@ -35,139 +39,88 @@ from accel_llm.model.language_part import parts_beside_language
 from accel_llm.model.vocabulary import NEW_ROWS, PEFT_ROWS, train_new_rows
 from accel_llm.system.launcher import process_rank
 
-# Options that are taken over from an earlier adapter, and their keys in adapter_config.json.
-ADOPTED_OPTIONS = {
-    "lora_r": "r",
-    "lora_alpha": "lora_alpha",
-    "lora_dropout": "lora_dropout",
-    "lora_bias": "bias",
-    "lora_target_modules": "target_modules",
-    "modules_to_save": "modules_to_save",
-    "use_dora": "use_dora",
-    "use_rslora": "use_rslora",
-}
-# In the name of a parameter: it has an adapter, or is one.
-ADAPTED = re.compile(r"\.(base_layer|lora_[AB])\.")
-
-
-def adopt_adapter_options(options: MethodOptions) -> Any:
-    """Return the options with the folder and the settings of the adapter in `adapter_name_or_path`, if that is set.
-
-    Raises:
-        ConfigError: there is no such adapter, it is not a LoRA, its weights are not safetensors, or an option contradicts its settings.
-    """
-    name = options.adapter_name_or_path
-    if name is None:
-        return options
-    folder = locate_folder(name, "adapter_name_or_path")
-    settings = read_adapter_config(folder, "adapter_name_or_path")
-    if settings.get("peft_type") != "LORA":
-        raise ConfigError(
-            f"adapter_name_or_path: {name} is a {settings.get('peft_type')} adapter; only a LORA can be trained on."
-        )
-    if not (folder / ADAPTER_WEIGHTS).is_file():
-        raise ConfigError(f"adapter_name_or_path: {name} has no {ADAPTER_WEIGHTS}; only safetensors are read.")
-    check_first_values(settings, name, "adapter_name_or_path")
-    if subtracted_init(init := settings.get("init_lora_weights")) and (
-        options.in_4_bits or options.load_in_8bit
-    ):
-        raise ConfigError(
-            f"adapter_name_or_path: {name} was saved by PEFT with init_lora_weights {init}, whose base in 4 or 8 bits "
-            "nobody can compute again; train it further with method lora and without load_in_8bit."
-        )
-    if "init_lora_weights" in options.model_fields_set and options.init_lora_weights is not True:
-        raise ConfigError(
-            f"init_lora_weights: {options.init_lora_weights} has no effect, because the weights of the adapter {name} "
-            "are the first values; leave it out."
-        )
-
-    # Options that the user set must agree with the adapter; dropout may differ, it has no weights.
-    adopted = {option: settings[key] for option, key in ADOPTED_OPTIONS.items() if settings.get(key) is not None}
-    user_values = {
-        option: getattr(options, option) for option in adopted.keys() & options.model_fields_set - {"lora_dropout"}
-    }
-    raise_problems(
-        [
-            f"{option}: {value!r} is given, but the adapter {name} has {adopted[option]!r}; leave it out."
-            for option, value in sorted(user_values.items())
-            if _comparable(value) != _comparable(adopted[option])
-        ]
-    )
-    options = options.model_copy(update={"adapter_name_or_path": str(folder)})
-    return options.with_defaults({option: value for option, value in adopted.items() if option not in user_values})
-
-
-def _comparable(value: Any) -> Any:
-    """Return a form of `value` for comparison: the order of a list, such as target modules, makes no difference."""
-    return sorted(value) if isinstance(value, list) else value
-
 
 def attach_adapter(model: PreTrainedModel, options: TrainOptions, new_tokens: range = range(0)) -> PeftModel:
-    """Freeze `model` and add a trainable LoRA to it, in float32 whatever the dtype of the base is.
+    """Freeze `model` and add a trainable adapter to it, in float32 whatever the dtype of the base is.
 
-    The vocabulary rows of `new_tokens` are trained too. If `adapter_name_or_path` is set, the LoRA starts with the
-    weights of that adapter.
+    The vocabulary rows of `new_tokens` are trained too. If `adapter_name_or_path` is set, the adapter starts with the
+    weights that are there.
 
     Raises:
-        ConfigError: the model does not have the target modules or `modules_to_save`, the new rows cannot be trained
-            with them, or the weights of the earlier adapter do not fit.
+        ConfigError: the method does not fit the model, the model does not have the target modules or
+            `modules_to_save`, the new rows cannot be trained with them, or the weights of the earlier adapter do not
+            fit.
     """
+    if options.method in PROMPT_METHODS:
+        return attach_prompt(model, options)
     _check_module_names(model, options)
-    if options.method not in LORA_METHODS:
-        return _attach_other_adapter(model, options)
     config = _peft_config(options)
-    if (others := [*parts_beside_language(model), *_routers(model)]) and not config.exclude_modules:
-        # `all-linear`, and names such as q_proj, also match the layers of a vision tower.
-        config.exclude_modules = f"(?:{'|'.join(map(re.escape, others))})(?:\\..*)?"
-    # First values that are a part of the base's weights come afterwards: PEFT would change the base.
+    choose_targets(options, config, model)
+    all_linear, others = getattr(config, "target_modules", None) == "all-linear", _parts_without_adapter(model)
+    fit_sizes(options, config, model, others)
+    leave_out(config, others, model)
+    wrapped = _add_lora(model, options, config) if options.method in LORA_METHODS else _add(model, options, config)
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            # PEFT 0.21 makes the adapter itself float32, but not biases and modules_to_save. In bfloat16 they would not
+            # change: at usual learning rates a step is smaller than the distance to the next number.
+            parameter.data = parameter.data.float()
+
+    if all_linear:
+        _say_what_has_no_adapter(wrapped)
+    _train_new_rows(wrapped, model, options, new_tokens)
+    if options.adapter_name_or_path is not None:
+        _load_weights(wrapped, options.adapter_name_or_path)
+    return wrapped
+
+
+def _add_lora(model: PreTrainedModel, options: TrainOptions, config: Any) -> Any:
+    """Add a LoRA, whose first values may be a part of the base's weights, which PEFT would change."""
     init, orthogonal = subtracted_init(config.init_lora_weights), config.init_lora_weights == "orthogonal"
-    try:
-        wrapped: Any = get_peft_model(model, replace(config, init_lora_weights=True) if init or orthogonal else config)
-    except ValueError as error:
-        # PEFT's own message can have many lines; the first one says enough.
-        raise ConfigError(
-            f"lora_target_modules: {options.lora_target_modules!r} does not fit the model "
-            f"({str(error).splitlines()[0]}); its linear layers are {_linear_layers(model)}."
-        ) from None
+    wrapped = _add(model, options, replace(config, init_lora_weights=True) if init or orthogonal else config)
     if init:
         start_from_base(wrapped, init, compute_dtype(options))
     elif orthogonal:
         draw_orthogonal(wrapped)
     shorten_lora_forward(wrapped)
     unpack_experts_in_forward(wrapped, recompute=not options.gradient_checkpointing)
-    for parameter in wrapped.parameters():
-        if parameter.requires_grad:
-            # PEFT 0.21 makes the LoRA itself float32, but not biases and modules_to_save. In bfloat16 they would not
-            # change: at usual learning rates a step is smaller than the distance to the next number.
-            parameter.data = parameter.data.float()
-
-    if options.lora_target_modules == "all-linear":
-        _say_what_has_no_adapter(wrapped)
-    adapter_config: Any = wrapped.peft_config["default"]
-    adapter_config.init_lora_weights = config.init_lora_weights
-    adapter_config.trainable_token_indices = train_new_rows(model, new_tokens) or None
-    if options.adapter_name_or_path is not None:
-        _load_weights(wrapped, options.adapter_name_or_path)
+    wrapped.peft_config["default"].init_lora_weights = config.init_lora_weights
     return wrapped
 
 
-def _attach_other_adapter(model: PreTrainedModel, options: TrainOptions) -> PeftModel:
-    """Add an adapter of a method other than LoRA to `model`; what is trained is float32."""
-    config = fresh_adapter_config(options)
-    if (others := [*parts_beside_language(model), *_routers(model)]) and hasattr(config, "exclude_modules"):
-        config.exclude_modules = f"(?:{'|'.join(map(re.escape, others))})(?:\\..*)?"
+def _add(model: PreTrainedModel, options: TrainOptions, config: Any) -> Any:
+    """Let PEFT freeze the model and add its layers.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    # PEFT changes the list of targets in the config that it gets.
+    targets = getattr(config, "target_modules", None)
     try:
-        wrapped: Any = get_peft_model(model, config)
+        return get_peft_model(model, copy(config))
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"method: {options.method} does not fit the model ({str(error).splitlines()[0]}).") from None
-    for parameter in wrapped.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    return wrapped
+        # PEFT's own message can have many lines; the first one says enough.
+        reason = str(error).splitlines()[0].rstrip(".")
+        if "target module" not in reason.lower():
+            raise ConfigError(f"method: {options.method} does not fit the model ({reason}).") from None
+        raise ConfigError(
+            f"lora_target_modules: {targets!r} does not fit the model ({reason}.); its linear layers are "
+            f"{', '.join(linear_names(model))}."
+        ) from None
+
+
+def _parts_without_adapter(model: PreTrainedModel) -> list[str]:
+    """Return the names of parts that no text passes through, and of linear layers that return more than a product.
+
+    The latter are routers of PhiMoE and Llama 4; PEFT 0.21 takes them for plain linear layers.
+    """
+    return [
+        *parts_beside_language(model),
+        *_routers(model),
+    ]
 
 
 def _routers(model: PreTrainedModel) -> list[str]:
-    """Return the names of linear layers that return more than a product (PhiMoE, Llama 4); PEFT 0.21 takes them for one."""
     return [
         name
         for name, module in model.named_modules()
@@ -178,8 +131,8 @@ def _routers(model: PreTrainedModel) -> list[str]:
 
 
 def _peft_config(options: MethodOptions) -> Any:
-    """Return the LoRA's config; an earlier adapter's is read as a whole, because not every setting has an option."""
-    if options.adapter_name_or_path is None:
+    """Return the adapter's config; an earlier LoRA's is read as a whole, because not every setting has an option."""
+    if options.adapter_name_or_path is None or options.method not in LORA_METHODS:
         return fresh_adapter_config(options)
     config: Any = PeftConfig.from_pretrained(options.adapter_name_or_path)
     # First values do not matter, the earlier weights replace them, unless they are subtracted. New rows are handled by
@@ -190,8 +143,24 @@ def _peft_config(options: MethodOptions) -> Any:
     return replace(config, **changes, base_model_name_or_path=None, trainable_token_indices=None)
 
 
+def _train_new_rows(wrapped: Any, model: PreTrainedModel, options: TrainOptions, new_tokens: range) -> None:
+    """Train the vocabulary rows of `new_tokens` too, and note them in the adapter's config.
+
+    Raises:
+        ConfigError: an adapter of this method cannot hold them.
+    """
+    config, rows = wrapped.peft_config["default"], train_new_rows(model, new_tokens)
+    if hasattr(config, "trainable_token_indices"):
+        config.trainable_token_indices = rows or None
+    elif rows:
+        raise ConfigError(
+            f"add_tokens: PEFT has no place for single rows in an adapter of method {options.method}; name "
+            f"{' and '.join(rows)} in modules_to_save, or use method lora."
+        )
+
+
 def _load_weights(model: Any, name: str) -> None:
-    """Load an adapter's file into a fresh LoRA: every weight of the file, and every trained weight from it.
+    """Load an adapter's file into a fresh one: every weight of the file, and every trained weight from it.
 
     Raises:
         ConfigError: the adapter was trained on another base, or names or shapes of the weights do not fit.
@@ -208,8 +177,11 @@ def _load_weights(model: Any, name: str) -> None:
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise ConfigError(f"adapter_name_or_path: {name} does not fit the model ({reason}).") from None
-    parameters = dict(model.named_parameters())
-    missing = {key for key in result.missing_keys if key in parameters and parameters[key].requires_grad}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    absent = {key for key in result.missing_keys if key in parameters and parameters[key].requires_grad}
+    # A tensor that several layers share has a name in each of them, and is in the file under one of these.
+    loaded = {id(parameter) for key, parameter in parameters.items() if key not in absent}
+    missing = {key for key in absent if id(parameters[key]) not in loaded}
 
     # The rows of new tokens are parameters of ours, see model/vocabulary.py.
     for key, tensor in rows.items():
@@ -248,7 +220,9 @@ def _check_module_names(model: PreTrainedModel, options: MethodOptions) -> None:
             continue
         for name in names:
             if not any(module == name or module.endswith(f".{name}") for module in modules):
-                problems.append(f"{field}: the model has no {name!r}; its linear layers are {_linear_layers(model)}.")
+                problems.append(
+                    f"{field}: the model has no {name!r}; its linear layers are {', '.join(linear_names(model))}."
+                )
     raise_problems(problems)
 
 
@@ -260,6 +234,7 @@ def _say_what_has_no_adapter(model: PeftModel) -> None:
     """
     base: Any = model.get_base_model()
     parts = tuple(f"{part}." for part in parts_beside_language(base))
+    adapted = tuple(f"{name}." for name, module in base.named_modules() if isinstance(module, BaseTunerLayer))
     kinds = Counter()
     for path, module in base.named_modules():
         if path.startswith(parts) or module in (base.get_input_embeddings(), base.get_output_embeddings()):
@@ -267,7 +242,7 @@ def _say_what_has_no_adapter(model: PeftModel) -> None:
         for name, parameter in module.named_parameters(path, recurse=False):
             is_matrix = isinstance(module, torch.nn.Linear | Conv1D) and parameter.ndim == 2
             is_expert = parameter.ndim == 3 and not isinstance(module, torch.nn.Conv1d)
-            if (is_matrix or is_expert) and not ADAPTED.search(f"{name}."):
+            if (is_matrix or is_expert) and not name.startswith(adapted):
                 kinds[re.sub(r"\.\d+(?=\.)", ".N", name.removesuffix(".weight"))] += parameter.numel()
     if kinds and process_rank() == 0:
         share = kinds.total() / sum(parameter.numel() for parameter in base.parameters())
@@ -276,8 +251,3 @@ def _say_what_has_no_adapter(model: PeftModel) -> None:
             f"{', '.join(sorted(kinds)[:4])}{' and others' if len(kinds) > 4 else ''}",
             flush=True,
         )
-
-
-def _linear_layers(model: torch.nn.Module) -> str:
-    layers = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)]
-    return ", ".join(sorted({name.rsplit(".", 1)[-1] for name in layers}))

@@ -1,4 +1,4 @@
-"""First values of a LoRA that are a part of the base's weights (PiSSA, OLoRA), without a change of the base.
+"""First values of a LoRA that are a part of the base's weights (PiSSA, OLoRA, CorDA, ...), without a change of the base.
 
 PEFT takes s B0 A0, with which such a LoRA begins, out of each weight W of the base and trains s B A on what is left.
 Then nothing but that changed base goes with the adapter. Here the base stays as it is, and the layer adds
@@ -8,8 +8,9 @@ nothing is rounded away from W, and a plain LoRA of twice the rank, [B, -B0] [A;
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import accel_llm.system.chatter
@@ -24,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from accel_llm.backend.strategy import training_device
 from accel_llm.errors import ConfigError
+from accel_llm.model.quantization import round_to_4_bits
 from accel_llm.system.memory import release_pages
 
 # Values of init_lora_weights that are computed from the base's weights alone, so that they can be computed again.
@@ -63,16 +65,47 @@ def subtracted_init(init: Any) -> str:
 def start_from_base(model: PeftModel, init: str, compute: torch.dtype) -> None:
     """Give the LoRA layers of `model` the first values `init`, "pissa" or "olora"; the base's weights do not change.
 
-    `compute` is the dtype of the base in training. The first values are rounded to it, because the offset is kept in
-    it. Layers for which PEFT has no such values, such as embeddings, keep the values that they have.
+    "pissa_niter_4" is PiSSA by a random decomposition in 4 rounds. `compute` is the dtype of the base in training. The
+    first values are rounded to it, because the offset is kept in it. Layers for which PEFT has no such values, such as
+    embeddings, keep the values that they have.
     """
-    for layer in _linear_lora_layers(model):
-        factor_a, factor_b = _first_factors(layer, init)
-        # A matrix whose shorter side is less than r has fewer directions; the others stay zero.
-        missing = layer.r["default"] - len(factor_a)
-        first_a, first_b = F.pad(factor_a, (0, 0, 0, missing)).to(compute), F.pad(factor_b, (0, missing)).to(compute)
-        layer.lora_A["default"] = OffsetFactor(first_a.float(), first_a.clone(), 0)
-        layer.lora_B["default"] = OffsetFactor(first_b.float(), -first_b, 1)
+    for layer in linear_lora_layers(model):
+        start = partial(layer.pissa_init, "default", init) if init.startswith("pissa") else layer.olora_init
+        subtract_first_factors(layer, *first_factors(layer, start, layer.r["default"]), compute)
+
+
+def subtract_first_factors(layer: Any, a: torch.Tensor, b: torch.Tensor, compute: torch.dtype) -> None:
+    """Let a LoRA layer begin with A0 [k, in] and B0 [out, k] and subtract them; k is at most its rank.
+
+    A matrix whose shorter side is less than the rank has fewer directions; the others stay zero.
+    """
+    missing = layer.r["default"] - len(a)
+    first_a, first_b = F.pad(a, (0, 0, 0, missing)).to(compute), F.pad(b, (0, missing)).to(compute)
+    for factors, weight, offset, dim in (
+        (layer.lora_A, first_a, first_a.clone(), 0),
+        (layer.lora_B, first_b, -first_b, 1),
+    ):
+        factors["default"] = OffsetFactor(weight.to(factors["default"].weight.dtype), offset, dim)
+
+
+def start_from_rounding(model: PeftModel, compute: torch.dtype) -> None:
+    """Let the LoRA layers of `model` begin with the best approximation of what 4 bits lose of the base (LoftQ).
+
+    s B A is the part of rank r of W - NF4(W) (Li et al. 2023, "LoftQ", with one iteration, so that the base is still
+    NF4(W), as everybody can load it). PEFT 0.21 leaves out the factor s. Call it before the weights are quantized.
+    """
+    for layer in linear_lora_layers(model):
+        weight = getattr(layer.get_base_layer(), "weight", None)
+        if getattr(weight, "bnb_quantized", None) is not False:
+            continue  # a layer that is not held in 4 bits loses nothing
+        plain = weight.data.to(training_device(), compute)
+        left, values, right = torch.linalg.svd((plain.float() - round_to_4_bits(plain, False).float()), False)
+        rank, roots = layer.r["default"], (values / layer.scaling["default"]).sqrt()
+        a, b = (roots[:, None] * right)[:rank], (left * roots)[:, :rank]
+        missing = rank - len(a)
+        for factor, first in ((layer.lora_A, F.pad(a, (0, 0, 0, missing))), (layer.lora_B, F.pad(b, (0, missing)))):
+            factor["default"].weight.data = first.contiguous().to(factor["default"].weight)
+        release_pages(weight.data)
 
 
 def draw_orthogonal(model: PeftModel) -> None:
@@ -81,14 +114,15 @@ def draw_orthogonal(model: PeftModel) -> None:
     PEFT 0.21 rounds them to the dtype of the base's weights: in 16 bits the product is not 0 any more, and quantized
     weights have no such dtype. Layers for which PEFT has no such values keep the values that they have.
     """
-    for layer in _linear_lora_layers(model):
+    for layer in linear_lora_layers(model):
         base = layer.get_base_layer()
         weight, base.weight = base.weight, nn.Parameter(torch.empty(0), requires_grad=False)
         layer.orthogonal_init("default")
         base.weight = weight
 
 
-def _linear_lora_layers(model: PeftModel) -> list[Any]:
+def linear_lora_layers(model: PeftModel) -> list[Any]:
+    """Return PEFT's LoRA layers of linear layers, of any number of bits."""
     layers = [layer for layer in lora_layers(model).values() if not isinstance(layer, ParamWrapper)]
     return [layer for layer in layers if isinstance(layer.get_base_layer(), nn.Linear | Conv1D)]
 
@@ -99,22 +133,25 @@ def lora_layers(model: Any) -> dict[str, Any]:
     return {name: module for name, module in modules if isinstance(module, LoraLayer)}
 
 
-def _first_factors(layer: Any, init: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return A0 and B0 as PEFT computes them for this layer; the device decomposes the weight, in seconds."""
-    base: Any = layer.get_base_layer()
-    weight, transposed = base.weight, layer.fan_in_fan_out
+def first_factors(layer: Any, start: Callable[[str], Any], rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return A0 and B0 as `start("default")`, a function of PEFT's layer, computes them for rank `rank` at most.
+
+    PEFT's functions change the weight that they find in the layer, so they get a copy in float32, on the device, in
+    seconds. PEFT 0.21's OLoRA and LoRA-GA take the weight of GPT-2's Conv1D as it is stored, transposed, so that the
+    shapes are wrong or, for a square matrix, another thing is computed; and quantized weights are refused. The copy is
+    a plain linear layer.
+    """
+    base, full_rank, transposed = layer.base_layer, layer.r["default"], layer.fan_in_fan_out
+    weight = base.weight
     # 4-bit weights that are not quantized yet hold the plain values.
     plain = weight.data if getattr(weight, "bnb_quantized", None) is False else dequantize_module_weight(base).data
-    # PEFT changes the weight that it finds in the layer, in place. PEFT 0.21's OLoRA takes the weight of GPT-2's Conv1D
-    # as it is stored, transposed, so that A and B have the wrong shapes or, for a square matrix, compute another thing.
-    copy = (plain.T if transposed else plain).to(training_device(), torch.float32, copy=True)
-    base.weight = nn.Parameter(copy.contiguous(), requires_grad=False)
-    layer.fan_in_fan_out = False
-    if init == "pissa":
-        layer.pissa_init("default", init)
-    else:
-        layer.olora_init("default")
-    base.weight, layer.fan_in_fan_out = weight, transposed
+    copy: Any = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    matrix = (plain.T if transposed else plain).to(training_device(), torch.float32, copy=True).contiguous()
+    copy.weight = nn.Parameter(matrix, requires_grad=False)
+    layer.base_layer, layer.fan_in_fan_out, layer.r["default"] = copy, False, min(rank, *matrix.shape)
+    with torch.no_grad():
+        start("default")
+    layer.base_layer, layer.fan_in_fan_out, layer.r["default"] = base, transposed, full_rank
     release_pages(plain)
     return layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data
 

@@ -22,6 +22,18 @@ REFUSED_METHODS = {
     "poly": "each row must name its task (task_ids)",
     "multitask_prompt_tuning": "each row must name its task (task_ids)",
     "adaption_prompt": "PEFT's code replaces the attention of some families, so packed rows cannot be kept apart",
+    "lily": "PEFT mixes its matrices by the average over all tokens of a batch, later tokens and other rows included, so a "
+    "token would see what it has to predict",
+    "shadow": "it trains a second network beside the model, with a loss of its own that PEFT computes outside the model",
+}
+# Options of a method that would make a result wrong or unusable, and why.
+REFUSED_OPTIONS = {
+    (
+        "pvera",
+        "generator_seed",
+    ): "the state of its generator is in no checkpoint, and recomputed activations would draw "
+    "other noise; seed sets the noise",
+    ("vblora", "save_only_topk_weights"): "the file would lack weights that further training needs",
 }
 # Options with flat names, and the fields of PEFT's config that they set.
 FLAT_OPTIONS = {
@@ -81,15 +93,20 @@ def check_method(options: MethodOptions) -> None:
     ]
     problems += [
         f"method_options: {field} has an option of its own; set {option}."
-        for option, field in _flat_options(options).items()
+        for option, field in flat_options(options).items()
         if field in options.method_options
+    ]
+    problems += [
+        f"method_options: {field} of method {method} cannot be used: {reason}; leave it out."
+        for (method, field), reason in REFUSED_OPTIONS.items()
+        if method == options.method and options.method_options.get(field) not in (None, False)
     ]
     if problems:
         raise ConfigError(*problems)
     fresh_adapter_config(options)
 
 
-def _flat_options(options: MethodOptions) -> dict[str, str]:
+def flat_options(options: MethodOptions) -> dict[str, str]:
     """Return those options with flat names that the method uses, and the field of PEFT's config of each."""
     if options.method in LORA_METHODS:
         return FLAT_OPTIONS
@@ -105,8 +122,11 @@ def fresh_adapter_config(options: MethodOptions) -> Any:
         ConfigError: the installed PEFT refuses a value of `method_options`.
     """
     config_class = config_class_of(options.method)
-    values = {field: getattr(options, option) for option, field in _flat_options(options).items()}
-    values["modules_to_save"] = options.modules_to_save or None
+    values = {field: getattr(options, option) for option, field in flat_options(options).items()}
+    if "modules_to_save" in values:
+        values["modules_to_save"] = options.modules_to_save or None
+    if "progressbar" in option_names(config_class):
+        values["progressbar"] = False
     if options.method in ("prefix", "p_tuning_v2"):
         values["prefix_projection"] = options.method == "prefix"
     values |= check_method_options(options.method, options.method_options, config_class)

@@ -1,4 +1,4 @@
-"""Writes, checks and reads the folder of a LoRA adapter: adapter_config.json and adapter_model.safetensors."""
+"""Writes, checks and reads the folder of an adapter: adapter_config.json and adapter_model.safetensors."""
 
 import json
 import math
@@ -33,8 +33,8 @@ def save_adapter(
 ) -> None:
     """Write an adapter's config and its trained weights `state`, gathered from all ranks, to `folder`.
 
-    It is always a plain LoRA on the base itself, whatever its first values were, see `adapters/initial.py`. `base` is
-    written down as the base model; a folder becomes an absolute path, so that the adapter works from anywhere.
+    A LoRA is always a plain one on the base itself, whatever its first values were, see `adapters/initial.py`. `base`
+    is written down as the base model; a folder becomes an absolute path, so that the adapter works from anywhere.
     `base_fingerprint`, and that the base was in 4 bits, go into the header of the weights file, which other programs
     ignore.
     """
@@ -52,10 +52,26 @@ def save_adapter(
 
 def _named_for_file(model: PeftModel, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return trained weights by their names in an adapter's file; `state` has them by their names in the model."""
-    weights = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
+    if model.active_peft_config.is_prompt_learning:
+        return saved_prompt(model, state)
+    complete = state | _other_names(model, state) | _saved_buffers(model)
+    weights = get_peft_model_state_dict(model, state_dict=complete, save_embedding_layers=False)
     # The rows of new tokens are our own parameters; they are added under PEFT's name.
     rows = {name: tensor for name, tensor in state.items() if name.endswith(f".{NEW_ROWS}")}
     return weights | {name.removesuffix(NEW_ROWS) + PEFT_ROWS: tensor for name, tensor in rows.items()}
+
+
+def _other_names(model: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the tensors of `state` that several layers share, by all their names; PEFT saves them under one of these."""
+    shared = {id(parameter): state[name] for name, parameter in model.named_parameters() if name in state}
+    every_name = model.named_parameters(remove_duplicate=False)
+    return {name: shared[id(p)] for name, p in every_name if name not in state and id(p) in shared}
+
+
+def _saved_buffers(model: Any) -> dict[str, torch.Tensor]:
+    """Return what is not trained but may be saved, such as VeRA's random projections and SHiRA's positions."""
+    saved = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers(remove_duplicate=False) if name in saved}
 
 
 def check_saved_adapter(model: Any, folder: Path) -> None:
@@ -80,11 +96,12 @@ def _compare_files(model: Any, folder: Path) -> str:
     # Empty tensors get the names that the trained weights have in a file. Under ZeRO-3 a parameter's own shape is 0.
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     shapes = {name: getattr(parameter, "ds_shape", parameter.shape) for name, parameter in trained.items()}
-    state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    named = _named_for_file(model, joined_factors(model, state))
+    state = joined_factors(model, {name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
+    named = _named_for_file(model, state)
     expected = {name: tuple(weight.shape) for name, weight in named.items()}
-    if not expected or len(expected) != len(trained):
-        return f"{len(trained)} tensors are trained, and PEFT saves {len(expected)} of them"
+    kept = {id(tensor) for tensor in state.values()} & {id(tensor) for tensor in named.values()}
+    if not kept or len(kept) != len(trained):
+        return f"{len(trained)} tensors are trained, and PEFT saves {len(kept)} of them"
 
     with safe_open(folder / ADAPTER_WEIGHTS, "pt") as file:
         stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118

@@ -32,6 +32,7 @@ RENAMED_OPTIONS = {
     **dict.fromkeys(["lora_modules_to_save", "additional_target"], "modules_to_save"),
     **dict.fromkeys(["peft_use_dora", "lora_use_dora"], "use_dora"),
     "peft_use_rslora": "use_rslora",
+    "peft_init_lora_weights": "init_lora_weights",
     "bias": "lora_bias",
     # optimizer and run
     "optimizer": "optim",
@@ -89,9 +90,8 @@ TRANSLATED_VALUES: dict[str, dict[str, tuple[str, str | bool] | None]] = {
     "dtype": {"auto": None, **TORCH_DTYPES},
     "quantization_bit": {"4": ("load_in_4bit", True), "8": ("load_in_8bit", True)},
     "use_peft": {"true": ("method", "lora"), "false": ("method", "full")},
-    "finetuning_type": {"lora": ("method", "lora"), "full": ("method", "full")},
     "full_finetuning": {"true": ("method", "full"), "false": ("method", "lora")},
-    "adapter": {"lora": ("method", "lora"), "qlora": ("method", "qlora"), "none": ("method", "full")},
+    "adapter": {"none": ("method", "full")},
     "lora_target": {"all": ("lora_target_modules", "all-linear")},
     "lora_target_linear": {"true": ("lora_target_modules", "all-linear")},
     "assistant_only_loss": {"true": ("train_on", "assistant")},
@@ -118,6 +118,16 @@ LAUNCHER = "the launcher decides it; start with `accelerate launch --config_file
 WORKERS = "rows are encoded before the training; preprocessing_num_workers sets by how many processes"
 SOURCES = "write a source as {path: ..., name: ..., split: ...} in train_files or eval_files"
 UPLOAD = ABSENT_SWITCHES["push_to_hub"]
+OTHER_RATES = "learning_rate_patterns sets rates by parts of the parameters' names, as embed_tokens=5e-5"
+# Names in PEFT's configs that people write as options; `method_options` takes all of them.
+PEFT_OPTIONS = (
+    *("target_parameters", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern"),
+    *("trainable_token_indices", "exclude_modules", "feedforward_modules", "num_virtual_tokens", "init_r", "target_r"),
+    *("prompt_tuning_init", "prompt_tuning_init_text", "encoder_hidden_size", "encoder_reparameterization_type"),
+    *("oft_block_size", "boft_block_size", "module_dropout", "n_frequency"),
+)
+# Names for `method` whose values are names of methods too.
+METHOD_NAMES = ("adapter", "finetuning_type")
 # Names without an option of ours, and values of switches that are not listed above: the remedy.
 ANSWERED_OPTIONS = {
     **ABSENT_SWITCHES,
@@ -192,12 +202,23 @@ ANSWERED_OPTIONS = {
     "quantization_bit": "use method: qlora or load_in_4bit: true, or load_in_8bit: true",
     **dict.fromkeys(["bnb_4bit_quant_type", "use_bnb_nested_quant"], "method: qlora quantizes to nf4, twice"),
     "bnb_4bit_quant_storage": "it follows from the launch YAML",
-    "use_peft": "give true or false, or use method: full, lora or qlora",
-    "finetuning_type": "use method: full, lora or qlora",
+    "use_peft": "give true or false, or use method, such as full, lora or ia3",
+    "peft_type": "method names what is trained, such as lora, ia3 or oft",
+    "finetuning_type": "use method, such as full, freeze or lora",
     "full_finetuning": "give true or false, or use method: full",
-    "adapter": "use method: full, lora or qlora; adapter_name_or_path continues an adapter",
+    "adapter": "use method, such as full, lora or ia3; adapter_name_or_path continues an adapter",
     "lora_target_linear": "give true or false, or use lora_target_modules",
-    "lora_target_parameters": "lora_target_modules names linear layers; single parameters get no adapter",
+    **{name: f"write method_options: {{{name}: ...}}" for name in PEFT_OPTIONS},
+    "lora_target_parameters": "write method_options: {target_parameters: [...]}",
+    "peft_layers_to_transform": "write method_options: {layers_to_transform: [...]}",
+    "peft_layers_pattern": "write method_options: {layers_pattern: ...}",
+    "peft_trainable_token_indices": "write method_options: {trainable_token_indices: [...]}",
+    "freeze_trainable_layers": "write method: freeze and method_options: {layers: 2} for the last two layers",
+    "freeze_trainable_modules": "write method: freeze and method_options: {layers: 2, modules: [mlp]}",
+    "freeze_extra_modules": "write method: freeze and method_options with embeddings, head or norms: true",
+    "unfrozen_parameters": "write method: freeze and method_options: {parameters: [...]}",
+    **dict.fromkeys(["loraplus_lr_embedding", "embedding_lr", "embedding_learning_rate"], OTHER_RATES),
+    **dict.fromkeys(["lr_groups", "embedding_lr_scale"], OTHER_RATES),
     "lora_task_type": "it is always a causal language model",
     "rope_scaling": "the model's config.json decides",
     "loftq_config": "init_lora_weights names the first values of an adapter",

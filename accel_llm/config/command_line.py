@@ -25,19 +25,19 @@ from pydantic_core import ErrorDetails
 
 from accel_llm.config.aliases import (
     ANSWERED_OPTIONS,
+    METHOD_NAMES,
     RENAMED_OPTIONS,
     SHARES,
     TRANSLATED_VALUES,
     VALUES_BESIDE_AN_OPTION,
 )
-from accel_llm.config.fields import MAX_YAML_CHARACTERS, read_yaml
-from accel_llm.config.options import METHODS_BY_OPTION, MethodOptions, Options
+from accel_llm.config.fields import MAX_YAML_CHARACTERS, parse_method, read_yaml
+from accel_llm.config.options import DEFAULT_METHOD, Options, options_for_another_method
 from accel_llm.errors import ConfigError, raise_problems
 from accel_llm.system.launcher import process_rank
 from accel_llm.system.places import expand_home
 from accel_llm.system.secrecy import hide_secrets
 
-DEFAULT_METHOD = MethodOptions.model_fields["method"].default
 OptionsT = TypeVar("OptionsT", bound=Options)
 
 
@@ -64,7 +64,7 @@ def parse_options(
     given, typed_names = recipe.keys() | flags.keys(), {}
     recipe_values, recipe_problems = _translate(recipe, options_class, given, typed_names)
     flag_values, flag_problems = _translate(flags, options_class, given, typed_names)
-    recipe_values = _without_other_method(recipe_values, flag_values)
+    recipe_values = _without_other_method(recipe_values, flag_values, defaults.get("method", DEFAULT_METHOD))
     options, value_problems = _check(options_class, defaults, recipe_values | flag_values, typed_names)
 
     problems += recipe_problems + flag_problems + value_problems
@@ -73,20 +73,19 @@ def parse_options(
     return options
 
 
-def _without_other_method(recipe: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
-    """Leave out of the recipe what is meant for its method, if a flag names another one; print what is left out."""
-    own, other = recipe.get("method", DEFAULT_METHOD), flags.get("method")
-    if other in (None, own) or {own, other} <= {"lora", "qlora"}:
+def _without_other_method(recipe: dict[str, Any], flags: dict[str, Any], default: str) -> dict[str, Any]:
+    """Leave out of the recipe what is meant for its method, if a flag names another one; print what is left out.
+
+    `default` is the method of a recipe that names none. What the flags set is not taken from the recipe anyway.
+    """
+    own, other = parse_method(recipe.get("method", default)), parse_method(flags.get("method", default))
+    if "method" not in flags or not isinstance(own, str) or not isinstance(other, str):
         return recipe
-    names = [
-        name
-        for name in recipe
-        if name in ("learning_rate", "method_options")
-        or (name in METHODS_BY_OPTION and own in METHODS_BY_OPTION[name] and other not in METHODS_BY_OPTION[name])
-    ]
-    if names and process_rank() == 0:
-        print(f"not taken from the recipe, whose method is {own}: {', '.join(names)}", flush=True)
-    return {name: value for name, value in recipe.items() if name not in names}
+    left_out = [name for name in options_for_another_method(own, other) if name in recipe]
+    printed = [name for name in left_out if name not in flags]
+    if printed and process_rank() == 0:
+        print(f"not taken from the recipe, whose method is {own}: {', '.join(printed)}", flush=True)
+    return {name: value for name, value in recipe.items() if name not in left_out}
 
 
 def resolved_options(options: Options) -> dict[str, Any]:
@@ -185,8 +184,6 @@ def _translate(
         option, our_value = translated
         if option not in fields:
             problems.append(_unknown_option(name, list(fields)))
-        elif option == "method" and "method" not in raw and {values.get(option), our_value} == {"lora", "qlora"}:
-            values[option] = "qlora"  # other trainers write it as two settings: an adapter, and 4 bits
         elif option in values and values[option] != our_value:
             problems.append(
                 f"{name}: {_format_value(value)} contradicts another value of {option}; give {option} once."
@@ -201,6 +198,8 @@ def _translate_one(name: str, value: Any, given: Set[str]) -> tuple[str, Any] | 
     word = str(value).lower()
     if word in TRANSLATED_VALUES.get(name, {}):
         return TRANSLATED_VALUES[name][word]
+    if name in METHOD_NAMES and re.fullmatch(r"\w+", word):
+        return "method", value
     if VALUES_BESIDE_AN_OPTION.get((name, word)) in given:
         return None
     if name in SHARES and _is_number_from_1(value):

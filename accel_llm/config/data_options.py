@@ -74,6 +74,11 @@ class DataOptions(Options):
     preprocessing_num_workers: int | None = Field(None, ge=1, description="Processes that encode rows; none: 1")
     cache_dir: Place | None = Field(None, description="Folder for encoded rows; none: accel_llm in HF_HOME")
 
+    @property
+    def virtual_tokens(self) -> int:
+        """The tokens that the method puts before each document. They count against `max_length`."""
+        return 0
+
     def problems(self) -> list[str]:
         problems = super().problems()
         if self.eval_files and self.eval_share:

@@ -145,7 +145,7 @@ def _parse_target_modules(value: Any) -> Any:
     return value
 
 
-def _parse_method(value: Any) -> Any:
+def parse_method(value: Any) -> Any:
     """Read a method's name in any case, and PEFT's names of methods that have a shorter one here."""
     if not isinstance(value, str):
         return value
@@ -224,7 +224,7 @@ Optimizer = Annotated[
         lion_32bit="lion",
     ),
 ]
-MethodName = Annotated[str, Field(min_length=1), BeforeValidator(_parse_method)]
+MethodName = Annotated[str, Field(min_length=1), BeforeValidator(parse_method)]
 Resume = Annotated[str, Field(min_length=1), BeforeValidator(_parse_resume)]
 TargetModules = Annotated[
     list[str] | str, BeforeValidator(_parse_target_modules, json_schema_input_type=str | list[str])

@@ -44,6 +44,8 @@ ADAPTER_OPTIONS = (
     "modules_to_save",
     "offload_embeddings",
 )
+# Options whose values are chosen for one method.
+CHOSEN_FOR_METHOD = ("learning_rate", "learning_rate_patterns", "lora_target_modules", "method_options")
 ADAMW = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit")
 OPTIMIZERS_BY_OPTION = {"adam_beta1": (*ADAMW, "lion"), "adam_beta2": (*ADAMW, "lion"), "adam_epsilon": ADAMW}
 SCHEDULES_BY_OPTION = {
@@ -51,6 +53,19 @@ SCHEDULES_BY_OPTION = {
     "min_lr_rate": ("cosine_with_min_lr", "warmup_stable_decay"),
     "decay_share": ("warmup_stable_decay",),
 }
+
+
+def options_for_another_method(own: str, other: str) -> list[str]:
+    """Return the names of those options of a run with method `own` that would not mean the same with method `other`."""
+    if own == other or {own, other} <= {"lora", "qlora"}:
+        return []
+    own_alone = [n for n, methods in METHODS_BY_OPTION.items() if own in methods and other not in methods]
+    if other in METHODS_WITHOUT_ADAPTER:
+        # Only a run that names an adapter to go on with must not go on without it: that stays, and is an error.
+        own_alone += [name for name in ADAPTER_OPTIONS if name != "adapter_name_or_path"]
+    else:
+        own_alone.append("master_weights")
+    return sorted({*CHOSEN_FOR_METHOD, *own_alone})
 
 
 def count_warmup_steps(warmup_steps: float, total_steps: int) -> int:
@@ -132,6 +147,9 @@ class MethodOptions(Options):
         return problems
 
 
+DEFAULT_METHOD = MethodOptions.model_fields["method"].default
+
+
 class OptimOptions(Options):
     """Loss, optimizer and schedule"""
 
@@ -144,7 +162,7 @@ class OptimOptions(Options):
     )
     adam_epsilon: float = Field(1e-8, gt=0, description="Added to the denominator of AdamW")
     master_weights: Literal["float32", "stochastic_rounding"] = Field(
-        "float32", description="For method full in bf16: keep float32 copies, or bf16 alone with random rounding"
+        "float32", description="For weights trained in bf16: keep float32 copies, or bf16 alone with random rounding"
     )
     max_grad_norm: float = Field(1.0, ge=0, description="Larger gradients are scaled down to this norm; 0: never")
     lr_scheduler_type: Literal[
@@ -185,7 +203,7 @@ class OptimOptions(Options):
         problems = super().problems() + self._without_effect(OPTIMIZERS_BY_OPTION, "optim")
         # Only AdamW on bf16 weights rounds at random (training/own_optimizers.py).
         if self.master_weights == "stochastic_rounding":
-            if isinstance(self, MethodOptions) and self.method != "full":
+            if isinstance(self, MethodOptions) and self.has_adapter:
                 problems.append(
                     f"master_weights: method {self.method} always trains in float32; remove it, or use method full."
                 )
@@ -292,6 +310,11 @@ class RunOptions(Options):
 
 class TrainOptions(ModelOptions, DataOptions, MethodOptions, OptimOptions, RunOptions):
     """Options of every training script"""
+
+    @property
+    def virtual_tokens(self) -> int:
+        count = self.method_options.get("num_virtual_tokens", 0)
+        return count if isinstance(count, int) else 0
 
 
 # Defaults with `overfit`; a value that the user sets wins over each of them.

@@ -28,7 +28,9 @@ def _targets(labels: np.ndarray, weights: np.ndarray | None) -> dict:
     }
 
 
-def collate_packed(rows: list[tuple[np.ndarray, np.ndarray]], weights: list[np.ndarray] | None = None) -> dict:
+def collate_packed(
+    rows: list[tuple[np.ndarray, np.ndarray]], weights: list[np.ndarray] | None = None, virtual: int = 0
+) -> dict:
     """Concatenate documents (ids [n], labels [n]) into one row of T tokens without padding.
 
     `input_ids`, `labels` and `position_ids` are int64 [1, T]; positions start at 0 in each document. `cu_seqlens`,
@@ -40,7 +42,12 @@ def collate_packed(rows: list[tuple[np.ndarray, np.ndarray]], weights: list[np.n
     positions in the flattened rows, and `target_columns`, int64, those in a row that have a target in any row.
     `num_targets` is their number, and `total_weight` the number to divide the summed loss by: the sum of the weights of
     the targets, or without `weights` their number. `lengths` lists the length of each document.
+
+    With `virtual` each document begins with that many more tokens, whose places a prompt-learning method fills: they
+    count in lengths, boundaries and positions and are no labels, and what ids they have does not matter.
+    `virtual_positions`, int64 [documents * virtual], are their places in the flattened rows.
     """
+    rows, weights = _with_virtual_tokens(rows, weights, virtual)
     # Where each document starts and ends in the row.
     lengths = np.array([len(ids) for ids, _ in rows])
     ends = np.cumsum(lengths)
@@ -52,7 +59,7 @@ def collate_packed(rows: list[tuple[np.ndarray, np.ndarray]], weights: list[np.n
 
     row_weights = None if weights is None else np.concatenate(weights)[None]
     batch = {} if row_weights is None else {"weights": torch.from_numpy(row_weights)}
-    batch |= _targets(labels[None], row_weights)
+    batch |= _targets(labels[None], row_weights) | _virtual_positions(starts, virtual)
     return batch | {
         "input_ids": _as_one_row(np.concatenate([ids for ids, _ in rows])),
         "labels": _as_one_row(labels),
@@ -68,15 +75,40 @@ def _as_one_row(values: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(values.astype(np.int64, copy=False))[None]
 
 
+def _with_virtual_tokens(
+    rows: list[tuple[np.ndarray, np.ndarray]], weights: list[np.ndarray] | None, count: int
+) -> tuple[list[tuple[np.ndarray, np.ndarray]], list[np.ndarray] | None]:
+    """Put `count` places before each document, without labels; its first token is no label with them either."""
+    if not count:
+        return rows, weights
+    empty = np.full(count, IGNORED, np.int64)
+    rows = [
+        (np.concatenate([ids[:1].repeat(count), ids]), np.concatenate([empty, [IGNORED], labels[1:]]))
+        for ids, labels in rows
+    ]
+    return rows, weights and [np.concatenate([np.zeros(count, np.float32), values]) for values in weights]
+
+
+def _virtual_positions(starts: np.ndarray, count: int) -> dict:
+    """Return the places of the virtual tokens of documents that begin at `starts` of the flattened rows."""
+    if not count:
+        return {}
+    return {"virtual_positions": torch.from_numpy((starts[:, None] + np.arange(count)).ravel())}
+
+
 def collate_padded(
-    rows: list[tuple[np.ndarray, np.ndarray]], pad_token_id: int, weights: list[np.ndarray] | None = None
+    rows: list[tuple[np.ndarray, np.ndarray]],
+    pad_token_id: int,
+    weights: list[np.ndarray] | None = None,
+    virtual: int = 0,
 ) -> dict:
     """Stack B documents (ids [n], labels [n]) and pad them on the right to the longest one, L tokens.
 
     `input_ids`, `labels` and `attention_mask` are int64 [B, L]. With `weights` (an array [n] for each document) the
     batch also has `weights`, float32 [B, L]. Padding is never a label and never attended to, whatever `pad_token_id`
-    is. What the batch says of targets and lengths is described at `collate_packed`.
+    is. What the batch says of targets, lengths and virtual tokens is described at `collate_packed`.
     """
+    rows, weights = _with_virtual_tokens(rows, weights, virtual)
     # Start from tensors that are all padding.
     shape = len(rows), max(len(ids) for ids, _ in rows)
     input_ids, labels = np.full(shape, pad_token_id, np.int64), np.full(shape, IGNORED, np.int64)
@@ -89,14 +121,14 @@ def collate_padded(
         attention_mask[i, : len(ids)] = 1
         if weights is not None:
             token_weights[i, : len(ids)] = weights[i]
-    # Prompt tuning puts virtual tokens before the row; a labeled first token would then be a target nobody counted.
     labels[:, 0] = IGNORED
 
     arrays: dict[str, np.ndarray] = {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
     if weights is not None:
         arrays["weights"] = token_weights
     batch: Batch = {name: torch.from_numpy(values) for name, values in arrays.items()}
-    return batch | _targets(labels, arrays.get("weights")) | {"lengths": [len(ids) for ids, _ in rows]}
+    batch |= _targets(labels, arrays.get("weights")) | _virtual_positions(np.arange(len(rows)) * shape[1], virtual)
+    return batch | {"lengths": [len(ids) for ids, _ in rows]}
 
 
 def to_device(batch: Batch, device: torch.device | str) -> Batch:
@@ -117,11 +149,15 @@ def start_copy(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor
     return pinned.to(device, non_blocking=True)
 
 
-def collate(rows: Rows, indices: list[int], packed: bool, pad_token_id: int) -> Batch:
+def collate(rows: Rows, indices: list[int], packed: bool, pad_token_id: int, virtual: int = 0) -> Batch:
     """Make a batch of the rows at `indices`: packed into one row, or padded to the longest.
+
+    Each row begins with `virtual` places for the tokens of a prompt-learning method.
 
     Without any index the batch is one row of two tokens without a label. It adds nothing to a sum or a count.
     """
     empty_row = (np.full(2, pad_token_id, np.int32), np.full(2, IGNORED, np.int32))
     documents, weights = [rows[k] for k in indices] or [empty_row], rows.label_weights(indices)
-    return collate_packed(documents, weights) if packed else collate_padded(documents, pad_token_id, weights)
+    if packed:
+        return collate_packed(documents, weights, virtual)
+    return collate_padded(documents, pad_token_id, weights, virtual)

@@ -236,12 +236,13 @@ def _add_row(chunk: Chunk, row: SourceRow, encoded: EncodedRow, encoder: Encoder
     # A row that fits is added whole.
     id_array = array("i", ids)
     digest = int.from_bytes(hashlib.blake2b(id_array, digest_size=8).digest(), "little")
-    if length <= options.max_length:
+    if length <= options.max_length - options.virtual_tokens:
         chunk.part.add(id_array, array("i", labels), weights, row.row.number, row.origin, digest)
         ledger.count(label, TRAINED, 1, supervised, length - supervised)
         return
 
-    too_long = f"longer than max_length={options.max_length}"
+    virtual = f" less {options.virtual_tokens} virtual tokens" if options.virtual_tokens else ""
+    too_long = f"longer than max_length={options.max_length}{virtual}"
     if options.overlong == "error":
         raise DataError(
             f"{row.row.file}, row {row.row.number}: {length} tokens are {too_long}; raise it, or set overlong: drop, "
@@ -270,8 +271,8 @@ def _count_labels(labels: list[int]) -> int:
 
 
 def _spans_to_train(labels: list[int], options: DataOptions) -> list[tuple[int, int]]:
-    """Return the parts [start, end) of a row longer than `max_length` that are trained, as `overlong` says."""
-    size, length = options.max_length, len(labels)
+    """Return the parts [start, end) of a row longer than `max_length` allows that are trained, as `overlong` says."""
+    size, length = options.max_length - options.virtual_tokens, len(labels)
     if options.overlong == "split":
         # Pieces of equal size; a piece without a label is left out.
         pieces = [(start, min(start + size, length)) for start in range(0, length, size)]

@@ -35,7 +35,7 @@ ROWS_PER_CHUNK = 256  # rows that are encoded together, and sent to a worker tog
 HELD_OUT = "held out"  # the bin of rows that `eval_share` takes for evaluation
 # The options that change the encoding, beside the rows themselves, the tokenizer and the template.
 CACHE_OPTIONS = ("max_length", "overlong", "train_on", "train_on_eos", "split_turns", "limit_rows", "eval_share")
-CACHE_OPTIONS += ("on_bad_row", "data_format", "columns", "allow_special_in_text", "open_thought")
+CACHE_OPTIONS += ("on_bad_row", "data_format", "columns", "allow_special_in_text", "open_thought", "virtual_tokens")
 NO_TURN_END_NOTE = (
     "The template does not close turns, so no end token is trained, and the model does not learn to stop."
 )

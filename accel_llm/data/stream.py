@@ -66,7 +66,8 @@ class Stream:
         # The rows of an epoch, and its bins; two epochs stay in memory, because a step may reach into the next one.
         weights = [as_source(place).weight for place in options.train_files]
         epoch_rows = mix_sources(rows.source, weights, options.seed)
-        self._arrange_epoch = lru_cache(maxsize=2)(partial(arrange_epoch, epoch_rows, rows.lengths, options))
+        lengths = rows.lengths + options.virtual_tokens
+        self._arrange_epoch = lru_cache(maxsize=2)(partial(arrange_epoch, epoch_rows, lengths, options))
 
         # How many rows and steps are left from `start` on.
         bins, per_step = len(self._arrange_epoch(0).offsets) - 1, rows_per_step(options)
@@ -93,7 +94,7 @@ class Stream:
     def micro_batch(self, step: int, micro: int) -> Batch:
         """Return micro-batch `micro` of step `step` (both from 0) of this process, on the CPU."""
         indices = self.row_indices(step, micro, self.rank)
-        return collate(self.rows, indices, bool(self.options.packing), self.pad_token_id)
+        return collate(self.rows, indices, bool(self.options.packing), self.pad_token_id, self.options.virtual_tokens)
 
     def batches(self, first_step: int = 0) -> Iterator[Batch]:
         """Yield the micro-batches from the start of `first_step` on, without end."""

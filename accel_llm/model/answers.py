@@ -9,7 +9,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, TextStreamer
 from accel_llm.chat.template import Template
 from accel_llm.errors import ConfigError
 from accel_llm.model.attention import unwrap_causal_lm
-from accel_llm.model.positions import position_limit
+from accel_llm.model.positions import positions_for_tokens
 
 
 class Dialogue:
@@ -24,7 +24,7 @@ class Dialogue:
         system: str | None = None,
     ):
         self.model, self.tokenizer, self.template, self.settings = model, tokenizer, template, settings
-        self.limit = position_limit(unwrap_causal_lm(model).config)
+        self.limit = positions_for_tokens(unwrap_causal_lm(model))
         self.beginning = [{"role": "system", "content": system}] if system else []
         self.messages: list[dict[str, Any]] = [*self.beginning]
 

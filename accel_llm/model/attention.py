@@ -17,6 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from accel_llm.errors import ConfigError
+from accel_llm.model.virtual_tokens import replace_keys
 
 PACKED_ATTENTION, PADDED_ATTENTION = "packed", "padded"
 REMEDY = "set packing: false"
@@ -37,13 +38,13 @@ def forward_arguments(batch: dict) -> dict:
     as an attribute of the tensors.
     """
     lengths = batch.get("lengths")
+    arguments = {name: batch[name] for name in ("input_ids", "virtual_positions") if name in batch}
     if "cu_seqlens" not in batch:
         batch["attention_mask"].lengths = lengths
-        return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        return arguments | {"attention_mask": batch["attention_mask"]}
     boundaries, longest = batch["cu_seqlens"], batch["max_seqlen"]
     boundaries.lengths = batch["position_ids"].lengths = lengths
-    return {
-        "input_ids": batch["input_ids"],
+    return arguments | {
         "position_ids": batch["position_ids"],
         "cu_seq_lens_q": boundaries,
         "cu_seq_lens_k": boundaries,
@@ -158,13 +159,15 @@ def packed_attention(
     s_aux: torch.Tensor | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
+    prefix: torch.Tensor | None = None,
+    virtual_positions: torch.Tensor | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """Compute causal attention inside each document of one packed row of T tokens, called by transformers.
 
     query [1, heads, T, head_dim], key and value [1, kv_heads, T, head_dim] -> [1, T, heads, head_dim of value].
     `sliding_window` includes the token itself, `softcap` is Gemma 2's tanh cap on the scores, `s_aux` [heads] are the
-    sink logits of gpt-oss.
+    sink logits of gpt-oss. A `prefix` takes the place of keys and values, see model/virtual_tokens.py.
 
     Raises:
         ConfigError: the boundaries are missing, or the model passes a score term that is not implemented here.
@@ -175,6 +178,8 @@ def packed_attention(
         # Rotary embeddings and float32 norms leave queries or keys in float32, but the kernels need one dtype.
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if prefix is not None and virtual_positions is not None:
+        key, value = replace_keys(module, key, value, prefix, virtual_positions)
     window = sliding_window if sliding_window is not None and sliding_window < max_length_q else None
     plain = softcap is None and s_aux is None
 
@@ -322,10 +327,19 @@ def _visible_keys(length: int, window: int | None, device: torch.device) -> torc
 
 
 def padded_attention(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args, **kwargs
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *args,
+    prefix: torch.Tensor | None = None,
+    virtual_positions: torch.Tensor | None = None,
+    **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """Compute transformers' SDPA attention; the arguments and the result are its own."""
+    """Compute transformers' SDPA attention; the result and the arguments, except for a prefix, are its own."""
     caller: Any = module
+    if prefix is not None and virtual_positions is not None:
+        key, value = replace_keys(module, key, value, prefix, virtual_positions)
     if not _is_on_cpu(query):
         # Without a mask transformers 5.24 uses enable_gqa: in float32 and before Ampere CUDA then stores all scores.
         key, value = _repeat_heads(query, key), _repeat_heads(query, value)

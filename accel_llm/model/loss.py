@@ -1,6 +1,7 @@
 """The next-token loss as a sum over labeled tokens, computed inside the model's own forward."""
 
 import functools
+from contextlib import nullcontext
 from types import MethodType
 from typing import Any, Literal
 
@@ -13,10 +14,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import ModelOutput
 
 from accel_llm.chat.targets import IGNORED
-from accel_llm.data.batches import collate_padded, to_device
+from accel_llm.data.batches import collate_packed, collate_padded, to_device
 from accel_llm.errors import ConfigError
-from accel_llm.model.attention import forward_arguments, stock_attention, unwrap_causal_lm
+from accel_llm.model.attention import PACKED_ATTENTION, forward_arguments, stock_attention, unwrap_causal_lm
 from accel_llm.model.logits import chunk_count, sum_of_chunks, sum_terms
+from accel_llm.model.virtual_tokens import count_virtual_tokens
 
 LossPath = Literal["own", "stock"]
 # What the loss reads of a batch beside the labels.
@@ -30,7 +32,7 @@ def next_token_loss(model: nn.Module, batch: dict) -> torch.Tensor:
     `batch` is packed or padded, see data/batches.py. With `weights` in it, each term is multiplied by its token's
     weight. Call `attach_loss` on the model first; after that it may be wrapped (PEFT, DDP, DeepSpeed, FSDP2).
     """
-    targets = {name: batch[name] for name in TARGETS if name in batch} | {"row_length": batch["labels"].shape[1]}
+    targets = {name: batch[name] for name in TARGETS if name in batch}
     return model(**forward_arguments(batch), labels=batch["labels"], targets=targets, use_cache=False).loss
 
 
@@ -104,17 +106,22 @@ def check_loss(model: nn.Module, device: torch.device | str, dtype: torch.dtype)
     """Compare our loss with the family's own on a random padded batch, and choose the path; `model` may be wrapped.
 
     Plain cross-entropies are compared: a balance loss is subtracted from the family's loss. `dtype` is the dtype of the
-    matrix products. Every rank runs the same 2 or 3 forwards.
+    matrix products. Every rank runs the same 2 or 3 forwards. With virtual tokens the reference is PEFT's own forward,
+    and ours computes the rows with the attention that will train.
 
     Raises:
         ConfigError: no path gives the family's loss, or the config asks for a balance loss that the family lacks.
     """
     inner, training = unwrap_causal_lm(model), model.training
     model.eval()
-    batch = _random_batch(inner.config.get_text_config().vocab_size, device)
+    rows, virtual = _random_rows(inner.config.get_text_config().vocab_size), count_virtual_tokens(model)
     inner.loss_path = "family"  # type: ignore
     with stock_attention(model):
-        expected = float(next_token_loss(model, batch))
+        expected = float(next_token_loss(model, to_device(collate_padded(rows, 0), device)))
+    packed = virtual and inner.config._attn_implementation == PACKED_ATTENTION
+    batch = collate_packed(rows, None, virtual) if packed else collate_padded(rows, 0, None, virtual)
+    batch = to_device(batch, device)
+    with nullcontext() if virtual else stock_attention(model):
         for path in _candidate_paths(inner):
             inner.loss_path = path  # type: ignore
             loss = float(next_token_loss(model, batch))
@@ -127,18 +134,15 @@ def check_loss(model: nn.Module, device: torch.device | str, dtype: torch.dtype)
     )
 
 
-def _random_batch(vocab_size: int, device: torch.device | str) -> dict:
+def _random_rows(vocab_size: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """Return two rows of different lengths, some tokens without a label."""
     first, second = np.random.default_rng(0).integers(vocab_size, size=(2, 12))
-    rows = [(first, np.where(np.arange(12) < 4, IGNORED, first)), (second[:9], second[:9])]
-    return to_device(collate_padded(rows, 0), device)
+    return [(first, np.where(np.arange(12) < 4, IGNORED, first)), (second[:9], second[:9])]
 
 
 def _own_loss(model: PreTrainedModel, *args, labels: torch.Tensor, targets: dict[str, Any], **kwargs) -> torch.Tensor:
     """Sum over the targets, projecting only their positions to the vocabulary."""
-    # PEFT's prompt tuning puts virtual tokens before each row, and labels for them.
-    virtual = labels.shape[1] - targets["row_length"]
-    hidden, labels = model.base_model(*args, **kwargs)[0][:, virtual:], _shifted(labels[:, virtual:], IGNORED)
+    hidden, labels = model.base_model(*args, **kwargs)[0], _shifted(labels, IGNORED)
     hidden, labels = (tensor.flatten(0, 1).index_select(0, targets["target_positions"]) for tensor in (hidden, labels))
     weights = targets.get("weights")
     if weights is not None:
@@ -156,9 +160,9 @@ def _stock_loss(model: PreTrainedModel, *args, labels: torch.Tensor, targets: di
     micro-batches ask for more balance.
     """
     # The family computes logits for the columns in which any row has a target.
-    columns, virtual = targets["target_columns"], labels.shape[1] - targets["row_length"]
-    output = type(model).forward(model, *args, logits_to_keep=columns + virtual, **kwargs)
-    logits, labels = output.logits.flatten(0, 1).float(), _shifted(labels[:, virtual:], IGNORED)
+    columns = targets["target_columns"]
+    output = type(model).forward(model, *args, logits_to_keep=columns, **kwargs)
+    logits, labels = output.logits.flatten(0, 1).float(), _shifted(labels, IGNORED)
     weights = targets.get("weights")
     if weights is not None:
         weights = _shifted(weights, 0).index_select(1, columns).flatten()

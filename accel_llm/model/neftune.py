@@ -3,12 +3,14 @@
 import torch
 from torch import nn
 
+from accel_llm.model.virtual_tokens import count_virtual_tokens
+
 
 def attach_neftune(model: nn.Module, alpha: float | None) -> None:
     """Add uniform noise in +-alpha / sqrt(L d) to the input embeddings in training mode (NEFTune, arXiv 2310.05914).
 
     L is the length of the token's own document, so `alpha` means the same for packed and padded batches; d is the
-    width of the embedding. L is read from the arguments of `model`'s forward: from `cu_seq_lens_q` of a packed batch,
+    width of the embedding. Virtual tokens have no noise and do not count. L is read from the arguments of `model`'s forward: from `cu_seq_lens_q` of a packed batch,
     else from `attention_mask`. So `model` must be the outermost module before `accelerator.prepare`, PEFT's wrapper
     included.
 
@@ -16,6 +18,7 @@ def attach_neftune(model: nn.Module, alpha: float | None) -> None:
     """
     if not alpha:
         return
+    virtual = count_virtual_tokens(model)
     # Lengths of the current batch, one tensor that broadcasts to [rows, tokens, 1]; written by one hook for the other.
     lengths: list[torch.Tensor] = []
 
@@ -26,9 +29,9 @@ def attach_neftune(model: nn.Module, alpha: float | None) -> None:
             tokens = kwargs["input_ids"].shape[-1]
             # Giving output_size avoids a synchronization with the GPU.
             per_token = document_lengths.repeat_interleave(document_lengths, output_size=tokens)
-            lengths.append(per_token[None, :, None])
+            lengths.append(per_token[None, :, None] - virtual)
         elif (mask := kwargs.get("attention_mask")) is not None:
-            lengths.append(mask.sum(-1)[:, None, None])
+            lengths.append(mask.sum(-1)[:, None, None] - virtual)
 
     def add_noise(module: nn.Module, args: tuple, embedded: torch.Tensor) -> torch.Tensor:
         if not module.training:

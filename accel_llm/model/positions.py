@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from accel_llm.data.batches import start_copy
+from accel_llm.model.virtual_tokens import count_virtual_tokens
 
 # Fields that hold the number of positions, in the names of the model families.
 POSITION_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
@@ -46,6 +47,12 @@ def position_limit(config: PreTrainedConfig) -> int | None:
     if scaling.get("rope_type") == "yarn":
         return max(limit, int(scaling["original_max_position_embeddings"] * factor))
     return limit
+
+
+def positions_for_tokens(model: PreTrainedModel) -> int | None:
+    """Return the `position_limit` of a model, less the positions that virtual tokens take."""
+    limit = position_limit(model.config)
+    return limit and limit - count_virtual_tokens(model)
 
 
 def scale_by_document(model: PreTrainedModel) -> None:

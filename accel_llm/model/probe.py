@@ -8,8 +8,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from accel_llm.data.batches import collate_packed, collate_padded, to_device
 from accel_llm.errors import ConfigError
 from accel_llm.model.attention import REMEDY, forward_arguments, stock_attention, unwrap_causal_lm
+from accel_llm.model.virtual_tokens import count_virtual_tokens
 
 # Relative differences of logits that rounding explains, by the dtype of the matrix products (int8: an 8-bit base).
 # PACKED: a row of documents and a single one use different kernels, which sum in a different order.
@@ -175,24 +177,18 @@ def _random_documents(vocab_size: int, device: torch.device | str, lengths: Iter
 
 def _logits_together(model: nn.Module, documents: list[torch.Tensor], packed: bool) -> list[torch.Tensor]:
     """Return float32 [n, vocabulary] for each document of n tokens, computed in one packed row or padded batch."""
-    lengths, device = [len(document) for document in documents], documents[0].device
-    if not packed:
-        mask = torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
-        input_ids = nn.utils.rnn.pad_sequence(documents, batch_first=True)
-        rows = _logits(model, {"input_ids": input_ids, "attention_mask": mask.long()})
-        return [row[:n] for row, n in zip(rows, lengths, strict=True)]
-    batch = {
-        "input_ids": torch.cat(documents)[None],
-        "position_ids": torch.cat([torch.arange(n, device=device) for n in lengths])[None],
-        "cu_seqlens": torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32),
-        "max_seqlen": max(lengths),
-    }
-    return list(_logits(model, forward_arguments(batch))[0].split(lengths))
+    virtual, device = count_virtual_tokens(model), documents[0].device
+    rows = [(document.cpu().numpy(), document.cpu().numpy()) for document in documents]
+    batch = collate_packed(rows, None, virtual) if packed else collate_padded(rows, 0, None, virtual)
+    logits = _logits(model, forward_arguments(to_device(batch, device)))
+    lengths = batch["lengths"]
+    parts = logits[0].split(lengths) if packed else [row[:n] for row, n in zip(logits, lengths, strict=True)]
+    return [part[virtual:] for part in parts]
 
 
 def _logits(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-    """Return float32 [rows, tokens, vocabulary]."""
-    return model(**inputs, use_cache=False).logits.float()
+    """Return float32 [rows, tokens, vocabulary], without what PEFT's own forward puts before the rows."""
+    return model(**inputs, use_cache=False).logits[:, -inputs["input_ids"].shape[1] :].float()
 
 
 def _relative_distance(logits: Iterable[torch.Tensor], expected: Iterable[torch.Tensor]) -> float:

@@ -128,13 +128,18 @@ def show_histogram(title: str, values: np.ndarray, bins: int = 10) -> None:
     console.print(table)
 
 
-def describe_plan(rows: Rows, plan: TrainingPlan, max_length: int) -> str:
-    """Describe documents, tokens and steps of the run, and how full its packed rows are, in one sentence."""
+def describe_plan(rows: Rows, plan: TrainingPlan, max_length: int, virtual: int = 0) -> str:
+    """Describe documents, tokens and steps of the run, and how full its packed rows are, in one sentence.
+
+    `virtual` are the virtual tokens of each document, which take their room in the rows.
+    """
     tokens = int(rows.offsets[-1])
+    filled = tokens + virtual * len(rows)
+    beside = f" beside {virtual:,} virtual ones each" if virtual else ""
     supervised = int((np.asarray(rows.labels) != IGNORED).sum())
     return (
-        f"{len(rows):,} documents, {tokens:,} tokens ({supervised:,} trained) in {plan.bins:,} rows of at most "
-        f"{max_length:,} ({tokens / (plan.bins * max_length):.1%} full); {plan.total_steps:,} steps of "
+        f"{len(rows):,} documents, {tokens:,} tokens ({supervised:,} trained){beside} in {plan.bins:,} rows of at most "
+        f"{max_length:,} ({filled / (plan.bins * max_length):.1%} full); {plan.total_steps:,} steps of "
         f"{plan.rows_per_step:,} rows"
     )
 
@@ -186,7 +191,7 @@ def show_plan(
         show_settings(options)
         show_rows(tokenizer, data.train, 3)
     show_ledger(data.ledger)
-    console.print(describe_plan(data.train, plan, options.max_length))
+    console.print(describe_plan(data.train, plan, options.max_length, options.virtual_tokens))
     for sentence in plan_warnings(options, plan):
         console.print(sentence, style="yellow", soft_wrap=True)
 

@@ -72,8 +72,9 @@ class Meter:
         self.sums[0] += torch.where(finite, loss, 0.0)
         self.sums[1] += finite.double() * batch["total_weight"]
         self.targets += batch["num_targets"]
-        # A batch without targets only fills a slot of the last step: it has no real tokens.
-        self.tokens += sum(batch["lengths"]) if batch["num_targets"] else 0
+        # A batch without targets only fills a slot of the last step: it has no real tokens. Virtual tokens are none.
+        real = sum(batch["lengths"]) - len(batch.get("virtual_positions", ()))
+        self.tokens += real if batch["num_targets"] else 0
 
     def log(self, step: int, learning_rate: float, grad_norm: float) -> None:
         """Write the metrics of step `step` (from 1) if they are due: every `logging_steps`, first and last step."""

@@ -194,7 +194,7 @@ def _fill(model: nn.Module, settings: StepSettings) -> None:
         for name, parameter in list(module.named_parameters(recurse=False)):
             if id(parameter) not in filled:
                 filled[id(parameter)] = _filled(parameter, settings)
-            module._parameters[name] = filled[id(parameter)]
+            setattr(module, name, filled[id(parameter)])  # an LSTM also keeps a list of its parameters
 
 
 def _filled(parameter: nn.Parameter, settings: StepSettings) -> nn.Parameter:
@@ -325,9 +325,10 @@ def _mark_parts(model: nn.Module, recorder: Recorder, group: int) -> None:
 
 def _largest_batch(options: TrainOptions) -> Batch:
     """Return a batch without data: as many rows of as many tokens as the options allow, and all of them targets."""
-    row = np.zeros(options.max_length, np.int32)
+    virtual = options.virtual_tokens
+    row = np.zeros(options.max_length - virtual, np.int32)
     rows = [(row, row)] * options.per_device_train_batch_size
-    batch = collate_packed(rows) if options.packing else collate_padded(rows, 0)
+    batch = collate_packed(rows, None, virtual) if options.packing else collate_padded(rows, 0, None, virtual)
     return {
         name: torch.empty(value.shape, dtype=value.dtype) if isinstance(value, torch.Tensor) else value
         for name, value in batch.items()

@@ -25,7 +25,7 @@ from accel_llm.data.rows import Rows
 from accel_llm.model.attention import stock_attention, unwrap_causal_lm
 from accel_llm.model.generation import cut_at_stop, pad_left, without_own_settings
 from accel_llm.model.loss import next_token_loss
-from accel_llm.model.positions import position_limit
+from accel_llm.model.positions import positions_for_tokens
 from accel_llm.model.tokenizer import pad_token_id
 from accel_llm.report.metrics import Meter
 from accel_llm.report.trackers import describe_error
@@ -180,9 +180,8 @@ def mean_loss(
     The sums are float64 and taken over all processes, so batch size and number of processes do not change the loss.
     """
     # Packed row `b` holds the documents `order[offsets[b] : offsets[b + 1]]`; without packing it holds one.
-    order, offsets = (
-        pack(rows.lengths, options.max_length) if options.packing else (np.arange(len(rows)), np.arange(len(rows) + 1))
-    )
+    virtual, single = options.virtual_tokens, (np.arange(len(rows)), np.arange(len(rows) + 1))
+    order, offsets = pack(rows.lengths + virtual, options.max_length) if options.packing else single
     count, size, world = len(offsets) - 1, options.per_device_eval_batch_size, accelerator.num_processes
     total, weight, targets = torch.zeros((), dtype=torch.float64, device=accelerator.device), 0.0, 0
     with evaluating(model):
@@ -193,7 +192,8 @@ def mean_loss(
             start = first + accelerator.process_index * size
             packed_rows = range(start, min(start + size, count))
             documents = [int(k) for b in packed_rows for k in order[offsets[b] : offsets[b + 1]]]
-            batch = to_device(collate(rows, documents, bool(options.packing), pad_token_id), accelerator.device)
+            batch = collate(rows, documents, bool(options.packing), pad_token_id, virtual)
+            batch = to_device(batch, accelerator.device)
             total += next_token_loss(model, batch)
             weight, targets = weight + batch["total_weight"], targets + batch["num_targets"]
     # The host waits for the device only here.
@@ -227,7 +227,7 @@ def questions_in_batch(questions: list[PromptAndAnswer], options: TrainOptions) 
     than that number of rows.
     """
     rows = options.per_device_eval_batch_size
-    longest = max(len(prompt) for prompt, _ in questions) + _new_tokens(questions)
+    longest = options.virtual_tokens + max(len(prompt) for prompt, _ in questions) + _new_tokens(questions)
     return max(rows, rows * options.max_length // longest) if options.packing else rows
 
 
@@ -253,7 +253,7 @@ def exact_match(
     """
     inner = unwrap_model(accelerator, model)
     causal_lm, pad = unwrap_causal_lm(inner), pad_token_id(tokenizer)
-    limit = position_limit(causal_lm.config)
+    limit = positions_for_tokens(causal_lm)
     answers: list[GeneratedAnswer] = []
     stopped = 0
     # Autocast, because `generate` bypasses the forward that `prepare` wraps: without it the float32 parts of an adapter

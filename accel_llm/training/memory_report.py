@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
@@ -51,7 +50,7 @@ def _with_longest_row(options: TrainOptions, rows: Rows) -> TrainOptions:
     """Return the options with `max_length` lowered to the longest row, if rows are not packed."""
     if options.packing or not len(rows):
         return options
-    longest = int(np.diff(np.asarray(rows.offsets)).max())
+    longest = int(rows.lengths.max()) + options.virtual_tokens
     return options.model_copy(update={"max_length": min(options.max_length, longest)})
 
 

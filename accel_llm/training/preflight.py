@@ -4,8 +4,11 @@ import json
 from collections import Counter
 from typing import Any
 
+import accel_llm.system.chatter
+
 import torch
 from accelerate import Accelerator
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -119,11 +122,16 @@ def _check_products(census: ProductCensus, dtype: torch.dtype) -> None:
 def _check_trainable_parameters(model: nn.Module, options: TrainOptions) -> None:
     """Raise RuntimeError if method full leaves a parameter frozen, or another method trains one outside the adapter.
 
-    Also trainable: `modules_to_save`, the rows of added tokens and, with `lora_bias`, biases. Parts that no text passes
-    through are always frozen.
+    Also trainable: `modules_to_save`, the rows of added tokens and, if the adapter has them, biases. Parts that no text
+    passes through are always frozen.
     """
     text_free = tuple(f"{name}." for name in parts_beside_language(model))
-    parts = ["lora_", ".modules_to_save.", f".{NEW_ROWS}", *([".bias"] if options.lora_bias != "none" else [])]
+    parts = [".modules_to_save.", f".{NEW_ROWS}"]
+    for config in getattr(model, "peft_config", {}).values():
+        # PEFT names all parameters of a method alike; prompts have an encoder beside the model.
+        tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
+        parts += [".trainable_tokens_", "prompt_encoder." if config.is_prompt_learning else f".{tuner.prefix}"]
+        parts += [".bias"] if getattr(config, "bias", "none") != "none" else []
     full = options.method == "full"
     names = [
         name

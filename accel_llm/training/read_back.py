@@ -27,7 +27,7 @@ from accel_llm.model.loading import (
     short_reason,
 )
 from accel_llm.model.padding import drop_invalid_pad_ids
-from accel_llm.model.positions import position_limit
+from accel_llm.model.positions import positions_for_tokens
 from accel_llm.model.vocabulary import NEW_ROWS
 from accel_llm.system.weights import open_weights
 from accel_llm.training.evaluation import evaluating
@@ -57,7 +57,7 @@ def sample_logits(accelerator: Accelerator, model: Any) -> torch.Tensor:
 
 def _sample_ids(model: Any) -> torch.Tensor:
     config = unwrap_causal_lm(model).config
-    count = min(TOKENS, position_limit(config) or TOKENS)
+    count = min(TOKENS, positions_for_tokens(unwrap_causal_lm(model)) or TOKENS)
     return torch.randint(config.get_text_config().vocab_size, (1, count), generator=torch.Generator().manual_seed(0))
 
 

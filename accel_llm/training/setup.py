@@ -10,7 +10,8 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
-from accel_llm.adapters.attach import adopt_adapter_options, attach_adapter
+from accel_llm.adapters.adopt import adopt_adapter_options
+from accel_llm.adapters.attach import attach_adapter
 from accel_llm.adapters.methods import check_method
 from accel_llm.backend.library_messages import quiet_libraries
 from accel_llm.backend.strategy import engine
@@ -58,8 +59,8 @@ def read_options(
         options = resolve_demo(parse_options(options_class, sys.argv[1:], defaults))
     if isinstance(options, SftOptions) and options.overfit:
         options = options.with_defaults(OVERFIT_DEFAULTS)
-    check_method(options)
     options = adopt_adapter_options(options)
+    check_method(options)
     raise_problems(model_problems(options) + source_problems(options) + _output_problems(options))
     quiet_libraries()
     return options

@@ -20,7 +20,8 @@ from support import materialize, tiny_model
 from transformers import AutoModelForCausalLM
 
 from accel_llm.adapters import initial
-from accel_llm.adapters.attach import adopt_adapter_options, attach_adapter
+from accel_llm.adapters.adopt import adopt_adapter_options
+from accel_llm.adapters.attach import attach_adapter
 from accel_llm.adapters.initial import OffsetFactor, start_from_base
 from accel_llm.adapters.saved import save_adapter
 from accel_llm.config.options import TrainOptions

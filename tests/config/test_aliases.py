@@ -100,9 +100,9 @@ gradient_checkpointing: true
         (AXOLOTL, {"method": "qlora", "max_length": 512, "eval_share": 0.05, "packing": "per_epoch", "optim": "adamw_8bit",
                    "lora_target_modules": "all-linear", "warmup_steps": 0.1, "train_on": "assistant", "run_name": "name",
                    "per_device_train_batch_size": 2, "num_train_epochs": 3, "cache_dir": "cache", "precision": "auto"}),
-        (LLAMA_FACTORY, {"method": "qlora", "max_length": 512, "eval_share": 0.1, "eval_steps": 500, "lora_r": 8,
+        (LLAMA_FACTORY, {"method": "lora", "in_4_bits": True, "max_length": 512, "eval_share": 0.1, "eval_steps": 500, "lora_r": 8,
                          "lora_target_modules": "all-linear", "precision": "bf16"}),
-        (TRL, {"method": "qlora", "train_files": ["a.jsonl"], "packing": None, "train_on": "assistant", "save_steps": 50,
+        (TRL, {"method": "lora", "in_4_bits": True, "train_files": ["a.jsonl"], "packing": None, "train_on": "assistant", "save_steps": 50,
                "optim": "adamw", "gradient_checkpointing": True, "eval_steps": None}),
     ],
 )  # fmt: skip
@@ -120,11 +120,15 @@ def test_a_config_of_another_trainer_means_the_same(text, values, tmp_path):
         ("--warmup_ratio 1", "warmup_ratio: '1' is not a share below 1; give the number of steps as warmup_steps."),
         ("--template qwen", "template: 'qwen' has no meaning here; leave it out: the tokenizer's own template is used; "
          "chat_template takes chatml or a .jinja file."),
-        ("--finetuning_type freeze", "finetuning_type: 'freeze' has no meaning here; use method: full, lora or qlora."),
-        ("--finetuning_type full --quantization_bit 4",
-         "quantization_bit: '4' contradicts another value of method; give method once."),
-        ("--method lora --load_in_4bit",
-         "load_in_4bit: true (or no value) contradicts another value of method; give method once."),
+        ("--adapter output/adapter", "adapter: 'output/adapter' has no meaning here; use method, such as full, lora or "
+         "ia3; adapter_name_or_path continues an adapter."),
+        ("--finetuning_type full --quantization_bit 4", "load_in_4bit: method full trains no adapter; remove it."),
+        ("--freeze_trainable_layers 3", "freeze_trainable_layers: '3' has no meaning here; write method: freeze and "
+         "method_options: {layers: 2} for the last two layers."),
+        ("--target_parameters experts", "target_parameters: 'experts' has no meaning here; write method_options: "
+         "{target_parameters: ...}."),
+        ("--embedding_lr 1e-5", "embedding_lr: '1e-5' has no meaning here; learning_rate_patterns sets rates by parts of "
+         "the parameters' names, as embed_tokens=5e-5."),
         ("--assistant_only_loss false", "assistant_only_loss: 'false' has no meaning here; train_on: all trains every "
          "turn."),
         ("--train_on_inputs true", "train_on_inputs: 'true' has no meaning here; train_on: all trains every turn."),
@@ -146,6 +150,11 @@ def test_a_config_of_another_trainer_means_the_same(text, values, tmp_path):
 )  # fmt: skip
 def test_what_means_something_else_is_answered(words, problem):
     assert problems(*words.split())[0] == problem
+
+
+@pytest.mark.parametrize("line", ["adapter: IA3", "finetuning_type: ia3", "method: (IA)3"])
+def test_any_method_may_have_the_name_of_another_trainers_option(line, tmp_path):
+    assert sft(line, tmp_path).method == "ia3"
 
 
 def test_a_source_of_axolotl_is_answered_field_by_field(tmp_path):

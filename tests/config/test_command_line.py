@@ -159,7 +159,8 @@ def test_a_wrong_value_gives_one_sentence(line, problem):
         ("--method full --lora_r 4", "lora_r: only method lora or qlora uses it, but method is full; remove it."),
         ("--method full --loraplus_lr_ratio 4",
          "loraplus_lr_ratio: only method lora or qlora uses it, but method is full; remove it."),
-        ("--method qlora --load_in_8bit", "load_in_8bit: only method lora uses it, but method is qlora; remove it."),
+        ("--method qlora --load_in_8bit",
+         "load_in_8bit: method qlora already holds the base in 4 bits; give one of them."),
         ("--optim sgd --adam_beta1 0.5",
          "adam_beta1: only optim adamw or adamw_8bit or paged_adamw or paged_adamw_8bit or lion uses it, but optim is sgd; "
          "remove it."),
@@ -167,8 +168,10 @@ def test_a_wrong_value_gives_one_sentence(line, problem):
          "but lr_scheduler_type is cosine; remove it."),
         ("--init_lora_weights orthogonal --lora_r 3",
          "lora_r: 3 is odd; init_lora_weights orthogonal needs an even rank."),
-        ("--method full --offload_embeddings",
-         "offload_embeddings: only method lora or qlora uses it, but method is full; remove it."),
+        ("--method full --offload_embeddings", "offload_embeddings: method full trains no adapter; remove it."),
+        ("--method ia3 --lora_r 4", "lora_r: only method lora or qlora uses it, but method is ia3; remove it."),
+        ("--method ia3 --master_weights stochastic_rounding", "master_weights: method ia3 always trains in float32; "
+         "remove it, or use method full."),
         ("--warmup_steps 1.5", "warmup_steps: 1.5 is neither a whole number of steps nor a share below 1."),
         ("--lr_scheduler_type warmup_stable_decay --warmup_steps 0.3 --decay_share 0.8",
          "decay_share: 0.8 and warmup_steps 0.3 are more than all steps."),
@@ -187,9 +190,54 @@ def test_rules_only_check_what_the_user_set(tmp_path):
     assert sft("--method full", lora_r=4).method == "full"
     assert sft("--method full --use_dora false").method == "full"
     assert sft("--max_steps 5", num_train_epochs=3).max_steps == 5
-    assert problems(Sft, f"{recipe(tmp_path, 'lora_r: 4')} --method full") == [
+    text = "{method: full, lora_r: 4}"
+    assert problems(Sft, recipe(tmp_path, text)) == [
         "lora_r: only method lora or qlora uses it, but method is full; remove it."
     ]
+
+
+LORA_RECIPE = """
+method: LoRA
+lora_r: 4
+lora_alpha: 8
+learning_rate: 3.0e-3
+method_options: {layers_to_transform: [0]}
+load_in_8bit: true
+num_train_epochs: 3
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "left_out"),
+    [
+        ("", None),
+        ("--method lora", None),
+        ("--method qlora --load_in_8bit false", None),
+        ("--method adalora", "learning_rate, lora_r, method_options"),
+        ("--method ia3", "learning_rate, lora_alpha, lora_r, method_options"),
+        ("--method full --learning_rate 1e-5", "load_in_8bit, lora_alpha, lora_r, method_options"),
+        ("--method freeze", "learning_rate, load_in_8bit, lora_alpha, lora_r, method_options"),
+    ],
+)
+def test_a_flag_for_another_method_leaves_out_what_the_recipe_sets_for_its_own(line, left_out, tmp_path, capsys):
+    options = sft(f"{recipe(tmp_path, LORA_RECIPE)} {line}")
+    assert options.num_train_epochs == 3 and (options.lora_r == 4) == (left_out is None)
+    said = f"not taken from the recipe, whose method is lora: {left_out}\n" if left_out else ""
+    assert capsys.readouterr().out == said
+    if "learning_rate" in (left_out or ""):
+        assert "learning_rate" not in options.model_fields_set
+
+
+def test_what_a_recipe_is_for_follows_the_default_of_the_script_and_a_wrong_method_is_a_sentence(tmp_path, capsys):
+    # pretrain.py trains all weights unless the user says otherwise.
+    line = f"--config_name c {recipe(tmp_path, 'learning_rate: 1.0e-3')} --method"
+    assert parse_options(Pretrain, f"{line} full".split(), {"method": "full"}).learning_rate == 1e-3
+    assert parse_options(Pretrain, f"{line} lora".split(), {"method": "full"}).learning_rate != 1e-3
+    assert "whose method is full: learning_rate" in capsys.readouterr().out
+    assert problems(Pretrain, f"{line} lora ia3") == ["method: ['lora', 'ia3'] is not allowed; give text."]
+    # An adapter to go on with is never dropped.
+    name = recipe(tmp_path, "adapter_name_or_path: old")
+    assert problems(Sft, f"{name} --method full") == ["adapter_name_or_path: method full trains no adapter; remove it."]
 
 
 def test_defaults_that_depend_on_another_option_are_resolved():
@@ -273,7 +321,8 @@ def test_the_options_of_the_script_that_the_project_grew_from():
         ("--dtype float32", "precision", "fp32"),
         ("--torch_dtype auto --bf16", "precision", "bf16"),
         ("--mixed_precision no", "precision", "fp32"),
-        ("--load_in_4bit", "method", "qlora"),
+        ("--quantization_bit 4", "load_in_4bit", True),
+        ("--finetuning_type freeze", "method", "freeze"),
         ("--finetuning_type full", "method", "full"),
         ("--model_max_length 99", "max_length", 99),
         ("--lora_target q_proj,v_proj", "lora_target_modules", ["q_proj", "v_proj"]),

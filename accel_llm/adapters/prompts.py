@@ -1,0 +1,206 @@
+"""Prompt-learning methods: prompt, p_tuning, prefix and p_tuning_v2.
+
+The modules, their names, the config and the file are PEFT's. The forward is ours, because PEFT 0.21 puts the virtual
+tokens before whole rows: it drops the position ids, so packed rows are impossible, and it keeps a prefix in a cache,
+which the recomputation of activations does not have. Here every document has places for them from the beginning, see
+model/virtual_tokens.py.
+"""
+
+import warnings
+from dataclasses import replace
+from types import MethodType
+from typing import Any
+
+import accel_llm.system.chatter
+
+import torch
+from peft import PeftModel, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from transformers import PreTrainedModel
+
+from accel_llm.adapters.methods import fresh_adapter_config
+from accel_llm.config.options import TrainOptions
+from accel_llm.errors import ConfigError
+from accel_llm.model.attention import PACKED_ATTENTION, PADDED_ATTENTION
+from accel_llm.model.tokenizer import configured_tokenizer
+from accel_llm.model.virtual_tokens import CACHE_OPTION, PrefixCache, replace_embeddings, with_places
+
+ENCODER = "prompt_encoder.default."
+
+
+def attach_prompt(model: PreTrainedModel, options: TrainOptions) -> PeftModel:
+    """Freeze `model` and add trainable virtual tokens by the method of the options, in float32.
+
+    Raises:
+        ConfigError: the method does not fit the model, or the text for the first values cannot be used.
+    """
+    config = fresh_adapter_config(options)
+    is_prefix = config.peft_type == "PREFIX_TUNING"
+    if is_prefix:
+        _check_prefix(model, options)
+    elif isinstance(embedding := model.get_input_embeddings(), torch.nn.Embedding):
+        config.token_dim = embedding.embedding_dim  # PEFT takes hidden_size, which the embedding of some OPT has not
+    init = getattr(config, "prompt_tuning_init", "RANDOM")
+    wrapped = _add_encoder(model, options, replace(config, prompt_tuning_init="RANDOM") if init != "RANDOM" else config)
+    if init != "RANDOM":
+        wrapped.peft_config["default"].prompt_tuning_init = init
+        _start_from_vocabulary(wrapped, options)
+    for parameter in wrapped.prompt_encoder.parameters():
+        parameter.data = parameter.data.float()
+    fit_virtual_tokens(wrapped)
+    return wrapped
+
+
+def _check_prefix(model: PreTrainedModel, options: TrainOptions) -> None:
+    """Check that keys and values of the layers can be replaced.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    implementation = model.config._attn_implementation
+    if implementation not in (PACKED_ATTENTION, PADDED_ATTENTION):
+        raise ConfigError(
+            f"method: {options.method} puts keys and values into each layer, but {type(model).__name__} computes its "
+            f"attention by {implementation!r} here, which has no place for them; "
+            f"{'' if options.packing else 'set packing: true and attn_implementation: auto, or '}use method prompt."
+        )
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
+        raise ConfigError(
+            f"method: {options.method} has places without tokens, which the balance loss of the experts would count; "
+            "set output_router_logits to false in config.json, or use method prompt."
+        )
+
+
+def _add_encoder(model: PreTrainedModel, options: TrainOptions, config: Any) -> Any:
+    """Let PEFT freeze the model and build the module that computes the virtual tokens.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    # PEFT refuses to recompute activations with a prefix, because they are without its cache; ours needs none.
+    recomputed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    for module in recomputed:
+        module.gradient_checkpointing = False  # type: ignore[assignment]
+    try:
+        return get_peft_model(model, config)
+    except (ValueError, TypeError, AttributeError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ConfigError(f"method: {options.method} does not fit the model ({reason}).") from None
+    finally:
+        for module in recomputed:
+            module.gradient_checkpointing = True  # type: ignore[assignment]
+
+
+def _start_from_vocabulary(model: PeftModel, options: TrainOptions) -> None:
+    """Let the prompt begin with embeddings of tokens: of a text, repeated or cut, or drawn from the whole vocabulary.
+
+    Lester et al. 2021 (arXiv 2104.08691, section 3.2) found both better than random numbers. PEFT 0.21 would load a
+    tokenizer by its name for the text; here it is the run's own.
+
+    Raises:
+        ConfigError: the text has no token.
+    """
+    config: Any = model.peft_config["default"]
+    tokenizer, count = configured_tokenizer(options), config.num_virtual_tokens
+    embedding = model.get_base_model().get_input_embeddings().weight
+    if embedding.is_meta:  # a model without memory, see training/empty_step.py
+        return
+    if config.prompt_tuning_init == "TEXT":
+        ids = tokenizer(config.prompt_tuning_init_text, add_special_tokens=False)["input_ids"]
+        if not ids:
+            raise ConfigError(
+                f"method_options: prompt_tuning_init_text {config.prompt_tuning_init_text!r} has no token; give a text."
+            )
+        ids = torch.tensor((ids * count)[:count])
+    else:
+        rows = min(len(tokenizer), len(embedding))  # rows behind the tokenizer's tokens were never trained
+        ids = torch.randint(rows, (count,), generator=torch.Generator().manual_seed(options.seed))
+    model.prompt_encoder["default"].embedding.weight.data = embedding.detach()[ids].float()
+
+
+def fit_virtual_tokens(model: Any) -> None:
+    """Let a PEFT model with a prompt compute batches whose documents have places for it, and generate.
+
+    Without `virtual_positions` its forward stays PEFT's own. It is also for adapters that are loaded to be asked.
+    """
+    model.get_base_model().virtual_tokens = model.active_peft_config.num_virtual_tokens
+    model.forward = MethodType(_forward, model)
+    model.generate = MethodType(_generate, model)
+
+
+def _forward(
+    self: Any,
+    input_ids: torch.Tensor | None = None,
+    *args: Any,
+    virtual_positions: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Compute a batch of `data/batches.py`, with the virtual tokens at `virtual_positions` of the flattened rows."""
+    if virtual_positions is None:
+        with warnings.catch_warnings():
+            # transformers 5.24 has renamed an argument that PEFT 0.21 passes, and sets the new name itself.
+            warnings.filterwarnings("ignore", ".*past_key_values.* is deprecated", FutureWarning)
+            return type(self).forward(self, input_ids, *args, **kwargs)
+    base = self.get_base_model()
+    prompt = _encode_prompt(self)
+    if _is_prefix(self):
+        prefix = {"prefix": prompt, "virtual_positions": virtual_positions}
+        return base(input_ids, *args, **kwargs, **prefix)
+    embedded = replace_embeddings(base.get_input_embeddings()(input_ids), prompt, virtual_positions)
+    return base(*args, inputs_embeds=embedded, **kwargs)
+
+
+def _is_prefix(model: Any) -> bool:
+    return model.active_peft_config.peft_type == "PREFIX_TUNING"
+
+
+def _encode_prompt(model: Any) -> torch.Tensor:
+    """Return the virtual tokens: [n, width] embeddings, or [2 * layers, n, heads, head_dim] keys and values."""
+    config, encoder = model.active_peft_config, model.prompt_encoder[model.active_adapter]
+    if config.inference_mode:  # loaded from a file, which holds the results of the encoder
+        prompt = encoder.embedding.weight
+    else:
+        device = model.get_base_model().device
+        prompt = encoder(torch.arange(config.num_virtual_tokens, device=device)[None])[0]
+    if not _is_prefix(model):
+        return prompt
+    heads = config.num_attention_heads
+    shape = config.num_virtual_tokens, 2 * config.num_layers, heads, config.token_dim // heads
+    return prompt.view(shape).transpose(0, 1)
+
+
+def _generate(self: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    """Generate behind rows [B, L] that are padded on the left; the result begins with these rows, like transformers'.
+
+    PEFT 0.21 puts the virtual tokens before the padding, so a short row of a batch has other positions than in
+    training; and with transformers 5.24 it leaves the virtual tokens out, because the cache has another name there.
+    """
+    base, width = self.get_base_model(), input_ids.shape[1]
+    base.generation_config = self.generation_config
+    with torch.no_grad():
+        prompt = _encode_prompt(self)
+        ids, mask, positions = with_places(input_ids, attention_mask, self.active_peft_config.num_virtual_tokens)
+        if _is_prefix(self):
+            inputs = {CACHE_OPTION: PrefixCache(prompt, positions, config=base.config.get_text_config(decoder=True))}
+        else:
+            inputs = {"inputs_embeds": replace_embeddings(base.get_input_embeddings()(ids), prompt, positions)}
+        output = base.generate(input_ids=ids, attention_mask=mask, **inputs, **kwargs)
+    return torch.cat([input_ids, output[:, ids.shape[1] :]], 1)
+
+
+def saved_prompt(model: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return what PEFT saves of a prompt: the virtual tokens, computed from the trained weights `state`.
+
+    PEFT computes them with the weights in the model, which may be sharded.
+    """
+    config = model.peft_config["default"]
+    plain = replace(config, prompt_tuning_init="RANDOM") if hasattr(config, "prompt_tuning_init") else config
+    arguments = (plain, None) if config.peft_type == "PROMPT_TUNING" else (plain,)
+    with torch.device("meta"):
+        encoder = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](*arguments)
+    weights = {name.removeprefix(ENCODER): tensor for name, tensor in state.items()}
+    encoder.load_state_dict(weights, assign=True)
+    device = next(iter(weights.values())).device
+    with torch.no_grad():
+        prompt = encoder.eval()(torch.arange(config.num_virtual_tokens, device=device)[None])[0]
+    return {"prompt_embeddings": prompt.contiguous()}

@@ -1,0 +1,92 @@
+"""Which modules of a model a method adapts: its own choice where `all-linear` is not what it is made for."""
+
+import re
+from typing import Any
+
+import accel_llm.system.chatter
+
+import torch
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from accel_llm.config.options import MethodOptions
+from accel_llm.errors import ConfigError
+
+# The keys, the values and the second product of the feed-forward part, which (IA)3 scales (Liu 2022, "Few-Shot
+# Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning", section 3.3).
+IA3_TARGETS = ["k_proj", "v_proj", "down_proj"]
+IA3_FEEDFORWARD = {name for names in TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING.values() for name in names}
+
+
+def choose_targets(options: MethodOptions, config: Any, model: PreTrainedModel) -> None:
+    """Set the targets in PEFT's `config` of a method that is not made for all linear layers, unless the user did.
+
+    Raises:
+        ConfigError: the modules of this model are not known.
+    """
+    chosen = "lora_target_modules" in options.model_fields_set or options.adapter_name_or_path is not None
+    if options.method == "ia3":
+        if not chosen:
+            config.target_modules = _ia3_targets(config, model)
+        if "feedforward_modules" not in options.method_options:
+            names = linear_names(model) if config.target_modules == "all-linear" else config.target_modules
+            config.feedforward_modules = sorted(
+                IA3_FEEDFORWARD.intersection(names) if not isinstance(names, str) else ()
+            )
+    elif options.method == "ln_tuning" and not chosen:
+        config.target_modules = _norms(model)
+    elif options.method == "trainable_tokens" and not chosen:
+        embedding = model.get_input_embeddings()
+        config.target_modules = [name.rsplit(".", 1)[-1] for name, m in model.named_modules() if m is embedding]
+
+
+def _ia3_targets(config: Any, model: PreTrainedModel) -> list[str]:
+    """Return the keys, values and feed-forward layers; PEFT's own table names the queries for some families."""
+    if set(IA3_TARGETS) <= set(linear_names(model)):
+        return list(IA3_TARGETS)
+    table = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].target_module_mapping
+    if model.config.model_type in table:
+        return list(table[model.config.model_type])
+    raise ConfigError(
+        f"lora_target_modules: method ia3 scales keys, values and the feed-forward part, whose names in "
+        f"{type(model).__name__} are not known; name them. Its linear layers are {', '.join(linear_names(model))}."
+    )
+
+
+def _norms(model: PreTrainedModel) -> list[str]:
+    """Return the last names of all normalisation layers: the only modules whose weight is a vector."""
+    names = {
+        name.rsplit(".", 1)[-1]
+        for name, module in model.named_modules()
+        if getattr(module, "weight", None) is not None and module.weight.ndim == 1
+    }
+    return sorted(names)
+
+
+def linear_names(model: torch.nn.Module) -> list[str]:
+    """Return the last names of all linear layers."""
+    layers = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)]
+    return sorted({name.rsplit(".", 1)[-1] for name in layers})
+
+
+def leave_out(config: Any, parts: list[str], model: PreTrainedModel) -> None:
+    """Give no adapter to `parts`: `all-linear`, and names such as q_proj, also match the layers of a vision tower."""
+    targets = getattr(config, "target_modules", None)
+    if not parts or targets is None:
+        return
+    pattern = rf"(?:{'|'.join(map(re.escape, parts))})(?:\..*)?"
+    if hasattr(config, "exclude_modules"):
+        config.exclude_modules = config.exclude_modules or pattern
+        return
+    if targets == "all-linear":
+        targets = [name for name in linear_names(model) if name != _head_name(model)]
+    if not isinstance(targets, str):
+        targets = rf"(?:.*\.)?(?:{'|'.join(map(re.escape, sorted(targets)))})"
+    config.target_modules = f"(?!{pattern}$){targets}"
+
+
+def _head_name(model: PreTrainedModel) -> str:
+    head = model.get_output_embeddings()
+    return next((name.rsplit(".", 1)[-1] for name, module in model.named_modules() if module is head), "")
