@@ -43,8 +43,6 @@ def main() -> None:
     start = find_start(accelerator, options, data.train)
     stream = setup.open_stream(options, data.train, start, tokenizer)
     memory = setup.show_plan_and_memory(accelerator, options, config, tokenizer, data, stream.plan)
-    if options.method != "full":
-        display.advise(accelerator, "An adapter learns little new knowledge; use method full for pretraining.")
     if options.dry_run:
         return
 

@@ -25,6 +25,8 @@ FIRST_VALUES = (
     "prompt_tuning_init",
     "prompt_tuning_init_text",
 )
+# Methods whose file holds what their network has computed, but not the network: what goes on with the results alone.
+RESULTS_ALONE = {"PREFIX_TUNING": "p_tuning_v2", "P_TUNING": "prompt"}
 
 
 def adopt_adapter_options(options: MethodOptions) -> Any:
@@ -58,8 +60,8 @@ def _method_of(options: MethodOptions, settings: dict[str, Any], folder: Path) -
     names = [method for method, peft_type in PEFT_TYPES.items() if peft_type == kind] or [kind.lower()]
     if kind == "LORA":
         names = ["lora", "qlora"]
-    elif kind == "PREFIX_TUNING":
-        names = ["prefix" if settings.get("prefix_projection") else "p_tuning_v2"]
+    elif kind in RESULTS_ALONE:
+        names = [RESULTS_ALONE[kind]]
     if "method" not in options.model_fields_set:
         return names[0]
     if options.method not in names:

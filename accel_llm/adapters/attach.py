@@ -17,18 +17,22 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from accel_llm.adapters.budget import weigh_penalty
 from accel_llm.adapters.initial import (
     check_own_start,
-    draw_orthogonal,
     first_and_trained_factors,
-    start_from_base,
+    give_first_values,
+    init_by_peft,
+    start_from_rounding,
     subtracted_init,
 )
 from accel_llm.adapters.locate import describe_other_base
+from accel_llm.adapters.lora_options import check_patterns
 from accel_llm.adapters.lora_forward import shorten_lora_forward
-from accel_llm.adapters.methods import LORA_METHODS, PROMPT_METHODS, fresh_adapter_config
-from accel_llm.adapters.prompts import attach_prompt
-from accel_llm.adapters.saved import ADAPTER_WEIGHTS
+from accel_llm.adapters.methods import LORA_METHODS, fresh_adapter_config
+from accel_llm.adapters.prompt_options import PROMPT_METHODS
+from accel_llm.adapters.prompts import attach_prompt, load_prompt
+from accel_llm.adapters.saved import ADAPTER_WEIGHTS, unloaded
 from accel_llm.adapters.sizes import fit_sizes
 from accel_llm.adapters.targets import choose_targets, leave_out, linear_names
 from accel_llm.backend.strategy import compute_dtype
@@ -52,7 +56,10 @@ def attach_adapter(model: PreTrainedModel, options: TrainOptions, new_tokens: ra
             fit.
     """
     if options.method in PROMPT_METHODS:
-        return attach_prompt(model, options)
+        prompted = attach_prompt(model, options, new_tokens)
+        if options.adapter_name_or_path is not None:
+            _load_weights(prompted, options.adapter_name_or_path)
+        return prompted
     _check_module_names(model, options)
     config = _peft_config(options)
     choose_targets(options, config, model)
@@ -60,6 +67,8 @@ def attach_adapter(model: PreTrainedModel, options: TrainOptions, new_tokens: ra
     fit_sizes(options, config, model, others)
     leave_out(config, others, model)
     wrapped = _add_lora(model, options, config) if options.method in LORA_METHODS else _add(model, options, config)
+    check_patterns(wrapped, config)
+    weigh_penalty(wrapped)
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
             # PEFT 0.21 makes the adapter itself float32, but not biases and modules_to_save. In bfloat16 they would not
@@ -76,12 +85,12 @@ def attach_adapter(model: PreTrainedModel, options: TrainOptions, new_tokens: ra
 
 def _add_lora(model: PreTrainedModel, options: TrainOptions, config: Any) -> Any:
     """Add a LoRA, whose first values may be a part of the base's weights, which PEFT would change."""
-    init, orthogonal = subtracted_init(config.init_lora_weights), config.init_lora_weights == "orthogonal"
-    wrapped = _add(model, options, replace(config, init_lora_weights=True) if init or orthogonal else config)
-    if init:
-        start_from_base(wrapped, init, compute_dtype(options))
-    elif orthogonal:
-        draw_orthogonal(wrapped)
+    plain = copy(config)
+    plain.init_lora_weights = init_by_peft(config.init_lora_weights)
+    wrapped = _add(model, options, plain)
+    give_first_values(wrapped, config.init_lora_weights, compute_dtype(options))
+    if options.init_lora_weights == "loftq":
+        start_from_rounding(wrapped, compute_dtype(options))
     shorten_lora_forward(wrapped)
     unpack_experts_in_forward(wrapped, recompute=not options.gradient_checkpointing)
     wrapped.peft_config["default"].init_lora_weights = config.init_lora_weights
@@ -171,6 +180,8 @@ def _load_weights(model: Any, name: str) -> None:
 
     # What PEFT itself can load.
     weights = load_file(folder / ADAPTER_WEIGHTS)
+    if model.active_peft_config.is_prompt_learning:
+        return load_prompt(model, weights, name)
     rows = {key: tensor for key, tensor in weights.items() if key.endswith(PEFT_ROWS)}
     try:
         result = set_peft_model_state_dict(model, {key: tensor for key, tensor in weights.items() if key not in rows})
@@ -178,10 +189,8 @@ def _load_weights(model: Any, name: str) -> None:
         reason = str(error).splitlines()[-1].strip()
         raise ConfigError(f"adapter_name_or_path: {name} does not fit the model ({reason}).") from None
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    absent = {key for key in result.missing_keys if key in parameters and parameters[key].requires_grad}
-    # A tensor that several layers share has a name in each of them, and is in the file under one of these.
-    loaded = {id(parameter) for key, parameter in parameters.items() if key not in absent}
-    missing = {key for key in absent if id(parameters[key]) not in loaded}
+    keys = unloaded(parameters, result.missing_keys)
+    missing = {key for key in keys if key in parameters and parameters[key].requires_grad}
 
     # The rows of new tokens are parameters of ours, see model/vocabulary.py.
     for key, tensor in rows.items():

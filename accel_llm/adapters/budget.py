@@ -6,16 +6,16 @@ and the averages lie in the optimizer's state: checkpoints find them there, and 
 """
 
 from dataclasses import fields
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import accel_llm.system.chatter
 
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel
+from peft.tuners.adalora.layer import AdaLoraLayer
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
-from accel_llm.adapters.initial import lora_layers
 from accel_llm.backend.accelerator import local_part
 from accel_llm.config.options import MethodOptions
 from accel_llm.errors import ConfigError, raise_problems
@@ -34,9 +34,9 @@ ALLOCATIONS = 1000  # per run, at most; the paper's intervals are 1 to 100 steps
 IMPORTANCE, UNCERTAINTY, KEPT = "importance", "uncertainty", "kept"
 
 
-def budget_problems(options: MethodOptions, config: Any) -> list[str]:
-    """Return what is wrong with AdaLoRA's options; empty for another method. `config` is PEFT's config of them."""
-    if not isinstance(config, AdaLoraConfig):
+def unused_options(options: MethodOptions) -> list[str]:
+    """Return a sentence for each of AdaLoRA's `method_options` that would be ignored, or that follows from the run."""
+    if options.method != "adalora":
         return []
     ignored = {field.name for field in fields(LoraConfig)} - SHARED_FIELDS
     problems = [
@@ -46,6 +46,16 @@ def budget_problems(options: MethodOptions, config: Any) -> list[str]:
     ]
     if "total_step" in options.method_options:
         problems.append("method_options: total_step is the number of steps of the run; remove it, or set max_steps.")
+    if "rank_pattern" in options.method_options:
+        problems.append("method_options: rank_pattern is what adalora finds out in the run; remove it.")
+    return problems
+
+
+def budget_problems(config: Any) -> list[str]:
+    """Return what is wrong with the numbers in AdaLoRA's config; nothing for the config of another method."""
+    if not isinstance(config, AdaLoraConfig):
+        return []
+    problems = []
     if not 0 < config.target_r < config.init_r:
         problems.append(
             f"method_options: target_r {config.target_r} must be at least 1 and less than init_r, which is "
@@ -97,15 +107,23 @@ class RankBudget:
     a step that is skipped measures nothing; the schedule goes on, like that of the learning rate.
     """
 
-    def __init__(self, model: Any, optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler):
+    def __init__(
+        self,
+        model: Any,
+        options: MethodOptions,
+        optimizer: torch.optim.Optimizer,
+        scheduler: torch.optim.lr_scheduler.LRScheduler,
+        total_steps: int,
+    ):
         self.config, self.allocator = model.peft_config["default"], model.base_model.rankallocator
-        self.layers, self.state, self.scheduler = lora_layers(model), optimizer.state, scheduler
+        set_schedule(self.config, options, total_steps)
+        self.layers, self.state, self.scheduler = _layers(model), optimizer.state, scheduler
         optimizer.register_step_post_hook(self.after_step)
 
     @torch.no_grad()
     def after_step(self, *_: Any) -> None:
         """Do what PEFT's `update_and_allocate` does after a step; the gradients are still those of the step."""
-        values = [layer.lora_E["default"] for layer in self.layers.values()]
+        values = [layer.lora_E["default"] for layer in self.layers]
         if KEPT in self.state[values[0]]:
             # The last phase. The optimizer's momentum has moved the ranks that were given up.
             for value in values:
@@ -120,7 +138,7 @@ class RankBudget:
 
     def _weights(self) -> list[tuple[Any, Any, Any]]:
         """Return A [r, in], B [out, r] and E [r, 1] of each layer, whose product is B (E A)."""
-        return [tuple(getattr(layer, f"lora_{f}")["default"] for f in "ABE") for layer in self.layers.values()]  # type: ignore
+        return [tuple(getattr(layer, f"lora_{f}")["default"] for f in "ABE") for layer in self.layers]  # type: ignore
 
     def _measure_importance(self) -> None:
         """Take a step into the averages of |weight x gradient| and of its distance to this average (formulas 8 to 10)."""
@@ -166,6 +184,10 @@ class RankBudget:
         return e[:, 0] + (a.mean(1) + b.mean(0))
 
 
+def _layers(model: Any) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, AdaLoraLayer)]
+
+
 def _whole(tensor: Any) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -178,31 +200,58 @@ def _sharded_like(tensor: Any, whole: torch.Tensor) -> torch.Tensor:
     return everywhere.redistribute(placements=tensor.placements)
 
 
+def has_budget(model: PeftModel) -> bool:
+    """Return whether the adapter of a model is an AdaLoRA."""
+    return isinstance(model.peft_config["default"], AdaLoraConfig)
+
+
+def fill_ranks(model: PeftModel) -> None:
+    """Give the AdaLoRA weights of an empty model a place: PEFT 0.21 picks ranks out of them before it loads a file."""
+    for layer in _layers(model):
+        for weights in (layer.lora_A, layer.lora_B, layer.lora_E):
+            weights["default"] = torch.nn.Parameter(torch.zeros(weights["default"].shape))
+
+
+def note_kept_ranks(model: PeftModel, state: dict[str, torch.Tensor]) -> None:
+    """Write into AdaLoRA's config which ranks an export of the weights `state`, by name, has; PEFT leaves out the others.
+
+    Those whose singular value is 0 change nothing. The weights themselves tell it, because they need not be the last
+    ones of a run: the best ones may be of a step at which other ranks were in use.
+    """
+    if has_budget(model):
+        config: Any = model.peft_config["default"]
+        config.rank_pattern = {
+            name.removeprefix("base_model.model.").removesuffix(".default"): (weight.view(-1) != 0).tolist()
+            for name, weight in state.items()
+            if name.endswith(".lora_E.default")
+        }
+
+
 def weigh_penalty(model: PeftModel) -> None:
     """Let AdaLoRA's penalty, which keeps A and B orthogonal, count once a step, and in training only.
 
     PEFT adds it to each loss, for a mean. `next_token_loss` is a sum, which the training loop divides by the weight of
     the whole step. So the penalty is multiplied by the micro-batch's `total_weight`, however the step is cut.
     """
-    tuner: Any = model.base_model
-    if isinstance(model.peft_config["default"], AdaLoraConfig):
-        tuner.forward = MethodType(_forward, tuner)
+    if has_budget(model):
+        tuner: Any = model.base_model
+        tuner.forward = partial(_forward_with_penalty, tuner, _layers(model))
 
 
-def _forward(tuner: Any, *args: Any, **kwargs: Any) -> Any:
+def _forward_with_penalty(tuner: Any, layers: list[Any], *args: Any, **kwargs: Any) -> Any:
     output, targets = tuner.model.forward(*args, **kwargs), kwargs.get("targets")
     if tuner.training and targets:
         coefficient = tuner.peft_config["default"].orth_reg_weight * targets["total_weight"]
-        output.loss = output.loss + coefficient * orthogonality(tuner.model)
+        output.loss = output.loss + coefficient * _penalty(layers)
     return output
 
 
-def orthogonality(model: torch.nn.Module) -> torch.Tensor:
+def _penalty(layers: list[Any]) -> torch.Tensor:
     """Return the mean over all A and B of the norms of A A' - I and B' B - I, float32 (formula 4, as PEFT has it)."""
     distances = []
-    # Autocast would compute the small differences in bfloat16.
-    with torch.autocast(next(model.parameters()).device.type, enabled=False):
-        for layer in lora_layers(model).values():
+    # Autocast would compute the small differences in 16 bits.
+    with torch.autocast(layers[0].lora_A["default"].device.type, enabled=False):
+        for layer in layers:
             a, b = _gathered(layer.lora_A["default"]), _gathered(layer.lora_B["default"])
             for product in (a @ a.T, b.T @ b):
                 identity = torch.eye(len(product), dtype=product.dtype, device=product.device)

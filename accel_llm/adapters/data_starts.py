@@ -10,6 +10,8 @@ does, and here also without a change of the base, see `adapters/initial.py`.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import accel_llm.system.chatter
@@ -17,8 +19,8 @@ import accel_llm.system.chatter
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from peft import CordaConfig, LoraGAConfig, initialize_lora_eva_weights
-from peft.tuners.lora.corda import CordaEigens, collect_eigens_for_layer
+from peft import LoraGAConfig, initialize_lora_eva_weights
+from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.eva import get_eva_state_dict, prepare_layer_inputs_fn_language_modeling
 from torch import nn
 
@@ -148,11 +150,12 @@ def _eva_directions(model: Any, batches: list[Batch], device: torch.device) -> d
 
 def _set_directions(model: Any, directions: dict[str, torch.Tensor]) -> None:
     """Put A into each layer, with its rank; PEFT takes the adapter from a layer of rank 0."""
-    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+    dtype = linear_lora_layers(model)[0].lora_A["default"].weight.dtype
     initialize_lora_eva_weights(model, eva_state_dict=directions)
     for layer in linear_lora_layers(model):
-        for factor in (layer.lora_A["default"], layer.lora_B["default"]):
-            factor.weight.data = factor.weight.data.to(min(dtypes, key=str))
+        for name, parameter in layer.named_parameters():
+            if not name.startswith("base_layer"):
+                parameter.data = parameter.data.to(dtype)  # PEFT makes new ones, in the dtype of the base
 
 
 def _corda_factors(model: Any, batches: list[Batch], device: torch.device) -> FirstFactors:
@@ -184,19 +187,39 @@ def _corda_factors(model: Any, batches: list[Batch], device: torch.device) -> Fi
 
     def start(layer: Any, covariance: torch.Tensor, adapter: str) -> None:
         copy, rank = layer.get_base_layer(), layer.r[adapter]
-        copy.covariance_matrix = covariance
-        whole: Any = collect_eigens_for_layer(copy, model.peft_config[adapter])
+        u, s, v = _decompose_with_inputs(copy.weight, covariance.float())
         kept = slice(rank) if config.corda_method == "ipm" else slice(-rank, None)
-        u, v = (vectors[:, kept].to(device) for vectors in (whole.U_WC, whole.V_WC))
-        copy.eigens = CordaEigens(S_WC=whole.S_WC[kept].clone(), U_WC=u, V_WC=v)
+        copy.eigens = SimpleNamespace(S_WC=s[kept].clone(), U_WC=u[:, kept], V_WC=v[:, kept])
         layer.corda_init(adapter, "corda")
 
     # An expert to which no token went has no covariance: it keeps its usual first values.
     return {
-        name: _on_cpu(first_factors(layer, lambda a, k=layer, n=name: start(k, sums[n] / counts[n], a), layer.r["default"]))
+        name: _on_cpu(first_factors(layer, partial(start, layer, sums[name] / counts[name]), layer.r["default"]))
         for name, layer in layers.items()
         if counts[name]
     }
+
+
+def _decompose_with_inputs(weight: torch.Tensor, covariance: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return U, S and V [in, k] with W = U S V', from the singular values of W C (CorDA, equations 2 to 4).
+
+    C gets a larger and larger diagonal until its inverse is exact enough. PEFT 0.21 has the same in a module that needs
+    the package attrs, which it does not install.
+
+    Raises:
+        ConfigError: C is not finite.
+    """
+    if not covariance.isfinite().all():
+        raise ConfigError("init_lora_weights: for corda the inputs of all layers must be finite, but some are not.")
+    identity, share = torch.eye(len(covariance), device=covariance.device), 0.01
+    while True:
+        damped = covariance + identity * covariance.diagonal().mean() * share
+        inverse = torch.linalg.inv(damped)
+        if torch.dist(damped @ inverse, identity) < 0.05:
+            break
+        share *= 2
+    u, s, vh = torch.linalg.svd(weight @ damped, full_matrices=False)
+    return u, s, (vh @ inverse).T
 
 
 def _lora_ga_factors(model: Any, batches: list[Batch], device: torch.device) -> FirstFactors:
@@ -228,7 +251,7 @@ def _lora_ga_factors(model: Any, batches: list[Batch], device: torch.device) -> 
         gradient = gradient.T if layer.fan_in_fan_out else gradient
         # The method takes twice as many directions of the gradient as the rank is.
         rank = max(1, min(layer.r["default"], min(gradient.shape) // 2))
-        factors[name] = _on_cpu(first_factors(layer, lambda a, k=layer, g=gradient: start(k, g, a), rank))
+        factors[name] = _on_cpu(first_factors(layer, partial(start, layer, gradient), rank))
     return factors
 
 

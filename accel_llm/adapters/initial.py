@@ -23,6 +23,7 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from accel_llm.adapters.lora_options import DATA_INITS, pattern_name
 from accel_llm.backend.strategy import training_device
 from accel_llm.errors import ConfigError
 from accel_llm.model.quantization import round_to_4_bits
@@ -62,6 +63,23 @@ def subtracted_init(init: Any) -> str:
     return init.lower() if str(init).lower() in REPEATABLE_INITS else ""
 
 
+def init_by_peft(init: bool | str) -> bool | str:
+    """Return the first values for PEFT to give, if `init`, a value of init_lora_weights, is asked for.
+
+    It is `init` itself if they are not chosen here, by `give_first_values` or `start_from_rows`.
+    """
+    own = str(init).lower().startswith(("pissa", "olora", "orthogonal")) or init in DATA_INITS
+    return True if own else init
+
+
+def give_first_values(model: PeftModel, init: bool | str, compute: torch.dtype) -> None:
+    """Give the LoRA layers of `model` those first values that PEFT's own code cannot give without harm."""
+    if str(init).lower().startswith(("pissa", "olora")):
+        start_from_base(model, str(init).lower(), compute)
+    elif init == "orthogonal":
+        draw_orthogonal(model)
+
+
 def start_from_base(model: PeftModel, init: str, compute: torch.dtype) -> None:
     """Give the LoRA layers of `model` the first values `init`, "pissa" or "olora"; the base's weights do not change.
 
@@ -70,7 +88,7 @@ def start_from_base(model: PeftModel, init: str, compute: torch.dtype) -> None:
     embeddings, keep the values that they have.
     """
     for layer in linear_lora_layers(model):
-        start = partial(layer.pissa_init, "default", init) if init.startswith("pissa") else layer.olora_init
+        start = partial(layer.pissa_init, init_lora_weights=init) if init.startswith("pissa") else layer.olora_init
         subtract_first_factors(layer, *first_factors(layer, start, layer.r["default"]), compute)
 
 
@@ -174,7 +192,7 @@ def plain_config(model: PeftModel) -> LoraConfig:
     if not doubled:
         return config
     # Layers without an offset keep rank and alpha. PEFT takes the first pattern that fits, so they come first.
-    kept = {_pattern(name, layer): layer for name, layer in layers.items() if name not in doubled}
+    kept = {pattern_name(name, layer): layer for name, layer in layers.items() if name not in doubled}
     ranks, alphas = ({name: getattr(layer, k)["default"] for name, layer in kept.items()} for k in ("r", "lora_alpha"))
     growth = 2**0.5 if config.use_rslora else 2  # s is alpha / r, or alpha / sqrt(r) with rslora
     return replace(
@@ -189,13 +207,6 @@ def plain_config(model: PeftModel) -> LoraConfig:
 
 def _has_offset(layer: Any) -> bool:
     return "default" in layer.lora_A and isinstance(layer.lora_A["default"], OffsetFactor)
-
-
-def _pattern(name: str, layer: LoraLayer) -> str:
-    """Return the name under which rank_pattern knows a layer: for a single parameter it is the parameter's."""
-    while name.endswith(".base_layer"):  # several parameters of one module
-        name = name.removesuffix(".base_layer")
-    return f"{name}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else name
 
 
 def check_own_start(factors: Iterable[Factors], name: str, field: str = "adapter") -> None:

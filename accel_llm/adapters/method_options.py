@@ -1,7 +1,7 @@
 """Reads the options of a method as the installed PEFT's own config class describes them: names, types and ranges."""
 
 import typing
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from typing import Any
 
@@ -10,7 +10,7 @@ import accel_llm.system.chatter
 from peft import PeftConfig
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from accel_llm.errors import ConfigError
+from accel_llm.errors import raise_problems
 
 # Fields of each config class that follow from the model or from the run.
 NOT_FOR_USERS = frozenset(
@@ -23,6 +23,7 @@ NOT_FOR_USERS = frozenset(
         "num_transformer_submodules",
         "peft_type",
         "peft_version",
+        "prefix_projection",
         "revision",
         "task_type",
         "token_dim",
@@ -43,19 +44,40 @@ def check_method_options(method: str, values: dict[str, Any], config_class: type
     Raises:
         ConfigError: the class has no such field, or a value is not of its type. It lists all problems.
     """
-    names, hints = option_names(config_class), typing.get_type_hints(config_class, include_extras=True)
-    checked, problems = {}, []
+    problems: list[str] = []
+    checked = _checked(f"method {method}", "", values, config_class, option_names(config_class), problems)
+    raise_problems(problems)
+    return checked
+
+
+def _checked(
+    owner: str, prefix: str, values: dict[str, Any], kind: type, names: list[str], problems: list[str]
+) -> dict[str, Any]:
+    """Return the converted values for the fields `names` of the dataclass `kind`; add what is wrong to `problems`."""
+    hints, checked = typing.get_type_hints(kind, include_extras=True), {}
     for name, value in values.items():
         if name not in names:
             guess = get_close_matches(name, names, 1)
             hint = f"did you mean {guess[0]}? " if guess else ""
-            problems.append(f"method_options: method {method} has no {name!r}; {hint}It has {', '.join(names)}.")
+            problems.append(f"method_options: {owner} has no {name!r}; {hint}It has {', '.join(names)}.")
             continue
+        part = _dataclass_in(hints[name])
+        if isinstance(value, dict) and part is not None:
+            inner = [field.name for field in fields(part)]
+            before = len(problems)
+            value = _checked(f"{prefix}{name} of {owner}", f"{name}.", value, part, inner, problems)
+            if len(problems) > before:
+                continue
         try:
-            adapter = TypeAdapter(hints[name], config=ConfigDict(arbitrary_types_allowed=True, strict=False))
+            adapter = TypeAdapter(hints[name], config=ConfigDict(arbitrary_types_allowed=True))
             checked[name] = adapter.validate_python(value)
         except ValidationError as error:
-            problems.append(f"method_options: {name} {value!r} is not allowed ({error.errors()[0]['msg']}).")
-    if problems:
-        raise ConfigError(*problems)
+            problems.append(f"method_options: {prefix}{name} {value!r} is not allowed ({error.errors()[0]['msg']}).")
     return checked
+
+
+def _dataclass_in(hint: Any) -> type | None:
+    """Return the dataclass that a type is or allows: EvaConfig for `EvaConfig | None`."""
+    if is_dataclass(hint):
+        return hint if isinstance(hint, type) else None
+    return next((part for each in typing.get_args(hint) if (part := _dataclass_in(each)) is not None), None)

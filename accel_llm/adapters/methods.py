@@ -1,26 +1,32 @@
 """The methods by name: which class of the installed PEFT each one is, what it cannot do, and its config."""
 
+import sys
+import warnings
 from difflib import get_close_matches
 from typing import Any
 
 import accel_llm.system.chatter
 
-from peft import PeftConfig, PeftType
+from peft import PeftConfig, PeftType, PromptLearningConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
+from accel_llm.adapters.budget import budget_problems, unused_options
+from accel_llm.adapters.lora_options import INIT_ROWS, complete_fields, lora_problems
 from accel_llm.adapters.method_options import check_method_options, option_names
-from accel_llm.config.options import METHODS_WITHOUT_ADAPTER, MethodOptions
-from accel_llm.errors import ConfigError
+from accel_llm.adapters.prompt_options import PROMPT_METHODS, prompt_problems
+from accel_llm.config.options import METHODS_WITHOUT_ADAPTER, MethodOptions, ModelOptions
+from accel_llm.errors import ConfigError, raise_problems
 from accel_llm.model.loading import short_reason
 
 # Methods whose names here are not PEFT's. P-tuning v2 is prefix tuning without the network that computes the prefixes.
 PEFT_TYPES = {"qlora": "LORA", "prefix": "PREFIX_TUNING", "p_tuning_v2": "PREFIX_TUNING", "prompt": "PROMPT_TUNING"}
-PROMPT_METHODS = ("prefix", "p_tuning_v2", "prompt", "p_tuning")
 # Methods of PEFT that need more than a model and rows, and what they need.
 REFUSED_METHODS = {
     "xlora": "it mixes adapters that were trained before",
     "poly": "each row must name its task (task_ids)",
     "multitask_prompt_tuning": "each row must name its task (task_ids)",
+    "cpt": "it needs the tokens of a context with a type for each (cpt_token_ids), and has a loss of its own",
+    "cartridge": "its first keys and values are those of a long text, which PEFT reads outside of training",
     "adaption_prompt": "PEFT's code replaces the attention of some families, so packed rows cannot be kept apart",
     "lily": "PEFT mixes its matrices by the average over all tokens of a batch, later tokens and other rows included, so a "
     "token would see what it has to predict",
@@ -28,13 +34,11 @@ REFUSED_METHODS = {
 }
 # Options of a method that would make a result wrong or unusable, and why.
 REFUSED_OPTIONS = {
-    (
-        "pvera",
-        "generator_seed",
-    ): "the state of its generator is in no checkpoint, and recomputed activations would draw "
-    "other noise; seed sets the noise",
+    ("pvera", "generator_seed"): "no checkpoint has the state of its generator, and seed sets the noise too",
     ("vblora", "save_only_topk_weights"): "the file would lack weights that further training needs",
 }
+# Options that say the same in two ways; PEFT takes one of them, and the other must be 0.
+ALTERNATIVES = {"oft": {"r": "oft_block_size"}, "boft": {"boft_block_num": "boft_block_size"}}
 # Options with flat names, and the fields of PEFT's config that they set.
 FLAT_OPTIONS = {
     "lora_r": "r",
@@ -83,7 +87,10 @@ def check_method(options: MethodOptions) -> None:
     if not options.has_adapter:
         return
     config_class = config_class_of(options.method)
-    if reason := REFUSED_METHODS.get(options.method):
+    reason = REFUSED_METHODS.get(options.method)
+    if issubclass(config_class, PromptLearningConfig) and options.method not in PROMPT_METHODS:
+        reason = reason or "only PEFT's own code knows where its virtual tokens go"
+    if reason:
         raise ConfigError(f"method: {options.method} cannot be trained here: {reason}; give another method.")
     names = option_names(config_class)
     problems = [
@@ -101,9 +108,16 @@ def check_method(options: MethodOptions) -> None:
         for (method, field), reason in REFUSED_OPTIONS.items()
         if method == options.method and options.method_options.get(field) not in (None, False)
     ]
+    if options.method == "trainable_tokens" and not options.method_options.get("token_indices"):
+        problems.append("method_options: method trainable_tokens needs token_indices, the ids of the tokens to train.")
+    problems += unused_options(options)
+    if options.method in LORA_METHODS:
+        problems += lora_problems(options)
+    if options.method in PROMPT_METHODS:
+        problems += prompt_problems(options)
     if problems:
         raise ConfigError(*problems)
-    fresh_adapter_config(options)
+    raise_problems(budget_problems(fresh_adapter_config(options)))
 
 
 def flat_options(options: MethodOptions) -> dict[str, str]:
@@ -129,11 +143,27 @@ def fresh_adapter_config(options: MethodOptions) -> Any:
         values["progressbar"] = False
     if options.method in ("prefix", "p_tuning_v2"):
         values["prefix_projection"] = options.method == "prefix"
-    values |= check_method_options(options.method, options.method_options, config_class)
+    if options.method_options.get("prompt_tuning_init") == "TEXT" and isinstance(options, ModelOptions):
+        values["tokenizer_name_or_path"] = options.tokenizer_name or options.model_name_or_path
+    if options.method == "adalora":
+        values["total_step"] = sys.maxsize  # until the run is known, see budget.py
+    own, later = {INIT_ROWS} if options.method in LORA_METHODS else set(), {}
+    given = {name: value for name, value in options.method_options.items() if name not in own}
+    values |= check_method_options(options.method, given, config_class)
+    if options.method in LORA_METHODS:
+        values, later = complete_fields(values)
+    for option, other in ALTERNATIVES.get(options.method, {}).items():
+        if given.get(option) and other not in given:
+            values[other] = 0
     try:
-        return config_class(task_type="CAUSAL_LM", **values)
-    except (ValueError, TypeError, ImportError) as error:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", ".*will be ignored", UserWarning)  # an option without effect is an error
+            config = config_class(task_type="CAUSAL_LM", **values)
+    except (ValueError, TypeError, ImportError, UserWarning) as error:
         raise ConfigError(
             f"method_options: {options.method_options} are not allowed for method {options.method} "
             f"({short_reason(error)})."
         ) from None
+    for name, value in later.items():
+        setattr(config, name, value)
+    return config

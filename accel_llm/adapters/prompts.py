@@ -28,19 +28,25 @@ from accel_llm.model.virtual_tokens import CACHE_OPTION, PrefixCache, replace_em
 ENCODER = "prompt_encoder.default."
 
 
-def attach_prompt(model: PreTrainedModel, options: TrainOptions) -> PeftModel:
+def attach_prompt(model: PreTrainedModel, options: TrainOptions, new_tokens: range = range(0)) -> PeftModel:
     """Freeze `model` and add trainable virtual tokens by the method of the options, in float32.
 
     Raises:
-        ConfigError: the method does not fit the model, or the text for the first values cannot be used.
+        ConfigError: the method does not fit the model, the text for the first values cannot be used, or there are
+            `new_tokens`, which the file of a prompt has no place for.
     """
+    if new_tokens:
+        raise ConfigError(
+            f"add_tokens: method {options.method} trains virtual tokens alone, so the rows of new tokens would stay "
+            "untrained; use method lora, or a chat_template without new tokens."
+        )
     config = fresh_adapter_config(options)
     is_prefix = config.peft_type == "PREFIX_TUNING"
     if is_prefix:
         _check_prefix(model, options)
     elif isinstance(embedding := model.get_input_embeddings(), torch.nn.Embedding):
         config.token_dim = embedding.embedding_dim  # PEFT takes hidden_size, which the embedding of some OPT has not
-    init = getattr(config, "prompt_tuning_init", "RANDOM")
+    init = getattr(config, "prompt_tuning_init", "RANDOM") if options.adapter_name_or_path is None else "RANDOM"
     wrapped = _add_encoder(model, options, replace(config, prompt_tuning_init="RANDOM") if init != "RANDOM" else config)
     if init != "RANDOM":
         wrapped.peft_config["default"].prompt_tuning_init = init
@@ -61,8 +67,8 @@ def _check_prefix(model: PreTrainedModel, options: TrainOptions) -> None:
     if implementation not in (PACKED_ATTENTION, PADDED_ATTENTION):
         raise ConfigError(
             f"method: {options.method} puts keys and values into each layer, but {type(model).__name__} computes its "
-            f"attention by {implementation!r} here, which has no place for them; "
-            f"{'' if options.packing else 'set packing: true and attn_implementation: auto, or '}use method prompt."
+            f"attention by {implementation!r} here, which has no place for them; set attn_implementation: auto and "
+            "packing: true, or use method prompt."
         )
     if getattr(model.config.get_text_config(), "output_router_logits", False):
         raise ConfigError(
@@ -82,7 +88,9 @@ def _add_encoder(model: PreTrainedModel, options: TrainOptions, config: Any) -> 
     for module in recomputed:
         module.gradient_checkpointing = False  # type: ignore[assignment]
     try:
-        return get_peft_model(model, config)
+        wrapped: Any = get_peft_model(model, config)
+        wrapped.word_embeddings = model.get_input_embeddings()  # PEFT takes the first matrix with so many rows for it
+        return wrapped
     except (ValueError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise ConfigError(f"method: {options.method} does not fit the model ({reason}).") from None
@@ -118,6 +126,24 @@ def _start_from_vocabulary(model: PeftModel, options: TrainOptions) -> None:
     model.prompt_encoder["default"].embedding.weight.data = embedding.detach()[ids].float()
 
 
+def load_prompt(model: Any, weights: dict[str, torch.Tensor], name: str) -> None:
+    """Let the prompt begin with the `weights` of the file of an adapter.
+
+    Raises:
+        ConfigError: they have another name or shape.
+    """
+    weight = model.prompt_encoder["default"].embedding.weight
+    found = weights.get("prompt_embeddings")
+    if found is None or found.shape != weight.shape:
+        what = f"prompt_embeddings {list(found.shape)}" if found is not None else ", ".join(sorted(weights)[:3])
+        raise ConfigError(
+            f"adapter_name_or_path: {name} does not fit the model: it holds {what}, and needed are prompt_embeddings "
+            f"{list(weight.shape)}."
+        )
+    with torch.no_grad():
+        weight.copy_(found)
+
+
 def fit_virtual_tokens(model: Any) -> None:
     """Let a PEFT model with a prompt compute batches whose documents have places for it, and generate.
 
@@ -137,12 +163,14 @@ def _forward(
 ) -> Any:
     """Compute a batch of `data/batches.py`, with the virtual tokens at `virtual_positions` of the flattened rows."""
     if virtual_positions is None:
+        # The targets of a batch count from its first token; PEFT would put others before it.
+        assert "targets" not in kwargs or self.get_base_model().loss_path == "family", "no places for virtual tokens"
         with warnings.catch_warnings():
             # transformers 5.24 has renamed an argument that PEFT 0.21 passes, and sets the new name itself.
             warnings.filterwarnings("ignore", ".*past_key_values.* is deprecated", FutureWarning)
             return type(self).forward(self, input_ids, *args, **kwargs)
     base = self.get_base_model()
-    prompt = _encode_prompt(self)
+    prompt = _encode_prompt(self, virtual_positions.device)
     if _is_prefix(self):
         prefix = {"prefix": prompt, "virtual_positions": virtual_positions}
         return base(input_ids, *args, **kwargs, **prefix)
@@ -154,13 +182,12 @@ def _is_prefix(model: Any) -> bool:
     return model.active_peft_config.peft_type == "PREFIX_TUNING"
 
 
-def _encode_prompt(model: Any) -> torch.Tensor:
+def _encode_prompt(model: Any, device: torch.device) -> torch.Tensor:
     """Return the virtual tokens: [n, width] embeddings, or [2 * layers, n, heads, head_dim] keys and values."""
     config, encoder = model.active_peft_config, model.prompt_encoder[model.active_adapter]
     if config.inference_mode:  # loaded from a file, which holds the results of the encoder
         prompt = encoder.embedding.weight
     else:
-        device = model.get_base_model().device
         prompt = encoder(torch.arange(config.num_virtual_tokens, device=device)[None])[0]
     if not _is_prefix(model):
         return prompt
@@ -178,7 +205,7 @@ def _generate(self: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, 
     base, width = self.get_base_model(), input_ids.shape[1]
     base.generation_config = self.generation_config
     with torch.no_grad():
-        prompt = _encode_prompt(self)
+        prompt = _encode_prompt(self, input_ids.device)
         ids, mask, positions = with_places(input_ids, attention_mask, self.active_peft_config.num_virtual_tokens)
         if _is_prefix(self):
             inputs = {CACHE_OPTION: PrefixCache(prompt, positions, config=base.config.get_text_config(decoder=True))}

@@ -15,7 +15,9 @@ from safetensors import SafetensorError, safe_open
 from torch.distributed.fsdp import FSDPModule
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from accel_llm.adapters.budget import fill_ranks, has_budget, note_kept_ranks
 from accel_llm.adapters.initial import joined_factors, lora_layers, plain_config
+from accel_llm.adapters.prompts import saved_prompt
 from accel_llm.errors import ConfigError
 from accel_llm.model.attention import unwrap_causal_lm
 from accel_llm.model.loading import describe_shape_mismatch, short_reason
@@ -39,6 +41,7 @@ def save_adapter(
     ignore.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    note_kept_ranks(model, state)
     weights = _named_for_file(model, joined_factors(model, state))
     metadata = {"format": "pt"} | ({BASE_FINGERPRINT: base_fingerprint} if base_fingerprint else {})
     metadata |= {BASE_BITS: "4"} if getattr(model.get_base_model(), "is_loaded_in_4bit", False) else {}
@@ -96,11 +99,13 @@ def _compare_files(model: Any, folder: Path) -> str:
     # Empty tensors get the names that the trained weights have in a file. Under ZeRO-3 a parameter's own shape is 0.
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     shapes = {name: getattr(parameter, "ds_shape", parameter.shape) for name, parameter in trained.items()}
-    state = joined_factors(model, {name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
+    device = "cpu" if has_budget(model) else "meta"  # PEFT picks AdaLoRA's ranks out of weights
+    state = joined_factors(model, {name: torch.empty(shape, device=device) for name, shape in shapes.items()})
     named = _named_for_file(model, state)
     expected = {name: tuple(weight.shape) for name, weight in named.items()}
     kept = {id(tensor) for tensor in state.values()} & {id(tensor) for tensor in named.values()}
-    if not kept or len(kept) != len(trained):
+    new_tensors = has_budget(model) or model.active_peft_config.is_prompt_learning
+    if not new_tensors and (not kept or len(kept) != len(trained)):
         return f"{len(trained)} tensors are trained, and PEFT saves {len(kept)} of them"
 
     with safe_open(folder / ADAPTER_WEIGHTS, "pt") as file:
@@ -123,15 +128,31 @@ def _compare_loaded(model: Any, folder: Path) -> str:
         base = model_class._from_config(deepcopy(inner.config))
     config: Any = PeftConfig.from_pretrained(str(folder))
     config.base_model_name_or_path = None  # otherwise PEFT warns of another spelling of the base's path
-    loaded: Any = get_peft_model(base, config, low_cpu_mem_usage=True)
+    try:
+        loaded: Any = get_peft_model(base, config, low_cpu_mem_usage=True)
+    except (NotImplementedError, RuntimeError):
+        return ""  # PEFT computes parts of this method from the base's weights, such as FRoD's and SHiRA's
+    if has_budget(loaded):
+        fill_ranks(loaded)
+    parameters = dict(loaded.named_parameters(remove_duplicate=False))
     result = loaded.load_adapter(str(folder), "default", torch_device="cpu", low_cpu_mem_usage=True)
-    if keys := [*result.missing_keys, *result.unexpected_keys]:
+    if keys := [*unloaded(parameters, result.missing_keys), *result.unexpected_keys]:
         return f"{len(keys)} weights have no counterpart after loading, such as {min(keys)}"
     found, expected = (
         {name: layer.scaling["default"] for name, layer in lora_layers(m).items()} for m in (loaded, model)
     )
     wrong = [name for name, scaling in expected.items() if not math.isclose(found.get(name, 0.0), scaling)]
     return f"{len(wrong)} layers are scaled otherwise, such as {min(wrong)}" if wrong else ""
+
+
+def unloaded(parameters: dict[str, Any], missing_keys: list[str]) -> set[str]:
+    """Return those of PEFT's `missing_keys` that were really not loaded; `parameters` has them by all their names.
+
+    A tensor that several layers share has a name in each of them, and is in the file under one of these.
+    """
+    missing = set(missing_keys)
+    loaded = {id(parameter) for name, parameter in parameters.items() if name not in missing}
+    return {name for name in missing if name not in parameters or id(parameters[name]) not in loaded}
 
 
 def read_base_fingerprint(folder: Path) -> str | None:

@@ -1,5 +1,6 @@
 """The base class of all option groups, and the types of options. The types accept values as people write them."""
 
+import math
 import re
 from typing import Annotated, Any, Literal, get_args
 
@@ -153,6 +154,29 @@ def parse_method(value: Any) -> Any:
     return {"prefix_tuning": "prefix", "prompt_tuning": "prompt"}.get(name, name)
 
 
+def _parse_rates(value: Any) -> Any:
+    """Read `pattern=rate pattern=rate`, or a mapping; each pattern is a regular expression, each rate a number above 0.
+
+    YAML reads 5e-5, which has no dot, as a text.
+    """
+    pairs = _parse_pairs(value)
+    if not isinstance(pairs, dict):
+        return pairs
+    rates: dict[str, float] = {}
+    for pattern, rate in pairs.items():
+        try:
+            re.compile(str(pattern))
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is not a regular expression ({error})") from None
+        try:
+            rates[str(pattern)] = float(rate)
+        except (TypeError, ValueError):
+            raise ValueError(f"{rate!r} is not a learning rate; give a number above 0 for {pattern!r}") from None
+        if isinstance(rate, bool) or not 0 < rates[str(pattern)] < math.inf:
+            raise ValueError(f"{rate!r} is not a learning rate; give a number above 0 for {pattern!r}")
+    return rates
+
+
 def _parse_size(value: Any) -> Any:
     """Read a number of bytes, or a number with a unit as Transformers writes it: 500MB, 5GB, 2GiB."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B", str(value).strip(), re.IGNORECASE)
@@ -198,6 +222,7 @@ Sources = Annotated[
 ]
 Columns = Annotated[dict[str, str], BeforeValidator(_parse_pairs, json_schema_input_type=dict[str, str])]
 Variables = Annotated[dict[str, Any], BeforeValidator(_parse_pairs, json_schema_input_type=dict[str, Any])]
+Rates = Annotated[dict[str, float], BeforeValidator(_parse_rates, json_schema_input_type=dict[str, float])]
 Packing = Annotated[
     Literal["per_epoch", "static"] | None,
     BeforeValidator(_parse_packing, json_schema_input_type=bool | Literal["per_epoch", "static"] | None),

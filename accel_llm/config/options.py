@@ -9,7 +9,7 @@ import math
 import os
 import tempfile
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -20,6 +20,7 @@ from accel_llm.config.fields import (
     Options,
     Place,
     Precision,
+    Rates,
     Resume,
     TargetModules,
     Texts,
@@ -90,6 +91,12 @@ class ModelOptions(Options):
         False, description="Keep the frozen input embedding in host memory; the GPU gets only the rows it needs"
     )
 
+# Ways to choose the first values of a LoRA, by PEFT's names; `pissa_niter_4` is PiSSA by a random decomposition.
+InitMethod = (
+    Literal["gaussian", "orthogonal", "olora", "pissa", "eva", "corda", "lora_ga", "loftq", "mica"]
+    | Annotated[str, Field(pattern=r"^pissa_niter_[1-9]\d*$")]
+)
+
 
 class MethodOptions(Options):
     """Method"""
@@ -115,7 +122,7 @@ class MethodOptions(Options):
     modules_to_save: Texts = Field(
         default_factory=list, description="Names of modules that are trained and saved whole"
     )
-    init_lora_weights: bool | Literal["gaussian", "orthogonal", "olora", "pissa"] = Field(
+    init_lora_weights: bool | InitMethod = Field(
         True, description="First values of the adapter (A and B); true: A Kaiming uniform, B zero; false: both random"
     )
     use_dora: bool = Field(False, description="DoRA: train the magnitude and the direction of the weights separately")
@@ -130,6 +137,12 @@ class MethodOptions(Options):
     def in_4_bits(self) -> bool:
         """Whether the base of the adapter is held in 4 bits."""
         return self.method == "qlora" or self.load_in_4bit
+
+    @property
+    def adapter_may_draw(self) -> bool:
+        """Whether the adapter may draw random numbers in training; of a plain LoRA it is known that it does not."""
+        plain = self.method in ("lora", "qlora") and not (self.lora_dropout or self.method_options)
+        return self.has_adapter and not plain
 
     def problems(self) -> list[str]:
         problems = super().problems() + self._without_effect(METHODS_BY_OPTION, "method")
@@ -154,7 +167,11 @@ class OptimOptions(Options):
     """Loss, optimizer and schedule"""
 
     optim: Optimizer = Field("adamw", description="Name of the optimizer")
-    learning_rate: float | None = Field(None, gt=0, description="Peak value; none: 2e-4 with an adapter, else 2e-5")
+    learning_rate: float | None = Field(None, gt=0, description="Peak value; none: the default of the method")
+    learning_rate_patterns: Rates = Field(
+        default_factory=dict,
+        description="Other peak values, as pattern=rate, for parameters whose name has a match; the first match counts",
+    )
     weight_decay: float = Field(0.0, ge=0, description="Decoupled decay of matrices; norms and biases never decay")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the optimizer's first moment")
     adam_beta2: float | None = Field(

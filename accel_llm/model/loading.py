@@ -285,7 +285,7 @@ def configure_for_training(model: PreTrainedModel, options: TrainOptions) -> Pre
     if options.attn_implementation in ("auto", "sdpa"):
         (enable_packing if options.packing else enable_padding)(model)
     if options.gradient_checkpointing:
-        recompute_activations(model, options.lora_dropout)
+        recompute_activations(model, options.adapter_may_draw)
     tokens = [n * options.max_length for n in (options.per_device_train_batch_size, options.per_device_eval_batch_size)]
     attach_loss(model, *tokens, label_smoothing=options.label_smoothing_factor, z_loss_coef=options.z_loss_coef)
     return model.train()

@@ -28,13 +28,13 @@ def check_recomputation(config: PreTrainedConfig) -> None:
         )
 
 
-def recompute_activations(model: PreTrainedModel, adapter_dropout: float = 0.0) -> None:
+def recompute_activations(model: PreTrainedModel, adapter_may_draw: bool = False) -> None:
     """Let each layer of `model` keep only its input, and compute everything else again in the backward pass.
 
     The random numbers of the first time are drawn again. Where a layer draws none, the host does not read and set the
-    state of the generators around each layer. `adapter_dropout` is the dropout of the adapter that the layers will get.
+    state of the generators around each layer. `adapter_may_draw`: the adapter that the layers will get may draw some too.
     """
-    random = adapter_dropout > 0 or _may_draw(model)
+    random = adapter_may_draw or _may_draw(model)
     settings = {"use_reentrant": False, "preserve_rng_state": random}
     model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
 

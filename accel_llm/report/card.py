@@ -75,7 +75,7 @@ def write_run_card(folder: Path) -> None:
         "peft" if settings else "transformers",
         base,
         "adapter" if settings else "finetune",
-        ["accel-llm", *(["lora"] if settings else [])],
+        ["accel-llm", *([settings["peft_type"].lower()] if settings else [])],
         pipeline_tag="text-generation",
         datasets=published,
     )
@@ -109,20 +109,23 @@ def _describe_method(options: dict[str, Any], settings: dict[str, Any]) -> str:
     """Say what was trained; `settings` are those of the adapter, empty without one."""
     if not settings:
         return "all weights"
-    targets = settings["target_modules"]
+    targets = settings.get("target_modules")
     targets = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in targets})) if isinstance(targets, list) else targets
-    kind = ["DoRA" if settings.get("use_dora") else "LoRA"] + ["rank-stabilized"] * bool(settings.get("use_rslora"))
     in_4_bits = options["method"] == "qlora" or options.get("load_in_4bit")
     base = " on a 4-bit base" if in_4_bits else " on an 8-bit base" * options["load_in_8bit"]
-    words = [f"{', '.join(kind)}{base}", f"rank {settings['r']}", f"alpha {settings['lora_alpha']:g}", f"on {targets}"]
+    on_targets = [f"on {targets}"] if targets else []
+    whole = [f"whole: {', '.join(modules)}"] if (modules := settings.get("modules_to_save")) else []
+    if settings["peft_type"] != "LORA":
+        own = [f"{name} {value}" for name, value in options.get("method_options", {}).items()]
+        return "; ".join([f"{settings['peft_type']}{base}", *own, *on_targets, *whole])
+    kind = ["DoRA" if settings.get("use_dora") else "LoRA"] + ["rank-stabilized"] * bool(settings.get("use_rslora"))
+    words = [f"{', '.join(kind)}{base}", f"rank {settings['r']}", f"alpha {settings['lora_alpha']:g}", *on_targets]
     if settings["r"] != options["lora_r"]:
         words.append(
             f"trained with rank {options['lora_r']} from {options['init_lora_weights']}, and stored as a plain LoRA of "
             "twice the rank on the unchanged base"
         )
-    if modules := settings.get("modules_to_save"):
-        words.append(f"whole: {', '.join(modules)}")
-    return "; ".join(words)
+    return "; ".join([*words, *whole])
 
 
 def _describe_source(source: str, run: dict[str, Any]) -> str:

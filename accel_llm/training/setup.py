@@ -12,7 +12,10 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 from accel_llm.adapters.adopt import adopt_adapter_options
 from accel_llm.adapters.attach import attach_adapter
-from accel_llm.adapters.methods import check_method
+from accel_llm.adapters.budget import RankBudget, set_schedule
+from accel_llm.adapters.data_starts import start_from_rows
+from accel_llm.adapters.defaults import describe_rate, fill_learning_rate, fill_method_options, method_notes
+from accel_llm.adapters.methods import check_method, fresh_adapter_config
 from accel_llm.backend.library_messages import quiet_libraries
 from accel_llm.backend.strategy import engine
 from accel_llm.chat.template import Template, configured_template
@@ -31,7 +34,7 @@ from accel_llm.model.padding import fit_pad_token
 from accel_llm.model.placement import place_weights
 from accel_llm.model.tokenizer import check_token_ids, configured_tokenizer, pad_token_id
 from accel_llm.model.vocabulary import add_missing_tokens, extend_vocabulary
-from accel_llm.report.display import show_plan
+from accel_llm.report.display import advise, show_plan
 from accel_llm.system.folders import write_problem
 from accel_llm.system.launcher import process_rank
 from accel_llm.training.memory_advice import note_memory_advice
@@ -48,7 +51,7 @@ def read_options(
     """Read and check the options of a training script from its command line and recipe.
 
     `defaults` are the script's own. `demo` is the recipe to use if the command line names no model, data or recipe.
-    With `adapter_name_or_path` the settings of that adapter are filled in.
+    The defaults of the method are filled in, or with `adapter_name_or_path` the settings of that adapter.
 
     Raises:
         ConfigError: an option, the model or a source of rows cannot be used. It lists all problems.
@@ -59,11 +62,11 @@ def read_options(
         options = resolve_demo(parse_options(options_class, sys.argv[1:], defaults))
     if isinstance(options, SftOptions) and options.overfit:
         options = options.with_defaults(OVERFIT_DEFAULTS)
-    options = adopt_adapter_options(options)
+    options = fill_method_options(adopt_adapter_options(options))
     check_method(options)
     raise_problems(model_problems(options) + source_problems(options) + _output_problems(options))
     quiet_libraries()
-    return options
+    return fill_learning_rate(options)
 
 
 def read_data_options(options_class: type[TrainOptionsT], demo: Path) -> TrainOptionsT:
@@ -74,7 +77,7 @@ def read_data_options(options_class: type[TrainOptionsT], demo: Path) -> TrainOp
     Raises:
         ConfigError: an option, the model or a source of rows cannot be used. It lists all problems.
     """
-    options = parse_options_or_demo(options_class, demo, sys.argv[1:])
+    options = fill_method_options(parse_options_or_demo(options_class, demo, sys.argv[1:]))
     raise_problems(
         source_problems(options) + (tokenizer_problems(options) if options.tokenizer_name else model_problems(options))
     )
@@ -182,8 +185,17 @@ def show_plan_and_memory(
     data: EncodedData,
     plan: TrainingPlan,
 ) -> dict[str, Any]:
-    """Print the ledger, the plan and the memory that the run is estimated to take; return the latter for run.json."""
+    """Print the ledger, the plan and the memory that the run is estimated to take; return the latter for run.json.
+
+    Raises:
+        ConfigError: the run is too short for the schedule of its method.
+    """
+    if options.method == "adalora":
+        set_schedule(fresh_adapter_config(options), options, plan.total_steps)  # only to refuse it before weights are read
     show_plan(accelerator, options, tokenizer, data, plan)
+    accelerator.print(f"learning rate: {describe_rate(options)}")
+    for note in method_notes(options, config):
+        advise(accelerator, note)
     return show_memory(accelerator, options, config, data.train)
 
 
@@ -211,15 +223,22 @@ def assemble_model(
         model = attach_adapter(model, options, new_tokens)
     attach_neftune(model, options.neftune_noise_alpha)
     place_weights(accelerator, model, options)
+    start_from_rows(accelerator, model, options, stream)
     return model
 
 
 def optimizer_and_schedule(
     accelerator: Accelerator, model: torch.nn.Module, options: TrainOptions, total_steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """Build the optimizer over all trainable parameters, and the schedule. `prepare` takes the optimizer alone."""
+    """Build the optimizer over all trainable parameters, and the schedule. `prepare` takes the optimizer alone.
+
+    A method that acts after each step does so in a hook of the optimizer.
+    """
     optimizer = build_optimizer(model, options, accelerator.device.type, engine(), options.seed)
-    return optimizer, build_schedule(optimizer, options, total_steps)
+    scheduler = build_schedule(optimizer, options, total_steps)
+    if options.method == "adalora":
+        RankBudget(model, options, optimizer, scheduler, total_steps)
+    return optimizer, scheduler
 
 
 def stop_tokens(
@@ -233,6 +252,7 @@ def run_facts(options: TrainOptions, data: EncodedData, checks: dict[str, Any]) 
     """Collect the facts for run.json that are known before the first step: checks, all options, the data and its ledger."""
     return checks | {
         "options": resolved_options(options),
+        "learning_rate": describe_rate(options),
         "data": data.fingerprint,
         "ledger": data.ledger.to_dict(),
     }

@@ -21,7 +21,7 @@ method method_options load_in_4bit load_in_8bit adapter_name_or_path lora_r lora
 init_lora_weights use_dora use_rslora
 """
 OPTIMIZER = """
-optim learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon master_weights max_grad_norm lr_scheduler_type
+optim learning_rate learning_rate_patterns weight_decay adam_beta1 adam_beta2 adam_epsilon master_weights max_grad_norm lr_scheduler_type
 min_lr_rate decay_share warmup_steps neftune_noise_alpha loraplus_lr_ratio label_smoothing_factor z_loss_coef
 """
 RUN = """

@@ -250,13 +250,16 @@ def exact_match(model: Any, rows: Any, stop: list[int], pad_token: int) -> float
 def compare(method: str, steps: int, work: Path) -> dict[str, Any]:
     """Run both sides of a method; return their figures, or the sentence with which ours refuses it."""
     output = work / method
+    from accel_llm.errors import ConfigError
+
     try:
         words = command_line(method, steps, output)
-    except Exception as error:
+    except ConfigError as error:
         return {"refused": str(error)}
     (ended,) = execute([Run(method, "sft", "cpu", 1, words, output)], work)
     if ended.code:
-        return {"refused": ended.sentences[-1].removeprefix("error: ") if ended.sentences else ended.cause}
+        sentences = [sentence.removeprefix("error: ") for sentence in ended.sentences]
+        return {"refused": sentences[-1]} if sentences else {"failed": ended.cause}
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     training, evaluation = [line for line in lines if "loss" in line], lines[-1]
     ours = {
@@ -280,6 +283,8 @@ def problem(method: str, figures: dict[str, Any]) -> str | None:
     """Say what is wrong with a comparison: our loss is worse, or the two sides do not begin with the same loss."""
     if "refused" in figures:
         return None
+    if "failed" in figures:
+        return f"{method}: {figures['failed']}"
     if "plain" not in figures:
         return f"{method}: the Trainer failed: {figures['plain_failed']}"
     ours, plain = figures["ours"], figures["plain"]
@@ -298,8 +303,9 @@ HEADER = [
 
 def row(method: str, figures: dict[str, Any]) -> str:
     """Return the line of the table for a method; a pair of figures is ours, then the Trainer's."""
-    if "refused" in figures:
-        return f"| `{method}` | refused: {figures['refused']} | | | | | |"
+    if "ours" not in figures:
+        (what, why), *_ = figures.items()
+        return f"| `{method}` | {what}: {why} | | | | | |"
     if "plain" not in figures:
         return f"| `{method}` | | {figures['ours']['loss']:.4f} | failed | {figures['ours']['exact_match']:.2f} | | |"
     ours, plain = figures["ours"], figures["plain"]

@@ -1,0 +1,199 @@
+"""Methods that train a part of the model itself and keep the rest: freeze (what the options name) and bitfit (biases)."""
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import NonNegativeInt, PositiveInt, StrictBool
+from torch import nn
+
+from accel_llm.adapters.method_options import check_method_options
+from accel_llm.config.options import MethodOptions
+from accel_llm.errors import ConfigError, raise_problems
+from accel_llm.model.attention import unwrap_causal_lm
+from accel_llm.model.language_part import parts_beside_language
+from accel_llm.system.launcher import process_rank
+
+PARTIAL_METHODS = ("freeze", "bitfit")
+# Balances the experts of a mixture from outside: it gets no gradient.
+UNTRAINABLE = "e_score_correction_bias"
+
+
+@dataclass
+class FreezeOptions:
+    """The `method_options` of freeze. Everything that one of them names is trained.
+
+    `layers` are so many of the last layers, or the numbers of layers, from 0. `modules` are names inside the layers,
+    such as mlp: only they are trained, in `layers` or, without that, in all layers. `parameters` are regular
+    expressions; a parameter is trained if its name has a match. `norms` are all normalisations, those between and
+    behind the layers too.
+    """
+
+    layers: PositiveInt | list[NonNegativeInt] | None = None
+    modules: list[str] = field(default_factory=list)
+    parameters: list[str] = field(default_factory=list)
+    embeddings: StrictBool = False
+    head: StrictBool = False
+    norms: StrictBool = False
+
+
+@dataclass
+class BitFitOptions:
+    """BitFit has no options: it trains all biases (Ben Zaken et al. 2021, arXiv 2106.10199)."""
+
+
+def check_partial_options(options: MethodOptions) -> None:
+    """Check the `method_options` of freeze or bitfit before a model is loaded.
+
+    Raises:
+        ConfigError: one of them is unknown, or has a value that is not allowed.
+    """
+    if options.method == "freeze":
+        _freeze_options(options)
+    elif options.method_options:
+        names = ", ".join(options.method_options)
+        raise ConfigError(f"method_options: method {options.method} has none; remove {names}.")
+
+
+def _freeze_options(options: MethodOptions) -> FreezeOptions:
+    values = {
+        name: [value] if name in ("modules", "parameters") and isinstance(value, str) else value
+        for name, value in options.method_options.items()
+    }
+    chosen = FreezeOptions(**check_method_options("freeze", values, FreezeOptions))
+    problems = []
+    if isinstance(options.method_options.get("layers"), bool):
+        problems.append("method_options: layers is a number, or a list of numbers; give one.")
+    for pattern in chosen.parameters:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            problems.append(f"method_options: parameters {pattern!r} is not a regular expression ({error}).")
+    if not any(vars(chosen).values()):
+        problems.append(
+            "method_options: method freeze trains nothing; give layers, modules, parameters, embeddings, head or norms."
+        )
+    raise_problems(problems)
+    return chosen
+
+
+def train_part(model: nn.Module, options: MethodOptions) -> None:
+    """Freeze all weights of `model` but those that the method trains, and say which those are.
+
+    Raises:
+        ConfigError: the model does not have what the options name.
+    """
+    names = parameters_of_part(model, options)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in names)
+    if process_rank() == 0:
+        chosen = dict(model.named_parameters())
+        count, total = sum(chosen[name].numel() for name in names), sum(p.numel() for p in chosen.values())
+        print(f"method {options.method}: {count:,} of {total:,} weights are trained{_tied_note(model, names)}", flush=True)
+
+
+def _tied_note(model: Any, names: set[str]) -> str:
+    """Say that the embedding and the head are one matrix, if they are and it is trained."""
+    inner = unwrap_causal_lm(model)
+    embedding, head = (getattr(part, "weight", None) for part in (inner.get_input_embeddings(), inner.get_output_embeddings()))
+    if embedding is None or embedding is not head or not embedding.requires_grad:
+        return ""
+    return "; the embedding and the head are one matrix, so both are"
+
+
+def parameters_of_part(model: nn.Module, options: MethodOptions) -> set[str]:
+    """Return the names of the parameters that the method trains. The model may be sharded.
+
+    Raises:
+        ConfigError: the model does not have what the options name.
+    """
+    beside = tuple(f"{name}." for name in parts_beside_language(model))
+    names = [
+        name
+        for name, _ in model.named_parameters()
+        if not name.startswith(beside) and not name.endswith(UNTRAINABLE)
+    ]
+    if options.method == "bitfit":
+        biases = {name for name in names if re.search(r"[._]bias$", name)}
+        if not biases:
+            raise ConfigError(
+                f"method: bitfit trains biases, and {type(unwrap_causal_lm(model)).__name__} has no biases; use ln_tuning "
+                "or freeze with method_options: {norms: true}."
+            )
+        return biases
+    return _parameters_to_unfreeze(model, names, _freeze_options(options))
+
+
+def _parameters_to_unfreeze(model: nn.Module, names: list[str], chosen: FreezeOptions) -> set[str]:
+    trained: set[str] = set()
+    problems: list[str] = []
+    if chosen.layers or chosen.modules:
+        trained |= _in_layers(model, names, chosen, problems)
+    for pattern in chosen.parameters:
+        found = {name for name in names if re.search(pattern, name)}
+        if not found:
+            problems.append(f"method_options: parameters {pattern!r} matches no name, such as {names[-1]}.")
+        trained |= found
+    inner: Any = unwrap_causal_lm(model)
+    norms = [module for module in model.modules() if re.search("norm$", type(module).__name__, re.IGNORECASE)]
+    for wanted, modules in (
+        (chosen.embeddings, [inner.get_input_embeddings()]),
+        (chosen.head, [inner.get_output_embeddings()]),
+        (chosen.norms, norms),
+    ):
+        own = {id(p) for module in modules if wanted and module is not None for p in module.parameters()}
+        trained |= {name for name, parameter in model.named_parameters() if id(parameter) in own} & set(names)
+    raise_problems(problems)
+    if not trained:
+        raise ConfigError(f"method_options: {type(inner).__name__} has no weights that the options of freeze name.")
+    return trained
+
+
+def _in_layers(model: nn.Module, names: list[str], chosen: FreezeOptions, problems: list[str]) -> set[str]:
+    """Return the parameters of the chosen layers, or of the chosen modules in them; add what is wrong to `problems`."""
+    path, count = decoder_layers(model)
+    numbers = chosen.layers if isinstance(chosen.layers, list) else range(count - (chosen.layers or count), count)
+    if wrong := [number for number in numbers if not 0 <= number < count]:
+        given = chosen.layers if isinstance(chosen.layers, int) else wrong[0]
+        problems.append(
+            f"method_options: layers {given} is not in the model, which has {count} layers; numbers begin with 0."
+        )
+        return set()
+    inside = {
+        name: name.removeprefix(f"{path}.{number}")
+        for number in numbers
+        for name in names
+        if name.startswith(f"{path}.{number}.")
+    }
+    for module in chosen.modules:
+        if not any(f".{module}." in rest for rest in inside.values()):
+            parts = sorted({rest.split(".")[1] for rest in inside.values()})
+            problems.append(f"method_options: modules {module!r} is not in these layers, which have {', '.join(parts)}.")
+    return {
+        name
+        for name, rest in inside.items()
+        if not chosen.modules or any(f".{module}." in rest for module in chosen.modules)
+    }
+
+
+def decoder_layers(model: nn.Module) -> tuple[str, int]:
+    """Return the name of the list of decoder layers in `model`, and their number."""
+    inner = unwrap_causal_lm(model)
+    count = inner.config.get_text_config().num_hidden_layers
+    language = set((inner.get_decoder() or inner).modules())
+    path = next(
+        name
+        for name, module in model.named_modules()
+        if module in language and isinstance(module, nn.ModuleList) and len(module) == count
+    )
+    return path, count
+
+
+def last_layers(options: MethodOptions) -> int | None:
+    """Return how many of the last layers are trained otherwise than those before; None if layers may differ anyhow."""
+    if options.method != "freeze":
+        return 0
+    chosen = _freeze_options(options)
+    if isinstance(chosen.layers, list) or chosen.parameters:
+        return None
+    return chosen.layers or 0

@@ -1,0 +1,181 @@
+"""Each weight-space method of PEFT against plain PEFT and transformers in float64: values, gradients, files."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import PeftModel, PromptLearningConfig
+from support import materialize, moved_adapter, relative_distance, tiny_model
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from accel_llm.adapters.adopt import adopt_adapter_options
+from accel_llm.adapters.attach import attach_adapter
+from accel_llm.adapters.methods import REFUSED_METHODS, config_class_of, peft_methods
+from accel_llm.config.options import TrainOptions
+from accel_llm.data.batches import collate_packed
+from accel_llm.model.attention import stock_attention
+from accel_llm.model.loading import load_model
+from accel_llm.model.loss import next_token_loss
+
+pytestmark = pytest.mark.usefixtures("quiet")
+# One method of each family runs in the default suite: scaled activations, low rank, random projections, products with
+# an orthogonal matrix, numbers of a spectrum, norms.
+FAMILIES = ("ia3", "loha", "vera", "oft", "fourierft", "ln_tuning")
+NEEDED_OPTIONS = {"trainable_tokens": {"token_indices": [5, 9]}}
+ADAMSS = pytest.mark.skipif(True, reason="AdaMSS needs scikit-learn")
+METHODS = [
+    name
+    for name in peft_methods()
+    if name not in (*REFUSED_METHODS, "qlora", "adamss") and not issubclass(config_class_of(name), PromptLearningConfig)
+]
+each_method = pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=[] if name in FAMILIES else pytest.mark.long) for name in METHODS]
+)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    model = tiny_model("llama", attention_bias=True, tie_word_embeddings=True)
+    model.save_pretrained(folder)
+    return folder
+
+
+def rows(number: int = 6) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return rows of uneven lengths, of which an uneven share of tokens has a label."""
+    rng = np.random.default_rng(1)
+    lengths = rng.integers(4, 20, number)
+    ids = [rng.integers(3, 97, length) for length in lengths]
+    return [(row, np.where(rng.random(len(row)) < 0.2 + 0.6 * (k % 2), row, -100)) for k, row in enumerate(ids)]
+
+
+def step_gradients(model: Any, cuts: tuple[int, ...] = (1, 4)) -> dict[str, torch.Tensor]:
+    """Return the gradients of one step whose rows are cut into uneven packed micro-batches."""
+    parts = np.split(np.arange(len(rows())), cuts)
+    batches = [collate_packed([rows()[k] for k in part]) for part in parts]
+    targets = sum((row[1][1:] != -100).sum() for row in rows())
+    model.zero_grad()
+    for batch in batches:
+        (next_token_loss(model, batch) / int(targets)).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def exact_gradients(folder: Path, base: Path) -> dict[str, torch.Tensor]:
+    """Return the gradients of the same step by plain transformers and PEFT, in float64, row by row."""
+    plain: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
+    model = PeftModel.from_pretrained(plain, str(folder), is_trainable=True).double().eval()
+    targets = sum(int((labels[1:] != -100).sum()) for _, labels in rows())
+    for ids, labels in rows():
+        logits = model(input_ids=torch.from_numpy(ids)[None]).logits[0, :-1]
+        loss = F.cross_entropy(logits, torch.from_numpy(labels)[1:], reduction="sum", ignore_index=-100)
+        (loss / targets).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+def settings(base: Path, method: str, **more: Any) -> TrainOptions:
+    options = {"method_options": NEEDED_OPTIONS.get(method, {}), "packing": True, "max_length": 128}
+    return TrainOptions(model_name_or_path=str(base), method=method, **(options | more))
+
+
+def attached(options: TrainOptions) -> Any:
+    torch.manual_seed(0)
+    return materialize(attach_adapter(load_model(options), options), options)
+
+
+def moved(base: Path, folder: Path, method: str, **more: Any) -> Any:
+    """Return a model with an adapter that moved away from its first values, as it was saved in `folder`."""
+    options = {"method_options": NEEDED_OPTIONS.get(method, {}), "packing": True, "max_length": 128} | more
+    return moved_adapter(base, folder, method=method, **options)
+
+
+def logits_of(model: nn.Module, ids: torch.Tensor | None = None) -> torch.Tensor:
+    ids = torch.arange(3, 40)[None] if ids is None else ids
+    with torch.no_grad(), stock_attention(model):
+        return model.eval()(input_ids=ids).logits
+
+
+@each_method
+def test_gradients_of_a_step_equal_float64(base, tmp_path, method):
+    model = moved(base, tmp_path, method)
+    if method == "pvera":
+        model.eval()  # in training it draws noise
+    actual, expected = step_gradients(model), exact_gradients(tmp_path, base)
+    assert actual.keys() == expected.keys()
+    worst = max(relative_distance(actual[name], expected[name]) for name in expected)
+    assert worst < 1e-5
+    assert all(float(gradient.norm()) > 0 for gradient in expected.values())
+
+
+@each_method
+def test_a_step_moves_the_adapter_alone(base, tmp_path, method):
+    model = attached(settings(base, method))
+    fixed = {name: p for name, p in model.named_parameters() if not p.requires_grad} | dict(model.named_buffers())
+    before = {name: tensor.clone() for name, tensor in fixed.items()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02, weight_decay=0.0)
+    losses = []
+    for _ in range(4):
+        batch = collate_packed(rows())
+        losses.append(float(next_token_loss(model, batch)))
+        step_gradients(model)
+        optimizer.step()
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in fixed.items())
+    # Whatever was trained, the base is what it was.
+    with model.disable_adapter():
+        assert torch.equal(logits_of(model), logits_of(AutoModelForCausalLM.from_pretrained(base)))
+
+
+@each_method
+def test_a_saved_adapter_is_loaded_and_trained_further(base, tmp_path, method):
+    model = moved(base, tmp_path, method)
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(tmp_path))
+    assert torch.equal(logits_of(loaded), logits_of(model))
+    # Neither the method nor its options are named again.
+    options = TrainOptions(model_name_or_path=str(base), adapter_name_or_path=str(tmp_path), packing=False)
+    options = adopt_adapter_options(options)
+    again = attached(options)
+    assert options.method == method and torch.equal(logits_of(again), logits_of(model))
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert trained.keys() == {name for name, p in again.named_parameters() if p.requires_grad}
+
+
+@each_method
+def test_no_token_sees_later_tokens_or_other_documents(base, tmp_path, method):
+    model = moved(base, tmp_path, method).eval()
+    ids = torch.arange(3, 23)[None]
+    changed = torch.cat([ids[:, :12], ids[:, 12:] + 40], 1)
+    assert torch.allclose(logits_of(model, ids)[:, :12], logits_of(model, changed)[:, :12], atol=1e-5)
+    packed = float(next_token_loss(model, collate_packed(rows())))
+    alone = sum(float(next_token_loss(model, collate_packed([row]))) for row in rows())
+    assert packed == pytest.approx(alone, rel=1e-5)
+
+
+@each_method
+def test_recomputed_activations_give_the_same_gradients(base, tmp_path, method):
+    def gradients(recomputed: bool) -> dict[str, torch.Tensor]:
+        model = moved(base, tmp_path / str(recomputed), method, gradient_checkpointing=recomputed)
+        torch.manual_seed(7)
+        return step_gradients(model)
+
+    stored, recomputed = gradients(False), gradients(True)
+    assert max(relative_distance(recomputed[name], stored[name]) for name in stored) < 1e-6
+
+
+@each_method
+def test_on_a_bf16_base_all_that_is_trained_is_float32(base, tmp_path, method):
+    model = moved(base, tmp_path, method, precision="bf16")
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
+    with torch.autocast("cpu", torch.bfloat16):
+        gradients = step_gradients(model)
+    expected = exact_gradients(tmp_path, base)
+    flat, exact = (torch.cat([g[name].flatten().double() for name in expected]) for g in (gradients, expected))
+    assert relative_distance(flat, exact) < 0.1
+    with model.disable_adapter():
+        plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+        assert torch.equal(logits_of(model), logits_of(plain))
