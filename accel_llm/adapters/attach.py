@@ -27,8 +27,8 @@ from accel_llm.adapters.initial import (
     subtracted_init,
 )
 from accel_llm.adapters.locate import describe_other_base
-from accel_llm.adapters.lora_options import check_patterns
 from accel_llm.adapters.lora_forward import shorten_lora_forward
+from accel_llm.adapters.lora_options import check_patterns
 from accel_llm.adapters.methods import LORA_METHODS, fresh_adapter_config
 from accel_llm.adapters.prompt_options import PROMPT_METHODS
 from accel_llm.adapters.prompts import attach_prompt, load_prompt

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from accel_llm.backend.accelerator import local_part
 from accel_llm.config.options import MethodOptions
-from accel_llm.errors import ConfigError, raise_problems
+from accel_llm.errors import ConfigError
 from accel_llm.system.launcher import process_rank
 
 # Fields of LoraConfig that PEFT 0.21 reads for AdaLoRA; it ignores the others, which AdaLoraConfig inherits.

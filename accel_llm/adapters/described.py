@@ -13,6 +13,7 @@ class MethodDescription(NamedTuple):
     paper: str
 
 
+NOT_DESCRIBED = MethodDescription("not described here", "")
 METHOD_DESCRIPTIONS = {
     name: MethodDescription(good_for, paper)
     for name, good_for, paper in (

@@ -13,6 +13,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from accel_llm.adapters.budget import budget_problems, unused_options
 from accel_llm.adapters.lora_options import INIT_ROWS, complete_fields, lora_problems
 from accel_llm.adapters.method_options import check_method_options, option_names
+from accel_llm.adapters.partial import check_partial_options
 from accel_llm.adapters.prompt_options import PROMPT_METHODS, prompt_problems
 from accel_llm.config.options import METHODS_WITHOUT_ADAPTER, MethodOptions, ModelOptions
 from accel_llm.errors import ConfigError, raise_problems
@@ -85,7 +86,7 @@ def check_method(options: MethodOptions) -> None:
         ConfigError: the installed PEFT has no such method, it needs more than a model and rows, or an option is not its.
     """
     if not options.has_adapter:
-        return
+        return check_partial_options(options)
     config_class = config_class_of(options.method)
     reason = REFUSED_METHODS.get(options.method)
     if issubclass(config_class, PromptLearningConfig) and options.method not in PROMPT_METHODS:

@@ -1,6 +1,7 @@
 """Methods that train a part of the model itself and keep the rest: freeze (what the options name) and bitfit (biases)."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,25 +78,31 @@ def _freeze_options(options: MethodOptions) -> FreezeOptions:
     return chosen
 
 
-def train_part(model: nn.Module, options: MethodOptions) -> None:
-    """Freeze all weights of `model` but those that the method trains, and say which those are.
+def train_part(model: nn.Module, options: MethodOptions, new_tokens: range = range(0)) -> None:
+    """Freeze all weights of `model` but those that the method trains, and say how many those are. Others: no effect.
 
     Raises:
-        ConfigError: the model does not have what the options name.
+        ConfigError: the model does not have what the options name, or rows of `new_tokens` would not be trained.
     """
+    if options.method not in PARTIAL_METHODS:
+        return
     names = parameters_of_part(model, options)
+    if new_tokens and not _with_same_weight(model, _vocabulary(model)) <= names:
+        raise ConfigError(
+            f"add_tokens: method {options.method} would not train the rows of the new tokens; use method freeze with "
+            "method_options: {embeddings: true, head: true}, or method lora."
+        )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in names)
     if process_rank() == 0:
         chosen = dict(model.named_parameters())
         count, total = sum(chosen[name].numel() for name in names), sum(p.numel() for p in chosen.values())
-        print(f"method {options.method}: {count:,} of {total:,} weights are trained{_tied_note(model, names)}", flush=True)
+        print(f"method {options.method}: {count:,} of {total:,} weights are trained{_tied_note(model)}", flush=True)
 
 
-def _tied_note(model: Any, names: set[str]) -> str:
+def _tied_note(model: nn.Module) -> str:
     """Say that the embedding and the head are one matrix, if they are and it is trained."""
-    inner = unwrap_causal_lm(model)
-    embedding, head = (getattr(part, "weight", None) for part in (inner.get_input_embeddings(), inner.get_output_embeddings()))
+    embedding, head = (getattr(module, "weight", None) for module in _vocabulary(model))
     if embedding is None or embedding is not head or not embedding.requires_grad:
         return ""
     return "; the embedding and the head are one matrix, so both are"
@@ -136,17 +143,24 @@ def _parameters_to_unfreeze(model: nn.Module, names: list[str], chosen: FreezeOp
         trained |= found
     inner: Any = unwrap_causal_lm(model)
     norms = [module for module in model.modules() if re.search("norm$", type(module).__name__, re.IGNORECASE)]
-    for wanted, modules in (
-        (chosen.embeddings, [inner.get_input_embeddings()]),
-        (chosen.head, [inner.get_output_embeddings()]),
-        (chosen.norms, norms),
-    ):
-        own = {id(p) for module in modules if wanted and module is not None for p in module.parameters()}
-        trained |= {name for name, parameter in model.named_parameters() if id(parameter) in own} & set(names)
+    embedding, head = _vocabulary(model)
+    for wanted, modules in ((chosen.embeddings, [embedding]), (chosen.head, [head]), (chosen.norms, norms)):
+        trained |= _with_same_weight(model, modules if wanted else []) & set(names)
     raise_problems(problems)
     if not trained:
         raise ConfigError(f"method_options: {type(inner).__name__} has no weights that the options of freeze name.")
     return trained
+
+
+def _vocabulary(model: nn.Module) -> list[nn.Module | None]:
+    inner: Any = unwrap_causal_lm(model)
+    return [inner.get_input_embeddings(), inner.get_output_embeddings()]
+
+
+def _with_same_weight(model: nn.Module, modules: Sequence[nn.Module | None]) -> set[str]:
+    """Return the names in `model` of the parameters of `modules`; one that several modules share has one name."""
+    own = {id(p) for module in modules if module is not None for p in module.parameters(recurse=False)}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in own}
 
 
 def _in_layers(model: nn.Module, names: list[str], chosen: FreezeOptions, problems: list[str]) -> set[str]:

@@ -8,13 +8,14 @@ model/virtual_tokens.py.
 
 import warnings
 from dataclasses import replace
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
 import accel_llm.system.chatter
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, load_peft_weights
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from transformers import PreTrainedModel
 
@@ -231,3 +232,13 @@ def saved_prompt(model: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.
     with torch.no_grad():
         prompt = encoder.eval()(torch.arange(config.num_virtual_tokens, device=device)[None])[0]
     return {"prompt_embeddings": prompt.contiguous()}
+
+
+def loads_prompt(loaded: Any, folder: Path) -> bool:
+    """Return whether PEFT loads from `folder` the virtual tokens that are there, into a model without memory."""
+    encoder = loaded.prompt_encoder["default"].to_empty(device="cpu")
+    with torch.no_grad():
+        encoder.embedding.weight.fill_(torch.nan)
+    loaded.load_adapter(str(folder), "default", torch_device="cpu")
+    stored = load_peft_weights(str(folder), device="cpu")["prompt_embeddings"]
+    return torch.equal(encoder.embedding.weight, stored)

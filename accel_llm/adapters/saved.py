@@ -17,7 +17,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from accel_llm.adapters.budget import fill_ranks, has_budget, note_kept_ranks
 from accel_llm.adapters.initial import joined_factors, lora_layers, plain_config
-from accel_llm.adapters.prompts import saved_prompt
+from accel_llm.adapters.prompts import loads_prompt, saved_prompt
 from accel_llm.errors import ConfigError
 from accel_llm.model.attention import unwrap_causal_lm
 from accel_llm.model.loading import describe_shape_mismatch, short_reason
@@ -132,6 +132,8 @@ def _compare_loaded(model: Any, folder: Path) -> str:
         loaded: Any = get_peft_model(base, config, low_cpu_mem_usage=True)
     except (NotImplementedError, RuntimeError):
         return ""  # PEFT computes parts of this method from the base's weights, such as FRoD's and SHiRA's
+    if config.is_prompt_learning:
+        return "" if loads_prompt(loaded, folder) else "PEFT loads other virtual tokens"
     if has_budget(loaded):
         fill_ranks(loaded)
     parameters = dict(loaded.named_parameters(remove_duplicate=False))

@@ -25,6 +25,7 @@ CHATTER = {
         "PEFT wrote these keys itself, for the experts of a mixture; it looks for them among the modules only"
     ),
     r"fan_in_fan_out is set to \w+ but the target module is": "PEFT corrects it itself",
+    r"Unsupported layer type .*Norm.* encountered": "PEFT's ln_tuning trains a copy of the layer, whatever it computes",
     r"ZeRO with an untested optimizer": "tests/proofs/matrix.py tests each of them",
     r"Mismatch dtype between input and weight.*fused": "the product that is not fused gives the same numbers",
     r"`use_cache=True` is incompatible with (gradient|activation) checkpointing": "training needs no cache",

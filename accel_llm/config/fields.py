@@ -287,9 +287,11 @@ class Options(BaseModel):
         return []
 
     def with_defaults(self, values: dict[str, Any]) -> Self:
-        """Return a copy in which `values` replace those options that the user did not set."""
+        """Return a copy in which `values` replace those options that the user did not set; they do not count as set."""
         unset = {name: value for name, value in values.items() if name not in self.model_fields_set}
-        return self.model_copy(update=unset)
+        copy = self.model_copy(update=unset)
+        copy.model_fields_set.difference_update(unset)
+        return copy
 
     def _without_effect(self, uses: dict[str, tuple[str, ...]], choice: str) -> list[str]:
         """Return a problem for each option that the user set, but that the value of the option `choice` does not use.

@@ -119,3 +119,10 @@ class ShowOptions(Options):
 
     # Every pydantic model has a method `json`, so the field needs another name than the option.
     json_lines: bool = Field(False, alias="json", description="Print one JSON object for each row and nothing else")
+
+
+class MethodsOptions(Options):
+    """Show methods"""
+
+    methods: Texts = Field(default_factory=list, description="Names of the methods to show; none: all")
+    json_lines: bool = Field(False, alias="json", description="Print one JSON object for each method and nothing else")

@@ -42,7 +42,21 @@ STORED_METHODS = [
     "DELORA",
     "FOURIERFT",
     "VBLORA",
+    "BEFT",
+    "GLORA",
+    "GRALORA",
+    "HIRA",
+    "PEANUT",
+    "RANDLORA",
+    "WAVEFT",
 ]
+# Methods of PEFT 0.21 that change more than weights, and how. Prompts and prefixes are recognized without a list.
+UNMERGEABLE = {
+    "LILY": "adds the average over the tokens of a batch",
+    "POLY": "chooses what it adds by the task of each row",
+    "SHADOW": "runs a second network beside the model",
+    "XLORA": "mixes adapters anew for each token",
+}
 COMBINED_NAME = "combined"
 # PEFT lists these weights in every layer, although all layers share one tensor or PEFT draws it from a seed.
 SHARED_TENSORS = ("vblora_vector_bank", ".tinylora_v.", ".unilora_theta_d.")
@@ -83,6 +97,10 @@ def check_mergeable(adapter: SavedAdapter, changed: bool = False) -> None:
     tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(kind)
     if not (isinstance(tuner, type) and issubclass(tuner, BaseTuner)):
         reason = f"a {kind.value} adapter has no weights to add"
+    elif kind in UNMERGEABLE:
+        reason = f"a {kind.value} adapter {UNMERGEABLE[kind]}, which no weights do"
+    elif getattr(adapter.config, "sample_at_inference", False):
+        reason = "it draws random numbers whenever it is used (sample_at_inference)"
     elif getattr(adapter.config, "layer_replication", None):
         reason = "layer_replication makes another model, with more layers than its base"
     elif getattr(adapter.config, "alora_invocation_tokens", None):

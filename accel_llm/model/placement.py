@@ -7,6 +7,7 @@ next layer is read. So a process never holds more than its own shard and one lay
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -161,9 +162,32 @@ def _fsdp2_sharder(accelerator: Accelerator, model: nn.Module) -> Callable[[nn.M
     if policy.param_dtype is not None:
         policy = replace(policy, reduce_dtype=torch.float32)
 
+    shared = _shared_by_units(model)
+
     def shard(unit: nn.Module) -> None:
         # None keeps the outermost unit unsharded after the forward pass: the backward pass needs it first.
         reshard = None if unit is model else plugin.reshard_after_forward
-        fully_shard(unit, mp_policy=policy, offload_policy=plugin.cpu_offload, reshard_after_forward=reshard)
+        fully_shard(
+            unit,
+            mp_policy=policy,
+            offload_policy=plugin.cpu_offload,
+            reshard_after_forward=reshard,
+            ignored_params=set() if unit is model else shared,
+        )
 
     return shard
+
+
+def _shared_by_units(model: nn.Module) -> set[nn.Parameter]:
+    """Return the parameters that several units use, such as the bank of vectors from which VB-LoRA makes all layers.
+
+    A unit is whole only while it computes itself. These belong to the outermost one, which is whole all the time.
+    """
+    units, users = _shard_units(model)[:-1], Counter()
+    for unit in units:
+        inside = set(unit.modules())
+        inner = {
+            parameter for other in units if other in inside and other is not unit for parameter in other.parameters()
+        }
+        users.update(set(unit.parameters()) - inner)
+    return {parameter for parameter, count in users.items() if count > 1}

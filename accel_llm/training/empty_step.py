@@ -29,6 +29,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations import deepspeed as transformers_deepspeed
 
 from accel_llm.adapters.attach import attach_adapter
+from accel_llm.adapters.partial import last_layers, train_part
 from accel_llm.config.options import TrainOptions
 from accel_llm.data.batches import Batch, collate_packed, collate_padded
 from accel_llm.model.attention import assumed_gpu, unwrap_causal_lm
@@ -69,6 +70,7 @@ def follow_step(options: TrainOptions, config: PreTrainedConfig, settings: StepS
     kinds = _layer_kinds(config)
     start, period = _pattern(kinds)
     few = start + (2 * period if period == 1 else period)  # no gradient reaches the input of the first layer
+    few += len(kinds) if (trained := last_layers(options)) is None else -(-trained // period) * period
     if few + period >= len(kinds):
         return _follow(options, config, settings, len(kinds), max(start, period))
     fewer, more = (_follow(options, config, settings, layers, max(start, period)) for layers in (few, few + period))
@@ -182,7 +184,10 @@ def _build(options: TrainOptions, config: PreTrainedConfig, settings: StepSettin
     # First values need weights. They take no further memory in a step.
     options = options.model_copy(update={"init_lora_weights": True, "adapter_name_or_path": None})
     configure_for_training(model, options)
-    return (attach_adapter(model, options) if options.has_adapter else model), saved
+    if options.has_adapter:
+        return attach_adapter(model, options), saved
+    train_part(model, options)
+    return model, saved
 
 
 def _fill(model: nn.Module, settings: StepSettings) -> None:

@@ -6,13 +6,16 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from accel_llm.adapters.partial import PARTIAL_METHODS
 from accel_llm.adapters.saved import save_adapter
 from accel_llm.backend.accelerator import gather_weights, unwrap_model
 from accel_llm.config.options import TrainOptions
 from accel_llm.model.attention import unwrap_causal_lm
 from accel_llm.model.config_file import save_config
 from accel_llm.model.generation import build_generation_config
+from accel_llm.model.loading import load_complete_model
 from accel_llm.model.stored_dtypes import StoredDtypes
 from accel_llm.model.tokenizer_file import save_tokenizer
 from accel_llm.report.record import Record
@@ -44,7 +47,8 @@ def export_model(
     causal_lm, peft = unwrap_causal_lm(inner), hasattr(inner, "peft_config")
     folder = start.output_dir / ("adapter" if peft else "model")
     # Every process takes part, and the main one gets the results.
-    state = gather_weights(accelerator, model, trainable_only=peft)
+    from_files = options.method in PARTIAL_METHODS and not getattr(options, "config_name", None)
+    state = gather_weights(accelerator, model, trainable_only=peft or from_files)
     logits = sample_logits(accelerator, model)
     if accelerator.is_main_process:
         with atomic_folder(folder) as partial:
@@ -52,6 +56,7 @@ def export_model(
                 save_adapter(inner, partial, state, str(options.model_name_or_path), start.identity["base"])
             else:
                 stored = StoredDtypes(options, config)
+                state = _weights_in_files(options) | state if from_files else state
                 state = _model_state(causal_lm, stored.cast(causal_lm, state))
                 _save_model(causal_lm, partial, state, stored.main)
             build_generation_config(causal_lm, tokenizer, stop).save_pretrained(str(partial))
@@ -60,6 +65,16 @@ def export_model(
         record.update(export=compared)
     accelerator.wait_for_everyone()
     return folder
+
+
+def _weights_in_files(options: TrainOptions) -> dict[str, torch.Tensor]:
+    """Return the weights that the run started from; those of a frozen part may be rounded in the model that computed."""
+    unset_hf_deepspeed_config()  # otherwise transformers would shard what it loads under ZeRO-3
+    arguments = {"revision": options.revision, "trust_remote_code": options.trust_remote_code, "dtype": "auto"}
+    model = load_complete_model(
+        str(options.model_name_or_path), allow_pickle=options.allow_pickle, for_training=True, **arguments
+    )
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
 def _model_state(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -25,10 +25,12 @@ class MemoryEstimate:
 
     `weights` are all weights as they are stored, with those of an adapter. `trained` is what training adds for each
     trained weight: gradients, the optimizer's state, and DeepSpeed's float32 copies. `activations` are those that wait
-    for the backward pass, `peak` is what is computed at the moment, and `context` what is no tensor.
+    for the backward pass, `peak` is what is computed at the moment, and `context` what is no tensor. `trainable` is
+    the number of trained weights of the whole model.
     """
 
     terms: dict[str, int]
+    trainable: int = 0
 
     @property
     def total(self) -> int:
@@ -177,7 +179,7 @@ def _estimate(options: TrainOptions, layout: Layout, figures: dict[str, int]) ->
     moments.append((kept + (figures["trained"] if own else 0), 0, step // (1 if own else layout.processes)))
     trained, activations, peak = max(moments, key=sum)
     terms = {"weights": weights, "trained": trained, "activations": activations, "peak": peak}
-    return MemoryEstimate({**terms, "context": CONTEXT.get(layout.device_type, GB)})
+    return MemoryEstimate({**terms, "context": CONTEXT.get(layout.device_type, GB)}, figures["trainable"])
 
 
 def _shares(options: TrainOptions, layout: Layout, figures: dict[str, int]) -> tuple[int, int, int]:

@@ -6,17 +6,16 @@ GPU. All methods together take minutes, so the figures are recorded in method_fa
 """
 
 import json
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import accel_llm.system.chatter
 
 import torch
-from peft import PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from accel_llm.adapters.attach import attach_adapter
+from accel_llm.adapters.defaults import fill_method_options
 from accel_llm.adapters.methods import check_method, peft_methods
 from accel_llm.config.options import METHODS_WITHOUT_ADAPTER, SftOptions
 from accel_llm.errors import ConfigError
@@ -26,6 +25,7 @@ RECORDED = Path(__file__).with_name("method_facts.json")
 LLAMA_2_7B = LlamaConfig(
     vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
 )
+WEIGHTS = 6_738_415_616  # of Llama-2-7B
 TINY = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
 # Options without which a method has nothing to train.
 NEEDED = {"trainable_tokens": {"method_options": {"token_indices": [1, 2, 3, 4]}}}
@@ -49,28 +49,26 @@ def all_methods() -> list[str]:
     return [*METHODS_WITHOUT_ADAPTER, *peft_methods()]
 
 
-def recorded_facts() -> tuple[str, dict[str, MethodFacts]]:
-    """Return the version of PEFT with which the facts were recorded, and the facts by method."""
+def recorded_facts() -> dict[str, MethodFacts]:
+    """Return the recorded facts by method."""
     recorded = json.loads(RECORDED.read_text(encoding="utf-8"))
-    return recorded["peft"], {name: MethodFacts(**facts) for name, facts in recorded["methods"].items()}
+    return {name: MethodFacts(**facts) for name, facts in recorded.items()}
 
 
 def find_facts(method: str) -> MethodFacts:
-    """Count and try a method; seconds."""
+    """Count and try a method, which takes seconds."""
     try:
-        options = _default_options(method)
-        trained, weights = _count(options)
-        memory = estimate_memory(options, LLAMA_2_7B, 1).total
+        estimate = estimate_memory(_default_options(method), LLAMA_2_7B, 1)
     except ConfigError as error:
         return MethodFacts(refused=str(error).removeprefix("method: "))
     return MethodFacts(
-        trained=trained,
-        share=trained / weights,
-        memory=memory,
-        packed=bool(options.packing),
-        mergeable=_can_be_merged(options),
-        four_bit=_works_with(method, load_in_4bit=True),
-        eight_bit=_works_with(method, load_in_8bit=True),
+        trained=estimate.trainable,
+        share=estimate.trainable / WEIGHTS,
+        memory=estimate.total,
+        packed=bool(_default_options(method).packing),
+        mergeable=_can_be_merged(_default_options(method)),
+        four_bit=_is_allowed(method, load_in_4bit=True),
+        eight_bit=_is_allowed(method, load_in_8bit=True),
     )
 
 
@@ -82,15 +80,6 @@ def _default_options(method: str, **others: Any) -> Any:
     return options
 
 
-def _count(options: Any) -> tuple[int, int]:
-    """Return how many weights are trained, and how many the whole model has."""
-    with torch.device("meta"):
-        model: Any = LlamaForCausalLM(LLAMA_2_7B).to(torch.bfloat16)
-        wrapped = attach_adapter(model, options) if options.has_adapter else model
-    trained = sum(parameter.numel() for parameter in wrapped.parameters() if parameter.requires_grad)
-    return trained, sum(parameter.numel() for parameter in model.parameters())
-
-
 def _can_be_merged(options: Any) -> bool:
     """Ask PEFT, on a tiny model."""
     if not options.has_adapter:
@@ -100,5 +89,13 @@ def _can_be_merged(options: Any) -> bool:
     try:
         model.merge_and_unload()
     except (AttributeError, NotImplementedError, ValueError):
+        return False
+    return True
+
+
+def _is_allowed(method: str, **base: bool) -> bool:
+    try:
+        _default_options(method, **base)
+    except ConfigError:
         return False
     return True

@@ -5,7 +5,7 @@ from typing import get_args
 from torch import nn
 
 from accel_llm.config.options import OptimOptions
-from accel_llm.training.own_optimizers import embedding_weight_ids
+from accel_llm.training.own_optimizers import embedding_weight_ids, is_vector
 
 SMALLEST_8BIT, SMALLEST_PAGED = 4096, 100_000  # numbers in a weight; bitsandbytes treats smaller ones in the plain way
 NUMBERS_PER_SCALE = 256  # 8-bit numbers with one float32 scale
@@ -45,7 +45,7 @@ def _state_bytes(name: str, parameter: nn.Parameter, is_table: bool, is_end: boo
         return 0
     if name == "adafactor" and parameter.ndim > 1:  # sums over rows and over columns
         return 4 * (numbers // parameter.shape[-1] + numbers // parameter.shape[-2])
-    if name in ("adafactor", "lion") or (name == "muon" and parameter.ndim == 2 and not is_end):
+    if name in ("adafactor", "lion") or (name == "muon" and parameter.ndim == 2 and not (is_end or is_vector(parameter))):
         moments = 1
     in_8_bits = name.endswith("8bit") and numbers >= SMALLEST_8BIT and not is_table
     scales = 4 * -(-numbers // NUMBERS_PER_SCALE) if in_8_bits else 0

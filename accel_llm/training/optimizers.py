@@ -1,13 +1,14 @@
 """Parameter groups and the optimizer that the option `optim` names."""
 
+import re
 from typing import Literal
 
 import torch
 from torch import nn
 
 from accel_llm.config.options import OptimOptions
-from accel_llm.errors import ConfigError
-from accel_llm.training.own_optimizers import MuonWithAdamW, RoundedAdamW
+from accel_llm.errors import ConfigError, raise_problems
+from accel_llm.training.own_optimizers import MuonWithAdamW, RoundedAdamW, is_vector
 
 Engine = Literal["none", "deepspeed", "fsdp"]
 
@@ -24,25 +25,42 @@ UNSUPPORTED: dict[Engine, dict[str, str]] = {
 
 
 def parameter_groups(model: nn.Module, options: OptimOptions) -> list[dict]:
-    """Sort the trainable parameters into at most four groups, by weight decay and learning rate.
+    """Sort the trainable parameters into groups, by weight decay and learning rate; that of most options comes first.
 
-    Vectors (norms, biases and DoRA magnitudes) have no weight decay. With `loraplus_lr_ratio` the B matrices of an
-    adapter have that many times the learning rate of the A matrices (LoRA+, arXiv 2402.12354).
+    Vectors have no weight decay: norms, biases, magnitudes and scales. A prompt, which is a matrix, has it, as in the
+    code of Lester et al. 2021 (arXiv 2104.08691). The rate is that of the first of `learning_rate_patterns` with a
+    match in the name, else `learning_rate`, which `loraplus_lr_ratio` multiplies for the B matrices of an adapter
+    (LoRA+, arXiv 2402.12354).
+
+    Raises:
+        ConfigError: a pattern is the first match of no trained parameter.
     """
     assert options.learning_rate is not None, "OptimOptions fills it in"
-    ratio = options.loraplus_lr_ratio or 1.0
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    faster = options.learning_rate * (options.loraplus_lr_ratio or 1.0)
+    patterns, unused = options.learning_rate_patterns, set(options.learning_rate_patterns)
+    names: list[str] = []
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            faster = ratio != 1 and ("lora_B" in name or "lora_embedding_B" in name)
-            groups.setdefault((_dimensions(parameter) > 1, faster), []).append(parameter)
+        if not parameter.requires_grad:
+            continue
+        names.append(name)
+        rate = faster if "lora_B" in name or "lora_embedding_B" in name else options.learning_rate
+        if pattern := next((pattern for pattern in patterns if re.search(pattern, name)), None):
+            rate = patterns[pattern]
+            unused.discard(pattern)
+        groups.setdefault((not is_vector(parameter), rate), []).append(parameter)
+    raise_problems(
+        [
+            f"learning_rate_patterns: {pattern!r} matches no trained parameter that an earlier pattern leaves; they "
+            f"have names such as {', '.join([names[0], names[-1]])}."
+            for pattern in patterns
+            if pattern in unused
+        ]
+    )
     return [
-        {
-            "params": parameters,
-            "weight_decay": options.weight_decay if decays else 0.0,
-            "lr": options.learning_rate * (ratio if faster else 1),
-        }
-        for (decays, faster), parameters in groups.items()
+        {"params": parameters, "weight_decay": options.weight_decay if decays else 0.0, "lr": rate}
+        # The metric learning_rate is that of the first group.
+        for (decays, rate), parameters in sorted(groups.items(), key=lambda group: group[0][1] in patterns.values())
     ]
 
 
@@ -103,11 +121,6 @@ def build_optimizer(
     _keep_embeddings_in_32_bits(model)
     kind = PagedAdamW8bit if name == "paged_adamw_8bit" else AdamW8bit
     return kind(groups, betas=betas, eps=options.adam_epsilon)
-
-
-def _dimensions(parameter: nn.Parameter) -> int:
-    # Under ZeRO-3 a parameter is an empty vector; DeepSpeed keeps its shape in `ds_shape`.
-    return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _keep_embeddings_in_32_bits(model: nn.Module) -> None:

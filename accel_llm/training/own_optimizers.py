@@ -108,7 +108,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         embedding_ids = embedding_weight_ids(model)
 
         def is_for_muon(parameter: nn.Parameter) -> bool:
-            return parameter.ndim == 2 and id(parameter) not in embedding_ids
+            return parameter.ndim == 2 and not is_vector(parameter) and id(parameter) not in embedding_ids
 
         matrices = _filter_groups(groups, is_for_muon)
         others = _filter_groups(groups, lambda parameter: not is_for_muon(parameter))
@@ -134,6 +134,12 @@ def _filter_groups(groups: list[dict], condition: Callable[[nn.Parameter], bool]
     """Return the groups with only those parameters that meet the condition, without groups that are empty then."""
     filtered = [{**group, "params": [p for p in group["params"] if condition(p)]} for group in groups]
     return [group for group in filtered if group["params"]]
+
+
+def is_vector(parameter: nn.Parameter) -> bool:
+    """Return whether at most one dimension is longer than 1, as in (IA)3's scales [1, n]."""
+    # Under ZeRO-3 a parameter is an empty vector; DeepSpeed keeps its shape in `ds_shape`.
+    return sum(size > 1 for size in getattr(parameter, "ds_shape", parameter.shape)) <= 1
 
 
 def embedding_weight_ids(model: nn.Module) -> set[int]:

@@ -12,6 +12,7 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from accel_llm.adapters.partial import PARTIAL_METHODS, parameters_of_part
 from accel_llm.backend.accelerator import local_part, unwrap_model, unwrap_optimizer
 from accel_llm.backend.collectives import sum_over_processes
 from accel_llm.backend.launch_settings import launch_yaml, recorded_environment
@@ -120,7 +121,7 @@ def _check_products(census: ProductCensus, dtype: torch.dtype) -> None:
 
 
 def _check_trainable_parameters(model: nn.Module, options: TrainOptions) -> None:
-    """Raise RuntimeError if method full leaves a parameter frozen, or another method trains one outside the adapter.
+    """Raise RuntimeError unless the method trains what it should: all, a part of the model, or the adapter alone.
 
     Also trainable: `modules_to_save`, the rows of added tokens and, if the adapter has them, biases. Parts that no text
     passes through are always frozen.
@@ -133,6 +134,11 @@ def _check_trainable_parameters(model: nn.Module, options: TrainOptions) -> None
         parts += [".trainable_tokens_", "prompt_encoder." if config.is_prompt_learning else f".{tuner.prefix}"]
         parts += [".bias"] if getattr(config, "bias", "none") != "none" else []
     full = options.method == "full"
+    if options.method in PARTIAL_METHODS:
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        if wrong := sorted(trained ^ parameters_of_part(model, options)):
+            raise RuntimeError(f"method {options.method}: {len(wrong)} parameters should not be so ({wrong[0]}).")
+        return
     names = [
         name
         for name, parameter in model.named_parameters()

@@ -16,6 +16,7 @@ from accel_llm.adapters.budget import RankBudget, set_schedule
 from accel_llm.adapters.data_starts import start_from_rows
 from accel_llm.adapters.defaults import describe_rate, fill_learning_rate, fill_method_options, method_notes
 from accel_llm.adapters.methods import check_method, fresh_adapter_config
+from accel_llm.adapters.partial import train_part
 from accel_llm.backend.library_messages import quiet_libraries
 from accel_llm.backend.strategy import engine
 from accel_llm.chat.template import Template, configured_template
@@ -221,6 +222,7 @@ def assemble_model(
     extend_vocabulary(model, new_tokens)
     if options.has_adapter:
         model = attach_adapter(model, options, new_tokens)
+    train_part(model, options, new_tokens)
     attach_neftune(model, options.neftune_noise_alpha)
     place_weights(accelerator, model, options)
     start_from_rows(accelerator, model, options, stream)

@@ -35,6 +35,7 @@ SCRIPTS = {
     "sft": ["overfit", *TRAINING],
     "pretrain": ["config_name text_column", *TRAINING],
     "show_data": ["json", "overfit", *TRAINING],
+    "show_methods": ["methods json"],
     "chat": [
         """
         model base allow_other_base prompt system max_new_tokens temperature chat_template precision load_in_4bit
