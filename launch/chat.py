@@ -1,26 +1,22 @@
-"""Ask a model or an adapter, at the terminal or with one question.
+"""Ask a model, an adapter, or several adapters of one base, at the terminal or with one question.
 
 python launch/chat.py --model output
 python launch/chat.py --model merged --prompt "What is 3 + 4?"
+python launch/chat.py --model output --adapters other third
 """
 
-from collections.abc import Iterator
-from typing import Any
+import re
 
 import accel_llm.system.chatter
 
-from transformers import GenerationConfig, PreTrainedTokenizerFast, set_seed
+from transformers import set_seed
 
-from accel_llm.adapters.locate import check_bases, find_adapter, find_base
 from accel_llm.backend.library_messages import quiet_libraries
-from accel_llm.chat.template import Template, load_template
 from accel_llm.config.command_line import parse_options
 from accel_llm.config.tool_options import ChatOptions
-from accel_llm.errors import ConfigError
-from accel_llm.merge.load import load_to_ask, load_with_adapter, print_placement
-from accel_llm.model.answers import Dialogue
-from accel_llm.model.loading import check_model_name
-from accel_llm.model.tokenizer import load_tokenizer
+from accel_llm.merge.dialogues import BARE, open_dialogues
+from accel_llm.merge.load import print_placement
+from accel_llm.model.answers import Dialogue, print_remark
 from accel_llm.system.exit import run_script
 
 
@@ -28,66 +24,74 @@ def main() -> None:
     options = parse_options(ChatOptions)
     quiet_libraries()
     set_seed(options.seed)
-    model, tokenizer_source = load_model_or_adapter(options)
-    tokenizer = load_tokenizer(tokenizer_source, trust_remote_code=options.trust_remote_code)
-    template = load_template(tokenizer, options.chat_template)
-    settings = generation_settings(model, tokenizer, template, options)
-    dialogue = Dialogue(model, tokenizer, template, settings, options.system)
-    print_placement(model)
-    for question in read_questions(options):
-        dialogue.ask(question)
+    dialogues = open_dialogues(options)
+    first = next(iter(dialogues))
+    print_placement(dialogues[first].model)
+    if options.prompt is None:
+        chat(dialogues, first)
+        return
+    for name in (first, *options.adapters):
+        if options.adapters:
+            print_remark(f"{describe(name)} answers.")
+        dialogues[name].ask(options.prompt)
 
 
-def load_model_or_adapter(options: ChatOptions) -> tuple[Any, str]:
-    """Load the model, with its adapter if the options name one; return it and the source of its tokenizer."""
-    adapter = find_adapter(options.model)
-    if not (adapter / "adapter_config.json").is_file():
-        # A run with method full has its model in the folder model/.
-        name = str(adapter / "model") if (adapter / "model" / "config.json").is_file() else options.model
-        check_model_name(name, "model")
-        return load_to_ask(name, "model", options), name
-
-    base = find_base(adapter, options.base)
-    if not options.allow_other_base:
-        check_bases([adapter], base)
-    model = load_with_adapter(adapter, base, options)
-    if (adapter / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(str(adapter))
-    return model, str(adapter) if (adapter / "tokenizer_config.json").is_file() else base
-
-
-def generation_settings(
-    model: Any, tokenizer: PreTrainedTokenizerFast, template: Template, options: ChatOptions
-) -> GenerationConfig:
-    """Sampling, length and stop tokens: those of the model and the end of turn of the template.
-
-    Raises:
-        ConfigError: there is no stop token.
-    """
-    stop = model.generation_config.eos_token_id
-    stop_ids = {template.turn_end_id, *(stop if isinstance(stop, list) else [stop])} - {None}
-    if not stop_ids:
-        raise ConfigError(
-            f"model: {options.model} names no end token, so no answer would end; give a chat_template with one."
-        )
-    sampling = {"do_sample": True, "temperature": options.temperature} if options.temperature else {"do_sample": False}
-    tokens = {"eos_token_id": sorted(stop_ids), "pad_token_id": tokenizer.pad_token_id}
-    return GenerationConfig(max_new_tokens=options.max_new_tokens, **tokens, **sampling)
-
-
-def read_questions(options: ChatOptions) -> Iterator[str]:
-    """The one question of `prompt`, or questions from the terminal until an empty line, Ctrl-D or Ctrl-C."""
-    while True:
+def chat(dialogues: dict[str, Dialogue], current: str) -> None:
+    """Answer questions from the terminal until an empty line, Ctrl-D or Ctrl-C; Ctrl-C also stops an answer."""
+    if has_adapters := list(dialogues) != [BARE]:
+        print_adapters(dialogues)
+    while question := read_question():
+        # A path such as /etc/hosts is no command.
+        if has_adapters and re.fullmatch(r"/\w*", question.split()[0]):
+            current = obey(question.split(maxsplit=1), dialogues, current)
+            continue
         try:
-            question = options.prompt or input("you> ")
-        except (EOFError, KeyboardInterrupt):
+            dialogues[current].ask(question)
+        except KeyboardInterrupt:
             print()
-            return
-        if not question.strip():
-            return
-        yield question
-        if options.prompt:
-            return
+            print_remark("Stopped; this question and its answer are forgotten. Ctrl-C at an empty line ends.")
+
+
+def read_question() -> str:
+    """Return the next line from the terminal; empty at its end."""
+    try:
+        return input("you> ").strip()
+    except (EOFError, KeyboardInterrupt):
+        print()
+        return ""
+
+
+def obey(words: list[str], dialogues: dict[str, Dialogue], current: str) -> str:
+    """Obey a command, and return the name of the model that answers from now on."""
+    names = [name for name in dialogues if name != BARE]
+    command, argument = words[0], words[1] if len(words) > 1 else ""
+    if command == "/adapters":
+        print_adapters(dialogues)
+    elif command == "/base" and BARE not in dialogues:
+        print_remark(
+            "The base alone cannot be asked: it has no chat template, and no rows for the tokens of the adapter."
+        )
+    elif command not in ("/adapter", "/base"):
+        print_remark(f"{command} is no command; there are /adapter, /adapters and /base.")
+    elif command == "/adapter" and argument not in (*names, *map(str, range(1, len(names) + 1))):
+        print_remark(f"/adapter {argument} names no adapter; there are {', '.join(map(describe, names))}.")
+    else:
+        name = BARE if command == "/base" else argument if argument in names else names[int(argument) - 1]
+        dialogues[name].start_anew()
+        print_remark(f"From now on {describe(name)} answers; the conversation starts anew.")
+        return name
+    return current
+
+
+def print_adapters(dialogues: dict[str, Dialogue]) -> None:
+    """Say how to switch."""
+    names = [name for name in dialogues if name != BARE]
+    switches = [f"/adapter {k} asks {name}" for k, name in enumerate(names, 1)]
+    print_remark(f"{', '.join(switches)}, /base asks the base alone; /adapters says this again, an empty line ends.")
+
+
+def describe(name: str) -> str:
+    return "the base alone" if name == BARE else name
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def main() -> None:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     console.print(methods_table(facts, (recorded.get("lora") or find_facts("lora")).memory))
     console.print(LEGEND, style="bright_black")
-    for name, of_method in facts.items():
+    for of_method in facts.values():
         if of_method.refused:
             console.print(f"refused: {of_method.refused}", soft_wrap=True, markup=False)
 

@@ -117,12 +117,14 @@ class RankBudget:
     ):
         self.config, self.allocator = model.peft_config["default"], model.base_model.rankallocator
         set_schedule(self.config, options, total_steps)
-        self.layers, self.state, self.scheduler = _layers(model), optimizer.state, scheduler
+        self.layers, self.scheduler = _layers(model), scheduler
+        self.state: dict[Any, dict[str, Any]] = {}  # the optimizer's; `prepare` gives it another one
         optimizer.register_step_post_hook(self.after_step)
 
     @torch.no_grad()
-    def after_step(self, *_: Any) -> None:
+    def after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Do what PEFT's `update_and_allocate` does after a step; the gradients are still those of the step."""
+        self.state = optimizer.state
         values = [layer.lora_E["default"] for layer in self.layers]
         if KEPT in self.state[values[0]]:
             # The last phase. The optimizer's momentum has moved the ranks that were given up.

@@ -113,6 +113,13 @@ def _groups_with_labels(stream: Stream, bins: list[list[int]], packed: bool, mod
     return groups
 
 
+class _Placed(dict):
+    """A batch that is on its device already. PEFT 0.21 would try to move its numbers and warn that it cannot."""
+
+    def to(self, device: Any) -> "_Placed":
+        return self
+
+
 def _eva_directions(model: Any, batches: list[Batch], device: torch.device) -> dict[str, torch.Tensor]:
     """Return A of each layer by its name in `model`, computed by PEFT; its length is the rank of the layer."""
     passes = iter(range(MAX_PASSES * len(batches) + 2))
@@ -133,7 +140,7 @@ def _eva_directions(model: Any, batches: list[Batch], device: torch.device) -> d
             )
         return prepare_layer_inputs_fn_language_modeling(inputs, positions, name)
 
-    on_device = [to_device(batch, device) for batch in batches]
+    on_device = [_Placed(to_device(batch, device)) for batch in batches]
     try:
         directions = get_eva_state_dict(
             model,

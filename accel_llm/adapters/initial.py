@@ -198,6 +198,8 @@ def plain_config(model: PeftModel) -> LoraConfig:
     return replace(
         config,
         init_lora_weights=True,
+        corda_config=None,
+        lora_ga_config=None,
         r=2 * config.r,
         lora_alpha=config.lora_alpha * growth,
         rank_pattern=ranks | {name: 2 * rank for name, rank in config.rank_pattern.items()},

@@ -56,6 +56,13 @@ def describe_other_base(adapter: Path, base: str) -> str:
     return f"was trained on another base model (fingerprint {expected}) than {base} ({fingerprint})"
 
 
+def describe_other_name(adapter: Path, base: str) -> str:
+    """Say that an adapter without a fingerprint names another base than `base`; empty if it does not."""
+    named = expand_home(read_adapter_config(adapter).get("base_model_name_or_path") or "")
+    same = not named or named == base or Path(named).resolve() == Path(base).resolve()
+    return "" if same or read_base_fingerprint(adapter) else f"{adapter} names {named} as its base, not {base}"
+
+
 def check_bases(adapters: list[Path], base: Path | str) -> None:
     """Check that all adapters were trained on `base`.
 

@@ -6,7 +6,6 @@ which the recomputation of activations does not have. Here every document has pl
 model/virtual_tokens.py.
 """
 
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from types import MethodType
@@ -23,6 +22,7 @@ from accel_llm.adapters.methods import fresh_adapter_config
 from accel_llm.config.options import TrainOptions
 from accel_llm.errors import ConfigError
 from accel_llm.model.attention import PACKED_ATTENTION, PADDED_ATTENTION
+from accel_llm.model.loading import short_reason
 from accel_llm.model.tokenizer import configured_tokenizer
 from accel_llm.model.virtual_tokens import CACHE_OPTION, PrefixCache, replace_embeddings, with_places
 
@@ -127,8 +127,10 @@ def _start_from_vocabulary(model: PeftModel, options: TrainOptions) -> None:
     model.prompt_encoder["default"].embedding.weight.data = embedding.detach()[ids].float()
 
 
-def load_prompt(model: Any, weights: dict[str, torch.Tensor], name: str) -> None:
-    """Let the prompt begin with the `weights` of the file of an adapter.
+def load_prompt(
+    model: Any, weights: dict[str, torch.Tensor], name: str, field: str = "adapter_name_or_path"
+) -> None:
+    """Let the prompt begin with the `weights` of the file of an adapter; `field` is the option to name in an error.
 
     Raises:
         ConfigError: they have another name or shape.
@@ -138,7 +140,7 @@ def load_prompt(model: Any, weights: dict[str, torch.Tensor], name: str) -> None
     if found is None or found.shape != weight.shape:
         what = f"prompt_embeddings {list(found.shape)}" if found is not None else ", ".join(sorted(weights)[:3])
         raise ConfigError(
-            f"adapter_name_or_path: {name} does not fit the model: it holds {what}, and needed are prompt_embeddings "
+            f"{field}: {name} does not fit the model: it holds {what}, and needed are prompt_embeddings "
             f"{list(weight.shape)}."
         )
     with torch.no_grad():
@@ -166,10 +168,7 @@ def _forward(
     if virtual_positions is None:
         # The targets of a batch count from its first token; PEFT would put others before it.
         assert "targets" not in kwargs or self.get_base_model().loss_path == "family", "no places for virtual tokens"
-        with warnings.catch_warnings():
-            # transformers 5.24 has renamed an argument that PEFT 0.21 passes, and sets the new name itself.
-            warnings.filterwarnings("ignore", ".*past_key_values.* is deprecated", FutureWarning)
-            return type(self).forward(self, input_ids, *args, **kwargs)
+        return _forward_of_peft(self, input_ids, *args, **kwargs)
     base = self.get_base_model()
     prompt = _encode_prompt(self, virtual_positions.device)
     if _is_prefix(self):
@@ -177,6 +176,23 @@ def _forward(
         return base(input_ids, *args, **kwargs, **prefix)
     embedded = replace_embeddings(base.get_input_embeddings()(input_ids), prompt, virtual_positions)
     return base(*args, inputs_embeds=embedded, **kwargs)
+
+
+def _forward_of_peft(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Compute whole rows as PEFT does, which puts the virtual tokens before them.
+
+    Raises:
+        ConfigError: PEFT puts a prefix into a cache that this family does not have.
+    """
+    try:
+        return type(model).forward(model, *args, **kwargs)
+    except (RuntimeError, ValueError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or not _is_prefix(model):
+            raise
+        raise ConfigError(
+            f"method: PEFT cannot put a prefix into {type(model.get_base_model()).__name__} ({short_reason(error)}); use "
+            "method prompt."
+        ) from None
 
 
 def _is_prefix(model: Any) -> bool:

@@ -24,6 +24,9 @@ CHATTER = {
     r"(rank|alpha)_pattern keys did not match any targeted module and were ignored: \['\.\*\\+\.\w+'\]": (
         "PEFT wrote these keys itself, for the experts of a mixture; it looks for them among the modules only"
     ),
+    r"rank_pattern keys did not match any targeted module and were ignored: \['[\w.]+\.lora_E'": (
+        "AdaLoRA's pattern has the names of its weights; PEFT looks for them among the modules, and still uses it"
+    ),
     r"fan_in_fan_out is set to \w+ but the target module is": "PEFT corrects it itself",
     r"Unsupported layer type .*Norm.* encountered": "PEFT's ln_tuning trains a copy of the layer, whatever it computes",
     r"ZeRO with an untested optimizer": "tests/proofs/matrix.py tests each of them",

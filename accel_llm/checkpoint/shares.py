@@ -176,6 +176,8 @@ def _allocate_state(optimizer: Any, share: Share, reader: PieceReader) -> dict[s
         optimizer.check_overrides()
         group, index = _parameter_position(optimizer, share.key)
         optimizer.init_state(optimizer.param_groups[group], share.key, group, index)
+        fields = [field for field in fields if field not in state]  # not the optimizer's own, see adapters/budget.py
+        state.update({f: torch.zeros_like(share.key, dtype=reader.dtype(share, f)) for f in fields})
         return state
     # All other optimizers: one tensor per field, in the dtype that was saved.
     for field in fields:

@@ -90,6 +90,10 @@ class ChatOptions(Options):
     """Chat"""
 
     model: Place = Field(description="Folder or hub id of a model, or the folder of an adapter or of a run")
+    adapters: Places = Field(
+        default_factory=list,
+        description="Folders of further adapters of the same base, or of their runs; a chat switches between them",
+    )
     base: Place | None = Field(None, description="Base model of an adapter; none: the one that the adapter names")
     allow_other_base: bool = Field(
         False, description="Accept a base with another fingerprint, for the same model stored in another way"
@@ -112,6 +116,11 @@ class ChatOptions(Options):
     allow_pickle: bool = Field(
         False, description="Read weights from .bin files (pickle) if there are no safetensors; only tensors are read"
     )
+
+    def problems(self) -> list[str]:
+        names = [self.model, *self.adapters]
+        twice = sorted({name for name in self.adapters if names.count(name) > 1})
+        return super().problems() + [f"adapters: {name} is given twice; name it once." for name in twice]
 
 
 class ShowOptions(Options):

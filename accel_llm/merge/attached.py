@@ -17,6 +17,8 @@ from transformers import PreTrainedModel
 
 from accel_llm.adapters.compat import PEFT_PREFIX, SavedAdapter
 from accel_llm.adapters.initial import check_own_start, subtracted_init
+from accel_llm.adapters.methods import REFUSED_METHODS
+from accel_llm.adapters.prompts import fit_virtual_tokens, load_prompt
 from accel_llm.errors import ConfigError
 from accel_llm.merge.one_module import plain_module
 from accel_llm.merge.skeleton import Skeleton
@@ -26,7 +28,6 @@ from accel_llm.system.memory import release_pages
 # Methods whose files hold all their weights. Others draw some from a seed, or compute them from the base's weights.
 STORED_METHODS = [
     "LORA",
-    "ADALORA",
     "LOHA",
     "LOKR",
     "OFT",
@@ -135,6 +136,8 @@ def attach_adapters(skeleton: Skeleton, adapters: list[SavedAdapter], lazy: bool
             weights |= renamed
             if not _check_fit(wrapped, base, weights, adapter, name) and lazy:
                 return None
+        except ImportError as error:
+            raise ConfigError(f"adapter: {adapter.folder} needs another package ({short_reason(error)}).") from None
         except KeyError as error:  # PEFT 0.21 looks modules_to_save up by name
             raise ConfigError(f"adapter: {adapter.folder} does not fit its base (it lacks {error}).") from None
         except (ValueError, RuntimeError, NotImplementedError, AttributeError) as error:
@@ -169,6 +172,8 @@ def _attach(model: Any, adapter: SavedAdapter, name: str, lazy: bool) -> PeftMod
     if isinstance(model, PeftModel):
         model.add_adapter(name, config, low_cpu_mem_usage=lazy)
         return model
+    if config.is_prompt_learning and config.task_type is None:
+        config.task_type = "CAUSAL_LM"  # PEFT's general class leaves the virtual tokens out
     peft_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
     return peft_class(model, config, name, low_cpu_mem_usage=lazy).eval()
 
@@ -319,8 +324,23 @@ def _replacement_matrix(model: PreTrainedModel, attached: AttachedAdapters, modu
     return attached.pending.get(f"{PEFT_PREFIX}{name}.modules_to_save.default.weight")
 
 
+def check_usable(adapter: SavedAdapter) -> None:
+    """Refuse an adapter that cannot answer questions.
+
+    Raises:
+        ConfigError: its method needs more than a text, or it was trained for another task.
+    """
+    kind, task = PeftType(adapter.config.peft_type).value, adapter.config.task_type
+    if task not in (None, "CAUSAL_LM"):
+        raise ConfigError(
+            f"adapter: {adapter.folder} was trained for {task}; only adapters of causal LMs can be loaded."
+        )
+    if reason := REFUSED_METHODS.get(kind.lower()):
+        raise ConfigError(f"adapter: {adapter.folder} is a {kind} adapter, which cannot be asked here: {reason}.")
+
+
 def load_adapter(model: PreTrainedModel, adapter: SavedAdapter) -> Any:
-    """Put `adapter` on `model`, whose weights are in memory, ready for use.
+    """Put `adapter` on `model`, whose weights are in memory, ready for use. No weight of `model` changes in place.
 
     Raises:
         ConfigError: the adapter does not fit the model.
@@ -328,10 +348,20 @@ def load_adapter(model: PreTrainedModel, adapter: SavedAdapter) -> Any:
     base = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()}
     try:
         wrapped: Any = _attach(model, adapter, "default", lazy=False)
+        if wrapped.peft_config["default"].is_prompt_learning:
+            wrapped.word_embeddings = model.get_input_embeddings()  # PEFT takes the first matrix with so many rows
+            load_prompt(wrapped, adapter.weights, str(adapter.folder), "adapter")
+            fit_virtual_tokens(wrapped)
+            return wrapped
         weights = _rename_weights(wrapped, adapter.weights, "default")
         _check_start(wrapped, adapter, weights, "default")
         _check_fit(wrapped, base, weights, adapter, "default")
+        state = wrapped.state_dict(keep_vars=True)
+        for tensor in (state[name] for name in weights if id(state[name]) in base):
+            tensor.data = tensor.data.clone()  # of the base, such as a bias that was trained
         wrapped.load_state_dict(weights, strict=False)
-    except (ValueError, KeyError, RuntimeError, TypeError) as error:
+    except ImportError as error:
+        raise ConfigError(f"adapter: {adapter.folder} needs another package ({short_reason(error)}).") from None
+    except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
         raise ConfigError(f"adapter: {adapter.folder} does not fit its base ({short_reason(error)}).") from None
     return wrapped

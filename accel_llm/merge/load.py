@@ -1,9 +1,10 @@
-"""Loads a model to be asked: as its files are or in 4 bits, with an adapter on it or without.
+"""Loads a model to be asked: as its files are or in 4 bits, with adapters on it or without.
 
 In 4 bits the weights stay in their files until the device takes them, one after the other, as in training. So the
 device never holds more than the 4-bit model and one weight in 16 bits: the card that trained an adapter can ask it.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +20,8 @@ from accel_llm.adapters.saved import trained_in_4_bits
 from accel_llm.backend.strategy import PRECISION_DTYPES, compute_dtype, training_device
 from accel_llm.config.tool_options import ChatOptions
 from accel_llm.errors import ConfigError
-from accel_llm.merge.attached import load_adapter
+from accel_llm.merge.attached import check_usable, load_adapter
+from accel_llm.merge.shared_weights import copy_modules, copy_vocabulary, share_experts
 from accel_llm.merge.skeleton import read_model_config
 from accel_llm.model.answers import print_remark
 from accel_llm.model.attention import unwrap_causal_lm
@@ -45,105 +47,120 @@ def load_with_adapter(adapter: Path, base: str, options: ChatOptions) -> Any:
     Raises:
         ConfigError: one of them cannot be loaded, or the adapter does not fit the base.
     """
-    saved = read_adapter(adapter, options.allow_pickle)
-    task = saved.config.task_type
-    if task not in (None, "CAUSAL_LM"):
-        raise ConfigError(f"adapter: {adapter} was trained for {task}; only adapters of causal LMs can be loaded.")
-    return load_to_ask(base, "base", options, saved)
+    return load_to_ask(base, "base", options, [adapter])[1]
 
 
-def load_to_ask(name: str, field: str, options: ChatOptions, adapter: SavedAdapter | None = None) -> Any:
-    """Load the model `name` onto the device, with `adapter` on it if there is one; it is in eval mode.
+def load_to_ask(name: str, field: str, options: ChatOptions, folders: Sequence[Path] = ()) -> list[Any]:
+    """Load the model `name` onto the device; return it, and for each adapter's folder the model with that adapter.
 
-    `field` is the option to name in an error.
+    All compute with the same weights in memory, but have modules of their own, so each is as if it were loaded alone.
+    They are in eval mode. `field` is the option to name in an error.
 
     Raises:
-        ConfigError: it cannot be loaded, not in 4 bits as asked, or the adapter does not fit it.
+        ConfigError: it cannot be loaded, not in 4 bits as asked, or an adapter does not fit it.
     """
+    adapters = [read_adapter(folder, options.allow_pickle) for folder in folders]
+    for adapter in adapters:
+        check_usable(adapter)
     device = training_device()
-    if _chooses_4_bits(name, field, options, adapter):
-        compute = compute_dtype(options)
-        return _load_in_4_bits(name, field, options, adapter, compute, device).eval()
-    dtype = PRECISION_DTYPES.get(options.precision) or (torch.float32 if device.type == "cpu" else "auto")
-    arguments = {"dtype": dtype, "trust_remote_code": options.trust_remote_code}
-    model: Any = load_complete_model(name, field, options.allow_pickle, **arguments)
-    if adapter:
-        model = _with_adapter(_with_rows(model, adapter), adapter)
-    return model.to(device).eval()
+    if _chooses_4_bits(name, field, options, adapters):
+        models = _load_in_4_bits(name, field, options, adapters, compute_dtype(options), device)
+    else:
+        dtype = PRECISION_DTYPES.get(options.precision) or (torch.float32 if device.type == "cpu" else "auto")
+        arguments = {"dtype": dtype, "trust_remote_code": options.trust_remote_code}
+        base: Any = load_complete_model(name, field, options.allow_pickle, **arguments).to(device)
+        models = [base, *(_with_adapter(copy_modules(base), adapter).to(device) for adapter in adapters)]
+    for model, adapter in zip(models[1:], adapters, strict=True):
+        if adapter.config.peft_type != "LORA":
+            _check_one_token(model, adapter)
+    return [model.eval() for model in models]
 
 
-def _chooses_4_bits(name: str, field: str, options: ChatOptions, adapter: SavedAdapter | None) -> bool:
-    """Return whether the model is asked in 4 bits: as the options say, or else as the adapter was trained.
+def _chooses_4_bits(name: str, field: str, options: ChatOptions, adapters: list[SavedAdapter]) -> bool:
+    """Return whether the model is asked in 4 bits: as the options say, or else as the adapters were trained.
 
     Raises:
-        ConfigError: that is not possible with the weights in its files.
+        ConfigError: that is not possible with the weights in its files, or the adapters were trained in different ways.
     """
     asked, config = options.load_in_4bit, read_model_config(name, options.trust_remote_code, field)
     stored, in_files = stored_quantization(config), is_stored_in_4_bits(config)
-    if asked is None:
-        asked = in_files or (adapter is not None and trained_in_4_bits(adapter.folder))
+    trained = {trained_in_4_bits(adapter.folder): adapter.folder for adapter in adapters}
+    subtracted = [adapter for adapter in adapters if subtracted_init(_first_values(adapter))]
     problem = ""
-    if in_files and not asked:
+    if asked is None and not in_files and len(trained) > 1:
+        problem = (
+            f"{trained[True]} was trained on a base in 4 bits, and {trained[False]} was not; set it to true or to false, "
+            "for both"
+        )
+    if asked is None:
+        asked = in_files or any(trained)
+    elif in_files and not asked:
         problem = f"false, but the files of {name} hold its weights in 4 bits; leave it out, or {IN_16_BITS}"
     elif asked and stored and not in_files and stored.get("quant_method") not in UNPACKED:
         how = describe_quantization(stored)
         problem = f"the weights of {name} are quantized already ({how}); set it to false, or {IN_16_BITS}"
-    elif asked and adapter and subtracted_init(getattr(adapter.config, "init_lora_weights", True)) == "pissa":
+    elif asked and subtracted:
         problem = (
-            f"PEFT computes init_lora_weights pissa of {adapter.folder} only from a base in 16 bits; set it to false"
+            f"PEFT computes init_lora_weights {_first_values(subtracted[0])} of {subtracted[0].folder} only from a base in "
+            "16 bits; set it to false"
         )
     if problem:
         raise ConfigError(f"load_in_4bit: {problem}.")
     return asked
 
 
+def _first_values(adapter: SavedAdapter) -> Any:
+    return getattr(adapter.config, "init_lora_weights", True)
+
+
 def _load_in_4_bits(
     name: str,
     field: str,
     options: ChatOptions,
-    adapter: SavedAdapter | None,
+    adapters: list[SavedAdapter],
     compute: torch.dtype,
     device: torch.device,
-) -> Any:
+) -> list[Any]:
     # With the dtype of its files the weights stay memory-mapped.
     arguments = {"dtype": "auto", "trust_remote_code": options.trust_remote_code}
-    model: Any = load_complete_model(name, field, options.allow_pickle, unpack=True, **arguments)
-    if adapter:
-        model = _with_rows(model, adapter)
-    if is_stored_in_4_bits(model.config):
-        set_compute_dtype(model, compute)
+    base: Any = load_complete_model(name, field, options.allow_pickle, unpack=True, **arguments)
+    if is_stored_in_4_bits(base.config):
+        set_compute_dtype(base, compute)
     else:
-        prepare_4bit_layers(model, nf4_config(compute))
-    if not has_4bit_experts(model) and not any(isinstance(module, Linear4bit) for module in model.modules()):
+        prepare_4bit_layers(base, nf4_config(compute))
+    if not has_4bit_experts(base) and not any(isinstance(module, Linear4bit) for module in base.modules()):
         raise ConfigError(f"load_in_4bit: {name} has no layer that can be held in 4 bits; set it to false.")
 
     # PEFT reads the weights of a layer for DoRA, but for experts only their shape, which 4 bits no longer show: experts
-    # are quantized after the adapter is there.
-    read = [module for module in model.modules() if not hasattr(module, "scales_by_name")]
+    # are quantized after the adapters are there.
+    experts = [module for module in base.modules() if hasattr(module, "scales_by_name")]
+    models = [base]
     with returning_freed_memory():
-        materialize_weights(model, read, compute, device, masters=False)
-        if adapter:
-            model = _with_adapter(model, adapter)
-        unread = set(model.modules()).difference(read)
-        materialize_weights(model, list(unread), compute, device, masters=False)
-    unpack_experts_in_forward(model, recompute=False)
-    if adapter and adapter.config.peft_type != "LORA":
-        _check_4bit_adapter(model, adapter)
-    return model
-
-
-def _with_rows(model: Any, adapter: SavedAdapter) -> Any:
-    """Add rows for the tokens that the adapter added, before its weights are loaded."""
-    rows = model.config.get_text_config().vocab_size
-    extend_vocabulary(model, range(rows, adapter_vocabulary_size(model, adapter.settings, adapter.weights)))
-    return model
+        materialize_weights(base, [m for m in base.modules() if m not in experts], compute, device, masters=False)
+        for adapter in adapters:
+            model = copy_modules(base)
+            copied = set(model.modules())
+            models.append(_with_adapter(model, adapter))
+            own = [module for module in models[-1].modules() if module not in copied]
+            materialize_weights(models[-1], own, compute, device, masters=False)
+        materialize_weights(base, experts, compute, device, masters=False)
+    share_experts(models)
+    for model in models:
+        unpack_experts_in_forward(model, recompute=False)
+    return models
 
 
 def _with_adapter(model: Any, adapter: SavedAdapter) -> Any:
-    """Put the adapter on the model, and the rows of its trained tokens into embedding and head.
+    """Put the adapter on a copy of the model, with the rows of its trained tokens in embedding and head.
 
-    PEFT 0.21 copies the whole matrix for these rows in each forward, which takes a gigabyte of an 8B model.
+    Rows for the tokens that it added come first. PEFT 0.21 copies the whole matrix for trained rows in each forward,
+    which takes a gigabyte of an 8B model.
     """
+    rows = model.config.get_text_config().vocab_size
+    new_rows = range(rows, adapter_vocabulary_size(model, adapter.settings, adapter.weights))
+    if new_rows or any("trainable_tokens_" in name for name in adapter.weights):
+        copy_vocabulary(model)
+    extend_vocabulary(model, new_rows)
     wrapped = load_adapter(model, adapter)
     layers = [module for module in wrapped.modules() if isinstance(module, TrainableTokensLayer)]
     users = [parameter for module in wrapped.modules() for parameter in module.parameters(recurse=False)]
@@ -158,12 +175,13 @@ def _with_adapter(model: Any, adapter: SavedAdapter) -> Any:
     return wrapped
 
 
-def _check_4bit_adapter(model: Any, adapter: SavedAdapter) -> None:
-    """Compute one token: PEFT 0.21 lets a few methods read packed weights as numbers, which fails only here.
+def _check_one_token(model: Any, adapter: SavedAdapter) -> None:
+    """Compute one token: what does not fit the model, or reads packed weights as numbers, fails only here.
 
     Raises:
         ConfigError: it fails.
     """
+    in_4_bits = is_stored_in_4_bits(unwrap_causal_lm(model).config)
     try:
         with torch.no_grad():
             model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device))
@@ -171,6 +189,8 @@ def _check_4bit_adapter(model: Any, adapter: SavedAdapter) -> None:
         raise ConfigError(
             f"load_in_4bit: PEFT cannot compute the adapter {adapter.folder} on weights in 4 bits "
             f"({short_reason(error)}); set load_in_4bit to false, with a base in 16 bits."
+            if in_4_bits
+            else f"adapter: {adapter.folder} does not fit its base ({short_reason(error)})."
         ) from None
 
 

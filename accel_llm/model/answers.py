@@ -26,10 +26,16 @@ class Dialogue:
         self.model, self.tokenizer, self.template, self.settings = model, tokenizer, template, settings
         self.limit = positions_for_tokens(unwrap_causal_lm(model))
         self.beginning = [{"role": "system", "content": system}] if system else []
+        self.start_anew()
+
+    def start_anew(self) -> None:
+        """Forget all questions and answers."""
         self.messages: list[dict[str, Any]] = [*self.beginning]
 
     def ask(self, question: str) -> str:
         """Print the answer while it is generated, at most up to the last position, and return it.
+
+        An answer that Ctrl-C stops is forgotten, and so is its question.
 
         Raises:
             ConfigError: the question alone leaves no room for an answer.
@@ -39,10 +45,14 @@ class Dialogue:
         room = min(wanted, self.limit - ids.shape[1]) if self.limit else wanted
         settings = GenerationConfig.from_dict(self.settings.to_dict() | {"max_new_tokens": room})
         streamer: Any = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        with torch.no_grad():
-            output = self.model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=streamer
-            )
+        try:
+            with torch.no_grad():
+                output = self.model.generate(
+                    input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=streamer
+                )
+        except KeyboardInterrupt:
+            self.messages.pop()
+            raise
         if room < wanted and output.shape[1] == self.limit and output[0, -1] not in settings.eos_token_id:
             print_remark(f"The answer is cut off at the last of the model's {self.limit:,} positions.")
         answer = str(self.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
@@ -64,7 +74,7 @@ class Dialogue:
             f"The conversation has {len(ids):,} tokens, but the model {self.limit:,} positions: it starts anew with this "
             "question."
         )
-        self.messages = [*self.beginning]
+        self.start_anew()
         return self._prompt(question)
 
 

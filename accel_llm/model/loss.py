@@ -128,6 +128,11 @@ def check_loss(model: nn.Module, device: torch.device | str, dtype: torch.dtype)
             if abs(loss / expected - 1) <= LOSS_TOLERANCE[dtype]:
                 model.train(training)
                 return path
+    if virtual:
+        raise ConfigError(
+            f"method: the virtual tokens do not work with {type(inner).__name__} here: the loss of a test batch is "
+            f"{loss:.6g}, but {expected:.6g} by PEFT's own forward; use method prompt if this is another one, or lora."
+        )
     raise ConfigError(
         f"model_name_or_path: {type(inner).__name__} cannot be trained here: its own loss on a test batch is "
         f"{expected:.6g}, but the cross-entropies of its logits sum to {loss:.6g}; use a model of another family."

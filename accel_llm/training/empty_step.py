@@ -260,11 +260,18 @@ class Allocations(TorchDispatchMode):
         self.held: dict[int, tuple[int, weakref.ref]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._grouped_mm.default and args[0].dtype == torch.float32:
+        aten = torch.ops.aten
+        if func is aten._local_scalar_dense.default:
+            return getattr(args[0], "is_greater", False)  # there is no value; PEFT asks whether one is infinite
+        if func is aten._grouped_mm.default and args[0].dtype == torch.float32:
             # For tensors without data torch 2.13 takes bfloat16 only.
             result = func(args[0].bfloat16(), args[1].bfloat16(), *args[2:], **(kwargs or {})).float()
+        elif func is aten.nonzero.default:
+            result = args[0].new_empty((args[0].numel(), args[0].ndim), dtype=torch.long)  # as many as there can be
         else:
             result = func(*args, **(kwargs or {}))
+        if func is aten.gt.Scalar and result.numel() == 1:
+            result.is_greater = True  # a random number than the share of steps in which a module drops out
         for tensor in result if isinstance(result, tuple | list) else (result,):
             if isinstance(tensor, torch.Tensor):
                 self.add(tensor)

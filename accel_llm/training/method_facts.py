@@ -28,16 +28,16 @@ LLAMA_2_7B = LlamaConfig(
 WEIGHTS = 6_738_415_616  # of Llama-2-7B
 TINY = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
 # Options without which a method has nothing to train.
-NEEDED = {"trainable_tokens": {"method_options": {"token_indices": [1, 2, 3, 4]}}}
+NEEDED: dict[str, Any] = {"trainable_tokens": {"method_options": {"token_indices": [1, 2, 3, 4]}}}
 
 
 class MethodFacts(NamedTuple):
-    """Facts of a method that is not `refused`: its trained weights, their share, bytes of the GPU, what it works with."""
+    """Facts of a method: its trained weights, their share, bytes of the GPU, what it works with; or why it is refused."""
 
-    refused: str | None = None
-    trained: int | None = None
-    share: float | None = None
-    memory: int | None = None
+    refused: str = ""
+    trained: int = 0
+    share: float = 0.0
+    memory: int = 0
     packed: bool = False
     mergeable: bool = False
     four_bit: bool = False
@@ -73,7 +73,7 @@ def find_facts(method: str) -> MethodFacts:
 
 
 def _default_options(method: str, **others: Any) -> Any:
-    values = {"method": method, "precision": "bf16", "max_length": 2048, "gradient_checkpointing": True}
+    values: dict[str, Any] = {"method": method, "precision": "bf16", "max_length": 2048, "gradient_checkpointing": True}
     options = SftOptions(**values | NEEDED.get(method, {}) | others)
     options = fill_method_options(options)
     check_method(options)

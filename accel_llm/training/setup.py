@@ -17,6 +17,7 @@ from accel_llm.adapters.data_starts import start_from_rows
 from accel_llm.adapters.defaults import describe_rate, fill_learning_rate, fill_method_options, method_notes
 from accel_llm.adapters.methods import check_method, fresh_adapter_config
 from accel_llm.adapters.partial import train_part
+from accel_llm.adapters.refusals import check_backend
 from accel_llm.backend.library_messages import quiet_libraries
 from accel_llm.backend.strategy import engine
 from accel_llm.chat.template import Template, configured_template
@@ -169,8 +170,14 @@ def encode_documents(
 
 
 def read_config(options: TrainOptions) -> PreTrainedConfig:
-    """Read the model's config, but no weights; raises ConfigError as `load_model_config` does."""
-    return load_model_config(options, options.max_length)
+    """Read the model's config, but no weights.
+
+    Raises:
+        ConfigError: as `load_model_config` does, or the method cannot run under the launch YAML or on a quantized base.
+    """
+    config = load_model_config(options, options.max_length)
+    check_backend(options, config)
+    return config
 
 
 def open_stream(options: TrainOptions, rows: Rows, start: Position, tokenizer: PreTrainedTokenizerFast) -> Stream:

@@ -27,6 +27,7 @@ from accel_llm.system.manifest import find_damage
 from accel_llm.system.signals import Preempted, handle_signal
 
 LORA = ("--method", "lora", "--lora_dropout", 0.1)
+ADALORA = ("--method", "adalora", "--method_options")
 
 
 @pytest.mark.parametrize(
@@ -38,6 +39,8 @@ LORA = ("--method", "lora", "--lora_dropout", 0.1)
         pytest.param((*LORA, "--optim", "adafactor", "--gradient_checkpointing"), id="lora-adafactor-checkpointing"),
         pytest.param(("--method", "full", "--optim", "muon", "--logging_steps", 2), id="full-muon"),
         pytest.param((*LORA, "--optim", "lion", "--modules_to_save", "lm_head"), id="lora-lion-modules_to_save"),
+        pytest.param((*ADALORA, "{tfinal: 1, init_r: 64}", "--optim", "adamw_8bit"), id="adalora-adamw_8bit"),
+        pytest.param((*ADALORA, "{tfinal: 4}"), id="adalora-last-phase", marks=pytest.mark.long),
     ],
 )
 def test_a_stopped_and_resumed_run_is_bit_equal_to_one_never_stopped(train, interrupt, tmp_path, options):

@@ -64,7 +64,7 @@ def plain_4_bits(base: Path, loader: Any = AutoModelForCausalLM, **sizes: Any) -
 
 
 def ask(name: Path, **options: Any) -> Any:
-    return load_to_ask(str(name), "model", ChatOptions(model=str(name), **options))
+    return load_to_ask(str(name), "model", ChatOptions(model=str(name), **options))[0]
 
 
 def ask_adapter(adapter: Path, base: Path, **options: Any) -> Any:
@@ -294,7 +294,7 @@ def kilobytes(name):
     return int(re.search(name + r":\\s+([0-9]+)", Path("/proc/self/status").read_text())[1])
 
 def load(folder):
-    return load_to_ask(folder, "model", ChatOptions(model="-", load_in_4bit=True, precision="bf16"))
+    return load_to_ask(folder, "model", ChatOptions(model="-", load_in_4bit=True, precision="bf16"))[0]
 
 load(sys.argv[1])
 Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew

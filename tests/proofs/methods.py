@@ -8,8 +8,8 @@ the CPU, and are evaluated on the same held-out rows. Ours is launch/sft.py as a
 can. The other side pads each step's documents into one batch of a plain Trainer. Each side is a process of its own, and
 they run one after the other; a row of the table is printed, and kept, as soon as both have ended.
 
-The learning rate is RATE_FACTOR times the method's default, as the recipe of the demo does it for LoRA: its model is
-tiny and its run short. A second's share of a step is the median over all steps by the wall clock, so it means something
+The learning rate is RATE_FACTOR times the method's default, as in the recipe of the demo for LoRA, because its model is
+tiny and its run short, but at most LARGEST_RATE. A second's share of a step is the median over all steps by the wall clock, so it means something
 only if the machine does nothing else.
 """
 
@@ -30,7 +30,7 @@ from trajectories import versions
 
 GOLDEN = ROOT / "tests" / "proofs" / "golden" / "methods.json"
 STEPS, QUESTIONS = 50, 120
-RATE_FACTOR = 15  # 3e-3 in the demo's recipe, where LoRA's default is 2e-4
+RATE_FACTOR, LARGEST_RATE = 15, 0.1  # 3e-3 in the demo's recipe, where LoRA's default is 2e-4
 ALLOWED = 0.01  # by which our loss may be worse, relative
 WITHOUT_ADAPTER = ("full", "freeze", "bitfit")
 # What the demo cannot give, or what no method can do without.
@@ -56,11 +56,12 @@ def read_options(words: list[str]) -> Any:
 
 def command_line(method: str, steps: int, output: Path) -> list[str]:
     """Return the options of launch/sft.py for a method; the learning rate is a multiple of its default."""
+    from accel_llm.adapters.defaults import default_rate
+
     words = ["--method", method, *NEEDED_OPTIONS.get(method, []), "--output_dir", str(output)]
     words += f"--max_steps {steps} --logging_steps 1 --per_device_train_batch_size 4 --precision fp32".split()
     words += f"--eval_on_start false --eval_generate {QUESTIONS} --save_steps 100000".split()
-    # The demo's recipe sets LoRA's learning rate itself.
-    rate = 3e-3 if method in ("lora", "qlora") else RATE_FACTOR * read_options(words).learning_rate
+    rate = min(RATE_FACTOR * default_rate(read_options(words))[0], LARGEST_RATE)
     return [*words, "--learning_rate", f"{rate:g}"]
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.utils import set_seed
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model
 from support import random_rows, tiny_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -88,6 +88,77 @@ def test_only_trainable_parameters_are_taken_and_lora_plus_speeds_up_b(model):
     assert rates["lora_A"] == (1e-4, 0.1)
     assert rates["lora_B"] == (pytest.approx(1.6e-3), 0.1)
     assert rates["lora_magnitude_vector"] == (1e-4, 0.0)
+
+
+class Adapter(MethodOptions, OptimOptions):
+    """The options that an adapter's optimizer reads."""
+
+
+def rates_by_name(model: nn.Module, groups: list[dict]) -> dict[str, tuple[float, float]]:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {names[id(p)]: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+
+
+def test_a_pattern_sets_the_rate_of_what_it_matches_and_the_first_match_counts(model):
+    peft_model = with_adapter(model, use_dora=True, modules_to_save=["lm_head"])
+    patterns = {"layers.0.*v_proj.lora_B": 3e-3, "lora_B": 2e-3, "magnitude": 1e-5, "lm_head": 4e-5}
+    options = Adapter(learning_rate=1e-4, learning_rate_patterns=patterns, loraplus_lr_ratio=16, weight_decay=0.1)
+    groups = parameter_groups(peft_model, options)
+    rates = rates_by_name(peft_model, groups)
+    assert len(rates) == 7
+    for name, rate in rates.items():
+        wanted = next((value for part, value in (
+            ("v_proj.lora_B", 3e-3), ("lora_B", 2e-3), ("magnitude", 1e-5), ("lm_head", 4e-5)
+        ) if part in name), 1e-4)  # fmt: skip
+        # The ratio of LoRA+ does not multiply the rate of a pattern.
+        assert rate == (wanted, 0.0 if "magnitude" in name else 0.1)
+    assert groups[0]["lr"] == 1e-4  # what the metrics show
+
+    # LoRA+ by its ratio, and the same by a pattern.
+    peft_model = with_adapter(copy.deepcopy(model))
+    one = parameter_groups(peft_model, Adapter(learning_rate=1e-4, loraplus_lr_ratio=16))
+    other = parameter_groups(peft_model, Adapter(learning_rate=1e-4, learning_rate_patterns={"lora_B": 16e-4}))
+    assert rates_by_name(peft_model, one) == pytest.approx(rates_by_name(peft_model, other))
+    assert len(set(rates_by_name(peft_model, one).values())) == 2
+
+
+def test_a_pattern_without_a_parameter_of_its_own_is_an_error(model):
+    for patterns in ({"lora_C": 1e-3}, {"lora": 1e-3, "lora_A": 2e-3}, {"embed_tokens": 1e-5}):
+        with pytest.raises(ConfigError) as caught:
+            parameter_groups(with_adapter(copy.deepcopy(model)), Adapter(learning_rate_patterns=patterns))
+        problem = f"learning_rate_patterns: {list(patterns)[-1]!r} matches no trained parameter that an earlier pattern "
+        assert caught.value.problems[0].startswith(f"{problem}leaves; they have names such as base_model.model.model.")
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "sgd", "muon", "adafactor"])
+def test_each_optimizer_steps_a_pattern_at_its_own_rate_through_the_schedule(model, name):
+    patterns = {"lm_head": 1e-3, "norm": 5e-3}
+    options = OptimOptions(optim=name, learning_rate=1e-2, learning_rate_patterns=patterns, warmup_steps=1)
+    optimizer = build_optimizer(model, options, "cpu", "none")
+    scheduler = build_schedule(optimizer, options, 4)
+    before = copy.deepcopy(model.state_dict())
+    step_with_gradient(model, optimizer, 1.0)  # at half the rate, in the warmup
+    for parameter_name, rate in (("lm_head.weight", 1e-3), ("model.norm.weight", 5e-3), ("model.embed_tokens.weight", 1e-2)):
+        moved = before[parameter_name] - model.get_parameter(parameter_name).data
+        torch.testing.assert_close(moved, torch.full_like(moved, rate / 2), rtol=1e-2, atol=1e-5)
+    assert sorted(set(scheduler.get_last_lr())) == pytest.approx([5e-4, 2.5e-3, 5e-3])
+    assert scheduler.get_last_lr()[0] == pytest.approx(5e-3)
+
+
+def test_scales_that_begin_with_one_do_not_decay_whatever_their_shape():
+    """(IA)3's vectors are [1, n] and [n, 1]; with decay they would turn the layers off."""
+    targets = {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
+    peft_model = get_peft_model(tiny_model("llama"), IA3Config(**targets, task_type="CAUSAL_LM"))
+    (group,) = parameter_groups(peft_model, Adapter(weight_decay=0.1))
+    shapes = Counter(tuple(parameter.shape) for parameter in group["params"])
+    assert group["weight_decay"] == 0 and shapes == {(16, 1): 2, (1, 48): 2}
+    # A prompt is a matrix, with the decay of the paper's code.
+    prompt = nn.ParameterDict({"prompt": nn.Parameter(torch.ones(20, 32)), "scale": nn.Parameter(torch.ones(1, 32))})
+    assert {name: decay for name, (_, decay) in rates_by_name(prompt, parameter_groups(
+        prompt, OptimOptions(weight_decay=0.1)
+    )).items()} == {"prompt": 0.1, "scale": 0.0}  # fmt: skip
+    muon = build_optimizer(prompt, OptimOptions(optim="muon"), "cpu", "none")
+    assert [len(group["params"]) for part, _ in muon.parts for group in part.param_groups] == [1, 1]
 
 
 def test_a_parameter_sharded_by_zero3_keeps_its_kind():

@@ -1,0 +1,110 @@
+"""Opens dialogues with a model, with adapters on it, and with the bare model, all in memory around the same weights."""
+
+from pathlib import Path
+from typing import Any
+
+import accel_llm.system.chatter
+
+from transformers import GenerationConfig, PreTrainedTokenizerFast
+
+from accel_llm.adapters.locate import check_bases, describe_other_name, find_adapter, find_base
+from accel_llm.adapters.saved import read_adapter_config
+from accel_llm.chat.template import Template, load_template
+from accel_llm.config.tool_options import ChatOptions
+from accel_llm.errors import ConfigError
+from accel_llm.merge.load import load_to_ask
+from accel_llm.model.answers import Dialogue, print_remark
+from accel_llm.model.loading import check_model_name
+from accel_llm.model.tokenizer import load_tokenizer
+
+BARE = ""  # name of the model without an adapter
+
+Words = tuple[PreTrainedTokenizerFast, Template]
+
+
+def open_dialogues(options: ChatOptions) -> dict[str, Dialogue]:
+    """Load the model and the adapters of the options. Return a dialogue with each adapter, by its name there.
+
+    The dialogue with the bare model is named `BARE`. It is left out if the model has no chat template of its own, and no
+    rows for the tokens of the first adapter. The first dialogue is that with `options.model`.
+
+    Raises:
+        ConfigError: a model, an adapter or a tokenizer cannot be loaded, they do not belong together, or an answer
+            would never end.
+    """
+    adapters, base, field = _find_models(options)
+    words = {name: _load_words(_source_of_words(folder, base), options) for name, folder in adapters.items()}
+    words[BARE] = _bare_words(base, options, list(words.values()))
+    models = dict(zip((BARE, *adapters), load_to_ask(base, field, options, list(adapters.values())), strict=True))
+    for name, folder in adapters.items():
+        if (folder / "generation_config.json").is_file():
+            models[name].generation_config = GenerationConfig.from_pretrained(str(folder))
+    rows = models[BARE].get_input_embeddings().num_embeddings
+    if adapters and max(words[BARE][0].get_vocab().values()) >= rows:
+        del models[BARE]
+    first = options.model if options.model in adapters else BARE
+    names = [first, *(name for name in models if name != first)]
+    return {name: _open_dialogue(models[name], *words[name], options) for name in names}
+
+
+def _find_models(options: ChatOptions) -> tuple[dict[str, Path], str, str]:
+    """Return the folder of each adapter by its name in the options, the base, and the option that names the base.
+
+    Raises:
+        ConfigError: one of them does not exist, or an adapter was trained on another base.
+    """
+    given = find_adapter(options.model)
+    if (given / "adapter_config.json").is_file():
+        adapters, base, field = {options.model: given}, find_base(given, options.base), "base"
+    else:
+        # A run with method full has its model in the folder model/.
+        base = str(given / "model") if (given / "model" / "config.json").is_file() else options.model
+        check_model_name(base, "model")
+        adapters, field = {}, "model"
+    for name in options.adapters:
+        adapters[name] = find_adapter(name)
+        read_adapter_config(adapters[name], "adapters")
+        if options.base is None and (other := describe_other_name(adapters[name], base)):
+            print_remark(f"{other}; it is asked on the latter.")
+    if not options.allow_other_base:
+        check_bases(list(adapters.values()), base)
+    return adapters, base, field
+
+
+def _source_of_words(adapter: Path, base: str) -> str:
+    return str(adapter) if (adapter / "tokenizer_config.json").is_file() else base
+
+
+def _load_words(source: str, options: ChatOptions) -> Words:
+    tokenizer = load_tokenizer(source, trust_remote_code=options.trust_remote_code)
+    return tokenizer, load_template(tokenizer, options.chat_template)
+
+
+def _bare_words(base: str, options: ChatOptions, others: list[Words]) -> Words:
+    """Return tokenizer and template of the base, or those of the first adapter if it has no template."""
+    try:
+        return _load_words(base, options)
+    except ConfigError:
+        if not others:
+            raise
+        return others[0]
+
+
+def _open_dialogue(
+    model: Any, tokenizer: PreTrainedTokenizerFast, template: Template, options: ChatOptions
+) -> Dialogue:
+    """Ask with sampling, length and stop tokens of the model, and the end of turn of the template.
+
+    Raises:
+        ConfigError: there is no stop token.
+    """
+    stop = model.generation_config.eos_token_id
+    stop_ids = {template.turn_end_id, *(stop if isinstance(stop, list) else [stop])} - {None}
+    if not stop_ids:
+        raise ConfigError(
+            f"model: {options.model} names no end token, so no answer would end; give a chat_template with one."
+        )
+    sampling = {"do_sample": True, "temperature": options.temperature} if options.temperature else {"do_sample": False}
+    tokens = {"eos_token_id": sorted(stop_ids), "pad_token_id": tokenizer.pad_token_id}
+    settings = GenerationConfig(max_new_tokens=options.max_new_tokens, **tokens, **sampling)
+    return Dialogue(model, tokenizer, template, settings, options.system)
