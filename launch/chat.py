@@ -27,7 +27,7 @@ def main() -> None:
     dialogues = open_dialogues(options)
     first = next(iter(dialogues))
     print_placement(dialogues[first].model)
-    if options.prompt is None:
+    if not options.prompt:
         chat(dialogues, first)
         return
     for name in (first, *options.adapters):

@@ -24,6 +24,7 @@ FIRST_VALUES = (
     "trainable_token_indices",  # see model/vocabulary.py
     "prompt_tuning_init",
     "prompt_tuning_init_text",
+    "encoder_hidden_size",  # of a network that is not in the file
 )
 # Methods whose file holds what their network has computed, but not the network: what goes on with the results alone.
 RESULTS_ALONE = {"PREFIX_TUNING": "p_tuning_v2", "P_TUNING": "prompt"}
@@ -54,9 +55,15 @@ def _method_of(options: MethodOptions, settings: dict[str, Any], folder: Path) -
     """Return the method that goes on with an adapter of these settings.
 
     Raises:
-        ConfigError: the installed PEFT does not know such an adapter, or the user has named another method.
+        ConfigError: the installed PEFT does not know such an adapter, it cannot be trained further, or the user has named
+            another method.
     """
     kind = clean_settings(settings, folder)[0]["peft_type"]
+    if kind == "ADALORA":
+        raise ConfigError(
+            f"adapter_name_or_path: {options.adapter_name_or_path} is an ADALORA adapter: it has given up ranks, and its "
+            "schedule is over; merge it (launch/merge.py) and train a new adapter on the result."
+        )
     names = [method for method, peft_type in PEFT_TYPES.items() if peft_type == kind] or [kind.lower()]
     if kind == "LORA":
         names = ["lora", "qlora"]

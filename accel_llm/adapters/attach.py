@@ -34,13 +34,13 @@ from accel_llm.adapters.prompt_options import PROMPT_METHODS
 from accel_llm.adapters.prompts import attach_prompt, load_prompt
 from accel_llm.adapters.saved import ADAPTER_WEIGHTS, unloaded
 from accel_llm.adapters.sizes import fit_sizes
-from accel_llm.adapters.targets import choose_targets, leave_out, linear_names
+from accel_llm.adapters.targets import choose_targets, leave_out, linear_names, refused_by_peft, spell_out_targets
 from accel_llm.backend.strategy import compute_dtype
 from accel_llm.config.options import MethodOptions, TrainOptions
 from accel_llm.errors import ConfigError, raise_problems
-from accel_llm.model.experts import unpack_experts_in_forward
+from accel_llm.model.experts import expert_weights, unpack_experts_in_forward
 from accel_llm.model.language_part import parts_beside_language
-from accel_llm.model.vocabulary import NEW_ROWS, PEFT_ROWS, train_new_rows
+from accel_llm.model.vocabulary import NEW_ROWS, PEFT_ROWS, train_rows
 from accel_llm.system.launcher import process_rank
 
 
@@ -64,9 +64,19 @@ def attach_adapter(model: PreTrainedModel, options: TrainOptions, new_tokens: ra
     config = _peft_config(options)
     choose_targets(options, config, model)
     all_linear, others = getattr(config, "target_modules", None) == "all-linear", _parts_without_adapter(model)
+    linear = linear_names(model)
+    if all_linear:
+        others += refused_by_peft(config, model)
+        spell_out_targets(config, model)
     fit_sizes(options, config, model, others)
     leave_out(config, others, model)
+    # Single rows of the vocabulary are trained by model/vocabulary.py.
+    chosen_rows = getattr(config, "trainable_token_indices", None)
+    if chosen_rows:
+        config.trainable_token_indices = None
     wrapped = _add_lora(model, options, config) if options.method in LORA_METHODS else _add(model, options, config)
+    if isinstance(options.lora_target_modules, list):
+        _check_targets(wrapped, options.lora_target_modules, linear)
     check_patterns(wrapped, config)
     weigh_penalty(wrapped)
     for parameter in wrapped.parameters():
@@ -77,7 +87,7 @@ def attach_adapter(model: PreTrainedModel, options: TrainOptions, new_tokens: ra
 
     if all_linear:
         _say_what_has_no_adapter(wrapped)
-    _train_new_rows(wrapped, model, options, new_tokens)
+    _train_rows(wrapped, model, options, new_tokens, chosen_rows)
     if options.adapter_name_or_path is not None:
         _load_weights(wrapped, options.adapter_name_or_path)
     return wrapped
@@ -110,7 +120,12 @@ def _add(model: PreTrainedModel, options: TrainOptions, config: Any) -> Any:
     except (ValueError, TypeError) as error:
         # PEFT's own message can have many lines; the first one says enough.
         reason = str(error).splitlines()[0].rstrip(".")
-        if "target module" not in reason.lower():
+        if cannot := re.search(r"ParamWrapper does not work with (\w+)", reason):
+            raise ConfigError(
+                f"{cannot[1]}: PEFT cannot use it for experts that are one parameter of a layer; leave it out, or name "
+                "lora_target_modules without the experts."
+            ) from None
+        if "target" not in reason.lower():
             raise ConfigError(f"method: {options.method} does not fit the model ({reason}).") from None
         raise ConfigError(
             f"lora_target_modules: {targets!r} does not fit the model ({reason}.); its linear layers are "
@@ -144,21 +159,22 @@ def _peft_config(options: MethodOptions) -> Any:
     if options.adapter_name_or_path is None or options.method not in LORA_METHODS:
         return fresh_adapter_config(options)
     config: Any = PeftConfig.from_pretrained(options.adapter_name_or_path)
-    # First values do not matter, the earlier weights replace them, unless they are subtracted. New rows are handled by
-    # train_new_rows.
+    # First values do not matter, the earlier weights replace them, unless they are subtracted.
     init = subtracted_init(config.init_lora_weights)
     changes = {"inference_mode": False, "lora_dropout": options.lora_dropout, "init_lora_weights": init or True}
     # Without the name of its base PEFT does not warn of another spelling of the path; the fingerprint is checked instead.
-    return replace(config, **changes, base_model_name_or_path=None, trainable_token_indices=None)
+    return replace(config, **changes, base_model_name_or_path=None)
 
 
-def _train_new_rows(wrapped: Any, model: PreTrainedModel, options: TrainOptions, new_tokens: range) -> None:
-    """Train the vocabulary rows of `new_tokens` too, and note them in the adapter's config.
+def _train_rows(
+    wrapped: Any, model: PreTrainedModel, options: TrainOptions, new_tokens: range, chosen: Any
+) -> None:
+    """Train the vocabulary rows of `new_tokens` and of `chosen` ones too, and note them in the adapter's config.
 
     Raises:
         ConfigError: an adapter of this method cannot hold them.
     """
-    config, rows = wrapped.peft_config["default"], train_new_rows(model, new_tokens)
+    config, rows = wrapped.peft_config["default"], train_rows(model, new_tokens, chosen)
     if hasattr(config, "trainable_token_indices"):
         config.trainable_token_indices = rows or None
     elif rows:
@@ -221,8 +237,10 @@ def _check_module_names(model: PreTrainedModel, options: MethodOptions) -> None:
     """
     modules = [name for name, _ in model.named_modules()]
     problems = []
+    # PEFT knows names such as gate_proj, which the experts had before they became one parameter: see _check_targets.
+    has_fused_experts = next(expert_weights(model), None) is not None
     for field, names in (
-        ("lora_target_modules", options.lora_target_modules),
+        ("lora_target_modules", [] if has_fused_experts else options.lora_target_modules),
         ("modules_to_save", options.modules_to_save),
     ):
         if not isinstance(names, list):  # a pattern, or all-linear
@@ -233,6 +251,38 @@ def _check_module_names(model: PreTrainedModel, options: MethodOptions) -> None:
                     f"{field}: the model has no {name!r}; its linear layers are {', '.join(linear_names(model))}."
                 )
     raise_problems(problems)
+
+
+def _check_targets(model: PeftModel, names: list[str], linear: list[str]) -> None:
+    """Check that each target is a module or, for PEFT, a part of the experts, and say which modules it is not.
+
+    PEFT 0.21 takes names such as gate_proj for the experts in families whose experts have become one parameter. Layers
+    of the same name, those of shared experts and of layers without experts, then get no adapter. `linear` are the names
+    of the linear layers before PEFT has wrapped them.
+
+    Raises:
+        ConfigError: there is no such module.
+    """
+    base: Any = model.get_base_model()
+    config: Any = model.peft_config["default"]
+    modules = {name: module for name, module in base.named_modules()}
+    problems, left_out = [], []
+    for name in names:
+        found = [key for key in modules if key == name or key.endswith(f".{name}")]
+        if not found and name in config.target_modules:
+            problems.append(
+                f"lora_target_modules: the model has no {name!r}; its linear layers are {', '.join(linear)}."
+            )
+        if name not in config.target_modules and config.target_parameters:
+            left_out += [key for key in found if isinstance(modules[key], torch.nn.Linear)]
+    raise_problems(problems)
+    if left_out and process_rank() == 0:
+        print(
+            f"lora_target_modules: in this family PEFT takes {', '.join(names)} for the experts ("
+            f"{', '.join(sorted(config.target_parameters))}), and leaves {len(left_out)} linear layers of the same names "
+            f"without an adapter, such as {min(left_out)}",
+            flush=True,
+        )
 
 
 def _say_what_has_no_adapter(model: PeftModel) -> None:

@@ -98,11 +98,10 @@ def _init_problems(options: MethodOptions) -> list[str]:
             f"method_options: loftq_config {options.method_options['loftq_config']} would need a base other than the "
             f"rounded one, which no file holds; only {LOFTQ_SETTINGS} is possible, so leave it out."
         )
-    if bits and init in ("lora_ga", "mica"):
-        needs = "gradients of the base's weights" if init == "lora_ga" else "the base's weights as they are"
+    if bits and init == "lora_ga":
         problems.append(
-            f"init_lora_weights: {init} needs {needs}, which a base in {bits} bits does not have; take other first "
-            f"values, or do without load_in_{bits}bit."
+            f"init_lora_weights: lora_ga needs gradients of the base's weights, which {bits} bits do not have; take other "
+            f"first values, or a base that is not quantized."
         )
     if init in DATA_INITS and strategy() in ("zero3", "zero3_offload", "fsdp2"):
         problems.append(
@@ -124,8 +123,10 @@ def complete_fields(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, A
     if default is not None and init != "loftq":
         later[field] = values.get(field) or default()
     held = {"init_lora_weights", *(name for name, _ in INIT_FIELDS.values())}
-    first = {name: value for name, value in values.items() if name not in held}
-    return first | ({} if later else {"init_lora_weights": init is not False}), later
+    if values.get("target_modules") == "all-linear":  # which modules these are is known only with the model
+        later |= {name: values[name] for name in ("layers_to_transform", "layers_pattern") if name in values}
+    first = {name: value for name, value in values.items() if name not in held and name not in later}
+    return first | ({} if "init_lora_weights" in later else {"init_lora_weights": init is not False}), later
 
 
 def check_patterns(model: Any, config: Any) -> None:
@@ -149,6 +150,8 @@ def check_patterns(model: Any, config: Any) -> None:
     ]
     wanted = getattr(config, "layers_to_transform", None)
     numbers = [wanted] if isinstance(wanted, int) else wanted or ()
+    if getattr(config, "layers_pattern", None) and wanted is None:
+        problems.append("method_options: layers_pattern has an effect only with layers_to_transform; leave it out.")
     problems += [
         f"method_options: layers_to_transform has {number}, but no adapted layer has this number; one is {min(adapted)}."
         for number in numbers

@@ -15,7 +15,7 @@ from accel_llm.adapters.lora_options import INIT_ROWS, complete_fields, lora_pro
 from accel_llm.adapters.method_options import check_method_options, option_names
 from accel_llm.adapters.partial import check_partial_options
 from accel_llm.adapters.prompt_options import PROMPT_METHODS, prompt_problems
-from accel_llm.config.options import METHODS_WITHOUT_ADAPTER, MethodOptions, ModelOptions
+from accel_llm.config.options import METHODS_WITHOUT_ADAPTER, MethodOptions, ModelOptions, PretrainOptions
 from accel_llm.errors import ConfigError, raise_problems
 from accel_llm.model.loading import short_reason
 
@@ -35,6 +35,7 @@ REFUSED_METHODS = {
 }
 # Options of a method that would make a result wrong or unusable, and why.
 REFUSED_OPTIONS = {
+    ("adamss", "use_asa"): "PEFT freezes weights in the middle of the run, which DDP, FSDP2 and checkpoints do not expect",
     ("pvera", "generator_seed"): "no checkpoint has the state of its generator, and seed sets the noise too",
     ("vblora", "save_only_topk_weights"): "the file would lack weights that further training needs",
 }
@@ -88,6 +89,11 @@ def check_method(options: MethodOptions) -> None:
     if not options.has_adapter:
         return check_partial_options(options)
     config_class = config_class_of(options.method)
+    if isinstance(options, PretrainOptions) and options.config_name:
+        raise ConfigError(
+            f"method: {options.method} trains an adapter beside random weights, which nothing keeps, so it would fit no "
+            "model; use method full, or give model_name_or_path."
+        )
     reason = REFUSED_METHODS.get(options.method)
     if issubclass(config_class, PromptLearningConfig) and options.method not in PROMPT_METHODS:
         reason = reason or "only PEFT's own code knows where its virtual tokens go"

@@ -5,7 +5,6 @@ base's weight, and find packed bytes there: they raise an error in the first ste
 list of methods can know that of the next release of PEFT, so each run tries it on a model of two small layers.
 """
 
-import copy
 import warnings
 from typing import Any
 
@@ -38,23 +37,31 @@ TOLERANCE = 0.1
 def problem_on_quantized_base(options: MethodOptions, stored_in_4_bits: bool) -> str | None:
     """Return why the method cannot train on a base in 4 or 8 bits; None if it can.
 
-    `stored_in_4_bits`: the model's files hold 4-bit weights, so that the method finds them quantized when it begins.
+    `stored_in_4_bits`: the model's files hold 4-bit weights.
     """
     if options.method in (*LORA_METHODS, *PROMPT_METHODS):  # PEFT has its own layers for LoRA; prompts touch none
         return None
     unset_hf_deepspeed_config()  # otherwise transformers shards the small model under ZeRO-3
+    # Whoever loads the adapter attaches it to packed layers. In a run that packs the weights itself it is attached
+    # before (see model/placement.py).
+    orders = (True,) if stored_in_4_bits or options.load_in_8bit else (True, False)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            quantized = _attach(_quantize(_small_model(), options.load_in_8bit, packed=stored_in_4_bits), options)
-            quantize_layers(quantized, torch.float32)
-            plain = _attach(_dequantize(_quantize(_small_model(), options.load_in_8bit, packed=True)), options)
-            if _adapter_differs(quantized, plain):
-                return "PEFT computes its first values from the base's weights, and cannot read quantized ones"
-            if _error(quantized) > TOLERANCE:
-                return "PEFT computes with the packed bytes of the weights as if they were the weights"
+            return next(filter(None, (_problem(options, packed_before) for packed_before in orders)), None)
         except Exception as error:  # whatever PEFT's code for another base stumbles over
             return f"PEFT's layers do not take quantized weights ({short_reason(error)})"
+
+
+def _problem(options: MethodOptions, packed_before: bool) -> str | None:
+    """Compare the method on quantized layers with the same on layers with the numbers that these stand for."""
+    quantized = _attach(_quantize(_small_model(), options.load_in_8bit, packed_before), options)
+    quantize_layers(quantized, torch.float32)
+    plain = _attach(_dequantize(_quantize(_small_model(), options.load_in_8bit, packed=True)), options)
+    if _adapter_differs(quantized, plain):
+        return "PEFT takes the adapter's first values from the base's weights, and cannot read quantized ones"
+    if _error(quantized, plain) > TOLERANCE:
+        return "PEFT computes with the packed bytes of the weights as if they were the weights"
     return None
 
 
@@ -64,7 +71,7 @@ def _small_model() -> PreTrainedModel:
 
 
 def _quantize(model: PreTrainedModel, in_8_bits: bool, packed: bool) -> PreTrainedModel:
-    """Replace the linear layers; those of 4 bits are packed later in a run, when the method is attached."""
+    """Replace the linear layers by those of bitsandbytes; 4-bit ones are not yet quantized without `packed`."""
     if not in_8_bits:
         prepare_4bit_layers(model, nf4_config(torch.float32))
         if packed:
@@ -85,11 +92,11 @@ def _dequantize(model: nn.Module) -> Any:
     for name, layer in list(model.named_modules()):
         if isinstance(layer, Linear4bit | Linear8bitLt):
             weight: Any = layer.weight
+            values: torch.Tensor
             if isinstance(layer, Linear4bit):
                 values = dequantize_4bit(weight.data, weight.quant_state)
             else:
-                rows, scales = (weight.CB, weight.SCB) if weight.SCB is not None else (layer.state.CB, layer.state.SCB)
-                values = rows.float() * scales.float()[:, None] / 127
+                values = weight.CB.float() * weight.SCB.float()[:, None] / 127
             new = nn.Linear(layer.in_features, layer.out_features, bias=False)
             new.weight = nn.Parameter(values.float(), requires_grad=False)
             parent, _, last = name.rpartition(".")
@@ -125,15 +132,16 @@ def _adapter_differs(quantized: nn.Module, plain: nn.Module) -> bool:
     return ours.keys() != theirs.keys() or not all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def _error(quantized: Any) -> float:
-    """Return the relative error of loss and gradients beside the same adapter on the dequantized layers."""
-    generator = torch.Generator().manual_seed(1)
-    for parameter in quantized.parameters():
-        if parameter.requires_grad:
-            parameter.data += STEP * torch.randn(parameter.shape, generator=generator)
-    plain = _dequantize(copy.deepcopy(quantized))
-    ours, theirs = _logits_and_gradients(quantized), _logits_and_gradients(plain)
-    return max(float((a - b).norm() / b.norm().clamp(min=1e-12)) for a, b in zip(ours, theirs, strict=True))
+def _error(quantized: nn.Module, plain: nn.Module) -> float:
+    """Return the largest relative error of logits and gradients beside the same adapter on the dequantized layers."""
+    theirs = dict(plain.named_parameters())
+    with torch.no_grad():
+        for name, parameter in quantized.named_parameters():
+            if parameter.requires_grad:
+                parameter += STEP * torch.randn_like(parameter)
+                theirs[name].copy_(parameter)
+    pairs = zip(_logits_and_gradients(quantized), _logits_and_gradients(plain), strict=True)
+    return max(float((ours - right).norm() / right.norm().clamp(min=1e-12)) for ours, right in pairs)
 
 
 def _logits_and_gradients(model: Any) -> list[torch.Tensor]:

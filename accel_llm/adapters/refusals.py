@@ -14,8 +14,6 @@ from accel_llm.config.options import MethodOptions
 from accel_llm.errors import ConfigError
 from accel_llm.model.stored_quantization import is_stored_in_4_bits
 
-SHARDED = ("zero3", "fsdp2")
-
 
 class Refusal(NamedTuple):
     """A method that cannot run under some strategies, and why; `remedy` are launch YAMLs under which it can."""
@@ -42,15 +40,21 @@ REFUSALS = (
 )
 
 
-def check_backend(options: MethodOptions, config: PreTrainedConfig) -> None:
-    """Check that the method can run under the strategy of the launch YAML, and on the quantized base if there is one.
+def backend_problems(options: MethodOptions) -> list[str]:
+    """Return a sentence if the method cannot run under the strategy of the launch YAML."""
+    return [
+        f"method: {method} cannot run under {strategy()}: {reason}; use {remedy}."
+        for method, strategies, reason, remedy in REFUSALS
+        if method == options.method and strategy() in strategies
+    ]
+
+
+def check_quantized_base(options: MethodOptions, config: PreTrainedConfig) -> None:
+    """Check that the method can train on the base, if the base is in 4 or 8 bits.
 
     Raises:
         ConfigError: it cannot.
     """
-    for method, strategies, reason, remedy in REFUSALS:
-        if method == options.method and strategy() in strategies:
-            raise ConfigError(f"method: {method} cannot run under {strategy()}: {reason}; use {remedy}.")
     stored = is_stored_in_4_bits(config)
     if not options.has_adapter or not (options.in_4_bits or options.load_in_8bit or stored):
         return

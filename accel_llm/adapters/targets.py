@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from accel_llm.config.options import MethodOptions
 from accel_llm.errors import ConfigError
+from accel_llm.model.experts import expert_weights
 
 # The keys, the values and the second product of the feed-forward part, which (IA)3 scales (Liu 2022, "Few-Shot
 # Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning", section 3.3).
@@ -78,13 +79,48 @@ def leave_out(config: Any, parts: list[str], model: PreTrainedModel) -> None:
         return
     pattern = rf"(?:{'|'.join(map(re.escape, parts))})(?:\..*)?"
     if hasattr(config, "exclude_modules"):
-        config.exclude_modules = config.exclude_modules or pattern
+        if isinstance(own := config.exclude_modules, list | set):
+            own = rf"(?:.*\.)?(?:{'|'.join(map(re.escape, sorted(own)))})"
+        config.exclude_modules = f"(?:{own})|{pattern}" if own else pattern
         return
     if targets == "all-linear":
         targets = [name for name in linear_names(model) if name != _head_name(model)]
     if not isinstance(targets, str):
         targets = rf"(?:.*\.)?(?:{'|'.join(map(re.escape, sorted(targets)))})"
     config.target_modules = f"(?!{pattern}$){targets}"
+
+
+def refused_by_peft(config: Any, model: PreTrainedModel) -> list[str]:
+    """Return the names of linear layers that `all-linear` must leave out, because PEFT refuses to adapt them.
+
+    The kernels of Mamba read the weight of out_proj, and would not see its adapter.
+    """
+    check = getattr(PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type], "_check_target_module_compatiblity", None)
+    refused = []
+    for name in linear_names(model) if check else ():
+        try:
+            check(None, config, model, name)  # type: ignore[misc]
+        except ValueError:
+            refused += [key for key, _ in model.named_modules() if key == name or key.endswith(f".{name}")]
+    return refused
+
+
+def spell_out_targets(config: Any, model: PreTrainedModel) -> None:
+    """Replace `all-linear` by the names of all linear layers if only some layers are to be adapted.
+
+    PEFT reads `layers_to_transform` only together with names.
+
+    Raises:
+        ConfigError: the model has experts, to which names of layers do not apply.
+    """
+    if getattr(config, "layers_to_transform", None) is None:
+        return
+    if next(expert_weights(model), None) is not None:
+        raise ConfigError(
+            "method_options: layers_to_transform does not reach experts that are one parameter of a layer; name "
+            "lora_target_modules, or leave it out."
+        )
+    config.target_modules = {name for name in linear_names(model) if name != _head_name(model)}
 
 
 def _head_name(model: PreTrainedModel) -> str:

@@ -93,7 +93,7 @@ class ModelOptions(Options):
 
 # Ways to choose the first values of a LoRA, by PEFT's names; `pissa_niter_4` is PiSSA by a random decomposition.
 InitMethod = (
-    Literal["gaussian", "orthogonal", "olora", "pissa", "eva", "corda", "lora_ga", "loftq", "mica"]
+    Literal["gaussian", "orthogonal", "olora", "pissa", "eva", "corda", "lora_ga", "loftq"]
     | Annotated[str, Field(pattern=r"^pissa_niter_[1-9]\d*$")]
 )
 

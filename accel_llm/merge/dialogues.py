@@ -39,7 +39,7 @@ def open_dialogues(options: ChatOptions) -> dict[str, Dialogue]:
     for name, folder in adapters.items():
         if (folder / "generation_config.json").is_file():
             models[name].generation_config = GenerationConfig.from_pretrained(str(folder))
-    rows = models[BARE].get_input_embeddings().num_embeddings
+    rows = models[BARE].get_input_embeddings().weight.shape[0]
     if adapters and max(words[BARE][0].get_vocab().values()) >= rows:
         del models[BARE]
     first = options.model if options.model in adapters else BARE

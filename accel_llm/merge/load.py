@@ -68,7 +68,8 @@ def load_to_ask(name: str, field: str, options: ChatOptions, folders: Sequence[P
     else:
         dtype = PRECISION_DTYPES.get(options.precision) or (torch.float32 if device.type == "cpu" else "auto")
         arguments = {"dtype": dtype, "trust_remote_code": options.trust_remote_code}
-        base: Any = load_complete_model(name, field, options.allow_pickle, **arguments).to(device)
+        base: Any = load_complete_model(name, field, options.allow_pickle, **arguments)
+        base.to(device)
         models = [base, *(_with_adapter(copy_modules(base), adapter).to(device) for adapter in adapters)]
     for model, adapter in zip(models[1:], adapters, strict=True):
         if adapter.config.peft_type != "LORA":

@@ -22,6 +22,7 @@ from accel_llm.config.data_options import DataOptions
 from accel_llm.errors import ConfigError
 
 NEW_ROWS = "new_rows"  # name of the parameter that holds the trained rows, in the embedding and in the head
+ROW_IDS = "row_ids"  # name of the buffer with their ids, sorted
 PEFT_ROWS = "token_adapter.trainable_tokens_delta"  # PEFT's name for it in an adapter's file
 
 
@@ -97,49 +98,84 @@ def _gathered(matrix: torch.Tensor) -> AbstractContextManager[Any]:
     return deepspeed.zero.GatheredParameters([matrix], modifier_rank=0)
 
 
-def train_new_rows(model: PreTrainedModel, tokens: range) -> dict[str, list[int]]:
-    """Make the rows of `tokens`, and no others, trainable in a model that PEFT has frozen and adapted.
+def train_rows(
+    model: PreTrainedModel, tokens: range, chosen: list[int] | dict[str, list[int]] | None = None
+) -> dict[str, list[int]]:
+    """Make some rows of the vocabulary, and no others, trainable in a model that PEFT has frozen and adapted.
 
-    The trained rows are a separate float32 parameter [tokens, width] beside each matrix; forward hooks put its results
-    in place of the frozen rows' results. A matrix in `modules_to_save` is trained as a whole already. Returns the value
-    of PEFT's `trainable_token_indices` for the adapter's config, with which PEFT loads the rows for inference.
+    These are the rows of the new `tokens`, in embedding and head, and those that `chosen` names as PEFT's
+    `trainable_token_indices` does: ids for the embedding, or for each module by its name.
+
+    The trained rows are a separate float32 parameter [rows, width] beside each matrix; forward hooks put its results in
+    place of the frozen rows' results. A matrix in `modules_to_save` is trained as a whole already. Returns the value of
+    `trainable_token_indices` for the adapter's config, with which PEFT loads the rows for inference.
 
     PEFT 0.21's own layer is not used for training: it copies the whole matrix in every forward, reads the matrix
     outside the module for which ZeRO-3 gathers it, and leaves out the head's bias.
 
     Raises:
-        ConfigError: the adapter changes the embedding or head itself, or the head has a bias.
+        ConfigError: the model has no such rows, the adapter changes the embedding or head itself, or the head has a
+            bias.
     """
-    if not tokens:
+    if not tokens and not chosen:
         return {}
     pair: Any = model.get_input_embeddings(), model.get_output_embeddings()
     embedding, head = pair
+    names = {module: name for name, module in model.named_modules() if module in pair}
+    ids = _rows_of_modules(names, embedding, tokens, chosen or [])
     trained_whole = [isinstance(module, ModulesToSaveWrapper) for module in pair]
     if all(trained_whole):
         return {}
 
     # Refuse combinations in which the rows would not be trained, or not be saved.
-    names = {module: name for name, module in model.named_modules() if module in pair}
+    tied = head is not None and _frozen_module(embedding).weight is _frozen_module(head).weight
+    if tied:
+        ids[embedding] = ids[head] = sorted({*ids[embedding], *ids[head]})
     for module, name in names.items():
-        _check_not_adapted(module, name)
-    tied = _frozen_module(embedding).weight is _frozen_module(head).weight
+        if ids[module]:
+            _check_not_adapted(module, name)
     if tied and any(trained_whole):
         raise ConfigError(
-            f"modules_to_save: {' and '.join(names.values())} are one matrix, and add_tokens trains rows of it; name "
-            "both or neither."
+            f"modules_to_save: {' and '.join(names.values())} are one matrix, and single rows of it are trained "
+            "(add_tokens, trainable_token_indices); name both or neither."
         )
 
     # One parameter for each matrix; tied modules share it.
     indices = {}
-    for module, make_hook in ((embedding, _embedding_hook), (head, _logits_hook)):
-        if isinstance(module, ModulesToSaveWrapper):
+    for module, hook in ((embedding, _replace_embedded), (head, _replace_logits)):
+        if isinstance(module, ModulesToSaveWrapper) or not ids.get(module):
             continue
         shared = module is head and tied
-        module.register_parameter(NEW_ROWS, embedding.new_rows if shared else _copy_rows(module.weight, tokens))
-        module.register_forward_hook(make_hook(tokens))
+        module.register_parameter(NEW_ROWS, embedding.new_rows if shared else _copy_rows(module.weight, ids[module]))
+        module.register_buffer(ROW_IDS, torch.tensor(ids[module]), persistent=False)
+        module.register_forward_hook(hook)
         if not shared:
-            indices[names[module]] = list(tokens)
+            indices[names[module]] = ids[module]
     return indices
+
+
+def _rows_of_modules(
+    names: dict[Any, str], embedding: nn.Module, tokens: range, chosen: list[int] | dict[str, list[int]]
+) -> dict[Any, list[int]]:
+    """Return the ids of the rows to train of the embedding and of the head, sorted."""
+    by_name = chosen if isinstance(chosen, dict) else {names[embedding]: chosen}
+    rows = {module: set(tokens) for module in names}
+    for key, ids in by_name.items():
+        modules = [module for module, name in names.items() if name == key or name.endswith(f".{key}")]
+        if not modules:
+            raise ConfigError(
+                f"trainable_token_indices: {key!r} is neither the embedding nor the head; these are "
+                f"{' and '.join(names.values())}."
+            )
+        for module in modules:
+            size = len(_frozen_module(module).weight) if not hasattr(module, "num_embeddings") else module.num_embeddings
+            if wrong := [k for k in ids if not 0 <= k < size]:
+                raise ConfigError(
+                    f"trainable_token_indices: {key} has no row {wrong[0]}, only 0 to {size - 1}; tokens that the chat "
+                    "template needs are added by add_tokens."
+                )
+            rows[module].update(ids)
+    return {module: sorted(ids) for module, ids in rows.items()}
 
 
 def _frozen_module(module: Any) -> Any:
@@ -149,8 +185,8 @@ def _frozen_module(module: Any) -> Any:
 def _check_not_adapted(module: nn.Module, name: str) -> None:
     if isinstance(module, BaseTunerLayer):
         raise ConfigError(
-            f"lora_target_modules: {name} gets new rows by add_tokens and cannot be adapted as well; leave it out, or "
-            "name it in modules_to_save."
+            f"lora_target_modules: single rows of {name} are trained (add_tokens, trainable_token_indices), so it cannot "
+            "be adapted as well; leave it out, or name it in modules_to_save."
         )
     if getattr(module, "bias", None) is not None and not isinstance(module, ModulesToSaveWrapper):
         # PEFT 0.21 computes a head with trained rows without its bias.
@@ -160,31 +196,25 @@ def _check_not_adapted(module: nn.Module, name: str) -> None:
         )
 
 
-def _copy_rows(matrix: nn.Parameter, tokens: range) -> nn.Parameter:
+def _copy_rows(matrix: nn.Parameter, ids: list[int]) -> nn.Parameter:
     with torch.no_grad(), _gathered(matrix):
-        return nn.Parameter(matrix[tokens.start : tokens.stop].float().clone())
+        return nn.Parameter(matrix[ids].float().clone())
 
 
-def _embedding_hook(tokens: range) -> Any:
-    def hook(module: Any, args: tuple[torch.Tensor], embedded: torch.Tensor) -> torch.Tensor:
-        """Return `embedded` [..., width] with the trained rows for new tokens; `args[0]` [...] holds the ids."""
-        positions = args[0] - tokens.start
-        is_new = (positions >= 0) & (positions < len(tokens))
-        # Look up a row for every token, so that the rows are in the gradient graph of every rank, whatever its tokens.
-        # Families such as Gemma 3 scale their embeddings.
-        rows = F.embedding(positions.clamp(0, len(tokens) - 1), module.new_rows) * getattr(module, "embed_scale", 1)
-        return torch.where(is_new[..., None], rows.to(embedded.dtype), embedded)
-
-    return hook
+def _replace_embedded(module: Any, args: tuple[torch.Tensor], embedded: torch.Tensor) -> torch.Tensor:
+    """Return `embedded` [..., width] with the trained rows of their tokens; `args[0]` [...] holds the ids."""
+    positions = torch.searchsorted(module.row_ids, args[0]).clamp(max=len(module.row_ids) - 1)
+    is_trained = module.row_ids[positions] == args[0]
+    # Look up a row for every token, so that the rows are in the gradient graph of every rank, whatever its tokens.
+    # Families such as Gemma 3 scale their embeddings.
+    rows = F.embedding(positions, module.new_rows) * getattr(module, "embed_scale", 1)
+    return torch.where(is_trained[..., None], rows.to(embedded.dtype), embedded)
 
 
-def _logits_hook(tokens: range) -> Any:
-    def hook(module: Any, args: tuple[torch.Tensor], logits: torch.Tensor) -> torch.Tensor:
-        """Return `logits` [..., vocabulary] with those of new tokens replaced; `args[0]` [..., width] is the input."""
-        logits[..., tokens.start : tokens.stop] = F.linear(args[0], module.new_rows.to(args[0].dtype))
-        return logits
-
-    return hook
+def _replace_logits(module: Any, args: tuple[torch.Tensor], logits: torch.Tensor) -> torch.Tensor:
+    """Return `logits` [..., vocabulary] with those of trained rows replaced; `args[0]` [..., width] is the input."""
+    values = F.linear(args[0], module.new_rows.to(args[0].dtype))
+    return logits.index_copy_(-1, module.row_ids, values.to(logits.dtype))
 
 
 def adapter_vocabulary_size(model: PreTrainedModel, settings: dict[str, Any], weights: dict[str, torch.Tensor]) -> int:

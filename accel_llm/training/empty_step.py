@@ -266,8 +266,10 @@ class Allocations(TorchDispatchMode):
         if func is aten._grouped_mm.default and args[0].dtype == torch.float32:
             # For tensors without data torch 2.13 takes bfloat16 only.
             result = func(args[0].bfloat16(), args[1].bfloat16(), *args[2:], **(kwargs or {})).float()
-        elif func is aten.nonzero.default:
-            result = args[0].new_empty((args[0].numel(), args[0].ndim), dtype=torch.long)  # as many as there can be
+        elif func is aten.index.Tensor:
+            # A mask has no values: everything is chosen, as by a list of as many places.
+            places = [place.long() if place is not None and place.dtype == torch.bool else place for place in args[1]]
+            result = func(args[0], places)
         else:
             result = func(*args, **(kwargs or {}))
         if func is aten.gt.Scalar and result.numel() == 1:

@@ -17,7 +17,7 @@ from accel_llm.adapters.data_starts import start_from_rows
 from accel_llm.adapters.defaults import describe_rate, fill_learning_rate, fill_method_options, method_notes
 from accel_llm.adapters.methods import check_method, fresh_adapter_config
 from accel_llm.adapters.partial import train_part
-from accel_llm.adapters.refusals import check_backend
+from accel_llm.adapters.refusals import backend_problems, check_quantized_base
 from accel_llm.backend.library_messages import quiet_libraries
 from accel_llm.backend.strategy import engine
 from accel_llm.chat.template import Template, configured_template
@@ -66,7 +66,8 @@ def read_options(
         options = options.with_defaults(OVERFIT_DEFAULTS)
     options = fill_method_options(adopt_adapter_options(options))
     check_method(options)
-    raise_problems(model_problems(options) + source_problems(options) + _output_problems(options))
+    problems = backend_problems(options) + model_problems(options) + source_problems(options)
+    raise_problems(problems + _output_problems(options))
     quiet_libraries()
     return fill_learning_rate(options)
 
@@ -173,10 +174,10 @@ def read_config(options: TrainOptions) -> PreTrainedConfig:
     """Read the model's config, but no weights.
 
     Raises:
-        ConfigError: as `load_model_config` does, or the method cannot run under the launch YAML or on a quantized base.
+        ConfigError: as `load_model_config` does, or the method cannot train on a base in 4 or 8 bits.
     """
     config = load_model_config(options, options.max_length)
-    check_backend(options, config)
+    check_quantized_base(options, config)
     return config
 
 

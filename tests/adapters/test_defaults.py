@@ -16,9 +16,10 @@ from accel_llm.adapters.defaults import (
     method_notes,
 )
 from accel_llm.adapters.method_options import option_names
-from accel_llm.adapters.methods import config_class_of, peft_methods
+from accel_llm.adapters.methods import check_method, config_class_of, peft_methods
 from accel_llm.adapters.partial import FreezeOptions
 from accel_llm.config.options import PretrainOptions, SftOptions
+from accel_llm.errors import ConfigError
 
 
 def write_config(folder: Path, model_type: str, width: int, layers: int = 2) -> str:
@@ -123,6 +124,9 @@ def test_pretraining_with_a_part_of_the_weights_is_noted(tiny):
     assert method_notes(further, config)[0].startswith("method lora: it learns little new knowledge; use method full")
     assert method_notes(fresh, config)[0].startswith("method freeze: what it does not train stays random")
     assert not method_notes(PretrainOptions(config_name=str(tiny), method="full"), config)
+    # A random base is not exported, so an adapter on it would be lost.
+    with pytest.raises(ConfigError, match="ia3 trains an adapter beside random weights, which nothing keeps, so it would"):
+        check_method(PretrainOptions(config_name=str(tiny), method="ia3"))
 
 
 def test_a_run_shows_its_rate_and_where_it_comes_from(script, tiny, chats, tmp_path, capsys):

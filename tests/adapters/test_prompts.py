@@ -192,7 +192,7 @@ def test_each_document_begins_with_places_that_are_no_labels():
 
 def test_virtual_tokens_count_against_max_length():
     tokenizer = character_tokenizer()
-    rows = [SourceRow(0, 0, RawRow({"input_ids": list(range(5, 5 + n))}, "rows", n)) for n in (6, 7)]
+    rows = [SourceRow(0, 0, RawRow("rows", n, {"input_ids": list(range(5, 5 + n))})) for n in (6, 7)]
     for method, expected in (("lora", [6, 7]), ("prompt", [6])):
         count = {"method_options": {"num_virtual_tokens": 4}} if method == "prompt" else {}
         options = TrainOptions(model_name_or_path="none", method=method, max_length=10 if count else 7, **count)
@@ -296,7 +296,9 @@ def test_only_the_prompt_moves_and_plain_peft_loads_it(name, tmp_path):
         assert relative_distance(peft_logits(loaded, ids), expected) < 1e-6
         # The untrained prompt gives something else.
         torch.manual_seed(3)
-        assert relative_distance(peft_logits(attach_adapter(load_model(options), options).eval(), ids), expected) > 1e-3
+        untrained = attach_adapter(load_model(options), options).eval()
+        with stock_attention(untrained):
+            assert relative_distance(peft_logits(untrained, ids), expected) > 1e-4
 
         # It goes on: with the network's results, where the file holds these alone.
         new = adopt_adapter_options(TrainOptions(model_name_or_path=str(base), adapter_name_or_path=str(folder)))

@@ -142,8 +142,8 @@ def test_all_problems_are_reported_at_once(tmp_path):
         ("--lora_dropout inf", "lora_dropout: 'inf' is not allowed; give a number of at least 0 and below 1."),
         ("--output_dir", "output_dir: true (or no value) is not allowed; give text."),
         ("--train_files", "train_files: true (or no value) is not allowed; give one or several texts."),
-        ("--init_lora_weights eva", "init_lora_weights: 'eva' is not allowed; give true or false, or gaussian, "
-         "orthogonal, olora or pissa."),
+        ("--init_lora_weights kaiming", "init_lora_weights: 'kaiming' is not allowed; give true or false, or gaussian, "
+         "orthogonal, olora, pissa, eva, corda, lora_ga, loftq or mica, or text."),
         ("--lora_target_modules q_proj(", "lora_target_modules: 'q_proj(' is neither a list of module names nor a "
          "regular expression (missing ), unterminated subpattern at position 6)."),
         ("--qqqq 1", "qqqq: no such option; --help lists all options."),
@@ -232,7 +232,7 @@ def test_what_a_recipe_is_for_follows_the_default_of_the_script_and_a_wrong_meth
     # pretrain.py trains all weights unless the user says otherwise.
     line = f"--config_name c {recipe(tmp_path, 'learning_rate: 1.0e-3')} --method"
     assert parse_options(Pretrain, f"{line} full".split(), {"method": "full"}).learning_rate == 1e-3
-    assert parse_options(Pretrain, f"{line} lora".split(), {"method": "full"}).learning_rate != 1e-3
+    assert parse_options(Pretrain, f"{line} freeze".split(), {"method": "full"}).learning_rate != 1e-3
     assert "whose method is full: learning_rate" in capsys.readouterr().out
     assert problems(Pretrain, f"{line} lora ia3") == ["method: ['lora', 'ia3'] is not allowed; give text."]
     # An adapter to go on with is never dropped.
@@ -263,6 +263,28 @@ def test_defaults_that_depend_on_another_option_are_resolved():
 )
 def test_target_modules_are_names_or_a_pattern(value, target):
     assert sft(f"--lora_target_modules {value}").lora_target_modules == target
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["lora_B=1e-3", "embed_tokens=5e-5"], {"lora_B": 1e-3, "embed_tokens": 5e-5}),
+        (["{lora_B: 5e-5}"], {"lora_B": 5e-5}),  # YAML itself reads this as a text
+        (["none"], {}),
+        (["lora_B=-1"], "-1 is not a learning rate; give a number above 0 for 'lora_B'."),
+        (["lora_B=fast"], "'fast' is not a learning rate; give a number above 0 for 'lora_B'."),
+        (["lora_B=inf"], "'inf' is not a learning rate; give a number above 0 for 'lora_B'."),
+        (["(=1"], "'(' is not a regular expression (missing ), unterminated subpattern at position 0)."),
+    ],
+)
+def test_rates_by_pattern_are_pairs(words, expected):
+    line = ["--learning_rate_patterns", *words]
+    if isinstance(expected, dict):
+        assert parse_options(Sft, line).learning_rate_patterns == expected
+        return
+    with pytest.raises(ConfigError) as caught:
+        parse_options(Sft, line)
+    assert caught.value.problems == [f"learning_rate_patterns: {expected}"]
 
 
 ORIGIN = (

@@ -38,7 +38,7 @@ SCRIPTS = {
     "show_methods": ["methods json"],
     "chat": [
         """
-        model base allow_other_base prompt system max_new_tokens temperature chat_template precision load_in_4bit
+        model adapters base allow_other_base prompt system max_new_tokens temperature chat_template precision load_in_4bit
         seed trust_remote_code allow_pickle
         """
     ],

@@ -22,7 +22,7 @@ PLACES: dict[type, list[str]] = {
     PretrainOptions: [*(name for name in TRAINING if name != "chat_template"), "config_name"],
     MergeOptions: ["adapter", "output_dir", "base"],
     ExtractOptions: ["model", "base", "output_dir"],
-    ChatOptions: ["model", "base", "chat_template"],
+    ChatOptions: ["model", "adapters", "base", "chat_template"],
 }
 REQUIRED: dict[type, dict[str, str]] = {
     PretrainOptions: {"config_name": "c"},

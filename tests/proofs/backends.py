@@ -1,12 +1,14 @@
 """Every method on every backend: trained by two processes, it gives the losses and weights of one process on the CPU.
 
-    python tests/proofs/backends.py                    # all cells; goes on where an earlier call was stopped
-    python tests/proofs/backends.py --only 'ia3-*'     # a few, named method-backend-bits
-    python tests/proofs/backends.py --write            # the table, into accel_llm/adapters/README.md
+    python tests/proofs/backends.py --work W           # all cells; a second call goes on where the first was stopped
+    python tests/proofs/backends.py --work W --only 'ia3-*,*-zero3-*'    # a few, named method-backend-bits
+    python tests/proofs/backends.py --work W --write   # also the table, into accel_llm/adapters/README.md
 
-A cell runs a few steps of the script's own main() with uneven rows, accumulation and two processes. Its losses, gradient
-norms and weights must equal those of one process that sees the rows of a step at once. A method that cannot run on a
-backend, or with a base in 4 or 8 bits, must say so before the model loads.
+A cell has five steps of the script's own main() with two processes, accumulation and rows of uneven length. Its losses,
+gradient norms and weights must equal those of one process that takes each step at once. A method that cannot run there
+must say so before the model loads. The column "float64" has one step of plain gradient descent, of two processes with
+accumulation, from the adapter that the one process exported: the change of each weight divided by the learning rate is
+its gradient, and must equal that of plain PEFT in float64.
 """
 
 import argparse
@@ -19,18 +21,40 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import float64
 import matrix
 import numpy as np
 from forks import Ended, Run, compute, execute, metric, warm
+from safetensors.numpy import load_file, save_file
 
-STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2")
-# A base in 4 bits is sharded in packed bytes; one in 8 bits is never sharded.
-COLUMNS = [*((strategy, 16) for strategy in STRATEGIES), ("ddp", 4), ("zero2", 4), ("zero3", 4), ("fsdp2", 4), ("ddp", 8)]
-TOLERANCE = {16: 1e-5, 4: 1e-4, 8: 1e-4}
-STEPS = 5
+# A base in 4 bits is sharded in packed bytes; one in 8 bits cannot be sharded.
+COLUMNS = (
+    *((strategy, 16) for strategy in ("ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2", "float64")),
+    *((strategy, 4) for strategy in ("ddp", "zero2", "zero3", "fsdp2")),
+    ("ddp", 8),
+)
+STEPS, RATE = 5, 5e-3
 # A gradient norm shows what AdamW hides: a gradient that is too long by a constant factor.
-SETTINGS = f"--max_steps {STEPS} --total_batch_size 8 --learning_rate 5e-3 --adam_epsilon 1e-6 --max_grad_norm 1"
-NORM_TOLERANCE = 1e-4  # relative; DeepSpeed's ZeRO-2 adds up the norm with an error of 7e-5
+CURVE = f"--max_steps {STEPS} --total_batch_size 8 --learning_rate {RATE} --adam_epsilon 1e-6"
+# Losses, and weights as a share of one step.
+LOSS, WEIGHTS = {16: 1e-5, 4: 1e-4, 8: 1e-4}, {16: 1e-2, 4: 1e-1, 8: 1e-1}
+NORM = 1e-4  # relative; DeepSpeed's ZeRO-2 adds up the norm with an error of 7e-5
+GRADIENT = f"{matrix.GRADIENT.replace('--eval_on_start true', '')} --max_steps 1"
+# Options of methods whose defaults are too large for the test model, or that need some.
+OPTIONS: dict[str, str] = {
+    "c3a": "block_size=16",
+    "fourierft": "n_frequency=64",
+    "freeze": "layers=1 norms=true",
+    "p_tuning": "num_virtual_tokens=4",
+    "p_tuning_v2": "num_virtual_tokens=4",
+    "prefix": "num_virtual_tokens=4 encoder_hidden_size=32",
+    "prompt": "num_virtual_tokens=4",
+    "road": "group_size=16",
+    "shira": "r=4",
+    "trainable_tokens": "token_indices=[5,6,7,8,9,10,11,12]",
+    "vblora": "vector_length=16 num_vectors=32",
+    "waveft": "n_frequency=64",
+}
 
 
 class Cell(NamedTuple):
@@ -42,96 +66,113 @@ class Cell(NamedTuple):
     def name(self) -> str:
         return f"{self.method}-{self.strategy}-{self.bits}"
 
+    @property
+    def reference(self) -> "Cell":
+        return self._replace(strategy="cpu")
+
 
 def methods() -> list[str]:
     from accel_llm.adapters.methods import REFUSED_METHODS, peft_methods
     from accel_llm.config.options import METHODS_WITHOUT_ADAPTER
 
-    return [*METHODS_WITHOUT_ADAPTER, *(name for name in peft_methods() if name not in REFUSED_METHODS)]
+    names = [name for name in peft_methods() if name not in (*REFUSED_METHODS, "qlora")]  # qlora is lora in 4 bits
+    return [*METHODS_WITHOUT_ADAPTER, *names]
 
 
 def all_cells() -> list[Cell]:
-    """Return every method in every column; qlora is lora in 4 bits."""
-    return [Cell(method, *column) for column, method in itertools.product(COLUMNS, methods()) if method != "qlora"]
+    from accel_llm.config.options import METHODS_WITHOUT_ADAPTER
+
+    cells = (Cell(method, *column) for column, method in itertools.product(COLUMNS, methods()))
+    return [
+        cell
+        for cell in cells
+        if cell.method not in METHODS_WITHOUT_ADAPTER or (cell.bits == 16 and cell.strategy != "float64")
+    ]
 
 
-def unblock():
-    import os
-    if not os.environ.get("UNBLOCK"):
-        return
-    from accel_llm.training import preflight, export
-    preflight._check_trainable_parameters = lambda *a: None
-    from safetensors.torch import save_file
+# --- runs ------------------------------------------------------------------------------------------------------------
 
-    def save(inner, folder, state, *_):
-        folder.mkdir(exist_ok=True)
-        save_file(state, folder / "adapter_model.safetensors")
 
-    export.save_adapter = save
-    export.read_export_back = lambda *_: {}
+def without_noise() -> None:
+    """Let PVeRA, which samples in training, take the means instead."""
+    from peft.tuners.pvera.layer import PveraLayer
+
+    PveraLayer._reparametrize = lambda self, mu, logvar, adapter_name: mu  # type: ignore[method-assign]
 
 
 def build_run(cell: Cell, work: Path) -> Run:
-    processes, accumulation = (1, 1) if cell.strategy == "cpu" else (2, 2)
-    output = work / "runs" / cell.name
-    words = ["--model_name_or_path", work / "model", "--train_files", work / "sft.jsonl", "--output_dir", output]
+    gradient, alone = cell.strategy == "float64", cell.strategy == "cpu"
+    output, rows = work / "runs" / cell.name, matrix.ROWS if gradient else 8
+    model = "biased" if cell.method == "bitfit" else "model"
+    words = ["--model_name_or_path", work / model, "--train_files", work / "sft.jsonl", "--output_dir", output]
     words += ["--cache_dir", work / "cache", "--precision", "fp32", "--logging_steps", 1, "--max_length", 80]
-    words += [*SETTINGS.split(), "--per_device_train_batch_size", 8 // processes // accumulation]
-    words += ["--method", cell.method]
+    words += ["--per_device_train_batch_size", rows if alone else rows // 4, "--eval_generate", 0]
+    words += [*(GRADIENT if gradient else CURVE).split(), "--method", cell.method]
     words += {16: [], 4: ["--load_in_4bit"], 8: ["--load_in_8bit"]}[cell.bits]
-    words += OPTIONS.get(cell.method, [])
-    return Run(cell.name, "sft", cell.strategy, processes, [str(word) for word in words], output, unblock)
+    if gradient:
+        words += ["--adapter_name_or_path", adapter(cell, work)]
+        if cell.method in ("prefix", "p_tuning"):  # their files hold what the network has computed
+            words[words.index("--method") : words.index("--method") + 2] = []
+    elif cell.method in OPTIONS:
+        words += ["--method_options", *OPTIONS[cell.method].split()]
+    strategy, processes = ("ddp" if gradient else cell.strategy), 1 if alone else 2
+    sabotage = without_noise if cell.method == "pvera" else None
+    return Run(cell.name, "sft", strategy, processes, [str(word) for word in words], output, sabotage)
 
 
-# Options of methods whose defaults are too large for the test model.
-OPTIONS: dict[str, list[str]] = {
-    name: ["--method_options", *values.split()]
-    for name, values in {
-        "c3a": "block_size=16",
-        "cartridge": "num_virtual_tokens=4",
-        "prefix": "num_virtual_tokens=4",
-        "prompt": "num_virtual_tokens=4",
-        "p_tuning": "num_virtual_tokens=4",
-        "p_tuning_v2": "num_virtual_tokens=4",
-        "fourierft": "n_frequency=64",
-        "road": "group_size=16",
-        "shira": "r=4",
-        "vblora": "vector_length=16 num_vectors=32",
-        "waveft": "n_frequency=64",
-        "trainable_tokens": "token_indices=[5,6,7,8,9,10,11,12]",
-    }.items()
-}
+def adapter(cell: Cell, work: Path) -> Path:
+    return build_run(cell.reference, work).output / "adapter"
 
 
-def reference_cell(cell: Cell) -> Cell:
-    return cell._replace(strategy="cpu")
+def prepare(work: Path) -> None:
+    """Write the model and the rows of the matrix, and the same model with biases."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
+
+    matrix.prepare(work)
+    torch.manual_seed(0)
+    config = Qwen3Config.from_pretrained(work / "model", attention_bias=True)
+    AutoModelForCausalLM.from_config(config).save_pretrained(work / "biased")
+    AutoTokenizer.from_pretrained(work / "model").save_pretrained(work / "biased")
+
+
+# --- results ---------------------------------------------------------------------------------------------------------
 
 
 def judge(cell: Cell, end: Ended, work: Path) -> dict[str, Any]:
-    """Compare a run with its reference."""
-    seconds = {"seconds": round(end.seconds, 1)}
-    if end.sentences:
-        early = end.code == 2 and not end.run.output.exists() and len(end.sentences) == 1
-        return {"status": "refused" if early else "failed", "note": " ".join(end.sentences)[:600]} | seconds
-    if end.code:
-        return {"status": "failed", "note": f"exit code {end.code}: {end.cause}"} | seconds
-    if cell.strategy == "cpu":
-        return {"status": "same"} | seconds
-    reference = build_run(reference_cell(cell), work).output
+    """Return the sentence of a refusal, the reason of a failure, or the differences from the reference."""
+    output = end.run.output
+    if end.sentences and end.code == 2 and not (output / "run.json").exists():
+        return {"refused": end.sentences[0].removeprefix("error: ")}
+    if end.code and cell.strategy != "float64":
+        return {"failed": f"exit code {end.code}: {' '.join(end.sentences) or end.cause}"[:400]}
     try:
-        check_shards(cell, end.run.output)
-        numbers = {
-            "loss": float(np.abs(metric(end.run.output, "loss") - metric(reference, "loss")).max()),
-            "norm": float(np.abs(metric(end.run.output, "grad_norm") / metric(reference, "grad_norm") - 1).max()),
-            "weights": matrix.largest_difference(
-                matrix.read_weights(end.run.output), matrix.read_weights(reference)
-            ),
-        }
-    except (AssertionError, KeyError, ValueError, OSError) as error:
-        return {"status": "failed", "note": f"{type(error).__name__}: {error}"[:400]} | seconds
-    limits = {"loss": TOLERANCE[cell.bits], "weights": TOLERANCE[cell.bits], "norm": NORM_TOLERANCE}
-    same = all(numbers[name] <= limit for name, limit in limits.items())
-    return {"status": "same" if same else "different", **numbers} | seconds
+        if cell.strategy == "cpu":
+            return {}
+        if cell.strategy == "float64":
+            return judge_gradient(cell, output, work)
+        check_shards(cell, output)
+        return judge_curve(output, build_run(cell.reference, work).output)
+    except (AssertionError, KeyError, ValueError, OSError, IndexError, RuntimeError) as error:
+        return {"failed": f"{type(error).__name__}: {error}; {end.cause if end.code else ''}"[:400]}
+
+
+def judge_curve(output: Path, reference: Path) -> dict[str, float]:
+    losses, norms = (metric(output, name) - metric(reference, name) for name in ("loss", "grad_norm"))
+    weights = matrix.largest_difference(checkpointed(output), checkpointed(reference))
+    norm = float(np.abs(norms / metric(reference, "grad_norm")).max())
+    return {"loss": float(np.abs(losses).max()), "norm": norm, "weights": weights / RATE}
+
+
+def checkpointed(output: Path) -> dict[str, np.ndarray]:
+    """Return the flat trained weights in the last checkpoint of a run, which the processes wrote in pieces."""
+    pieces: dict[str, dict[int, np.ndarray]] = {}
+    for path in sorted((output / "checkpoints").iterdir())[-1].glob("*.safetensors"):
+        for key, tensor in load_file(path).items():
+            name, field, start = key.rsplit("|", 2)
+            if field == "weight":
+                pieces.setdefault(name, {})[int(start)] = tensor.reshape(-1).astype(np.float64)
+    return {name: np.concatenate([parts[start] for start in sorted(parts)]) for name, parts in pieces.items()}
 
 
 def check_shards(cell: Cell, output: Path) -> None:
@@ -142,44 +183,123 @@ def check_shards(cell: Cell, output: Path) -> None:
         assert held / total < 0.6, f"not sharded: {held} of {total} parameters are held by this process"
 
 
-def run_cells(cells: list[Cell], work: Path, again: bool) -> dict[str, dict[str, Any]]:
-    """Do the cells that have no result yet, each after its reference; write each result at once."""
-    file = work / "backends.json"
+def judge_gradient(cell: Cell, output: Path, work: Path) -> dict[str, float]:
+    """Return the largest relative error of a weight's clipped gradient."""
+    file = work / f"{cell.method}-step.safetensors"
+    compute(partial(write_step, cell, work, file), file.with_suffix(".log"))
+    expected, after = load_file(file), checkpointed(output)
+    names = [name.removeprefix("gradient ") for name in expected if name.startswith("gradient ")]
+    assert set(names) == after.keys(), f"{set(names) ^ after.keys()} on one side only"
+    errors = {}
+    for name in names:
+        gradient, start = (expected[f"{kind} {name}"].reshape(-1) for kind in ("gradient", "start"))
+        measured = (start - after[name]) / matrix.RATE
+        errors[name] = float(np.linalg.norm(measured - gradient) / max(np.linalg.norm(gradient), 1e-12))
+    return {"gradient": max(errors.values())}
+
+
+def write_step(cell: Cell, work: Path, file: Path) -> None:
+    """Write the step of plain PEFT in float64 from the exported adapter."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from accel_llm.demo.tokenizer import build_demo_tokenizer
+
+    if cell.method == "pvera":
+        without_noise()
+    lines = (work / "sft.jsonl").read_text("utf-8").splitlines()[: matrix.ROWS]
+    rows = [matrix.chat(build_demo_tokenizer(), json.loads(line)) for line in lines]
+    base: Any = AutoModelForCausalLM.from_pretrained(work / "model")
+    model = PeftModel.from_pretrained(base, adapter(cell, work), is_trainable=True).double().train()
+    float64.mean_loss(model, rows).backward()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    torch.nn.utils.clip_grad_norm_(trained.values(), matrix.MAX_NORM)
+    save_file(
+        {f"gradient {name}": np.array(p.grad) for name, p in trained.items()}
+        | {f"start {name}": np.array(p.detach()) for name, p in trained.items()},
+        file,
+    )
+
+
+def verdict(cell: Cell, result: dict[str, Any]) -> str:
+    """Return `same`, `refused`, `different` or `failed`."""
+    if word := next((word for word in ("refused", "failed") if word in result), None):
+        return word
+    limits = {
+        "loss": LOSS[cell.bits],
+        "norm": NORM,
+        "weights": WEIGHTS[cell.bits],
+        "gradient": matrix.GRADIENT_TOLERANCE,
+    }
+    return "same" if all(result.get(name, 0.0) <= limit for name, limit in limits.items()) else "different"
+
+
+def run_cells(cells: list[Cell], file: Path, work: Path) -> dict[str, dict[str, Any]]:
+    """Do the cells that have no result yet, each after its reference; add each result to `file` at once."""
     results = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    wanted = [cell for cell in cells if again or cell.name not in results]
-    references = list(dict.fromkeys(map(reference_cell, wanted)))
-    for lot in (references, wanted):
-        lot = [
-            cell
-            for cell in lot
-            if cell.strategy == "cpu"
-            and not (build_run(cell, work).output / "metrics.jsonl").exists()
-            or cell.strategy != "cpu"
-            and results.get(reference_cell(cell).name, {}).get("status") == "same"
-        ]
+    left = [cell for cell in cells if cell.name not in results]
+    references = [
+        cell
+        for cell in dict.fromkeys(cell.reference for cell in left)
+        if cell.name not in results or (not build_run(cell, work).output.exists() and not results[cell.name])
+    ]
+
+    def do(lot: list[Cell]) -> None:
         by_name = {cell.name: cell for cell in lot}
         for end in execute([build_run(cell, work) for cell in lot], work):
-            results[end.run.name] = judge(by_name[end.run.name], end, work)
-            print(end.run.name, json.dumps(results[end.run.name]), flush=True)
+            cell, result = by_name[end.run.name], judge(by_name[end.run.name], end, work)
+            results[cell.name] = result
+            print(cell.name, verdict(cell, result), json.dumps(result), f"{end.seconds:.1f} s", flush=True)
             file.write_text(json.dumps(results), encoding="utf-8")
-            if by_name[end.run.name].strategy != "cpu":
+            if cell.strategy != "cpu":
                 shutil.rmtree(end.run.output, ignore_errors=True)
+
+    do(references)
+    for cell in left:
+        if reference := results[cell.reference.name]:  # what one process cannot do, two need not try
+            results[cell.name] = reference
+    do([cell for cell in left if not results[cell.reference.name]])
     return results
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """Return methods by columns: the largest difference of weights or gradients, or what became of the cell."""
+    heads = [strategy if bits == 16 else f"{bits}-bit {strategy}" for strategy, bits in COLUMNS]
+    lines = [f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for method in methods():
+        row = []
+        for cell in (Cell(method, *column) for column in COLUMNS):
+            result = results.get(cell.name)
+            word = "" if result is None else verdict(cell, result)
+            number = (result or {}).get("gradient", (result or {}).get("weights", 0.0))
+            row.append(f"{number:.0e}" if word == "same" else word)
+        lines.append(f"| {method} | {' | '.join(row)} |")
+    reasons = sorted({result["refused"] for result in results.values() if "refused" in result})
+    return "\n".join([*lines, "", *(f"- {reason}" for reason in reasons)])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", metavar="PATTERN", default="*", help="cells whose name fits, such as ia3-zero3-16")
-    parser.add_argument("--again", action="store_true", help="also the cells that have a result")
-    parser.add_argument("--work", type=Path, help="folder to work in and to keep everything in")
+    parser.add_argument("--only", metavar="PATTERNS", default="*", help="cells whose name fits, such as ia3-zero3-16")
+    parser.add_argument("--write", action="store_true", help="write the table and tests/proofs/golden/backends.json")
+    parser.add_argument("--work", type=Path, help="folder to work in, with the results so far")
     args = parser.parse_args()
     work = args.work or Path(tempfile.mkdtemp(prefix="backends-"))
     work.mkdir(parents=True, exist_ok=True)
     warm()
-    if not (work / "sft.jsonl").exists():
-        compute(partial(matrix.prepare, work), work / "prepare.log")
-    cells = [cell for cell in all_cells() if any(fnmatch.fnmatch(cell.name, p) for p in args.only.split(","))]
-    run_cells(cells, work, args.again)
+    if not (work / "biased").exists():
+        compute(partial(prepare, work), work / "prepare.log")
+    patterns = args.only.split(",")
+    cells = [cell for cell in all_cells() if any(fnmatch.fnmatch(cell.name, pattern) for pattern in patterns)]
+    results = run_cells(cells, work / "results.json", work)
+    if args.write:
+        every = matrix.keep("backends", {cell.name: results[cell.name] for cell in all_cells() if cell.name in results})
+        matrix.show("backends", table(every))
+    wrong = [cell.name for cell in cells if verdict(cell, results[cell.name]) not in ("same", "refused")]
+    print(table({cell.name: results[cell.name] for cell in cells}))
+    if wrong:
+        raise SystemExit("\n".join(f"{name}: {results[name]}" for name in wrong))
 
 
 if __name__ == "__main__":

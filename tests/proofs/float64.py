@@ -64,7 +64,7 @@ def mean_loss(model: Any, rows: list[EncodedRow]) -> torch.Tensor:
     total, count = torch.zeros((), dtype=torch.float64), 0
     for _, ids, trained in rows:
         targets = sorted(trained - {0})
-        scores = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        scores = model(input_ids=torch.tensor([ids])).logits[0, -len(ids) :].log_softmax(-1)  # without virtual tokens
         total = total - scores[[k - 1 for k in targets], [ids[k] for k in targets]].sum()
         count += len(targets)
     return total / count

@@ -42,6 +42,7 @@ from safetensors.numpy import load_file, save_file
 GOLDEN = ROOT / "tests" / "proofs" / "golden"
 # The page that shows each table.
 PAGES = {"matrix": "accel_llm/backend/README.md", "resumes": "accel_llm/checkpoint/README.md"}
+PAGES["backends"] = "accel_llm/adapters/README.md"
 GOLDEN_METHODS = ("full", "lora", "qlora")
 STRATEGIES = ("cpu", "ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2")
 SHARDED = ("zero3", "zero3_offload", "fsdp2")
