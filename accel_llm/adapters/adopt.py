@@ -9,6 +9,7 @@ from accel_llm.adapters.initial import subtracted_init
 from accel_llm.adapters.locate import locate_folder
 from accel_llm.adapters.method_options import check_method_options, option_names
 from accel_llm.adapters.methods import PEFT_TYPES, config_class_of, flat_options
+from accel_llm.adapters.prompts import ensemble_folders
 from accel_llm.adapters.saved import ADAPTER_WEIGHTS, read_adapter_config
 from accel_llm.config.options import MethodOptions
 from accel_llm.errors import ConfigError, raise_problems
@@ -48,6 +49,12 @@ def adopt_adapter_options(options: MethodOptions) -> Any:
     method = _method_of(options, settings, folder)
     _check_first_values(options, settings, method, name)
     options = options.model_copy(update={"adapter_name_or_path": str(folder), "method": method})
+    members = 1 + len(ensemble_folders(folder))
+    if options.prompt_ensemble != members and "prompt_ensemble" in options.model_fields_set:
+        raise ConfigError(
+            f"prompt_ensemble: {options.prompt_ensemble} is given, but the adapter {name} has {members}; leave it out."
+        )
+    options = options.model_copy(update={"prompt_ensemble": members})
     return _adopt_settings(options, settings, name)
 
 

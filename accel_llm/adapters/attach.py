@@ -31,7 +31,7 @@ from accel_llm.adapters.lora_forward import shorten_lora_forward
 from accel_llm.adapters.lora_options import check_patterns
 from accel_llm.adapters.methods import LORA_METHODS, fresh_adapter_config
 from accel_llm.adapters.prompt_options import PROMPT_METHODS
-from accel_llm.adapters.prompts import attach_prompt, load_prompt
+from accel_llm.adapters.prompts import attach_prompt, load_ensemble, load_prompt
 from accel_llm.adapters.saved import ADAPTER_WEIGHTS, unloaded
 from accel_llm.adapters.sizes import fit_sizes
 from accel_llm.adapters.targets import choose_targets, leave_out, linear_names, refused_by_peft, spell_out_targets
@@ -59,6 +59,7 @@ def attach_adapter(model: PreTrainedModel, options: TrainOptions, new_tokens: ra
         prompted = attach_prompt(model, options, new_tokens)
         if options.adapter_name_or_path is not None:
             _load_weights(prompted, options.adapter_name_or_path)
+            load_ensemble(prompted, Path(options.adapter_name_or_path))
         return prompted
     _check_module_names(model, options)
     config = _peft_config(options)

@@ -57,9 +57,7 @@ DEFAULTS = {
     "shira": MethodDefaults(3e-4, COMPARISON),
     # Virtual tokens. More than 20 of them gain little (Lester et al. 2021, arXiv 2104.08691, section 3.2), and
     # embeddings of real tokens are a better start than random numbers (the same section, and PEFT's comparison).
-    "prompt": MethodDefaults(
-        1e-3, COMPARISON, {"num_virtual_tokens": 20, "prompt_tuning_init": "SAMPLE_VOCAB"}
-    ),
+    "prompt": MethodDefaults(1e-3, COMPARISON, {"num_virtual_tokens": 20, "prompt_tuning_init": "SAMPLE_VOCAB"}),
     "p_tuning": MethodDefaults(1e-4, COMPARISON, {"num_virtual_tokens": 20}),
     "prefix": MethodDefaults(
         5e-5, "prefix-tuning's code, arXiv 2101.00190", {"num_virtual_tokens": 10, "encoder_hidden_size": 512}
@@ -158,7 +156,9 @@ def method_notes(options: TrainOptions, config: PreTrainedConfig) -> list[str]:
     notes = []
     method, text = options.method, config.get_text_config()
     if isinstance(options, PretrainOptions) and options.config_name and method != "full":
-        notes.append(f"method {method}: what it does not train stays random; use method full to train from random weights.")
+        notes.append(
+            f"method {method}: what it does not train stays random; use method full to train from random weights."
+        )
     elif isinstance(options, PretrainOptions) and method != "full":
         notes.append(f"method {method}: it learns little new knowledge; use method full for pretraining.")
     elif "learning_rate" in options.model_fields_set and text.hidden_size >= LEAST_WIDTH and options.optim in ADAMW:

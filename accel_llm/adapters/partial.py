@@ -116,9 +116,7 @@ def parameters_of_part(model: nn.Module, options: MethodOptions) -> set[str]:
     """
     beside = tuple(f"{name}." for name in parts_beside_language(model))
     names = [
-        name
-        for name, _ in model.named_parameters()
-        if not name.startswith(beside) and not name.endswith(UNTRAINABLE)
+        name for name, _ in model.named_parameters() if not name.startswith(beside) and not name.endswith(UNTRAINABLE)
     ]
     if options.method == "bitfit":
         biases = {name for name in names if re.search(r"[._]bias$", name)}
@@ -182,7 +180,9 @@ def _in_layers(model: nn.Module, names: list[str], chosen: FreezeOptions, proble
     for module in chosen.modules:
         if not any(f".{module}." in rest for rest in inside.values()):
             parts = sorted({rest.split(".")[1] for rest in inside.values()})
-            problems.append(f"method_options: modules {module!r} is not in these layers, which have {', '.join(parts)}.")
+            problems.append(
+                f"method_options: modules {module!r} is not in these layers, which have {', '.join(parts)}."
+            )
     return {
         name
         for name, rest in inside.items()

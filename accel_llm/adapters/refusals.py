@@ -16,12 +16,16 @@ from accel_llm.model.stored_quantization import is_stored_in_4_bits
 
 
 class Refusal(NamedTuple):
-    """A method that cannot run under some strategies, and why; `remedy` are launch YAMLs under which it can."""
+    """A method that cannot run under some strategies, and why; `remedy` are launch YAMLs under which it can.
+
+    `only_in_4_bits`: with a base in 16 bits it can.
+    """
 
     method: str
     strategies: tuple[str, ...]
     reason: str
     remedy: str
+    only_in_4_bits: bool = False
 
 
 REFUSALS = (
@@ -37,6 +41,13 @@ REFUSALS = (
         "it measures how important each rank is from weights and gradients, and DeepSpeed steps flat pieces of them",
         "ddp.yaml or fsdp2.yaml",
     ),
+    Refusal(
+        "shira",
+        ("fsdp2",),
+        "PEFT unpacks the 4-bit weights with scales that it looks for at the weights, and FSDP2 puts shards in their place",
+        "ddp.yaml, zero2.yaml or zero3.yaml, or leave load_in_4bit out",
+        only_in_4_bits=True,
+    ),
 )
 
 
@@ -44,8 +55,8 @@ def backend_problems(options: MethodOptions) -> list[str]:
     """Return a sentence if the method cannot run under the strategy of the launch YAML."""
     return [
         f"method: {method} cannot run under {strategy()}: {reason}; use {remedy}."
-        for method, strategies, reason, remedy in REFUSALS
-        if method == options.method and strategy() in strategies
+        for method, strategies, reason, remedy, only_in_4_bits in REFUSALS
+        if method == options.method and strategy() in strategies and (options.in_4_bits or not only_in_4_bits)
     ]
 
 

@@ -17,7 +17,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from accel_llm.adapters.budget import fill_ranks, has_budget, note_kept_ranks
 from accel_llm.adapters.initial import joined_factors, lora_layers, plain_config
-from accel_llm.adapters.prompts import loads_prompt, saved_prompt
+from accel_llm.adapters.prompts import MEMBER, ensemble_folders, loads_prompt, saved_prompt
 from accel_llm.errors import ConfigError
 from accel_llm.model.attention import unwrap_causal_lm
 from accel_llm.model.loading import describe_shape_mismatch, short_reason
@@ -51,6 +51,10 @@ def save_adapter(
     config.base_model_name_or_path = str(local.resolve()) if local.is_dir() else base
     config.inference_mode = True
     config.save_pretrained(str(folder))
+    for name in [name for name in model.peft_config if name.startswith(MEMBER)]:
+        (folder / name).mkdir()
+        write_tensors(folder / name / ADAPTER_WEIGHTS, saved_prompt(model, state, name), metadata)
+        config.save_pretrained(str(folder / name))
 
 
 def _named_for_file(model: PeftModel, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -133,7 +137,8 @@ def _compare_loaded(model: Any, folder: Path) -> str:
     except (NotImplementedError, RuntimeError):
         return ""  # PEFT computes parts of this method from the base's weights, such as FRoD's and SHiRA's
     if config.is_prompt_learning:
-        return "" if loads_prompt(loaded, folder) else "PEFT loads other virtual tokens"
+        places = [folder, *ensemble_folders(folder)]
+        return "" if all(loads_prompt(loaded, place) for place in places) else "PEFT loads other virtual tokens"
     if has_budget(loaded):
         fill_ranks(loaded)
     parameters = dict(loaded.named_parameters(remove_duplicate=False))

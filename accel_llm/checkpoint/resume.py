@@ -30,8 +30,8 @@ from accel_llm.training.start import Start
 
 # Options that shape the saved state: a checkpoint cannot be loaded under another value.
 FIXED_OPTIONS = (
-    "method", "optim", "lora_r", "lora_bias", "lora_target_modules", "modules_to_save", "use_dora", "add_tokens",
-    "master_weights", "init_lora_weights",
+    "method", "method_options", "optim", "lora_r", "lora_bias", "lora_target_modules", "modules_to_save", "use_dora", "add_tokens",
+    "master_weights", "init_lora_weights", "prompt_ensemble",
 )  # fmt: skip
 # Options that change where, how fast and how verbosely a run works, but not one number of its training. The split of a
 # step's rows over processes and micro-batches is among them; the number of rows in a step is compared separately.

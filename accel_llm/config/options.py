@@ -34,6 +34,7 @@ from accel_llm.system.launcher import is_launched
 METHODS_BY_OPTION = {
     **dict.fromkeys(["lora_r", "init_lora_weights", "use_dora", "use_rslora", "loraplus_lr_ratio"], ("lora", "qlora")),
     **dict.fromkeys(["lora_alpha", "lora_dropout", "lora_bias"], ("lora", "qlora", "adalora")),
+    "prompt_ensemble": ("prompt",),
 }
 # Methods that train weights of the model itself: all of them, or a part. The others train an adapter beside it.
 METHODS_WITHOUT_ADAPTER = ("full", "freeze", "bitfit")
@@ -91,6 +92,7 @@ class ModelOptions(Options):
         False, description="Keep the frozen input embedding in host memory; the GPU gets only the rows it needs"
     )
 
+
 # Ways to choose the first values of a LoRA, by PEFT's names; `pissa_niter_4` is PiSSA by a random decomposition.
 InitMethod = (
     Literal["gaussian", "orthogonal", "olora", "pissa", "eva", "corda", "lora_ga", "loftq"]
@@ -124,6 +126,9 @@ class MethodOptions(Options):
     )
     init_lora_weights: bool | InitMethod = Field(
         True, description="First values of the adapter (A and B); true: A Kaiming uniform, B zero; false: both random"
+    )
+    prompt_ensemble: int = Field(
+        1, ge=1, description="Number of prompts to train at once, each on its share of the rows; they answer together"
     )
     use_dora: bool = Field(False, description="DoRA: train the magnitude and the direction of the weights separately")
     use_rslora: bool = Field(False, description="rsLoRA: scale the adapter by alpha / sqrt(r)")

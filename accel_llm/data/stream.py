@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
+import numpy as np
+import torch
+
 from accel_llm.backend.strategy import accumulation_steps, rows_per_step
 from accel_llm.config.options import TrainOptions
 from accel_llm.data.batches import Batch, collate
@@ -86,15 +89,30 @@ class Stream:
 
     def row_indices(self, step: int, micro: int, rank: int) -> list[int]:
         """Return the row indices of micro-batch `micro` of step `step` (both from 0) on process `rank`."""
-        size = self.options.per_device_train_batch_size
+        return [k for position in self._positions(step, micro, rank) for k in self.documents(position)]
+
+    def prompt_numbers(self, step: int, micro: int, rank: int) -> list[int]:
+        """Return which prompt of an ensemble is trained on each row of `row_indices`: drawn by seed and position."""
+        numbers = []
+        for position in self._positions(step, micro, rank):
+            # A key that no epoch has (data/order.py), because seeds are below 2**32.
+            rng = np.random.Generator(np.random.Philox(key=[2**32 + self.options.seed, position]))
+            numbers += rng.integers(self.options.prompt_ensemble, size=len(self.documents(position))).tolist()
+        return numbers
+
+    def _positions(self, step: int, micro: int, rank: int) -> range:
+        """Return the places in the endless sequence that micro-batch `micro` of `step` takes on process `rank`."""
+        size, start = self.options.per_device_train_batch_size, self.plan.rows_at(step)
         first = micro * self.world * size + rank * size
-        slots = range(first, min(first + size, self.plan.rows_per_step))
-        return [k for slot in slots for k in self.documents(self.plan.rows_at(step) + slot)]
+        return range(start + first, start + min(first + size, self.plan.rows_per_step))
 
     def micro_batch(self, step: int, micro: int) -> Batch:
         """Return micro-batch `micro` of step `step` (both from 0) of this process, on the CPU."""
-        indices = self.row_indices(step, micro, self.rank)
-        return collate(self.rows, indices, bool(self.options.packing), self.pad_token_id, self.options.virtual_tokens)
+        options, indices = self.options, self.row_indices(step, micro, self.rank)
+        batch = collate(self.rows, indices, bool(options.packing), self.pad_token_id, options.virtual_tokens)
+        if options.prompt_ensemble > 1:
+            batch["prompt_numbers"] = torch.tensor(self.prompt_numbers(step, micro, self.rank) or [0])
+        return batch
 
     def batches(self, first_step: int = 0) -> Iterator[Batch]:
         """Yield the micro-batches from the start of `first_step` on, without end."""

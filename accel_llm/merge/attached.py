@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from accel_llm.adapters.compat import PEFT_PREFIX, SavedAdapter
 from accel_llm.adapters.initial import check_own_start, subtracted_init
 from accel_llm.adapters.methods import REFUSED_METHODS
-from accel_llm.adapters.prompts import fit_virtual_tokens, load_prompt
+from accel_llm.adapters.prompts import fit_virtual_tokens, load_ensemble, load_prompt
 from accel_llm.errors import ConfigError
 from accel_llm.merge.one_module import plain_module
 from accel_llm.merge.skeleton import Skeleton
@@ -349,8 +349,8 @@ def load_adapter(model: PreTrainedModel, adapter: SavedAdapter) -> Any:
     try:
         wrapped: Any = _attach(model, adapter, "default", lazy=False)
         if wrapped.peft_config["default"].is_prompt_learning:
-            wrapped.word_embeddings = model.get_input_embeddings()  # PEFT takes the first matrix with so many rows
             load_prompt(wrapped, adapter.weights, str(adapter.folder), "adapter")
+            load_ensemble(wrapped, adapter.folder, "adapter")
             fit_virtual_tokens(wrapped)
             return wrapped
         weights = _rename_weights(wrapped, adapter.weights, "default")

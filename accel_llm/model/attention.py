@@ -38,7 +38,8 @@ def forward_arguments(batch: dict) -> dict:
     as an attribute of the tensors.
     """
     lengths = batch.get("lengths")
-    arguments = {name: batch[name] for name in ("input_ids", "virtual_positions") if name in batch}
+    names = ("input_ids", "virtual_positions", "prompt_numbers")
+    arguments = {name: batch[name] for name in names if name in batch}
     if "cu_seqlens" not in batch:
         batch["attention_mask"].lengths = lengths
         return arguments | {"attention_mask": batch["attention_mask"]}

@@ -82,13 +82,14 @@ def _option_problems(options: TrainOptions) -> list[str]:
     if options.load_in_8bit and strategy() in ("zero3", "fsdp2"):
         problems.append(
             f"load_in_8bit: {strategy()} cannot shard 8-bit weights, of which bitsandbytes keeps whole copies; use "
-            "ddp.yaml, zero1.yaml or zero2.yaml, or method qlora."
+            "ddp.yaml, zero1.yaml or zero2.yaml, or load_in_4bit."
         )
     if options.lora_bias != "none" and (options.in_4_bits or options.load_in_8bit):
-        base = "method qlora" if options.method == "qlora" else "load_in_8bit"
+        base = "load_in_8bit" if options.load_in_8bit else "load_in_4bit"
+        base = "method qlora" if options.method == "qlora" else base
         problems.append(
             f"lora_bias: {options.lora_bias} does not train with {base}, because bitsandbytes rounds the biases of its "
-            "layers at every use; give none, or use method lora on 16-bit weights."
+            "layers at every use; give none, or hold the weights in 16 bits."
         )
     if options.offload_embeddings and strategy() in ("zero3", "fsdp2"):
         problems.append(

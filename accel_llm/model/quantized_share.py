@@ -18,7 +18,7 @@ ALLOWED_SHARE = 0.2
 
 
 def check_quantized_share(config: PreTrainedConfig, options: MethodOptions) -> None:
-    """Print which share of the weights stays in 16 bits with method qlora or `load_in_8bit`, and refuse a large one.
+    """Print which share of the weights stays in 16 bits with `load_in_4bit` (method qlora) or `load_in_8bit`, and refuse a large one.
 
     The model is built on the meta device, without weights.
 
@@ -32,14 +32,16 @@ def check_quantized_share(config: PreTrainedConfig, options: MethodOptions) -> N
     with torch.device("meta"):
         model = causal_lm_loader(config).from_config(config)
     experts = {name for name, _, _ in expert_weights(model)}
-    option, bits = ("load_in_8bit", 8) if options.load_in_8bit else ("method", 4)
+    option, bits = ("load_in_8bit", 8) if options.load_in_8bit else ("load_in_4bit", 4)
+    if options.method == "qlora":
+        option = "method: qlora"
     if experts and bits == 4 and strategy() == "zero3":
         raise ConfigError(
-            "method: qlora holds the experts of a mixture in 4 bits, which ZeRO-3 cannot gather; use fsdp2.yaml, "
-            "zero2.yaml or ddp.yaml, or method lora."
+            f"{option}: the experts of a mixture would be held in 4 bits, which ZeRO-3 cannot gather; use fsdp2.yaml, "
+            "zero2.yaml or ddp.yaml, or 16 bits."
         )
 
-    # Only method qlora, on weights that we quantize ourselves, reaches the experts.
+    # Only 4 bits, on weights that we quantize ourselves, reaches the experts.
     quantized = quantized_weights(model).keys() - (experts if bits == 8 or is_stored_in_4_bits(config) else set())
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     ends = [module for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None]
@@ -68,5 +70,5 @@ def _size_in_16_bits(count: int) -> str:
 
 def _remedy(bits: int, config: PreTrainedConfig) -> str:
     if is_stored_in_4_bits(config):
-        return "name the same model in 16 bits, and method qlora quantizes them too"
-    return "use method qlora, which quantizes experts too" if bits == 8 else "use method lora, sharded by fsdp2.yaml"
+        return "name the same model in 16 bits, and load_in_4bit quantizes them too"
+    return "use load_in_4bit, which quantizes experts too" if bits == 8 else "use 16 bits, sharded by fsdp2.yaml"

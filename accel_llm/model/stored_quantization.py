@@ -52,18 +52,18 @@ def check_stored_quantization(config: PreTrainedConfig, options: MethodOptions, 
     if not is_stored_in_4_bits(config):
         raise ConfigError(
             f"model_name_or_path: the weights of {name} are quantized ({how}), and only bitsandbytes 4-bit, FP8 and "
-            f"MXFP4 can be trained; {in_16_bits}, and set method: qlora to hold it in 4 bits."
+            f"MXFP4 can be trained; {in_16_bits}, and set load_in_4bit: true to hold it in 4 bits."
         )
     if not options.has_adapter:
         raise ConfigError(
-            f"method: full trains all weights, but those of {name} are quantized ({how}); give lora or qlora, or "
-            f"{in_16_bits}."
+            f"method: {options.method} trains weights of the model itself, but those of {name} are quantized ({how}); "
+            f"give a method with an adapter, such as lora, or {in_16_bits}."
         )
     storage = str(settings.get("bnb_4bit_quant_storage") or "uint8").removeprefix("torch.")
     if sharded is not None and storage != str(sharded).removeprefix("torch."):
         raise ConfigError(
             f"model_name_or_path: {name} keeps its 4-bit weights as {storage} (bnb_4bit_quant_storage), but ZeRO-3 and "
-            f"FSDP2 shard only {str(sharded).removeprefix('torch.')} here; {in_16_bits} with method: qlora, or use "
+            f"FSDP2 shard only {str(sharded).removeprefix('torch.')} here; {in_16_bits} with load_in_4bit, or use "
             "ddp.yaml or zero2.yaml."
         )
 

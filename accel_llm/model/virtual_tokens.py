@@ -26,12 +26,13 @@ def count_virtual_tokens(model: nn.Module) -> int:
     return getattr(inner, "virtual_tokens", 0)
 
 
-def replace_embeddings(embedded: torch.Tensor, prompt: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Return `embedded` [B, L, width] with the prompts at `positions` of the flattened rows.
+def replace_embeddings(embedded: torch.Tensor, prompts: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Return `embedded` [B, L, width] with prompts at `positions` [documents * n] of the flattened rows.
 
-    `prompt` [n, width] is that of all documents; positions [documents * n].
+    `prompts` [documents, n, width] has one for each document, or [1, n, width] one for all.
     """
-    rows = prompt.to(embedded.dtype).repeat(len(positions) // len(prompt), 1)
+    documents = len(positions) // prompts.shape[1]
+    rows = prompts.to(embedded.dtype).expand(documents, -1, -1).flatten(0, 1)
     return embedded.flatten(0, 1).index_copy(0, positions, rows).view_as(embedded)
 
 

@@ -193,6 +193,8 @@ def mean_loss(
             packed_rows = range(start, min(start + size, count))
             documents = [int(k) for b in packed_rows for k in order[offsets[b] : offsets[b + 1]]]
             batch = collate(rows, documents, bool(options.packing), pad_token_id, virtual)
+            if options.prompt_ensemble > 1:  # the prompts take turns
+                batch["prompt_numbers"] = torch.tensor([k % options.prompt_ensemble for k in documents] or [0])
             batch = to_device(batch, accelerator.device)
             total += next_token_loss(model, batch)
             weight, targets = weight + batch["total_weight"], targets + batch["num_targets"]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
+from accel_llm.adapters.quantized_base import problem_on_quantized_base
 from accel_llm.backend.strategy import PRECISION_DTYPES, compute_dtype, strategy, use_cpu
 from accel_llm.backend.zero import DEFAULT_BUCKET, deepspeed_settings
 from accel_llm.config.options import TrainOptions
@@ -86,7 +87,7 @@ def memory_savings(
     total, least = estimate.total, (estimate.total - estimate.terms["context"]) // 100
     savings: list[tuple[str, int]] = []
     for name, value in _other_settings(options, layout):
-        changed = options.model_copy(update={name: value})
+        changed = options.model_copy(update={name: value} | ({"method_options": {}} if value == "lora" else {}))
         same_step = name in ("optim", "offload_embeddings")
         new = _estimate(changed, layout, figures if same_step else _figures(changed, config, layout)).total
         savings.append((f"{name}: {str(value).lower() if isinstance(value, bool) else value}", total - new))
@@ -107,8 +108,10 @@ def _other_settings(options: TrainOptions, layout: Layout) -> list[tuple[str, An
         changes.append(("max_length", options.max_length // 2))
     if not options.has_adapter:
         changes.append(("method", "lora"))
-    elif options.method == "lora" and not (options.load_in_8bit or options.in_4_bits):
-        changes.append(("method", "qlora"))
+    elif not (options.load_in_8bit or options.in_4_bits):
+        in_4_bits = ("method", "qlora") if options.method == "lora" else ("load_in_4bit", True)
+        if problem_on_quantized_base(options.model_copy(update=dict([in_4_bits])), False) is None:
+            changes.append(in_4_bits)
     if options.optim == "adamw":
         library = (
             "deepspeed" if layout.strategy.startswith("zero") else "fsdp" if layout.strategy == "fsdp2" else "none"

@@ -17,8 +17,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from accel_llm.adapters.attach import attach_adapter
 from accel_llm.adapters.defaults import fill_method_options
 from accel_llm.adapters.methods import check_method, peft_methods
+from accel_llm.adapters.refusals import check_quantized_base
 from accel_llm.config.options import METHODS_WITHOUT_ADAPTER, SftOptions
+from accel_llm.demo.files import DEMO_BASE
 from accel_llm.errors import ConfigError
+from accel_llm.model.loading import configure_for_training
 from accel_llm.training.memory_estimate import estimate_memory
 
 RECORDED = Path(__file__).with_name("method_facts.json")
@@ -58,15 +61,16 @@ def recorded_facts() -> dict[str, MethodFacts]:
 def find_facts(method: str) -> MethodFacts:
     """Count and try a method, which takes seconds."""
     try:
-        estimate = estimate_memory(_default_options(method), LLAMA_2_7B, 1)
+        options = _default_options(method)
+        memory, trained = _follow(options)
     except ConfigError as error:
         return MethodFacts(refused=str(error).removeprefix("method: "))
     return MethodFacts(
-        trained=estimate.trainable,
-        share=estimate.trainable / WEIGHTS,
-        memory=estimate.total,
-        packed=bool(_default_options(method).packing),
-        mergeable=_can_be_merged(_default_options(method)),
+        trained=trained,
+        share=trained / WEIGHTS,
+        memory=memory,
+        packed=bool(options.packing),
+        mergeable=_can_be_merged(options),
         four_bit=_is_allowed(method, load_in_4bit=True),
         eight_bit=_is_allowed(method, load_in_8bit=True),
     )
@@ -74,10 +78,33 @@ def find_facts(method: str) -> MethodFacts:
 
 def _default_options(method: str, **others: Any) -> Any:
     values: dict[str, Any] = {"method": method, "precision": "bf16", "max_length": 2048, "gradient_checkpointing": True}
-    options = SftOptions(**values | NEEDED.get(method, {}) | others)
+    options = SftOptions(**values | NEEDED.get(method, {}) | others, model_name_or_path=str(DEMO_BASE))
     options = fill_method_options(options)
     check_method(options)
+    check_quantized_base(options, LLAMA_2_7B)
     return options
+
+
+def _follow(options: Any) -> tuple[int, int]:
+    """Return the bytes of the GPU, 0 if they cannot be known without data, and the number of trained weights.
+
+    Raises:
+        ConfigError: the method does not fit the model.
+    """
+    try:
+        estimate = estimate_memory(options, LLAMA_2_7B, 1)
+        return estimate.total, estimate.trainable
+    except (RuntimeError, NotImplementedError):
+        # PEFT reads values when it attaches the method. Weights that nobody has written take no memory.
+        one, two = (_count(options, layers) for layers in (1, 2))
+        return 0, one + (LLAMA_2_7B.num_hidden_layers - 1) * (two - one)
+
+
+def _count(options: Any, layers: int) -> int:
+    with torch.device("meta"):
+        model: Any = LlamaForCausalLM(LlamaConfig(**LLAMA_2_7B.to_dict() | {"num_hidden_layers": layers}))
+    wrapped = attach_adapter(model.bfloat16().to_empty(device="cpu"), options)
+    return sum(parameter.numel() for parameter in wrapped.parameters() if parameter.requires_grad)
 
 
 def _can_be_merged(options: Any) -> bool:
@@ -85,7 +112,7 @@ def _can_be_merged(options: Any) -> bool:
     if not options.has_adapter:
         return False
     with torch.random.fork_rng(devices=[]):
-        model: Any = attach_adapter(LlamaForCausalLM(TINY), options)
+        model: Any = attach_adapter(configure_for_training(LlamaForCausalLM(TINY), options), options)
     try:
         model.merge_and_unload()
     except (AttributeError, NotImplementedError, ValueError):
@@ -95,7 +122,6 @@ def _can_be_merged(options: Any) -> bool:
 
 def _is_allowed(method: str, **base: bool) -> bool:
     try:
-        _default_options(method, **base)
+        return _default_options(method, **base).has_adapter
     except ConfigError:
         return False
-    return True

@@ -45,7 +45,9 @@ def _state_bytes(name: str, parameter: nn.Parameter, is_table: bool, is_end: boo
         return 0
     if name == "adafactor" and parameter.ndim > 1:  # sums over rows and over columns
         return 4 * (numbers // parameter.shape[-1] + numbers // parameter.shape[-2])
-    if name in ("adafactor", "lion") or (name == "muon" and parameter.ndim == 2 and not (is_end or is_vector(parameter))):
+    if name in ("adafactor", "lion") or (
+        name == "muon" and parameter.ndim == 2 and not (is_end or is_vector(parameter))
+    ):
         moments = 1
     in_8_bits = name.endswith("8bit") and numbers >= SMALLEST_8BIT and not is_table
     scales = 4 * -(-numbers // NUMBERS_PER_SCALE) if in_8_bits else 0

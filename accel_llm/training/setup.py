@@ -200,7 +200,9 @@ def show_plan_and_memory(
         ConfigError: the run is too short for the schedule of its method.
     """
     if options.method == "adalora":
-        set_schedule(fresh_adapter_config(options), options, plan.total_steps)  # only to refuse it before weights are read
+        set_schedule(
+            fresh_adapter_config(options), options, plan.total_steps
+        )  # only to refuse it before weights are read
     show_plan(accelerator, options, tokenizer, data, plan)
     accelerator.print(f"learning rate: {describe_rate(options)}")
     for note in method_notes(options, config):

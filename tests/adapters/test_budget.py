@@ -128,7 +128,9 @@ def test_the_penalty_counts_in_training_only():
     squares = [p @ p.T if "lora_A" in name else p.T @ p for name, p in factors.items()]
     penalty = torch.stack([(square - torch.eye(4)).square().sum().sqrt() for square in squares]).mean()
     wanted = expected + 0.5 * batch["total_weight"] * float(penalty)
-    assert float(next_token_loss(model.train(), batch).detach()) == pytest.approx(wanted, rel=1e-6) and float(penalty) > 1
+    assert (
+        float(next_token_loss(model.train(), batch).detach()) == pytest.approx(wanted, rel=1e-6) and float(penalty) > 1
+    )
 
 
 @PEFT_KEYS
@@ -144,7 +146,9 @@ def test_plain_peft_loads_the_ranks_that_are_kept(tmp_path, all_given_up):
     save_adapter(model, tmp_path, state, "base")
     check_saved_adapter(model, tmp_path)
     loaded = PeftModel.from_pretrained(plain, tmp_path).eval()
-    assert sum(p.numel() for n, p in loaded.named_parameters() if "lora_E" in n) == (0 if all_given_up else 4 + 3 + 2 + 1)
+    assert sum(p.numel() for n, p in loaded.named_parameters() if "lora_E" in n) == (
+        0 if all_given_up else 4 + 3 + 2 + 1
+    )
     tokens = torch.arange(3, 40)[None]
     with torch.no_grad():
         assert torch.allclose(loaded(tokens).logits, model(tokens).logits, atol=1e-5)
@@ -188,5 +192,7 @@ def test_an_adapter_is_not_trained_further(tmp_path):
 
 
 def test_adaptive_subspaces_of_adamss_are_refused():
-    with pytest.raises(ConfigError, match="use_asa of method adamss cannot be used: PEFT freezes weights in the middle"):
+    with pytest.raises(
+        ConfigError, match="use_asa of method adamss cannot be used: PEFT freezes weights in the middle"
+    ):
         check_method(TrainOptions(output_dir="unused", method="adamss", method_options={"use_asa": True}))

@@ -91,7 +91,9 @@ def test_options_of_a_method_are_filled_in_beside_those_of_the_user():
 def test_rates_by_pattern_are_filled_in_and_overfit_has_its_own_rate(tiny):
     assert filled(method="vblora").learning_rate_patterns == {"vblora_logits": 1e-2}
     assert filled(method="vblora", learning_rate_patterns={"logits": 1}).learning_rate_patterns == {"logits": 1.0}
-    options = SftOptions(model_name_or_path=str(tiny), method="ia3", overfit=True).with_defaults({"learning_rate": 1e-3})
+    options = SftOptions(model_name_or_path=str(tiny), method="ia3", overfit=True).with_defaults(
+        {"learning_rate": 1e-3}
+    )
     options = fill_learning_rate(options)
     assert (options.learning_rate, describe_rate(options)) == (1e-3, "0.001, the default with overfit")
 
@@ -125,12 +127,23 @@ def test_pretraining_with_a_part_of_the_weights_is_noted(tiny):
     assert method_notes(fresh, config)[0].startswith("method freeze: what it does not train stays random")
     assert not method_notes(PretrainOptions(config_name=str(tiny), method="full"), config)
     # A random base is not exported, so an adapter on it would be lost.
-    with pytest.raises(ConfigError, match="ia3 trains an adapter beside random weights, which nothing keeps, so it would"):
+    with pytest.raises(
+        ConfigError, match="ia3 trains an adapter beside random weights, which nothing keeps, so it would"
+    ):
         check_method(PretrainOptions(config_name=str(tiny), method="ia3"))
 
 
 def test_a_run_shows_its_rate_and_where_it_comes_from(script, tiny, chats, tmp_path, capsys):
-    where = ("--model_name_or_path", tiny, "--train_files", chats, "--output_dir", tmp_path / "out", "--max_length", 128)
+    where = (
+        "--model_name_or_path",
+        tiny,
+        "--train_files",
+        chats,
+        "--output_dir",
+        tmp_path / "out",
+        "--max_length",
+        128,
+    )
     script("sft", *where, "--method", "ia3", "--max_steps", 1, "--warmup_steps", 0, "--logging_steps", 1)
     sentence = "0.003, the default of method ia3 (T-Few's code, arXiv 2205.05638)"
     assert re.search(re.escape(f"learning rate: {sentence}"), capsys.readouterr().out)

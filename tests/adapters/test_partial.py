@@ -171,13 +171,17 @@ def test_bf16_alone_with_random_rounding_is_for_parts_too(train, make_model, tmp
     part = ("--method", "freeze", "--method_options", "layers=1", "--precision", "bf16", "--max_steps", 2)
     folder = train(base, *part, "--master_weights", "stochastic_rounding")
     before, after = (load_file(path / "model.safetensors") for path in (base, folder / "model"))
-    assert {name for name in after if not torch.equal(after[name], before[name])} <= {n for n in after if ".layers.1." in n}
+    assert {name for name in after if not torch.equal(after[name], before[name])} <= {
+        n for n in after if ".layers.1." in n
+    }
     assert run_json(folder)["accelerate"]["dtypes"]["trained"] == {"bfloat16": 9}
 
 
 def test_new_tokens_need_trained_rows():
     model = tiny_model("llama")
-    with pytest.raises(ConfigError, match="method freeze would not train the rows of the new tokens; use method freeze"):
+    with pytest.raises(
+        ConfigError, match="method freeze would not train the rows of the new tokens; use method freeze"
+    ):
         train_part(model, options(layers=1, embeddings=True), range(95, 97))
     train_part(model, options(layers=1, embeddings=True, head=True), range(95, 97))
 

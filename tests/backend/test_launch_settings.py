@@ -227,8 +227,8 @@ def test_our_deepspeed_files_have_no_key_without_effect(path):
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, ["zero_optimization.offload_param."
           "device: 'nvme' is not supported; give none or cpu."]),
         ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, ["zero_optimization.zero_quantized_weights: "
-          "the DeepSpeed configuration says True, but only False is supported: it rounds the weights; use method: qlora "
-          "for a quantized base."]),
+          "the DeepSpeed configuration says True, but only False is supported: it rounds the weights; load_in_4bit "
+          "quantizes the base of an adapter."]),
     ],
 )  # fmt: skip
 def test_keys_of_a_deepspeed_file_that_are_not_in_force(settings, sentences):

@@ -142,8 +142,6 @@ def test_all_problems_are_reported_at_once(tmp_path):
         ("--lora_dropout inf", "lora_dropout: 'inf' is not allowed; give a number of at least 0 and below 1."),
         ("--output_dir", "output_dir: true (or no value) is not allowed; give text."),
         ("--train_files", "train_files: true (or no value) is not allowed; give one or several texts."),
-        ("--init_lora_weights kaiming", "init_lora_weights: 'kaiming' is not allowed; give true or false, or gaussian, "
-         "orthogonal, olora, pissa, eva, corda, lora_ga, loftq or mica, or text."),
         ("--lora_target_modules q_proj(", "lora_target_modules: 'q_proj(' is neither a list of module names nor a "
          "regular expression (missing ), unterminated subpattern at position 6)."),
         ("--qqqq 1", "qqqq: no such option; --help lists all options."),

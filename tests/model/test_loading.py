@@ -107,7 +107,7 @@ def test_conflicting_options_are_reported_together_before_files_are_read(monkeyp
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert model_problems(options("missing/", load_in_8bit=True, attn_implementation="eager")) == [
         "load_in_8bit: fsdp2 cannot shard 8-bit weights, of which bitsandbytes keeps whole copies; use ddp.yaml, zero1.yaml or "
-        "zero2.yaml, or method qlora.",
+        "zero2.yaml, or load_in_4bit.",
         "attn_implementation: eager does not keep packed documents apart; give auto or flash_attention_2, or set "
         "packing: false.",
         "model_name_or_path: missing/ does not exist; a model folder or a hub id (owner/name) is allowed.",

@@ -106,6 +106,7 @@ def build_run(cell: Cell, work: Path) -> Run:
     model = "biased" if cell.method == "bitfit" else "model"
     words = ["--model_name_or_path", work / model, "--train_files", work / "sft.jsonl", "--output_dir", output]
     words += ["--cache_dir", work / "cache", "--precision", "fp32", "--logging_steps", 1, "--max_length", 80]
+    words += ["--packing", "false"] if gradient else []
     words += ["--per_device_train_batch_size", rows if alone else rows // 4, "--eval_generate", 0]
     words += [*(GRADIENT if gradient else CURVE).split(), "--method", cell.method]
     words += {16: [], 4: ["--load_in_4bit"], 8: ["--load_in_8bit"]}[cell.bits]

@@ -2,6 +2,7 @@
 
     python tests/proofs/methods.py --record          # all methods; writes golden/methods.json and the table of the page
     python tests/proofs/methods.py --methods ia3 oft --steps 20
+    python tests/proofs/methods.py --facts           # counts what launch/show_methods.py shows, and the page's table
 
 Both sides get the same first values, documents, order, learning rates and limit of the gradient's norm, in float32 on
 the CPU, and are evaluated on the same held-out rows. Ours is launch/sft.py as a person starts it, which packs where it
@@ -72,7 +73,7 @@ def train_plainly(words: list[str], output: Path) -> None:
     """Train what `words` say by a plain Trainer on a plain PEFT model, and write its figures to `output`."""
     import torch
     from torch.optim.lr_scheduler import LambdaLR
-    from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainerCallback, TrainingArguments
 
     from accel_llm.data.stream import Position
     from accel_llm.report.metrics import peak_memory_mb
@@ -84,7 +85,13 @@ def train_plainly(words: list[str], output: Path) -> None:
     data = setup.encode_chats(options, setup.read_config(options), chat)
     stream = setup.open_stream(options, data.train, Position(), chat.tokenizer)
     ours = assemble_ours(options, stream, chat)
-    model = adapt_plainly(AutoModelForCausalLM.from_pretrained(options.model_name_or_path), options, ours)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype="float32"
+    )
+    base = AutoModelForCausalLM.from_pretrained(
+        options.model_name_or_path, quantization_config=quantization if options.in_4_bits else None
+    )
+    model = adapt_plainly(base, options, ours)
     seconds: list[float] = []
 
     class Steps(TrainerCallback):
@@ -171,8 +178,10 @@ def adapt_plainly(base: Any, options: Any, ours: Any) -> Any:
     own = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     if own != trained:
         raise AssertionError(f"PEFT trains {sorted(own - trained)[:3]}, and we {sorted(trained - own)[:3]}")
-    missing, unexpected = model.load_state_dict(ours.state_dict(), strict=False)
-    if missing or unexpected:
+    # The base in 4 bits is the same by its own; its packed weights have other names.
+    values = {name: value for name, value in ours.state_dict().items() if not options.in_4_bits or name in trained}
+    missing, unexpected = model.load_state_dict(values, strict=False)
+    if unexpected or (missing and not options.in_4_bits):
         raise AssertionError(f"names differ: {missing[:3]}, {unexpected[:3]}")
     return model
 
@@ -321,13 +330,28 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join([*HEADER, *(row(method, figures) for method, figures in results.items())])
 
 
+def record_facts(methods: list[str] | None) -> None:
+    """Find the facts of `methods`, or of all, and write them where launch/show_methods.py reads them."""
+    from accel_llm.training import method_facts
+
+    facts = method_facts.recorded_facts() if methods else {}
+    for method in methods or method_facts.all_methods():
+        facts[method] = method_facts.find_facts(method)
+        print(method, facts[method], flush=True)
+    lines = ",\n".join(f'"{name}": {json.dumps(facts[name]._asdict())}' for name in facts)
+    method_facts.RECORDED.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", help="only these")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--work", type=Path, help="folder of the runs, which is kept")
+    parser.add_argument("--facts", action="store_true", help="count all methods on the shape of a 7B model, and record")
     parser.add_argument("--record", action="store_true", help=f"write {GOLDEN.name}; with --methods only their rows")
     args = parser.parse_args()
+    if args.facts:
+        return record_facts(args.methods)
     work = args.work or Path(tempfile.mkdtemp(prefix="methods-"))
     work.mkdir(parents=True, exist_ok=True)
     warm()

@@ -260,6 +260,15 @@ def test_savings_are_settings_that_save_what_they_say():
         assert total - estimate_memory(changed, config, 1).total == size
 
 
+def test_advice_for_other_methods_fits_them():
+    def settings(**options: Any) -> set[str]:
+        return {setting for setting, _ in memory_savings(TrainOptions(max_length=32, **options), small_llama(), 1)}
+
+    assert "method: lora" in settings(method="freeze", method_options={"layers": 4})  # an option that LoRA has not
+    assert "load_in_4bit: true" in settings(method="ia3")
+    assert "load_in_4bit: true" not in settings(method="unilora", method_options={"theta_d_length": 8})
+
+
 def test_what_is_set_already_is_no_saving():
     options = TrainOptions(method="qlora", max_length=200, gradient_checkpointing=True, offload_embeddings=True)
     names = [setting.split(":")[0] for setting, _ in memory_savings(options, small_llama(), 4)]

@@ -126,7 +126,9 @@ def test_a_pattern_without_a_parameter_of_its_own_is_an_error(model):
     for patterns in ({"lora_C": 1e-3}, {"lora": 1e-3, "lora_A": 2e-3}, {"embed_tokens": 1e-5}):
         with pytest.raises(ConfigError) as caught:
             parameter_groups(with_adapter(copy.deepcopy(model)), Adapter(learning_rate_patterns=patterns))
-        problem = f"learning_rate_patterns: {list(patterns)[-1]!r} matches no trained parameter that an earlier pattern "
+        problem = (
+            f"learning_rate_patterns: {list(patterns)[-1]!r} matches no trained parameter that an earlier pattern "
+        )
         assert caught.value.problems[0].startswith(f"{problem}leaves; they have names such as base_model.model.model.")
 
 
@@ -138,7 +140,11 @@ def test_each_optimizer_steps_a_pattern_at_its_own_rate_through_the_schedule(mod
     scheduler = build_schedule(optimizer, options, 4)
     before = copy.deepcopy(model.state_dict())
     step_with_gradient(model, optimizer, 1.0)  # at half the rate, in the warmup
-    for parameter_name, rate in (("lm_head.weight", 1e-3), ("model.norm.weight", 5e-3), ("model.embed_tokens.weight", 1e-2)):
+    for parameter_name, rate in (
+        ("lm_head.weight", 1e-3),
+        ("model.norm.weight", 5e-3),
+        ("model.embed_tokens.weight", 1e-2),
+    ):
         moved = before[parameter_name] - model.get_parameter(parameter_name).data
         torch.testing.assert_close(moved, torch.full_like(moved, rate / 2), rtol=1e-2, atol=1e-5)
     assert sorted(set(scheduler.get_last_lr())) == pytest.approx([5e-4, 2.5e-3, 5e-3])
