@@ -73,8 +73,10 @@ def obey(words: list[str], dialogues: dict[str, Dialogue], current: str) -> str:
         )
     elif command not in ("/adapter", "/base"):
         print_remark(f"{command} is no command; there are /adapter, /adapters and /base.")
+    elif command == "/adapter" and not argument:
+        print_remark(f"/adapter needs a number or a name; there are {', '.join(names)}.")
     elif command == "/adapter" and argument not in (*names, *map(str, range(1, len(names) + 1))):
-        print_remark(f"/adapter {argument} names no adapter; there are {', '.join(map(describe, names))}.")
+        print_remark(f"/adapter {argument} names no adapter; there are {', '.join(names)}.")
     else:
         name = BARE if command == "/base" else argument if argument in names else names[int(argument) - 1]
         dialogues[name].start_anew()

@@ -9,37 +9,41 @@ recorded for the methods of PEFT 0.21; those of a method that is new in the inst
 
 import json
 import sys
+from difflib import get_close_matches
 
 from rich.console import Console
 from rich.table import Table
 
 from accel_llm.adapters.described import METHOD_DESCRIPTIONS, NOT_DESCRIBED
 from accel_llm.config.command_line import parse_options
-from accel_llm.config.tool_options import MethodsOptions
+from accel_llm.config.tool_options import MethodsOptions as Options
 from accel_llm.errors import ConfigError
 from accel_llm.system.exit import run_script
 from accel_llm.training.method_facts import MethodFacts, all_methods, find_facts, recorded_facts
 
 MB, GB = 2**20, 2**30
-HEADINGS = ("method", "trained", "MB", "GPU GB", "to LoRA", "packed", "merged", "bits", "good for", "paper")
+HEADINGS = ("method", "trained", "MB", "GB", "LoRA", "packed", "merged", "bits", "good for", "paper")
 LEGEND = (
-    "trained: share of the weights. MB: they in float32. GPU GB: estimated for the training. to LoRA: more or less than "
-    "that. packed: several rows in one. merged: can become a part of the weights. bits: 4 or 8 for the base."
+    "trained: share of the weights; MB: their size in float32; GB: estimated memory of the GPU; LoRA: how much more than "
+    "LoRA takes; packed: several documents in a row; merged: can be made a part of the weights; bits: of a quantized base"
 )
 
 
 def main() -> None:
-    options = parse_options(MethodsOptions)
+    options = parse_options(Options)
     known, recorded = all_methods(), recorded_facts()
-    if unknown := [name for name in options.methods if name not in known]:
-        raise ConfigError(f"methods: {unknown[0]!r} is unknown; allowed are {', '.join(known)}.")
+    for name in options.methods:
+        if name not in known:
+            guess = get_close_matches(name, known, 1)
+            hint = f"did you mean {guess[0]}? " if guess else ""
+            raise ConfigError(f"methods: {name!r} is unknown; {hint}Allowed are {', '.join(known)}.")
     facts = {name: recorded.get(name) or find_facts(name) for name in options.methods or known}
     if options.json_lines:
         for name, of_method in facts.items():
             description = METHOD_DESCRIPTIONS.get(name, NOT_DESCRIBED)
             print(json.dumps({"method": name} | of_method._asdict() | description._asdict()))
         return
-    # As wide as the table where the output is no terminal.
+    # Where the output is no terminal nothing is wrapped.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     console.print(methods_table(facts, (recorded.get("lora") or find_facts("lora")).memory))
     console.print(LEGEND, style="bright_black")
@@ -67,8 +71,8 @@ def figures(facts: MethodFacts, memory_of_lora: int) -> list[str]:
     return [
         f"{facts.share:.4%}" if facts.share < 1e-4 else f"{facts.share:.2%}",
         f"{4 * facts.trained / MB:,.1f}" if 4 * facts.trained < 10 * MB else f"{4 * facts.trained / MB:,.0f}",
-        f"{facts.memory / GB:.1f}",
-        f"{(facts.memory - memory_of_lora) / GB:+.1f}",
+        f"{facts.memory / GB:.1f}" if facts.memory else "-",
+        f"{(facts.memory - memory_of_lora) / GB:+.1f}" if facts.memory else "-",
         "yes" if facts.packed else "no",
         "yes" if facts.mergeable else "no",
         " ".join(bits) or "no",

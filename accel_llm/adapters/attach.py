@@ -167,9 +167,7 @@ def _peft_config(options: MethodOptions) -> Any:
     return replace(config, **changes, base_model_name_or_path=None)
 
 
-def _train_rows(
-    wrapped: Any, model: PreTrainedModel, options: TrainOptions, new_tokens: range, chosen: Any
-) -> None:
+def _train_rows(wrapped: Any, model: PreTrainedModel, options: TrainOptions, new_tokens: range, chosen: Any) -> None:
     """Train the vocabulary rows of `new_tokens` and of `chosen` ones too, and note them in the adapter's config.
 
     Raises:

@@ -100,6 +100,11 @@ def set_schedule(config: Any, options: MethodOptions, total_steps: int) -> None:
         )
 
 
+def budget_bytes(model: torch.nn.Module) -> int:
+    """Return the bytes of the two averages, float32, of each weight of AdaLoRA; 0 for another method."""
+    return sum(2 * 4 * weight.numel() for layer in _layers(model) for weight in _weights(layer))
+
+
 class RankBudget:
     """Follows AdaLoRA's schedule: measures how important each rank is, and gives up the least important ones.
 
@@ -132,19 +137,15 @@ class RankBudget:
                 local_part(value).mul_(local_part(self.state[value][KEPT]))
             return
         step, last = self.scheduler.last_epoch + 1, self.config.total_step - self.config.tfinal
-        if step < last:
+        if step < last or IMPORTANCE not in self.state[values[0]]:  # also in a run of one or two steps
             self._measure_importance()
         budget, due = self.allocator.budget_schedule(min(step, last))
         if due or step >= last:
             self._allocate(values, budget, step >= last)
 
-    def _weights(self) -> list[tuple[Any, Any, Any]]:
-        """Return A [r, in], B [out, r] and E [r, 1] of each layer, whose product is B (E A)."""
-        return [tuple(getattr(layer, f"lora_{f}")["default"] for f in "ABE") for layer in self.layers]  # type: ignore
-
     def _measure_importance(self) -> None:
         """Take a step into the averages of |weight x gradient| and of its distance to this average (formulas 8 to 10)."""
-        weights = [weight for triple in self._weights() for weight in triple]
+        weights = [weight for layer in self.layers for weight in _weights(layer)]
         for weight in weights:
             if IMPORTANCE not in self.state[weight]:
                 self.state[weight] |= {IMPORTANCE: torch.zeros_like(weight), UNCERTAINTY: torch.zeros_like(weight)}
@@ -159,9 +160,9 @@ class RankBudget:
 
     def _allocate(self, values: list[Any], budget: int, final: bool) -> None:
         """Set all singular values to 0 but those of the `budget` most important ranks; in the end this stays so."""
-        scores = [self._scores(*triple) for triple in self._weights()]
+        scores = [self._scores(*_weights(layer)) for layer in self.layers]
         # PEFT's rule: all scores up to this one are given up, with equal ones more of them.
-        threshold = torch.kthvalue(torch.cat(scores), self.allocator.init_bgt - budget).values
+        threshold = torch.cat(scores).sort().values[self.allocator.init_bgt - budget - 1]
         kept = [score > threshold for score in scores]
         for value, flags in zip(values, kept, strict=True):
             mask = _sharded_like(value, flags.to(value.dtype)[:, None])
@@ -169,7 +170,7 @@ class RankBudget:
             if final:
                 self.state[value][KEPT] = mask
         if final:
-            for weight in (weight for triple in self._weights() for weight in triple):
+            for weight in (weight for layer in self.layers for weight in _weights(layer)):
                 self.state[weight].pop(IMPORTANCE, None)
                 self.state[weight].pop(UNCERTAINTY, None)
             if process_rank() == 0:
@@ -188,6 +189,11 @@ class RankBudget:
 
 def _layers(model: Any) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, AdaLoraLayer)]
+
+
+def _weights(layer: Any) -> tuple[Any, Any, Any]:
+    """Return A [r, in], B [out, r] and E [r, 1] of a layer, which adds B (E A) x."""
+    return layer.lora_A["default"], layer.lora_B["default"], layer.lora_E["default"]
 
 
 def _whole(tensor: Any) -> torch.Tensor:

@@ -28,10 +28,8 @@ METHOD_DESCRIPTIONS = {
         ("delora", "long training, a bounded change", "2503.18225"),
         ("glora", "LoRA for weights, inputs and biases", "2306.07967"),
         ("gralora", "high ranks without overfitting", "2505.20355"),
-        ("lily", "high ranks shared by layers", "2407.09946"),
         ("miss", "fast steps, one matrix a layer", "2409.15371"),
         ("peanut", "changes that are not linear", "2410.01870"),
-        ("shadow", "a small model beside a large one", "2604.19254"),
         # a sum of high rank from few numbers
         ("loha", "small files of high rank", "2108.06098"),
         ("lokr", "very small files of high rank", "2309.14859"),
@@ -68,7 +66,5 @@ METHOD_DESCRIPTIONS = {
         ("p_tuning", "questions about facts", "2103.10385"),
         ("prefix", "generation, one task each", "2101.00190"),
         ("p_tuning_v2", "as prefix, for hard tasks", "2110.07602"),
-        ("cpt", "few examples, kept in the prompt", "2410.17222"),
-        ("cartridge", "one long text, asked often", "2506.06266"),
     )
 }

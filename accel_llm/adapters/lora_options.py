@@ -165,7 +165,10 @@ def check_patterns(model: Any, config: Any) -> None:
     blocks = getattr(config, "use_bdlora", None)
     problems += [
         f"method_options: use_bdlora has {key!r}, but no adapted layer has such a name; one is {min(adapted)}."
-        for key in [*(getattr(blocks, "target_modules_bd_a", 0) or ()), *(getattr(blocks, "target_modules_bd_b", 0) or ())]
+        for key in [
+            *(getattr(blocks, "target_modules_bd_a", 0) or ()),
+            *(getattr(blocks, "target_modules_bd_b", 0) or ()),
+        ]
         if not any(key in name for name in adapted)
     ]
     if getattr(config, "ensure_weight_tying", False):
@@ -175,7 +178,9 @@ def check_patterns(model: Any, config: Any) -> None:
 
 def _tying_problems(model: Any, config: Any) -> list[str]:
     if not model.get_base_model().config.get_text_config().tie_word_embeddings:
-        return ["method_options: ensure_weight_tying has no effect, because embedding and head are two matrices; leave it out."]
+        return [
+            "method_options: ensure_weight_tying has no effect, because embedding and head are two matrices; leave it out."
+        ]
     tied = model.peft_config["default"]
     if getattr(tied, "target_modules_to_tie", None):
         return [

@@ -38,7 +38,7 @@ def option_names(config_class: type[PeftConfig]) -> list[str]:
     return [field.name for field in fields(config_class) if field.name not in NOT_FOR_USERS]
 
 
-def check_method_options(method: str, values: dict[str, Any], config_class: type[PeftConfig]) -> dict[str, Any]:
+def check_method_options(method: str, values: dict[str, Any], config_class: type) -> dict[str, Any]:
     """Return `values`, converted to the types of the fields of `config_class`.
 
     Raises:

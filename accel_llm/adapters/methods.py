@@ -15,7 +15,8 @@ from accel_llm.adapters.lora_options import INIT_ROWS, complete_fields, lora_pro
 from accel_llm.adapters.method_options import check_method_options, option_names
 from accel_llm.adapters.partial import check_partial_options
 from accel_llm.adapters.prompt_options import PROMPT_METHODS, prompt_problems
-from accel_llm.config.options import METHODS_WITHOUT_ADAPTER, MethodOptions, ModelOptions, PretrainOptions
+from accel_llm.config.method import METHODS_WITHOUT_ADAPTER
+from accel_llm.config.options import MethodOptions, ModelOptions, PretrainOptions
 from accel_llm.errors import ConfigError, raise_problems
 from accel_llm.model.loading import short_reason
 

@@ -163,7 +163,7 @@ def _with_same_weight(model: nn.Module, modules: Sequence[nn.Module | None]) -> 
 
 def _in_layers(model: nn.Module, names: list[str], chosen: FreezeOptions, problems: list[str]) -> set[str]:
     """Return the parameters of the chosen layers, or of the chosen modules in them; add what is wrong to `problems`."""
-    path, count = decoder_layers(model)
+    path, count = _layer_list(model)
     numbers = chosen.layers if isinstance(chosen.layers, list) else range(count - (chosen.layers or count), count)
     if wrong := [number for number in numbers if not 0 <= number < count]:
         given = chosen.layers if isinstance(chosen.layers, int) else wrong[0]
@@ -190,7 +190,7 @@ def _in_layers(model: nn.Module, names: list[str], chosen: FreezeOptions, proble
     }
 
 
-def decoder_layers(model: nn.Module) -> tuple[str, int]:
+def _layer_list(model: nn.Module) -> tuple[str, int]:
     """Return the name of the list of decoder layers in `model`, and their number."""
     inner = unwrap_causal_lm(model)
     count = inner.config.get_text_config().num_hidden_layers

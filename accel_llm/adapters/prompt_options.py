@@ -37,7 +37,9 @@ def prompt_problems(options: MethodOptions) -> list[str]:
             f"method_options: {count} num_virtual_tokens leave no room for a document in max_length {options.max_length}; "
             "they count against it: lower num_virtual_tokens, or raise max_length."
         )
-    return problems + [f"method_options: {name} has no effect, {reason} leave it out." for name, reason in _unused(options)]
+    return problems + [
+        f"method_options: {name} has no effect, {reason} leave it out." for name, reason in _unused(options)
+    ]
 
 
 def _unused(options: MethodOptions) -> list[tuple[str, str]]:

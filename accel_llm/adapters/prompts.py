@@ -22,9 +22,9 @@ from accel_llm.adapters.methods import fresh_adapter_config
 from accel_llm.config.options import TrainOptions
 from accel_llm.errors import ConfigError
 from accel_llm.model.attention import PACKED_ATTENTION, PADDED_ATTENTION
+from accel_llm.model.ensemble import answering_together
 from accel_llm.model.loading import short_reason
 from accel_llm.model.tokenizer import configured_tokenizer
-from accel_llm.model.ensemble import answering_together
 from accel_llm.model.virtual_tokens import CACHE_OPTION, PrefixCache, replace_embeddings, with_places
 
 # The names of the prompts of an ensemble after the first, which is PEFT's `default`: prompt_2, prompt_3, ...

@@ -32,7 +32,8 @@ from accel_llm.config.aliases import (
     VALUES_BESIDE_AN_OPTION,
 )
 from accel_llm.config.fields import MAX_YAML_CHARACTERS, parse_method, read_yaml
-from accel_llm.config.options import DEFAULT_METHOD, Options, options_for_another_method
+from accel_llm.config.method import DEFAULT_METHOD, options_for_another_method
+from accel_llm.config.options import Options
 from accel_llm.errors import ConfigError, raise_problems
 from accel_llm.system.launcher import process_rank
 from accel_llm.system.places import expand_home

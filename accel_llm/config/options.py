@@ -9,45 +9,25 @@ import math
 import os
 import tempfile
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from accel_llm.config.data_options import TURN_OPTIONS, DataOptions
 from accel_llm.config.fields import (
-    MethodName,
     Optimizer,
     Options,
     Place,
     Precision,
     Rates,
     Resume,
-    TargetModules,
     Texts,
     Trackers,
-    Variables,
 )
+from accel_llm.config.method import MethodOptions
 from accel_llm.system.launcher import is_launched
 
-# Options that only some methods, optimizers or schedules use. If one is set for another choice, that is an error.
-# Which options a method of PEFT takes besides, its own config class says (adapters/methods.py).
-METHODS_BY_OPTION = {
-    **dict.fromkeys(["lora_r", "init_lora_weights", "use_dora", "use_rslora", "loraplus_lr_ratio"], ("lora", "qlora")),
-    **dict.fromkeys(["lora_alpha", "lora_dropout", "lora_bias"], ("lora", "qlora", "adalora")),
-    "prompt_ensemble": ("prompt",),
-}
-# Methods that train weights of the model itself: all of them, or a part. The others train an adapter beside it.
-METHODS_WITHOUT_ADAPTER = ("full", "freeze", "bitfit")
-ADAPTER_OPTIONS = (
-    "adapter_name_or_path",
-    "lora_target_modules",
-    "load_in_4bit",
-    "load_in_8bit",
-    "modules_to_save",
-    "offload_embeddings",
-)
-# Options whose values are chosen for one method.
-CHOSEN_FOR_METHOD = ("learning_rate", "learning_rate_patterns", "lora_target_modules", "method_options")
+# Options that only some optimizers or schedules use. If one is set for another choice, that is an error.
 ADAMW = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit")
 OPTIMIZERS_BY_OPTION = {"adam_beta1": (*ADAMW, "lion"), "adam_beta2": (*ADAMW, "lion"), "adam_epsilon": ADAMW}
 SCHEDULES_BY_OPTION = {
@@ -55,19 +35,6 @@ SCHEDULES_BY_OPTION = {
     "min_lr_rate": ("cosine_with_min_lr", "warmup_stable_decay"),
     "decay_share": ("warmup_stable_decay",),
 }
-
-
-def options_for_another_method(own: str, other: str) -> list[str]:
-    """Return the names of those options of a run with method `own` that would not mean the same with method `other`."""
-    if own == other or {own, other} <= {"lora", "qlora"}:
-        return []
-    own_alone = [n for n, methods in METHODS_BY_OPTION.items() if own in methods and other not in methods]
-    if other in METHODS_WITHOUT_ADAPTER:
-        # Only a run that names an adapter to go on with must not go on without it: that stays, and is an error.
-        own_alone += [name for name in ADAPTER_OPTIONS if name != "adapter_name_or_path"]
-    else:
-        own_alone.append("master_weights")
-    return sorted({*CHOSEN_FOR_METHOD, *own_alone})
 
 
 def count_warmup_steps(warmup_steps: float, total_steps: int) -> int:
@@ -91,81 +58,6 @@ class ModelOptions(Options):
     offload_embeddings: bool = Field(
         False, description="Keep the frozen input embedding in host memory; the GPU gets only the rows it needs"
     )
-
-
-# Ways to choose the first values of a LoRA, by PEFT's names; `pissa_niter_4` is PiSSA by a random decomposition.
-InitMethod = (
-    Literal["gaussian", "orthogonal", "olora", "pissa", "eva", "corda", "lora_ga", "loftq"]
-    | Annotated[str, Field(pattern=r"^pissa_niter_[1-9]\d*$")]
-)
-
-
-class MethodOptions(Options):
-    """Method"""
-
-    method: MethodName = Field(
-        "lora", description="What is trained: full, lora, qlora, ...; launch/show_methods.py lists all methods"
-    )
-    method_options: Variables = Field(
-        default_factory=dict, description="Further options of the method by PEFT's names, as name=value"
-    )
-    load_in_4bit: bool = Field(False, description="Load the base of an adapter in 4 bits (NF4); qlora is lora with it")
-    load_in_8bit: bool = Field(False, description="Load the base of an adapter in 8 bits")
-    adapter_name_or_path: Place | None = Field(
-        None, description="Adapter to train further, with its own settings and a new optimizer"
-    )
-    lora_r: int = Field(16, ge=1, description="Rank of the adapter")
-    lora_alpha: float = Field(32, gt=0, description="Alpha of the adapter, which is scaled by alpha / r")
-    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of the adapter")
-    lora_bias: Literal["none", "all", "lora_only"] = Field("none", description="Which biases are trained too")
-    lora_target_modules: TargetModules = Field(
-        "all-linear", description="Modules that get an adapter: all-linear, names, or a pattern for the whole name"
-    )
-    modules_to_save: Texts = Field(
-        default_factory=list, description="Names of modules that are trained and saved whole"
-    )
-    init_lora_weights: bool | InitMethod = Field(
-        True, description="First values of the adapter (A and B); true: A Kaiming uniform, B zero; false: both random"
-    )
-    prompt_ensemble: int = Field(
-        1, ge=1, description="Number of prompts to train at once, each on its share of the rows; they answer together"
-    )
-    use_dora: bool = Field(False, description="DoRA: train the magnitude and the direction of the weights separately")
-    use_rslora: bool = Field(False, description="rsLoRA: scale the adapter by alpha / sqrt(r)")
-
-    @property
-    def has_adapter(self) -> bool:
-        """Whether an adapter is trained; else weights of the model itself are."""
-        return self.method not in METHODS_WITHOUT_ADAPTER
-
-    @property
-    def in_4_bits(self) -> bool:
-        """Whether the base of the adapter is held in 4 bits."""
-        return self.method == "qlora" or self.load_in_4bit
-
-    @property
-    def adapter_may_draw(self) -> bool:
-        """Whether the adapter may draw random numbers in training; of a plain LoRA it is known that it does not."""
-        plain = self.method in ("lora", "qlora") and not (self.lora_dropout or self.method_options)
-        return self.has_adapter and not plain
-
-    def problems(self) -> list[str]:
-        problems = super().problems() + self._without_effect(METHODS_BY_OPTION, "method")
-        if not self.has_adapter:
-            problems += [
-                f"{name}: method {self.method} trains no adapter; remove it."
-                for name in ADAPTER_OPTIONS
-                if name in self.model_fields_set and getattr(self, name)
-            ]
-        if self.in_4_bits and self.load_in_8bit:
-            other = "method qlora" if self.method == "qlora" else "load_in_4bit"
-            problems.append(f"load_in_8bit: {other} already holds the base in 4 bits; give one of them.")
-        if self.init_lora_weights == "orthogonal" and self.lora_r % 2:
-            problems.append(f"lora_r: {self.lora_r} is odd; init_lora_weights orthogonal needs an even rank.")
-        return problems
-
-
-DEFAULT_METHOD = MethodOptions.model_fields["method"].default
 
 
 class OptimOptions(Options):

@@ -21,7 +21,7 @@ from accel_llm.backend.strategy import PRECISION_DTYPES, compute_dtype, training
 from accel_llm.config.tool_options import ChatOptions
 from accel_llm.errors import ConfigError
 from accel_llm.merge.attached import check_usable, load_adapter
-from accel_llm.merge.shared_weights import copy_modules, copy_vocabulary, share_experts
+from accel_llm.merge.shared_weights import copy_modules, copy_weights, share_experts
 from accel_llm.merge.skeleton import read_model_config
 from accel_llm.model.answers import print_remark
 from accel_llm.model.attention import unwrap_causal_lm
@@ -160,7 +160,9 @@ def _with_adapter(model: Any, adapter: SavedAdapter) -> Any:
     rows = model.config.get_text_config().vocab_size
     new_rows = range(rows, adapter_vocabulary_size(model, adapter.settings, adapter.weights))
     if new_rows or any("trainable_tokens_" in name for name in adapter.weights):
-        copy_vocabulary(model)
+        copy_weights([model.get_input_embeddings(), model.get_output_embeddings()])
+    if subtracted_init(_first_values(adapter)) == "olora":
+        copy_weights([model])  # PEFT 0.21 takes OLoRA's first values out of the weights in place
     extend_vocabulary(model, new_rows)
     wrapped = load_adapter(model, adapter)
     layers = [module for module in wrapped.modules() if isinstance(module, TrainableTokensLayer)]

@@ -4,6 +4,7 @@ PEFT can hold several adapters in one model, but only of one kind, and they meet
 (biases, rows of tokens, the first values of PiSSA), the others see too.
 """
 
+from collections.abc import Iterable
 from copy import deepcopy
 from typing import Any
 
@@ -27,9 +28,8 @@ def copy_modules(model: Any) -> Any:
     return deepcopy(model, shared)
 
 
-def copy_vocabulary(model: Any) -> None:
-    """Give a model from `copy_modules` an embedding and a head of its own, so that their rows can change."""
-    modules = [model.get_input_embeddings(), model.get_output_embeddings()]
+def copy_weights(modules: Iterable[nn.Module | None]) -> None:
+    """Give modules of a model from `copy_modules` numbers of their own, which can change; tied ones stay tied."""
     for parameter in {parameter for module in modules if module is not None for parameter in module.parameters()}:
         parameter.data = parameter.data.clone()
 

@@ -48,7 +48,9 @@ def replace_keys(
         ConfigError: the layer's keys or values have another shape.
     """
     layer: Any = module.layer_idx
-    return _replace(module, key, prefix[2 * layer], positions), _replace(module, value, prefix[2 * layer + 1], positions)
+    return _replace(module, key, prefix[2 * layer], positions), _replace(
+        module, value, prefix[2 * layer + 1], positions
+    )
 
 
 def _replace(module: nn.Module, tensor: torch.Tensor, prefix: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

@@ -168,7 +168,9 @@ def _rows_of_modules(
                 f"{' and '.join(names.values())}."
             )
         for module in modules:
-            size = len(_frozen_module(module).weight) if not hasattr(module, "num_embeddings") else module.num_embeddings
+            size = (
+                len(_frozen_module(module).weight) if not hasattr(module, "num_embeddings") else module.num_embeddings
+            )
             if wrong := [k for k in ids if not 0 <= k < size]:
                 raise ConfigError(
                     f"trainable_token_indices: {key} has no row {wrong[0]}, only 0 to {size - 1}; tokens that the chat "

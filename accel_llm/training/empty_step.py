@@ -98,7 +98,7 @@ def _follow(
     options: TrainOptions, config: PreTrainedConfig, settings: StepSettings, layers: int, group: int
 ) -> dict[str, int]:
     """Follow a step of a model with so many layers; the first and the last `group` layers are taken together."""
-    with _quiet():
+    with quietly():
         with torch.device("meta"):
             model, quantized = _build(options, _shorten(config, layers), settings)
         with FakeTensorMode(allow_non_fake_inputs=True), Allocations() as allocations:
@@ -122,7 +122,7 @@ def _follow(
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Hide what is said about the model: it is said again when the real one is built."""
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)

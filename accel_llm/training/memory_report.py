@@ -13,6 +13,8 @@ from accel_llm.model.loading import short_reason
 from accel_llm.report.metrics import console
 from accel_llm.training.memory_estimate import GB, estimate_memory, memory_savings
 
+# PEFT computes parts of these from numbers while it builds its layers, which an empty model does not have.
+METHODS_THAT_READ_WEIGHTS = ("boft", "frod", "shira", "unilora")
 MB = 2**20
 SAVINGS_SHOWN = 4
 
@@ -38,8 +40,9 @@ def show_memory(
             savings = [f"{setting} ({size / GB:.1f} GB)" for setting, size in memory_savings(*arguments)]
             remedy = ", ".join(savings[:SAVINGS_SHOWN]) or "a smaller model"
             console.print(f"memory: what saves most: {remedy}", style="yellow", soft_wrap=True, markup=False)
-    except Exception as error:  # of a family that cannot be followed without data
-        console.print(f"memory: there is no estimate for this model ({short_reason(error)})", soft_wrap=True)
+    except Exception as error:  # a family or a method (BOFT, FRoD, SHiRA) that cannot be followed without data
+        what = f"method {options.method}" if options.method in METHODS_THAT_READ_WEIGHTS else "this model"
+        console.print(f"memory: there is no estimate for {what} ({short_reason(error)})", soft_wrap=True)
         return {}
     tensors = estimate.total - (estimate.terms["context"] if accelerator.device.type == "cuda" else 0)
     estimated = {name: size // MB for name, size in estimate.terms.items()}

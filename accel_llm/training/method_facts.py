@@ -18,10 +18,12 @@ from accel_llm.adapters.attach import attach_adapter
 from accel_llm.adapters.defaults import fill_method_options
 from accel_llm.adapters.methods import check_method, peft_methods
 from accel_llm.adapters.refusals import check_quantized_base
-from accel_llm.config.options import METHODS_WITHOUT_ADAPTER, SftOptions
+from accel_llm.config.method import METHODS_WITHOUT_ADAPTER
+from accel_llm.config.options import SftOptions
 from accel_llm.demo.files import DEMO_BASE
 from accel_llm.errors import ConfigError
 from accel_llm.model.loading import configure_for_training
+from accel_llm.training.empty_step import quietly
 from accel_llm.training.memory_estimate import estimate_memory
 
 RECORDED = Path(__file__).with_name("method_facts.json")
@@ -60,20 +62,21 @@ def recorded_facts() -> dict[str, MethodFacts]:
 
 def find_facts(method: str) -> MethodFacts:
     """Count and try a method, which takes seconds."""
-    try:
-        options = _default_options(method)
-        memory, trained = _follow(options)
-    except ConfigError as error:
-        return MethodFacts(refused=str(error).removeprefix("method: "))
-    return MethodFacts(
-        trained=trained,
-        share=trained / WEIGHTS,
-        memory=memory,
-        packed=bool(options.packing),
-        mergeable=_can_be_merged(options),
-        four_bit=_is_allowed(method, load_in_4bit=True),
-        eight_bit=_is_allowed(method, load_in_8bit=True),
-    )
+    with quietly():
+        try:
+            options = _default_options(method)
+            memory, trained = _follow(options)
+        except ConfigError as error:
+            return MethodFacts(refused=str(error).removeprefix("method: "))
+        return MethodFacts(
+            trained=trained,
+            share=trained / WEIGHTS,
+            memory=memory,
+            packed=bool(options.packing),
+            mergeable=_can_be_merged(options),
+            four_bit=_is_allowed(method, load_in_4bit=True),
+            eight_bit=_is_allowed(method, load_in_8bit=True),
+        )
 
 
 def _default_options(method: str, **others: Any) -> Any:

@@ -4,6 +4,7 @@ from typing import get_args
 
 from torch import nn
 
+from accel_llm.adapters.budget import budget_bytes
 from accel_llm.config.options import OptimOptions
 from accel_llm.training.own_optimizers import embedding_weight_ids, is_vector
 
@@ -25,7 +26,7 @@ def optimizer_bytes(model: nn.Module, device_type: str) -> dict[str, int]:
     largest = max((parameter.numel() for parameter in trained), default=0)
     figures: dict[str, int] = {}
     for name in optimizer_names():
-        figures[name] = sum(
+        figures[name] = budget_bytes(model) + sum(
             _state_bytes(name, parameter, id(parameter) in tables, id(parameter) in ends, device_type)
             for parameter in trained
         )

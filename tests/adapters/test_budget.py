@@ -10,7 +10,7 @@ from support import random_rows, tiny_model
 
 from accel_llm.adapters.adopt import adopt_adapter_options
 from accel_llm.adapters.attach import attach_adapter
-from accel_llm.adapters.budget import RankBudget, set_schedule
+from accel_llm.adapters.budget import IMPORTANCE, UNCERTAINTY, RankBudget, budget_bytes, set_schedule
 from accel_llm.adapters.methods import check_method, fresh_adapter_config
 from accel_llm.adapters.saved import check_saved_adapter, save_adapter
 from accel_llm.config.options import TrainOptions
@@ -40,14 +40,20 @@ def kept(model: Any) -> dict[str, list[bool]]:
     return {name: (p.view(-1) != 0).tolist() for name, p in model.named_parameters() if "lora_E" in name}
 
 
-def ours(base: Any, dtype: torch.dtype) -> tuple[Any, Any, Any]:
+def ours(base: Any, dtype: torch.dtype, steps: int = STEPS, **values: Any) -> tuple[Any, Any, Any]:
     attach_loss(base, 64)
-    settings = options()
+    settings = options(**values)
     model = attach_adapter(base, settings).to(dtype)
     optimizer = build_optimizer(model, settings, "cpu", "none")
-    scheduler = build_schedule(optimizer, settings, STEPS)
-    RankBudget(model, settings, optimizer, scheduler, STEPS)
+    scheduler = build_schedule(optimizer, settings, steps)
+    RankBudget(model, settings, optimizer, scheduler, steps)
     return model.train(), optimizer, scheduler
+
+
+def make_step(model: Any, optimizer: Any, seed: int = 0) -> None:
+    next_token_loss(model, to_device(collate_padded(random_rows(4, 16, seed), 0), "cpu")).backward()
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def run(base: Any, dtype: torch.dtype, skip: int = 0) -> tuple[Any, Any, list[tuple[float, float]]]:
@@ -109,9 +115,18 @@ def test_the_last_allocation_is_made_up_for_if_its_step_is_skipped():
     model, optimizer, scheduler = ours(tiny_model("llama"), torch.float32)
     for step in range(1, STEPS + 1):
         if step != STEPS - PHASES["tfinal"]:
-            next_token_loss(model, to_device(collate_padded(random_rows(4, 16, step), 0), "cpu")).backward()
-            optimizer.step()
-        optimizer.zero_grad()
+            make_step(model, optimizer, step)
+        scheduler.step()
+    assert sum(sum(flags) for flags in kept(model).values()) == 12
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_run_of_one_or_two_steps_ends_with_the_wanted_ranks(steps):
+    model, optimizer, scheduler = ours(
+        tiny_model("llama"), torch.float32, steps, method_options={"init_r": 4, "target_r": 2}
+    )
+    for _ in range(steps):
+        make_step(model, optimizer)
         scheduler.step()
     assert sum(sum(flags) for flags in kept(model).values()) == 12
 
@@ -131,6 +146,13 @@ def test_the_penalty_counts_in_training_only():
     assert (
         float(next_token_loss(model.train(), batch).detach()) == pytest.approx(wanted, rel=1e-6) and float(penalty) > 1
     )
+
+
+def test_the_averages_take_the_bytes_that_are_estimated():
+    model, optimizer, _ = ours(tiny_model("llama"), torch.float32)
+    make_step(model, optimizer)
+    averages = [state[name] for state in optimizer.state.values() for name in (IMPORTANCE, UNCERTAINTY)]
+    assert budget_bytes(model) == sum(average.nbytes for average in averages) > 0
 
 
 @PEFT_KEYS

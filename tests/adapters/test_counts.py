@@ -114,6 +114,7 @@ QV = {"lora_target_modules": ["q_proj", "v_proj"]}
 GPT2_MEDIUM, GPT3, LLAMA_7B = (1024, 24), (12288, 96), (4096, 32, 11008)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "shape, method, options, millions",
     [
@@ -122,9 +123,9 @@ GPT2_MEDIUM, GPT3, LLAMA_7B = (1024, 24), (12288, 96), (4096, 32, 11008)
         (GPT3, "lora", {"lora_r": 8, **QV}, 37.7),
         # VeRA, arXiv 2310.11454, table 3.
         (GPT2_MEDIUM, "vera", {"method_options": {"r": 1024}, **QV}, 0.098),
-        # FourierFT, arXiv 2405.03003, table 4: LLaMA-7B, beside LoRA.
+        # FourierFT, arXiv 2405.03003: GPT-2 medium, and LoRA of LLaMA-7B.
+        (GPT2_MEDIUM, "fourierft", {"method_options": {"n_frequency": 1000}, **QV}, 0.048),
         (LLAMA_7B, "lora", {"lora_r": 64, **QV}, 33.5),
-        (LLAMA_7B, "fourierft", {"method_options": {"n_frequency": 1000}, **QV}, 0.064),
         # LLaMA-Adapter, arXiv 2303.16199, table 1, counts LoRA of Alpaca-LoRA.
         (LLAMA_7B, "lora", {"lora_r": 8, **QV}, 4.2),
         # (IA)3, arXiv 2205.05638: L (d_k + d_v + d_ff).
@@ -133,5 +134,5 @@ GPT2_MEDIUM, GPT3, LLAMA_7B = (1024, 24), (12288, 96), (4096, 32, 11008)
 )
 def test_the_figures_of_the_papers(shape, method, options, millions):
     count = trained(empty_model(*shape), method, **options)
-    digits = len(str(millions).split(".")[1])
-    assert round(count / 1e6, digits) == millions
+    last_digit = 0.1 ** len(str(millions).split(".")[1])
+    assert abs(count / 1e6 - millions) < last_digit  # some tables round down

@@ -35,6 +35,7 @@ pytestmark = pytest.mark.usefixtures("quiet")
 IDS = torch.randint(3, 50, (3, 20), generator=torch.Generator().manual_seed(3))
 ROWS = make_rows((k, list(ids), list(labels)) for k, (ids, labels) in enumerate(random_rows(24, 20)))
 FIRST = 12  # rows that are looked at
+TAU = 0.5  # EVA has its directions after a few passes
 LONG = pytest.mark.long
 
 
@@ -141,9 +142,9 @@ def test_lora_ga_takes_what_peft_takes(bases, scale):
 @pytest.mark.parametrize(
     "family, more",
     [
-        ("llama", {}),
-        pytest.param("llama", {"eva_config": {"rho": 1.0}}, marks=LONG),
-        pytest.param("gpt2", {}, marks=LONG),
+        ("llama", {"eva_config": {"tau": TAU}}),
+        pytest.param("llama", {"eva_config": {"rho": 1.0, "tau": TAU}}, marks=LONG),
+        pytest.param("gpt2", {"eva_config": {"tau": TAU}}, marks=LONG),
     ],
 )
 def test_eva_takes_directions_and_ranks_of_peft(bases, family, more):
@@ -152,7 +153,7 @@ def test_eva_takes_directions_and_ranks_of_peft(bases, family, more):
     plain: Any = AutoModelForCausalLM.from_pretrained(bases[family])
     assert torch.equal(logits(model), logits(plain))
     rho = more.get("eva_config", {}).get("rho", 2.0)
-    oracle: Any = get_peft_model(plain, oracle_config(model, "eva", eva_config=EvaConfig(rho=rho)))
+    oracle: Any = get_peft_model(plain, oracle_config(model, "eva", eva_config=EvaConfig(rho=rho, tau=TAU)))
     stream = Stream(ROWS, options, Position(), 0)
     groups = _groups_with_labels(stream, [stream.documents(k) for k in range(FIRST)], False, oracle)
     keys = ("input_ids", "attention_mask", "labels")
@@ -170,7 +171,7 @@ def test_eva_takes_directions_and_ranks_of_peft(bases, family, more):
 
 @pytest.mark.parametrize("init", [pytest.param("eva", marks=LONG), "corda", pytest.param("lora_ga", marks=LONG)])
 def test_first_values_do_not_depend_on_the_process_and_are_exported(bases, tmp_path, init):
-    options = settings(bases["llama"], init)
+    options = settings(bases["llama"], init, {"eva_config": {"tau": TAU}} if init == "eva" else {})
     torch.manual_seed(5)
     model, other = started(options), started(options, Position(rank=1, world=2))
     for name, found in factors(model).items():
@@ -203,11 +204,11 @@ def test_loftq_begins_with_the_best_approximation_of_what_4_bits_lose(bases):
 
 def test_eva_refuses_too_few_labels(bases):
     options = settings(bases["llama"], "eva", {"init_rows": 1}, lora_r=16)
-    with pytest.raises(ConfigError, match="eva computes 32 directions .* have only .* labels; raise init_rows"):
+    with pytest.raises(ConfigError, match=r"eva computes 32 directions .* have only .* labels; raise init_rows"):
         started(options)
 
 
 def test_what_needs_rows_is_refused_where_weights_are_split_before(bases, monkeypatch):
     monkeypatch.setattr("accel_llm.adapters.lora_options.strategy", lambda: "zero3")
-    with pytest.raises(ConfigError, match="init_lora_weights: corda runs the model .* zero3 has split"):
+    with pytest.raises(ConfigError, match=r"init_lora_weights: corda runs the model .* zero3 has split"):
         check_method(settings(bases["llama"], "corda"))

@@ -8,7 +8,7 @@ import pytest
 from support import metrics, run_json, tiny_model
 
 from accel_llm.adapters.defaults import (
-    DEFAULTS,
+    METHOD_DEFAULTS,
     default_rate,
     describe_rate,
     fill_learning_rate,
@@ -35,8 +35,8 @@ def filled(**values: Any) -> SftOptions:
 
 
 def test_the_table_names_methods_and_options_that_exist():
-    assert DEFAULTS.keys() <= {"full", "freeze", "bitfit", *peft_methods()} - {"lora", "qlora"}
-    for method, defaults in DEFAULTS.items():
+    assert METHOD_DEFAULTS.keys() <= {"full", "freeze", "bitfit", *peft_methods()} - {"lora", "qlora"}
+    for method, defaults in METHOD_DEFAULTS.items():
         if method == "freeze":
             assert defaults.options.keys() <= vars(FreezeOptions()).keys()
         elif defaults.options:

@@ -21,6 +21,7 @@ from accel_llm.config.options import TrainOptions
 from accel_llm.data.batches import collate, collate_packed, collate_padded
 from accel_llm.data.encode import Encoder, SourceRow, encode_chunk
 from accel_llm.data.sources import RawRow
+from accel_llm.data.stream import Position, Stream
 from accel_llm.errors import ConfigError
 from accel_llm.model.attention import stock_attention
 from accel_llm.model.loading import configure_for_training, load_model
@@ -121,15 +122,15 @@ def test_a_step_equals_that_of_peft(name, packing):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen3", "gemma2", "gemma3_text"])
-@pytest.mark.parametrize("name", ["prompt", "p_tuning_v2"])
-def test_other_positions_heads_and_windows(name, family):
-    assert_equals_peft(family, name, packing=True)
+def test_other_positions_heads_and_windows(family):
+    assert_equals_peft(family, "p_tuning_v2", packing=True)
+    assert_equals_peft(family, "prompt", packing=family == "gemma2")
 
 
-# PhiMoE draws random numbers in training, and MLA keeps something else than keys in its cache.
+# All of FAMILIES were tried but PhiMoE, which draws random numbers in training; these differ in what they do to keys.
 @pytest.mark.long
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ("phimoe", "deepseek_v3")])
-def test_every_family_equals_peft(family):
+@pytest.mark.parametrize("family", ["qwen2", "phi3", "gpt_oss", "opt", "olmo3", "mixtral", "smollm3"])
+def test_more_families_equal_peft(family):
     for name in ("prompt", "prefix"):
         assert_equals_peft(family, name, packing=True)
         if tiny_model(family)._supports_sdpa or name == "prompt":
@@ -148,7 +149,7 @@ def test_a_prefix_of_another_layer_would_be_noticed(monkeypatch):
         check_isolation(model, "cpu", torch.float32, True, 48)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "mistral"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 @pytest.mark.parametrize("name", ["prompt", "prefix"])
 def test_answers_are_those_of_peft_s_forward_whatever_the_padding(name, family):
     model = prompted(family, options_for(name)).eval()
@@ -243,10 +244,16 @@ def test_counts_of_the_papers_and_formulas():
         assert trained_parameters(copy.deepcopy(medium), "p_tuning_v2", num_virtual_tokens=5) == 245_760
         n, d, h, kv = 5, 1024, 512, 2 * 24 * 1024
         expected = n * d + (d * h + h) + (h * kv + kv)
-        assert trained_parameters(copy.deepcopy(medium), "prefix", num_virtual_tokens=5, encoder_hidden_size=512) == expected
+        assert (
+            trained_parameters(copy.deepcopy(medium), "prefix", num_virtual_tokens=5, encoder_hidden_size=512)
+            == expected
+        )
         # P-tuning: three linear layers, or a bidirectional LSTM of two layers and two linear layers.
         expected = n * d + (d * h + h) + (h * h + h) + (h * d + d)
-        assert trained_parameters(copy.deepcopy(medium), "p_tuning", num_virtual_tokens=5, encoder_hidden_size=512) == expected
+        assert (
+            trained_parameters(copy.deepcopy(medium), "p_tuning", num_virtual_tokens=5, encoder_hidden_size=512)
+            == expected
+        )
         lstm = {"encoder_reparameterization_type": "LSTM", "encoder_hidden_size": 512}
         cells = 2 * 4 * ((d * h + h * h + 2 * h) + (2 * h * h + h * h + 2 * h))
         expected = n * d + cells + (2 * h * 2 * h + 2 * h) + (2 * h * d + d)
@@ -280,7 +287,7 @@ def trained_prompt(base: Path, folder: Path, options: TrainOptions, steps: int =
     return model.eval()
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ["prompt", "LSTM", "prefix"])
 def test_only_the_prompt_moves_and_plain_peft_loads_it(name, tmp_path):
     base, folder, ids = saved_model(tmp_path), tmp_path / "adapter", torch.arange(5, 25)[None]
     options = options_for(name, model_name_or_path=str(base))
@@ -334,6 +341,86 @@ def test_first_values_from_the_vocabulary(init, tmp_path):
         assert not torch.equal(other.prompt_encoder["default"].embedding.weight, prompt)
     assert prompt.requires_grad and prompt.dtype == torch.float32 and prompt is not table
     assert model.peft_config["default"].prompt_tuning_init == init
+
+
+# --- ensembles --------------------------------------------------------------------------------------------------------
+
+
+def test_each_document_is_trained_with_its_prompt():
+    model = prompted("llama", options_for("prompt", prompt_ensemble=3))
+    rows, numbers = random_rows(5, 12, 1), [2, 0, 2, 1, 0]
+    losses = []
+    for number, row in zip(numbers, rows, strict=True):
+        model.set_adapter(list(model.peft_config)[number])
+        losses.append(loss_of_peft(model, [row]))
+    sum(losses).backward()
+    model.set_adapter("default")
+    expected = gradients(model)
+    batch = collate_packed(rows, None, COUNT) | {"prompt_numbers": torch.tensor(numbers)}
+    loss = next_token_loss(model, batch)
+    loss.backward()
+    assert torch.isclose(loss.double(), sum(losses), rtol=1e-5)
+    ours = gradients(model)
+    assert len(ours) == 3 and ours.keys() == expected.keys()
+    assert max(relative_distance(ours[key], expected[key]) for key in ours) < 1e-5
+
+
+def test_the_prompt_of_a_row_depends_on_seed_and_position_alone():
+    rows = make_rows([(k, list(range(5, 6 + k % 7)), list(range(5, 6 + k % 7))) for k in range(40)])
+
+    def prompts(world: int, size: int, seed: int = 1, packing: bool = True) -> list[tuple[int, int]]:
+        options = options_for(
+            "prompt",
+            packing,
+            prompt_ensemble=4,
+            max_steps=9,
+            total_batch_size=4,
+            per_device_train_batch_size=size,
+            seed=seed,
+        )
+        streams = [Stream(rows, options, Position(rank=rank, world=world), 0) for rank in range(world)]
+        return [
+            pair
+            for step in range(9)
+            for micro in range(4 // (world * size))
+            for rank, stream in enumerate(streams)
+            for pair in zip(
+                stream.row_indices(step, micro, rank), stream.prompt_numbers(step, micro, rank), strict=True
+            )
+        ]
+
+    assert prompts(1, 4) == prompts(1, 1)
+    assert {number for _, number in prompts(1, 4)} == {0, 1, 2, 3}
+    assert prompts(1, 4, packing=False) != prompts(1, 4, seed=2, packing=False)
+
+
+def test_an_ensemble_answers_by_its_mean_and_goes_on(tmp_path):
+    base, folder = saved_model(tmp_path), tmp_path / "adapter"
+    options = options_for("prompt", model_name_or_path=str(base), prompt_ensemble=3)
+    model = attach_adapter(load_model(options), options).eval()
+    model.get_base_model().unread = False
+    state = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    save_adapter(model, folder, state, str(base))
+    check_saved_adapter(model, folder)
+
+    # The first is an adapter of plain PEFT, and so is each of the others.
+    new = adopt_adapter_options(TrainOptions(model_name_or_path=str(base), adapter_name_or_path=str(folder)))
+    assert new.prompt_ensemble == 3
+    for asked in (model, attach_adapter(load_model(new), new).eval()):
+        members = [AutoPeftModelForCausalLM.from_pretrained(folder / part) for part in ("", "prompt_2", "prompt_3")]
+        prompt = torch.arange(5, 14)[None]
+        greedy = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        with torch.no_grad(), stock_attention(asked):
+            answer = asked.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **greedy)
+            expected = prompt
+            for _ in range(6):
+                mean = sum(peft_logits(member, expected)[:, -1].softmax(-1) for member in members)
+                expected = torch.cat([expected, mean.argmax(-1, keepdim=True)], 1)
+        assert torch.equal(answer, expected)
+    with pytest.raises(ConfigError, match="temperature: the prompts of an ensemble choose the most probable token"):
+        model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), do_sample=True)
+    with pytest.raises(ConfigError, match=r"prompt_ensemble: 2 is given, but the adapter .* has 3; leave it out"):
+        adopt_adapter_options(new.model_copy(update={"prompt_ensemble": 2, "adapter_name_or_path": str(folder)}))
 
 
 # --- refused ----------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ preprocessing_num_workers cache_dir
 """
 METHOD = """
 method method_options load_in_4bit load_in_8bit adapter_name_or_path lora_r lora_alpha lora_dropout lora_bias lora_target_modules modules_to_save
-init_lora_weights use_dora use_rslora
+init_lora_weights prompt_ensemble use_dora use_rslora
 """
 OPTIMIZER = """
 optim learning_rate learning_rate_patterns weight_decay adam_beta1 adam_beta2 adam_epsilon master_weights max_grad_norm lr_scheduler_type

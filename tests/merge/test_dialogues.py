@@ -74,7 +74,7 @@ def check_side_by_side(base: Path, adapters: list[Path]) -> None:
 
 
 def test_adapters_of_all_kinds_do_not_meet(base, tmp_path):
-    methods = {name: (METHODS | PROMPTS)[name] for name in ("bias", "tokens", "pissa", "ia3", "prompt", "prefix")}
+    methods = {name: (METHODS | PROMPTS)[name] for name in ("bias", "tokens", "olora", "ia3", "prompt", "prefix")}
     check_side_by_side(base, [foreign(base, tmp_path / name, config()) for name, config in methods.items()])
 
 

@@ -237,3 +237,13 @@ def test_units_cover_every_weight_once_and_parts_come_before_the_whole(tiny):
     units = placement._shard_units(model)
     assert [type(unit).__name__ for unit in units] == ["LlamaDecoderLayer"] * 2 + ["Embedding", "LlamaForCausalLM"]
     assert len({id(p) for unit in units for p in unit.parameters()}) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize(("method", "shared"), [("vblora", {"vblora_vector_bank.default"}), ("lora", set())])
+def test_a_weight_that_layers_share_belongs_to_no_layer(method, shared, make_model, tmp_path, quiet):
+    """FSDP2 would put a shard in its place in the first layer, and the others would miss it."""
+    base = make_model(tmp_path, hidden_size=256, intermediate_size=256)
+    settings = options(base, method=method)
+    model = attach_adapter(load_model(settings), settings)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    assert {names[weight].rsplit("_proj.")[-1] for weight in placement._shared_by_units(model)} == shared

@@ -3,12 +3,15 @@
     python tests/proofs/backends.py --work W           # all cells; a second call goes on where the first was stopped
     python tests/proofs/backends.py --work W --only 'ia3-*,*-zero3-*'    # a few, named method-backend-bits
     python tests/proofs/backends.py --work W --write   # also the table, into accel_llm/adapters/README.md
+    python tests/proofs/backends.py --work W --resumes # each method, stopped and resumed
+    python tests/proofs/backends.py --controls         # refusals and mends undone: each must be noticed
 
 A cell has five steps of the script's own main() with two processes, accumulation and rows of uneven length. Its losses,
 gradient norms and weights must equal those of one process that takes each step at once. A method that cannot run there
 must say so before the model loads. The column "float64" has one step of plain gradient descent, of two processes with
 accumulation, from the adapter that the one process exported: the change of each weight divided by the learning rate is
-its gradient, and must equal that of plain PEFT in float64.
+its gradient, and must equal that of plain PEFT in float64. With --resumes a cell is a run of each method with dropout that
+is stopped and continued, as in resumes.py: it must be bit-equal to one that was never stopped.
 """
 
 import argparse
@@ -17,6 +20,7 @@ import itertools
 import json
 import shutil
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +28,7 @@ from typing import Any, NamedTuple
 import float64
 import matrix
 import numpy as np
+import resumes
 from forks import Ended, Run, compute, execute, metric, warm
 from safetensors.numpy import load_file, save_file
 
@@ -40,21 +45,6 @@ CURVE = f"--max_steps {STEPS} --total_batch_size 8 --learning_rate {RATE} --adam
 LOSS, WEIGHTS = {16: 1e-5, 4: 1e-4, 8: 1e-4}, {16: 1e-2, 4: 1e-1, 8: 1e-1}
 NORM = 1e-4  # relative; DeepSpeed's ZeRO-2 adds up the norm with an error of 7e-5
 GRADIENT = f"{matrix.GRADIENT.replace('--eval_on_start true', '')} --max_steps 1"
-# Options of methods whose defaults are too large for the test model, or that need some.
-OPTIONS: dict[str, str] = {
-    "c3a": "block_size=16",
-    "fourierft": "n_frequency=64",
-    "freeze": "layers=1 norms=true",
-    "p_tuning": "num_virtual_tokens=4",
-    "p_tuning_v2": "num_virtual_tokens=4",
-    "prefix": "num_virtual_tokens=4 encoder_hidden_size=32",
-    "prompt": "num_virtual_tokens=4",
-    "road": "group_size=16",
-    "shira": "r=4",
-    "trainable_tokens": "token_indices=[5,6,7,8,9,10,11,12]",
-    "vblora": "vector_length=16 num_vectors=32",
-    "waveft": "n_frequency=64",
-}
 
 
 class Cell(NamedTuple):
@@ -73,14 +63,14 @@ class Cell(NamedTuple):
 
 def methods() -> list[str]:
     from accel_llm.adapters.methods import REFUSED_METHODS, peft_methods
-    from accel_llm.config.options import METHODS_WITHOUT_ADAPTER
+    from accel_llm.config.method import METHODS_WITHOUT_ADAPTER
 
     names = [name for name in peft_methods() if name not in (*REFUSED_METHODS, "qlora")]  # qlora is lora in 4 bits
     return [*METHODS_WITHOUT_ADAPTER, *names]
 
 
 def all_cells() -> list[Cell]:
-    from accel_llm.config.options import METHODS_WITHOUT_ADAPTER
+    from accel_llm.config.method import METHODS_WITHOUT_ADAPTER
 
     cells = (Cell(method, *column) for column, method in itertools.product(COLUMNS, methods()))
     return [
@@ -112,10 +102,11 @@ def build_run(cell: Cell, work: Path) -> Run:
     words += {16: [], 4: ["--load_in_4bit"], 8: ["--load_in_8bit"]}[cell.bits]
     if gradient:
         words += ["--adapter_name_or_path", adapter(cell, work)]
+        words += ["--learning_rate_patterns", f"vblora_logits={matrix.RATE}"] if cell.method == "vblora" else []
         if cell.method in ("prefix", "p_tuning"):  # their files hold what the network has computed
             words[words.index("--method") : words.index("--method") + 2] = []
-    elif cell.method in OPTIONS:
-        words += ["--method_options", *OPTIONS[cell.method].split()]
+    elif cell.method in resumes.OPTIONS:
+        words += ["--method_options", *resumes.OPTIONS[cell.method].split()]
     strategy, processes = ("ddp" if gradient else cell.strategy), 1 if alone else 2
     sabotage = without_noise if cell.method == "pvera" else None
     return Run(cell.name, "sft", strategy, processes, [str(word) for word in words], output, sabotage)
@@ -135,6 +126,32 @@ def prepare(work: Path) -> None:
     config = Qwen3Config.from_pretrained(work / "model", attention_bias=True)
     AutoModelForCausalLM.from_config(config).save_pretrained(work / "biased")
     AutoTokenizer.from_pretrained(work / "model").save_pretrained(work / "biased")
+
+
+def nothing_refused() -> None:
+    from accel_llm.adapters import refusals
+
+    refusals.REFUSALS = ()
+
+
+def shared_in_a_layer() -> None:
+    """Each weight is sharded with the first layer that uses it, also one that all layers share."""
+    from accel_llm.model import placement
+
+    placement._shared_by_units = lambda model: set()
+
+
+def controls() -> list[tuple[Cell, Callable[[], None]]]:
+    """Return the cells that cannot be the same: what is refused, and a mend undone."""
+    from accel_llm.adapters.refusals import REFUSALS
+
+    refused = [
+        Cell(refusal.method, strategy, 4 if refusal.only_in_4_bits else 16)
+        for refusal in REFUSALS
+        for strategy in refusal.strategies
+    ]
+    undone = [(Cell(method, "fsdp2", 16), shared_in_a_layer) for method in ("vblora", "unilora")]
+    return [*((cell, nothing_refused) for cell in refused), *undone]
 
 
 # --- results ---------------------------------------------------------------------------------------------------------
@@ -264,6 +281,31 @@ def run_cells(cells: list[Cell], file: Path, work: Path) -> dict[str, dict[str, 
     return results
 
 
+def run_controls(work: Path) -> list[str]:
+    """Do the controls; return those that went unnoticed."""
+    chosen = controls()
+    run_cells(list(dict.fromkeys(cell.reference for cell, _ in chosen)), work / "results.json", work)
+    unnoticed = []
+    for cell, sabotage in chosen:
+        run = build_run(cell, work)._replace(sabotage=sabotage)
+        result = judge(cell, next(iter(execute([run], work))), work)
+        print(f"control {sabotage.__name__} {cell.name}: {verdict(cell, result)} {json.dumps(result)}", flush=True)
+        unnoticed += [f"control {cell.name}: {result}"] if verdict(cell, result) in ("same", "refused") else []
+    return unnoticed
+
+
+def run_resumes(chosen: list[str], work: Path) -> list[str]:
+    """Stop and continue a run of each method, by two processes; return those that differ from one never stopped."""
+    if not (work / "dropout").exists():
+        resumes.prepare(work)
+    different = []
+    for method in chosen:
+        result = resumes.judge(resumes.Cell("ddp", method, 2, 1, 0), work, stops=(3,))
+        print(f"resumed {method}: {json.dumps(result)}", flush=True)
+        different += [f"resumed {method}: {result}"] if result["status"] != "bit-equal" else []
+    return different
+
+
 def table(results: dict[str, dict[str, Any]]) -> str:
     """Return methods by columns: the largest difference of weights or gradients, or what became of the cell."""
     heads = [strategy if bits == 16 else f"{bits}-bit {strategy}" for strategy, bits in COLUMNS]
@@ -284,6 +326,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", metavar="PATTERNS", default="*", help="cells whose name fits, such as ia3-zero3-16")
     parser.add_argument("--write", action="store_true", help="write the table and tests/proofs/golden/backends.json")
+    parser.add_argument("--resumes", action="store_true", help="stop and continue a run of each method instead")
+    parser.add_argument("--controls", action="store_true", help="do what must not go unnoticed instead")
     parser.add_argument("--work", type=Path, help="folder to work in, with the results so far")
     args = parser.parse_args()
     work = args.work or Path(tempfile.mkdtemp(prefix="backends-"))
@@ -292,6 +336,11 @@ def main() -> None:
     if not (work / "biased").exists():
         compute(partial(prepare, work), work / "prepare.log")
     patterns = args.only.split(",")
+    if args.controls or args.resumes:
+        chosen = [name for name in methods() if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
+        if problems := run_controls(work) if args.controls else run_resumes(chosen, work):
+            raise SystemExit("\n".join(problems))
+        return
     cells = [cell for cell in all_cells() if any(fnmatch.fnmatch(cell.name, pattern) for pattern in patterns)]
     results = run_cells(cells, work / "results.json", work)
     if args.write:

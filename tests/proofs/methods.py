@@ -16,6 +16,7 @@ only if the machine does nothing else.
 
 import argparse
 import json
+import re
 import shutil
 import sys
 import tempfile
@@ -92,6 +93,9 @@ def train_plainly(words: list[str], output: Path) -> None:
         options.model_name_or_path, quantization_config=quantization if options.in_4_bits else None
     )
     model = adapt_plainly(base, options, ours)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # bitsandbytes 0.50.2 fails on layers of these widths
     seconds: list[float] = []
 
     class Steps(TrainerCallback):
@@ -102,14 +106,14 @@ def train_plainly(words: list[str], output: Path) -> None:
 
         def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if options.method == "adalora":
-                model.base_model.update_and_allocate(state.global_step)
+                model.base_model.update_and_allocate(state.global_step + 1)  # the Trainer has not counted this step
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             seconds.append(time.perf_counter() - self.begun)
 
     steps = [stream.row_indices(step, 0, 0) for step in range(options.max_steps)]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, options.learning_rate, weight_decay=options.weight_decay)
+    optimizer = torch.optim.AdamW(rate_groups(model, options), weight_decay=options.weight_decay)
     factor = partial(
         learning_rate_factor,
         total_steps=options.max_steps,
@@ -154,6 +158,16 @@ def train_plainly(words: list[str], output: Path) -> None:
     (output / "plain.json").write_text(json.dumps(figures), encoding="utf-8")
 
 
+def rate_groups(model: Any, options: Any) -> list[dict[str, Any]]:
+    """Return the trained parameters with their learning rates, of which some methods have two."""
+    groups: dict[float, list[Any]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            rates = (rate for pattern, rate in options.learning_rate_patterns.items() if re.search(pattern, name))
+            groups.setdefault(next(rates, options.learning_rate), []).append(parameter)
+    return [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
+
+
 def assemble_ours(options: Any, stream: Any, chat: Any) -> Any:
     """Return the model with our adapter, as it is before the first step."""
     from accelerate import Accelerator
@@ -170,7 +184,11 @@ def adapt_plainly(base: Any, options: Any, ours: Any) -> Any:
     model = base
     if options.has_adapter:
         config = ours.peft_config["default"]
-        model = get_peft_model(base, type(config)(**plain_settings(config)))
+        settings = plain_settings(config)
+        if options.method == "adalora":  # whose phases follow from the number of steps
+            exported = json.loads((Path(options.output_dir) / "adapter" / "adapter_config.json").read_text("utf-8"))
+            settings |= {name: exported[name] for name in ("tinit", "tfinal", "deltaT", "total_step")}
+        model = get_peft_model(base, type(config)(**settings))
     trained = {name for name, parameter in ours.named_parameters() if parameter.requires_grad}
     if not options.has_adapter:
         for name, parameter in model.named_parameters():
@@ -259,9 +277,9 @@ def exact_match(model: Any, rows: Any, stop: list[int], pad_token: int) -> float
 
 def compare(method: str, steps: int, work: Path) -> dict[str, Any]:
     """Run both sides of a method; return their figures, or the sentence with which ours refuses it."""
-    output = work / method
     from accel_llm.errors import ConfigError
 
+    output = work / method
     try:
         words = command_line(method, steps, output)
     except ConfigError as error:
@@ -270,22 +288,27 @@ def compare(method: str, steps: int, work: Path) -> dict[str, Any]:
     if ended.code:
         sentences = [sentence.removeprefix("error: ") for sentence in ended.sentences]
         return {"refused": sentences[-1]} if sentences else {"failed": ended.cause}
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    training, evaluation = [line for line in lines if "loss" in line], lines[-1]
-    ours = {
-        "first_loss": training[0]["loss"],
-        "loss": evaluation["eval/loss"],
-        "exact_match": evaluation["eval/exact_match"],
-        "memory_mb": training[-1]["peak_memory_mb"],
-    }
     try:
         compute(partial(train_plainly, words, output), output.with_suffix(".plain.log"))
     except RuntimeError as error:
-        return {"ours": ours, "plain_failed": str(error).strip().splitlines()[-1]}
+        return {"failed": f"the Trainer: {str(error).strip().splitlines()[-1]}"}
+    return read_figures(output)
+
+
+def read_figures(output: Path) -> dict[str, Any]:
+    """Return what both sides have written into the folder of a method."""
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    training, evaluation = [line for line in lines if "loss" in line], lines[-1]
     plain = json.loads((output / "plain.json").read_text(encoding="utf-8"))
-    trainable = plain.pop("trainable") / plain.pop("all")
-    speeds = [line["tokens_per_second"] for line in training]
-    ours["seconds"] = median(tokens / speed for tokens, speed in zip(plain.pop("tokens"), speeds, strict=True))
+    trainable, speeds = plain.pop("trainable") / plain.pop("all"), [line["tokens_per_second"] for line in training]
+    seconds = [tokens / speed for tokens, speed in zip(plain.pop("tokens"), speeds, strict=True)]
+    ours = {
+        "first_loss": training[0]["loss"],
+        "seconds": median(seconds),
+        "memory_mb": training[-1]["peak_memory_mb"],
+        "loss": evaluation["eval/loss"],
+        "exact_match": evaluation["eval/exact_match"],
+    }
     return {"trainable": trainable, "ours": ours, "plain": plain}
 
 
@@ -295,8 +318,6 @@ def problem(method: str, figures: dict[str, Any]) -> str | None:
         return None
     if "failed" in figures:
         return f"{method}: {figures['failed']}"
-    if "plain" not in figures:
-        return f"{method}: the Trainer failed: {figures['plain_failed']}"
     ours, plain = figures["ours"], figures["plain"]
     if abs(ours["first_loss"] / plain["first_loss"] - 1) > 1e-4:
         return f"{method}: the first losses are {ours['first_loss']:.5f} and {plain['first_loss']:.5f}"
@@ -316,8 +337,6 @@ def row(method: str, figures: dict[str, Any]) -> str:
     if "ours" not in figures:
         (what, why), *_ = figures.items()
         return f"| `{method}` | {what}: {why} | | | | | |"
-    if "plain" not in figures:
-        return f"| `{method}` | | {figures['ours']['loss']:.4f} | failed | {figures['ours']['exact_match']:.2f} | | |"
     ours, plain = figures["ours"], figures["plain"]
     difference = ours["loss"] / plain["loss"] - 1
     cells = [f"`{method}`", f"{figures['trainable']:.2%}", f"{ours['loss']:.4f}"]
@@ -340,6 +359,35 @@ def record_facts(methods: list[str] | None) -> None:
         print(method, facts[method], flush=True)
     lines = ",\n".join(f'"{name}": {json.dumps(facts[name]._asdict())}' for name in facts)
     method_facts.RECORDED.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
+    show("facts", facts_table())
+
+
+def facts_table() -> str:
+    """Return what launch/show_methods.py shows of the recorded methods, in Markdown."""
+    from accel_llm.adapters.described import METHOD_DESCRIPTIONS, NOT_DESCRIBED
+    from accel_llm.training.method_facts import recorded_facts
+
+    sys.path.insert(0, str(ROOT / "launch"))
+    import show_methods
+
+    recorded = recorded_facts()
+    lines = [f"| {' | '.join(show_methods.HEADINGS)} |", "|---" * len(show_methods.HEADINGS) + "|"]
+    for name, facts in recorded.items():
+        if facts.refused:
+            continue
+        good_for, paper = METHOD_DESCRIPTIONS.get(name, NOT_DESCRIBED)
+        if paper[:1].isdigit():
+            paper = f"[{paper}](https://arxiv.org/abs/{paper})"
+        cells = [f"`{name}`", *show_methods.figures(facts, recorded["lora"].memory), good_for, paper]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def show(name: str, text: str) -> None:
+    """Write a table into the page of accel_llm/adapters, between the marks of its name."""
+    page, marks = ROOT / "accel_llm" / "adapters" / "README.md", (f"<!-- {name} -->\n", f"<!-- /{name} -->")
+    before, rest = page.read_text(encoding="utf-8").split(marks[0])
+    page.write_text(f"{before}{marks[0]}{text}\n{marks[1]}{rest.split(marks[1])[1]}", encoding="utf-8")
 
 
 def main() -> None:
@@ -356,7 +404,8 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     warm()
     recorded = json.loads(GOLDEN.read_text(encoding="utf-8")) if args.record and GOLDEN.exists() else {}
-    results: dict[str, dict[str, Any]] = recorded.get("methods", {}) if args.methods else {}
+    same_steps = recorded.get("steps") == args.steps
+    results: dict[str, dict[str, Any]] = recorded["methods"] if args.methods and same_steps else {}
     problems = []
     print("\n".join(HEADER), flush=True)
     for method in args.methods or all_methods():
@@ -369,6 +418,8 @@ def main() -> None:
             lines = ",\n".join(f'"{name}": {json.dumps(figures)}' for name, figures in results.items())
             head = json.dumps({"steps": args.steps, "versions": versions()})[1:-1]
             GOLDEN.write_text(f'{{{head}, "methods": {{\n{lines}\n}}}}\n', encoding="utf-8")
+    if args.record:
+        show("trainer", table(results))
     if args.work is None:
         shutil.rmtree(work)
     if problems:

@@ -22,6 +22,22 @@ from forks import Run, execute
 STOPS = (2, 3, 4, 9)  # an epoch has 4 steps without packing
 STEPS, ROWS, BATCH = 10, 32, 8
 METHODS = ("full", "lora", "qlora")
+# Options of the other methods, whose defaults are too large for the test model, or which need some.
+OPTIONS = {
+    "adalora": "tinit=1 tfinal=2 deltaT=1",
+    "c3a": "block_size=16",
+    "fourierft": "n_frequency=64",
+    "freeze": "layers=1 norms=true",
+    "p_tuning": "num_virtual_tokens=4",
+    "p_tuning_v2": "num_virtual_tokens=4",
+    "prefix": "num_virtual_tokens=4 encoder_hidden_size=32",
+    "prompt": "num_virtual_tokens=4",
+    "road": "group_size=16",
+    "shira": "r=4",
+    "trainable_tokens": "token_indices=[5,6,7,8,9,10,11,12]",
+    "vblora": "vector_length=16 num_vectors=32",
+    "waveft": "n_frequency=64",
+}
 # Metrics that differ from run to run.
 MEASURED = ("tokens_per_second", "peak_memory_mb")
 
@@ -48,14 +64,35 @@ def all_cells() -> list[Cell]:
 def script_arguments(cell: Cell, work: Path, output: Path, last: bool) -> list[str]:
     each = BATCH // (cell.processes * cell.accumulation)
     cache = output / ".cache" if cell.workers and last else work / "cache"
-    words = ["--model_name_or_path", work / "dropout", "--train_files", work / "sft.jsonl", "--limit_rows", ROWS]
+    model = "biased" if cell.method == "bitfit" else "dropout"
+    words = ["--model_name_or_path", work / model, "--train_files", work / "sft.jsonl", "--limit_rows", ROWS]
     words += ["--cache_dir", cache, "--precision", "fp32", "--max_length", 64, "--max_steps", STEPS]
     words += ["--total_batch_size", BATCH, "--per_device_train_batch_size", each or 1, "--learning_rate", 1e-2]
     words += ["--packing", str(cell.accumulation == 4).lower(), "--logging_steps", 3, "--save_steps", 1]
     words += ["--neftune_noise_alpha", 5, "--method", cell.method, "--output_dir", output]
-    words += ["--lora_dropout", 0.1] if cell.method != "full" else []
+    words += method_words(cell.method)
     words += ["--preprocessing_num_workers", cell.workers] if cell.workers and last else []
     return [str(word) for word in words]
+
+
+def method_words(method: str) -> list[str]:
+    """Return the options of a method: its own, and dropout where it has some."""
+    if method in ("lora", "qlora", "adalora"):
+        words, options = ["--lora_dropout", "0.1"], OPTIONS.get(method, "").split()
+    else:
+        words, options = [], [*OPTIONS.get(method, "").split(), *(f"{name}=0.1" for name in dropout_options(method))]
+    return [*words, *(["--method_options", *options] if options else [])]
+
+
+def dropout_options(method: str) -> list[str]:
+    """Return the names of the options of a method that switch off activations at random."""
+    from accel_llm.adapters.method_options import option_names
+    from accel_llm.adapters.methods import config_class_of
+    from accel_llm.config.method import METHODS_WITHOUT_ADAPTER
+
+    names = [] if method in METHODS_WITHOUT_ADAPTER else option_names(config_class_of(method))
+    # Without a whole module DDP would wait for its gradients.
+    return [name for name in names if name.endswith("dropout") and name != "module_dropout"]
 
 
 def stop_after(last: int) -> None:

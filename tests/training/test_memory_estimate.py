@@ -264,9 +264,9 @@ def test_advice_for_other_methods_fits_them():
     def settings(**options: Any) -> set[str]:
         return {setting for setting, _ in memory_savings(TrainOptions(max_length=32, **options), small_llama(), 1)}
 
-    assert "method: lora" in settings(method="freeze", method_options={"layers": 4})  # an option that LoRA has not
+    assert "method: lora" in settings(method="freeze", method_options={"layers": 2})  # an option that LoRA has not
     assert "load_in_4bit: true" in settings(method="ia3")
-    assert "load_in_4bit: true" not in settings(method="unilora", method_options={"theta_d_length": 8})
+    assert "load_in_4bit: true" not in settings(method="osf")
 
 
 def test_what_is_set_already_is_no_saving():
