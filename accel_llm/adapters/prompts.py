@@ -102,7 +102,7 @@ def _add_encoder(model: PreTrainedModel, options: TrainOptions, config: Any) -> 
             module.gradient_checkpointing = True  # type: ignore[assignment]
 
 
-def _start_from_vocabulary(model: PeftModel, options: TrainOptions, config: Any) -> None:
+def _start_from_vocabulary(model: Any, options: TrainOptions, config: Any) -> None:
     """Let the prompt begin with embeddings of tokens: of a text, repeated or cut, or drawn from the whole vocabulary.
 
     Lester et al. 2021 (arXiv 2104.08691, section 3.2) found both better than random numbers. PEFT 0.21 would load a
@@ -200,8 +200,6 @@ def _forward(
     `prompt_numbers` [documents] says which prompt of an ensemble each document begins with; without it, the first.
     """
     if virtual_positions is None:
-        # The targets of a batch count from its first token; PEFT would put others before it.
-        assert "targets" not in kwargs or self.get_base_model().loss_path == "family", "no places for virtual tokens"
         return _forward_of_peft(self, input_ids, *args, **kwargs)
     base = self.get_base_model()
     if _is_prefix(self):
@@ -289,8 +287,9 @@ def saved_prompt(model: Any, state: dict[str, torch.Tensor], name: str = "defaul
     config, prefix = model.peft_config[name], f"prompt_encoder.{name}."
     plain = replace(config, prompt_tuning_init="RANDOM") if hasattr(config, "prompt_tuning_init") else config
     arguments = (plain, None) if config.peft_type == "PROMPT_TUNING" else (plain,)
+    encoder_class: Any = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
     with torch.device("meta"):
-        encoder = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](*arguments)
+        encoder = encoder_class(*arguments)
     weights = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
     encoder.load_state_dict(weights, assign=True)
     device = next(iter(weights.values())).device

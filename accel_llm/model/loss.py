@@ -32,7 +32,7 @@ def next_token_loss(model: nn.Module, batch: dict) -> torch.Tensor:
     `batch` is packed or padded, see data/batches.py. With `weights` in it, each term is multiplied by its token's
     weight. Call `attach_loss` on the model first; after that it may be wrapped (PEFT, DDP, DeepSpeed, FSDP2).
     """
-    targets = {name: batch[name] for name in TARGETS if name in batch}
+    targets = {name: batch[name] for name in TARGETS if name in batch} | {"row_length": batch["labels"].shape[1]}
     return model(**forward_arguments(batch), labels=batch["labels"], targets=targets, use_cache=False).loss
 
 
@@ -66,6 +66,12 @@ def attach_loss(
     def forward(self: PreTrainedModel, *args, targets: dict[str, Any] | None = None, **kwargs):
         if targets is None:
             return type(self).forward(self, *args, **kwargs)
+        # The places of the targets count from the first token of a row.
+        if self.loss_path != "family" and kwargs["labels"].shape[1] != targets["row_length"]:
+            raise ConfigError(
+                "method: PEFT's own forward has put virtual tokens before the rows of a batch; call fit_virtual_tokens on "
+                "the model, and give each document places for them (`virtual` in data/batches.py)."
+            )
         path = LOSS_PATHS[self.loss_path]  # type: ignore
         return CausalLMOutputWithPast(loss=path(self, *args, targets=targets, **kwargs))  # type: ignore
 

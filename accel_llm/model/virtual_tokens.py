@@ -16,7 +16,8 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from accel_llm.errors import ConfigError
 
 # transformers 5.24 has another name for it, and warns of the old one.
-GENERATE_OPTIONS = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+_mixin: Any = GenerationMixin
+GENERATE_OPTIONS = inspect.signature(_mixin.prepare_inputs_for_generation).parameters
 CACHE_OPTION = "cache" if "cache" in GENERATE_OPTIONS else "past_key_values"
 
 

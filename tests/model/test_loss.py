@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
+from accel_llm.adapters.prompts import fit_virtual_tokens
 from accel_llm.chat.targets import IGNORED
 from accel_llm.config.options import TrainOptions
 from accel_llm.data.batches import collate_packed, collate_padded
@@ -383,6 +384,11 @@ def test_peft_around_the_attached_model(config):
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
     expected = model(**inputs).loss * batch["num_targets"]
     attach_loss(base, 1024)
+    if isinstance(config, PromptTuningConfig):  # PEFT alone would move the places of the targets
+        with pytest.raises(ConfigError, match="PEFT's own forward has put virtual tokens before the rows"):
+            next_token_loss(model, batch)
+        fit_virtual_tokens(model)
+        batch = collate_padded(random_rows(4, 12), 0, None, 3)
     torch.testing.assert_close(next_token_loss(model, batch), expected, rtol=1e-6, atol=0)
     assert check_loss(model, "cpu", torch.float32) == "own"
 

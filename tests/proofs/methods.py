@@ -232,17 +232,20 @@ def pad(rows: list[tuple[Any, Any]], pad_token: int) -> dict[str, Any]:
 
 
 def mean_loss(model: Any, rows: Any, pad_token: int) -> float:
-    """Return the mean over all labels of `rows`."""
+    """Return the mean over all labels of `rows`, from the logits: the loss of AdaLoRA's model holds its penalty too."""
     import torch
 
     total, count = 0.0, 0
     model.eval()
     for first in range(0, len(rows), 64):
         batch = pad([rows[k] for k in range(first, min(first + 64, len(rows)))], pad_token)
-        labels = int((batch["labels"][:, 1:] != -100).sum())
+        labels = batch.pop("labels")
         with torch.no_grad():
-            total += float(model(**batch).loss) * labels
-        count += labels
+            logits = model(**batch).logits[:, -labels.shape[1] :]  # without those of virtual tokens
+        losses = torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
+        )
+        total, count = total + float(losses), count + int((labels[:, 1:] != -100).sum())
     return total / count
 
 
@@ -319,7 +322,8 @@ def problem(method: str, figures: dict[str, Any]) -> str | None:
     if "failed" in figures:
         return f"{method}: {figures['failed']}"
     ours, plain = figures["ours"], figures["plain"]
-    if abs(ours["first_loss"] / plain["first_loss"] - 1) > 1e-4:
+    # The loss that PEFT returns for AdaLoRA holds its orthogonal penalty, which our metric does not.
+    if method != "adalora" and abs(ours["first_loss"] / plain["first_loss"] - 1) > 1e-4:
         return f"{method}: the first losses are {ours['first_loss']:.5f} and {plain['first_loss']:.5f}"
     if not ours["loss"] <= plain["loss"] * (1 + ALLOWED):
         return f"{method}: the loss is {ours['loss']:.4f}, and the Trainer's {plain['loss']:.4f}"

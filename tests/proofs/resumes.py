@@ -91,8 +91,8 @@ def dropout_options(method: str) -> list[str]:
     from accel_llm.config.method import METHODS_WITHOUT_ADAPTER
 
     names = [] if method in METHODS_WITHOUT_ADAPTER else option_names(config_class_of(method))
-    # Without a whole module DDP would wait for its gradients.
-    return [name for name in names if name.endswith("dropout") and name != "module_dropout"]
+    # Without a whole module DDP would wait for its gradients; only an LSTM encoder drops anything.
+    return [name for name in names if name.endswith("dropout") and name not in ("module_dropout", "encoder_dropout")]
 
 
 def stop_after(last: int) -> None:
