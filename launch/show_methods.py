@@ -22,10 +22,10 @@ from accel_llm.system.exit import run_script
 from accel_llm.training.method_facts import MethodFacts, all_methods, find_facts, recorded_facts
 
 MB, GB = 2**20, 2**30
-HEADINGS = ("method", "trained", "MB", "GB", "LoRA", "packed", "merged", "bits", "good for", "paper")
+HEADINGS = ("method", "trained", "MB", "GB", "LoRA", "pack", "merge", "bits", "good for", "paper")
 LEGEND = (
     "trained: share of the weights; MB: their size in float32; GB: estimated memory of the GPU; LoRA: how much more than "
-    "LoRA takes; packed: several documents in a row; merged: can be made a part of the weights; bits: of a quantized base"
+    "LoRA takes; pack: several documents in a row; merge: can be made a part of the weights; bits: of a quantized base"
 )
 
 
@@ -43,8 +43,8 @@ def main() -> None:
             description = METHOD_DESCRIPTIONS.get(name, NOT_DESCRIBED)
             print(json.dumps({"method": name} | of_method._asdict() | description._asdict()))
         return
-    # Where the output is no terminal nothing is wrapped.
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    # A terminal knows its width; elsewhere the table needs this one.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
     console.print(methods_table(facts, (recorded.get("lora") or find_facts("lora")).memory))
     console.print(LEGEND, style="bright_black")
     for of_method in facts.values():
@@ -69,7 +69,7 @@ def figures(facts: MethodFacts, memory_of_lora: int) -> list[str]:
     """Return the cells of a method that stand between its name and its description."""
     bits = [bits for bits, allowed in (("4", facts.four_bit), ("8", facts.eight_bit)) if allowed]
     return [
-        f"{facts.share:.4%}" if facts.share < 1e-4 else f"{facts.share:.2%}",
+        f"{100 * facts.share:.2g}%" if facts.share < 1e-3 else f"{facts.share:.2%}",
         f"{4 * facts.trained / MB:,.1f}" if 4 * facts.trained < 10 * MB else f"{4 * facts.trained / MB:,.0f}",
         f"{facts.memory / GB:.1f}" if facts.memory else "-",
         f"{(facts.memory - memory_of_lora) / GB:+.1f}" if facts.memory else "-",

@@ -59,7 +59,7 @@ def save_adapter(
 
 def _named_for_file(model: PeftModel, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return trained weights by their names in an adapter's file; `state` has them by their names in the model."""
-    if model.active_peft_config.is_prompt_learning:
+    if model.peft_config["default"].is_prompt_learning:
         return saved_prompt(model, state)
     complete = state | _other_names(model, state) | _saved_buffers(model)
     weights = get_peft_model_state_dict(model, state_dict=complete, save_embedding_layers=False)
@@ -108,7 +108,7 @@ def _compare_files(model: Any, folder: Path) -> str:
     named = _named_for_file(model, state)
     expected = {name: tuple(weight.shape) for name, weight in named.items()}
     kept = {id(tensor) for tensor in state.values()} & {id(tensor) for tensor in named.values()}
-    new_tensors = has_budget(model) or model.active_peft_config.is_prompt_learning
+    new_tensors = has_budget(model) or model.peft_config["default"].is_prompt_learning
     if not new_tensors and (not kept or len(kept) != len(trained)):
         return f"{len(trained)} tensors are trained, and PEFT saves {len(kept)} of them"
 

@@ -9,10 +9,11 @@ from transformers import PreTrainedModel
 from accel_llm.adapters.compat import PEFT_PREFIX, SavedAdapter
 from accel_llm.config.tool_options import MergeOptions
 from accel_llm.errors import ConfigError
-from accel_llm.merge.attached import AttachedAdapters, attach_adapters, can_be_lazy, combine_adapters, untie_head
+from accel_llm.merge.attached import AttachedAdapters, attach_adapters, can_be_lazy, combine_adapters
 from accel_llm.merge.four_bit import unpack_4_bits
 from accel_llm.merge.one_module import plain_module
 from accel_llm.merge.skeleton import Skeleton, build_skeleton, parameter_specs, read_model_config, saved_names
+from accel_llm.merge.tied_head import untie_head
 from accel_llm.model.config_file import untie
 from accel_llm.model.loading import short_reason
 from accel_llm.model.quantization import quantized_weights, round_to_4_bits

@@ -75,7 +75,7 @@ def write_run_card(folder: Path) -> None:
         "peft" if settings else "transformers",
         base,
         "adapter" if settings else "finetune",
-        ["accel-llm", *([settings["peft_type"].lower()] if settings else [])],
+        ["accel-llm", *([settings.get("peft_type", "LORA").lower()] if settings else [])],
         pipeline_tag="text-generation",
         datasets=published,
     )
@@ -115,7 +115,7 @@ def _describe_method(options: dict[str, Any], settings: dict[str, Any]) -> str:
     base = " on a 4-bit base" if in_4_bits else " on an 8-bit base" * options["load_in_8bit"]
     on_targets = [f"on {targets}"] if targets else []
     whole = [f"whole: {', '.join(modules)}"] if (modules := settings.get("modules_to_save")) else []
-    if settings["peft_type"] != "LORA":
+    if settings.get("peft_type", "LORA") != "LORA":
         own = [f"{name} {value}" for name, value in options.get("method_options", {}).items()]
         return "; ".join([f"{settings['peft_type']}{base}", *own, *on_targets, *whole])
     kind = ["DoRA" if settings.get("use_dora") else "LoRA"] + ["rank-stabilized"] * bool(settings.get("use_rslora"))

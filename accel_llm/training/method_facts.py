@@ -21,7 +21,7 @@ from accel_llm.adapters.refusals import check_quantized_base
 from accel_llm.config.method import METHODS_WITHOUT_ADAPTER
 from accel_llm.config.options import SftOptions
 from accel_llm.demo.files import DEMO_BASE
-from accel_llm.errors import ConfigError
+from accel_llm.errors import ConfigError, raise_problems
 from accel_llm.model.loading import configure_for_training
 from accel_llm.training.empty_step import quietly
 from accel_llm.training.memory_estimate import estimate_memory
@@ -82,6 +82,7 @@ def find_facts(method: str) -> MethodFacts:
 def _default_options(method: str, **others: Any) -> Any:
     values: dict[str, Any] = {"method": method, "precision": "bf16", "max_length": 2048, "gradient_checkpointing": True}
     options = SftOptions(**values | NEEDED.get(method, {}) | others, model_name_or_path=str(DEMO_BASE))
+    raise_problems(options.problems())
     options = fill_method_options(options)
     check_method(options)
     check_quantized_base(options, LLAMA_2_7B)

@@ -378,7 +378,7 @@ def test_a_resumed_run_keeps_the_first_values_that_it_began_with(script, tiny, c
                 module.weight.data.normal_()
                 module.offset.normal_()
 
-    monkeypatch.setattr("accel_llm.adapters.attach.start_from_base", other_start)
+    monkeypatch.setattr("accel_llm.adapters.initial.start_from_base", other_start)
     script(
         "sft",
         *words,

@@ -216,12 +216,13 @@ def test_where_4_bits_cannot_be_had_a_sentence_says_so(tmp_path):
     assert (said := sentence(load_in_4bit=True)).startswith(
         f"load_in_4bit: PEFT cannot compute the adapter {tmp_path / 'adapter'} on weights in 4 bits ("
     ) and said.endswith("); set load_in_4bit to false, with a base in 16 bits.")
-    config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa")
-    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(str(tmp_path / "adapter"))
-    assert sentence(load_in_4bit=True) == (
-        f"load_in_4bit: PEFT computes init_lora_weights pissa of {tmp_path / 'adapter'} only from a base in 16 bits; set "
-        "it to false."
-    )
+    for init in ("pissa", "olora"):
+        config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=init)
+        get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(str(tmp_path / "adapter"))
+        assert sentence(load_in_4bit=True) == (
+            f"load_in_4bit: PEFT computes init_lora_weights {init} of {tmp_path / 'adapter'} only from a base in 16 bits; "
+            "set it to false."
+        )
     settings = json.loads((base / "config.json").read_text(encoding="utf-8"))
     settings["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (base / "config.json").write_text(json.dumps(settings), encoding="utf-8")

@@ -72,11 +72,14 @@ def methods() -> list[str]:
 def all_cells() -> list[Cell]:
     from accel_llm.config.method import METHODS_WITHOUT_ADAPTER
 
-    cells = (Cell(method, *column) for column, method in itertools.product(COLUMNS, methods()))
+    cells = [Cell(method, *column) for column, method in itertools.product(COLUMNS, methods())]
+    # What has no adapter has no base in 4 bits. AdaLoRA has given up ranks when it is exported, and a network of prompts
+    # is not in the file: they do not go on from there.
     return [
         cell
         for cell in cells
-        if cell.method not in METHODS_WITHOUT_ADAPTER or (cell.bits == 16 and cell.strategy != "float64")
+        if (cell.method not in METHODS_WITHOUT_ADAPTER or (cell.bits == 16 and cell.strategy != "float64"))
+        and not (cell.strategy == "float64" and cell.method in ("adalora", "prefix", "p_tuning"))
     ]
 
 
@@ -103,8 +106,6 @@ def build_run(cell: Cell, work: Path) -> Run:
     if gradient:
         words += ["--adapter_name_or_path", adapter(cell, work)]
         words += ["--learning_rate_patterns", f"vblora_logits={matrix.RATE}"] if cell.method == "vblora" else []
-        if cell.method in ("prefix", "p_tuning"):  # their files hold what the network has computed
-            words[words.index("--method") : words.index("--method") + 2] = []
     elif cell.method in resumes.OPTIONS:
         words += ["--method_options", *resumes.OPTIONS[cell.method].split()]
     strategy, processes = ("ddp" if gradient else cell.strategy), 1 if alone else 2
@@ -222,6 +223,7 @@ def write_step(cell: Cell, work: Path, file: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
+    from accel_llm.adapters.prompt_options import PROMPT_METHODS
     from accel_llm.demo.tokenizer import build_demo_tokenizer
 
     if cell.method == "pvera":
@@ -229,7 +231,11 @@ def write_step(cell: Cell, work: Path, file: Path) -> None:
     lines = (work / "sft.jsonl").read_text("utf-8").splitlines()[: matrix.ROWS]
     rows = [matrix.chat(build_demo_tokenizer(), json.loads(line)) for line in lines]
     base: Any = AutoModelForCausalLM.from_pretrained(work / "model")
-    model = PeftModel.from_pretrained(base, adapter(cell, work), is_trainable=True).double().train()
+    prompts = cell.method in PROMPT_METHODS  # PEFT 0.21 does not load them to be trained
+    model = PeftModel.from_pretrained(base, adapter(cell, work), is_trainable=not prompts).double().train()
+    if prompts:
+        model.active_peft_config.inference_mode = False
+        model.prompt_encoder.requires_grad_(True)
     float64.mean_loss(model, rows).backward()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
     torch.nn.utils.clip_grad_norm_(trained.values(), matrix.MAX_NORM)
