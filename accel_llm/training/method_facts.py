@@ -26,7 +26,7 @@ from accel_llm.model.loading import configure_for_training
 from accel_llm.training.empty_step import quietly
 from accel_llm.training.memory_estimate import estimate_memory
 
-RECORDED = Path(__file__).with_name("method_facts.json")
+FACTS_FILE = Path(__file__).with_name("method_facts.json")
 LLAMA_2_7B = LlamaConfig(
     vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
 )
@@ -56,7 +56,7 @@ def all_methods() -> list[str]:
 
 def recorded_facts() -> dict[str, MethodFacts]:
     """Return the recorded facts by method."""
-    recorded = json.loads(RECORDED.read_text(encoding="utf-8"))
+    recorded = json.loads(FACTS_FILE.read_text(encoding="utf-8"))
     return {name: MethodFacts(**facts) for name, facts in recorded.items()}
 
 

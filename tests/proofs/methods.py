@@ -362,7 +362,7 @@ def record_facts(methods: list[str] | None) -> None:
         facts[method] = method_facts.find_facts(method)
         print(method, facts[method], flush=True)
     lines = ",\n".join(f'"{name}": {json.dumps(facts[name]._asdict())}' for name in facts)
-    method_facts.RECORDED.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
+    method_facts.FACTS_FILE.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
     show("facts", facts_table())
 
 
