@@ -108,7 +108,10 @@ def _describe_base(options: dict[str, Any], folder: Path) -> str:
 def _describe_method(options: dict[str, Any], settings: dict[str, Any]) -> str:
     """Say what was trained; `settings` are those of the adapter, empty without one."""
     if not settings:
-        return "all weights"
+        part = {"bitfit": "all biases (BitFit)", "freeze": "a part of the weights"}.get(
+            options["method"], "all weights"
+        )
+        return "; ".join([part, *(f"{name} {value}" for name, value in options.get("method_options", {}).items())])
     targets = settings.get("target_modules")
     targets = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in targets})) if isinstance(targets, list) else targets
     in_4_bits = options["method"] == "qlora" or options.get("load_in_4bit")

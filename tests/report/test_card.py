@@ -26,6 +26,7 @@ RUN: dict[str, Any] = {
     "exported_step": 2,
 }
 ADAPTER = {
+    "peft_type": "LORA",
     "r": 16,
     "lora_alpha": 32.0,
     "target_modules": ["model.layers.0.self_attn.q_proj", "up_proj"],
@@ -86,6 +87,30 @@ def test_the_header_is_one_that_the_hub_accepts(tmp_path, base):
             None if base != "owner/model" else "adapter" if adapter else "finetune"
         )
     assert ("none: trained from random weights" in card.text) == (base is None)
+
+
+@pytest.mark.parametrize(
+    ("options", "adapter", "said"),
+    [
+        ({"method": "freeze", "method_options": {"layers": 2}}, None, "a part of the weights; layers 2"),
+        ({"method": "bitfit"}, None, "all biases (BitFit)"),
+        (
+            {"method": "loha", "method_options": {"r": 32}, "load_in_4bit": True},
+            {"peft_type": "LOHA", "target_modules": ["q_proj"]},
+            "LOHA on a 4-bit base; r 32; on q_proj",
+        ),
+        (
+            {"method": "prompt", "method_options": {"num_virtual_tokens": 20}},
+            {"peft_type": "PROMPT_TUNING"},
+            "PROMPT_TUNING; num_virtual_tokens 20",
+        ),
+    ],
+)
+def test_a_card_names_the_method_that_was_used(tmp_path, options, adapter, said):
+    run = RUN | {"options": RUN["options"] | {"load_in_8bit": False, "method_options": {}} | options}
+    text = write(tmp_path, run, adapter)
+    assert f"| method | {said} |" in text
+    assert ("- lora" in text) == (adapter is not None and adapter["peft_type"] == "LORA")
 
 
 def test_names_that_mean_something_in_yaml_stay_names():
