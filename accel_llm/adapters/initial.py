@@ -99,11 +99,9 @@ def subtract_first_factors(layer: Any, a: torch.Tensor, b: torch.Tensor, compute
     """
     missing = layer.r["default"] - len(a)
     first_a, first_b = F.pad(a, (0, 0, 0, missing)).to(compute), F.pad(b, (0, missing)).to(compute)
-    for factors, weight, offset, dim in (
-        (layer.lora_A, first_a, first_a.clone(), 0),
-        (layer.lora_B, first_b, -first_b, 1),
-    ):
-        factors["default"] = OffsetFactor(weight.to(factors["default"].weight.dtype), offset, dim)
+    for factors, weight, offset in ((layer.lora_A, first_a, first_a.clone()), (layer.lora_B, first_b, -first_b)):
+        dtype, dim = factors["default"].weight.dtype, 0 if factors is layer.lora_A else 1
+        factors["default"] = OffsetFactor(weight.to(dtype), offset, dim)
 
 
 def start_from_rounding(model: PeftModel, compute: torch.dtype) -> None:
@@ -113,7 +111,7 @@ def start_from_rounding(model: PeftModel, compute: torch.dtype) -> None:
     NF4(W), as everybody can load it). PEFT 0.21 leaves out the factor s. Call it before the weights are quantized.
     """
     for layer in linear_lora_layers(model):
-        weight = getattr(layer.get_base_layer(), "weight", None)
+        weight: Any = getattr(layer.get_base_layer(), "weight", None)
         if getattr(weight, "bnb_quantized", None) is not False:
             continue  # a layer that is not held in 4 bits loses nothing
         plain = weight.data.to(training_device(), compute)

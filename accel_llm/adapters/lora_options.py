@@ -166,8 +166,8 @@ def check_patterns(model: Any, config: Any) -> None:
     problems += [
         f"method_options: use_bdlora has {key!r}, but no adapted layer has such a name; one is {min(adapted)}."
         for key in [
-            *(getattr(blocks, "target_modules_bd_a", 0) or ()),
-            *(getattr(blocks, "target_modules_bd_b", 0) or ()),
+            *(getattr(blocks, "target_modules_bd_a", None) or ()),
+            *(getattr(blocks, "target_modules_bd_b", None) or ()),
         ]
         if not any(key in name for name in adapted)
     ]

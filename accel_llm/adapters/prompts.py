@@ -14,7 +14,7 @@ from typing import Any
 import accel_llm.system.chatter
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model, load_peft_weights
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model, load_peft_weights
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from transformers import PreTrainedModel
 
@@ -287,7 +287,7 @@ def saved_prompt(model: Any, state: dict[str, torch.Tensor], name: str = "defaul
     config, prefix = model.peft_config[name], f"prompt_encoder.{name}."
     plain = replace(config, prompt_tuning_init="RANDOM") if hasattr(config, "prompt_tuning_init") else config
     arguments = (plain, None) if config.peft_type == "PROMPT_TUNING" else (plain,)
-    encoder_class: Any = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
+    encoder_class: Any = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.peft_type)]
     with torch.device("meta"):
         encoder = encoder_class(*arguments)
     weights = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}

@@ -142,7 +142,8 @@ def train_rows(
 
     # One parameter for each matrix; tied modules share it.
     indices = {}
-    for module, hook in ((embedding, _replace_embedded), (head, _replace_logits)):
+    hooks: list[tuple[Any, Any]] = [(embedding, _replace_embedded), (head, _replace_logits)]
+    for module, hook in hooks:
         if isinstance(module, ModulesToSaveWrapper) or not ids.get(module):
             continue
         shared = module is head and tied

@@ -106,7 +106,7 @@ def _follow(options: Any) -> tuple[int, int]:
 
 def _count(options: Any, layers: int) -> int:
     with torch.device("meta"):
-        model: Any = LlamaForCausalLM(LlamaConfig(**LLAMA_2_7B.to_dict() | {"num_hidden_layers": layers}))
+        model: Any = LlamaForCausalLM(LlamaConfig.from_dict(LLAMA_2_7B.to_dict() | {"num_hidden_layers": layers}))
     wrapped = attach_adapter(model.bfloat16().to_empty(device="cpu"), options)
     return sum(parameter.numel() for parameter in wrapped.parameters() if parameter.requires_grad)
 

@@ -260,6 +260,7 @@ def test_savings_are_settings_that_save_what_they_say():
         assert total - estimate_memory(changed, config, 1).total == size
 
 
+@pytest.mark.long
 def test_advice_for_other_methods_fits_them():
     def settings(**options: Any) -> set[str]:
         return {setting for setting, _ in memory_savings(TrainOptions(max_length=32, **options), small_llama(), 1)}
