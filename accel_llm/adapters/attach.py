@@ -12,7 +12,7 @@ import accel_llm.system.chatter
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import set_peft_model_state_dict
+from peft.utils import ModulesToSaveWrapper, set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -292,7 +292,8 @@ def _say_what_has_no_adapter(model: PeftModel) -> None:
     """
     base: Any = model.get_base_model()
     parts = tuple(f"{part}." for part in parts_beside_language(base))
-    adapted = tuple(f"{name}." for name, module in base.named_modules() if isinstance(module, BaseTunerLayer))
+    trained = BaseTunerLayer | ModulesToSaveWrapper
+    adapted = tuple(f"{name}." for name, module in base.named_modules() if isinstance(module, trained))
     kinds = Counter()
     for path, module in base.named_modules():
         if path.startswith(parts) or module in (base.get_input_embeddings(), base.get_output_embeddings()):

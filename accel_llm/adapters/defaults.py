@@ -54,9 +54,7 @@ METHOD_DEFAULTS = {
     "road": MethodDefaults(1e-3, GUIDE),
     "c3a": MethodDefaults(1e-1, GUIDE),
     # PEFT begins with random numbers, which change a small model beyond recognition (loss 5.3 -> 8.0 at width 96).
-    "fourierft": MethodDefaults(
-        6e-2, "PEFT's example, and FourierFT's code, arXiv 2405.03003", {"init_weights": True}
-    ),
+    "fourierft": MethodDefaults(6e-2, "PEFT's example, and FourierFT's code, arXiv 2405.03003", {"init_weights": True}),
     "shira": MethodDefaults(3e-4, COMPARISON),
     # Virtual tokens. More than 20 of them gain little (Lester et al. 2021, arXiv 2104.08691, section 3.2), and
     # embeddings of real tokens are a better start than random numbers (the same section, and PEFT's comparison).

@@ -36,7 +36,10 @@ REFUSED_METHODS = {
 }
 # Options of a method that would make a result wrong or unusable, and why.
 REFUSED_OPTIONS = {
-    ("adamss", "use_asa"): "PEFT freezes weights in the middle of the run, which DDP, FSDP2 and checkpoints do not expect",
+    (
+        "adamss",
+        "use_asa",
+    ): "PEFT freezes weights in the middle of the run, which DDP, FSDP2 and checkpoints do not expect",
     ("pvera", "generator_seed"): "no checkpoint has the state of its generator, and seed sets the noise too",
     ("vblora", "save_only_topk_weights"): "the file would lack weights that further training needs",
 }

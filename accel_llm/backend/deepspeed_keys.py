@@ -43,7 +43,10 @@ ZERO_DEFAULTS = {
     "compute_grad_norm": (True, "the norm of the gradient is needed to clip it"),
     "zero_quantized_weights": (False, "it rounds the weights; load_in_4bit quantizes the base of an adapter"),
     "zero_quantized_gradients": (False, "it rounds the gradients"),
-    "zero_quantized_nontrainable_weights": (False, "it rounds the weights; load_in_4bit quantizes the base of an adapter"),
+    "zero_quantized_nontrainable_weights": (
+        False,
+        "it rounds the weights; load_in_4bit quantizes the base of an adapter",
+    ),
     "zero_hpz_partition_size": (1, "checkpoints do not support a second copy of the shards"),
     "zenflow": (None, "it steps with old gradients"),
     "legacy_stage1": (False, "it is DeepSpeed's old code"),

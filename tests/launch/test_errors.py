@@ -47,7 +47,7 @@ def test_an_option_of_another_method_is_an_error(sft_errors):
         "lora_r: only method lora or qlora uses it, but method is full; remove it."
     ]
     assert sft_errors("--method", "qlora", "--load_in_8bit") == [
-        "load_in_8bit: only method lora uses it, but method is qlora; remove it."
+        "load_in_8bit: method qlora already holds the base in 4 bits; give one of them."
     ]
 
 

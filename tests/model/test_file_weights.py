@@ -85,7 +85,8 @@ def test_a_4_bit_checkpoint_trains_an_adapter_in_this_runs_dtype(tmp_path):
     stored = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=settings, dtype=torch.float32)
     stored.save_pretrained(tmp_path)
     with pytest.raises(
-        ConfigError, match=r"method: full trains weights of the model itself, but those of .*4-bit\); give a method with an adapter"
+        ConfigError,
+        match=r"method: full trains weights of the model itself, but those of .*4-bit\); give a method with an adapter",
     ):
         load_model_config(options(tmp_path, method="full"))
 

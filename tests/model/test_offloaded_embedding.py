@@ -186,7 +186,7 @@ def test_it_is_for_frozen_embeddings_that_are_not_sharded(tiny, monkeypatch):
         "single_gpu.yaml, ddp.yaml or zero2.yaml."
     ]
     full = TrainOptions(method="full", offload_embeddings=True)
-    assert full.problems() == ["offload_embeddings: only method lora or qlora uses it, but method is full; remove it."]
+    assert full.problems() == ["offload_embeddings: method full trains no adapter; remove it."]
 
 
 def test_without_a_gpu_it_has_no_effect_and_says_so(make_model, tmp_path, accelerator, capsys):

@@ -369,15 +369,15 @@ def test_an_adapter_of_plain_peft_with_its_own_matrices_merges(make, tmp_path):
             "llama",
             False,
             {"lora_target_modules": ["q_proj", "lm_head"]},
-            "lora_target_modules: lm_head gets new rows by add_tokens and cannot be adapted as well; leave it out, or "
-            "name it in modules_to_save.",
+            "lora_target_modules: single rows of lm_head are trained (add_tokens, trainable_token_indices), so it cannot "
+            "be adapted as well; leave it out, or name it in modules_to_save.",
         ),
         (
             "llama",
             True,
             {"modules_to_save": ["lm_head"]},
-            "modules_to_save: model.embed_tokens and lm_head are one matrix, and add_tokens trains rows of it; name "
-            "both or neither.",
+            "modules_to_save: model.embed_tokens and lm_head are one matrix, and single rows of it are trained "
+            "(add_tokens, trainable_token_indices); name both or neither.",
         ),
         (
             "phi",
