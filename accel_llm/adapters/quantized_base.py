@@ -28,6 +28,7 @@ from accel_llm.model.quantization import nf4_config, prepare_4bit_layers
 # Sizes that the defaults of all methods of PEFT 0.21 fit.
 SIZES: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}
 SIZES |= {"num_hidden_layers": 1, "vocab_size": 32, "initializer_range": 0.05}
+CPU = torch.device("cpu")  # on a GPU too: the small model has tensors that are not moved there
 LAYERS = ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
 STEP = 0.05  # the adapter's first values may do nothing, so they are moved by so much at random
 # In 8 bits the inputs of a layer are rounded too, by less than 1%. A packed weight makes an error of about 100%.
@@ -56,7 +57,7 @@ def problem_on_quantized_base(options: MethodOptions, stored_in_4_bits: bool) ->
 def _problem(options: MethodOptions, packed_before: bool) -> str | None:
     """Compare the method on quantized layers with the same on layers with the numbers that these stand for."""
     quantized = _attach(_quantize(_small_model(), options.load_in_8bit, packed_before), options)
-    quantize_layers(quantized, torch.float32)
+    quantize_layers(quantized, torch.float32, CPU)
     plain = _attach(_dequantize(_quantize(_small_model(), options.load_in_8bit, packed=True)), options)
     if _adapter_differs(quantized, plain):
         return "PEFT takes the adapter's first values from the base's weights, and cannot read quantized ones"
@@ -75,7 +76,7 @@ def _quantize(model: PreTrainedModel, in_8_bits: bool, packed: bool) -> PreTrain
     if not in_8_bits:
         prepare_4bit_layers(model, nf4_config(torch.float32))
         if packed:
-            quantize_layers(model, torch.float32)
+            quantize_layers(model, torch.float32, CPU)
         return model
     for name, layer in list(model.model.named_modules()):
         if isinstance(layer, nn.Linear):

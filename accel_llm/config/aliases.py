@@ -221,7 +221,7 @@ ANSWERED_OPTIONS = {
     **dict.fromkeys(["lr_groups", "embedding_lr_scale"], OTHER_RATES),
     "lora_task_type": "it is always a causal language model",
     "rope_scaling": "the model's config.json decides",
-    "loftq_config": "init_lora_weights names the first values of an adapter",
+    "loftq_config": "init_lora_weights: loftq computes the first values from what 4 bits lose",
     "model_init_kwargs": "attn_implementation, precision and revision are options of their own",
     "flash_attn": "attn_implementation: auto takes the best attention that is there; flash_attention_2 asks for it",
     "gradient_checkpointing_kwargs": "gradient_checkpointing: true recomputes without reentrance",

@@ -108,10 +108,10 @@ def materialize_weights(
             release_pages(old)
 
 
-def quantize_layers(model: nn.Module, compute: torch.dtype) -> None:
-    """Quantize the 4-bit linear layers of `model` now, on the device of this process; nothing else is read."""
+def quantize_layers(model: nn.Module, compute: torch.dtype, device: torch.device | None = None) -> None:
+    """Quantize the 4-bit linear layers of `model` now, on `device` (none: that of this process); read nothing else."""
     layers: list[nn.Module] = [module for module in model.modules() if isinstance(module, Linear4bit)]
-    materialize_weights(model, layers, compute, training_device())
+    materialize_weights(model, layers, compute, device or training_device())
 
 
 def _float32_parameter_ids(model: nn.Module) -> set[int]:

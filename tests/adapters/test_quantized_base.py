@@ -16,6 +16,7 @@ from accel_llm.adapters.quantized_base import problem_on_quantized_base
 from accel_llm.adapters.refusals import check_quantized_base
 from accel_llm.config.options import TrainOptions
 from accel_llm.errors import ConfigError
+from accel_llm.model import placement
 from accel_llm.model.loading import load_model
 
 pytestmark = [
@@ -128,3 +129,8 @@ def test_what_is_refused_is_still_wrong_in_peft(method, bits, why, wide):
     except (RuntimeError, ConfigError):
         return
     assert wrong > 0.1
+
+
+def test_the_trial_needs_no_gpu_where_there_is_one(monkeypatch):
+    monkeypatch.setattr(placement, "training_device", lambda: torch.device("meta"))
+    assert problem_on_quantized_base(TrainOptions(method="ia3", load_in_4bit=True), stored_in_4_bits=False) is None
