@@ -23,6 +23,7 @@ FIRST_VALUES = (
     "lora_ga_config",
     "runtime_config",
     "trainable_token_indices",  # see model/vocabulary.py
+    "fan_in_fan_out",  # PEFT sees for itself how a layer stores its weight
     "prompt_tuning_init",
     "prompt_tuning_init_text",
     "encoder_hidden_size",  # of a network that is not in the file

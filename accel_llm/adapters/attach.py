@@ -117,8 +117,12 @@ def _add(model: PreTrainedModel, options: TrainOptions, config: Any) -> Any:
     # PEFT changes the list of targets in the config that it gets.
     targets = getattr(config, "target_modules", None)
     try:
-        return get_peft_model(model, copy(config))
-    except (ValueError, TypeError) as error:
+        wrapped = get_peft_model(model, copy(config))
+        # OSF of PEFT 0.21 passes over GPT-2's layers without a word.
+        if not any(parameter.requires_grad for parameter in wrapped.parameters()):
+            raise ValueError("PEFT has nothing to train in the target modules")
+        return wrapped
+    except (ValueError, TypeError, NotImplementedError) as error:
         # PEFT's own message can have many lines; the first one says enough.
         reason = str(error).splitlines()[0].rstrip(".")
         if cannot := re.search(r"ParamWrapper does not work with (\w+)", reason):

@@ -270,7 +270,8 @@ def _penalty(layers: list[Any]) -> torch.Tensor:
 def _gathered(weight: Any) -> torch.Tensor:
     """Return the whole of a weight, of which FSDP2 gives each process some rows; its gradient is averaged like theirs."""
     if not isinstance(weight, DTensor):
-        return weight
+        # FSDP2 may leave a layer whole behind its forward, and then in 16 bits.
+        return weight.to(torch.promote_types(weight.dtype, torch.float32))
     whole: Any = weight.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
     whole.register_hook(lambda gradient: gradient / weight.device_mesh.size())
     return whole

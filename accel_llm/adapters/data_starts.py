@@ -22,6 +22,7 @@ from accelerate.utils import broadcast_object_list
 from peft import LoraGAConfig, initialize_lora_eva_weights
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.eva import get_eva_state_dict, prepare_layer_inputs_fn_language_modeling
+from peft.utils.incremental_pca import IncrementalPCA
 from torch import nn
 
 from accel_llm.adapters.initial import first_factors, linear_lora_layers, lora_layers, subtract_first_factors
@@ -62,7 +63,7 @@ def start_from_rows(accelerator: Accelerator, model: Any, options: TrainOptions,
 
     compute: Callable[..., Any] = {"eva": _eva_directions, "corda": _corda_factors, "lora_ga": _lora_ga_factors}[init]
     with _bare_base(accelerator, model, options.seed):
-        result = compute(model, batches, accelerator.device)
+        result = compute(model, batches, accelerator)
     [result] = broadcast_object_list([result])
     if init == "eva":
         _set_directions(model, result)
@@ -78,11 +79,17 @@ def _bare_base(accelerator: Accelerator, model: Any, seed: int) -> Iterator[None
     """Let `model` compute as the base without dropout; random numbers depend on `seed`, and none are used up."""
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []
     training = model.training
-    with torch.random.fork_rng(devices), model.disable_adapter(), accelerator.autocast():
+    with torch.random.fork_rng(devices), model.disable_adapter():
         torch.manual_seed(seed)
         model.eval()
         yield
     model.train(training)
+
+
+def _loss(accelerator: Accelerator, model: Any, batch: Batch) -> torch.Tensor:
+    """Return the summed loss, in the precision of the run. Only the model is computed so, and no decomposition."""
+    with accelerator.autocast():
+        return next_token_loss(model, batch)
 
 
 def _groups_with_labels(stream: Stream, bins: list[list[int]], packed: bool, model: Any) -> list[list[int]]:
@@ -120,7 +127,7 @@ class _Placed(dict):
         return self
 
 
-def _eva_directions(model: Any, batches: list[Batch], device: torch.device) -> dict[str, torch.Tensor]:
+def _eva_directions(model: Any, batches: list[Batch], accelerator: Accelerator) -> dict[str, torch.Tensor]:
     """Return A of each layer by its name in `model`, computed by PEFT; its length is the rank of the layer."""
     passes = iter(range(MAX_PASSES * len(batches) + 2))
 
@@ -130,7 +137,7 @@ def _eva_directions(model: Any, batches: list[Batch], device: torch.device) -> d
                 f"init_lora_weights: the directions of eva still turn after {MAX_PASSES} passes through the first "
                 f"rows; raise {INIT_ROWS}, or lower tau in eva_config."
             )
-        next_token_loss(model, batch)
+        _loss(accelerator, model, batch)
 
     def layer_inputs(inputs: Any, positions: torch.Tensor, name: str) -> torch.Tensor:
         if inputs[0].ndim != 3:
@@ -140,19 +147,31 @@ def _eva_directions(model: Any, batches: list[Batch], device: torch.device) -> d
             )
         return prepare_layer_inputs_fn_language_modeling(inputs, positions, name)
 
-    on_device = [_Placed(to_device(batch, device)) for batch in batches]
+    on_device = [_Placed(to_device(batch, accelerator.device)) for batch in batches]
     try:
-        directions = get_eva_state_dict(
-            model,
-            on_device,
-            forward_fn=forward,
-            prepare_layer_inputs_fn=layer_inputs,
-            gather_distributed_inputs=False,
-            show_progress_bar=False,
-        )
+        with _pca_without_autocast(accelerator.device.type):
+            directions = get_eva_state_dict(
+                model,
+                on_device,
+                forward_fn=forward,
+                prepare_layer_inputs_fn=layer_inputs,
+                gather_distributed_inputs=False,
+                show_progress_bar=False,
+            )
     except (ValueError, RuntimeError) as error:
         raise ConfigError(f"init_lora_weights: eva does not fit the model ({short_reason(error)}).") from None
     return {name: direction.cpu() for name, direction in directions.items()}
+
+
+@contextmanager
+def _pca_without_autocast(device_type: str) -> Iterator[None]:
+    """Let PEFT's EVA, which computes in hooks of the forward, multiply in float32: CUDA decomposes no 16-bit matrices."""
+    plain = IncrementalPCA.partial_fit
+    IncrementalPCA.partial_fit = torch.autocast(device_type, enabled=False)(plain)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        IncrementalPCA.partial_fit = plain  # type: ignore[method-assign]
 
 
 def _set_directions(model: Any, directions: dict[str, torch.Tensor]) -> None:
@@ -165,7 +184,7 @@ def _set_directions(model: Any, directions: dict[str, torch.Tensor]) -> None:
                 parameter.data = parameter.data.to(dtype)  # PEFT makes new ones, in the dtype of the base
 
 
-def _corda_factors(model: Any, batches: list[Batch], device: torch.device) -> FirstFactors:
+def _corda_factors(model: Any, batches: list[Batch], accelerator: Accelerator) -> FirstFactors:
     """Return A0 and B0 of each layer, from the singular values of its weight times the covariance of its inputs.
 
     As in PEFT, each batch is divided by its largest value before.
@@ -180,7 +199,8 @@ def _corda_factors(model: Any, batches: list[Batch], device: torch.device) -> Fi
         if not config.use_float16_for_covariance:
             rows = rows.float()
         rows = rows / rows.max().abs()
-        sums[name], counts[name] = sums[name] + rows.T @ rows, counts[name] + 1
+        with torch.autocast(rows.device.type, enabled=False):  # it would round the products to 16 bits
+            sums[name], counts[name] = sums[name] + rows.T @ rows, counts[name] + 1
 
     def hook(name: str) -> Any:
         return lambda module, args: add_covariance(name, args[0])
@@ -188,7 +208,7 @@ def _corda_factors(model: Any, batches: list[Batch], device: torch.device) -> Fi
     handles = [layer.get_base_layer().register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
     with torch.no_grad():
         for batch in batches:
-            next_token_loss(model, to_device(batch, device))
+            _loss(accelerator, model, to_device(batch, accelerator.device))
     for handle in handles:
         handle.remove()
 
@@ -229,7 +249,7 @@ def _decompose_with_inputs(weight: torch.Tensor, covariance: torch.Tensor) -> tu
     return u, s, (vh @ inverse).T
 
 
-def _lora_ga_factors(model: Any, batches: list[Batch], device: torch.device) -> FirstFactors:
+def _lora_ga_factors(model: Any, batches: list[Batch], accelerator: Accelerator) -> FirstFactors:
     """Return A0 and B0 of each layer, from the gradient of its weight: that of the mean loss over all labels."""
     config = model.peft_config["default"].lora_ga_config or LoraGAConfig()
     layers = {name: layer for name, layer in lora_layers(model).items() if layer in set(linear_lora_layers(model))}
@@ -239,7 +259,7 @@ def _lora_ga_factors(model: Any, batches: list[Batch], device: torch.device) -> 
     for weight in weights.values():
         weight.requires_grad_(True)
     for batch in batches:
-        (next_token_loss(model, to_device(batch, device)) / labels).backward()
+        (_loss(accelerator, model, to_device(batch, accelerator.device)) / labels).backward()
         for name, weight in weights.items():
             if weight.grad is not None:  # else no token went to this expert
                 gradients[name] = gradients.get(name, 0) + weight.grad.float()

@@ -145,7 +145,7 @@ def linear_lora_layers(model: PeftModel) -> list[Any]:
 
 def lora_layers(model: Any) -> dict[str, Any]:
     """Return PEFT's LoRA layers of an adapted model, by their names in the base model."""
-    modules = model.base_model.model.named_modules()
+    modules = model.get_base_model().named_modules()
     return {name: module for name, module in modules if isinstance(module, LoraLayer)}
 
 

@@ -69,7 +69,10 @@ def lora_problems(options: MethodOptions) -> list[str]:
         for value, (field, _) in INIT_FIELDS.items()
         if given.get(field) and init != value and options.adapter_name_or_path is None
     ]
-    if given.get(INIT_ROWS) is not None and init not in DATA_INITS:
+    rows = given.get(INIT_ROWS)
+    if rows is not None and (type(rows) is not int or rows < 1):
+        problems.append(f"method_options: {INIT_ROWS} {rows!r} is not allowed; give a whole number of at least 1.")
+    if rows is not None and init not in DATA_INITS:
         problems.append(
             f"method_options: {INIT_ROWS} has an effect only with init_lora_weights {', '.join(DATA_INITS)}; leave it out."
         )

@@ -69,10 +69,16 @@ def _checked(
             if len(problems) > before:
                 continue
         try:
-            adapter = TypeAdapter(hints[name], config=ConfigDict(arbitrary_types_allowed=True))
+            adapter = TypeAdapter(hints[name], config=ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False))
             checked[name] = adapter.validate_python(value)
         except ValidationError as error:
             problems.append(f"method_options: {prefix}{name} {value!r} is not allowed ({error.errors()[0]['msg']}).")
+            continue
+        if isinstance(value, bool) and not isinstance(checked[name], bool):  # pydantic makes true the number 1
+            problems.append(f"method_options: {prefix}{name} {value!r} is not allowed (Input should be a number).")
+        elif "dropout" in name and isinstance(checked[name], float) and not 0 <= checked[name] < 1:
+            # Layers of PEFT 0.21 with other values train nothing, or divide by zero.
+            problems.append(f"method_options: {prefix}{name} {value!r} is not allowed; give 0 or more, and less than 1.")
     return checked
 
 

@@ -7,7 +7,10 @@ import accel_llm.system.chatter
 
 import torch
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
+from peft.utils.constants import (
+    TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
+    TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
+)
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -30,7 +33,7 @@ def choose_targets(options: MethodOptions, config: Any, model: PreTrainedModel) 
     chosen = "lora_target_modules" in options.model_fields_set or options.adapter_name_or_path is not None
     if options.method == "ia3":
         if not chosen:
-            config.target_modules = _ia3_targets(config, model)
+            config.target_modules = _ia3_targets(model)
         if "feedforward_modules" not in options.method_options:
             names = linear_names(model) if config.target_modules == "all-linear" else config.target_modules
             config.feedforward_modules = sorted(
@@ -43,13 +46,15 @@ def choose_targets(options: MethodOptions, config: Any, model: PreTrainedModel) 
         config.target_modules = [name.rsplit(".", 1)[-1] for name, m in model.named_modules() if m is embedding]
 
 
-def _ia3_targets(config: Any, model: PreTrainedModel) -> list[str]:
+def _ia3_targets(model: PreTrainedModel) -> list[str]:
     """Return the keys, values and feed-forward layers; PEFT's own table names the queries for some families."""
     if set(IA3_TARGETS) <= set(linear_names(model)):
         return list(IA3_TARGETS)
-    table = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].target_module_mapping
-    if model.config.model_type in table:
-        return list(table[model.config.model_type])
+    names = TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING.get(model.config.model_type, ())
+    modules = [f".{name}" for name, _ in model.named_modules()]
+    # The table names w2 of Mixtral, whose experts have become one parameter.
+    if names and all(any(module.endswith(f".{name}") for module in modules) for name in names):
+        return list(names)
     raise ConfigError(
         f"lora_target_modules: method ia3 scales keys, values and the feed-forward part, whose names in "
         f"{type(model).__name__} are not known; name them. Its linear layers are {', '.join(linear_names(model))}."

@@ -17,6 +17,7 @@ import accel_llm.system.chatter
 import torch
 from accelerate import Accelerator
 from bitsandbytes.nn.modules import Linear4bit, Params4bit
+from peft.tuners._buffer_dict import BufferDict
 from torch import nn
 
 from accel_llm.backend.strategy import PRECISION_DTYPES, strategy, training_device
@@ -82,13 +83,16 @@ def materialize_weights(
 ) -> None:
     """Copy the weights directly in `modules` (not in submodules) from the files to `device`, in their final dtype.
 
-    Frozen weights get the dtype `compute`; trained ones are float32 with `masters`, else also `compute`. The weights of
-    4-bit layers (see `prepare_4bit_layers`) are quantized here, unless that was done before.
+    Frozen weights get the dtype `compute`; trained ones are float32 with `masters`, else also `compute`, and so do the
+    buffers of an adapter. The weights of 4-bit layers (see `prepare_4bit_layers`) are quantized here, unless that was done before.
     """
     float32 = _float32_parameter_ids(model)
     for module in modules:
+        # An adapter's buffers, such as VeRA's matrices, are multiplied by its weights. PEFT 0.21 makes them float32, and
+        # DeepSpeed 0.19 leaves them so.
+        in_one_dtype = isinstance(module, BufferDict) and not masters
         for name, buffer in module.named_buffers(recurse=False):
-            module._buffers[name] = buffer.to(device)
+            module._buffers[name] = buffer.to(device, compute if in_one_dtype and buffer.is_floating_point() else None)
         for name, parameter in list(module.named_parameters(recurse=False)):
             old = parameter.data
             if isinstance(parameter, Params4bit) and not parameter.bnb_quantized:
@@ -99,7 +103,7 @@ def materialize_weights(
                 quantized: Any = parameter
                 module._parameters[name] = quantized.to(device)  # together with the scales, its quant_state
             elif parameter.is_floating_point() and not isinstance(parameter, Params4bit):
-                full_precision = (parameter.requires_grad and masters) or id(parameter) in float32
+                full_precision = (masters and _is_trained(module, parameter)) or id(parameter) in float32
                 dtype = torch.float32 if full_precision else compute
                 parameter.data = old.to(device, dtype, copy=True)
             else:
@@ -112,6 +116,15 @@ def quantize_layers(model: nn.Module, compute: torch.dtype, device: torch.device
     """Quantize the 4-bit linear layers of `model` now, on `device` (none: that of this process); read nothing else."""
     layers: list[nn.Module] = [module for module in model.modules() if isinstance(module, Linear4bit)]
     materialize_weights(model, layers, compute, device or training_device())
+
+
+def _is_trained(module: nn.Module, parameter: nn.Parameter) -> bool:
+    """Return whether `parameter` of `module` is trained, or has the dtype of one that is.
+
+    On a CPU torch 2.13 computes no LayerNorm whose weight is in bfloat16 and whose bias is in float32.
+    """
+    both = module.parameters(recurse=False) if isinstance(module, nn.LayerNorm) else [parameter]
+    return any(each.requires_grad for each in both)
 
 
 def _float32_parameter_ids(model: nn.Module) -> set[int]:

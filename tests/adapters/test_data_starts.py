@@ -16,7 +16,7 @@ from peft import EvaConfig, LoraConfig, LoraGAConfig, PeftModel, get_peft_model,
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.loraga import preprocess_loraga
 from peft.utils.integrations import dequantize_module_weight
-from support import make_rows, materialize, random_rows, relative_distance, tiny_model
+from support import make_rows, materialize, random_rows, relative_distance, reset, tiny_model
 from transformers import AutoModelForCausalLM
 
 from accel_llm.adapters.attach import attach_adapter
@@ -53,10 +53,10 @@ def settings(base: Path, init: str, more: dict[str, Any] | None = None, **option
     return TrainOptions(**{**fixed, "init_lora_weights": init, **options})
 
 
-def started(options: TrainOptions, position: Position | None = None) -> Any:
+def started(options: TrainOptions, position: Position | None = None, accelerator: Any = None) -> Any:
     """A model whose adapter has its first values."""
     check_method(options)
-    accelerator = Accelerator(cpu=True)
+    accelerator = accelerator or Accelerator(cpu=True)
     torch.manual_seed(0)
     model = attach_adapter(load_model(options), options)
     place_weights(accelerator, model, options)
@@ -212,3 +212,29 @@ def test_what_needs_rows_is_refused_where_weights_are_split_before(bases, monkey
     monkeypatch.setattr("accel_llm.adapters.lora_options.strategy", lambda: "zero3")
     with pytest.raises(ConfigError, match=r"init_lora_weights: corda runs the model .* zero3 has split"):
         check_method(settings(bases["llama"], "corda"))
+
+
+@pytest.mark.parametrize("init", ["corda", "lora_ga", pytest.param("eva", marks=LONG)])
+def test_nothing_is_decomposed_in_16_bits(bases, monkeypatch, init):
+    """Autocast of a CPU would make float32 of such a matrix; that of CUDA does not, and CUDA cannot decompose it."""
+    dtypes = set()
+
+    def recorded(function: Any) -> Any:
+        return lambda matrix, *args, **kwargs: (dtypes.add(matrix.dtype), function(matrix, *args, **kwargs))[1]
+
+    monkeypatch.setattr(torch.linalg, "svd", recorded(torch.linalg.svd))
+    monkeypatch.setattr(torch.linalg, "qr", recorded(torch.linalg.qr))
+    more = {"eva_config": {"tau": TAU}} if init == "eva" else {}
+    reset()  # the Accelerator of another test has another precision
+    try:
+        accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+        started(settings(bases["llama"], init, more, precision="bf16"), accelerator=accelerator)
+    finally:
+        reset()
+    assert dtypes and dtypes <= {torch.float32, torch.float64}
+
+
+@pytest.mark.parametrize("rows", [0, -1, "many"])
+def test_the_number_of_rows_to_look_at_is_checked(bases, rows):
+    with pytest.raises(ConfigError, match=rf"init_rows {rows!r} is not allowed; give a whole number of at least 1"):
+        check_method(settings(bases["llama"], "corda", {"init_rows": rows}))

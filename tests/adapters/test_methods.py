@@ -258,6 +258,50 @@ def test_options_of_a_method_are_checked(base):
         base, "pvera", method_options={"generator_seed": 1}
     )
     assert "lily cannot be trained here: PEFT mixes its matrices" in problem(base, "lily")
+    for values in ({"r": True}, {"alpha": True}, {"rank_dropout": 2.0}, {"module_dropout": 1.0}):
+        assert "is not allowed" in problem(base, "loha", method_options=values)
+    assert "d_initial 'nan' is not allowed" in problem(base, "vera", method_options={"d_initial": "nan"})
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("gpt2")
+    tiny_model("gpt2").save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("method", ["lora", "ia3"])
+def test_layers_of_gpt2_are_adapted_saved_and_trained_further(gpt2, tmp_path, method):
+    model = moved(gpt2, tmp_path, method)
+    again = adopt_adapter_options(TrainOptions(model_name_or_path=str(gpt2), adapter_name_or_path=str(tmp_path)))
+    check_method(again)
+    plain = AutoModelForCausalLM.from_pretrained(gpt2)
+    # (IA)3 scales keys, values and the second product of the feed-forward part; the first are one layer with the queries.
+    if method == "ia3":
+        assert {name.split(".h.0.")[-1] for name in trained_names(model) if ".h.0." in name} == {
+            "attn.c_attn.ia3_l.default",
+            "mlp.c_proj.ia3_l.default",
+        }
+    assert relative_distance(logits_of(model), logits_of_plain(plain)) > 1e-3
+    expected = logits_of_plain(PeftModel.from_pretrained(plain, str(tmp_path)))
+    assert relative_distance(logits_of(model), expected) < 1e-5
+    assert torch.equal(logits_of(attached(again)), logits_of(model))
+
+
+def logits_of_plain(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.arange(3, 40)[None]).logits
+
+
+@pytest.mark.parametrize("method", ["osf", "peanut"])
+def test_what_peft_cannot_adapt_in_gpt2_is_refused(gpt2, method):
+    assert problem(gpt2, method).startswith("lora_target_modules: 'all-linear' does not fit the model (PE")
+
+
+@pytest.mark.parametrize("family", ["mixtral", "phi3"])
+def test_ia3_asks_for_names_that_it_does_not_know(tmp_path, family):
+    tiny_model(family).save_pretrained(tmp_path)
+    assert "are not known; name them" in problem(tmp_path, "ia3")
 
 
 def test_an_earlier_adapter_sets_the_method_and_its_options(base, tmp_path):

@@ -7,14 +7,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import random_rows, run_json, tiny_model
+from support import materialize, random_rows, run_json, tiny_model
 
+from accel_llm.adapters.attach import attach_adapter
 from accel_llm.adapters.methods import check_method
 from accel_llm.adapters.partial import last_layers, parameters_of_part, train_part
 from accel_llm.config.options import MethodOptions, TrainOptions
 from accel_llm.data.batches import collate_packed
 from accel_llm.errors import ConfigError
 from accel_llm.model.attention import enable_packing
+from accel_llm.model.loading import load_model
 from accel_llm.model.loss import attach_loss, next_token_loss
 from accel_llm.training.memory_estimate import Layout, _figures
 
@@ -196,3 +198,22 @@ def test_layers_at_the_end_are_followed_by_the_estimate_of_memory():
         figures = _figures(settings, config, layout)
         one = sum(p.numel() for n, p in tiny_model("llama").named_parameters() if ".layers.0." in n)
         assert figures["trainable"] == layers * one
+
+
+@pytest.mark.parametrize("method", ["bitfit", "lora"])
+def test_a_bias_of_a_normalisation_is_trained_in_bfloat16(tmp_path, method):
+    """On a CPU torch computes no LayerNorm with a weight in bfloat16 and a bias in float32."""
+    tiny_model("gpt2").bfloat16().save_pretrained(tmp_path)
+    chosen = TrainOptions(
+        model_name_or_path=str(tmp_path), method=method, precision="bf16", **({"lora_bias": "all"} if method == "lora" else {})
+    )
+    model: Any = load_model(chosen)
+    model = attach_adapter(model, chosen) if method == "lora" else model
+    train_part(model, chosen)
+    materialize(model, chosen)
+    with torch.autocast("cpu", torch.bfloat16):
+        next_token_loss(model, collate_packed(random_rows(4, 12))).backward()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert all(p.dtype == torch.float32 and p.grad is not None for p in trained.values())
+    assert any("ln_f.bias" in name for name in trained)
+    assert not any("ln_f.weight" in name for name in trained)

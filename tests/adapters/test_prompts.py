@@ -287,9 +287,11 @@ def trained_prompt(base: Path, folder: Path, options: TrainOptions, steps: int =
     return model.eval()
 
 
-@pytest.mark.parametrize("name", ["prompt", "LSTM", "prefix"])
-def test_only_the_prompt_moves_and_plain_peft_loads_it(name, tmp_path):
-    base, folder, ids = saved_model(tmp_path), tmp_path / "adapter", torch.arange(5, 25)[None]
+@pytest.mark.parametrize(
+    ("name", "family"), [("prompt", "qwen3"), ("LSTM", "qwen3"), ("prefix", "qwen3"), ("prompt", "gpt2")]
+)
+def test_only_the_prompt_moves_and_plain_peft_loads_it(name, family, tmp_path):
+    base, folder, ids = saved_model(tmp_path, family), tmp_path / "adapter", torch.arange(5, 25)[None]
     options = options_for(name, model_name_or_path=str(base))
     model = trained_prompt(base, folder, options)
     plain = load_model(options).eval()
@@ -431,6 +433,8 @@ def test_an_ensemble_answers_by_its_mean_and_goes_on(tmp_path):
     [
         ("prompt", {"num_virtual_tokens": 47}, "47 num_virtual_tokens leave no room for a document in max_length 48"),
         ("prompt", {"num_virtual_tokens": 0}, "num_virtual_tokens 0 is too small; give 1 or more"),
+        ("prompt", {"num_virtual_tokens": "20"}, "num_virtual_tokens '20' is not allowed; give a whole number"),
+        ("prompt", {"num_virtual_tokens": 20.0}, "num_virtual_tokens 20.0 is not allowed; give a whole number"),
         ("prompt", {"prompt_tuning_init": "text"}, "'text' is unknown; allowed are TEXT, SAMPLE_VOCAB, RANDOM"),
         ("prompt", {"prompt_tuning_init_text": "abc"}, "only prompt_tuning_init: TEXT reads it"),
         ("p_tuning", {"encoder_reparameterization_type": "GRU"}, "'GRU' is unknown; allowed are MLP, LSTM"),

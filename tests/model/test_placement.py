@@ -247,3 +247,16 @@ def test_a_weight_that_layers_share_belongs_to_no_layer(method, shared, make_mod
     model = attach_adapter(load_model(settings), settings)
     names = {parameter: name for name, parameter in model.named_parameters()}
     assert {names[weight].rsplit("_proj.")[-1] for weight in placement._shared_by_units(model)} == shared
+
+
+@pytest.mark.parametrize("method", ["vera", "delora", "tinylora"])
+def test_an_adapters_buffers_meet_its_weights_in_one_dtype(tiny, method, quiet):
+    """DeepSpeed 0.19.8 casts weights to 16 bits and leaves buffers as they are; PEFT 0.21 makes these float32."""
+    train_options = options(tiny, method=method)
+    model = attach_adapter(load_model(train_options), train_options)
+    buffers = {name for name, buffer in model.named_buffers() if ".default" in name and buffer.is_floating_point()}
+    assert buffers
+    materialize_weights(model, list(model.modules()), torch.bfloat16, torch.device("cpu"), masters=False)
+    assert {model.get_buffer(name).dtype for name in buffers} == {torch.bfloat16}
+    ids = torch.arange(12)[None]
+    model.train()(input_ids=ids, labels=ids).loss.backward()
