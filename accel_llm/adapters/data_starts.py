@@ -165,7 +165,7 @@ def _eva_directions(model: Any, batches: list[Batch], accelerator: Accelerator) 
 
 @contextmanager
 def _pca_without_autocast(device_type: str) -> Iterator[None]:
-    """Let PEFT's EVA, which computes in hooks of the forward, multiply in float32: CUDA decomposes no 16-bit matrices."""
+    """Let PEFT's EVA, which computes in hooks of the forward, use float32: CUDA decomposes no 16-bit matrices."""
     plain = IncrementalPCA.partial_fit
     IncrementalPCA.partial_fit = torch.autocast(device_type, enabled=False)(plain)  # type: ignore[method-assign]
     try:

@@ -8,6 +8,9 @@ from collections.abc import Iterable
 from copy import deepcopy
 from typing import Any
 
+import accel_llm.system.chatter
+
+from bitsandbytes.nn.modules import Linear8bitLt
 from torch import nn
 
 
@@ -18,6 +21,11 @@ def copy_modules(model: Any) -> Any:
     """
     shared: dict[int, Any] = {}
     for module in model.modules():
+        if isinstance(module, Linear8bitLt):
+            packed: Any = module.weight
+            if packed.CB is not None:
+                module.init_8bit_state()  # else the first layer that computes takes the scales away from the others
+            shared[id(module.state)] = module.state
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             # A packed weight is shared with its scales: nothing replaces it.
             is_plain = type(tensor) is nn.Parameter

@@ -200,6 +200,7 @@ def test_layers_at_the_end_are_followed_by_the_estimate_of_memory():
         assert figures["trainable"] == layers * one
 
 
+@pytest.mark.usefixtures("quiet")
 @pytest.mark.parametrize("method", ["bitfit", "lora"])
 def test_a_bias_of_a_normalisation_is_trained_in_bfloat16(tmp_path, method):
     """On a CPU torch computes no LayerNorm with a weight in bfloat16 and a bias in float32."""

@@ -7,16 +7,19 @@ from typing import Any
 import peft
 import pytest
 import torch
+from bitsandbytes.nn.modules import Linear8bitLt
 from peft import AutoPeftModelForCausalLM, get_peft_model
 from peft_methods import CAUSAL, METHODS, PROMPTS, randomize
 from safetensors.torch import load_file
 from support import moved_adapter, relative_distance, tiny_model
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from accel_llm.config.tool_options import ChatOptions
 from accel_llm.errors import ConfigError
 from accel_llm.merge.dialogues import BARE, open_dialogues
 from accel_llm.merge.load import load_to_ask
+from accel_llm.merge.shared_weights import copy_modules
 
 pytestmark = [
     pytest.mark.usefixtures("quiet"),
@@ -86,6 +89,20 @@ def test_adapters_of_all_kinds_do_not_meet(base, tmp_path):
 def test_all_methods_of_peft_do_not_meet(base, tmp_path):
     methods = {name: config for name, config in (METHODS | PROMPTS).items() if name != "adamss"}
     check_side_by_side(base, [foreign(base, tmp_path / name, config()) for name, config in methods.items()])
+
+
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt")  # bitsandbytes takes float16
+def test_a_copy_of_an_8_bit_model_computes_the_same():
+    """bitsandbytes 0.50 keeps the scales at the weight until a layer has used them, and then only at this layer."""
+    model = tiny_model("llama")
+    for path, layer in [(path, layer) for path, layer in model.model.named_modules() if isinstance(layer, nn.Linear)]:
+        packed = Linear8bitLt(layer.in_features, layer.out_features, bias=False, has_fp16_weights=False)
+        packed.load_state_dict(layer.state_dict())
+        model.model.set_submodule(path, packed.to("cpu"))
+    copy, ids = copy_modules(model.eval()), torch.arange(12)[None]
+    with torch.no_grad():
+        first, second, again = (each(input_ids=ids).logits for each in (model, copy, model))
+    assert torch.equal(first, second) and torch.equal(first, again)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", pytest.param("llama", marks=pytest.mark.long)])
