@@ -32,7 +32,7 @@ def prompt_problems(options: MethodOptions) -> list[str]:
     count = given.get("num_virtual_tokens")
     if count is None:
         problems.append(f"method_options: method {options.method} needs num_virtual_tokens; give a number.")
-    elif type(count) is not int:  # PEFT would take "20" and 20.0, but rows are cut by `virtual_tokens` of the options
+    elif type(count) is not int:  # PEFT would take "20" and 20.0, but `options.virtual_tokens` does not
         problems.append(f"method_options: num_virtual_tokens {count!r} is not allowed; give a whole number.")
     elif isinstance(options, TrainOptions) and options.max_length - options.virtual_tokens < 2:
         problems.append(
