@@ -11,6 +11,7 @@ import accel_llm.system.chatter
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
+from peft.tuners.boft import layer as boft_layer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper, set_peft_model_state_dict
 from safetensors.torch import load_file
@@ -42,6 +43,9 @@ from accel_llm.model.experts import expert_weights, unpack_experts_in_forward
 from accel_llm.model.language_part import parts_beside_language
 from accel_llm.model.vocabulary import NEW_ROWS, PEFT_ROWS, train_rows
 from accel_llm.system.launcher import process_rank
+
+# Otherwise PEFT 0.21 compiles a CUDA extension for BOFT in every process, and where that fails anew for every layer.
+boft_layer._FBD_CUDA = False
 
 
 def attach_adapter(model: PreTrainedModel, options: TrainOptions, new_tokens: range = range(0)) -> PeftModel:

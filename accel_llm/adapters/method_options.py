@@ -78,7 +78,9 @@ def _checked(
             problems.append(f"method_options: {prefix}{name} {value!r} is not allowed (Input should be a number).")
         elif "dropout" in name and isinstance(checked[name], float) and not 0 <= checked[name] < 1:
             # Layers of PEFT 0.21 with other values train nothing, or divide by zero.
-            problems.append(f"method_options: {prefix}{name} {value!r} is not allowed; give 0 or more, and less than 1.")
+            problems.append(
+                f"method_options: {prefix}{name} {value!r} is not allowed; give 0 or more, and less than 1."
+            )
     return checked
 
 

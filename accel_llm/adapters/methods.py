@@ -2,6 +2,7 @@
 
 import sys
 import warnings
+from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any
 
@@ -34,14 +35,17 @@ REFUSED_METHODS = {
     "token would see what it has to predict",
     "shadow": "it trains a second network beside the model, with a loss of its own that PEFT computes outside the model",
 }
-# Options of a method that would make a result wrong or unusable, and why.
+LEAVES_LAYERS_OUT = "a layer that is left out in a step has no gradient, for which other processes wait"
+# Options that would make a result wrong or unusable if they had another value than PEFT's default, and why.
 REFUSED_OPTIONS = {
-    (
-        "adamss",
-        "use_asa",
-    ): "PEFT freezes weights in the middle of the run, which DDP, FSDP2 and checkpoints do not expect",
-    ("pvera", "generator_seed"): "no checkpoint has the state of its generator, and seed sets the noise too",
-    ("vblora", "save_only_topk_weights"): "the file would lack weights that further training needs",
+    "adamss.use_asa": "PEFT freezes weights in the middle of the run, which DDP, FSDP2 and checkpoints do not expect",
+    "boft.boft_n_butterfly_factor": "PEFT 0.21 takes 1 wherever it cannot compile its CUDA extension",
+    "frod.runtime_offload_base_weight": "the base's weights would move in the middle of a step",
+    "loha.module_dropout": LEAVES_LAYERS_OUT,
+    "lokr.module_dropout": LEAVES_LAYERS_OUT,
+    "oft.coft": "PEFT changes the weights in the forward pass, which DeepSpeed, FSDP2 and checkpoints do not see",
+    "pvera.generator_seed": "no checkpoint has the state of its generator, and seed sets the noise too",
+    "vblora.save_only_topk_weights": "the file would lack weights that further training needs",
 }
 # Options that say the same in two ways; PEFT takes one of them, and the other must be 0.
 ALTERNATIVES = {"oft": {"r": "oft_block_size"}, "boft": {"boft_block_num": "boft_block_size"}}
@@ -114,10 +118,11 @@ def check_method(options: MethodOptions) -> None:
         for option, field in flat_options(options).items()
         if field in options.method_options
     ]
+    defaults = {field.name: field.default for field in fields(config_class)}
     problems += [
-        f"method_options: {field} of method {method} cannot be used: {reason}; leave it out."
-        for (method, field), reason in REFUSED_OPTIONS.items()
-        if method == options.method and options.method_options.get(field) not in (None, False)
+        f"method_options: {name} of method {options.method} cannot be used: {reason}; leave it out."
+        for name, value in options.method_options.items()
+        if (reason := REFUSED_OPTIONS.get(f"{options.method}.{name}")) and value != defaults[name]
     ]
     if options.method == "trainable_tokens" and not options.method_options.get("token_indices"):
         problems.append("method_options: method trainable_tokens needs token_indices, the ids of the tokens to train.")

@@ -28,22 +28,40 @@ def choose_targets(options: MethodOptions, config: Any, model: PreTrainedModel) 
     """Set the targets in PEFT's `config` of a method that is not made for all linear layers, unless the user did.
 
     Raises:
-        ConfigError: the modules of this model are not known.
+        ConfigError: the modules of this model are not known, or it has no row for a token.
     """
     chosen = "lora_target_modules" in options.model_fields_set or options.adapter_name_or_path is not None
     if options.method == "ia3":
         if not chosen:
             config.target_modules = _ia3_targets(model)
+        elif config.target_modules == "all-linear":
+            # PEFT 0.21 writes whole names into the file, and then misses the feed-forward names among them.
+            config.target_modules = [name for name in linear_names(model) if name != _head_name(model)]
         if "feedforward_modules" not in options.method_options:
-            names = linear_names(model) if config.target_modules == "all-linear" else config.target_modules
+            names = config.target_modules
             config.feedforward_modules = sorted(
                 IA3_FEEDFORWARD.intersection(names) if not isinstance(names, str) else ()
             )
     elif options.method == "ln_tuning" and not chosen:
         config.target_modules = _norms(model)
-    elif options.method == "trainable_tokens" and not chosen:
-        embedding = model.get_input_embeddings()
-        config.target_modules = [name.rsplit(".", 1)[-1] for name, m in model.named_modules() if m is embedding]
+    elif options.method == "trainable_tokens":
+        embedding: Any = model.get_input_embeddings()
+        _check_token_ids(config.token_indices, len(embedding.weight))
+        if not chosen:
+            config.target_modules = [name.rsplit(".", 1)[-1] for name, m in model.named_modules() if m is embedding]
+
+
+def _check_token_ids(ids: list[int], rows: int) -> None:
+    """Check that each id has a row of its own; PEFT 0.21 fails without a sentence, or trains one of two equal ids.
+
+    Raises:
+        ConfigError: one of them has none.
+    """
+    wrong = [k for k in ids if not 0 <= k < rows]
+    twice = [k for k in ids if ids.count(k) > 1]
+    if wrong or twice:
+        reason = f"{wrong[0]}, but the embedding has rows 0 to {rows - 1}" if wrong else f"{twice[0]} twice; name it once"
+        raise ConfigError(f"method_options: token_indices names {reason}.")
 
 
 def _ia3_targets(model: PreTrainedModel) -> list[str]:

@@ -80,7 +80,8 @@ def read_data_options(options_class: type[TrainOptionsT], demo: Path) -> TrainOp
     Raises:
         ConfigError: an option, the model or a source of rows cannot be used. It lists all problems.
     """
-    options = fill_method_options(parse_options_or_demo(options_class, demo, sys.argv[1:]))
+    options = parse_options_or_demo(options_class, demo, sys.argv[1:])
+    options = fill_method_options(adopt_adapter_options(options))  # virtual tokens count in a row
     raise_problems(
         source_problems(options) + (tokenizer_problems(options) if options.tokenizer_name else model_problems(options))
     )

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from accel_llm.adapters.adopt import adopt_adapter_options
 from accel_llm.adapters.attach import attach_adapter
 from accel_llm.adapters.methods import REFUSED_METHODS, check_method, config_class_of, peft_methods
+from accel_llm.adapters.saved import check_saved_adapter
 from accel_llm.config.options import TrainOptions
 from accel_llm.data.batches import collate_packed
 from accel_llm.errors import ConfigError
@@ -258,9 +259,33 @@ def test_options_of_a_method_are_checked(base):
         base, "pvera", method_options={"generator_seed": 1}
     )
     assert "lily cannot be trained here: PEFT mixes its matrices" in problem(base, "lily")
-    for values in ({"r": True}, {"alpha": True}, {"rank_dropout": 2.0}, {"module_dropout": 1.0}):
+    for values in ({"r": True}, {"alpha": True}, {"rank_dropout": 2.0}):
         assert "is not allowed" in problem(base, "loha", method_options=values)
     assert "d_initial 'nan' is not allowed" in problem(base, "vera", method_options={"d_initial": "nan"})
+
+
+@pytest.mark.parametrize(
+    ("ids", "reason"), [([5, 97], "97, but the embedding has rows 0 to 96"), ([-1], "-1, but"), ([5, 5], "5 twice")]
+)
+def test_tokens_without_a_row_of_their_own_are_refused(base, ids, reason):
+    assert f"token_indices names {reason}" in problem(base, "trainable_tokens", method_options={"token_indices": ids})
+
+
+def test_ia3_in_all_linear_layers_is_loaded_by_peft(base, tmp_path):
+    model = moved(base, tmp_path, "ia3", lora_target_modules="all-linear")
+    check_saved_adapter(model, tmp_path)
+    assert sum("ia3_l" in name and ".layers.0." in name for name in trained_names(model)) == 7
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(tmp_path))
+    assert relative_distance(logits_of(model), logits_of_plain(plain)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "method, name, value, default",
+    [("boft", "boft_n_butterfly_factor", 2, 1), ("lokr", "module_dropout", 0.1, 0.0), ("oft", "coft", True, False)],
+)
+def test_options_that_would_spoil_a_result_are_refused(base, method, name, value, default):
+    assert f"{name} of method {method} cannot be used: " in problem(base, method, method_options={name: value})
+    check_method(settings(base, method, method_options={name: default}))
 
 
 @pytest.fixture(scope="module")

@@ -206,7 +206,10 @@ def test_a_bias_of_a_normalisation_is_trained_in_bfloat16(tmp_path, method):
     """On a CPU torch computes no LayerNorm with a weight in bfloat16 and a bias in float32."""
     tiny_model("gpt2").bfloat16().save_pretrained(tmp_path)
     chosen = TrainOptions(
-        model_name_or_path=str(tmp_path), method=method, precision="bf16", **({"lora_bias": "all"} if method == "lora" else {})
+        model_name_or_path=str(tmp_path),
+        method=method,
+        precision="bf16",
+        **({"lora_bias": "all"} if method == "lora" else {}),
     )
     model: Any = load_model(chosen)
     model = attach_adapter(model, chosen) if method == "lora" else model
