@@ -111,7 +111,9 @@ def check_method(options: MethodOptions) -> None:
     problems = [
         f"{option}: method {options.method} does not use it; remove it."
         for option in ("lora_target_modules", "modules_to_save")
-        if option in options.model_fields_set and getattr(options, option) and FLAT_OPTIONS[option] not in names
+        if option in options.model_fields_set
+        and getattr(options, option)
+        and (FLAT_OPTIONS[option] not in names or options.method in PROMPT_METHODS)  # their file has no place for it
     ]
     problems += [
         f"method_options: {field} has an option of its own; set {option}."

@@ -60,7 +60,9 @@ def _check_token_ids(ids: list[int], rows: int) -> None:
     wrong = [k for k in ids if not 0 <= k < rows]
     twice = [k for k in ids if ids.count(k) > 1]
     if wrong or twice:
-        reason = f"{wrong[0]}, but the embedding has rows 0 to {rows - 1}" if wrong else f"{twice[0]} twice; name it once"
+        reason = (
+            f"{wrong[0]}, but the embedding has rows 0 to {rows - 1}" if wrong else f"{twice[0]} twice; name it once"
+        )
         raise ConfigError(f"method_options: token_indices names {reason}.")
 
 

@@ -428,6 +428,12 @@ def test_an_ensemble_answers_by_its_mean_and_goes_on(tmp_path):
 # --- refused ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["prompt", "prefix"])
+def test_whole_modules_have_no_place_in_the_file(name):
+    with pytest.raises(ConfigError, match=f"modules_to_save: method {name} does not use it; remove it"):
+        check_method(options_for(name, modules_to_save=["lm_head"]))
+
+
 @pytest.mark.parametrize(
     ("name", "method_options", "message"),
     [
