@@ -109,9 +109,11 @@ def fill_learning_rate(options: Any) -> Any:
     Raises:
         ConfigError: the model's config, from which the rate follows, cannot be read.
     """
+    if "learning_rate" in options.model_fields_set:
+        return options
     values: dict[str, Any] = {"learning_rate_patterns": METHOD_DEFAULTS.get(options.method, OTHERS).patterns}
     # With overfit there is a default for all methods.
-    if "learning_rate" not in options.model_fields_set and not (isinstance(options, SftOptions) and options.overfit):
+    if not (isinstance(options, SftOptions) and options.overfit):
         values["learning_rate"] = default_rate(options)[0]
     return options.with_defaults(values)
 

@@ -91,6 +91,8 @@ class MethodOptions(Options):
         if self.in_4_bits and self.load_in_8bit:
             other = "method qlora" if self.method == "qlora" else "load_in_4bit"
             problems.append(f"load_in_8bit: {other} already holds the base in 4 bits; give one of them.")
+        if self.method == "qlora" and "load_in_4bit" in self.model_fields_set and not self.load_in_4bit:
+            problems.append("load_in_4bit: false contradicts method qlora, which is lora in 4 bits; give method lora.")
         if self.init_lora_weights == "orthogonal" and self.lora_r % 2:
             problems.append(f"lora_r: {self.lora_r} is odd; init_lora_weights orthogonal needs an even rank.")
         return problems

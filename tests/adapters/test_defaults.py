@@ -90,6 +90,7 @@ def test_options_of_a_method_are_filled_in_beside_those_of_the_user():
 
 def test_rates_by_pattern_are_filled_in_and_overfit_has_its_own_rate(tiny):
     assert filled(method="vblora").learning_rate_patterns == {"vblora_logits": 1e-2}
+    assert filled(method="vblora", learning_rate=1e-4).learning_rate_patterns == {}  # the rate of the user is for all
     assert filled(method="vblora", learning_rate_patterns={"logits": 1}).learning_rate_patterns == {"logits": 1.0}
     options = SftOptions(model_name_or_path=str(tiny), method="ia3", overfit=True).with_defaults(
         {"learning_rate": 1e-3}

@@ -159,6 +159,8 @@ def test_a_wrong_value_gives_one_sentence(line, problem):
          "loraplus_lr_ratio: only method lora or qlora uses it, but method is full; remove it."),
         ("--method qlora --load_in_8bit",
          "load_in_8bit: method qlora already holds the base in 4 bits; give one of them."),
+        ("--method qlora --load_in_4bit false",
+         "load_in_4bit: false contradicts method qlora, which is lora in 4 bits; give method lora."),
         ("--optim sgd --adam_beta1 0.5",
          "adam_beta1: only optim adamw or adamw_8bit or paged_adamw or paged_adamw_8bit or lion uses it, but optim is sgd; "
          "remove it."),
