@@ -63,8 +63,6 @@ def _freeze_options(options: MethodOptions) -> FreezeOptions:
     }
     chosen = FreezeOptions(**check_method_options("freeze", values, FreezeOptions))
     problems = []
-    if isinstance(options.method_options.get("layers"), bool):
-        problems.append("method_options: layers is a number, or a list of numbers; give one.")
     for pattern in chosen.parameters:
         try:
             re.compile(pattern)

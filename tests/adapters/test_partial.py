@@ -80,7 +80,7 @@ def test_a_matrix_that_embedding_and_head_share_is_trained_for_both_and_that_is_
         ({"layers": 1, "modules": ["mpl"]}, "modules 'mpl' is not in these layers, which have input_layernorm, mlp, "
          "post_attention_layernorm, self_attn."),
         ({"parameters": ["experts"]}, "parameters 'experts' matches no name, such as lm_head.weight."),
-        ({"layers": True}, "layers is a number, or a list of numbers; give one."),
+        ({"layers": True}, "layers True is not allowed (Input should be a number)."),
         ({"parameters": ["("]}, "parameters '(' is not a regular expression (missing ), unterminated subpattern at position "
          "0)."),
         ({"layer": 1}, "method freeze has no 'layer'; did you mean layers? It has layers, modules, parameters, embeddings, "

@@ -222,6 +222,8 @@ def test_what_the_warnings_say_is_what_the_run_does():
 @pytest.mark.parametrize("export", ["adapter", "model"])
 def test_the_next_commands_are_right_from_anywhere(accelerator, tmp_path, monkeypatch, run, export):
     (tmp_path / run / export).mkdir(parents=True)
+    (tmp_path / run / "adapter").mkdir(exist_ok=True)
+    (tmp_path / run / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA"}', encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [str(ROOT / "launch" / "sft.py")])
     monkeypatch.setattr(display, "write_report", lambda folder: None)
@@ -242,3 +244,14 @@ def test_the_next_commands_are_right_from_anywhere(accelerator, tmp_path, monkey
         options = parse_options(MergeOptions, words)
         assert Path(merge).is_file() and Path(options.adapter[0]) == folder
         assert Path(options.output_dir).resolve() not in (folder.resolve(), (folder / export).resolve())
+
+
+def test_virtual_tokens_are_not_offered_for_a_merge(accelerator, tmp_path, monkeypatch):
+    (tmp_path / "adapter").mkdir()
+    settings = '{"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 8}'
+    (tmp_path / "adapter" / "adapter_config.json").write_text(settings, encoding="utf-8")
+    monkeypatch.setattr(display, "write_report", lambda folder: None)
+    screen = io.StringIO()
+    monkeypatch.setattr(display, "console", Console(file=screen, width=40))
+    display.show_next_commands(accelerator, Record(tmp_path, False), tmp_path / "adapter")
+    assert "ask it" in screen.getvalue() and "merge it" not in screen.getvalue()
