@@ -62,7 +62,9 @@ def test_each_failure_is_still_there_without_its_refusal(tmp_path):
 @pytest.mark.long
 def test_methods_on_backends(tmp_path):
     """One method of each family where its kind of weight is hard: shared by layers, scales alone, prompts, rotations."""
-    cells = "vblora-fsdp2-16,tinylora-zero3-16,ia3-zero3-4,prompt-fsdp2-16,oft-zero2-16,unilora-float64-16"
+    cells = (
+        "vblora-fsdp2-fp32,tinylora-zero3-fp32,ia3-zero3-4-bit,prompt-fsdp2-fp32,oft-zero2-bf16,unilora-float64-fp32"
+    )
     command = [sys.executable, "-W", "ignore", ROOT / "tests" / "proofs" / "backends.py", "--only", cells]
     done = subprocess.run([*command, "--work", tmp_path], capture_output=True, text=True, cwd=ROOT, timeout=500)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

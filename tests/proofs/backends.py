@@ -1,7 +1,7 @@
 """Every method on every backend: trained by two processes, it gives the losses and weights of one process on the CPU.
 
     python tests/proofs/backends.py --work W           # all cells; a second call goes on where the first was stopped
-    python tests/proofs/backends.py --work W --only 'ia3-*,*-zero3-*'    # a few, named method-backend-bits
+    python tests/proofs/backends.py --work W --only 'ia3-*,*-zero3-*'    # a few, named method-backend-base
     python tests/proofs/backends.py --work W --write   # also the table, into accel_llm/adapters/README.md
     python tests/proofs/backends.py --work W --resumes # each method, stopped and resumed
     python tests/proofs/backends.py --controls         # refusals and mends undone: each must be noticed
@@ -10,7 +10,8 @@ A cell has five steps of the script's own main() with two processes, accumulatio
 gradient norms and weights must equal those of one process that takes each step at once. A method that cannot run there
 must say so before the model loads. The column "float64" has one step of plain gradient descent, of two processes with
 accumulation, from the adapter that the one process exported: the change of each weight divided by the learning rate is
-its gradient, and must equal that of plain PEFT in float64. With --resumes a cell is a run of each method with dropout that
+its gradient, and must equal that of plain PEFT in float64. All this is in float32; the columns "bf16" compute in bf16,
+as on a GPU, and may differ by its rounding. With --resumes a cell is a run of each method with dropout that
 is stopped and continued, as in resumes.py: it must be bit-equal to one that was never stopped.
 """
 
@@ -32,29 +33,31 @@ import resumes
 from forks import Ended, Run, compute, execute, metric, warm
 from safetensors.numpy import load_file, save_file
 
-# A base in 4 bits is sharded in packed bytes; one in 8 bits cannot be sharded.
+# A base in 4 bits is sharded in packed bytes; one in 8 bits cannot be sharded. Both compute in float32.
 COLUMNS = (
-    *((strategy, 16) for strategy in ("ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2", "float64")),
-    *((strategy, 4) for strategy in ("ddp", "zero2", "zero3", "fsdp2")),
-    ("ddp", 8),
+    *((strategy, "fp32") for strategy in ("ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2", "float64")),
+    *((strategy, "bf16") for strategy in ("zero2", "zero3", "fsdp2")),
+    *((strategy, "4-bit") for strategy in ("ddp", "zero2", "zero3", "fsdp2")),
+    ("ddp", "8-bit"),
 )
 STEPS, RATE = 5, 5e-3
 # A gradient norm shows what AdamW hides: a gradient that is too long by a constant factor.
 CURVE = f"--max_steps {STEPS} --total_batch_size 8 --learning_rate {RATE} --adam_epsilon 1e-6"
-# Losses, and weights as a share of one step.
-LOSS, WEIGHTS = {16: 1e-5, 4: 1e-4, 8: 1e-4}, {16: 1e-2, 4: 1e-1, 8: 1e-1}
-NORM = 1e-4  # relative; DeepSpeed's ZeRO-2 adds up the norm with an error of 7e-5
+# Losses, weights as a share of one step, and gradient norms, relative.
+LOSS = {"fp32": 1e-5, "bf16": 2e-2, "4-bit": 1e-4, "8-bit": 1e-4}
+WEIGHTS = {"fp32": 1e-2, "bf16": 1.0, "4-bit": 1e-1, "8-bit": 1e-1}
+NORM = {"fp32": 1e-4, "bf16": 5e-2, "4-bit": 1e-4, "8-bit": 1e-4}
 GRADIENT = f"{matrix.GRADIENT.replace('--eval_on_start true', '')} --max_steps 1"
 
 
 class Cell(NamedTuple):
     method: str
     strategy: str
-    bits: int
+    base: str
 
     @property
     def name(self) -> str:
-        return f"{self.method}-{self.strategy}-{self.bits}"
+        return f"{self.method}-{self.strategy}-{self.base}"
 
     @property
     def reference(self) -> "Cell":
@@ -78,7 +81,7 @@ def all_cells() -> list[Cell]:
     return [
         cell
         for cell in cells
-        if (cell.method not in METHODS_WITHOUT_ADAPTER or (cell.bits == 16 and cell.strategy != "float64"))
+        if (cell.method not in METHODS_WITHOUT_ADAPTER or ("bit" not in cell.base and cell.strategy != "float64"))
         and not (cell.strategy == "float64" and cell.method in ("adalora", "prefix", "p_tuning"))
     ]
 
@@ -98,11 +101,12 @@ def build_run(cell: Cell, work: Path) -> Run:
     output, rows = work / "runs" / cell.name, matrix.ROWS if gradient else 8
     model = "biased" if cell.method == "bitfit" else "model"
     words = ["--model_name_or_path", work / model, "--train_files", work / "sft.jsonl", "--output_dir", output]
-    words += ["--cache_dir", work / "cache", "--precision", "fp32", "--logging_steps", 1, "--max_length", 80]
+    words += ["--cache_dir", work / "cache", "--precision", "bf16" if cell.base == "bf16" else "fp32"]
+    words += ["--logging_steps", 1, "--max_length", 80]
     words += ["--packing", "false"] if gradient else []
     words += ["--per_device_train_batch_size", rows if alone else rows // 4, "--eval_generate", 0]
     words += [*(GRADIENT if gradient else CURVE).split(), "--method", cell.method]
-    words += {16: [], 4: ["--load_in_4bit"], 8: ["--load_in_8bit"]}[cell.bits]
+    words += {"4-bit": ["--load_in_4bit"], "8-bit": ["--load_in_8bit"]}.get(cell.base, [])
     if gradient:
         words += ["--adapter_name_or_path", adapter(cell, work)]
         words += ["--learning_rate_patterns", f"vblora_logits={matrix.RATE}"] if cell.method == "vblora" else []
@@ -147,11 +151,11 @@ def controls() -> list[tuple[Cell, Callable[[], None]]]:
     from accel_llm.adapters.refusals import REFUSALS
 
     refused = [
-        Cell(refusal.method, strategy, 4 if refusal.only_in_4_bits else 16)
+        Cell(refusal.method, strategy, "4-bit" if refusal.only_in_4_bits else "fp32")
         for refusal in REFUSALS
         for strategy in refusal.strategies
     ]
-    undone = [(Cell(method, "fsdp2", 16), shared_in_a_layer) for method in ("vblora", "unilora")]
+    undone = [(Cell(method, "fsdp2", "fp32"), shared_in_a_layer) for method in ("vblora", "unilora")]
     return [*((cell, nothing_refused) for cell in refused), *undone]
 
 
@@ -251,9 +255,9 @@ def verdict(cell: Cell, result: dict[str, Any]) -> str:
     if word := next((word for word in ("refused", "failed") if word in result), None):
         return word
     limits = {
-        "loss": LOSS[cell.bits],
-        "norm": NORM,
-        "weights": WEIGHTS[cell.bits],
+        "loss": LOSS[cell.base],
+        "norm": NORM[cell.base],
+        "weights": WEIGHTS[cell.base],
         "gradient": matrix.GRADIENT_TOLERANCE,
     }
     return "same" if all(result.get(name, 0.0) <= limit for name, limit in limits.items()) else "different"
@@ -314,7 +318,7 @@ def run_resumes(chosen: list[str], work: Path) -> list[str]:
 
 def table(results: dict[str, dict[str, Any]]) -> str:
     """Return methods by columns: the largest difference of weights or gradients, or what became of the cell."""
-    heads = [strategy if bits == 16 else f"{bits}-bit {strategy}" for strategy, bits in COLUMNS]
+    heads = [strategy if base == "fp32" else f"{base} {strategy}" for strategy, base in COLUMNS]
     lines = [f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     for method in methods():
         row = []
@@ -330,7 +334,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", metavar="PATTERNS", default="*", help="cells whose name fits, such as ia3-zero3-16")
+    parser.add_argument("--only", metavar="PATTERNS", default="*", help="cells whose name fits, such as ia3-zero3-fp32")
     parser.add_argument("--write", action="store_true", help="write the table and tests/proofs/golden/backends.json")
     parser.add_argument("--resumes", action="store_true", help="stop and continue a run of each method instead")
     parser.add_argument("--controls", action="store_true", help="do what must not go unnoticed instead")
