@@ -88,9 +88,9 @@ def materialize_weights(
     """
     float32 = _float32_parameter_ids(model)
     for module in modules:
-        # An adapter's buffers, such as VeRA's matrices, are multiplied by its weights. PEFT 0.21 makes them float32,
-        # and DeepSpeed 0.19 leaves them so.
-        in_one_dtype = isinstance(module, BufferDict) and not masters
+        # An adapter's buffers, such as VeRA's matrices, are multiplied by its weights. PEFT 0.21 makes them float32, and
+        # DeepSpeed 0.19 and FSDP2 leave them so. FSDP2 casts trained weights in each forward pass.
+        in_one_dtype = isinstance(module, BufferDict) and (not masters or strategy() == "fsdp2")
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device, compute if in_one_dtype and buffer.is_floating_point() else None)
         for name, parameter in list(module.named_parameters(recurse=False)):
