@@ -85,7 +85,7 @@ FAMILY_OF_EACH = [
     "beft",
     "shira",
 ]
-PROMPTS = {
+PROMPTS: dict[str, Callable[[], Any]] = {
     "prompt": lambda: peft.PromptTuningConfig(**CAUSAL, num_virtual_tokens=4),
     "p_tuning": lambda: peft.PromptEncoderConfig(**CAUSAL, num_virtual_tokens=4, encoder_hidden_size=8),
     "lstm": lambda: peft.PromptEncoderConfig(
@@ -105,18 +105,9 @@ UNMERGEABLE = {
         lambda: peft.AdaptionPromptConfig(**CAUSAL, adapter_len=4, adapter_layers=1),
         "a ADAPTION_PROMPT adapter has no weights to add",
     ),
-    "prompt": (
-        lambda: peft.PromptTuningConfig(**CAUSAL, num_virtual_tokens=4),
-        "a PROMPT_TUNING adapter has no weights to add",
-    ),
-    "p_tuning": (
-        lambda: peft.PromptEncoderConfig(**CAUSAL, num_virtual_tokens=4, encoder_hidden_size=8),
-        "a P_TUNING adapter has no weights to add",
-    ),
-    "prefix": (
-        lambda: peft.PrefixTuningConfig(**CAUSAL, num_virtual_tokens=4, prefix_projection=True, encoder_hidden_size=8),
-        "a PREFIX_TUNING adapter has no weights to add",
-    ),
+    "prompt": (PROMPTS["prompt"], "a PROMPT_TUNING adapter has no weights to add"),
+    "p_tuning": (PROMPTS["p_tuning"], "a P_TUNING adapter has no weights to add"),
+    "prefix": (PROMPTS["prefix"], "a PREFIX_TUNING adapter has no weights to add"),
     "multitask_prompt_tuning": (
         lambda: peft.MultitaskPromptTuningConfig(**CAUSAL, num_virtual_tokens=4, num_tasks=2),
         "a MULTITASK_PROMPT_TUNING adapter has no weights to add",

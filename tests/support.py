@@ -297,6 +297,37 @@ def tiny_model(family: str, **options) -> PreTrainedModel:
     return model.eval()
 
 
+def turn_vectors(monkeypatch: Any) -> None:
+    """Let torch decompose matrices as another processor may do it: each second pair of vectors has the other signs."""
+    svd, eigh, qr = torch.linalg.svd, torch.linalg.eigh, torch.linalg.qr
+
+    def signs(count: int) -> torch.Tensor:
+        return 1.0 - 2 * (torch.arange(count) % 2)
+
+    def turned_svd(matrix: torch.Tensor, full_matrices: bool = True, **settings: Any) -> Any:
+        left, values, right = svd(matrix, full_matrices, **settings)
+        return left * signs(left.shape[-1]), values, right * signs(right.shape[-2])[:, None]
+
+    def turned_eigh(matrix: torch.Tensor) -> Any:
+        values, vectors = eigh(matrix)
+        return values, vectors * signs(len(values))
+
+    def turned_qr(matrix: torch.Tensor, mode: str = "reduced") -> Any:
+        q, r = qr(matrix, mode)
+        return q * signs(q.shape[-1]), r * signs(len(r))[:, None]
+
+    for name, function in (("svd", turned_svd), ("eigh", turned_eigh), ("qr", turned_qr)):
+        monkeypatch.setattr(torch.linalg, name, function)
+
+
+def saved_bases(tmp_path_factory: Any, families: Iterable[str]) -> dict[str, Path]:
+    """Save a small model of each family; return their folders."""
+    folder = tmp_path_factory.mktemp("bases")
+    for family in families:
+        tiny_model(family).save_pretrained(folder / family)
+    return {family: folder / family for family in families}
+
+
 def scaled_model(kind: str, length: int = 8) -> PreTrainedModel:
     """Return a tiny model that rotates documents of more than `length` tokens in another way; see SCALED."""
     plain = {"rope_type": "default", "rope_theta": 1000.0}

@@ -19,6 +19,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from accel_llm.adapters.budget import weigh_penalty
+from accel_llm.adapters.fixed_parts import follow_projections, save_all_parts
+from accel_llm.adapters.decompositions import Decompositions, decomposition_work
 from accel_llm.adapters.initial import (
     check_own_start,
     first_and_trained_factors,
@@ -29,14 +31,15 @@ from accel_llm.adapters.initial import (
 )
 from accel_llm.adapters.locate import describe_other_base
 from accel_llm.adapters.lora_forward import shorten_lora_forward
-from accel_llm.adapters.lora_options import check_patterns
+from accel_llm.adapters.lora_options import check_biases, check_patterns
 from accel_llm.adapters.methods import LORA_METHODS, fresh_adapter_config
+from accel_llm.adapters.no_waits import avoid_waits
 from accel_llm.adapters.prompt_options import PROMPT_METHODS
 from accel_llm.adapters.prompts import attach_prompt, load_ensemble, load_prompt
 from accel_llm.adapters.saved import ADAPTER_WEIGHTS, unloaded
 from accel_llm.adapters.sizes import fit_sizes
 from accel_llm.adapters.targets import choose_targets, leave_out, linear_names, refused_by_peft, spell_out_targets
-from accel_llm.backend.strategy import compute_dtype
+from accel_llm.backend.strategy import compute_dtype, training_device
 from accel_llm.config.options import MethodOptions, TrainOptions
 from accel_llm.errors import ConfigError, raise_problems
 from accel_llm.model.experts import expert_weights, unpack_experts_in_forward
@@ -83,7 +86,10 @@ def attach_adapter(model: PreTrainedModel, options: TrainOptions, new_tokens: ra
     if isinstance(options.lora_target_modules, list):
         _check_targets(wrapped, options.lora_target_modules, linear)
     check_patterns(wrapped, config)
+    if options.adapter_name_or_path is None:
+        check_biases(wrapped, options)
     weigh_penalty(wrapped)
+    avoid_waits(wrapped)
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
             # PEFT 0.21 makes the adapter itself float32, but not biases and modules_to_save. In bfloat16 they would not
@@ -121,10 +127,12 @@ def _add(model: PreTrainedModel, options: TrainOptions, config: Any) -> Any:
     # PEFT changes the list of targets in the config that it gets.
     targets = getattr(config, "target_modules", None)
     try:
-        wrapped = get_peft_model(model, copy(config))
+        with Decompositions(options.method, training_device(), decomposition_work(model, config)):
+            wrapped = get_peft_model(model, copy(config))
         # OSF of PEFT 0.21 passes over GPT-2's layers without a word.
         if not any(parameter.requires_grad for parameter in wrapped.parameters()):
             raise ValueError("PEFT has nothing to train in the target modules")
+        save_all_parts(wrapped)
         return wrapped
     except (ValueError, TypeError, NotImplementedError) as error:
         # PEFT's own message can have many lines; the first one says enough.
@@ -195,7 +203,8 @@ def _load_weights(model: Any, name: str) -> None:
     """Load an adapter's file into a fresh one: every weight of the file, and every trained weight from it.
 
     Raises:
-        ConfigError: the adapter was trained on another base, or names or shapes of the weights do not fit.
+        ConfigError: the adapter was trained on another base, names or shapes of the weights do not fit, or some weights
+            are not finite.
     """
     folder = Path(name)
     if problem := describe_other_base(folder, model.config._name_or_path):
@@ -232,6 +241,12 @@ def _load_weights(model: Any, name: str) -> None:
     if problems:
         raise ConfigError(f"adapter_name_or_path: {name} does not fit the model: {'; '.join(problems)}.")
     check_own_start(first_and_trained_factors(model), name, "adapter_name_or_path")
+    follow_projections(model)
+    # The file of a VB-LoRA with save_only_topk_weights: minus infinity stands for the logits that were left out.
+    if broken := [key for key, weight in parameters.items() if weight.requires_grad and not weight.isfinite().all()]:
+        raise ConfigError(
+            f"adapter_name_or_path: {name} cannot be trained further, because {broken[0]} holds NaN or infinity there."
+        )
     if process_rank() == 0:
         print(f"continuing from the adapter {name}; optimizer, schedule and data start from the beginning", flush=True)
 

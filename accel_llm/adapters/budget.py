@@ -26,6 +26,7 @@ SHARED_FIELDS = {
     "bias", "ensure_weight_tying", "exclude_modules", "fan_in_fan_out", "layers_pattern", "layers_to_transform",
     "lora_alpha", "lora_dropout", "modules_to_save", "target_modules", "trainable_token_indices",
 }  # fmt: skip
+IGNORED_FIELDS = {field.name for field in fields(LoraConfig)} - SHARED_FIELDS
 # Shares of a run: how long all ranks are kept, and how long the ranks that are left train alone. The settings of the
 # paper's GLUE runs (appendix, 8 tasks) are 9% to 18% and 44% to 58% of their steps.
 FIRST_SHARE, LAST_SHARE = 1 / 8, 1 / 2
@@ -38,11 +39,10 @@ def unused_options(options: MethodOptions) -> list[str]:
     """Return a sentence for each of AdaLoRA's `method_options` that would be ignored, or that follows from the run."""
     if options.method != "adalora":
         return []
-    ignored = {field.name for field in fields(LoraConfig)} - SHARED_FIELDS
     problems = [
         f"method_options: adalora does not use {name}, which is an option of lora; remove it."
         for name in options.method_options
-        if name in ignored
+        if name in IGNORED_FIELDS
     ]
     if "total_step" in options.method_options:
         problems.append("method_options: total_step is the number of steps of the run; remove it, or set max_steps.")

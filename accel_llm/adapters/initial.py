@@ -87,7 +87,7 @@ def start_from_base(model: PeftModel, init: str, compute: torch.dtype) -> None:
     first values are rounded to it, because the offset is kept in it. Layers for which PEFT has no such values, such as
     embeddings, keep the values that they have.
     """
-    for layer in linear_lora_layers(model):
+    for layer in linear_lora_layers(model).values():
         start = partial(layer.pissa_init, init_lora_weights=init) if init.startswith("pissa") else layer.olora_init
         subtract_first_factors(layer, *first_factors(layer, start, layer.r["default"]), compute)
 
@@ -110,7 +110,7 @@ def start_from_rounding(model: PeftModel, compute: torch.dtype) -> None:
     s B A is the part of rank r of W - NF4(W) (Li et al. 2023, "LoftQ", with one iteration, so that the base is still
     NF4(W), as everybody can load it). PEFT 0.21 leaves out the factor s. Call it before the weights are quantized.
     """
-    for layer in linear_lora_layers(model):
+    for layer in linear_lora_layers(model).values():
         weight: Any = getattr(layer.get_base_layer(), "weight", None)
         if getattr(weight, "bnb_quantized", None) is not False:
             continue  # a layer that is not held in 4 bits loses nothing
@@ -130,17 +130,20 @@ def draw_orthogonal(model: PeftModel) -> None:
     PEFT 0.21 rounds them to the dtype of the base's weights: in 16 bits the product is not 0 any more, and quantized
     weights have no such dtype. Layers for which PEFT has no such values keep the values that they have.
     """
-    for layer in linear_lora_layers(model):
+    for layer in linear_lora_layers(model).values():
         base = layer.get_base_layer()
         weight, base.weight = base.weight, nn.Parameter(torch.empty(0), requires_grad=False)
         layer.orthogonal_init("default")
         base.weight = weight
 
 
-def linear_lora_layers(model: PeftModel) -> list[Any]:
-    """Return PEFT's LoRA layers of linear layers, of any number of bits."""
-    layers = [layer for layer in lora_layers(model).values() if not isinstance(layer, ParamWrapper)]
-    return [layer for layer in layers if isinstance(layer.get_base_layer(), nn.Linear | Conv1D)]
+def linear_lora_layers(model: PeftModel) -> dict[str, Any]:
+    """Return PEFT's LoRA layers of linear layers, of any number of bits, by their names in the base model."""
+    return {
+        name: layer
+        for name, layer in lora_layers(model).items()
+        if not isinstance(layer, ParamWrapper) and isinstance(layer.get_base_layer(), nn.Linear | Conv1D)
+    }
 
 
 def lora_layers(model: Any) -> dict[str, Any]:

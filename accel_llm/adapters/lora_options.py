@@ -34,7 +34,6 @@ REFUSED_FIELDS = {
     "alora_invocation_tokens": "PEFT looks for the tokens in whole rows of a batch, so documents that are packed into one "
     "row would share one adapter, and it cannot be merged",
     "arrow_config": "it routes between adapters that were trained before",
-    "fan_in_fan_out": "PEFT itself sees how a layer stores its weight",
     "kasa_config": "PEFT takes a part out of the base's weights, so the base cannot be had again by switching the adapter "
     "off, and leaves its penalties to the loss of the caller",
     "layer_replication": "the model gets more layers than its base, so the adapter cannot be merged, and the base cannot be "
@@ -47,6 +46,7 @@ REFUSED_FIELDS = {
     "use_qalora": "PEFT has it for a base in GPTQ only, which cannot be trained here",
     "velora_config": "its gradient is an approximation that depends on how a step is cut into micro-batches",
 }
+BIAS_FIELDS = ("bias", "config_C", "config_D_E")  # the latter are GLoRA's; `none` leaves the biases as they are
 REFUSED_CORDA = ("cache_file", "covariance_file", "verbose", "prune_temporary_fields")
 
 
@@ -126,8 +126,6 @@ def complete_fields(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, A
     if default is not None and init != "loftq":
         later[field] = values.get(field) or default()
     held = {"init_lora_weights", *(name for name, _ in INIT_FIELDS.values())}
-    if values.get("target_modules") == "all-linear":  # which modules these are is known only with the model
-        later |= {name: values[name] for name in ("layers_to_transform", "layers_pattern") if name in values}
     first = {name: value for name, value in values.items() if name not in held and name not in later}
     return first | ({} if "init_lora_weights" in later else {"init_lora_weights": init is not False}), later
 
@@ -140,11 +138,14 @@ def check_patterns(model: Any, config: Any) -> None:
     """
     layers = {name: module for name, module in model.get_base_model().named_modules()}
     adapted = [pattern_name(name, module) for name, module in layers.items() if isinstance(module, BaseTunerLayer)]
+    is_osf = config.peft_type == "OSF"
     problems = [
         f"method_options: {field} has {key!r}, but no adapted layer has such a name; one is {min(adapted)}."
-        for field in ("rank_pattern", "alpha_pattern")
-        for key in getattr(config, field, None) or ()
-        if not any(get_pattern_key([key], name) == key for name in adapted)
+        for field, patterns in vars(config).items()
+        if field.endswith("_pattern") and isinstance(patterns, dict)
+        for key in patterns
+        # OSF takes a part of a name.
+        if not any(get_pattern_key([key], name) == key or (is_osf and key in name) for name in adapted)
     ]
     problems += [
         f"method_options: exclude_modules has {key!r}, but the model has no such module."
@@ -177,6 +178,26 @@ def check_patterns(model: Any, config: Any) -> None:
     if getattr(config, "ensure_weight_tying", False):
         problems += _tying_problems(model, config)
     raise_problems(problems)
+
+
+def check_biases(model: Any, options: MethodOptions) -> None:
+    """Check that options of a fresh adapter for biases find some in the base; many models have none.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    in_layers = any(getattr(layer.get_base_layer(), "bias", None) is not None for layer in layers)
+    anywhere = any(name.endswith(".bias") and ".default." not in name for name, _ in model.named_parameters())
+    given = {f"method_options: {name}": value for name, value in options.method_options.items() if name in BIAS_FIELDS}
+    raise_problems(
+        [
+            f"{name} {value} has no effect, because the {where} no biases; leave it out."
+            for name, value in ({"lora_bias:": options.lora_bias} | given).items()
+            for where, found in [("model has", anywhere) if value == "all" else ("adapted layers have", in_layers)]
+            if value != "none" and not found
+        ]
+    )
 
 
 def _tying_problems(model: Any, config: Any) -> list[str]:

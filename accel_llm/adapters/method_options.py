@@ -1,6 +1,7 @@
 """Reads the options of a method as the installed PEFT's own config class describes them: names, types and ranges."""
 
 import typing
+from collections.abc import Collection
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -31,6 +32,9 @@ NOT_FOR_USERS = frozenset(
         "tokenizer_kwargs",
     )
 )
+# Options of nearly every method that are rarely wanted, or set by an option with a flat name.
+RARE = ("bias", "layers_pattern", "modules_to_save", "target_modules")
+OFFERED = 8  # names in an error
 
 
 def option_names(config_class: type[PeftConfig]) -> list[str]:
@@ -38,28 +42,34 @@ def option_names(config_class: type[PeftConfig]) -> list[str]:
     return [field.name for field in fields(config_class) if field.name not in NOT_FOR_USERS]
 
 
-def check_method_options(method: str, values: dict[str, Any], config_class: type) -> dict[str, Any]:
-    """Return `values`, converted to the types of the fields of `config_class`.
+def check_method_options(
+    method: str, values: dict[str, Any], config_class: type, hidden: Collection[str] = ()
+) -> dict[str, Any]:
+    """Return `values`, converted to the types of the fields of `config_class`; an error does not offer `hidden` ones.
 
     Raises:
         ConfigError: the class has no such field, or a value is not of its type. It lists all problems.
     """
     problems: list[str] = []
-    checked = _checked(f"method {method}", "", values, config_class, option_names(config_class), problems)
+    checked = _checked(f"method {method}", "", values, config_class, option_names(config_class), problems, hidden)
     raise_problems(problems)
     return checked
 
 
 def _checked(
-    owner: str, prefix: str, values: dict[str, Any], kind: type, names: list[str], problems: list[str]
+    owner: str,
+    prefix: str,
+    values: dict[str, Any],
+    kind: type,
+    names: list[str],
+    problems: list[str],
+    hidden: Collection[str] = (),
 ) -> dict[str, Any]:
     """Return the converted values for the fields `names` of the dataclass `kind`; add what is wrong to `problems`."""
     hints, checked = typing.get_type_hints(kind, include_extras=True), {}
     for name, value in values.items():
         if name not in names:
-            guess = get_close_matches(name, names, 1)
-            hint = f"did you mean {guess[0]}? " if guess else ""
-            problems.append(f"method_options: {owner} has no {name!r}; {hint}It has {', '.join(names)}.")
+            problems.append(f"method_options: {owner} has no {name!r}; {_hint(name, names, kind, hidden)}")
             continue
         part = _dataclass_in(hints[name])
         if isinstance(value, dict) and part is not None:
@@ -82,6 +92,15 @@ def _checked(
                 f"method_options: {prefix}{name} {value!r} is not allowed; give 0 or more, and less than 1."
             )
     return checked
+
+
+def _hint(name: str, names: list[str], kind: type, hidden: Collection[str]) -> str:
+    """Say which option may be meant, or which ones there are."""
+    if guess := get_close_matches(str(name), names, 1):
+        return f"did you mean {guess[0]}?"
+    offered = [each for each in names if each not in RARE and each not in hidden]
+    more = f", and others of PEFT's {kind.__name__}" if len(offered) > OFFERED else ""
+    return f"it has {', '.join(offered[:OFFERED])}{more}."
 
 
 def _dataclass_in(hint: Any) -> type | None:

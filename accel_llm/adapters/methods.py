@@ -2,7 +2,6 @@
 
 import sys
 import warnings
-from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any
 
@@ -11,13 +10,14 @@ import accel_llm.system.chatter
 from peft import PeftConfig, PeftType, PromptLearningConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-from accel_llm.adapters.budget import budget_problems, unused_options
-from accel_llm.adapters.lora_options import INIT_ROWS, complete_fields, lora_problems
+from accel_llm.adapters.budget import IGNORED_FIELDS, budget_problems, unused_options
+from accel_llm.adapters.lora_options import INIT_ROWS, REFUSED_FIELDS, complete_fields, lora_problems
 from accel_llm.adapters.method_options import check_method_options, option_names
 from accel_llm.adapters.partial import check_partial_options
 from accel_llm.adapters.prompt_options import PROMPT_METHODS, prompt_problems
-from accel_llm.config.method import METHODS_WITHOUT_ADAPTER
-from accel_llm.config.options import MethodOptions, ModelOptions, PretrainOptions
+from accel_llm.adapters.refused_options import is_refused, refused_option_problems
+from accel_llm.config.method import METHODS_BY_OPTION, METHODS_WITHOUT_ADAPTER
+from accel_llm.config.options import MethodOptions, ModelOptions, PretrainOptions, TrainOptions
 from accel_llm.errors import ConfigError, raise_problems
 from accel_llm.model.loading import short_reason
 
@@ -34,18 +34,6 @@ REFUSED_METHODS = {
     "lily": "PEFT mixes its matrices by the average over all tokens of a batch, later tokens and other rows included, so a "
     "token would see what it has to predict",
     "shadow": "it trains a second network beside the model, with a loss of its own that PEFT computes outside the model",
-}
-LEAVES_LAYERS_OUT = "a layer that is left out in a step has no gradient, for which other processes wait"
-# Options that would make a result wrong or unusable if they had another value than PEFT's default, and why.
-REFUSED_OPTIONS = {
-    "adamss.use_asa": "PEFT freezes weights in the middle of the run, which DDP, FSDP2 and checkpoints do not expect",
-    "boft.boft_n_butterfly_factor": "PEFT 0.21 takes 1 wherever it cannot compile its CUDA extension",
-    "frod.runtime_offload_base_weight": "the base's weights would move in the middle of a step",
-    "loha.module_dropout": LEAVES_LAYERS_OUT,
-    "lokr.module_dropout": LEAVES_LAYERS_OUT,
-    "oft.coft": "PEFT changes the weights in the forward pass, which DeepSpeed, FSDP2 and checkpoints do not see",
-    "pvera.generator_seed": "no checkpoint has the state of its generator, and seed sets the noise too",
-    "vblora.save_only_topk_weights": "the file would lack weights that further training needs",
 }
 # Options that say the same in two ways; PEFT takes one of them, and the other must be 0.
 ALTERNATIVES = {"oft": {"r": "oft_block_size"}, "boft": {"boft_block_num": "boft_block_size"}}
@@ -97,6 +85,25 @@ def check_method(options: MethodOptions) -> None:
     if not options.has_adapter:
         return check_partial_options(options)
     config_class = config_class_of(options.method)
+    _check_purpose(options, config_class)
+    problems = _misplaced_options(options, config_class) + refused_option_problems(options, config_class)
+    if options.method == "trainable_tokens" and not options.method_options.get("token_indices"):
+        problems.append("method_options: method trainable_tokens needs token_indices, the ids of the tokens to train.")
+    problems += unused_options(options)
+    if options.method in LORA_METHODS:
+        problems += lora_problems(options)
+    if options.method in PROMPT_METHODS:
+        problems += prompt_problems(options)
+    raise_problems(problems)
+    raise_problems(budget_problems(fresh_adapter_config(options)))
+
+
+def _check_purpose(options: MethodOptions, config_class: type[PeftConfig]) -> None:
+    """Check that the method trains something here that can be kept.
+
+    Raises:
+        ConfigError: it does not.
+    """
     if isinstance(options, PretrainOptions) and options.config_name:
         raise ConfigError(
             f"method: {options.method} trains an adapter beside random weights, which nothing keeps, so it would fit no "
@@ -107,6 +114,10 @@ def check_method(options: MethodOptions) -> None:
         reason = reason or "only PEFT's own code knows where its virtual tokens go"
     if reason:
         raise ConfigError(f"method: {options.method} cannot be trained here: {reason}; give another method.")
+
+
+def _misplaced_options(options: MethodOptions, config_class: type[PeftConfig]) -> list[str]:
+    """Return a sentence for each option with a flat name that is not for the method, or is among `method_options`."""
     names = option_names(config_class)
     problems = [
         f"{option}: method {options.method} does not use it; remove it."
@@ -115,27 +126,22 @@ def check_method(options: MethodOptions) -> None:
         and getattr(options, option)
         and (FLAT_OPTIONS[option] not in names or options.method in PROMPT_METHODS)  # their file has no place for it
     ]
-    problems += [
-        f"method_options: {field} has an option of its own; set {option}."
-        for option, field in flat_options(options).items()
-        if field in options.method_options
-    ]
-    defaults = {field.name: field.default for field in fields(config_class)}
-    problems += [
-        f"method_options: {name} of method {options.method} cannot be used: {reason}; leave it out."
+    flat = {field: option for option, field in flat_options(options).items()}
+    for name in TrainOptions.model_fields:
+        if name not in names and options.method in METHODS_BY_OPTION.get(name, (options.method,)):
+            flat[name] = name
+    return problems + [
+        f"method_options: {name} is set by an option of its own; write --{flat[name]} {_as_flag(value)}."
         for name, value in options.method_options.items()
-        if (reason := REFUSED_OPTIONS.get(f"{options.method}.{name}")) and value != defaults[name]
+        if name in flat
     ]
-    if options.method == "trainable_tokens" and not options.method_options.get("token_indices"):
-        problems.append("method_options: method trainable_tokens needs token_indices, the ids of the tokens to train.")
-    problems += unused_options(options)
-    if options.method in LORA_METHODS:
-        problems += lora_problems(options)
-    if options.method in PROMPT_METHODS:
-        problems += prompt_problems(options)
-    if problems:
-        raise ConfigError(*problems)
-    raise_problems(budget_problems(fresh_adapter_config(options)))
+
+
+def _as_flag(value: Any) -> str:
+    """Return a value as it is typed behind the name of an option."""
+    if isinstance(value, list):
+        return " ".join(map(_as_flag, value))
+    return str(value).lower() if isinstance(value, bool) or value is None else str(value)
 
 
 def flat_options(options: MethodOptions) -> dict[str, str]:
@@ -145,6 +151,13 @@ def flat_options(options: MethodOptions) -> dict[str, str]:
     names = ADALORA_OPTIONS if options.method == "adalora" else ("lora_target_modules", "modules_to_save")
     known = option_names(config_class_of(options.method))
     return {name: FLAT_OPTIONS[name] for name in names if FLAT_OPTIONS[name] in known}
+
+
+def _not_for(options: MethodOptions, config_class: type[PeftConfig]) -> list[str]:
+    """Return the fields of PEFT's config that are refused in `method_options`, or have a flat name."""
+    refused = {"adalora": IGNORED_FIELDS}.get(options.method, REFUSED_FIELDS if options.method in LORA_METHODS else ())
+    names = {*flat_options(options).values(), *refused}
+    return [name for name in option_names(config_class) if name in names or is_refused(options.method, name)]
 
 
 def fresh_adapter_config(options: MethodOptions) -> Any:
@@ -167,9 +180,11 @@ def fresh_adapter_config(options: MethodOptions) -> Any:
         values["total_step"] = sys.maxsize  # until the run is known, see budget.py
     own, later = {INIT_ROWS} if options.method in LORA_METHODS else set(), {}
     given = {name: value for name, value in options.method_options.items() if name not in own}
-    values |= check_method_options(options.method, given, config_class)
+    values |= check_method_options(options.method, given, config_class, _not_for(options, config_class))
     if options.method in LORA_METHODS:
         values, later = complete_fields(values)
+    if values.get("target_modules") == "all-linear":  # which modules these are is known only with the model
+        later |= {name: values.pop(name) for name in ("layers_to_transform", "layers_pattern") if name in values}
     for option, other in ALTERNATIVES.get(options.method, {}).items():
         if given.get(option) and other not in given:
             values[other] = 0

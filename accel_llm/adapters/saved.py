@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from accel_llm.adapters.budget import fill_ranks, has_budget, note_kept_ranks
+from accel_llm.adapters.fixed_parts import save_all_parts
 from accel_llm.adapters.initial import joined_factors, lora_layers, plain_config
 from accel_llm.adapters.prompts import MEMBER, ensemble_folders, loads_prompt, saved_prompt
 from accel_llm.errors import ConfigError
@@ -139,6 +140,7 @@ def _compare_loaded(model: Any, folder: Path) -> str:
     if config.is_prompt_learning:
         places = [folder, *ensemble_folders(folder)]
         return "" if all(loads_prompt(loaded, place) for place in places) else "PEFT loads other virtual tokens"
+    save_all_parts(loaded)
     if has_budget(loaded):
         fill_ranks(loaded)
     parameters = dict(loaded.named_parameters(remove_duplicate=False))

@@ -29,11 +29,11 @@ from accel_llm.checkpoint.randomness import generator_states, set_generator_stat
 from accel_llm.checkpoint.resume import read_rank_state, remove_obsolete_files
 from accel_llm.checkpoint.shares import (
     fill_weights,
-    load_offsets,
+    fixed_tensors,
+    load_fixed_tensors,
     load_shares,
     local_shares,
     loss_scale_state,
-    offset_tensors,
     refresh_model_weights,
     set_loss_scale_state,
     share_tensors,
@@ -207,7 +207,7 @@ class Checkpoints:
         else:  # under DDP the main process has the same tensors and writes them
             tensors, numbers = {}, {}
         if self.accelerator.is_main_process:
-            tensors |= offset_tensors(self.accelerator, self.model)
+            tensors |= fixed_tensors(self.accelerator, self.model)
         return tensors, {"numbers": numbers, "tensors": list(tensors)}
 
     def _shared_state(self, meter: Meter, evaluation: Evaluation, bad_steps: BadSteps, step: int) -> dict[str, Any]:
@@ -329,7 +329,7 @@ class Checkpoints:
         shares = local_shares(self.accelerator, self.model, self.optimizer)
         check_parameter_names(folder, shares, reader)
         load_shares(shares, self.optimizer, reader)
-        load_offsets(self.accelerator, self.model, reader)
+        load_fixed_tensors(self.accelerator, self.model, reader)
         refresh_model_weights(self.optimizer)
         # Everything else: learning rate, loss scale and random generators.
         self._set_schedule(state["step"])

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accel_llm.adapters.locate import find_adapter
 from accel_llm.backend.collectives import sum_on_cpus
 from accel_llm.backend.strategy import rows_per_step
+from accel_llm.checkpoint.files import open_checkpoint
 from accel_llm.config.command_line import resolved_options
 from accel_llm.config.data_options import DataOptions
 from accel_llm.config.options import RunOptions, TrainOptions
@@ -198,6 +199,7 @@ def _continue_from(fresh: Start, checkpoint: Path, options: TrainOptions) -> Sta
         folder=checkpoint,
         step=state["step"],
         rows=state["rows"],
+        saved=open_checkpoint(checkpoint).parameter_sizes(),
         same_processes=state["processes"] == fresh.world,
         meter=(*sums, seconds),
         skipped=state["skipped"],

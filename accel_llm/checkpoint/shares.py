@@ -13,8 +13,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
-from accel_llm.adapters.initial import offsets
+from accel_llm.adapters.fixed_parts import fixed_parts, follow_projections
 from accel_llm.backend.accelerator import local_part, reshard, unwrap_model, unwrap_optimizer
+from accel_llm.backend.collectives import max_over_processes
 from accel_llm.checkpoint.pieces import WEIGHT, WHOLE, Piece, PieceReader, Share
 from accel_llm.errors import ConfigError
 from accel_llm.system.tensors import DTYPE_NAMES, DTYPES_BY_NAME
@@ -151,19 +152,25 @@ def fill_weights(share: Share, reader: PieceReader) -> None:
         reader.fill(piece, WEIGHT, share.flat)
 
 
-def offset_tensors(accelerator: Accelerator, model: Any) -> dict[str, torch.Tensor]:
-    """Return the offsets of an adapter's factors (`adapters/initial.py`), named as pieces; each process has all of them.
+def fixed_tensors(accelerator: Accelerator, model: Any) -> dict[str, torch.Tensor]:
+    """Return the parts of an adapter that are not trained, named as pieces; each process has all of them.
 
-    Another machine may compute other ones, so a run keeps those that it began with.
+    Another machine may compute other ones (`adapters/fixed_parts.py`), so a run keeps those that it began with.
     """
-    whole = offsets(unwrap_model(accelerator, model))
-    return {f"{name}|{WEIGHT}|0": offset.view(-1) for name, offset in whole.items()}
+    parts = fixed_parts(unwrap_model(accelerator, model))
+    return {f"{name}|{WEIGHT}|0": part.reshape(-1) for name, part in parts.items()}
 
 
-def load_offsets(accelerator: Accelerator, model: Any, reader: PieceReader) -> None:
-    """Load what `offset_tensors` returned; raises ConfigError if the checkpoint does not hold it."""
-    for name, offset in offsets(unwrap_model(accelerator, model)).items():
-        reader.fill(Piece(name, 0, 0, offset.numel()), WEIGHT, offset.view(-1))
+def load_fixed_tensors(accelerator: Accelerator, model: Any, reader: PieceReader) -> None:
+    """Load what `fixed_tensors` returned; raises ConfigError if the checkpoint does not hold it."""
+    inner, differ = unwrap_model(accelerator, model), False
+    for name, part in fixed_parts(inner).items():
+        saved = torch.empty(part.shape, dtype=part.dtype)
+        reader.fill(Piece(name, 0, 0, part.numel()), WEIGHT, saved.view(-1))
+        differ = differ or not torch.equal(saved, part.cpu())
+        part.copy_(saved)
+    if max_over_processes(int(differ), None):
+        follow_projections(inner)
 
 
 def _allocate_state(optimizer: Any, share: Share, reader: PieceReader) -> dict[str, Any]:

@@ -6,7 +6,7 @@ processes.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 
 import numpy as np
@@ -28,6 +28,7 @@ class Position:
     world: int = 1  # number of processes
     step: int = 0
     rows: int = 0  # consumed by all processes together
+    saved: dict[str, int] = field(default_factory=dict)  # elements of each tensor of the checkpoint that is continued
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Stream:
     def __init__(self, rows: Rows, options: TrainOptions, start: Position, pad_token_id: int):
         self.rows, self.options = rows, options
         self.rank, self.world, self.pad_token_id = start.rank, start.world, pad_token_id
-        self.accumulation = accumulation_steps(options)
+        self.accumulation, self.saved = accumulation_steps(options), start.saved
 
         # The rows of an epoch, and its bins; two epochs stay in memory, because a step may reach into the next one.
         weights = [as_source(place).weight for place in options.train_files]

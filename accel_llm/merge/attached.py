@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from accel_llm.adapters.compat import PEFT_PREFIX, SavedAdapter
+from accel_llm.adapters.fixed_parts import follow_projections, save_all_parts
 from accel_llm.adapters.initial import check_own_start, subtracted_init
 from accel_llm.adapters.methods import REFUSED_METHODS
 from accel_llm.adapters.prompts import fit_virtual_tokens, load_ensemble, load_prompt
@@ -152,6 +153,7 @@ def attach_adapters(skeleton: Skeleton, adapters: list[SavedAdapter], lazy: bool
         fill_pending(attached, [key for key in pending if not key.startswith(layers)])
     else:
         fill_pending(attached, list(pending))
+        follow_projections(wrapped)
     return attached
 
 
@@ -174,7 +176,9 @@ def _attach(model: Any, adapter: SavedAdapter, name: str, lazy: bool) -> PeftMod
     if config.is_prompt_learning and config.task_type is None:
         config.task_type = "CAUSAL_LM"  # PEFT's general class leaves the virtual tokens out
     peft_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
-    return peft_class(model, config, name, low_cpu_mem_usage=lazy).eval()
+    wrapped = peft_class(model, config, name, low_cpu_mem_usage=lazy).eval()
+    save_all_parts(wrapped)
+    return wrapped
 
 
 def _rename_weights(wrapped: Any, weights: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
@@ -322,6 +326,7 @@ def load_adapter(model: PreTrainedModel, adapter: SavedAdapter) -> Any:
         for tensor in (state[name] for name in weights if id(state[name]) in base):
             tensor.data = tensor.data.clone()  # of the base, such as a bias that was trained
         wrapped.load_state_dict(weights, strict=False)
+        follow_projections(wrapped)
     except ImportError as error:
         raise ConfigError(f"adapter: {adapter.folder} needs another package ({short_reason(error)}).") from None
     except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:

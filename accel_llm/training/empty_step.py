@@ -29,6 +29,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations import deepspeed as transformers_deepspeed
 
 from accel_llm.adapters.attach import attach_adapter
+from accel_llm.adapters.data_starts import start_figures
 from accel_llm.adapters.partial import last_layers, train_part
 from accel_llm.config.options import TrainOptions
 from accel_llm.data.batches import Batch, collate_packed, collate_padded
@@ -64,7 +65,7 @@ def follow_step(options: TrainOptions, config: PreTrainedConfig, settings: StepS
 
     `weights` are all weights, `trained` those that are trained, `trainable` their number, `layer` the largest layer,
     `embedding` the input embedding if it is frozen and used for nothing else; the optimizers have the names of
-    `optimizer_bytes`. For each part of PARTS that the step has there are three figures: the gradients and the stored
+    `optimizer_bytes`, and there are those of `start_figures`. For each part of PARTS that the step has there are three figures: the gradients and the stored
     activations when the part begins (`loss: gradients`, `loss: stored`), and the most that it adds (`loss: added`).
     """
     kinds = _layer_kinds(config)
@@ -103,7 +104,7 @@ def _follow(
             model, quantized = _build(options, _shorten(config, layers), settings)
         with FakeTensorMode(allow_non_fake_inputs=True), Allocations() as allocations:
             _fill(model, settings)
-            figures = _weight_figures(model, settings.device_type)
+            figures = _weight_figures(model, settings.device_type) | start_figures(model, options)
             figures["weights"] = allocations.live - quantized
             if settings.accumulated:
                 for parameter in model.parameters():
@@ -262,7 +263,7 @@ class Allocations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         aten = torch.ops.aten
         if func is aten._local_scalar_dense.default:
-            return getattr(args[0], "is_greater", False)  # there is no value; PEFT asks whether one is infinite
+            return getattr(args[0], "is_greater", False)  # there is no value; a layer of PEFT may ask for one
         if func is aten._grouped_mm.default and args[0].dtype == torch.float32:
             # For tensors without data torch 2.13 takes bfloat16 only.
             result = func(args[0].bfloat16(), args[1].bfloat16(), *args[2:], **(kwargs or {})).float()

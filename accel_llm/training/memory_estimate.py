@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
+from accel_llm.adapters.lora_options import looks_at_rows
 from accel_llm.adapters.quantized_base import problem_on_quantized_base
+from accel_llm.adapters.sums_over_rows import MATRICES_AT_WORK, SUMS_AT_ONCE
 from accel_llm.backend.strategy import PRECISION_DTYPES, compute_dtype, strategy, use_cpu
 from accel_llm.backend.zero import DEFAULT_BUCKET, deepspeed_settings
 from accel_llm.config.options import TrainOptions
@@ -26,8 +28,9 @@ class MemoryEstimate:
 
     `weights` are all weights as they are stored, with those of an adapter. `trained` is what training adds for each
     trained weight: gradients, the optimizer's state, and DeepSpeed's float32 copies. `activations` are those that wait
-    for the backward pass, `peak` is what is computed at the moment, and `context` what is no tensor. `trainable` is
-    the number of trained weights of the whole model.
+    for the backward pass, `peak` is what is computed at the moment, and `context` what is no tensor. If no step is as
+    full as the computation of a LoRA's first values from rows, this is in place of them, as `first values`. `trainable`
+    is the number of trained weights of the whole model.
     """
 
     terms: dict[str, int]
@@ -112,6 +115,8 @@ def _other_settings(options: TrainOptions, layout: Layout) -> list[tuple[str, An
         in_4_bits = ("method", "qlora") if options.method == "lora" else ("load_in_4bit", True)
         if problem_on_quantized_base(options.model_copy(update=dict([in_4_bits])), False) is None:
             changes.append(in_4_bits)
+    if looks_at_rows(options):
+        changes.append(("init_lora_weights", True))
     if options.optim == "adamw":
         library = (
             "deepspeed" if layout.strategy.startswith("zero") else "fsdp" if layout.strategy == "fsdp2" else "none"
@@ -182,7 +187,20 @@ def _estimate(options: TrainOptions, layout: Layout, figures: dict[str, int]) ->
     moments.append((kept + (figures["trained"] if own else 0), 0, step // (1 if own else layout.processes)))
     trained, activations, peak = max(moments, key=sum)
     terms = {"weights": weights, "trained": trained, "activations": activations, "peak": peak}
+    start = _first_values(figures)
+    if start > trained + activations + peak:
+        terms = {"weights": weights, "first values": start}
     return MemoryEstimate({**terms, "context": CONTEXT.get(layout.device_type, GB)}, figures["trainable"])
+
+
+def _first_values(figures: dict[str, int]) -> int:
+    """Return what first values from rows take besides the weights, 0 if there are none: see adapters/data_starts.py."""
+    if "start largest" not in figures:
+        return 0
+    sums, largest = figures["start sums"], figures["start largest"]
+    at_once = min(sums, max(SUMS_AT_ONCE, largest))
+    step = max(figures[f"{part}: stored"] + figures[f"{part}: added"] for part in PARTS if f"{part}: added" in figures)
+    return at_once + max(step, MATRICES_AT_WORK * largest)
 
 
 def _shares(options: TrainOptions, layout: Layout, figures: dict[str, int]) -> tuple[int, int, int]:

@@ -12,6 +12,7 @@ from accel_llm.data.rows import Rows
 from accel_llm.model.loading import short_reason
 from accel_llm.report.metrics import console
 from accel_llm.training.memory_estimate import GB, estimate_memory, memory_savings
+from accel_llm.training.method_tryout import check_method_computes
 
 # PEFT computes parts of these from numbers while it builds its layers, which an empty model does not have.
 METHODS_THAT_READ_WEIGHTS = ("boft", "frod", "shira", "unilora")
@@ -22,9 +23,12 @@ SAVINGS_SHOWN = 4
 def show_memory(
     accelerator: Accelerator, options: TrainOptions, config: PreTrainedConfig, rows: Rows
 ) -> dict[str, Any]:
-    """Print the estimate on the main process, and return it for run.json. It is advice, and never stops a run.
+    """Print the estimate on the main process, and return it for run.json. It is advice, however little memory there is.
 
     In run.json `peak_memory_mb` is the estimate of the metric of this name, which on a GPU counts tensors alone.
+
+    Raises:
+        ConfigError: the method cannot compute on this model, or not with these options.
     """
     if not accelerator.is_main_process:
         return {}
@@ -41,6 +45,7 @@ def show_memory(
             remedy = ", ".join(savings[:SAVINGS_SHOWN]) or "a smaller model"
             console.print(f"memory: what saves most: {remedy}", style="yellow", soft_wrap=True, markup=False)
     except Exception as error:  # a family or a method (BOFT, FRoD, SHiRA) that cannot be followed without data
+        check_method_computes(error, options, config, lambda *changed: estimate_memory(*changed, *arguments[2:]))
         what = f"method {options.method}" if options.method in METHODS_THAT_READ_WEIGHTS else "this model"
         console.print(f"memory: there is no estimate for {what} ({short_reason(error)})", soft_wrap=True)
         return {}

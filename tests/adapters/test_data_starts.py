@@ -16,12 +16,14 @@ from peft import EvaConfig, LoraConfig, LoraGAConfig, PeftModel, get_peft_model,
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.loraga import preprocess_loraga
 from peft.utils.integrations import dequantize_module_weight
-from support import make_rows, materialize, random_rows, relative_distance, reset, tiny_model
+from safetensors.torch import load_file
+from support import equal_tensors, make_rows, materialize, random_rows, relative_distance, reset, saved_bases
 from transformers import AutoModelForCausalLM
 
+from accel_llm.adapters import data_starts, sums_over_rows
 from accel_llm.adapters.attach import attach_adapter
 from accel_llm.adapters.data_starts import _groups_with_labels, start_from_rows
-from accel_llm.adapters.initial import lora_layers
+from accel_llm.adapters.initial import linear_lora_layers, lora_layers
 from accel_llm.adapters.methods import check_method
 from accel_llm.adapters.saved import check_saved_adapter, save_adapter
 from accel_llm.config.options import TrainOptions
@@ -41,10 +43,7 @@ LONG = pytest.mark.long
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("bases")
-    for family in ("llama", "gpt2"):
-        tiny_model(family).save_pretrained(folder / family)
-    return {family: folder / family for family in ("llama", "gpt2")}
+    return saved_bases(tmp_path_factory, ("llama", "gpt2"))
 
 
 def settings(base: Path, init: str, more: dict[str, Any] | None = None, **options: Any) -> TrainOptions:
@@ -232,6 +231,46 @@ def test_nothing_is_decomposed_in_16_bits(bases, monkeypatch, init):
     finally:
         reset()
     assert dtypes and dtypes <= {torch.float32, torch.float64}
+
+
+@pytest.mark.parametrize("init, times", [("corda", 4), ("lora_ga", 5)])
+def test_sums_of_a_few_layers_at_a_time_give_the_same_numbers(bases, monkeypatch, capsys, init, times):
+    """Also where activations are recomputed, which transformers does in training mode only."""
+    whole = factors(started(settings(bases["llama"], init)))
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(sums_over_rows, "SUMS_AT_ONCE", 14_000)
+    parts = factors(started(settings(bases["llama"], init, gradient_checkpointing=True)))
+    assert f"init_lora_weights: {init} runs the base {times} times through {FIRST} rows" in capsys.readouterr().out
+    for name, found in parts.items():
+        assert all(map(torch.equal, found, whole[name])), name
+
+
+def test_layers_with_the_same_input_share_its_covariance(bases):
+    model = attach_adapter(load_model(settings(bases["llama"], "corda")), settings(bases["llama"], "corda"))
+    layers = linear_lora_layers(model)
+    alike = sums_over_rows._layers_by_input(layers, lambda: logits(model))
+    kinds = [[name.rpartition(".")[2] for name in names] for names in alike.values()]
+    assert kinds == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]] * 2
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("init", ["corda", "lora_ga", "eva"])
+def test_a_resumed_run_does_not_compute_its_first_values_again(script, tiny, chats, tmp_path, monkeypatch, init):
+    words = ["--model_name_or_path", tiny, "--train_files", chats, "--max_length", 128, "--learning_rate", 1e-2]
+    words += ["--init_lora_weights", init, "--lora_r", 4, "--max_steps", 4, "--save_steps", 2, "--eval_generate", 0]
+    words += ["--method_options", "{init_rows: 4, eva_config: {tau: 0.3}}" if init == "eva" else "init_rows=4"]
+    script("sft", *words, "--output_dir", tmp_path / "whole")
+    monkeypatch.delattr(data_starts, "_compute")
+    script(
+        "sft",
+        *words,
+        *("--output_dir", tmp_path / "parts"),
+        *("--resume_from_checkpoint", tmp_path / "whole" / "checkpoints" / "step-00000002"),
+    )
+    whole, parts = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "parts"))
+    assert equal_tensors(whole, parts)
+    if init == "eva":
+        assert len({tensor.shape[0] for name, tensor in whole.items() if "lora_A" in name}) > 1
 
 
 @pytest.mark.parametrize("rows", [0, -1, "many"])

@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from safetensors.torch import load_file
-from support import materialize, tiny_model
+from support import materialize, saved_bases
 from transformers import AutoModelForCausalLM
 
 from accel_llm.adapters import initial
@@ -49,11 +49,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory) -> dict[str, Path]:
-    """Folders of a small Llama and a small GPT-2, whose Conv1D stores its weights transposed."""
-    folder = tmp_path_factory.mktemp("bases")
-    for family in ("llama", "gpt2"):
-        tiny_model(family).save_pretrained(folder / family)
-    return {family: folder / family for family in ("llama", "gpt2")}
+    return saved_bases(tmp_path_factory, ("llama", "gpt2"))
 
 
 def attached(base: Path, **options: Any) -> PeftModel:

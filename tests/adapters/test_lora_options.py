@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from support import moved_adapter, relative_distance, tiny_model
+from support import moved_adapter, relative_distance, saved_bases
 from transformers import AutoModelForCausalLM
 
 from accel_llm.adapters.attach import attach_adapter
@@ -52,10 +52,7 @@ WITHOUT_EFFECT: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("bases")
-    for family in ("llama", "gemma", "qwen3_moe", "falcon_h1"):
-        tiny_model(family).save_pretrained(folder / family)
-    return {family: folder / family for family in ("llama", "gemma", "qwen3_moe", "falcon_h1")}
+    return saved_bases(tmp_path_factory, ("llama", "gemma", "qwen3_moe", "falcon_h1"))
 
 
 def attached(base: Path, **options: Any) -> Any:

@@ -10,14 +10,28 @@ import memory
 import numpy as np
 import pytest
 import torch
-from support import FAMILIES, SCALED, SIZES, UNFUSED_FAMILIES, UNPACKABLE, materialize, scaled_model
+from accelerate import Accelerator
+from support import (
+    FAMILIES,
+    SCALED,
+    SIZES,
+    UNFUSED_FAMILIES,
+    UNPACKABLE,
+    make_rows,
+    materialize,
+    random_rows,
+    scaled_model,
+)
 from torch.profiler import ProfilerActivity, profile
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig
 
+from accel_llm.adapters import sums_over_rows
 from accel_llm.adapters.attach import attach_adapter
+from accel_llm.adapters.data_starts import start_from_rows
 from accel_llm.backend.strategy import compute_dtype
 from accel_llm.config.options import TrainOptions
 from accel_llm.data.batches import collate_packed, collate_padded
+from accel_llm.data.stream import Position, Stream
 from accel_llm.model.loading import load_model, load_model_config
 from accel_llm.model.loss import next_token_loss
 from accel_llm.training import memory_estimate
@@ -134,6 +148,27 @@ def test_the_estimate_is_what_a_real_step_takes(case, tmp_path):
 QLORA: dict[str, Any] = {"method": "qlora", "gradient_checkpointing": True}
 LLAMA, QWEN = (memory.SHAPES[name] for name in ("meta-llama/Llama-3.1-8B-Instruct", "Qwen/Qwen3-8B"))
 SMALL_QWEN = memory.Shape("qwen3", 28, 1024, 3072, 16, 8, 128, 151936, True, 0.6)
+
+
+@pytest.mark.parametrize("init, most", [("corda", 1.15), pytest.param("lora_ga", 1.3, marks=pytest.mark.long)])
+def test_the_estimate_knows_what_first_values_from_rows_take(init, most, tmp_path, monkeypatch):
+    """Measured by torch's profiler; `most` is how much larger the estimate may be."""
+    sizes = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 3, "vocab_size": 256}
+    saved_model(tmp_path, "llama", sizes)
+    fixed = {"max_length": 64, "packing": False, "train_files": ["-"], "lora_r": 4, "method_options": {"init_rows": 2}}
+    options = options_of(tmp_path, fixed | {"init_lora_weights": init})
+    rows = make_rows((k, list(ids), list(labels)) for k, (ids, labels) in enumerate(random_rows(4, 64)))
+    for module in (memory_estimate, sums_over_rows):
+        monkeypatch.setattr(module, "SUMS_AT_ONCE", 8 * 2**20)
+    estimate = estimate_memory(options, load_model_config(options), 1, "cpu")
+    model = materialize(attach_adapter(load_model(options), options), options)
+    stream = Stream(rows, options, Position(), 0)
+    measured = most_allocated(lambda: start_from_rows(Accelerator(cpu=True), model, options, stream))
+    assert measured < estimate.terms["first values"] < most * measured
+    # All sums at the same time would take more than that.
+    monkeypatch.setattr(memory_estimate, "SUMS_AT_ONCE", 2**40)
+    assert estimate_memory(options, load_model_config(options), 1, "cpu").terms["first values"] > 1.3 * measured
+    assert dict(memory_savings(options, load_model_config(options), 1, "cpu"))["init_lora_weights: true"] > measured
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,85 @@
+"""Mends layers of PEFT 0.21 in whose forward the host waits for the device, which meanwhile runs out of work.
+
+They keep constants on the CPU and copy them in every forward, look at values, or use operators that check their result.
+The numbers stay the same to the last bit. FRoD and WaveFT wait in too many places to be mended from outside.
+"""
+
+from types import MethodType
+from typing import Any
+
+import accel_llm.system.chatter
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.shira.layer import ShiraLayer
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.vblora.layer import VBLoRALayer
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+# Methods of BOFT, OFT and PSOFT that solve equations with I + S. S is skew-symmetric, so there is always a solution.
+SOLVERS = ("cayley_batch", "_cayley_batch", "get_matrix")
+
+
+def avoid_waits(model: nn.Module) -> None:
+    """Let the layers of a method in `model` compute without waits of the host, where that can be done."""
+    for layer in list(model.modules()):
+        if isinstance(layer, BaseTunerLayer):
+            _keep_constants_on_device(layer)
+        if isinstance(layer, TrainableTokensLayer):
+            layer.token_rows = BufferDict({name: torch.tensor(ids) for name, ids in layer.token_indices.items()})
+            layer.get_merged_weights = MethodType(_with_trained_rows, layer)
+        if isinstance(layer, ShiraLayer):
+            layer.get_delta_weight = MethodType(_dense_change, layer)
+        if isinstance(layer, VBLoRALayer):
+            layer._get_lora_matrices = MethodType(_matrices_without_check, layer)
+        for name in SOLVERS:
+            if hasattr(type(layer), name):
+                setattr(layer, name, MethodType(_without_check(name), layer))
+
+
+def _keep_constants_on_device(layer: nn.Module) -> None:
+    """Make buffers of tensors that `layer` keeps in a plain dict by adapter, so that they move with the model."""
+    for name, value in list(vars(layer).items()):
+        if isinstance(value, dict) and value and all(isinstance(each, torch.Tensor) for each in value.values()):
+            if not name.startswith("_"):
+                setattr(layer, name, BufferDict(value))
+
+
+def _with_trained_rows(layer: Any, adapters: list[str]) -> torch.Tensor:
+    weight = layer.base_layer.weight
+    for name in adapters:
+        weight = weight.index_copy(0, layer.token_rows[name], layer.trainable_tokens_delta[name].to(weight))
+    return weight
+
+
+def _dense_change(layer: Any, adapter: str) -> torch.Tensor:
+    """Return what SHiRA adds to the weight; PEFT's sparse matrix is copied into a dense one with a wait anyhow."""
+    values = layer.shira_weight[adapter] * layer.scaling[adapter]
+    rows, columns = layer.shira_indices[adapter]
+    return values.new_zeros(layer.out_features, layer.in_features).index_put((rows, columns), values)
+
+
+def _matrices_without_check(layer: Any, *args: Any, **kwargs: Any) -> Any:
+    """Return VB-LoRA's A and B without PEFT's question whether a logit is infinite; `attach_adapter` has asked that."""
+    training, layer.training = layer.training, False
+    try:
+        return type(layer)._get_lora_matrices(layer, *args, **kwargs)
+    finally:
+        layer.training = training
+
+
+class _Unchecked(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.linalg.solve:
+            return torch.linalg.solve_ex(*args, **(kwargs or {})).result
+        return func(*args, **(kwargs or {}))
+
+
+def _without_check(name: str) -> Any:
+    def call(layer: Any, *args: Any) -> Any:
+        with _Unchecked():
+            return getattr(type(layer), name)(layer, *args)
+
+    return call
