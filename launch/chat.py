@@ -6,6 +6,7 @@ python launch/chat.py --model output --adapters other third
 """
 
 import re
+from pathlib import Path
 
 import accel_llm.system.chatter
 
@@ -65,6 +66,7 @@ def obey(words: list[str], dialogues: dict[str, Dialogue], current: str) -> str:
     """Obey a command, and return the name of the model that answers from now on."""
     names = [name for name in dialogues if name != BARE]
     command, argument = words[0], words[1] if len(words) > 1 else ""
+    chosen = [BARE] if command == "/base" else find_named(names, argument)
     if command == "/adapters":
         print_adapters(dialogues)
     elif command == "/base" and BARE not in dialogues:
@@ -72,17 +74,24 @@ def obey(words: list[str], dialogues: dict[str, Dialogue], current: str) -> str:
             "The base alone cannot be asked: it has no chat template, and no rows for the tokens of the adapter."
         )
     elif command not in ("/adapter", "/base"):
-        print_remark(f"{command} is no command; there are /adapter, /adapters and /base.")
+        print_remark(f"{command} is no command; there are /adapter, /adapters and /base, and an empty line ends.")
     elif command == "/adapter" and not argument:
         print_remark(f"/adapter needs a number or a name; there are {', '.join(names)}.")
-    elif command == "/adapter" and argument not in (*names, *map(str, range(1, len(names) + 1))):
-        print_remark(f"/adapter {argument} names no adapter; there are {', '.join(names)}.")
+    elif not chosen:
+        print_remark(f"/adapter {argument} names no adapter, or several; there are {', '.join(names)}.")
     else:
-        name = BARE if command == "/base" else argument if argument in names else names[int(argument) - 1]
-        dialogues[name].start_anew()
-        print_remark(f"From now on {describe(name)} answers; the conversation starts anew.")
-        return name
+        dialogues[chosen[0]].start_anew()
+        print_remark(f"From now on {describe(chosen[0])} answers; the conversation starts anew.")
+        return chosen[0]
     return current
+
+
+def find_named(names: list[str], word: str) -> list[str]:
+    """Return the one of `names` that has this number (from 1), this name, or this folder as its last part; else []."""
+    if word in names:
+        return [word]
+    found = [name for k, name in enumerate(names, 1) if word in (str(k), Path(name).name)]
+    return found if len(found) == 1 else []
 
 
 def print_adapters(dialogues: dict[str, Dialogue]) -> None:

@@ -55,7 +55,7 @@ def adopt_adapter_options(options: MethodOptions) -> Any:
         raise ConfigError(
             f"prompt_ensemble: {options.prompt_ensemble} is given, but the adapter {name} has {members}; leave it out."
         )
-    options = options.model_copy(update={"prompt_ensemble": members})
+    options = options.with_defaults({"prompt_ensemble": members})
     return _adopt_settings(options, settings, name)
 
 
@@ -134,7 +134,9 @@ def _adopt_settings(options: MethodOptions, settings: dict[str, Any], name: str)
     raise_problems(problems)
     changed = {field: value for field, value in others.items() if value != defaults[field]}
     options = options.with_defaults({option: value for option, value in adopted.items() if option not in user_values})
-    return options.model_copy(update={"method_options": changed | given})
+    options = options.model_copy(update={"method_options": changed | given})
+    raise_problems(options.problems())  # the user may have set what the adapter's method does not use
+    return options
 
 
 def _default(field: Any) -> Any:

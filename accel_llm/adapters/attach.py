@@ -12,6 +12,7 @@ import accel_llm.system.chatter
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.boft import layer as boft_layer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper, set_peft_model_state_dict
 from safetensors.torch import load_file
@@ -19,8 +20,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from accel_llm.adapters.budget import weigh_penalty
-from accel_llm.adapters.fixed_parts import follow_projections, save_all_parts
 from accel_llm.adapters.decompositions import Decompositions, decomposition_work
+from accel_llm.adapters.fixed_parts import follow_projections, save_all_parts
 from accel_llm.adapters.initial import (
     check_own_start,
     first_and_trained_factors,
@@ -34,12 +35,13 @@ from accel_llm.adapters.lora_forward import shorten_lora_forward
 from accel_llm.adapters.lora_options import check_biases, check_patterns
 from accel_llm.adapters.methods import LORA_METHODS, fresh_adapter_config
 from accel_llm.adapters.no_waits import avoid_waits
-from accel_llm.adapters.prompt_options import PROMPT_METHODS
 from accel_llm.adapters.prompts import attach_prompt, load_ensemble, load_prompt
 from accel_llm.adapters.saved import ADAPTER_WEIGHTS, unloaded
 from accel_llm.adapters.sizes import fit_sizes
 from accel_llm.adapters.targets import choose_targets, leave_out, linear_names, refused_by_peft, spell_out_targets
-from accel_llm.backend.strategy import compute_dtype, training_device
+from accel_llm.adapters.unset_values import check_values_are_set, unset_as_nan
+from accel_llm.backend.strategy import compute_dtype, strategy, training_device
+from accel_llm.config.method import PROMPT_METHODS
 from accel_llm.config.options import MethodOptions, TrainOptions
 from accel_llm.errors import ConfigError, raise_problems
 from accel_llm.model.experts import expert_weights, unpack_experts_in_forward
@@ -105,10 +107,20 @@ def attach_adapter(model: PreTrainedModel, options: TrainOptions, new_tokens: ra
 
 
 def _add_lora(model: PreTrainedModel, options: TrainOptions, config: Any) -> Any:
-    """Add a LoRA, whose first values may be a part of the base's weights, which PEFT would change."""
+    """Add a LoRA, whose first values may be a part of the base's weights, which PEFT would change.
+
+    Raises:
+        ConfigError: PEFT cannot, or the experts of a mixture get one under ZeRO-3.
+    """
     plain = copy(config)
     plain.init_lora_weights = init_by_peft(config.init_lora_weights)
     wrapped = _add(model, options, plain)
+    if strategy() == "zero3" and any(isinstance(module, ParamWrapper) for module in wrapped.modules()):
+        # PEFT 0.21 adds to the gathered weights, and the gradient comes when ZeRO-3 has given them back: a RuntimeError.
+        raise ConfigError(
+            "method_options: target_parameters cannot be trained under zero3, which keeps the experts whole for their "
+            "own layer only; use ddp.yaml, zero2.yaml or fsdp2.yaml, or name lora_target_modules without the experts."
+        )
     give_first_values(wrapped, config.init_lora_weights, compute_dtype(options))
     if options.init_lora_weights == "loftq":
         start_from_rounding(wrapped, compute_dtype(options))
@@ -127,23 +139,27 @@ def _add(model: PreTrainedModel, options: TrainOptions, config: Any) -> Any:
     # PEFT changes the list of targets in the config that it gets.
     targets = getattr(config, "target_modules", None)
     try:
-        with Decompositions(options.method, training_device(), decomposition_work(model, config)):
+        with Decompositions(options.method, training_device(), decomposition_work(model, config)), unset_as_nan():
             wrapped = get_peft_model(model, copy(config))
         # OSF of PEFT 0.21 passes over GPT-2's layers without a word.
         if not any(parameter.requires_grad for parameter in wrapped.parameters()):
             raise ValueError("PEFT has nothing to train in the target modules")
         save_all_parts(wrapped)
+        check_values_are_set(wrapped, options)
         return wrapped
-    except (ValueError, TypeError, NotImplementedError) as error:
+    except (ConfigError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever PEFT stumbles over
         # PEFT's own message can have many lines; the first one says enough.
-        reason = str(error).splitlines()[0].rstrip(".")
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         if cannot := re.search(r"ParamWrapper does not work with (\w+)", reason):
             raise ConfigError(
                 f"{cannot[1]}: PEFT cannot use it for experts that are one parameter of a layer; leave it out, or name "
                 "lora_target_modules without the experts."
             ) from None
         if "target" not in reason.lower():
-            raise ConfigError(f"method: {options.method} does not fit the model ({reason}).") from None
+            given = f" with method_options {options.method_options}" if options.method_options else ""
+            raise ConfigError(f"method: {options.method}{given} does not fit the model ({reason}).") from None
         raise ConfigError(
             f"lora_target_modules: {targets!r} does not fit the model ({reason}.); its linear layers are "
             f"{', '.join(linear_names(model))}."

@@ -105,6 +105,12 @@ def budget_bytes(model: torch.nn.Module) -> int:
     return sum(2 * 4 * weight.numel() for layer in _layers(model) for weight in _weights(layer))
 
 
+def follow_budget(model: Any, options: MethodOptions, optimizer: Any, scheduler: Any, total_steps: int) -> None:
+    """Let AdaLoRA give up ranks after the steps of `optimizer`; nothing for another method."""
+    if options.has_adapter and has_budget(model):
+        RankBudget(model, options, optimizer, scheduler, total_steps)
+
+
 class RankBudget:
     """Follows AdaLoRA's schedule: measures how important each rank is, and gives up the least important ones.
 
@@ -196,8 +202,15 @@ def _weights(layer: Any) -> tuple[Any, Any, Any]:
     return layer.lora_A["default"], layer.lora_B["default"], layer.lora_E["default"]
 
 
-def _whole(tensor: Any) -> torch.Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def _whole(weight: Any) -> torch.Tensor:
+    """Return the whole of a weight, of which FSDP2 gives each process some rows; its gradient is averaged like theirs."""
+    if not isinstance(weight, DTensor):
+        # FSDP2 may leave a layer whole behind its forward, and then in 16 bits.
+        return weight.to(torch.promote_types(weight.dtype, torch.float32))
+    whole: Any = weight.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+    if whole.requires_grad:
+        whole.register_hook(lambda gradient: gradient / weight.device_mesh.size())
+    return whole
 
 
 def _sharded_like(tensor: Any, whole: torch.Tensor) -> torch.Tensor:
@@ -260,18 +273,8 @@ def _penalty(layers: list[Any]) -> torch.Tensor:
     # Autocast would compute the small differences in 16 bits.
     with torch.autocast(layers[0].lora_A["default"].device.type, enabled=False):
         for layer in layers:
-            a, b = _gathered(layer.lora_A["default"]), _gathered(layer.lora_B["default"])
+            a, b = _whole(layer.lora_A["default"]), _whole(layer.lora_B["default"])
             for product in (a @ a.T, b.T @ b):
                 identity = torch.eye(len(product), dtype=product.dtype, device=product.device)
                 distances.append(torch.linalg.vector_norm(product - identity))
     return torch.stack(distances).mean()
-
-
-def _gathered(weight: Any) -> torch.Tensor:
-    """Return the whole of a weight, of which FSDP2 gives each process some rows; its gradient is averaged like theirs."""
-    if not isinstance(weight, DTensor):
-        # FSDP2 may leave a layer whole behind its forward, and then in 16 bits.
-        return weight.to(torch.promote_types(weight.dtype, torch.float32))
-    whole: Any = weight.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
-    whole.register_hook(lambda gradient: gradient / weight.device_mesh.size())
-    return whole

@@ -1,4 +1,4 @@
-"""Decompositions of the base's weights that PEFT computes while it attaches a method: on the GPU, or with a warning.
+"""Decompositions of the base's weights that PEFT computes while it attaches a method: on the GPU, and with a warning.
 
 PEFT 0.21 decomposes a weight where it lies, which is the CPU, because here an adapter is attached before any weight is
 moved. For a 7B model that takes hours.
@@ -7,6 +7,8 @@ moved. For a 7B model that takes hours.
 import time
 from typing import Any
 
+import accel_llm.system.chatter
+
 import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
@@ -14,35 +16,33 @@ from torch.overrides import TorchFunctionMode
 
 from accel_llm.system.launcher import process_rank
 
-FUNCTIONS = (torch.linalg.svd, torch.linalg.qr, torch.linalg.eigh)
-# Another device may give singular vectors other signs. To OSF these do not matter, and TinyLoRA saves its vectors. But
-# those of PSOFT and FRoD are not in the adapter's file, and whoever loads it computes them again, mostly on a CPU.
-FREE_OF_SIGNS = ("osf", "tinylora")
+FUNCTIONS = (torch.linalg.svd, torch.linalg.qr, torch.linalg.eigh, torch.linalg.inv, torch.linalg.solve)
 MENTIONED = 60  # seconds
 
 
 class Decompositions(TorchFunctionMode):
-    """Within the block, computes decompositions of matrices on the CPU on `device` instead, and says if it takes long.
+    """Within the block, computes what FUNCTIONS do with matrices on the CPU on `device`, and says if it takes long.
 
-    The results come back to the CPU. `work` is that of all decompositions together, see `decomposition_work`.
+    The results come back to the CPU. `work` is that of all weights together, see `decomposition_work`.
     """
 
     def __init__(self, method: str, device: torch.device, work: int):
         super().__init__()
-        self.method, self.work = method, work
-        self.device = device if method in FREE_OF_SIGNS else torch.device("cpu")
-        self.timed = False
+        self.method, self.device, self.work, self.timed = method, device, work, False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func not in FUNCTIONS or not args or args[0].device.type != "cpu":
             return func(*args, **(kwargs or {}))
         begun = time.perf_counter()
-        results = func(args[0].to(self.device), *args[1:], **(kwargs or {}))
-        results = type(results)(tensor.cpu() for tensor in results)
+        moved = (each.to(self.device) if isinstance(each, torch.Tensor) else each for each in args)
+        result = func(*moved, **(kwargs or {}))
+        # Several results are a tuple of a class of their own.
+        single = isinstance(result, torch.Tensor)
+        result = result.cpu() if single else type(result)(tensor.cpu() for tensor in result)
         if not self.timed:
             self.timed = True
             self._say(time.perf_counter() - begun, _work(*args[0].shape))
-        return results
+        return result
 
     def _say(self, seconds: float, work: int) -> None:
         minutes = seconds * self.work / work / 60

@@ -56,6 +56,8 @@ METHOD_DEFAULTS = {
     # PEFT begins with random numbers, which change a small model beyond recognition (loss 5.3 -> 8.0 at width 96).
     "fourierft": MethodDefaults(6e-2, "PEFT's example, and FourierFT's code, arXiv 2405.03003", {"init_weights": True}),
     "shira": MethodDefaults(3e-4, COMPARISON),
+    # PEFT's default of 256 numbers makes each of them a share of so many weights that no usual rate moves them.
+    "unilora": MethodDefaults(2e-3, COMPARISON, {"theta_d_length": 131072}),
     # Virtual tokens. More than 20 of them gain little (Lester et al. 2021, arXiv 2104.08691, section 3.2), and
     # embeddings of real tokens are a better start than random numbers (the same section, and PEFT's comparison).
     "prompt": MethodDefaults(1e-3, COMPARISON, {"num_virtual_tokens": 20, "prompt_tuning_init": "SAMPLE_VOCAB"}),
@@ -76,6 +78,9 @@ RULE_ALPHA = 32
 QLORA_RATE, QLORA_LARGE_RATE, QLORA_LARGE_WIDTH = 2e-4, 1e-4, 6656
 
 
+# FourierFT's inverse transform divides by the number of weights of a matrix. So a rate moves the weights of a narrow
+# model much more: at width 64 that of the paper doubles the loss. 768 is the least width of the paper (table 2).
+FOURIER_WIDTH = 768
 # PiSSA (arXiv 2404.02948) begins with the largest singular values, which a LoRA's rate would tear apart.
 PISSA_RATE = 2e-5
 # Options of a method that mean something together: if the user sets one, the others do not get our default.
@@ -127,6 +132,11 @@ def default_rate(options: TrainOptions) -> tuple[float, str]:
     if options.method in ("lora", "qlora"):
         return _lora_rate(options, load_model_config(options))
     defaults = METHOD_DEFAULTS.get(options.method, OTHERS)
+    if options.method == "fourierft":
+        width = load_model_config(options).get_text_config().hidden_size
+        if width < FOURIER_WIDTH:
+            rate = defaults.learning_rate * (width / FOURIER_WIDTH) ** 2
+            return float(f"{rate:.3g}"), f"{defaults.source}, x ({width} / {FOURIER_WIDTH})^2 for a narrow model"
     return defaults.learning_rate, defaults.source
 
 

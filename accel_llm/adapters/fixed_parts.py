@@ -11,6 +11,7 @@ from typing import Any
 import accel_llm.system.chatter
 
 import torch
+from peft.utils import set_peft_model_state_dict
 from peft.utils.integrations import gather_params_ctx
 
 from accel_llm.adapters.initial import offsets
@@ -18,6 +19,11 @@ from accel_llm.adapters.initial import offsets
 # PEFT 0.21 leaves PSOFT's two factors of the base's weights out of its files, and computes them anew at each load.
 UNSAVED_PARTS = ("_psoft_A_cache", "_psoft_B_cache")
 OF_ADAPTER = re.compile(r"\.default(\.|$)")
+
+
+def computed_by_peft(model: Any) -> bool:
+    """Return whether plain PEFT computes a part of this adapter anew at each load, so that it may become another one."""
+    return any(hasattr(module, name) for module in model.modules() for name in (*UNSAVED_PARTS, "frod_U"))
 
 
 def save_all_parts(model: Any) -> None:
@@ -36,11 +42,19 @@ def fixed_parts(model: Any) -> dict[str, torch.Tensor]:
     return offsets(model) | buffers
 
 
+def load_all_parts(model: Any, weights: dict[str, torch.Tensor]) -> None:
+    """Give an adapter that plain PEFT has loaded all parts that its file, with these `weights`, holds."""
+    if computed_by_peft(model):
+        save_all_parts(model)
+        set_peft_model_state_dict(model, weights)
+        follow_projections(model)
+
+
 def follow_projections(model: Any) -> None:
     """Compute FRoD's U for the projection V that was loaded; all processes must call it.
 
-    FRoD adds U (S + L) V' to the text's way, where U L V' is the base's weight W (its config in PEFT). PEFT 0.21 saves V,
-    but not U, which is as large as W, and leaves it as it was computed for another V.
+    FRoD puts U (S + L) V' in place of a weight W of the base; it begins with S = 0 and U L V' = W. PEFT 0.21 saves V, but
+    not U, which is as large as W, and leaves it as it was computed for another V.
     """
     for layer in model.modules():
         for name, left in getattr(layer, "frod_U", {}).items():

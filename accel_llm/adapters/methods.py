@@ -14,9 +14,9 @@ from accel_llm.adapters.budget import IGNORED_FIELDS, budget_problems, unused_op
 from accel_llm.adapters.lora_options import INIT_ROWS, REFUSED_FIELDS, complete_fields, lora_problems
 from accel_llm.adapters.method_options import check_method_options, option_names
 from accel_llm.adapters.partial import check_partial_options
-from accel_llm.adapters.prompt_options import PROMPT_METHODS, prompt_problems
+from accel_llm.adapters.prompt_options import prompt_problems
 from accel_llm.adapters.refused_options import is_refused, refused_option_problems
-from accel_llm.config.method import METHODS_BY_OPTION, METHODS_WITHOUT_ADAPTER
+from accel_llm.config.method import METHODS_BY_OPTION, METHODS_WITHOUT_ADAPTER, PROMPT_METHODS
 from accel_llm.config.options import MethodOptions, ModelOptions, PretrainOptions, TrainOptions
 from accel_llm.errors import ConfigError, raise_problems
 from accel_llm.model.loading import short_reason
@@ -192,7 +192,7 @@ def fresh_adapter_config(options: MethodOptions) -> Any:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", ".*will be ignored", UserWarning)  # an option without effect is an error
             config = config_class(task_type="CAUSAL_LM", **values)
-    except (ValueError, TypeError, ImportError, UserWarning) as error:
+    except Exception as error:  # whatever PEFT's config class stumbles over
         raise ConfigError(
             f"method_options: {options.method_options} are not allowed for method {options.method} "
             f"({short_reason(error)})."

@@ -24,27 +24,28 @@ SOLVERS = ("cayley_batch", "_cayley_batch", "get_matrix")
 
 def avoid_waits(model: nn.Module) -> None:
     """Let the layers of a method in `model` compute without waits of the host, where that can be done."""
-    for layer in list(model.modules()):
-        if isinstance(layer, BaseTunerLayer):
+    for module in list(model.modules()):
+        layer: Any = module  # methods are replaced, which types do not allow
+        if isinstance(module, BaseTunerLayer):
             _keep_constants_on_device(layer)
-        if isinstance(layer, TrainableTokensLayer):
+        if isinstance(module, TrainableTokensLayer):
             layer.token_rows = BufferDict({name: torch.tensor(ids) for name, ids in layer.token_indices.items()})
             layer.get_merged_weights = MethodType(_with_trained_rows, layer)
-        if isinstance(layer, ShiraLayer):
+        if isinstance(module, ShiraLayer):
             layer.get_delta_weight = MethodType(_dense_change, layer)
-        if isinstance(layer, VBLoRALayer):
+        if isinstance(module, VBLoRALayer):
             layer._get_lora_matrices = MethodType(_matrices_without_check, layer)
         for name in SOLVERS:
-            if hasattr(type(layer), name):
+            if hasattr(type(module), name):
                 setattr(layer, name, MethodType(_without_check(name), layer))
 
 
 def _keep_constants_on_device(layer: nn.Module) -> None:
     """Make buffers of tensors that `layer` keeps in a plain dict by adapter, so that they move with the model."""
     for name, value in list(vars(layer).items()):
-        if isinstance(value, dict) and value and all(isinstance(each, torch.Tensor) for each in value.values()):
-            if not name.startswith("_"):
-                setattr(layer, name, BufferDict(value))
+        of_adapters = isinstance(value, dict) and value and not name.startswith("_")
+        if of_adapters and all(isinstance(each, torch.Tensor) for each in value.values()):
+            setattr(layer, name, BufferDict(value))
 
 
 def _with_trained_rows(layer: Any, adapters: list[str]) -> torch.Tensor:
@@ -55,7 +56,7 @@ def _with_trained_rows(layer: Any, adapters: list[str]) -> torch.Tensor:
 
 
 def _dense_change(layer: Any, adapter: str) -> torch.Tensor:
-    """Return what SHiRA adds to the weight; PEFT's sparse matrix is copied into a dense one with a wait anyhow."""
+    """Return what SHiRA adds to the weight [out, in]. PEFT adds a sparse matrix, whose places torch counts anew."""
     values = layer.shira_weight[adapter] * layer.scaling[adapter]
     rows, columns = layer.shira_indices[adapter]
     return values.new_zeros(layer.out_features, layer.in_features).index_put((rows, columns), values)
@@ -63,9 +64,10 @@ def _dense_change(layer: Any, adapter: str) -> torch.Tensor:
 
 def _matrices_without_check(layer: Any, *args: Any, **kwargs: Any) -> Any:
     """Return VB-LoRA's A and B without PEFT's question whether a logit is infinite; `attach_adapter` has asked that."""
+    kind: Any = type(layer)
     training, layer.training = layer.training, False
     try:
-        return type(layer)._get_lora_matrices(layer, *args, **kwargs)
+        return kind._get_lora_matrices(layer, *args, **kwargs)
     finally:
         layer.training = training
 

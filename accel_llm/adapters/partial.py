@@ -57,6 +57,11 @@ def check_partial_options(options: MethodOptions) -> None:
 
 
 def _freeze_options(options: MethodOptions) -> FreezeOptions:
+    """Return the options of freeze, checked without a model.
+
+    Raises:
+        ConfigError: one of them is unknown, has a value that is not allowed, or nothing would be trained.
+    """
     values = {
         name: [value] if name in ("modules", "parameters") and isinstance(value, str) else value
         for name, value in options.method_options.items()
@@ -128,6 +133,11 @@ def parameters_of_part(model: nn.Module, options: MethodOptions) -> set[str]:
 
 
 def _parameters_to_unfreeze(model: nn.Module, names: list[str], chosen: FreezeOptions) -> set[str]:
+    """Return those of `names` that the options of freeze name.
+
+    Raises:
+        ConfigError: the model does not have what they name.
+    """
     trained: set[str] = set()
     problems: list[str] = []
     if chosen.layers or chosen.modules:

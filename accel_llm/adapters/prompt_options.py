@@ -7,7 +7,6 @@ from peft.tuners.prompt_tuning import PromptTuningInit
 
 from accel_llm.config.options import MethodOptions, TrainOptions
 
-PROMPT_METHODS = ("prefix", "p_tuning_v2", "prompt", "p_tuning")
 # Options whose values PEFT 0.21 does not check: an unknown one has no effect, or stops it later.
 CHOICES = {
     "prompt_tuning_init": [choice.value for choice in PromptTuningInit],

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from accel_llm.adapters.methods import LORA_METHODS, config_class_of
-from accel_llm.adapters.prompt_options import PROMPT_METHODS
+from accel_llm.config.method import PROMPT_METHODS
 from accel_llm.config.options import MethodOptions
 from accel_llm.model.loading import short_reason
 from accel_llm.model.placement import quantize_layers
@@ -112,7 +112,8 @@ def _dequantize(model: nn.Module) -> Any:
 def _attach(model: PreTrainedModel, options: MethodOptions) -> Any:
     """Attach the method with those of its options that are no numbers, which fit the user's model and not this one."""
     config_class: Any = config_class_of(options.method)
-    values = {name: value for name, value in options.method_options.items() if isinstance(value, bool | str)}
+    given = {name: value for name, value in options.method_options.items() if name != "layers_pattern"}
+    values = {name: value for name, value in given.items() if isinstance(value, bool | str)}
     values |= {"total_step": 100} if options.method == "adalora" else {}
     values |= {"token_indices": [1]} if options.method == "trainable_tokens" else {"target_modules": LAYERS}
     values |= {"target_modules": ["input_layernorm"]} if options.method == "ln_tuning" else {}

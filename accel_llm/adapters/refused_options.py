@@ -19,10 +19,12 @@ REFUSED_OPTIONS = {
     "adamss.use_asa": "PEFT freezes weights in the middle of the run, which DDP, FSDP2 and checkpoints do not expect",
     "boft.boft_n_butterfly_factor": "PEFT 0.21 takes 1 wherever it cannot compile its CUDA extension",
     "frod.runtime_offload_base_weight": "the base's weights would move in the middle of a step",
+    "hra.apply_GS": "PEFT 0.21 begins with pairs of equal columns, and to make them orthogonal gives NaN",
     "loha.module_dropout": LEAVES_LAYERS_OUT,
     "lokr.module_dropout": LEAVES_LAYERS_OUT,
     "oft.coft": "PEFT changes the weights in the forward pass, which DeepSpeed, FSDP2 and checkpoints do not see",
     "pvera.generator_seed": "no checkpoint has the state of its generator, and seed sets the noise too",
+    "pvera.init_weights": "PEFT 0.21 then draws variances so large that their noise is infinite",
     "vblora.save_only_topk_weights": "the file would lack weights that further training needs",
 }
 # Options that change nothing, whatever the others are, and why. The first one is an option of many methods.
@@ -44,7 +46,11 @@ EFFECTIVE_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
     "psoft.use_cayley_neumann": ("psoft_orth", (True,)),
     "psoft.random_seed": ("psoft_svd", ("lowrank",)),
     "supertuning.lora_dropout": ("r", (...,)),
+    "randlora.sparse": ("very_sparse", (False,)),
     "tinylora.init_v_bound": ("init_weights", ("uniform",)),
+    "vera.d_initial": ("init_weights", (True,)),
+    "waveft.n_frequency_pattern": ("proportional_parameters", (False,)),
+    "waveft.wavelet_family": ("use_idwt", (True,)),
 }
 
 

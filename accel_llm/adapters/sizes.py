@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from accel_llm.adapters.defaults import METHOD_DEFAULTS, OTHERS
 from accel_llm.config.options import MethodOptions
 from accel_llm.errors import ConfigError
 from accel_llm.system.launcher import process_rank
@@ -36,6 +37,8 @@ LARGEST_SIZES: dict[str, tuple[str, Callable[[int, int], int]]] = {
     "fourierft": ("n_frequency", lambda width_in, width_out: width_in * width_out),
     "waveft": ("n_frequency", lambda width_in, width_out: width_in * width_out),
 }
+# Uni-LoRA draws all numbers of all layers' LoRAs from this many: more than there are would never be used.
+TOTAL_SIZES = {"unilora": "theta_d_length"}
 
 
 def fit_sizes(options: MethodOptions, config: Any, model: PreTrainedModel, others: list[str]) -> None:
@@ -47,7 +50,7 @@ def fit_sizes(options: MethodOptions, config: Any, model: PreTrainedModel, other
         ConfigError: a size that the user has set, or that an earlier adapter has, does not fit.
     """
     method = options.method
-    if method not in BLOCK_SIZES and method not in LARGEST_SIZES:
+    if not any(method in table for table in (BLOCK_SIZES, LARGEST_SIZES, TOTAL_SIZES)):
         return
     layers = _adapted_widths(model, config.target_modules, tuple(f"{name}." for name in others))
     if not layers:
@@ -58,6 +61,9 @@ def fit_sizes(options: MethodOptions, config: Any, model: PreTrainedModel, other
         common = math.gcd(*widths)
         allowed = [n for n in range(1, common + 1) if common % n == 0 and not (even and n % 2)]
         reason = f"does not divide the widths {', '.join(map(str, widths))} of the adapted layers"
+    elif method in TOTAL_SIZES:
+        name, largest = TOTAL_SIZES[method], sum(config.r * sum(layer) for layer in layers)
+        allowed, reason = range(1, largest + 1), f"is more than the {largest:,} numbers of all layers' LoRAs"
     else:
         name, largest_of = LARGEST_SIZES[method]
         largest, (width_in, width_out) = min((largest_of(*layer), layer) for layer in layers)
@@ -67,25 +73,27 @@ def fit_sizes(options: MethodOptions, config: Any, model: PreTrainedModel, other
     if not value or value in allowed:  # 0 or None: PEFT computes it
         return
     fitting = max((n for n in allowed if n <= value), default=None)
-    if name in options.method_options or fitting is None:
+    ours = METHOD_DEFAULTS.get(method, OTHERS).options
+    given = name in options.method_options and options.method_options[name] != ours.get(name)
+    if given or fitting is None:
         text = f"at most {allowed[-1]}" if isinstance(allowed, range) else ", ".join(map(str, allowed)) or "none"
         raise ConfigError(f"method_options: {name} {value} {reason}; allowed: {text}.")
     setattr(config, name, fitting)
     if process_rank() == 0:
-        print(f"method_options: {name} is {fitting}, because PEFT's default of {value} {reason}", flush=True)
+        print(f"method_options: {name} is {fitting}, because the default of {value} {reason}", flush=True)
 
 
-def _adapted_widths(model: PreTrainedModel, targets: Any, others: tuple[str, ...]) -> set[tuple[int, int]]:
-    """Return the widths (in, out) of the linear layers that `targets`, a value of `target_modules`, names."""
+def _adapted_widths(model: PreTrainedModel, targets: Any, others: tuple[str, ...]) -> list[tuple[int, int]]:
+    """Return the widths (in, out) of each linear layer that `targets`, a value of `target_modules`, names."""
     head = model.get_output_embeddings()
-    return {
+    return [
         # Conv1D of GPT-2 stores its weight transposed.
         (module.in_features, module.out_features) if isinstance(module, torch.nn.Linear) else (module.nx, module.nf)
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear | Conv1D)
         and not f"{name}.".startswith(others)
         and _is_target(name, module is head, targets)
-    }
+    ]
 
 
 def _is_target(name: str, is_head: bool, targets: str | list[str] | None) -> bool:

@@ -18,9 +18,9 @@ from accel_llm.config.options import MethodOptions
 from accel_llm.errors import ConfigError
 from accel_llm.model.experts import expert_weights
 
-# The keys, the values and the second product of the feed-forward part, which (IA)3 scales (Liu 2022, "Few-Shot
+# (IA)3 scales the keys, the values and the second product of the feed-forward part (Liu 2022, "Few-Shot
 # Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning", section 3.3).
-IA3_TARGETS = ["k_proj", "v_proj", "down_proj"]
+IA3_ATTENTION = ["k_proj", "v_proj"]
 IA3_FEEDFORWARD = {name for names in TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING.values() for name in names}
 
 
@@ -67,9 +67,10 @@ def _check_token_ids(ids: list[int], rows: int) -> None:
 
 
 def _ia3_targets(model: PreTrainedModel) -> list[str]:
-    """Return the keys, values and feed-forward layers; PEFT's own table names the queries for some families."""
-    if set(IA3_TARGETS) <= set(linear_names(model)):
-        return list(IA3_TARGETS)
+    """Return the keys, values and feed-forward layers; PEFT's own table names the queries for some families (OPT, Phi)."""
+    linear = set(linear_names(model))
+    if linear.issuperset(IA3_ATTENTION) and len(feedforward := linear & IA3_FEEDFORWARD) == 1:
+        return [*IA3_ATTENTION, *feedforward]
     names = TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING.get(model.config.model_type, ())
     modules = [f".{name}" for name, _ in model.named_modules()]
     # The table names w2 of Mixtral, whose experts have become one parameter.
@@ -136,10 +137,17 @@ def spell_out_targets(config: Any, model: PreTrainedModel) -> None:
     PEFT reads `layers_to_transform` only together with names.
 
     Raises:
-        ConfigError: the model has experts, to which names of layers do not apply.
+        ConfigError: the model has experts, to which names of layers do not apply, or no layer of such a number.
     """
-    if getattr(config, "layers_to_transform", None) is None:
+    wanted = getattr(config, "layers_to_transform", None)
+    if wanted is None:
         return
+    count = model.config.get_text_config().num_hidden_layers
+    for number in [wanted] if isinstance(wanted, int) else wanted:
+        if not 0 <= number < count:
+            raise ConfigError(
+                f"method_options: layers_to_transform has {number}, but the model has layers 0 to {count - 1}."
+            )
     if next(expert_weights(model), None) is not None:
         raise ConfigError(
             "method_options: layers_to_transform does not reach experts that are one parameter of a layer; name "

@@ -32,7 +32,12 @@ from accel_llm.config.aliases import (
     VALUES_BESIDE_AN_OPTION,
 )
 from accel_llm.config.fields import MAX_YAML_CHARACTERS, parse_method, read_yaml
-from accel_llm.config.method import DEFAULT_METHOD, options_for_another_method
+from accel_llm.config.method import (
+    DEFAULT_METHOD,
+    METHODS_WITHOUT_ADAPTER,
+    SET_BY_ADAPTER,
+    options_for_another_method,
+)
 from accel_llm.config.options import Options
 from accel_llm.errors import ConfigError, raise_problems
 from accel_llm.system.launcher import process_rank
@@ -75,18 +80,24 @@ def parse_options(
 
 
 def _without_other_method(recipe: dict[str, Any], flags: dict[str, Any], default: str) -> dict[str, Any]:
-    """Leave out of the recipe what is meant for its method, if a flag names another one; print what is left out.
+    """Leave out of the recipe what is meant for its method, if the flags name another one; print what is left out.
 
-    `default` is the method of a recipe that names none. What the flags set is not taken from the recipe anyway.
+    `default` is the method of a recipe that names none. A flag `adapter_name_or_path` without a method stands for that
+    adapter's method and settings. What the flags set is not taken from the recipe anyway.
     """
     own, other = parse_method(recipe.get("method", default)), parse_method(flags.get("method", default))
-    if "method" not in flags or not isinstance(own, str) or not isinstance(other, str):
+    if not isinstance(own, str) or not isinstance(other, str):
         return recipe
-    left_out = [name for name in options_for_another_method(own, other) if name in recipe]
-    printed = [name for name in left_out if name not in flags]
+    if "method" in flags:
+        reason, names = f"whose method is {own}", options_for_another_method(own, other)
+    elif "adapter_name_or_path" in flags and own not in METHODS_WITHOUT_ADAPTER:
+        reason, names = "because the adapter has its own", SET_BY_ADAPTER
+    else:
+        return recipe
+    printed = [name for name in names if name in recipe and name not in flags]
     if printed and process_rank() == 0:
-        print(f"not taken from the recipe, whose method is {own}: {', '.join(printed)}", flush=True)
-    return {name: value for name, value in recipe.items() if name not in left_out}
+        print(f"not taken from the recipe, {reason}: {', '.join(printed)}", flush=True)
+    return {name: value for name, value in recipe.items() if name not in names}
 
 
 def resolved_options(options: Options) -> dict[str, Any]:

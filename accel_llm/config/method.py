@@ -15,6 +15,8 @@ METHODS_BY_OPTION = {
 }
 # Methods that train weights of the model itself: all of them, or a part. The others train an adapter beside it.
 METHODS_WITHOUT_ADAPTER = ("full", "freeze", "bitfit")
+# Methods that train virtual tokens; the file of such an adapter has no place for other weights.
+PROMPT_METHODS = ("prefix", "p_tuning_v2", "prompt", "p_tuning")
 ADAPTER_OPTIONS = (
     "adapter_name_or_path",
     "lora_target_modules",
@@ -25,6 +27,20 @@ ADAPTER_OPTIONS = (
 )
 # Options whose values are chosen for one method.
 CHOSEN_FOR_METHOD = ("learning_rate", "learning_rate_patterns", "lora_target_modules", "method_options")
+# Options that an adapter which is trained further has settings for.
+SET_BY_ADAPTER = (
+    "method",
+    "method_options",
+    "lora_r",
+    "lora_alpha",
+    "lora_bias",
+    "lora_target_modules",
+    "modules_to_save",
+    "init_lora_weights",
+    "prompt_ensemble",
+    "use_dora",
+    "use_rslora",
+)
 # Ways to choose the first values of a LoRA, by PEFT's names; pissa_niter_4 is PiSSA by a random decomposition.
 InitMethod = Literal[
     "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_4", "pissa_niter_16", "eva", "corda", "lora_ga", "loftq"
@@ -110,5 +126,5 @@ def options_for_another_method(own: str, other: str) -> list[str]:
         # Only a run that names an adapter to go on with must not go on without it: that stays, and is an error.
         own_alone += [name for name in ADAPTER_OPTIONS if name != "adapter_name_or_path"]
     else:
-        own_alone.append("master_weights")
+        own_alone += ["master_weights", *(["modules_to_save"] if other in PROMPT_METHODS else [])]
     return sorted({*CHOSEN_FOR_METHOD, *own_alone})

@@ -25,40 +25,8 @@ from accel_llm.merge.skeleton import Skeleton
 from accel_llm.model.loading import describe_shape_mismatch, short_reason
 from accel_llm.system.memory import release_pages
 
-# Methods whose files hold all their weights. Others draw some from a seed, or compute them from the base's weights.
-STORED_METHODS = [
-    "LORA",
-    "LOHA",
-    "LOKR",
-    "OFT",
-    "BOFT",
-    "HRA",
-    "VERA",
-    "IA3",
-    "LN_TUNING",
-    "TRAINABLE_TOKENS",
-    "MISS",
-    "C3A",
-    "ROAD",
-    "DELORA",
-    "FOURIERFT",
-    "VBLORA",
-    "BEFT",
-    "GLORA",
-    "GRALORA",
-    "HIRA",
-    "PEANUT",
-    "RANDLORA",
-    "WAVEFT",
-]
-# Methods of PEFT 0.21 that change more than weights, and how. Prompts and prefixes are recognized without a list.
-UNMERGEABLE = {
-    "LILY": "adds the average over the tokens of a batch",
-    "POLY": "chooses what it adds by the task of each row",
-    "SHADOW": "runs a second network beside the model",
-    "XLORA": "mixes adapters anew for each token",
-}
 COMBINED_NAME = "combined"
+OLD_ROWS = ".trainable_tokens_original."  # which PEFT needs only to take trained rows out again
 # PEFT lists these weights in every layer, although all layers share one tensor or PEFT draws it from a seed.
 SHARED_TENSORS = ("vblora_vector_bank", ".tinylora_v.", ".unilora_theta_d.")
 
@@ -77,11 +45,10 @@ class AttachedAdapters(NamedTuple):
 
 
 def can_be_lazy(adapters: list[SavedAdapter]) -> bool:
-    """Return whether the adapter can be attached to a base without weights: then the largest module bounds memory."""
+    """Return whether to try to attach the adapter to a base without weights: then the largest module bounds memory."""
     config: Any = adapters[0].config
     init = subtracted_init(getattr(config, "init_lora_weights", True))  # PEFT needs the base's weights for it
-    stored = config.peft_type in STORED_METHODS and getattr(config, "save_projection", True)
-    return len(adapters) == 1 and stored and not init
+    return len(adapters) == 1 and getattr(config, "save_projection", True) and not init
 
 
 def check_mergeable(adapter: SavedAdapter, changed: bool = False) -> None:
@@ -98,8 +65,8 @@ def check_mergeable(adapter: SavedAdapter, changed: bool = False) -> None:
     tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(kind)
     if not (isinstance(tuner, type) and issubclass(tuner, BaseTuner)):
         reason = f"a {kind.value} adapter has no weights to add"
-    elif kind in UNMERGEABLE:
-        reason = f"a {kind.value} adapter {UNMERGEABLE[kind]}, which no weights do"
+    elif kind.value.lower() in REFUSED_METHODS:
+        reason = f"a {kind.value} adapter is more than weights: {REFUSED_METHODS[kind.value.lower()]}"
     elif getattr(adapter.config, "sample_at_inference", False):
         reason = "it draws random numbers whenever it is used (sample_at_inference)"
     elif getattr(adapter.config, "layer_replication", None):
@@ -141,6 +108,8 @@ def attach_adapters(skeleton: Skeleton, adapters: list[SavedAdapter], lazy: bool
         except KeyError as error:  # PEFT 0.21 looks modules_to_save up by name
             raise ConfigError(f"adapter: {adapter.folder} does not fit its base (it lacks {error}).") from None
         except (ValueError, RuntimeError, NotImplementedError, AttributeError) as error:
+            if lazy and isinstance(error, RuntimeError):  # PEFT reads weights that are not there
+                return None
             raise ConfigError(f"adapter: {adapter.folder} does not fit its base ({short_reason(error)}).") from None
 
     # Weights of the adapters are filled in later, or now; whole base weights are kept apart.
@@ -231,7 +200,9 @@ def _check_fit(
     needed += [key for key in missing if f".modules_to_save.{name}." in key]
     if needed:
         raise ValueError(f"{len(needed)} weights of its layers are missing in the file, such as {min(needed)}")
-    return not missing
+    # What PEFT computes from the base and never saves is empty if the base is.
+    empty = [key for key, tensor in wrapped.named_buffers() if key not in state and tensor.is_meta]
+    return not missing and not any(name in key.split(".") and OLD_ROWS not in key for key in empty)
 
 
 def adapted_modules(wrapped: Any) -> list[tuple[str, Any]]:

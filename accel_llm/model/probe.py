@@ -48,15 +48,18 @@ def check_causality(model: nn.Module, device: torch.device | str, dtype: torch.d
     """
     inner, training = unwrap_causal_lm(model), model.training
     model.eval()
-    half = 6
-    row = _random_documents(inner.config.get_text_config().vocab_size, device, [2 * half])[0]
-    rows = torch.stack([row, torch.cat([row[:half], row[half:].roll(1)])])
-    with stock_attention(model):
-        logits = _logits(model, {"input_ids": rows, "attention_mask": torch.ones_like(rows)})[:, :half]
+    half, size = 6, inner.config.get_text_config().vocab_size
+    row = _random_documents(size, device, [2 * half])[0]
+    rows = [
+        row[None],
+        torch.cat([row[:half], (row[half:] + 1) % size])[None],
+    ]  # other tokens, not another order of them
+    with stock_attention(model):  # one after the other: a mixture of all rows of a batch would be the same in each
+        logits = [_logits(model, {"input_ids": r, "attention_mask": torch.ones_like(r)})[:, :half] for r in rows]
     model.train(training)
 
     # In a new model the leak may be smaller than rounding; but without one the same products are the same numbers.
-    moved, remedy = _relative_distance(logits[1:], logits[:1]), _causal_remedy(inner.config)
+    moved, remedy = _relative_distance(*([each] for each in logits)), _causal_remedy(inner.config)
     allowed = 0.0 if remedy else LEAK_TOLERANCE[dtype]
     if moved > allowed:
         raise ConfigError(
@@ -98,10 +101,11 @@ def check_isolation(
     model.eval()
 
     # The first document changes at all places, the second one behind its first half.
-    documents = _random_documents(inner.config.get_text_config().vocab_size, device, DOCUMENT_LENGTHS)
+    size = inner.config.get_text_config().vocab_size
+    documents = _random_documents(size, device, DOCUMENT_LENGTHS)
     first, second, third = documents
     half = len(second) // 2
-    replaced = [first.roll(1), torch.cat([second[:half], second[half:].roll(1)]), third]
+    replaced = [(first + 1) % size, torch.cat([second[:half], (second[half:] + 1) % size]), third]
     with narrow_lengths(model, max_length):
         with stock_attention(model):  # first, because a model may remember the longest input
             alone = [_logits(model, {"input_ids": document[None]})[0] for document in documents]

@@ -127,18 +127,10 @@ def train_rows(
     if all(trained_whole):
         return {}
 
-    # Refuse combinations in which the rows would not be trained, or not be saved.
     tied = head is not None and _frozen_module(embedding).weight is _frozen_module(head).weight
     if tied:
         ids[embedding] = ids[head] = sorted({*ids[embedding], *ids[head]})
-    for module, name in names.items():
-        if ids[module]:
-            _check_not_adapted(module, name)
-    if tied and any(trained_whole):
-        raise ConfigError(
-            f"modules_to_save: {' and '.join(names.values())} are one matrix, and single rows of it are trained "
-            "(add_tokens, trainable_token_indices); name both or neither."
-        )
+    _check_rows_can_be_saved(names, ids, tied and any(trained_whole))
 
     # One parameter for each matrix; tied modules share it.
     indices = {}
@@ -153,6 +145,18 @@ def train_rows(
         if not shared:
             indices[names[module]] = ids[module]
     return indices
+
+
+def _check_rows_can_be_saved(names: dict[Any, str], ids: dict[Any, list[int]], one_of_two_is_whole: bool) -> None:
+    """Refuse combinations in which the rows would not be trained, or not be saved."""
+    for module, name in names.items():
+        if ids[module]:
+            _check_not_adapted(module, name)
+    if one_of_two_is_whole:
+        raise ConfigError(
+            f"modules_to_save: {' and '.join(names.values())} are one matrix, and single rows of it are trained "
+            "(add_tokens, trainable_token_indices); name both or neither."
+        )
 
 
 def _rows_of_modules(

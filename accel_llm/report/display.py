@@ -263,7 +263,9 @@ def show_next_commands(accelerator: Accelerator, record: Record, folder: Path) -
     loader = "AutoModelForCausalLM"
     if folder.name == "adapter":
         merged = run.with_name(f"{run.name}-merged") if run.name else Path("merged")
-        if "num_virtual_tokens" not in json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")):
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        # Virtual tokens are no weights, and BEFT adds to biases, which most models do not have.
+        if "num_virtual_tokens" not in config and config["peft_type"] != "BEFT":
             lines["merge it"] = shell_command("merge.py", adapter=run, output_dir=merged)
         loader = "AutoPeftModelForCausalLM"
     lines["load it"] = f"{loader}.from_pretrained({json.dumps(str(folder), ensure_ascii=False)})"

@@ -166,6 +166,7 @@ def _release(path: Path) -> None:
         return
     handle, created = _held.pop(path)
     with contextlib.suppress(OSError):  # another process of the run lives, or a folder holds something
+        fcntl.lockf(handle, fcntl.LOCK_UN, ALL_BYTES)  # otherwise two that end together would wait for each other
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB, ALL_BYTES)
         path.unlink()
         for place in created:

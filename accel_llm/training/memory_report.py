@@ -14,8 +14,6 @@ from accel_llm.report.metrics import console
 from accel_llm.training.memory_estimate import GB, estimate_memory, memory_savings
 from accel_llm.training.method_tryout import check_method_computes
 
-# PEFT computes parts of these from numbers while it builds its layers, which an empty model does not have.
-METHODS_THAT_READ_WEIGHTS = ("boft", "frod", "shira", "unilora")
 MB = 2**20
 SAVINGS_SHOWN = 4
 
@@ -45,9 +43,13 @@ def show_memory(
             remedy = ", ".join(savings[:SAVINGS_SHOWN]) or "a smaller model"
             console.print(f"memory: what saves most: {remedy}", style="yellow", soft_wrap=True, markup=False)
     except Exception as error:  # a family or a method (BOFT, FRoD, SHiRA) that cannot be followed without data
-        check_method_computes(error, options, config, lambda *changed: estimate_memory(*changed, *arguments[2:]))
-        what = f"method {options.method}" if options.method in METHODS_THAT_READ_WEIGHTS else "this model"
-        console.print(f"memory: there is no estimate for {what} ({short_reason(error)})", soft_wrap=True)
+        check_method_computes(
+            error, options, config, lambda *changed: estimate_memory(changed[0], changed[1], *arguments[2:])
+        )
+        reason = short_reason(error)
+        console.print(
+            f"memory: there is no estimate for this model with method {options.method} ({reason})", soft_wrap=True
+        )
         return {}
     tensors = estimate.total - (estimate.terms["context"] if accelerator.device.type == "cuda" else 0)
     estimated = {name: size // MB for name, size in estimate.terms.items()}

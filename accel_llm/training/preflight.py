@@ -2,6 +2,8 @@
 
 import json
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import accel_llm.system.chatter
@@ -13,7 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from accel_llm.adapters.partial import PARTIAL_METHODS, parameters_of_part
-from accel_llm.backend.accelerator import local_part, unwrap_model, unwrap_optimizer
+from accel_llm.backend.accelerator import local_part, reshard, unwrap_model, unwrap_optimizer
 from accel_llm.backend.collectives import sum_over_processes
 from accel_llm.backend.launch_settings import launch_yaml, recorded_environment
 from accel_llm.backend.strategy import compute_dtype, resolve_precision, strategy
@@ -63,14 +65,31 @@ def preflight(accelerator: Accelerator, model: nn.Module, optimizer: Any, option
     if accelerator.num_processes > 1:
         _check_sharding(model)
 
-    # Checks that run the model, and all settings as they are.
+    # Checks that run the model.
     with ProductCensus() as census:
         loss_path = check_loss(model, accelerator.device, dtype)
-        check_causality(model, accelerator.device, dtype)
-        if options.packing or max(options.per_device_train_batch_size, options.per_device_eval_batch_size) > 1:
-            check_isolation(model, accelerator.device, dtype, bool(options.packing), options.max_length)
+        with _moved(model) if options.has_adapter else nullcontext():
+            check_causality(model, accelerator.device, dtype)
+            if options.packing or max(options.per_device_train_batch_size, options.per_device_eval_batch_size) > 1:
+                check_isolation(model, accelerator.device, dtype, bool(options.packing), options.max_length)
     _check_products(census, dtype)
-    facts |= {
+    each_process = sum_over_processes(accelerator, torch.tensor(held)).tolist()
+    facts |= _settings_in_force(accelerator, model, optimizer, options) | {
+        "loss_path": loss_path,
+        "parameters": parameters | {"each_process": each_process},
+        "dtypes": dtypes,
+        "weights_hash": _check_equal_weights(accelerator, model),
+        "products": dict(census.products),
+        "attention_kernels": dict(census.attention_kernels),
+    }
+    return {"accelerate": facts}
+
+
+def _settings_in_force(
+    accelerator: Accelerator, model: nn.Module, optimizer: Any, options: TrainOptions
+) -> dict[str, Any]:
+    """Return the settings as the libraries have them."""
+    facts = {
         "strategy": strategy(),
         "distributed_type": str(accelerator.distributed_type.value),
         "num_processes": accelerator.num_processes,
@@ -79,21 +98,41 @@ def preflight(accelerator: Accelerator, model: nn.Module, optimizer: Any, option
         "precision": resolve_precision(options),
         "engine": type(model).__name__,
         "optimizer": _class_name(unwrap_optimizer(optimizer)),
-        "loss_path": loss_path,
-        "parameters": parameters | {"each_process": sum_over_processes(accelerator, torch.tensor(held)).tolist()},
-        "dtypes": dtypes,
         "in_host_memory": list(host_matrices(model)),
-        "weights_hash": _check_equal_weights(accelerator, model),
-        "products": dict(census.products),
         "attention": unwrap_causal_lm(model).config._attn_implementation,
-        "attention_kernels": dict(census.attention_kernels),
         "launch_yaml": launch_yaml(),
         "environment": recorded_environment(),
     }
     if strategy().startswith("zero"):
         plugin: Any = accelerator.state.deepspeed_plugin
         facts["deepspeed"] = json.loads(json.dumps(plugin.deepspeed_config, default=str))
-    return {"accelerate": facts}
+    return facts
+
+
+@contextmanager
+def _moved(model: nn.Module) -> Iterator[None]:
+    """Within the block, move the weights of an adapter by 5% at random, those that are 0 by 0.05.
+
+    A fresh adapter often adds nothing, so one that lets tokens see others would not be noticed. All processes move
+    their copies alike. Afterwards all weights are the same to the last bit.
+    """
+    reshard(model)
+    trained: list[Any] = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # ZeRO-3 has a share of each weight beside the weight, which is empty or whole.
+    tensors = [tensor for p in trained for tensor in (p.data, getattr(p, "ds_tensor", None)) if tensor is not None]
+    parts = [local_part(tensor) for tensor in tensors]
+    kept = [part.to("cpu", copy=True) for part in parts]
+    for number, part in enumerate(parts):
+        generator = torch.Generator(part.device).manual_seed(number)
+        noise = torch.randn(part.shape, generator=generator, device=part.device)
+        size = float(part.float().square().mean().sqrt()) if part.numel() else 0.0
+        part.add_((0.05 * (size or 1.0) * noise).to(part.dtype))
+    try:
+        yield
+    finally:
+        for part, before in zip(parts, kept, strict=True):
+            part.copy_(before)
+        reshard(model)
 
 
 def _check_engine(model: nn.Module) -> None:

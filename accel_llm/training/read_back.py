@@ -9,11 +9,13 @@ import psutil
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from accel_llm.adapters.saved import check_saved_adapter
+from accel_llm.adapters.fixed_parts import load_all_parts
+from accel_llm.adapters.saved import ADAPTER_WEIGHTS, check_saved_adapter
 from accel_llm.backend.accelerator import unwrap_model
 from accel_llm.backend.strategy import compute_dtype
 from accel_llm.config.options import TrainOptions
@@ -179,7 +181,9 @@ def _load_adapted(folder: Path, options: TrainOptions) -> Any:
     # transformers reads a pickle only if there is nothing else.
     pickles = {"use_safetensors": None if options.allow_pickle else True, "weights_only": True}
     base = _load_plain(str(options.model_name_or_path), dtype=torch.float32, revision=options.revision, **pickles)
-    return PeftModel.from_pretrained(base, str(folder))
+    loaded = PeftModel.from_pretrained(base, str(folder))
+    load_all_parts(loaded, load_file(folder / ADAPTER_WEIGHTS))
+    return loaded
 
 
 def _relative_error(loaded: Any, model: Any, logits: torch.Tensor) -> float:

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 from accel_llm.adapters.adopt import adopt_adapter_options
 from accel_llm.adapters.attach import attach_adapter
-from accel_llm.adapters.budget import RankBudget, set_schedule
+from accel_llm.adapters.budget import follow_budget, set_schedule
 from accel_llm.adapters.data_starts import start_from_rows
 from accel_llm.adapters.defaults import describe_rate, fill_learning_rate, fill_method_options, method_notes
 from accel_llm.adapters.methods import check_method, fresh_adapter_config
@@ -200,10 +200,8 @@ def show_plan_and_memory(
     Raises:
         ConfigError: the run is too short for the schedule of its method.
     """
-    if options.method == "adalora":
-        set_schedule(
-            fresh_adapter_config(options), options, plan.total_steps
-        )  # only to refuse it before weights are read
+    if options.has_adapter:  # only to refuse it before weights are read
+        set_schedule(fresh_adapter_config(options), options, plan.total_steps)
     show_plan(accelerator, options, tokenizer, data, plan)
     accelerator.print(f"learning rate: {describe_rate(options)}")
     for note in method_notes(options, config):
@@ -249,8 +247,7 @@ def optimizer_and_schedule(
     """
     optimizer = build_optimizer(model, options, accelerator.device.type, engine(), options.seed)
     scheduler = build_schedule(optimizer, options, total_steps)
-    if options.method == "adalora":
-        RankBudget(model, options, optimizer, scheduler, total_steps)
+    follow_budget(model, options, optimizer, scheduler, total_steps)
     return optimizer, scheduler
 
 

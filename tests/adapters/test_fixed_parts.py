@@ -11,13 +11,17 @@ from transformers import AutoModelForCausalLM
 
 from accel_llm.adapters.attach import attach_adapter
 from accel_llm.adapters.compat import read_adapter
+from accel_llm.adapters.fixed_parts import fixed_parts
 from accel_llm.adapters.saved import check_saved_adapter
 from accel_llm.config.options import TrainOptions
 from accel_llm.merge.attached import load_adapter
 from accel_llm.merge.merge import merge_adapter
 from accel_llm.model.loading import load_model
 
-pytestmark = pytest.mark.usefixtures("quiet")
+pytestmark = [
+    pytest.mark.usefixtures("quiet"),
+    pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning"),  # torch's, for FRoD's sparse matrix
+]
 IDS = torch.arange(3, 43)[None]
 
 
@@ -61,3 +65,19 @@ def test_an_adapter_of_plain_peft_without_its_factors_still_loads(tiny, tmp_path
     assert not any("cache" in name for name in read_adapter(tmp_path / "plain").weights)
     loaded = load_adapter(load(tiny), read_adapter(tmp_path / "plain"))
     assert relative_distance(logits(loaded), logits(model)) < 1e-6
+
+
+def test_the_checkpoints_get_what_is_not_trained(tiny, tmp_path):
+    """A checkpoint holds the offsets too, and nothing that every machine computes alike, such as OFT's indices."""
+    kinds = {
+        "psoft": {"_psoft_A_cache", "_psoft_B_cache"},
+        "frod": {"frod_V", "frod_s_indices", "frod_s_size"},
+        "vera": {"vera_A", "vera_B"},
+        "oft": set(),
+    }
+    for method, expected in kinds.items():
+        parts = fixed_parts(moved_adapter(tiny, tmp_path / method, method=method))
+        found = {part for name in parts for part in name.split(".") if part.startswith((f"{method}_", f"_{method}"))}
+        assert found == expected and bool(parts) == bool(expected)
+    pissa = fixed_parts(moved_adapter(tiny, tmp_path / "pissa", init_lora_weights="pissa"))
+    assert pissa and all(name.endswith(".offset") for name in pissa)

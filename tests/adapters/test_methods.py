@@ -243,13 +243,20 @@ def test_sizes_that_do_not_fit_the_widths(base, capsys):
         "method_options: r 64 is too large for a layer of 32 inputs and 16 outputs; allowed: at most 10."
     )
     attached(settings(base, "c3a"))
-    assert "block_size is 16, because PEFT's default of 256 does not divide the widths" in capsys.readouterr().out
+    assert "block_size is 16, because the default of 256 does not divide the widths" in capsys.readouterr().out
 
 
 def test_options_of_a_method_are_checked(base):
-    assert problem(base, "ia3", method_options={"feedforward_module": ["down_proj"]}).startswith(
-        "method_options: method ia3 has no 'feedforward_module'; did you mean feedforward_modules? It has "
+    assert problem(base, "ia3", method_options={"feedforward_module": ["down_proj"]}) == (
+        "method_options: method ia3 has no 'feedforward_module'; did you mean feedforward_modules?"
     )
+    assert problem(base, "ia3", method_options={"lora_r": 4}) == (
+        "method_options: method ia3 has no 'lora_r'; it has exclude_modules, feedforward_modules, init_ia3_weights."
+    )
+    for name in ("lora_r", "r"):
+        assert problem(base, "lora", method_options={name: 4}) == (
+            f"method_options: {name} is set by an option of its own; write --lora_r 4."
+        )
     assert problem(base, "vera", method_options={"r": "x"}).startswith("method_options: r 'x' is not allowed (")
     assert "eva_config of method lora has no 'rhoo'; did you mean rho?" in problem(
         base, "lora", init_lora_weights="eva", method_options={"eva_config": {"rhoo": 2.0}}
@@ -321,6 +328,18 @@ def logits_of_plain(model: nn.Module) -> torch.Tensor:
 @pytest.mark.parametrize("method", ["osf", "peanut"])
 def test_what_peft_cannot_adapt_in_gpt2_is_refused(gpt2, method):
     assert problem(gpt2, method).startswith("lora_target_modules: 'all-linear' does not fit the model (PE")
+
+
+@pytest.mark.parametrize(
+    ("family", "last"), [("opt", "fc2"), ("phi", "fc2"), ("starcoder2", "c_proj"), ("qwen3", "down_proj")]
+)
+def test_ia3_scales_keys_values_and_the_second_product(tmp_path, family, last):
+    """The paper's choice (section 3.3), where PEFT's table has queries or no entry."""
+    tiny_model(family).save_pretrained(tmp_path)
+    model = attached(settings(tmp_path, "ia3"))
+    names = {name.split(".ia3_l")[0].rsplit(".", 1)[-1] for name in trained_names(model)}
+    assert names == {"k_proj", "v_proj", last}
+    assert model.peft_config["default"].feedforward_modules == [last]
 
 
 @pytest.mark.parametrize("family", ["mixtral", "phi3"])

@@ -84,5 +84,5 @@ def test_a_file_with_infinite_weights_is_not_trained_further(base, tmp_path):
     moved_adapter(base, tmp_path, method="vblora", max_length=64, method_options={"save_only_topk_weights": True})
     options = TrainOptions(model_name_or_path=str(base), adapter_name_or_path=str(tmp_path), max_length=64)
     options = adopt_adapter_options(options)
-    with pytest.raises(ConfigError, match="cannot be trained further, because .*vblora_logits_A.* NaN or infinity"):
+    with pytest.raises(ConfigError, match=r"cannot be trained further, because .*vblora_logits_A.* NaN or infinity"):
         attach_adapter(load_model(options), options)

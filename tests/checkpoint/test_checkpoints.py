@@ -16,7 +16,19 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import STEPS, STOP, Stopped, checkpoint_path, equal_tensors, metrics, run_json, saved_steps, spoil, weights
+from support import (
+    STEPS,
+    STOP,
+    Stopped,
+    checkpoint_path,
+    equal_tensors,
+    metrics,
+    run_json,
+    saved_steps,
+    spoil,
+    turn_vectors,
+    weights,
+)
 
 from accel_llm.checkpoint import checkpoints as checkpoints_module
 from accel_llm.checkpoint import files as files_module
@@ -59,6 +71,22 @@ def test_a_stopped_and_resumed_run_is_bit_equal_to_one_never_stopped(train, inte
     ends = [json.loads((checkpoint_path(folder, STEPS) / "rank-00000.json").read_text()) for folder in (parts, whole)]
     assert ends[0]["randomness"] == ends[1]["randomness"] and ends[0]["numbers"] == ends[1]["numbers"]
     assert any(tensor.dtype == torch.uint8 for tensor in last[0].values()) == ("adamw_8bit" in options)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")  # torch's, for FRoD's sparse matrix
+@pytest.mark.long
+@pytest.mark.parametrize("method", ["psoft", "tinylora", "frod"])
+def test_a_run_resumed_where_decompositions_have_other_signs_is_bit_equal_too(
+    train, interrupt, tmp_path, monkeypatch, method
+):
+    options = ("--method", method, "--max_steps", 4)
+    whole = train(tmp_path / "whole", *options)
+    interrupt(STOP)
+    with pytest.raises(Stopped):
+        train(tmp_path / "parts", *options)
+    turn_vectors(monkeypatch)
+    parts = train(tmp_path / "parts", *options)
+    assert metrics(parts) == metrics(whole) and equal_tensors(weights(parts), weights(whole))
 
 
 def test_a_resume_without_the_generators_ends_elsewhere(train, interrupt, tmp_path, monkeypatch):

@@ -228,6 +228,26 @@ def test_a_flag_for_another_method_leaves_out_what_the_recipe_sets_for_its_own(l
         assert "learning_rate" not in options.model_fields_set
 
 
+def test_an_adapter_on_the_command_line_has_its_own_method_and_settings(tmp_path, capsys):
+    name = recipe(tmp_path, "method: lora\nlora_r: 4\nnum_train_epochs: 3")
+    options = sft(f"{name} --adapter_name_or_path old")
+    assert options.num_train_epochs == 3 and options.model_fields_set.isdisjoint({"method", "lora_r"})
+    assert capsys.readouterr().out == "not taken from the recipe, because the adapter has its own: method, lora_r\n"
+    # What the command line itself says is checked against the adapter.
+    assert "method" in sft(f"{name} --adapter_name_or_path old --method lora").model_fields_set
+    full = recipe(tmp_path, "method: full")
+    assert problems(Sft, f"{full} --adapter_name_or_path old") == [
+        "adapter_name_or_path: method full trains no adapter; remove it."
+    ]
+
+
+def test_modules_to_save_of_a_recipe_are_for_methods_that_have_a_place_for_them(tmp_path, capsys):
+    name = recipe(tmp_path, "modules_to_save: lm_head")
+    assert sft(f"{name} --method prompt").modules_to_save == []
+    assert "whose method is lora: modules_to_save" in capsys.readouterr().out
+    assert sft(f"{name} --method ia3").modules_to_save == ["lm_head"]
+
+
 def test_what_a_recipe_is_for_follows_the_default_of_the_script_and_a_wrong_method_is_a_sentence(tmp_path, capsys):
     # pretrain.py trains all weights unless the user says otherwise.
     line = f"--config_name c {recipe(tmp_path, 'learning_rate: 1.0e-3')} --method"

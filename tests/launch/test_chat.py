@@ -100,20 +100,20 @@ def test_commands_switch_between_adapters_and_the_base(script, tiny, tmp_path, m
     words = [question, "/adapter 2", question, question, "/base", question, "/adapter lora", question, "/adapter 3"]
     lines = iter([*words, "/adapter", "/switch", "/adapters", ""])
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
-    script("chat", "--model", "lora", "--adapters", "ia3", "--max_new_tokens", 8)
+    script("chat", "--model", "./lora", "--adapters", "ia3", "--max_new_tokens", 8)
     printed = capsys.readouterr()
     answers = printed.out.removesuffix("\n").split("\n")
     assert [answers[k] for k in (0, 1, 3, 4)] == [first, second, bare, first]  # the third was a second turn
-    switches = "/adapter 1 asks lora, /adapter 2 asks ia3, /base asks the base alone"
+    switches = "/adapter 1 asks ./lora, /adapter 2 asks ia3, /base asks the base alone"
     listed = f"[{switches}; /adapters says this again, an empty line ends.]"
     assert printed.err.splitlines()[-8:] == [
         listed,
         "[From now on ia3 answers; the conversation starts anew.]",
         "[From now on the base alone answers; the conversation starts anew.]",
-        "[From now on lora answers; the conversation starts anew.]",
-        "[/adapter 3 names no adapter; there are lora, ia3.]",
-        "[/adapter needs a number or a name; there are lora, ia3.]",
-        "[/switch is no command; there are /adapter, /adapters and /base.]",
+        "[From now on ./lora answers; the conversation starts anew.]",
+        "[/adapter 3 names no adapter, or several; there are ./lora, ia3.]",
+        "[/adapter needs a number or a name; there are ./lora, ia3.]",
+        "[/switch is no command; there are /adapter, /adapters and /base, and an empty line ends.]",
         listed,
     ]
 

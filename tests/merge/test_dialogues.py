@@ -15,11 +15,15 @@ from support import moved_adapter, relative_distance, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from accel_llm.adapters.adopt import adopt_adapter_options
+from accel_llm.adapters.attach import attach_adapter
+from accel_llm.config.options import TrainOptions
 from accel_llm.config.tool_options import ChatOptions
 from accel_llm.errors import ConfigError
 from accel_llm.merge.dialogues import BARE, open_dialogues
 from accel_llm.merge.load import load_to_ask
 from accel_llm.merge.shared_weights import copy_modules
+from accel_llm.model.loading import load_model
 
 pytestmark = [
     pytest.mark.usefixtures("quiet"),
@@ -201,3 +205,23 @@ def test_published_settings_of_prompts_are_asked(stem, name, base, tmp_path):
     settings = published | {key: own[key] for key in sizes}
     (adapter / "adapter_config.json").write_text(json.dumps(settings))
     check_side_by_side(base, [adapter])
+    # It goes on from its own prompt too.
+    (tensor,) = load_file(adapter / "adapter_model.safetensors").values()
+    assert any(torch.equal(parameter.flatten(), tensor.flatten()) for parameter in taken_further(base, adapter, name))
+
+
+def taken_further(base: Path, adapter: Path, method: str) -> list[torch.Tensor]:
+    """Return what a run that goes on from the adapter trains, before its first step."""
+    options = TrainOptions(model_name_or_path=str(base), packing=False, adapter_name_or_path=str(adapter))
+    options = adopt_adapter_options(options)
+    assert options.method == method
+    parameters = attach_adapter(load_model(options), options).parameters()
+    return [parameter.detach() for parameter in parameters if parameter.requires_grad]
+
+
+@pytest.mark.long
+def test_an_ia3_adapter_of_peft_goes_on_from_its_weights(base, tmp_path):
+    adapter = foreign(base, tmp_path / "ia3", METHODS["ia3"]())
+    stored, trained = load_file(adapter / "adapter_model.safetensors").values(), taken_further(base, adapter, "ia3")
+    assert len(stored) == len(trained) > 0
+    assert all(any(torch.equal(tensor, parameter) for parameter in trained) for tensor in stored)

@@ -230,7 +230,7 @@ def write_step(cell: Cell, work: Path, file: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from accel_llm.adapters.prompt_options import PROMPT_METHODS
+    from accel_llm.config.method import PROMPT_METHODS
     from accel_llm.demo.tokenizer import build_demo_tokenizer
 
     if cell.method == "pvera":

@@ -150,7 +150,8 @@ LLAMA, QWEN = (memory.SHAPES[name] for name in ("meta-llama/Llama-3.1-8B-Instruc
 SMALL_QWEN = memory.Shape("qwen3", 28, 1024, 3072, 16, 8, 128, 151936, True, 0.6)
 
 
-@pytest.mark.parametrize("init, most", [("corda", 1.15), pytest.param("lora_ga", 1.3, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("init, most", [("corda", 1.15), ("lora_ga", 1.3)])
 def test_the_estimate_knows_what_first_values_from_rows_take(init, most, tmp_path, monkeypatch):
     """Measured by torch's profiler; `most` is how much larger the estimate may be."""
     sizes = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 3, "vocab_size": 256}

@@ -50,4 +50,4 @@ def test_what_does_not_fit_gets_advice_and_goes_on(capsys, monkeypatch):
 def test_a_model_that_cannot_be_followed_does_not_stop_the_run(capsys):
     config = LlamaConfig(**(SIZES | {"num_key_value_heads": 3}))  # the 4 heads cannot share them
     assert show_memory(Accelerator(cpu=True), TrainOptions(max_length=64), config, ROWS) == {}
-    assert capsys.readouterr().out.startswith("memory: there is no estimate for this model (")
+    assert capsys.readouterr().out.startswith("memory: there is no estimate for this model with method lora (")

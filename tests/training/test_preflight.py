@@ -1,9 +1,13 @@
 """Preflight records the settings in force, and refuses what was not asked for. The matrix runs the real engines."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from peft import LilyConfig, get_peft_model
+from support import equal_tensors
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -68,6 +72,25 @@ def test_products_in_another_dtype_than_was_asked_for_are_an_error(accelerator, 
     model, optimizer, options = prepare(accelerator, tiny, method="full")
     with pytest.raises(RuntimeError, match=r"should run in torch.bfloat16, but most run in float32"):
         preflight(accelerator, model, optimizer, options.model_copy(update={"precision": "bf16"}))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21
+def test_an_adapter_is_tried_as_it_will_be_when_it_is_trained(accelerator, tiny, monkeypatch):
+    """A fresh Lily adds nothing; a trained one mixes matrices by the average over all tokens, later ones too."""
+    options = TrainOptions(model_name_or_path=str(tiny), packing=False, precision="fp32", method="lora")
+    config = LilyConfig(task_type="CAUSAL_LM", r=4, num_B=2, target_modules=["q_proj", "v_proj", "down_proj"])
+    model = get_peft_model(load_model(options), config)
+    place_weights(accelerator, model, options)
+    optimizer = build_optimizer(model, options, "cpu", "none")
+    arguments = accelerator, *accelerator.prepare(model, optimizer), options
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ConfigError, match="is not causal here"):
+        preflight(*arguments)
+    with preflight_module._moved(model):
+        assert not equal_tensors(before, model.state_dict())
+    assert equal_tensors(before, model.state_dict())
+    monkeypatch.setattr(preflight_module, "_moved", nullcontext)
+    assert preflight(*arguments)["accelerate"]["engine"] == "PeftModelForCausalLM"
 
 
 def test_the_hash_is_that_of_the_weights_in_their_order(accelerator, tiny):

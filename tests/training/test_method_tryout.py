@@ -1,0 +1,69 @@
+"""A method that cannot compute on a model, or with its options, is refused before weights are read."""
+
+from typing import Any
+
+import pytest
+from support import tiny_model
+from transformers import PreTrainedConfig
+
+from accel_llm.adapters.defaults import fill_method_options
+from accel_llm.config.options import TrainOptions
+from accel_llm.errors import ConfigError
+from accel_llm.training.memory_estimate import estimate_memory
+from accel_llm.training.method_tryout import check_method_computes
+
+
+def refusal(family: str, method: str, **options: Any) -> str:
+    """Return the sentence with which a method is refused; nothing if it is not."""
+    settings = fill_method_options(TrainOptions(method=method, max_length=32, packing=True, **options))
+    config = tiny_model(family).config
+
+    def estimate(changed: TrainOptions, config: PreTrainedConfig) -> Any:
+        return estimate_memory(changed, config, 1, "cpu")
+
+    try:
+        estimate(settings, config)
+    except Exception as error:
+        try:
+            check_method_computes(error, settings, config, estimate)
+        except ConfigError as refused:
+            return str(refused)
+    return ""
+
+
+@pytest.mark.long
+def test_options_that_stop_the_first_step_are_refused():
+    assert refusal("llama", "oft", method_options={"num_cayley_neumann_terms": 1}).startswith(
+        "method_options: {'num_cayley_neumann_terms': 1} of method oft cannot be trained (element 0 of tensors"
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "reason"),
+    [
+        # OFT takes the four dimensions in DeepSeek-V3's attention for those of an image, and GraLoRA wants three.
+        pytest.param("oft", "invalid for input of size 0", marks=pytest.mark.long),
+        ("gralora", "too many values to unpack (expected 3)"),
+    ],
+)
+def test_a_method_that_cannot_compute_on_a_model_is_refused(method, reason):
+    sentence = refusal("deepseek_v3", method)
+    assert sentence.startswith(f"method: {method} cannot compute on DeepseekV3") and reason in sentence
+
+
+@pytest.mark.parametrize("method", ["boft", "shira", "unilora", "frod"])
+def test_an_error_that_is_only_for_lack_of_data_refuses_nothing(method):
+    assert not refusal("llama", method)
+
+
+@pytest.mark.long
+def test_layers_on_which_it_computes_are_not_refused():
+    assert not refusal("deepseek_v3", "oft", lora_target_modules=["q_a_proj", "down_proj"])
+    assert not refusal("deepseek_v3", "lora")
+
+
+def test_without_lora_working_the_model_is_at_fault():
+    def estimate(*_: Any) -> None:
+        raise RuntimeError("broken")
+
+    check_method_computes(RuntimeError("broken"), TrainOptions(method="oft"), tiny_model("llama").config, estimate)
