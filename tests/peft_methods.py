@@ -98,9 +98,18 @@ PROMPTS: dict[str, Callable[[], Any]] = {
 }
 # How the methods that are not mergeable are made, and what is said of each.
 UNMERGEABLE = {
-    "lily": (lambda: peft.LilyConfig(**CAUSAL, r=4, target_modules=["q_proj"]), "a LILY adapter is more than weights: PEFT mixes its matrices by the average"),
-    "poly": (lambda: peft.PolyConfig(**CAUSAL, r=4, target_modules=["q_proj"]), "a POLY adapter is more than weights: each row must name its task"),
-    "shadow": (lambda: peft.ShadowConfig(**CAUSAL), "a SHADOW adapter is more than weights: it trains a second network beside the model"),
+    "lily": (
+        lambda: peft.LilyConfig(**CAUSAL, r=4, target_modules=["q_proj"]),
+        "a LILY adapter is more than weights: PEFT mixes its matrices by the average",
+    ),
+    "poly": (
+        lambda: peft.PolyConfig(**CAUSAL, r=4, target_modules=["q_proj"]),
+        "a POLY adapter is more than weights: each row must name its task",
+    ),
+    "shadow": (
+        lambda: peft.ShadowConfig(**CAUSAL),
+        "a SHADOW adapter is more than weights: it trains a second network beside the model",
+    ),
     "adaption_prompt": (
         lambda: peft.AdaptionPromptConfig(**CAUSAL, adapter_len=4, adapter_layers=1),
         "a ADAPTION_PROMPT adapter has no weights to add",
