@@ -50,6 +50,15 @@ FLAT_OPTIONS = {
     "use_rslora": "use_rslora",
 }
 LORA_METHODS = ("lora", "qlora")
+# Kinds of LoRA that people call by a name of their own, and how they are set.
+LORA_VARIANTS = {
+    "dora": "--method lora --use_dora",
+    "qdora": "--method qlora --use_dora",
+    "rslora": "--method lora --use_rslora",
+    **{name: f"--method lora --init_lora_weights {name}" for name in ("pissa", "olora", "eva", "corda", "lora_ga")},
+    "loftq": "--method qlora --init_lora_weights loftq",
+    "lora+": "--method lora --loraplus_lr_ratio 16",
+}
 # What AdaLoRA takes of LoRA's flat options; its ranks are init_r and target_r.
 ADALORA_OPTIONS = ("lora_alpha", "lora_dropout", "lora_bias", "lora_target_modules", "modules_to_save")
 
@@ -70,9 +79,11 @@ def config_class_of(method: str) -> type[PeftConfig]:
     try:
         return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)]
     except (ValueError, KeyError):
-        names = [*METHODS_WITHOUT_ADAPTER, *peft_methods()]
+        names = [*METHODS_WITHOUT_ADAPTER, *(name for name in peft_methods() if name not in REFUSED_METHODS)]
         guess = get_close_matches(method, names, 1)
         hint = f"did you mean {guess[0]}? " if guess else ""
+        if method in LORA_VARIANTS:
+            raise ConfigError(f"method: {method!r} is lora with an option; write {LORA_VARIANTS[method]}.") from None
         raise ConfigError(f"method: {method!r} is unknown; {hint}Allowed are {', '.join(names)}.") from None
 
 
@@ -192,6 +203,8 @@ def fresh_adapter_config(options: MethodOptions) -> Any:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", ".*will be ignored", UserWarning)  # an option without effect is an error
             config = config_class(task_type="CAUSAL_LM", **values)
+    except ImportError as error:
+        raise ConfigError(f"method: {options.method} needs another package ({short_reason(error)}).") from None
     except Exception as error:  # whatever PEFT's config class stumbles over
         raise ConfigError(
             f"method_options: {options.method_options} are not allowed for method {options.method} "

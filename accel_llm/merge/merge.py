@@ -14,7 +14,7 @@ import torch
 
 from accel_llm.adapters.compat import SavedAdapter, read_adapter
 from accel_llm.adapters.locate import check_bases, find_base, locate_folder
-from accel_llm.adapters.saved import read_adapter_config
+from accel_llm.adapters.saved import read_adapter_config, trained_in_4_bits
 from accel_llm.config.tool_options import MergeOptions
 from accel_llm.errors import ConfigError
 from accel_llm.merge.attached import check_mergeable
@@ -25,6 +25,11 @@ from accel_llm.merge.verify import read_back
 from accel_llm.merge.write import write_merged
 from accel_llm.system.folders import atomic_output, check_output_dir, check_writable
 from accel_llm.system.memory import returning_freed_memory
+
+TRAINED_IN_4_BITS = (
+    "The adapter was trained on its base in 4 bits. It is merged into the base's own weights, so the answers can differ a "
+    "little; --verify logits with --merge_base dequantized measures both."
+)
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,8 @@ def _write_model(
     first, model = adapters[0].folder, plan.skeleton.model
     write_config_files(model, first, source, folder, options.trust_remote_code)
     notes = [copy_tokenizer(first, source, folder), *(note for adapter in adapters for note in adapter.notes)]
+    if options.merge_base == "original" and any(trained_in_4_bits(adapter.folder) for adapter in adapters):
+        notes.append(TRAINED_IN_4_BITS)
 
     # Last, because it loads two whole models in another process.
     folders = [adapter.folder for adapter in adapters]

@@ -122,6 +122,17 @@ def _follow(
         return figures | recorder.figures
 
 
+def attach_without_weights(options: TrainOptions, config: PreTrainedConfig) -> None:
+    """Build the whole model without data, and choose what is trained of it, as the run will.
+
+    Raises:
+        ConfigError: the method or its options do not fit the model.
+    """
+    with quietly(), torch.device("meta"):
+        layers = config.get_text_config().num_hidden_layers
+        _build(options, _shorten(config, layers), StepSettings("cpu", torch.float32))
+
+
 @contextmanager
 def quietly() -> Iterator[None]:
     """Hide what is said about the model: it is said again when the real one is built."""

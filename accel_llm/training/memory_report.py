@@ -12,7 +12,7 @@ from accel_llm.data.rows import Rows
 from accel_llm.model.loading import short_reason
 from accel_llm.report.metrics import console
 from accel_llm.training.memory_estimate import GB, estimate_memory, memory_savings
-from accel_llm.training.method_tryout import check_method_computes
+from accel_llm.training.method_tryout import check_method_computes, needs_data
 
 MB = 2**20
 SAVINGS_SHOWN = 4
@@ -46,7 +46,7 @@ def show_memory(
         check_method_computes(
             error, options, config, lambda *changed: estimate_memory(changed[0], changed[1], *arguments[2:])
         )
-        reason = short_reason(error)
+        reason = "it needs the data of the weights" if needs_data(error) else short_reason(error)
         console.print(
             f"memory: there is no estimate for this model with method {options.method} ({reason})", soft_wrap=True
         )

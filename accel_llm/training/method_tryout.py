@@ -15,6 +15,7 @@ from accel_llm.adapters.quantized_base import SIZES
 from accel_llm.config.options import TrainOptions
 from accel_llm.errors import ConfigError
 from accel_llm.model.loading import short_reason
+from accel_llm.training.empty_step import attach_without_weights
 
 
 def check_method_computes(
@@ -25,8 +26,11 @@ def check_method_computes(
     Raises:
         ConfigError: it is.
     """
-    # A ConfigError may be about layers that the estimate left out. Torch speaks of meta tensors if data are missing.
-    if not options.has_adapter or isinstance(error, ConfigError) or "meta" in str(error).lower():
+    if needs_data(error):
+        return
+    if isinstance(error, ConfigError):
+        return _check_whole_model(options, config)
+    if not options.has_adapter:
         return
     kept = {name: value for name, value in options.method_options.items() if name == "token_indices"}
     usual = fill_method_options(options.model_copy(update={"method_options": kept, "use_dora": False}))
@@ -46,6 +50,26 @@ def check_method_computes(
             f"method: {options.method} cannot compute on {family} ({short_reason(error)}); name other "
             "lora_target_modules, or use method lora."
         )
+
+
+def needs_data(error: Exception) -> bool:
+    """Return whether an error on tensors without data is for lack of data: torch then speaks of meta tensors."""
+    return "meta" in str(error).lower()
+
+
+def _check_whole_model(options: TrainOptions, config: PreTrainedConfig) -> None:
+    """Attach the method to all layers: what does not fit may be a layer that the estimate left out.
+
+    Raises:
+        ConfigError: it does not fit the whole model.
+    """
+    if getattr(options, "add_tokens", None):  # rows for them come only with the weights
+        return
+    try:
+        attach_without_weights(options, config)
+    except ConfigError as error:
+        if not needs_data(error):
+            raise
 
 
 def _works(estimate: Callable[[Any, Any], Any], options: TrainOptions, config: PreTrainedConfig) -> bool:

@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM
 
 from accel_llm.adapters.adopt import adopt_adapter_options
 from accel_llm.adapters.attach import attach_adapter
-from accel_llm.adapters.methods import REFUSED_METHODS, check_method, config_class_of, peft_methods
+from accel_llm.adapters.methods import LORA_VARIANTS, REFUSED_METHODS, check_method, config_class_of, peft_methods
 from accel_llm.adapters.saved import check_saved_adapter
-from accel_llm.config.options import TrainOptions
+from accel_llm.config.command_line import parse_options
+from accel_llm.config.options import SftOptions, TrainOptions
 from accel_llm.data.batches import collate_packed
 from accel_llm.errors import ConfigError
 from accel_llm.model.attention import stock_attention
@@ -244,6 +245,16 @@ def test_sizes_that_do_not_fit_the_widths(base, capsys):
     )
     attached(settings(base, "c3a"))
     assert "block_size is 16, because the default of 256 does not divide the widths" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", LORA_VARIANTS)
+def test_a_kind_of_lora_that_people_call_a_method_is_named_as_it_is_set(base, name):
+    """What the sentence says to write is an option that exists, and it is another setting than plain LoRA's."""
+    assert LORA_VARIANTS[name] in problem(base, name)
+    words = ["--model_name_or_path", str(base), "--train_files", "x.jsonl", "--output_dir", "x"]
+    options = parse_options(SftOptions, [*words, *LORA_VARIANTS[name].split()])
+    check_method(options)
+    assert not options.problems() and options.method in ("lora", "qlora") and len(options.model_fields_set) > 4
 
 
 def test_options_of_a_method_are_checked(base):

@@ -1,10 +1,11 @@
 """A method that cannot compute on a model, or with its options, is refused before weights are read."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 from support import tiny_model
-from transformers import PreTrainedConfig
+from transformers import LlamaConfig, PreTrainedConfig
 
 from accel_llm.adapters.defaults import fill_method_options
 from accel_llm.config.options import TrainOptions
@@ -67,3 +68,30 @@ def test_without_lora_working_the_model_is_at_fault():
         raise RuntimeError("broken")
 
     check_method_computes(RuntimeError("broken"), TrainOptions(method="oft"), tiny_model("llama").config, estimate)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "sentence"),
+    [
+        ("oft", {"method_options": {"oft_block_size": 7}}, "method_options: oft_block_size 7 does not divide"),
+        ("lora", {"lora_target_modules": ["nothing"]}, "lora_target_modules: the model has no 'nothing'"),
+        ("lora", {"method_options": {"layers_to_transform": [99]}}, "method_options: layers_to_transform has 99"),
+        ("freeze", {"method_options": {"parameters": ["nothing"]}}, "method_options: parameters 'nothing' matches no"),
+        ("bitfit", {}, "method: bitfit trains biases, and LlamaForCausalLM has no biases"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_refused_before_weights_are_read(method, options, sentence):
+    assert refusal("llama", method, **options).startswith(sentence)
+
+
+def test_a_layer_that_the_estimate_leaves_out_is_not_refused():
+    """The estimate builds a few layers and works out the rest."""
+    config = LlamaConfig(
+        num_hidden_layers=12, hidden_size=32, intermediate_size=64, num_attention_heads=2, vocab_size=99
+    )
+    for layer, fits in ((11, True), (12, False)):
+        options = TrainOptions(method="lora", max_length=32, method_options={"layers_to_transform": [layer]})
+        with pytest.raises(ConfigError, match="layers_to_transform has") as error:
+            estimate_memory(options, config, 1, "cpu")
+        with nullcontext() if fits else pytest.raises(ConfigError, match="has 12, but the model has layers 0 to 11"):
+            check_method_computes(error.value, options, config, lambda *_: None)

@@ -68,8 +68,9 @@ def test_the_record_says_what_is_and_not_what_the_options_ask_for(tiny, checkpoi
     AcceleratorState._reset_state(True)
 
 
-def test_products_in_another_dtype_than_was_asked_for_are_an_error(accelerator, tiny):
-    model, optimizer, options = prepare(accelerator, tiny, method="full")
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_products_in_another_dtype_than_was_asked_for_are_an_error(accelerator, tiny, method):
+    model, optimizer, options = prepare(accelerator, tiny, method=method)
     with pytest.raises(RuntimeError, match=r"should run in torch.bfloat16, but most run in float32"):
         preflight(accelerator, model, optimizer, options.model_copy(update={"precision": "bf16"}))
 
