@@ -120,7 +120,6 @@ GPT2_MEDIUM, GPT3, LLAMA_7B = (1024, 24), (12288, 96), (4096, 32, 11008)
     [
         # LoRA, arXiv 2106.09685, section 7.1 and table 5: a budget of 18M (rounded down) for GPT-3.
         (GPT3, "lora", {"lora_r": 4, **QV}, "18M"),
-        (GPT3, "lora", {"lora_r": 8, "lora_target_modules": ["q_proj"]}, "18M"),
         # The file of GPT-2 medium in the README of microsoft/LoRA has 1.5 MB, 4 bytes each: 24 x 2 x 2 x 1024 x 4 numbers.
         # The table beside it says 0.35M, which no rank gives.
         (GPT2_MEDIUM, "lora", {"lora_r": 4, **QV}, "0.393216M"),
@@ -129,7 +128,7 @@ GPT2_MEDIUM, GPT3, LLAMA_7B = (1024, 24), (12288, 96), (4096, 32, 11008)
         # FourierFT, arXiv 2405.03003, abstract: LLaMA2-7B, 0.064M beside 33.5M of LoRA.
         (LLAMA_7B, "fourierft", {"method_options": {"n_frequency": 1000}, **QV}, "0.064M"),
         (LLAMA_7B, "lora", {"lora_r": 64, **QV}, "33.5M"),
-        # VeRA, arXiv 2310.11454, section 3.2: L_tuned (d_model + r).
+        # VeRA, arXiv 2310.11454: L_tuned (d_model + r).
         (GPT2_MEDIUM, "vera", {"method_options": {"r": 1024}, **QV}, f"{48 * (1024 + 1024) / 1e6}M"),
         # (IA)3, arXiv 2205.05638: a vector for keys, one for values and one inside the feed-forward network of each layer.
         (LLAMA_7B, "ia3", {}, f"{32 * (4096 + 4096 + 11008) / 1e6}M"),
