@@ -81,7 +81,7 @@ def _method_of(options: MethodOptions, settings: dict[str, Any], folder: Path) -
         return names[0]
     if options.method not in names:
         raise ConfigError(
-            f"method: {options.method} is given, but {options.adapter_name_or_path} is a {kind} adapter; give "
+            f"method: {options.method} is given, but {options.adapter_name_or_path} holds {kind}; give "
             f"{' or '.join(names)}, or leave it out."
         )
     return options.method

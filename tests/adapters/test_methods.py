@@ -365,7 +365,7 @@ def test_an_earlier_adapter_sets_the_method_and_its_options(base, tmp_path):
     adopted = adopt_adapter_options(TrainOptions(**start))
     assert (adopted.method, adopted.method_options["r"]) == ("vera", 8)
     for more, message in (
-        ({"method": "ia3"}, "method: ia3 is given, but .* is a VERA adapter; give vera, or leave it out"),
+        ({"method": "ia3"}, "method: ia3 is given, but .* holds VERA; give vera, or leave it out"),
         ({"method": "vera", "method_options": {"r": 9}}, "method_options: r: 9 is given, but the adapter .* has 8"),
     ):
         with pytest.raises(ConfigError, match=message):
