@@ -31,7 +31,7 @@ from forks import ROOT, Run, compute, execute, warm
 from trajectories import versions
 
 GOLDEN = ROOT / "tests" / "proofs" / "golden" / "methods.json"
-STEPS, QUESTIONS = 50, 120
+STEPS, QUESTIONS = 30, 120
 RATE_FACTOR, LARGEST_RATE = 15, 0.1  # 3e-3 in the demo's recipe, where LoRA's default is 2e-4
 ALLOWED = 0.01  # by which our loss may be worse, relative
 WITHOUT_ADAPTER = ("full", "freeze", "bitfit")
