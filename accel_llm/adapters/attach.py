@@ -66,6 +66,7 @@ def attach_adapter(model: PreTrainedModel, options: TrainOptions, new_tokens: ra
     """
     if options.method in PROMPT_METHODS:
         prompted = attach_prompt(model, options, new_tokens)
+        unpack_experts_in_forward(prompted, recompute=not options.gradient_checkpointing)
         if options.adapter_name_or_path is not None:
             _load_weights(prompted, options.adapter_name_or_path)
             load_ensemble(prompted, Path(options.adapter_name_or_path))
@@ -92,6 +93,7 @@ def attach_adapter(model: PreTrainedModel, options: TrainOptions, new_tokens: ra
         check_biases(wrapped, options)
     weigh_penalty(wrapped)
     avoid_waits(wrapped)
+    unpack_experts_in_forward(wrapped, recompute=not options.gradient_checkpointing)
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
             # PEFT 0.21 makes the adapter itself float32, but not biases and modules_to_save. In bfloat16 they would not
@@ -125,7 +127,6 @@ def _add_lora(model: PreTrainedModel, options: TrainOptions, config: Any) -> Any
     if options.init_lora_weights == "loftq":
         start_from_rounding(wrapped, compute_dtype(options))
     shorten_lora_forward(wrapped)
-    unpack_experts_in_forward(wrapped, recompute=not options.gradient_checkpointing)
     wrapped.peft_config["default"].init_lora_weights = config.init_lora_weights
     return wrapped
 
@@ -134,20 +135,15 @@ def _add(model: PreTrainedModel, options: TrainOptions, config: Any) -> Any:
     """Let PEFT freeze the model and add its layers.
 
     Raises:
-        ConfigError: it cannot.
+        ConfigError: it cannot, or there is nothing to train in them.
     """
-    # PEFT changes the list of targets in the config that it gets.
-    targets = getattr(config, "target_modules", None)
+    # PEFT changes the list of targets in the config that it gets, and wraps the layers.
+    targets, linear = getattr(config, "target_modules", None), ", ".join(linear_names(model))
+    given = f" with method_options {options.method_options}" if options.method_options else ""
     try:
         with Decompositions(options.method, training_device(), decomposition_work(model, config)), unset_as_nan():
             wrapped = get_peft_model(model, copy(config))
-        # OSF of PEFT 0.21 passes over GPT-2's layers without a word.
-        if not any(parameter.requires_grad for parameter in wrapped.parameters()):
-            raise ValueError("PEFT has nothing to train in the target modules")
-        save_all_parts(wrapped)
-        check_values_are_set(wrapped, options)
-        return wrapped
-    except (ConfigError, MemoryError, torch.OutOfMemoryError):
+    except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever PEFT stumbles over
         # PEFT's own message can have many lines; the first one says enough.
@@ -158,12 +154,20 @@ def _add(model: PreTrainedModel, options: TrainOptions, config: Any) -> Any:
                 "lora_target_modules without the experts."
             ) from None
         if "target" not in reason.lower():
-            given = f" with method_options {options.method_options}" if options.method_options else ""
             raise ConfigError(f"method: {options.method}{given} does not fit the model ({reason}).") from None
         raise ConfigError(
-            f"lora_target_modules: {targets!r} does not fit the model ({reason}.); its linear layers are "
-            f"{', '.join(linear_names(model))}."
+            f"lora_target_modules: {targets!r} does not fit the model ({reason}.); its linear layers are {linear}."
         ) from None
+    # OSF of PEFT 0.21 passes over GPT-2's layers without a word, and GLoRA's options can leave nothing.
+    if not any(parameter.requires_grad for parameter in wrapped.parameters()):
+        raise ConfigError(
+            f"method: {options.method}{given} has nothing to train in the layers {targets!r} of this model; give other "
+            "options, or another method."
+        )
+    save_all_parts(wrapped)
+    if options.adapter_name_or_path is None:
+        check_values_are_set(wrapped, options)
+    return wrapped
 
 
 def _parts_without_adapter(model: PreTrainedModel) -> list[str]:
@@ -171,10 +175,7 @@ def _parts_without_adapter(model: PreTrainedModel) -> list[str]:
 
     The latter are routers of PhiMoE and Llama 4; PEFT 0.21 takes them for plain linear layers.
     """
-    return [
-        *parts_beside_language(model),
-        *_routers(model),
-    ]
+    return [*parts_beside_language(model), *_routers(model)]
 
 
 def _routers(model: PreTrainedModel) -> list[str]:

@@ -5,7 +5,7 @@ that loads reads only the ranges that it needs, from whichever files hold them.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -126,6 +126,17 @@ class PieceReader:
                 f"resume_from_checkpoint: {self.folder} holds {filled} of {piece.size} elements of {piece.name} "
                 f"({field})."
             )
+
+    def read_all(self, name: str, field: str, shape: Iterable[int]) -> torch.Tensor:
+        """Return all elements of a tensor in the dtype in which it was saved.
+
+        Raises:
+            ConfigError: the checkpoint lacks some of its elements.
+        """
+        ranges = self.ranges.get((name, field), ())
+        tensor = torch.empty(tuple(shape), dtype=ranges[0].dtype if ranges else None)
+        self.fill(Piece(name, 0, 0, tensor.numel()), field, tensor.view(-1))
+        return tensor
 
     def _read(self, stored: StoredTensor, first: int, target: torch.Tensor, label: str) -> None:
         """Fill `target` with the elements of a stored tensor from element `first` on."""

@@ -162,11 +162,21 @@ def fixed_tensors(accelerator: Accelerator, model: Any) -> dict[str, torch.Tenso
 
 
 def load_fixed_tensors(accelerator: Accelerator, model: Any, reader: PieceReader) -> None:
-    """Load what `fixed_tensors` returned; raises ConfigError if the checkpoint does not hold it."""
+    """Load what `fixed_tensors` returned, in the dtype that this backend computes with.
+
+    Raises:
+        ConfigError: the checkpoint holds a part of it.
+    """
     inner, differ = unwrap_model(accelerator, model), False
-    for name, part in fixed_parts(inner).items():
-        saved = torch.empty(part.shape, dtype=part.dtype)
-        reader.fill(Piece(name, 0, 0, part.numel()), WEIGHT, saved.view(-1))
+    parts = fixed_parts(inner)
+    if parts and not any(reader.has(name, WEIGHT) for name in parts):  # saved when checkpoints did not hold them
+        accelerator.print(
+            f"resume_from_checkpoint: {reader.folder} does not hold those parts of the adapter that are not trained, such "
+            f"as {min(parts)}; they were computed anew"
+        )
+        return
+    for name, part in parts.items():
+        saved = reader.read_all(name, WEIGHT, part.shape).to(part.dtype)
         differ = differ or not torch.equal(saved, part.cpu())
         part.copy_(saved)
     if max_over_processes(int(differ), None):

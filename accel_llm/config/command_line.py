@@ -91,13 +91,17 @@ def _without_other_method(recipe: dict[str, Any], flags: dict[str, Any], default
     if "method" in flags:
         reason, names = f"whose method is {own}", options_for_another_method(own, other)
     elif "adapter_name_or_path" in flags and own not in METHODS_WITHOUT_ADAPTER:
-        reason, names = "because the adapter has its own", SET_BY_ADAPTER
+        reason, names = "because the adapter has its own", [*SET_BY_ADAPTER]
+        if own not in ("lora", "qlora"):  # another method's rates; most adapters are LoRA
+            names += ["learning_rate", "learning_rate_patterns"]
     else:
         return recipe
     printed = [name for name in names if name in recipe and name not in flags]
     if printed and process_rank() == 0:
         print(f"not taken from the recipe, {reason}: {', '.join(printed)}", flush=True)
-    return {name: value for name, value in recipe.items() if name not in names}
+    kept = {name: value for name, value in recipe.items() if name not in names}
+    # Whatever adapter it is, the recipe's base stays in 4 bits.
+    return {"load_in_4bit": True} | kept if own == "qlora" and "method" not in flags else kept
 
 
 def resolved_options(options: Options) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def check_causality(model: nn.Module, device: torch.device | str, dtype: torch.d
     # In a new model the leak may be smaller than rounding; but without one the same products are the same numbers.
     moved, remedy = _relative_distance(*([each] for each in logits)), _causal_remedy(inner.config)
     allowed = 0.0 if remedy else LEAK_TOLERANCE[dtype]
-    if moved > allowed:
+    if not moved <= allowed:  # so that NaN is an error too
         raise ConfigError(
             f"model_name_or_path: {type(inner).__name__} is not causal here: a later token changes the logits of "
             f"earlier ones by {moved:.1e} (relative; allowed is {allowed:.0g}), so training would show it the tokens "
@@ -117,13 +117,13 @@ def check_isolation(
     remedy = REMEDY if packed else "set per_device_train_batch_size: 1 and per_device_eval_batch_size: 1"
     where = f"{type(inner).__name__} with attention {inner.config._attn_implementation!r}"
     leak = _relative_distance([changed[1][:half], changed[2]], [together[1][:half], together[2]])
-    if leak > LEAK_TOLERANCE[dtype]:
+    if not leak <= LEAK_TOLERANCE[dtype]:
         raise ConfigError(
             f"{option} leaks in {where}: changing one document changes the logits of others in its "
             f"{'row' if packed else 'batch'} by {leak:.1e} (relative; allowed is {LEAK_TOLERANCE[dtype]:.0e}); {remedy}."
         )
     difference = _relative_distance(together, alone)
-    if difference > PACKED_TOLERANCE[dtype]:
+    if not difference <= PACKED_TOLERANCE[dtype]:
         kind = "packed" if packed else "padded"
         raise ConfigError(
             f"{option} changes the results of {where}: the logits of {kind} and of single documents differ by "

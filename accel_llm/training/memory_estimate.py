@@ -92,7 +92,10 @@ def memory_savings(
     for name, value in _other_settings(options, layout):
         changed = options.model_copy(update={name: value} | ({"method_options": {}} if value == "lora" else {}))
         same_step = name in ("optim", "offload_embeddings")
-        new = _estimate(changed, layout, figures if same_step else _figures(changed, config, layout)).total
+        try:
+            new = _estimate(changed, layout, figures if same_step else _figures(changed, config, layout)).total
+        except Exception:  # what cannot be followed with this change is no advice
+            continue
         savings.append((f"{name}: {str(value).lower() if isinstance(value, bool) else value}", total - new))
     for name, other in _other_layouts(options, layout):
         new = _estimate(options, other, _figures(options, config, other)).total
@@ -107,7 +110,7 @@ def _other_settings(options: TrainOptions, layout: Layout) -> list[tuple[str, An
         changes.append(("gradient_checkpointing", True))
     if options.per_device_train_batch_size > 1:
         changes.append(("per_device_train_batch_size", options.per_device_train_batch_size // 2))
-    if options.max_length >= 256:
+    if options.max_length >= 256 and options.max_length // 2 > options.virtual_tokens:
         changes.append(("max_length", options.max_length // 2))
     if not options.has_adapter:
         changes.append(("method", "lora"))

@@ -34,14 +34,6 @@ def show_memory(
     arguments = options, config, accelerator.num_processes, accelerator.device.type
     try:
         estimate = estimate_memory(*arguments)
-        available, owner = _device_memory(accelerator)
-        sentence = f"memory of one process, estimated: {estimate.describe()}; {owner} {available / GB:.1f} GB"
-        console.print(sentence, soft_wrap=True, markup=False)
-        if estimate.total > available:
-            console.print("memory: it may not fit; looking for what saves most", style="yellow")
-            savings = [f"{setting} ({size / GB:.1f} GB)" for setting, size in memory_savings(*arguments)]
-            remedy = ", ".join(savings[:SAVINGS_SHOWN]) or "a smaller model"
-            console.print(f"memory: what saves most: {remedy}", style="yellow", soft_wrap=True, markup=False)
     except Exception as error:  # a family or a method (BOFT, FRoD, SHiRA) that cannot be followed without data
         check_method_computes(
             error, options, config, lambda *changed: estimate_memory(changed[0], changed[1], *arguments[2:])
@@ -51,6 +43,14 @@ def show_memory(
             f"memory: there is no estimate for this model with method {options.method} ({reason})", soft_wrap=True
         )
         return {}
+    available, owner = _device_memory(accelerator)
+    sentence = f"memory of one process, estimated: {estimate.describe()}; {owner} {available / GB:.1f} GB"
+    console.print(sentence, soft_wrap=True, markup=False)
+    if estimate.total > available:
+        console.print("memory: it may not fit; looking for what saves most", style="yellow")
+        savings = [f"{setting} ({size / GB:.1f} GB)" for setting, size in memory_savings(*arguments)]
+        remedy = ", ".join(savings[:SAVINGS_SHOWN]) or "a smaller model"
+        console.print(f"memory: what saves most: {remedy}", style="yellow", soft_wrap=True, markup=False)
     tensors = estimate.total - (estimate.terms["context"] if accelerator.device.type == "cuda" else 0)
     estimated = {name: size // MB for name, size in estimate.terms.items()}
     return {"memory": {"device_mb": available // MB, "estimated_mb": estimated, "peak_memory_mb": tensors // MB}}

@@ -26,7 +26,8 @@ def check_method_computes(
     Raises:
         ConfigError: it is.
     """
-    if needs_data(error):
+    # An adapter that was trained before has computed with its options already.
+    if needs_data(error) or options.adapter_name_or_path is not None:
         return
     if isinstance(error, ConfigError):
         return _check_whole_model(options, config)
@@ -39,10 +40,8 @@ def check_method_computes(
         return
     if _works(estimate, usual, config):
         given = {name: value for name, value in options.method_options.items() if name not in kept}
-        raise ConfigError(
-            f"method_options: {given} of method {options.method} cannot be trained ({short_reason(error)}); give other "
-            "values, or leave them out."
-        )
+        what = f"method_options: {given} of method {options.method}" if given else "use_dora: it"
+        raise ConfigError(f"{what} cannot be trained ({short_reason(error)}); give other values, or leave it out.")
     everywhere = usual.model_copy(update={"lora_target_modules": "all-linear", "modules_to_save": []})
     if _works(estimate, everywhere, LlamaConfig(**SIZES)):
         family = (config.architectures or [type(config).__name__])[0]

@@ -33,6 +33,10 @@ from accel_llm.training.census import ProductCensus, compilation_facts, dtype_na
 # For a hash, tensors are read as integers of the same size in bytes.
 INTEGERS_BY_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
+# An adapter that trains more of the weights than this changes the model from the beginning; a copy would be large.
+MOVED_SHARE = 0.2
+BASE_PRODUCTS = 4  # a decoder layer has at least so many products: queries with keys and values, output, feed-forward
+
 
 def preflight(accelerator: Accelerator, model: nn.Module, optimizer: Any, options: TrainOptions) -> dict[str, Any]:
     """Check the prepared model before it trains, and hook up a check of its gradients in the first step.
@@ -67,13 +71,13 @@ def preflight(accelerator: Accelerator, model: nn.Module, optimizer: Any, option
         _check_sharding(model)
 
     # Checks that run the model.
-    with ProductCensus() as census:
+    with ProductCensus() as census, _counted_forwards(model) as forwards:
         loss_path = check_loss(model, accelerator.device, dtype)
-        with _moved(model) if options.has_adapter else nullcontext():
+        with _moved(model) if parameters["trainable"] < MOVED_SHARE * parameters["total"] else nullcontext():
             check_causality(model, accelerator.device, dtype)
             if options.packing or max(options.per_device_train_batch_size, options.per_device_eval_batch_size) > 1:
                 check_isolation(model, accelerator.device, dtype, bool(options.packing), options.max_length)
-    _check_products(census, dtype, len(decoder_layers(model)) if options.has_adapter else None)
+    _check_products(census, dtype, sum(forwards) if options.has_adapter else None)
     each_process = sum_over_processes(accelerator, torch.tensor(held)).tolist()
     facts |= _settings_in_force(accelerator, model, optimizer, options) | {
         "loss_path": loss_path,
@@ -112,7 +116,7 @@ def _settings_in_force(
 
 @contextmanager
 def _moved(model: nn.Module) -> Iterator[None]:
-    """Within the block, move the weights of an adapter by 5% at random, those that are 0 by 0.05.
+    """Within the block, move the weights of an adapter by 1% at random, those that are 0 by 0.01.
 
     A fresh adapter often adds nothing, so one that lets tokens see others would not be noticed. All processes move
     their copies alike. Afterwards all weights are the same to the last bit.
@@ -127,7 +131,7 @@ def _moved(model: nn.Module) -> Iterator[None]:
         generator = torch.Generator(part.device).manual_seed(number)
         noise = torch.randn(part.shape, generator=generator, device=part.device)
         size = float(part.float().square().mean().sqrt()) if part.numel() else 0.0
-        part.add_((0.05 * (size or 1.0) * noise).to(part.dtype))
+        part.add_((0.01 * (size or 1.0) * noise).to(part.dtype))
     try:
         yield
     finally:
@@ -153,14 +157,26 @@ def _check_engine(model: nn.Module) -> None:
         )
 
 
-def _check_products(census: ProductCensus, dtype: torch.dtype, layers: int | None) -> None:
+@contextmanager
+def _counted_forwards(model: nn.Module) -> Iterator[list[int]]:
+    """Return a list to which a 1 is added for each forward of a decoder layer in the block."""
+    forwards: list[int] = []
+    hooks = [layer.register_forward_pre_hook(lambda *_: forwards.append(1)) for layer in decoder_layers(model)]
+    try:
+        yield forwards
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _check_products(census: ProductCensus, dtype: torch.dtype, forwards: int | None) -> None:
     """Raise RuntimeError unless most matrix products of the model run in `dtype`. 8-bit products are not checked.
 
-    With an adapter on so many `layers` it is enough that each of them has one: PEFT 0.21 computes what DEFT and
-    RandLoRA add in float32, in several products for one of the layer.
+    With an adapter it is enough that they are BASE_PRODUCTS for each of the `forwards` of a layer: PEFT 0.21 computes
+    what DEFT and RandLoRA add in float32, in several products for one of the base.
     """
     most = max(census.products, key=lambda name: census.products[name], default=None)
-    if layers and census.products[str(dtype).removeprefix("torch.")] >= layers:
+    if forwards and census.products[str(dtype).removeprefix("torch.")] >= BASE_PRODUCTS * forwards:
         return
     if most is not None and dtype != torch.int8 and f"torch.{most}" != str(dtype):
         raise RuntimeError(f"The products should run in {dtype}, but most run in {most} ({dict(census.products)}).")

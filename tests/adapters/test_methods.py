@@ -336,9 +336,14 @@ def logits_of_plain(model: nn.Module) -> torch.Tensor:
         return model.eval()(input_ids=torch.arange(3, 40)[None]).logits
 
 
-@pytest.mark.parametrize("method", ["osf", "peanut"])
-def test_what_peft_cannot_adapt_in_gpt2_is_refused(gpt2, method):
-    assert problem(gpt2, method).startswith("lora_target_modules: 'all-linear' does not fit the model (PE")
+def test_what_peft_cannot_adapt_in_gpt2_is_refused(gpt2):
+    assert problem(gpt2, "peanut").startswith("lora_target_modules: 'all-linear' does not fit the model (PE")
+    assert problem(gpt2, "osf").startswith("method: osf has nothing to train in the layers 'all-linear' of this model; ")
+
+
+def test_options_that_leave_nothing_to_train_are_refused(base):
+    sentence = problem(base, "glora", method_options={"config_A_B": "none"})
+    assert sentence.startswith("method: glora with method_options {'config_A_B': 'none'} has nothing to train in the ")
 
 
 @pytest.mark.parametrize(

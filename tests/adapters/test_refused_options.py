@@ -1,13 +1,16 @@
 """Options that PEFT accepts and that change nothing: refused as long as the installed PEFT still ignores them."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
-from support import materialize, tiny_model
+from peft import get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file
+from support import equal_tensors, materialize, moved_adapter, tiny_model
 
+from accel_llm.adapters.adopt import adopt_adapter_options
 from accel_llm.adapters.attach import attach_adapter
 from accel_llm.adapters.methods import check_method, config_class_of, peft_methods
 from accel_llm.adapters.refused_options import EFFECTIVE_WITH, WITHOUT_EFFECT
@@ -134,3 +137,19 @@ def test_weights_without_first_values_are_refused(without_biases):
         attached(without_biases, "tinylora", method_options={"init_weights": False})
     assert not torch.are_deterministic_algorithms_enabled()
     attached(without_biases, "tinylora", method_options={"init_weights": "uniform"})
+
+
+def test_an_adapter_whose_file_brings_all_weights_needs_no_first_values(without_biases, tmp_path):
+    moved_adapter(without_biases, tmp_path, method="tinylora")
+    change_settings(tmp_path, init_weights=False)
+    options = TrainOptions(model_name_or_path=str(without_biases), adapter_name_or_path=str(tmp_path), packing=False)
+    model: Any = attach_adapter(load_model(options), adopt_adapter_options(options))
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert model.peft_config["default"].init_weights is False
+    assert equal_tensors(get_peft_model_state_dict(model), saved)
+
+
+def change_settings(folder: Path, **settings: Any) -> None:
+    """Change the adapter_config.json of an adapter, as if it had been made with these settings."""
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
