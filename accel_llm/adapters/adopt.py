@@ -10,6 +10,7 @@ from accel_llm.adapters.locate import locate_folder
 from accel_llm.adapters.method_options import check_method_options, option_names
 from accel_llm.adapters.methods import PEFT_TYPES, config_class_of, flat_options
 from accel_llm.adapters.prompts import ensemble_folders
+from accel_llm.adapters.refused_options import may_differ
 from accel_llm.adapters.saved import ADAPTER_WEIGHTS, read_adapter_config
 from accel_llm.config.options import MethodOptions
 from accel_llm.errors import ConfigError, raise_problems
@@ -110,7 +111,7 @@ def _check_first_values(options: MethodOptions, settings: dict[str, Any], method
 def _adopt_settings(options: MethodOptions, settings: dict[str, Any], name: str) -> Any:
     """Return the options with the adapter's settings, under flat names and in `method_options`.
 
-    What the user set must agree with the adapter; only dropout may differ, it has no weights.
+    What the user set must agree with the adapter; dropout and the like may differ, they have no weights.
 
     Raises:
         ConfigError: it does not.
@@ -129,7 +130,7 @@ def _adopt_settings(options: MethodOptions, settings: dict[str, Any], name: str)
             *((option, value, adopted[option]) for option, value in sorted(user_values.items())),
             *((f"method_options: {field}", given[field], others[field]) for field in own if field in given),
         )
-        if "dropout" not in option and _comparable(value) != _comparable(theirs)
+        if not may_differ(option.removeprefix("method_options: ")) and _comparable(value) != _comparable(theirs)
     ]
     raise_problems(problems)
     changed = {field: value for field, value in others.items() if value != defaults[field]}

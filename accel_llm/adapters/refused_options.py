@@ -3,6 +3,7 @@
 tests/adapters/test_refused_options.py shows for each of the former that it still changes nothing.
 """
 
+import json
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -27,6 +28,10 @@ REFUSED_OPTIONS = {
     "pvera.init_weights": "PEFT 0.21 then draws variances so large that their noise is infinite",
     "vblora.save_only_topk_weights": "the file would lack weights that further training needs",
 }
+# Those of them that do not matter once the weights are there: an adapter that was made with them is trained further.
+FIRST_VALUES_ALONE = ("hra.apply_GS", "pvera.init_weights")
+# Options beside dropout that have no part in an adapter's weights and in what it computes when it is used.
+OF_TRAINING = ("generator_seed", "runtime_offload_base_weight")
 # Options that change nothing, whatever the others are, and why. The first one is an option of many methods.
 WITHOUT_EFFECT = {
     "fan_in_fan_out": "PEFT itself sees how a layer stores its weight",
@@ -54,6 +59,11 @@ EFFECTIVE_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
 }
 
 
+def may_differ(name: str) -> bool:
+    """Return whether an option of an earlier adapter may have another value when it is trained further."""
+    return "dropout" in name or name in OF_TRAINING
+
+
 def refused_option_problems(options: MethodOptions, config_class: type[PeftConfig]) -> list[str]:
     """Return a sentence for each of `method_options` that would spoil the result, or change nothing.
 
@@ -62,9 +72,11 @@ def refused_option_problems(options: MethodOptions, config_class: type[PeftConfi
     defaults = {field.name: field.default if field.default is not MISSING else None for field in fields(config_class)}
     changed = [name for name, value in options.method_options.items() if name in defaults and value != defaults[name]]
     problems = [
-        f"method_options: {name} of method {options.method} cannot be used: {reason}; leave it out."
+        f"method_options: {name} of method {options.method} cannot be used: {reason}; "
+        f"{_remedy(options, name, defaults[name])}."
         for name in changed
         if (reason := REFUSED_OPTIONS.get(f"{options.method}.{name}"))
+        and (options.adapter_name_or_path is None or f"{options.method}.{name}" not in FIRST_VALUES_ALONE)
     ]
     if options.adapter_name_or_path is not None:
         changed = [name for name in changed if name == "fan_in_fan_out"]  # not taken from the file, see adopt.py
@@ -83,6 +95,16 @@ def refused_option_problems(options: MethodOptions, config_class: type[PeftConfi
                 "or leave it out."
             )
     return problems
+
+
+def _remedy(options: MethodOptions, name: str, default: Any) -> str:
+    """Return what to do about an option of the method that is refused unless it has its default value."""
+    adapter = options.adapter_name_or_path
+    if adapter is None:
+        return "leave it out"
+    if may_differ(name):
+        return f"write --method_options {name}={json.dumps(default)}, whatever the adapter {adapter} was made with"
+    return f"the adapter {adapter} was made with it, so merge it (launch/merge.py) and train a new one on the result"
 
 
 def _without_effect(method: str, name: str) -> str | None:

@@ -338,7 +338,9 @@ def logits_of_plain(model: nn.Module) -> torch.Tensor:
 
 def test_what_peft_cannot_adapt_in_gpt2_is_refused(gpt2):
     assert problem(gpt2, "peanut").startswith("lora_target_modules: 'all-linear' does not fit the model (PE")
-    assert problem(gpt2, "osf").startswith("method: osf has nothing to train in the layers 'all-linear' of this model; ")
+    assert problem(gpt2, "osf").startswith(
+        "method: osf has nothing to train in the layers 'all-linear' of this model; "
+    )
 
 
 def test_options_that_leave_nothing_to_train_are_refused(base):

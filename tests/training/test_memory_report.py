@@ -51,3 +51,9 @@ def test_a_model_that_cannot_be_followed_does_not_stop_the_run(capsys):
     config = LlamaConfig(**(SIZES | {"num_key_value_heads": 3}))  # the 4 heads cannot share them
     assert show_memory(Accelerator(cpu=True), TrainOptions(max_length=64), config, ROWS) == {}
     assert capsys.readouterr().out.startswith("memory: there is no estimate for this model with method lora (")
+
+
+def test_advice_that_leaves_no_room_for_virtual_tokens_is_not_given():
+    options = TrainOptions(max_length=300, method="prompt", method_options={"num_virtual_tokens": 200})
+    savings = memory_savings(options, LlamaConfig(**SIZES), 1, "cpu")
+    assert savings and not any(name.startswith("max_length") for name, _ in savings)
