@@ -238,7 +238,8 @@ def test_an_adapter_on_the_command_line_has_its_own_method_and_settings(tmp_path
     # The base stays in 4 bits, and the rate of a method is not for another one.
     in_4_bits = sft(f"{recipe(tmp_path, 'method: qlora')} --adapter_name_or_path old")
     assert in_4_bits.in_4_bits and "method" not in in_4_bits.model_fields_set
-    rated = sft(f"{recipe(tmp_path, 'method: ia3{}learning_rate: 0.1'.format(chr(10)))} --adapter_name_or_path old")
+    name = recipe(tmp_path, "method: ia3\nlearning_rate: 0.1")
+    rated = sft(f"{name} --adapter_name_or_path old")
     assert "learning_rate" not in rated.model_fields_set
     full = recipe(tmp_path, "method: full")
     assert problems(Sft, f"{full} --adapter_name_or_path old") == [
