@@ -16,7 +16,14 @@ from torch.overrides import TorchFunctionMode
 
 from accel_llm.system.launcher import process_rank
 
-FUNCTIONS = (torch.linalg.svd, torch.linalg.qr, torch.linalg.eigh, torch.linalg.inv, torch.linalg.solve)
+FUNCTIONS = (
+    torch.linalg.svd,
+    torch.linalg.qr,
+    torch.linalg.eigh,
+    torch.linalg.inv,
+    torch.linalg.pinv,
+    torch.linalg.solve,
+)
 MENTIONED = 60  # seconds
 
 
@@ -55,8 +62,11 @@ class Decompositions(TorchFunctionMode):
 
 
 def decomposition_work(model: nn.Module, config: Any) -> int:
-    """Return the work of decomposing each weight that a method's config adapts: that of [m, n] is m n min(m, n)."""
-    if getattr(config, "target_modules", None) is None:
+    """Return the work of decomposing each weight that a method's config adapts: that of [m, n] is m n min(m, n).
+
+    It is 0 for PSOFT's `psoft_svd: lowrank`, which decomposes products of the weights with a few columns instead.
+    """
+    if getattr(config, "target_modules", None) is None or getattr(config, "psoft_svd", None) == "lowrank":
         return 0
     modules = [module for name, module in model.named_modules() if check_target_module_exists(config, name)]
     return sum(_work(*weight.shape) for m in modules if (weight := getattr(m, "weight", None)) is not None)

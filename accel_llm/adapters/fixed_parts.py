@@ -2,7 +2,8 @@
 
 PEFT computes some of them from the base's weights by a decomposition, whose vectors another processor, or another
 number of threads, finds with other signs or rotated. The trained weights belong to the vectors that the run began with.
-So the adapter's file and the checkpoints hold these parts, and nobody computes them again.
+So the adapter's file and the checkpoints hold these parts. Not held are places that PEFT draws from a seed on the CPU,
+which gives the same ones everywhere: those of SHiRA, FourierFT and WaveFT.
 """
 
 import re
@@ -14,7 +15,9 @@ import torch
 from peft.utils import set_peft_model_state_dict
 from peft.utils.integrations import gather_params_ctx
 
+from accel_llm.adapters.decompositions import Decompositions
 from accel_llm.adapters.initial import offsets
+from accel_llm.backend.strategy import training_device
 
 # PEFT 0.21 leaves PSOFT's two factors of the base's weights out of its files, and computes them anew at each load.
 UNSAVED_PARTS = ("_psoft_A_cache", "_psoft_B_cache")
@@ -59,7 +62,8 @@ def follow_projections(model: Any) -> None:
     for layer in model.modules():
         for name, left in getattr(layer, "frod_U", {}).items():
             base = layer.get_base_layer()
-            with gather_params_ctx(base.weight), torch.no_grad():
+            # PEFT moves both matrices to the CPU; that they take long is said where the layers were added.
+            with gather_params_ctx(base.weight), torch.no_grad(), Decompositions("frod", training_device(), 0):
                 weight = base.weight.full_tensor() if hasattr(base.weight, "full_tensor") else base.weight
                 weight = weight.T if layer.fan_in_fan_out else weight
                 left.copy_(layer._calculate_frod_u_and_lambda(layer.frod_V[name], weight)[0])

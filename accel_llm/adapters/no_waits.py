@@ -2,8 +2,15 @@
 
 They keep constants on the CPU and copy them in every forward, look at values, or use operators that check their result.
 The numbers stay the same to the last bit. FRoD and WaveFT wait in too many places to be mended from outside.
+
+A newer PEFT may compute something else in a method that is replaced here. So a method is replaced only if its source is
+known; otherwise PEFT's own code stays, which is slower and right.
 """
 
+import inspect
+from collections.abc import Callable
+from functools import cache
+from hashlib import sha256
 from types import MethodType
 from typing import Any
 
@@ -11,15 +18,10 @@ import accel_llm.system.chatter
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.shira.layer import ShiraLayer
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.tuners.vblora.layer import VBLoRALayer
 from torch import nn
 from torch.overrides import TorchFunctionMode
-
-# Methods of BOFT, OFT and PSOFT that solve equations with I + S. S is skew-symmetric, so there is always a solution.
-SOLVERS = ("cayley_batch", "_cayley_batch", "get_matrix")
 
 
 def avoid_waits(model: nn.Module) -> None:
@@ -30,14 +32,18 @@ def avoid_waits(model: nn.Module) -> None:
             _keep_constants_on_device(layer)
         if isinstance(module, TrainableTokensLayer):
             layer.token_rows = BufferDict({name: torch.tensor(ids) for name, ids in layer.token_indices.items()})
-            layer.get_merged_weights = MethodType(_with_trained_rows, layer)
-        if isinstance(module, ShiraLayer):
-            layer.get_delta_weight = MethodType(_dense_change, layer)
-        if isinstance(module, VBLoRALayer):
-            layer._get_lora_matrices = MethodType(_matrices_without_check, layer)
-        for name in SOLVERS:
-            if hasattr(type(module), name):
-                setattr(layer, name, MethodType(_without_check(name), layer))
+        for place, (source, replacement) in REPLACED.items():
+            name = place.rsplit(".", 1)[1]
+            own = getattr(type(module), name, None)
+            same_place = inspect.isfunction(own) and f"{own.__module__}.{own.__qualname__}" == place
+            if same_place and source_mark(own) == source:
+                setattr(layer, name, MethodType(replacement, layer))
+
+
+@cache
+def source_mark(function: Callable[..., Any]) -> str:
+    """Return what tells the source of a function from another one: the beginning of its SHA-256."""
+    return sha256(inspect.getsource(function).encode()).hexdigest()[:16]
 
 
 def _keep_constants_on_device(layer: nn.Module) -> None:
@@ -80,8 +86,23 @@ class _Unchecked(TorchFunctionMode):
 
 
 def _without_check(name: str) -> Any:
-    def call(layer: Any, *args: Any) -> Any:
+    def call(layer: Any, *args: Any, **kwargs: Any) -> Any:
         with _Unchecked():
-            return getattr(type(layer), name)(layer, *args)
+            return getattr(type(layer), name)(layer, *args, **kwargs)
 
     return call
+
+
+# Methods of PEFT's layers, the mark of the source that each replacement was written for, and the replacement. BOFT, OFT
+# and PSOFT solve equations with I + S. S is skew-symmetric, so there is always a solution.
+REPLACED: dict[str, tuple[str, Callable[..., Any]]] = {
+    "peft.tuners.boft.layer.BOFTLayer.cayley_batch": ("0901125af77910c6", _without_check("cayley_batch")),
+    "peft.tuners.oft.layer.OFTRotationModule._cayley_batch": ("13e05f99edad8678", _without_check("_cayley_batch")),
+    "peft.tuners.psoft.layer.OrthLayer.get_matrix": ("15266180773f26d0", _without_check("get_matrix")),
+    "peft.tuners.shira.layer.Linear.get_delta_weight": ("0b896aa2ece38126", _dense_change),
+    "peft.tuners.trainable_tokens.layer.TrainableTokensLayer.get_merged_weights": (
+        "d0b5f401f220e976",
+        _with_trained_rows,
+    ),
+    "peft.tuners.vblora.layer.Linear._get_lora_matrices": ("3aad045c87bacc57", _matrices_without_check),
+}

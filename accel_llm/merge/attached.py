@@ -16,10 +16,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from accel_llm.adapters.compat import PEFT_PREFIX, SavedAdapter
+from accel_llm.adapters.decompositions import Decompositions, decomposition_work
 from accel_llm.adapters.fixed_parts import follow_projections, save_all_parts
 from accel_llm.adapters.initial import check_own_start, subtracted_init
 from accel_llm.adapters.methods import REFUSED_METHODS
 from accel_llm.adapters.prompts import fit_virtual_tokens, load_ensemble, load_prompt
+from accel_llm.backend.strategy import training_device
 from accel_llm.errors import ConfigError
 from accel_llm.merge.skeleton import Skeleton
 from accel_llm.model.loading import describe_shape_mismatch, short_reason
@@ -105,11 +107,11 @@ def attach_adapters(skeleton: Skeleton, adapters: list[SavedAdapter], lazy: bool
                 return None
         except ImportError as error:
             raise ConfigError(f"adapter: {adapter.folder} needs another package ({short_reason(error)}).") from None
-        except KeyError as error:  # PEFT 0.21 looks modules_to_save up by name
-            raise ConfigError(f"adapter: {adapter.folder} does not fit its base (it lacks {error}).") from None
-        except (ValueError, RuntimeError, NotImplementedError, AttributeError) as error:
-            if lazy and isinstance(error, RuntimeError):  # PEFT reads weights that are not there
+        except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+            if lazy:  # PEFT may have looked at weights that are not there; another error comes again with them
                 return None
+            if isinstance(error, KeyError):  # PEFT 0.21 looks modules_to_save up by name
+                raise ConfigError(f"adapter: {adapter.folder} does not fit its base (it lacks {error}).") from None
             raise ConfigError(f"adapter: {adapter.folder} does not fit its base ({short_reason(error)}).") from None
 
     # Weights of the adapters are filled in later, or now; whole base weights are kept apart.
@@ -145,7 +147,9 @@ def _attach(model: Any, adapter: SavedAdapter, name: str, lazy: bool) -> PeftMod
     if config.is_prompt_learning and config.task_type is None:
         config.task_type = "CAUSAL_LM"  # PEFT's general class leaves the virtual tokens out
     peft_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
-    wrapped = peft_class(model, config, name, low_cpu_mem_usage=lazy).eval()
+    method = PeftType(config.peft_type).value.lower()
+    with Decompositions(method, training_device(), decomposition_work(model, config)):
+        wrapped = peft_class(model, config, name, low_cpu_mem_usage=lazy).eval()
     save_all_parts(wrapped)
     return wrapped
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import OSFConfig, get_peft_model
+from peft import OSFConfig, PsoftConfig, get_peft_model
 from support import equal_tensors, tiny_model
 
 from accel_llm.adapters.decompositions import FUNCTIONS, Decompositions, decomposition_work
@@ -48,3 +48,11 @@ def test_osf_is_attached_as_by_plain_peft_and_long_work_is_announced(capsys, mon
     assert equal_tensors(*(dict(model.state_dict()) for model in models))
     said = capsys.readouterr().out
     assert said.count("method: osf decomposes the base's weights on the CPU; the first took") == 1
+
+
+def test_what_a_low_rank_decomposition_takes_is_not_guessed_from_whole_weights():
+    targets = {"target_modules": ["q_proj"], "r": 4}
+    works = [
+        decomposition_work(tiny_model("llama"), PsoftConfig(psoft_svd=how, **targets)) for how in ("full", "lowrank")
+    ]
+    assert works[0] > 0 and works[1] == 0

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from accel_llm.adapters.attach import attach_adapter
 from accel_llm.adapters.compat import read_adapter
-from accel_llm.adapters.fixed_parts import fixed_parts
+from accel_llm.adapters.fixed_parts import fixed_parts, follow_projections
 from accel_llm.adapters.saved import check_saved_adapter
 from accel_llm.config.options import TrainOptions
 from accel_llm.merge.attached import load_adapter
@@ -67,7 +67,7 @@ def test_an_adapter_of_plain_peft_without_its_factors_still_loads(tiny, tmp_path
     assert relative_distance(logits(loaded), logits(model)) < 1e-6
 
 
-def test_the_checkpoints_get_what_is_not_trained(tiny, tmp_path):
+def test_the_checkpoints_get_what_is_not_trained(tiny, tmp_path, monkeypatch):
     """A checkpoint holds the offsets too, and nothing that every machine computes alike, such as OFT's indices."""
     kinds = {
         "psoft": {"_psoft_A_cache", "_psoft_B_cache"},
@@ -76,8 +76,13 @@ def test_the_checkpoints_get_what_is_not_trained(tiny, tmp_path):
         "oft": set(),
     }
     for method, expected in kinds.items():
-        parts = fixed_parts(moved_adapter(tiny, tmp_path / method, method=method))
+        model = moved_adapter(tiny, tmp_path / method, method=method)
+        parts = fixed_parts(model)
         found = {part for name in parts for part in name.split(".") if part.startswith((f"{method}_", f"_{method}"))}
         assert found == expected and bool(parts) == bool(expected)
+        if method == "frod":  # U is computed on the training device: meta tensors have no values that could come back
+            with monkeypatch.context() as patch, pytest.raises(NotImplementedError, match="no data"):
+                patch.setattr("accel_llm.adapters.fixed_parts.training_device", lambda: torch.device("meta"))
+                follow_projections(model)
     pissa = fixed_parts(moved_adapter(tiny, tmp_path / "pissa", init_lora_weights="pissa"))
     assert pissa and all(name.endswith(".offset") for name in pissa)

@@ -344,8 +344,9 @@ def test_what_peft_cannot_adapt_in_gpt2_is_refused(gpt2):
 
 
 def test_options_that_leave_nothing_to_train_are_refused(base):
-    sentence = problem(base, "glora", method_options={"config_A_B": "none"})
-    assert sentence.startswith("method: glora with method_options {'config_A_B': 'none'} has nothing to train in the ")
+    nothing = {"config_A_B": "none", "config_C": "none", "config_D_E": "none"}
+    sentence = problem(base, "glora", method_options=nothing)
+    assert sentence.startswith(f"method: glora with method_options {nothing} has nothing to train in the layers ")
 
 
 @pytest.mark.parametrize(

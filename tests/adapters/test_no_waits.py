@@ -1,6 +1,7 @@
 """PEFT's layers without their waits compute the same bits. Which layers wait: tests/model/test_waits.py."""
 
 import copy
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from support import materialize, moved_adapter, random_rows, tiny_model
 from accel_llm.adapters import attach
 from accel_llm.adapters.adopt import adopt_adapter_options
 from accel_llm.adapters.attach import attach_adapter
+from accel_llm.adapters.no_waits import REPLACED, source_mark
 from accel_llm.config.options import TrainOptions
 from accel_llm.data.batches import collate_packed
 from accel_llm.errors import ConfigError
@@ -86,3 +88,23 @@ def test_a_file_with_infinite_weights_is_not_trained_further(base, tmp_path):
     options = adopt_adapter_options(options)
     with pytest.raises(ConfigError, match=r"cannot be trained further, because .*vblora_logits_A.* NaN or infinity"):
         attach_adapter(load_model(options), options)
+
+
+@pytest.mark.parametrize("place", REPLACED)
+def test_the_installed_peft_is_the_one_that_a_replacement_was_written_for(place):
+    """If this fails: compare PEFT's method with the one before, mend the replacement, and note the new mark."""
+    module, kind, name = place.rsplit(".", 2)
+    assert source_mark(getattr(getattr(importlib.import_module(module), kind), name)) == REPLACED[place][0]
+
+
+def test_a_method_of_another_source_is_left_alone(base, monkeypatch):
+    options = TrainOptions(model_name_or_path=str(base), method="shira", max_length=64)
+    place = "peft.tuners.shira.layer.Linear.get_delta_weight"
+    layers = []
+    for mark in (REPLACED[place][0], "another"):
+        monkeypatch.setitem(REPLACED, place, (mark, REPLACED[place][1]))
+        model = attach_adapter(load_model(options), options)
+        layers.append(next(module for module in model.modules() if hasattr(module, "shira_weight")))
+    assert ["get_delta_weight" in vars(layer) for layer in layers] == [True, False]
+    dense, sparse = (layer.get_delta_weight("default") for layer in layers)
+    assert sparse.is_sparse and not dense.is_sparse

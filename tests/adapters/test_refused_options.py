@@ -1,6 +1,7 @@
 """Options that PEFT accepts and that change nothing: refused as long as the installed PEFT still ignores them."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,32 @@ def test_an_adapter_whose_file_brings_all_weights_needs_no_first_values(without_
     saved = load_file(tmp_path / "adapter_model.safetensors")
     assert model.peft_config["default"].init_weights is False
     assert equal_tensors(get_peft_model_state_dict(model), saved)
+
+
+@pytest.mark.parametrize(
+    ("method", "made_with", "given", "remedy"),
+    [
+        ("loha", {"module_dropout": 0.1}, {"module_dropout": 0.0}, "write --method_options module_dropout=0.0, whatever "),
+        ("pvera", {"generator_seed": 3}, {"generator_seed": None}, "write --method_options generator_seed=null, whatever"),
+        ("oft", {"coft": True}, None, "was made with it, so merge it (launch/merge.py) and train a new one on the result."),
+        ("hra", {"apply_GS": True}, {}, None),
+        ("pvera", {"init_weights": False}, {}, None),
+    ],
+)  # fmt: skip
+def test_an_earlier_adapter_goes_on_or_the_user_hears_how(tmp_path, method, made_with, given, remedy):
+    """`given` are the options with which it goes on. The same option of a fresh adapter is to be left out."""
+    config_class_of(method)(task_type="CAUSAL_LM", target_modules=["q_proj"], **made_with).save_pretrained(tmp_path)
+    (tmp_path / "adapter_model.safetensors").touch()
+    if remedy:
+        with pytest.raises(ConfigError, match=re.escape(remedy)):
+            check_method(adopt_adapter_options(TrainOptions(adapter_name_or_path=str(tmp_path))))
+    if given is not None:
+        asked = TrainOptions(adapter_name_or_path=str(tmp_path), method_options=given)
+        options = adopt_adapter_options(asked)
+        check_method(options)
+        assert options.method_options == {**made_with, **given}
+    with pytest.raises(ConfigError, match="leave it out"):
+        check_method(TrainOptions(method=method, method_options=made_with))
 
 
 def change_settings(folder: Path, **settings: Any) -> None:

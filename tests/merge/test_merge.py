@@ -7,14 +7,16 @@ import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
 import torch
 from huggingface_hub import constants
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import Linear
 from safetensors.torch import load_file, save_file
-from support import materialize
+from support import equal_tensors, materialize
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from accel_llm.adapters.attach import attach_adapter
@@ -260,6 +262,25 @@ def test_a_broken_adapter_is_refused(tiny, make_adapter, tmp_path, how):
         config.write_text(json.dumps(json.loads(config.read_text()) | {"task_type": "SEQ_CLS"}))
         expected = f"adapter: {folder} does not fit its base (it lacks 'base_model.model.score.weight')."
     assert refusal(tmp_path / "merged", folder).startswith(expected)
+
+
+def test_a_method_that_looks_at_the_weights_of_its_base_gets_them(tiny, make_adapter, tmp_path, monkeypatch):
+    """A merge first tries to attach an adapter to a base without weights; a method may then fail in any way."""
+    folder, update = make_adapter(tiny), Linear.update_layer
+    expected = load_file(merged_weights(folder, tmp_path / "plain"))
+
+    def look(layer: Any, *arguments: Any, **settings: Any) -> None:
+        if layer.get_base_layer().weight.is_meta:
+            raise ValueError("the weight has no norm")
+        update(layer, *arguments, **settings)
+
+    monkeypatch.setattr(Linear, "update_layer", look)
+    assert equal_tensors(load_file(merged_weights(folder, tmp_path / "looked")), expected)
+
+
+def merged_weights(folder: Path, target: Path) -> Path:
+    merge_adapter(folder, target)
+    return target / "model.safetensors"
 
 
 def test_a_used_output_dir_is_refused_and_only_a_model_is_replaced(tiny, make_adapter, tmp_path):

@@ -55,6 +55,7 @@ def test_a_method_that_cannot_compute_on_a_model_is_refused(method, reason):
 @pytest.mark.parametrize("method", ["boft", "shira", "unilora", "frod"])
 def test_an_error_that_is_only_for_lack_of_data_refuses_nothing(method):
     assert not refusal("llama", method)
+    assert not refusal("llama", "qlora", use_dora=True)  # which reads the 4-bit weights
 
 
 @pytest.mark.long
