@@ -32,7 +32,7 @@ def avoid_waits(model: nn.Module) -> None:
             _keep_constants_on_device(layer)
         if isinstance(module, TrainableTokensLayer):
             layer.token_rows = BufferDict({name: torch.tensor(ids) for name, ids in layer.token_indices.items()})
-        for place, (source, replacement) in REPLACED.items():
+        for place, (source, replacement) in WITHOUT_WAITS.items():
             name = place.rsplit(".", 1)[1]
             own = getattr(type(module), name, None)
             same_place = inspect.isfunction(own) and f"{own.__module__}.{own.__qualname__}" == place
@@ -95,7 +95,7 @@ def _without_check(name: str) -> Any:
 
 # Methods of PEFT's layers, the mark of the source that each replacement was written for, and the replacement. BOFT, OFT
 # and PSOFT solve equations with I + S. S is skew-symmetric, so there is always a solution.
-REPLACED: dict[str, tuple[str, Callable[..., Any]]] = {
+WITHOUT_WAITS: dict[str, tuple[str, Callable[..., Any]]] = {
     "peft.tuners.boft.layer.BOFTLayer.cayley_batch": ("0901125af77910c6", _without_check("cayley_batch")),
     "peft.tuners.oft.layer.OFTRotationModule._cayley_batch": ("13e05f99edad8678", _without_check("_cayley_batch")),
     "peft.tuners.psoft.layer.OrthLayer.get_matrix": ("15266180773f26d0", _without_check("get_matrix")),

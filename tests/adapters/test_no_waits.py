@@ -12,7 +12,7 @@ from support import materialize, moved_adapter, random_rows, tiny_model
 from accel_llm.adapters import attach
 from accel_llm.adapters.adopt import adopt_adapter_options
 from accel_llm.adapters.attach import attach_adapter
-from accel_llm.adapters.no_waits import REPLACED, source_mark
+from accel_llm.adapters.no_waits import WITHOUT_WAITS, source_mark
 from accel_llm.config.options import TrainOptions
 from accel_llm.data.batches import collate_packed
 from accel_llm.errors import ConfigError
@@ -90,19 +90,19 @@ def test_a_file_with_infinite_weights_is_not_trained_further(base, tmp_path):
         attach_adapter(load_model(options), options)
 
 
-@pytest.mark.parametrize("place", REPLACED)
+@pytest.mark.parametrize("place", WITHOUT_WAITS)
 def test_the_installed_peft_is_the_one_that_a_replacement_was_written_for(place):
     """If this fails: compare PEFT's method with the one before, mend the replacement, and note the new mark."""
     module, kind, name = place.rsplit(".", 2)
-    assert source_mark(getattr(getattr(importlib.import_module(module), kind), name)) == REPLACED[place][0]
+    assert source_mark(getattr(getattr(importlib.import_module(module), kind), name)) == WITHOUT_WAITS[place][0]
 
 
 def test_a_method_of_another_source_is_left_alone(base, monkeypatch):
     options = TrainOptions(model_name_or_path=str(base), method="shira", max_length=64)
     place = "peft.tuners.shira.layer.Linear.get_delta_weight"
     layers = []
-    for mark in (REPLACED[place][0], "another"):
-        monkeypatch.setitem(REPLACED, place, (mark, REPLACED[place][1]))
+    for mark in (WITHOUT_WAITS[place][0], "another"):
+        monkeypatch.setitem(WITHOUT_WAITS, place, (mark, WITHOUT_WAITS[place][1]))
         model = attach_adapter(load_model(options), options)
         layers.append(next(module for module in model.modules() if hasattr(module, "shira_weight")))
     assert ["get_delta_weight" in vars(layer) for layer in layers] == [True, False]
