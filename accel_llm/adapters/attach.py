@@ -60,9 +60,9 @@ def attach_adapter(model: PreTrainedModel, options: TrainOptions, new_tokens: ra
     weights that are there.
 
     Raises:
-        ConfigError: the method does not fit the model, the model does not have the target modules or
-            `modules_to_save`, the new rows cannot be trained with them, or the weights of the earlier adapter do not
-            fit.
+        ConfigError: the method or its options do not fit the model or the backend, the model does not have the target
+            modules or `modules_to_save`, the new rows cannot be trained with them, or the weights of the earlier adapter
+            do not fit.
     """
     if options.method in PROMPT_METHODS:
         prompted = attach_prompt(model, options, new_tokens)
@@ -72,15 +72,8 @@ def attach_adapter(model: PreTrainedModel, options: TrainOptions, new_tokens: ra
             load_ensemble(prompted, Path(options.adapter_name_or_path))
         return prompted
     _check_module_names(model, options)
-    config = _peft_config(options)
-    choose_targets(options, config, model)
-    all_linear, others = getattr(config, "target_modules", None) == "all-linear", _parts_without_adapter(model)
+    config, all_linear = _fitted_config(model, options)
     linear = linear_names(model)
-    if all_linear:
-        others += refused_by_peft(config, model)
-        spell_out_targets(config, model)
-    fit_sizes(options, config, model, others)
-    leave_out(config, others, model)
     # Single rows of the vocabulary are trained by model/vocabulary.py.
     chosen_rows = getattr(config, "trainable_token_indices", None)
     if chosen_rows:
@@ -106,6 +99,23 @@ def attach_adapter(model: PreTrainedModel, options: TrainOptions, new_tokens: ra
     if options.adapter_name_or_path is not None:
         _load_weights(wrapped, options.adapter_name_or_path)
     return wrapped
+
+
+def _fitted_config(model: PreTrainedModel, options: TrainOptions) -> tuple[Any, bool]:
+    """Return PEFT's config with the targets and sizes that fit the model, and whether all linear layers are adapted.
+
+    Raises:
+        ConfigError: a target or a size of the user does not fit.
+    """
+    config = _peft_config(options)
+    choose_targets(options, config, model)
+    all_linear, others = getattr(config, "target_modules", None) == "all-linear", _parts_without_adapter(model)
+    if all_linear:
+        others += refused_by_peft(config, model)
+        spell_out_targets(config, model)
+    fit_sizes(options, config, model, others)
+    leave_out(config, others, model)
+    return config, all_linear
 
 
 def _add_lora(model: PreTrainedModel, options: TrainOptions, config: Any) -> Any:

@@ -213,16 +213,25 @@ def judge_gradient(cell: Cell, output: Path, work: Path) -> dict[str, float]:
     """Return the largest relative error of a weight's clipped gradient."""
     file = work / f"{cell.method}-step.safetensors"
     compute(partial(write_step, cell, work, file), file.with_suffix(".log"))
-    expected, after = load_file(file), checkpointed(output)
+    return {"gradient": largest_gradient_error(load_file(file), checkpointed(output))}
+
+
+def largest_gradient_error(expected: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> float:
+    """Return the largest relative error of a weight's gradient, which its change `after` one step tells.
+
+    Raises:
+        AssertionError: other weights are trained than expected.
+    """
     names = [name.removeprefix("gradient ") for name in expected if name.startswith("gradient ")]
     # A checkpoint also holds parts that are not trained, such as DeLoRA's norms of the base's weights.
-    assert set(names) <= after.keys(), f"{set(names) - after.keys()} are not in the checkpoint"
+    trained = after.keys() - {name.removeprefix("buffer ") for name in expected if name.startswith("buffer ")}
+    assert set(names) == trained, f"{set(names) ^ trained} on one side only"
     errors = {}
     for name in names:
         gradient, start = (expected[f"{kind} {name}"].reshape(-1) for kind in ("gradient", "start"))
         measured = (start - after[name]) / matrix.RATE
         errors[name] = float(np.linalg.norm(measured - gradient) / max(np.linalg.norm(gradient), 1e-12))
-    return {"gradient": max(errors.values())}
+    return max(errors.values())
 
 
 def write_step(cell: Cell, work: Path, file: Path) -> None:
@@ -249,7 +258,8 @@ def write_step(cell: Cell, work: Path, file: Path) -> None:
     torch.nn.utils.clip_grad_norm_(trained.values(), matrix.MAX_NORM)
     save_file(
         {f"gradient {name}": np.array(p.grad) for name, p in trained.items()}
-        | {f"start {name}": np.array(p.detach()) for name, p in trained.items()},
+        | {f"start {name}": np.array(p.detach()) for name, p in trained.items()}
+        | {f"buffer {name}": np.zeros(1) for name, _ in model.named_buffers()},
         file,
     )
 
