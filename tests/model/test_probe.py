@@ -270,6 +270,18 @@ def test_decoders_are_causal(family, dtype):
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21.2
+def test_numbers_that_are_not_finite_pass_no_check():
+    """No comparison with NaN is true, so a check must ask whether a distance is small enough."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(ConfigError, match="is not causal here"):
+        check_causality(model, "cpu", torch.float32)
+    enable_packing(model)
+    with pytest.raises(ConfigError, match="packing: true leaks"):
+        check_isolation(model, "cpu", torch.float32)
+
+
 def test_causality_is_tested_inside_wrappers_and_under_packed_attention():
     for options, causal in (({}, True), ({"is_causal": False}, False)):
         base = tiny_model("llama", **options)
