@@ -64,8 +64,8 @@ def test_methods_on_backends(tmp_path):
     """One method of each family where its kind of weight is hard: shared by layers, scales alone, prompts, rotations."""
     cells = (
         "vblora-fsdp2-fp32,tinylora-zero3-fp32,ia3-zero3-4-bit,prompt-fsdp2-fp32,oft-zero2-bf16,unilora-float64-fp32"
-    cells += ",vera-fsdp2-bf16,deft-zero2-bf16"  # matrices of its own in another dtype; products in float32 on purpose
     )
+    cells += ",vera-fsdp2-bf16,deft-zero2-bf16"  # matrices of its own in another dtype; products in float32 on purpose
     command = [sys.executable, "-W", "ignore", ROOT / "tests" / "proofs" / "backends.py", "--only", cells]
     done = subprocess.run([*command, "--work", tmp_path], capture_output=True, text=True, cwd=ROOT, timeout=500)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
