@@ -269,7 +269,6 @@ def test_decoders_are_causal(family, dtype):
     assert model.training
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21.2
 def test_numbers_that_are_not_finite_pass_no_check():
     """No comparison with NaN is true, so a check must ask whether a distance is small enough."""
     model = tiny_model("llama")
@@ -282,6 +281,7 @@ def test_numbers_that_are_not_finite_pass_no_check():
         check_isolation(model, "cpu", torch.float32)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21.2
 def test_causality_is_tested_inside_wrappers_and_under_packed_attention():
     for options, causal in (({}, True), ({"is_causal": False}, False)):
         base = tiny_model("llama", **options)
