@@ -123,19 +123,25 @@ def _moved(model: nn.Module) -> Iterator[None]:
     """
     reshard(model)
     trained: list[Any] = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    # ZeRO-3 has a share of each weight beside the weight, which is empty or whole.
-    tensors = [tensor for p in trained for tensor in (p.data, getattr(p, "ds_tensor", None)) if tensor is not None]
-    parts = [local_part(tensor) for tensor in tensors]
-    kept = [part.to("cpu", copy=True) for part in parts]
-    for number, part in enumerate(parts):
+    # Tensors, and how many of their first elements are the weight's.
+    parts = [(local_part(parameter.data), parameter.numel()) for parameter in trained]
+    for parameter in trained:
+        # ZeRO-3 has a share of each weight beside the weight, which is empty or whole. The last shares end with padding,
+        # which DeepSpeed 0.19.8 never sets: any number may stand there.
+        if (share := getattr(parameter, "ds_tensor", None)) is not None:
+            before = torch.distributed.get_rank(parameter.ds_process_group) * share.numel()
+            parts.append((share, max(0, parameter.ds_numel - before)))
+    kept = [part.to("cpu", copy=True) for part, _ in parts]
+    for number, (part, own) in enumerate(parts):
         generator = torch.Generator(part.device).manual_seed(number)
         noise = torch.randn(part.shape, generator=generator, device=part.device)
-        size = float(part.float().square().mean().sqrt()) if part.numel() else 0.0
+        weights = part.flatten()[:own].float()
+        size = float(weights.square().mean().sqrt()) if len(weights) else 0.0
         part.add_((0.01 * (size or 1.0) * noise).to(part.dtype))
     try:
         yield
     finally:
-        for part, before in zip(parts, kept, strict=True):
+        for (part, _), before in zip(parts, kept, strict=True):
             part.copy_(before)
         reshard(model)
 

@@ -66,6 +66,7 @@ def test_methods_on_backends(tmp_path):
         "vblora-fsdp2-fp32,tinylora-zero3-fp32,ia3-zero3-4-bit,prompt-fsdp2-fp32,oft-zero2-bf16,unilora-float64-fp32"
     )
     cells += ",vera-fsdp2-bf16,deft-zero2-bf16"  # matrices of its own in another dtype; products in float32 on purpose
+    cells += ",supertuning-zero3-bf16"  # an odd number of weights: the last share ends with memory that nothing sets
     command = [sys.executable, "-W", "ignore", ROOT / "tests" / "proofs" / "backends.py", "--only", cells]
     done = subprocess.run([*command, "--work", tmp_path], capture_output=True, text=True, cwd=ROOT, timeout=500)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

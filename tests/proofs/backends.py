@@ -90,10 +90,18 @@ def all_cells() -> list[Cell]:
 # --- runs ------------------------------------------------------------------------------------------------------------
 
 
+def fill_memory() -> None:
+    """Let torch fill memory that a tensor is made of with NaN, so that nothing can depend on what stood there before."""
+    import torch
+
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
 def without_noise() -> None:
-    """Let PVeRA, which samples in training, take the means instead."""
+    """As `fill_memory`, and let PVeRA, which samples in training, take the means instead."""
     from peft.tuners.pvera.layer import PveraLayer
 
+    fill_memory()
     PveraLayer._reparametrize = lambda self, mu, logvar, adapter_name: mu  # type: ignore[method-assign]
 
 
@@ -114,7 +122,7 @@ def build_run(cell: Cell, work: Path) -> Run:
     elif cell.method in resumes.OPTIONS:
         words += ["--method_options", *resumes.OPTIONS[cell.method].split()]
     strategy, processes = ("ddp" if gradient else cell.strategy), 1 if alone else 2
-    sabotage = without_noise if cell.method == "pvera" else None
+    sabotage = without_noise if cell.method == "pvera" else fill_memory
     return Run(cell.name, "sft", strategy, processes, [str(word) for word in words], output, sabotage)
 
 
