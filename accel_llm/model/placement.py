@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from accel_llm.backend.strategy import PRECISION_DTYPES, strategy, training_device
@@ -84,10 +85,14 @@ def materialize_weights(
     """Copy the weights directly in `modules` (not in submodules) from the files to `device`, in their final dtype.
 
     Frozen weights get the dtype `compute`; trained ones are float32 with `masters`, else also `compute`, and so do the
-    buffers of an adapter. The weights of 4-bit layers (see `prepare_4bit_layers`) are quantized here, unless that was done before.
+    buffers of an adapter. The weights of 4-bit layers (see `prepare_4bit_layers`) are quantized here, unless that was
+    done before.
     """
     float32 = _float32_parameter_ids(model)
     for module in modules:
+        # AdaMSS of PEFT 0.21 casts its input to the dtype that the weights had when it was attached to them.
+        if isinstance(module, BaseTunerLayer) and isinstance(vars(module).get("dtype"), torch.dtype):
+            vars(module)["dtype"] = compute
         # An adapter's buffers, such as VeRA's matrices, are multiplied by its weights. PEFT 0.21 makes them float32, and
         # DeepSpeed 0.19 and FSDP2 leave them so. FSDP2 casts trained weights in each forward pass.
         in_one_dtype = isinstance(module, BufferDict) and (not masters or strategy() == "fsdp2")
