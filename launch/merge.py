@@ -19,6 +19,7 @@ from accel_llm.config.command_line import parse_options, shell_command
 from accel_llm.config.tool_options import MergeOptions
 from accel_llm.merge.merge import MergeResult, describe_base_errors, merge
 from accel_llm.merge.model_card import push_folder
+from accel_llm.report.card import exports_scores
 from accel_llm.system.exit import run_script
 
 
@@ -53,7 +54,9 @@ def show_result(console: Console, options: MergeOptions, merged: MergeResult) ->
         console.print(f"{base} base: {sentence}")
     if "merge_base" in options.model_fields_set and options.verify != "logits":
         console.print("to measure the error of both bases, original and dequantized, add: --verify logits")
-    console.print(f"wrote {merged.folder}; ask it with: {shell_command('chat.py', model=merged.folder)}")
+    scores = exports_scores(merged.folder)
+    use = "it gives scores" if scores else f"ask it with: {shell_command('chat.py', model=merged.folder)}"
+    console.print(f"wrote {merged.folder}; {use}")
 
 
 if __name__ == "__main__":

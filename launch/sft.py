@@ -89,7 +89,7 @@ def train(
     bad_steps = BadSteps(accelerator, stream, options, start.skipped)
     batches = loop.prefetch_to_device(stream.batches(start.step), accelerator.device, stream.accumulation)
     evaluation.at_start(model, meter, start)
-    for step in range(start.step + 1, plan.total_steps + 1):
+    for step in checkpoints.steps_left(plan, evaluation):
         micro_batches = [next(batches) for _ in range(stream.accumulation)]
         targets = loop.total_targets(accelerator, micro_batches)
         losses, grad_norm = [], 0.0

@@ -33,7 +33,7 @@ from accel_llm.chat.values import (
     UNKNOWN_ROLE,
 )
 from accel_llm.config.options import TrainOptions
-from accel_llm.data.rows import ARRAYS, Origin, RowPart, Rows
+from accel_llm.data.rows import ARRAYS, RowPart, Rows, as_rows
 from accel_llm.model.loading import load_model
 from accel_llm.model.placement import materialize_weights
 from accel_llm.system.run_lock import release_locks
@@ -267,9 +267,7 @@ def make_rows(encoded: Iterable[tuple[int, list[int], list[int]]], weights: list
     for k, (number, ids, labels) in enumerate(encoded):
         part.add(array("i", ids), array("i", labels), weights[k] if weights else None, number, 0, number)
     arrays = {name: np.array(getattr(part, name), kind) for name, kind in ARRAYS.items()}
-    offsets = np.concatenate([[0], np.cumsum(arrays.pop("lengths"), dtype=np.int64)])
-    weight_values = arrays.pop("weights")
-    return Rows(**arrays, offsets=offsets, weights=weight_values if weights else None, origins=(Origin(0, "rows"),))
+    return as_rows(arrays, [(0, "rows")])
 
 
 def reset() -> None:

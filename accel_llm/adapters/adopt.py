@@ -48,6 +48,7 @@ def adopt_adapter_options(options: MethodOptions) -> Any:
     settings = read_adapter_config(folder, "adapter_name_or_path")
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise ConfigError(f"adapter_name_or_path: {name} has no {ADAPTER_WEIGHTS}; only safetensors are read.")
+    _check_task(options, settings, name)
     method = _method_of(options, settings, folder)
     _check_first_values(options, settings, method, name)
     options = options.model_copy(update={"adapter_name_or_path": str(folder), "method": method})
@@ -58,6 +59,25 @@ def adopt_adapter_options(options: MethodOptions) -> Any:
         )
     options = options.with_defaults({"prompt_ensemble": members})
     return _adopt_settings(options, settings, name)
+
+
+def _check_task(options: MethodOptions, settings: dict[str, Any], name: str) -> None:
+    """Check that the adapter has a head for scores if, and only if, the run trains one.
+
+    Raises:
+        ConfigError: it is otherwise.
+    """
+    has_head = settings.get("task_type") == "SEQ_CLS"
+    if has_head and not options.gives_scores:
+        raise ConfigError(
+            f"adapter_name_or_path: {name} is that of a reward model or a classifier, whose head gives scores and no "
+            "answers; train it further with launch/reward.py, or name another adapter."
+        )
+    if options.gives_scores and not has_head:
+        raise ConfigError(
+            f"adapter_name_or_path: {name} has no head for scores; merge it into its base (launch/merge.py), and name the "
+            "result in model_name_or_path."
+        )
 
 
 def _method_of(options: MethodOptions, settings: dict[str, Any], folder: Path) -> str:

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -152,7 +152,9 @@ def _add(model: PreTrainedModel, options: TrainOptions, config: Any) -> Any:
     given = f" with method_options {options.method_options}" if options.method_options else ""
     try:
         with Decompositions(options.method, training_device(), decomposition_work(model, config)), unset_as_nan():
-            wrapped = get_peft_model(model, copy(config))
+            wrapped = get_peft_model(model, deepcopy(config))
+            if options.gives_scores:  # PEFT 0.21 adds the names of heads, also of those that the model has not
+                wrapped.peft_config["default"].modules_to_save = list(config.modules_to_save)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever PEFT stumbles over
@@ -275,7 +277,7 @@ def _load_weights(model: Any, name: str) -> None:
             f"adapter_name_or_path: {name} cannot be trained further, because {broken[0]} holds NaN or infinity there."
         )
     if process_rank() == 0:
-        print(f"continuing from the adapter {name}; optimizer, schedule and data start from the beginning", flush=True)
+        print(f"the run begins with the adapter {name}", flush=True)
 
 
 def _check_module_names(model: PreTrainedModel, options: MethodOptions) -> None:

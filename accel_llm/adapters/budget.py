@@ -262,8 +262,13 @@ def weigh_penalty(model: PeftModel) -> None:
 def _forward_with_penalty(tuner: Any, layers: list[Any], *args: Any, **kwargs: Any) -> Any:
     output, targets = tuner.model.forward(*args, **kwargs), kwargs.get("targets")
     if tuner.training and targets:
-        coefficient = tuner.peft_config["default"].orth_reg_weight * targets["total_weight"]
-        output.loss = output.loss + coefficient * _penalty(layers)
+        weight, penalty = tuner.peft_config["default"].orth_reg_weight, _penalty(layers)
+        if (
+            "answer_ids" in targets
+        ):  # log-probabilities of answers: their loss, computed later, adds this once for a unit
+            output.balance = weight * penalty + (0.0 if output.balance is None else output.balance)
+        else:
+            output.loss = output.loss + weight * targets["total_weight"] * penalty
     return output
 
 

@@ -27,7 +27,7 @@ from accel_llm.adapters.lora_options import INIT_ROWS, looks_at_rows
 from accel_llm.adapters.sums_over_rows import corda_factors, lora_ga_factors
 from accel_llm.backend.strategy import compute_dtype
 from accel_llm.config.options import TrainOptions
-from accel_llm.data.batches import Batch, collate, to_device
+from accel_llm.data.batches import Batch, to_device
 from accel_llm.data.stream import Stream
 from accel_llm.errors import ConfigError
 from accel_llm.model.loading import short_reason
@@ -70,9 +70,8 @@ def _compute(accelerator: Accelerator, model: Any, options: TrainOptions, stream
     rows = int(options.method_options.get(INIT_ROWS) or DEFAULT_ROWS[init])
     bins = [documents for k in range(min(rows, stream.plan.bins)) if (documents := stream.documents(k))]
     if init == "eva":
-        bins = _groups_with_labels(stream, bins, bool(options.packing), model)
-    batches = [collate(stream.rows, documents, bool(options.packing), stream.pad_token_id) for documents in bins]
-    batches = [to_device(batch, accelerator.device) for batch in batches]
+        bins = _groups_with_labels(stream, bins, model)
+    batches = [to_device(stream.batch(documents), accelerator.device) for documents in bins]
     compute: Callable[..., Any] = {"eva": _eva_directions, "corda": corda_factors, "lora_ga": lora_ga_factors}[init]
     with _bare_base(accelerator, model, options.seed):
         return compute(model, batches, partial(_loss, accelerator))
@@ -125,7 +124,7 @@ def _loss(accelerator: Accelerator, model: Any, batch: Batch) -> torch.Tensor:
         return next_token_loss(model, batch)
 
 
-def _groups_with_labels(stream: Stream, bins: list[list[int]], packed: bool, model: Any) -> list[list[int]]:
+def _groups_with_labels(stream: Stream, bins: list[list[int]], model: Any) -> list[list[int]]:
     """Join neighbouring rows until each group has as many labels as EVA computes directions.
 
     Raises:
@@ -139,7 +138,7 @@ def _groups_with_labels(stream: Stream, bins: list[list[int]], packed: bool, mod
         if missing <= 0:
             groups.append([])
             missing = least
-        labels = collate(stream.rows, documents, packed, stream.pad_token_id)["num_targets"]
+        labels = stream.batch(documents)["num_targets"]
         groups[-1] += documents
         missing, total = missing - labels, total + labels
     if missing > 0 and len(groups) > 1:

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from accel_llm.config.options import ADAMW, PretrainOptions, SftOptions, TrainOptions
+from accel_llm.config.preference_options import OTHER_BETAS, DpoOptions, PreferenceOptions, RewardOptions
 from accel_llm.model.loading import load_model_config
 
 
@@ -89,6 +90,13 @@ TOGETHER = (
     ("prompt_tuning_init", "prompt_tuning_init_text"),
     ("layers", "modules", "parameters", "embeddings", "head", "norms"),
 )
+# Preferences take a part of the rate of fine-tuning, which is 2e-5 for full and 2e-4 for LoRA and QLoRA.
+# A fortieth: DPO takes 5e-7 for full (Zephyr, arXiv 2310.16944, section 4.3) and 5e-6 for QLoRA (alignment-handbook, the
+# recipe of Zephyr's authors); SimPO takes 3e-7 to 1e-6 for full (its authors' README), and LN-DPO 5e-7 (Tulu 3, arXiv
+# 2411.15124).
+# A quarter: ORPO, which fine-tunes at the same time (its authors' script for Mistral 7B, full: 5e-6).
+# A half: reward models, whose head begins at random (Llama 2, arXiv 2307.09288, section 3.2.2, full: 1e-5).
+PREFERENCE_DIVISOR, ORPO_DIVISOR, REWARD_DIVISOR = 40, 4, 2
 # Below this hidden size a model is a toy, for which usual rates mean nothing.
 LEAST_WIDTH = 1024
 # Lester et al. 2021 (arXiv 2104.08691, figure 1): a prompt comes near to full fine-tuning at billions of parameters.
@@ -129,6 +137,23 @@ def default_rate(options: TrainOptions) -> tuple[float, str]:
     Raises:
         ConfigError: the model's config, from which the rate follows, cannot be read.
     """
+    rate, source = _fine_tuning_rate(options)
+    divisor = _preference_divisor(options)
+    if divisor == 1:
+        return rate, source
+    return float(f"{rate / divisor:.3g}"), f"1/{divisor} of {rate:g} for fine-tuning: {source}"
+
+
+def _preference_divisor(options: TrainOptions) -> int:
+    """Return by how much the rate of fine-tuning is divided for the losses of the options."""
+    if isinstance(options, RewardOptions):
+        return REWARD_DIVISOR
+    if isinstance(options, DpoOptions) and {"orpo", "sft"}.issuperset(options.loss_type):
+        return ORPO_DIVISOR
+    return PREFERENCE_DIVISOR if isinstance(options, PreferenceOptions) else 1
+
+
+def _fine_tuning_rate(options: TrainOptions) -> tuple[float, str]:
     if options.method in ("lora", "qlora"):
         return _lora_rate(options, load_model_config(options))
     defaults = METHOD_DEFAULTS.get(options.method, OTHERS)
@@ -184,6 +209,12 @@ def method_notes(options: TrainOptions, config: PreTrainedConfig) -> list[str]:
                 f"learning_rate: {options.learning_rate:g} is far {side} the usual rate of method {method}, {usual:g} "
                 f"({source})."
             )
+    if isinstance(options, DpoOptions):
+        notes += [
+            f"beta: {options.beta:g} is far below the usual {usual:g} of {name}, whose rewards are means over tokens."
+            for name, usual in OTHER_BETAS.items()
+            if name in options.loss_type and options.beta < usual / 9.9
+        ]
     if method == "prompt" and _parameter_count(text) < LEAST_FOR_PROMPTS:
         notes.append(
             "method prompt: on a model of less than a billion parameters a prompt at the input learns much less than "

@@ -1,4 +1,4 @@
-"""The forward of PEFT's LoRA layers in training, with fewer operators and less memory.
+"""The forward of PEFT's LoRA layers, with fewer operators and less memory.
 
 A small model, or a large one on a fast GPU, waits for the host to launch its operators. For each adapted layer PEFT
 0.21 casts the input to float32, which autocast undoes at once, copies what a 4-bit layer returns, and scales and adds
@@ -27,10 +27,11 @@ PLAIN_LAYERS = (LoraLinear, LoraLinear4bit, LoraLinear8bit)
 
 
 def shorten_lora_forward(model: nn.Module) -> None:
-    """Let the LoRA layers of `model` compute base(x) + s B A dropout(x) in training with few operators.
+    """Let the LoRA layers of `model` compute base(x) + s B A dropout(x) with few operators.
 
-    PEFT's own forward still runs without gradients, and where a layer has several adapters or none, a merged one, DoRA
-    or a bias in B, or where its dtypes do not fit.
+    With and without gradients the sum is the same to the last bit, and 16 bits round it once: the reference of a
+    preference is computed without gradients, and compared with what training computes. PEFT's own forward still runs
+    where a layer has several adapters or none, a merged one, DoRA or a bias in B, or where its dtypes do not fit.
     """
     for layer in model.modules():
         if type(layer) in PLAIN_LAYERS:
@@ -41,7 +42,7 @@ def _forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Te
     device, kind = x.device.type, type(layer)
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
-    adapter = _plain_adapter(layer) if torch.is_grad_enabled() and not args and not kwargs else None
+    adapter = None if args or kwargs else _plain_adapter(layer)
     if adapter is None or (x.dtype != dtype and kind is not LoraLinear):
         return kind.forward(layer, x, *args, **kwargs)
     # Not by attributes: those of a module are slow, and would take as long as launching three operators.

@@ -19,6 +19,7 @@ from accel_llm.adapters.refused_options import is_refused, refused_option_proble
 from accel_llm.config.method import METHODS_BY_OPTION, METHODS_WITHOUT_ADAPTER, PROMPT_METHODS
 from accel_llm.config.options import MethodOptions, ModelOptions, PretrainOptions, TrainOptions
 from accel_llm.errors import ConfigError, raise_problems
+from accel_llm.model.classifier import HEAD
 from accel_llm.model.loading import short_reason
 
 # Methods whose names here are not PEFT's. P-tuning v2 is prefix tuning without the network that computes the prefixes.
@@ -123,6 +124,8 @@ def _check_purpose(options: MethodOptions, config_class: type[PeftConfig]) -> No
     reason = REFUSED_METHODS.get(options.method)
     if issubclass(config_class, PromptLearningConfig) and options.method not in PROMPT_METHODS:
         reason = reason or "only PEFT's own code knows where its virtual tokens go"
+    if options.gives_scores and "modules_to_save" not in option_names(config_class):
+        reason = reason or "the file of such an adapter has no place for the head of a reward model"
     if reason:
         raise ConfigError(f"method: {options.method} cannot be trained here: {reason}; give another method.")
 
@@ -180,7 +183,8 @@ def fresh_adapter_config(options: MethodOptions) -> Any:
     config_class = config_class_of(options.method)
     values = {field: getattr(options, option) for option, field in flat_options(options).items()}
     if "modules_to_save" in values:
-        values["modules_to_save"] = options.modules_to_save or None
+        whole = [*options.modules_to_save, *([HEAD] if options.gives_scores else [])]
+        values["modules_to_save"] = list(dict.fromkeys(whole)) or None
     if "progressbar" in option_names(config_class):
         values["progressbar"] = False
     if options.method in ("prefix", "p_tuning_v2"):
@@ -202,7 +206,7 @@ def fresh_adapter_config(options: MethodOptions) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", ".*will be ignored", UserWarning)  # an option without effect is an error
-            config = config_class(task_type="CAUSAL_LM", **values)
+            config = config_class(task_type="SEQ_CLS" if options.gives_scores else "CAUSAL_LM", **values)
     except ImportError as error:
         raise ConfigError(f"method: {options.method} needs another package ({short_reason(error)}).") from None
     except Exception as error:  # whatever PEFT's config class stumbles over

@@ -12,6 +12,7 @@ from accel_llm.adapters.method_options import check_method_options
 from accel_llm.config.options import MethodOptions
 from accel_llm.errors import ConfigError, raise_problems
 from accel_llm.model.attention import unwrap_causal_lm
+from accel_llm.model.classifier import score_head
 from accel_llm.model.language_part import parts_beside_language
 from accel_llm.system.launcher import process_rank
 
@@ -114,6 +115,8 @@ def _tied_note(model: nn.Module) -> str:
 def parameters_of_part(model: nn.Module, options: MethodOptions) -> set[str]:
     """Return the names of the parameters that the method trains. The model may be sharded.
 
+    The head of a model that gives scores is always among them.
+
     Raises:
         ConfigError: the model does not have what the options name.
     """
@@ -128,8 +131,10 @@ def parameters_of_part(model: nn.Module, options: MethodOptions) -> set[str]:
                 f"method: bitfit trains biases, and {type(unwrap_causal_lm(model)).__name__} has no biases; use ln_tuning "
                 "or freeze with method_options: {norms: true}."
             )
-        return biases
-    return _parameters_to_unfreeze(model, names, _freeze_options(options))
+        return biases | _with_same_weight(model, [score_head(model)])
+    return _parameters_to_unfreeze(model, names, _freeze_options(options)) | _with_same_weight(
+        model, [score_head(model)]
+    )
 
 
 def _parameters_to_unfreeze(model: nn.Module, names: list[str], chosen: FreezeOptions) -> set[str]:

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from accel_llm.config.options import MethodOptions
 from accel_llm.errors import ConfigError
+from accel_llm.model.classifier import score_head
 from accel_llm.model.experts import expert_weights
 
 # (IA)3 scales the keys, the values and the second product of the feed-forward part (Liu 2022, "Few-Shot
@@ -157,5 +158,5 @@ def spell_out_targets(config: Any, model: PreTrainedModel) -> None:
 
 
 def _head_name(model: PreTrainedModel) -> str:
-    head = model.get_output_embeddings()
+    head = score_head(model) or model.get_output_embeddings()
     return next((name.rsplit(".", 1)[-1] for name, module in model.named_modules() if module is head), "")

@@ -38,6 +38,13 @@ SHIFTED_LABELS = "labels that are not the tokens"
 IMAGES = "images"
 NOT_TO_LEARN = "an answer not to learn"
 PREFERENCE_ROW = "a preference row"
+EQUAL_ANSWERS = "chosen equals rejected"
+EQUAL_SCORES = "equal scores"
+NO_SHARED_PROMPT = "sides that share no prompt"
+NO_PREFERENCE = "not a row of preferences"
+ONE_END_TOKEN = "an end token on one side only"
+BAD_LABEL = "a label that is neither true nor false"
+BAD_MARGIN = "a bad margin"
 TOO_DEEP = "nested too deep"
 
 SUCH_AS = ", such as "  # before the example of a remark: the ledger joins remarks that differ in it alone

@@ -1,4 +1,4 @@
-"""Saves and loads checkpoints. A checkpoint folder exists complete or not at all, and a resumed run is bit-equal.
+"""Saves checkpoints and decides when. A checkpoint folder exists complete or not at all, and a resumed run is bit-equal.
 
 A checkpoint is the folder `checkpoints/step-XXXXXXXX`:
 
@@ -9,37 +9,35 @@ A checkpoint is the folder `checkpoints/step-XXXXXXXX`:
 """
 
 import contextlib
-import json
+import math
 import os
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import DistributedType
 
 from accel_llm.backend.collectives import agree_on_requests, max_over_processes, new_cpu_group, wait_for_all
-from accel_llm.checkpoint.files import check_parameter_names, open_checkpoint, write_rank_files
-from accel_llm.checkpoint.randomness import generator_states, set_generator_states
-from accel_llm.checkpoint.resume import read_rank_state, remove_obsolete_files
+from accel_llm.checkpoint.files import write_rank_files
+from accel_llm.checkpoint.load import load_run_state, load_trained_weights
+from accel_llm.checkpoint.randomness import generator_states
+from accel_llm.checkpoint.resume import remove_obsolete_files
 from accel_llm.checkpoint.shares import (
-    fill_weights,
     fixed_tensors,
-    load_fixed_tensors,
-    load_shares,
     local_shares,
     loss_scale_state,
-    refresh_model_weights,
-    set_loss_scale_state,
     share_tensors,
 )
 from accel_llm.config.command_line import resolved_options
 from accel_llm.config.options import TrainOptions
+from accel_llm.data.stream import TrainingPlan
 from accel_llm.errors import ConfigError
 from accel_llm.report.metrics import Meter
 from accel_llm.system.disk import disk_errno, disk_failure
@@ -49,7 +47,7 @@ from accel_llm.system.manifest import find_damage, find_parts, remove_folder, se
 from accel_llm.system.signals import Preempted, ignore_further_signals, signal_requests, stop_deferring_signals
 from accel_llm.system.tensors import find_nonfinite
 from accel_llm.training.bad_steps import BadSteps
-from accel_llm.training.evaluation import Evaluation, find_new_best
+from accel_llm.training.evaluation import Evaluation
 from accel_llm.training.start import Start
 
 
@@ -78,12 +76,31 @@ class Checkpoints:
 
     def resume(self) -> None:
         """Load the checkpoint that the run starts from, if any, and remove what the run replaces in `output_dir`."""
-        if self.start.folder is not None:
-            self._load(self.start.folder)
+        load_run_state(self.accelerator, self.model, self.optimizer, self.scheduler, self.start, self.options.seed)
         wait_for_all()
         if self.accelerator.is_main_process:
             remove_obsolete_files(self.start)
         wait_for_all()
+
+    def steps_left(self, plan: TrainingPlan, evaluation: Evaluation) -> Iterator[int]:
+        """Yield the numbers of the steps to take: up to the last one of `plan`, or until the run stops early."""
+        if self.start.evaluate:  # the evaluation that was interrupted, and done again now
+            self._judge(evaluation, self.start.step)
+        step = self.start.step
+        while step < plan.total_steps and not self.stops_early:
+            step += 1
+            yield step
+
+    @property
+    def stops_early(self) -> bool:
+        """Whether `early_stopping_patience` evaluations in a row had no new best."""
+        patience = self.options.early_stopping_patience
+        return patience is not None and self.best.later >= patience
+
+    def _judge(self, evaluation: Evaluation, step: int) -> None:
+        """Compare the evaluation of `step`, if there was one, with the best so far."""
+        if (metric := self.options.metric_for_best_model) and evaluation.step == step:
+            self.best = self.best.after(step, evaluation.metrics.get(metric, math.nan), metric)
 
     def when_due(self, meter: Meter, evaluation: Evaluation, bad_steps: BadSteps, step: int) -> None:
         """Save every `save_steps`, at the last step, at the best evaluation so far, and when a signal asks for it.
@@ -96,8 +113,8 @@ class Checkpoints:
         self._check_writer()
         stop, save = agree_on_requests(self.accelerator)
         # All reasons for a save: a signal, the best evaluation so far, the last step, and every save_steps.
-        best = find_new_best(self.options.metric_for_best_model, evaluation, step, self.best)
-        self.best, last = best or self.best, step == meter.plan.total_steps
+        self._judge(evaluation, step)
+        best, last = self.best.step == step, step == meter.plan.total_steps or self.stops_early
         every = self.options.save_steps
         if stop or save or best or last or (every and step % every == 0):
             signal_requests.save = False
@@ -115,37 +132,48 @@ class Checkpoints:
         """End of training: export, and then evaluate for the last time. Returns the folder of the export.
 
         The weights are exported first, because an evaluation may fail. With metric_for_best_model these are the best
-        so far; if the last ones turn out to be better, they are exported in their place.
+        so far; if the last ones turn out to be better, they are exported in their place. Why a run stopped early is
+        printed and written to run.json.
 
         Raises:
             RuntimeError: the last evaluation failed. The export is complete.
         """
         stop_deferring_signals()
         meter.close()
-        last, record = self.saved_step, meter.record
+        last, record, before = self.saved_step, meter.record, self.best
+        if last < meter.plan.total_steps:
+            self._explain_early_stop(meter, last)
         exported = self._load_best(meter)
         folder = export()
         record.update(exported_step=exported)
         if exported != last:
             self._load_weights(last)
 
-        evaluation.at_end(self.model, meter, folder)
+        evaluation.at_end(self.model, meter, folder, last)
         record.update(samples=evaluation.samples)
-        best = find_new_best(self.options.metric_for_best_model, evaluation, last, self.best)
-        if best and exported != last:
-            export()
-            record.update(exported_step=last)
-        if best and self.accelerator.is_main_process:
-            self.best = best
-            self._remove_old(self._folder(last))
+        self._judge(evaluation, last)
+        if self.best.step == last != before.step:
+            if exported != last:
+                export()
+                record.update(exported_step=last)
+            if self.accelerator.is_main_process:
+                self._remove_old(self._folder(last))
         return folder
+
+    def _explain_early_stop(self, meter: Meter, step: int) -> None:
+        total, reason = meter.plan.total_steps, self.best.describe(str(self.options.metric_for_best_model))
+        sentence = f"stopped after step {step:,} of {total:,}: {reason}"
+        meter.record.update(early_stopping=sentence)
+        self.accelerator.print(
+            f"early stopping: {sentence}; the learning rate followed the schedule of {total:,} steps"
+        )
 
     def _load_best(self, meter: Meter) -> int:
         """Load the weights of the best checkpoint so far, if there is one, and return the step of the weights."""
         # Without metric_for_best_model, or if the last checkpoint is the best one, the weights are right already.
-        if self.best is None or self.best[0] == self.saved_step:
+        if self.best.step is None or self.best.step == self.saved_step:
             return self.saved_step
-        folder = self._folder(self.best[0])
+        folder = self._folder(self.best.step)
         if problem := find_damage(folder):
             if self.accelerator.is_main_process:
                 meter.record.add_problem(
@@ -153,18 +181,17 @@ class Checkpoints:
                     f"step {self.saved_step}, the last ones."
                 )
             return self.saved_step
-        self._load_weights(self.best[0])
-        return self.best[0]
+        self._load_weights(self.best.step)
+        return self.best.step
 
     def _load_weights(self, step: int) -> None:
-        """Load only the weights of a checkpoint: there is no further step that would need the optimizer."""
-        reader = open_checkpoint(self._folder(step))
-        for share in local_shares(self.accelerator, self.model, self.optimizer):
-            fill_weights(share, reader)
-        refresh_model_weights(self.optimizer)
+        load_trained_weights(self.accelerator, self.model, self.optimizer, self._folder(step))
 
     def _folder(self, step: int) -> Path:
-        return self.folder / f"step-{step:08d}"
+        # The checkpoint that the run continues, and those before it, may be in another output_dir.
+        start = self.start.folder
+        folder = self.folder if start is None or step > self.start.step else start.parent
+        return folder / f"step-{step:08d}"
 
     # --- saving ------------------------------------------------------------------------------------------------------
 
@@ -219,7 +246,7 @@ class Checkpoints:
             "options": resolved_options(self.options),
             "identity": self.start.identity,
             "scale": loss_scale_state(self.accelerator, self.optimizer),
-            "best": self.best,
+            "best": astuple(self.best),
             "evaluate": evaluation.cut_short,
             "skipped": bad_steps.skipped,
         }
@@ -279,10 +306,10 @@ class Checkpoints:
 
     def _remove_old(self, newest: Path) -> None:
         """Remove all checkpoints but the last `save_total_limit` ones and the best one."""
-        best = self._folder(self.best[0]) if self.best else None
+        best = None if self.best.step is None else self._folder(self.best.step).name
         folders = sorted(path for path in self.folder.glob("step-*") if path.name <= newest.name)
         for path in folders[: -self.options.save_total_limit]:
-            if path != best:
+            if path.name != best:
                 remove_folder(path)
 
     def _write_in_background(self, *arguments: Any) -> None:
@@ -319,34 +346,3 @@ class Checkpoints:
                     f"checkpoints: step {step} could not be written: {DISK_ADVICE.format(reason)}"
                 ) from error
             raise
-
-    # --- loading -----------------------------------------------------------------------------------------------------
-
-    def _load(self, folder: Path) -> None:
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        # Weights and optimizer state, into the tensors that this backend has.
-        reader = open_checkpoint(folder)
-        shares = local_shares(self.accelerator, self.model, self.optimizer)
-        check_parameter_names(folder, shares, reader)
-        load_shares(shares, self.optimizer, reader)
-        load_fixed_tensors(self.accelerator, self.model, reader)
-        refresh_model_weights(self.optimizer)
-        # Everything else: learning rate, loss scale and random generators.
-        self._set_schedule(state["step"])
-        set_loss_scale_state(self.accelerator, self.optimizer, state["scale"])
-        if self.start.same_processes:
-            local = read_rank_state(folder, self.accelerator.process_index)
-            set_generator_states(local["randomness"], self.accelerator.device)
-        else:  # another number of processes cannot use the saved generators
-            set_seed(hash((self.options.seed, self.start.step)) % 2**31, device_specific=True)
-
-    def _set_schedule(self, step: int) -> None:
-        """Set the learning rates of a step. They depend only on the options and the step, so they are not saved."""
-        self.scheduler.last_epoch = step
-        rates = [
-            rate * rule(step) for rate, rule in zip(self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True)
-        ]
-        for group, rate in zip(self.scheduler.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-        # The scheduler reports these as the current rates.
-        self.scheduler._last_lr = rates

@@ -19,14 +19,17 @@ from accel_llm.checkpoint.files import open_checkpoint
 from accel_llm.config.command_line import resolved_options
 from accel_llm.config.data_options import DataOptions
 from accel_llm.config.options import RunOptions, TrainOptions
+from accel_llm.config.preference_options import PreferenceOptions
 from accel_llm.data.rows import Rows
 from accel_llm.data.sources import as_source
 from accel_llm.errors import ConfigError, raise_problems
 from accel_llm.model.fingerprint import model_fingerprint
+from accel_llm.preference.reference import reference_name
 from accel_llm.system.folders import hidden_sibling
 from accel_llm.system.launcher import process_rank
 from accel_llm.system.manifest import find_damage, remove_folder
 from accel_llm.system.run_lock import RUN_FILES
+from accel_llm.training.best import Best
 from accel_llm.training.start import Start
 
 # Options that shape the saved state: a checkpoint cannot be loaded under another value.
@@ -41,19 +44,20 @@ HARMLESS_OPTIONS = {
     "logging_steps", "save_steps", "save_total_limit", "save_async", "report_to", "run_name", "dry_run", "check_only",
     "eval_steps", "eval_on_start", "eval_generate", "per_device_eval_batch_size", "cache_dir", "trust_remote_code",
     "preprocessing_num_workers", "gradient_checkpointing", "metric_for_best_model", "max_skipped_steps", "overfit",
+    "early_stopping_patience",
     "per_device_train_batch_size", "gradient_accumulation_steps", "total_batch_size", "max_lost", "on_bad_row",
 }  # fmt: skip
 # Options that say where model and data are. A fingerprint of the content (base or data) decides, not the place.
 LOCATION_OPTIONS = {
     "model_name_or_path": "base", "config_name": "base", "revision": "base",
-    "tokenizer_name": "data", "train_files": "data", "eval_files": "data", "chat_template": "data",
+    "reference_model_name_or_path": "reference", "tokenizer_name": "data", "train_files": "data", "eval_files": "data", "chat_template": "data",
 }  # fmt: skip
 DESCRIPTIONS = {"base": ("model_name_or_path", "the model with the fingerprint"), "data": ("train_files", "the rows")}
 DATA_OPTIONS = set(DataOptions.model_fields)
 
 
 def run_identity(options: TrainOptions, rows: Rows) -> dict[str, Any]:
-    """Identify a run beyond its options: fingerprints of the model and of the rows, and the rows in a step."""
+    """Identify a run beyond its options: fingerprints of model, rows and reference, and the rows in a step."""
     # pretrain.py starts from a config instead of a model.
     config = getattr(options, "config_name", None)
     base = model_fingerprint(str(config or options.model_name_or_path), options.revision)
@@ -61,7 +65,10 @@ def run_identity(options: TrainOptions, rows: Rows) -> dict[str, Any]:
     digest = hashlib.sha256(str([as_source(source).weight for source in options.train_files]).encode())
     for array in (rows.digest, rows.offsets, rows.source):
         digest.update(np.ascontiguousarray(array).tobytes())
-    return {"base": base, "data": digest.hexdigest()[:16], "total_batch_size": rows_per_step(options)}
+    identity = {"base": base, "data": digest.hexdigest()[:16], "total_batch_size": rows_per_step(options)}
+    if isinstance(options, PreferenceOptions) and options.needs_reference:
+        identity["reference"] = reference_name(options)
+    return identity
 
 
 def find_start(accelerator: Accelerator, options: TrainOptions, rows: Rows) -> Start:
@@ -191,9 +198,10 @@ def _continue_from(fresh: Start, checkpoint: Path, options: TrainOptions) -> Sta
     # With fewer processes than before, each one adds up the sums of several.
     ranks = range(fresh.rank, state["processes"], fresh.world)
     meters = [read_rank_state(checkpoint, rank)["meter"] for rank in ranks]
-    # The state of a meter: four sums, and the seconds of this process, of which the maximum counts.
-    sums = [sum((meter[k] for meter in meters), 0.0) for k in range(4)]
-    seconds = max((meter[4] for meter in meters), default=0.0)
+    meters = meters or [[0.0] * len(read_rank_state(checkpoint, 0)["meter"])]
+    # The state of a meter: four sums, the seconds of this process, of which the maximum counts, and what losses measured.
+    sums = [sum(values, 0.0) for values in zip(*meters, strict=True)]
+    seconds = max(meter[4] for meter in meters)
     start = replace(
         fresh,
         folder=checkpoint,
@@ -201,15 +209,21 @@ def _continue_from(fresh: Start, checkpoint: Path, options: TrainOptions) -> Sta
         rows=state["rows"],
         saved=open_checkpoint(checkpoint).parameter_sizes(),
         same_processes=state["processes"] == fresh.world,
-        meter=(*sums, seconds),
+        meter=(*sums[:4], seconds, *sums[5:]),
         skipped=state["skipped"],
-        best=tuple(state["best"]) if state["best"] else None,
+        best=_best_so_far(state, options),
         evaluate=state["evaluate"],
         changed=tuple(changed),
     )
     if start.rank == 0:
         _print_start(start, state["processes"])
     return start
+
+
+def _best_so_far(state: dict[str, Any], options: TrainOptions) -> Best:
+    """Return the best evaluation of a checkpoint; by another metric none was compared yet."""
+    metric, before = options.metric_for_best_model, state["options"]["metric_for_best_model"]
+    return Best(*(state["best"] or ())) if metric == before else Best()
 
 
 def read_rank_state(checkpoint: Path, rank: int) -> dict[str, Any]:
@@ -240,7 +254,7 @@ def _compare_options(
     """
     now, before = resolved_options(options), state["options"]
     differ = [name for name in now if name in before and now[name] != before[name] and name not in HARMLESS_OPTIONS]
-    changed_content = {kind for kind in ("base", "data") if identity[kind] != state["identity"][kind]}
+    changed_content = {kind for kind in identity if identity[kind] != state["identity"].get(kind, identity[kind])}
     # Another path is fine as long as the content is the same.
     differ = [
         name for name in differ if LOCATION_OPTIONS.get(name) is None or LOCATION_OPTIONS[name] in changed_content
@@ -248,14 +262,22 @@ def _compare_options(
     problems = {name: (f"{before[name]!r}", f"{now[name]!r}") for name in differ}
 
     # Content that changed at the same path is named by its fingerprint, unless a changed option explains it already.
-    for kind in changed_content:
+    for kind in changed_content & DESCRIPTIONS.keys():
         if not any(LOCATION_OPTIONS.get(name) == kind or (kind == "data" and name in DATA_OPTIONS) for name in differ):
             name, description = DESCRIPTIONS[kind]
             problems[name] = (f"{description} {state['identity'][kind]}", identity[kind])
-    if state["identity"]["total_batch_size"] != identity["total_batch_size"]:
+    if "total_batch_size" in changed_content:
         problems["total_batch_size"] = (state["identity"]["total_batch_size"], identity["total_batch_size"])
 
     allowed = set(options.allow_changed) - set(FIXED_OPTIONS)
+    # What the run was compared with so far is gone: an option that decides it may have been allowed for other reasons.
+    other_reference = "reference" in changed_content and "reference_model_name_or_path" not in differ
+    if other_reference and problems.keys() <= allowed:
+        raise ConfigError(
+            f"resume_from_checkpoint: {checkpoint} was trained against another reference than this run has; give the "
+            "model, the adapter, the options of the method, precision, attention and seed that it had, or "
+            "resume_from_checkpoint: none."
+        )
     raise_problems(
         [
             f"{name}: {checkpoint} was saved with {old}, this run has {new}; give the same, "

@@ -44,6 +44,13 @@ RENAMED_OPTIONS = {
     **dict.fromkeys(["epochs", "num_epochs"], "num_train_epochs"),
     **dict.fromkeys(["per_device_batch_size", "micro_batch_size"], "per_device_train_batch_size"),
     "eval_batch_size": "per_device_eval_batch_size",
+    "early_stopping_steps": "early_stopping_patience",
+    # preferences
+    "pref_loss": "loss_type",
+    **dict.fromkeys(["pref_beta", "rl_beta", "dpo_beta"], "beta"),
+    **dict.fromkeys(["ref_model", "ref_model_name_or_path"], "reference_model_name_or_path"),
+    **dict.fromkeys(["kto_chosen_weight", "kto_desirable_weight"], "desirable_weight"),
+    **dict.fromkeys(["kto_rejected_weight", "kto_undesirable_weight"], "undesirable_weight"),
     **dict.fromkeys(["random_state", "random_seed"], "seed"),
     "wandb_name": "run_name",
 }
@@ -79,6 +86,8 @@ ABSENT_SWITCHES = {
     "xformers_attention": "attn_implementation: auto takes the best attention that is there",
     "sdp_attention": "attn_implementation: auto takes the best attention that is there; sdpa asks for it",
     "pissa_init": "give init_lora_weights: pissa",
+    "precompute_ref_log_probs": "log-probabilities of the reference are always computed once, before the first step",
+    "reference_free": "the losses simpo, orpo and cpo have no reference",
 }
 # Other trainers' switches: their values as (our option, its value), or None if the value changes nothing here.
 TRANSLATED_VALUES: dict[str, dict[str, tuple[str, str | bool] | None]] = {
@@ -157,7 +166,7 @@ ANSWERED_OPTIONS = {
     "saves_per_epoch": "save_steps sets how often checkpoints are saved; without it only the end is saved",
     "save_only_model": "a checkpoint has all that a resume needs; the export has the weights alone",
     "greater_is_better": "it follows from metric_for_best_model",
-    "early_stopping_patience": "metric_for_best_model: eval/loss keeps and exports the best checkpoint",
+    "early_stopping_threshold": "early_stopping_patience counts the evaluations that are not better at all",
     "ignore_data_skip": "a resumed run continues with the next row at once",
     "lr_scheduler_kwargs": "min_lr_rate and decay_share shape the schedule",
     "optim_args": "adam_beta1, adam_beta2, adam_epsilon and weight_decay shape the optimizer",
@@ -194,7 +203,11 @@ ANSWERED_OPTIONS = {
         ["special_tokens", "new_special_tokens", "tokens"], "add_tokens: true adds the template's control tokens"
     ),
     "split_special_tokens": "allow_special_in_text says whether control tokens in a message stay text, the default",
-    "stage": "launch/sft.py is for stage sft, launch/pretrain.py for pt",
+    **dict.fromkeys(["stage", "rl"], "launch/sft.py, pretrain.py, dpo.py, kto.py and reward.py are for one stage each"),
+    "max_prompt_length": "max_length bounds prompt and answers together, and longer rows are left out, not cut",
+    "max_completion_length": "max_length bounds prompt and answers together, and longer rows are left out, not cut",
+    "simpo_gamma_beta_ratio": "give simpo_gamma, which is this ratio times beta",
+    "pref_ftx": "rpo_alpha weighs the mean loss of chosen answers' tokens",
     "bf16": "give true or false, or use precision: auto, bf16, fp16 or fp32",
     "fp16": "give true or false, or use precision: auto, bf16, fp16 or fp32",
     "mixed_precision": "use precision: auto, bf16, fp16 or fp32",

@@ -245,7 +245,9 @@ def _check(
         options = options_class.model_validate(values)
     except ValidationError as error:
         fields = _fields(options_class)
-        errors = {str(item["loc"][0]): item for item in error.errors()}
+        # A default that follows from other options is not computed if one of them is wrong; the user gave no value.
+        given = (item for item in error.errors() if item["type"] != "default_factory_not_called")
+        errors = {str(item["loc"][0]): item for item in given}
         for name, item in errors.items():
             typed = typed_names.get(name, name)
             label = name if typed == name else f"{typed} (here {name})"
@@ -319,7 +321,9 @@ def _describe_type(annotation: Any, ranges: str = "") -> str:
     if get_origin(annotation) is dict:
         return "pairs name=value"
     if get_origin(annotation) is list:
-        return "any of " + ", ".join(get_args(args[0])) if get_origin(args[0]) is Literal else "one or several texts"
+        if get_origin(args[0]) is Literal:
+            return "any of " + ", ".join(get_args(args[0]))
+        return "one or several numbers" if args[0] is float else "one or several texts"
     if get_origin(annotation) in (Union, types.UnionType):
         return ", or ".join("none" if arg is type(None) else _describe_type(arg, ranges) for arg in args)
     if get_origin(annotation) is Annotated:  # a type of ours as one of several alternatives
@@ -338,12 +342,13 @@ def _help(options_class: type[Options], defaults: dict[str, Any]) -> str:
         inherited = {
             name for parent in group.__mro__[1:] if issubclass(parent, Options) for name in parent.model_fields
         }
-        own_fields = [(name, field) for name, field in group.model_fields.items() if name not in inherited]
+        # As the script has them: a group of its own may allow other values.
+        own_fields = [(name, options_class.model_fields[name]) for name in group.model_fields if name not in inherited]
         lines += ["", f"{(group.__doc__ or '').strip()}:"] if own_fields else []
 
         # Two parts for each: its name, and its description with values and default.
         for name, field in own_fields:
-            default = defaults.get(name, field.get_default(call_default_factory=True))
+            default = defaults.get(name, field.get_default(call_default_factory=True, validated_data={}))
             default_text = "required" if field.is_required() else f"default: {_format_default(default)}"
             text = f"{field.description}. Takes {_allowed_values(field)} ({default_text})."
             lines.append(f"  --{field.alias or name}")

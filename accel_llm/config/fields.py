@@ -235,6 +235,15 @@ Trackers = Annotated[
     list[Literal["tensorboard", "wandb", "trackio", "swanlab"]],
     BeforeValidator(_as_list, json_schema_input_type=str | list[str]),
 ]
+PairLosses = Annotated[
+    list[
+        Literal[
+            "sigmoid", "sigmoid_norm", "ipo", "hinge", "robust", "apo_zero", "apo_down", "simpo", "orpo", "cpo", "sft"
+        ]
+    ],
+    Field(min_length=1),
+    BeforeValidator(_as_list, json_schema_input_type=str | list[str]),
+]
 Precision = Annotated[
     Literal["auto", "bf16", "fp16", "fp32"],
     _accept_names(bfloat16="bf16", float16="fp16", half="fp16", float32="fp32", float="fp32"),

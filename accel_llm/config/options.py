@@ -163,6 +163,11 @@ class RunOptions(Options):
     metric_for_best_model: Literal["eval/loss", "eval/exact_match"] | None = Field(
         None, description="Keep and export the checkpoint that is best by this metric; none: export the last one"
     )
+    early_stopping_patience: int | None = Field(
+        None,
+        ge=1,
+        description="Stop after this many evaluations in a row without a new best by metric_for_best_model; none: never",
+    )
     allow_changed: Texts = Field(
         default_factory=list, description="Options that may differ from those of the checkpoint that the run continues"
     )
@@ -209,11 +214,18 @@ class RunOptions(Options):
         if isinstance(self, DataOptions) and self.train_files and not (self.eval_files or self.eval_share):
             problems += [
                 f"{name}: {getattr(self, name)} has no rows to evaluate; give eval_files or eval_share too."
-                for name in ("eval_steps", "eval_generate", "metric_for_best_model")
+                for name in ("eval_steps", "eval_generate", "metric_for_best_model", "early_stopping_patience")
                 if name in self.model_fields_set and getattr(self, name)
             ]
         if self.metric_for_best_model == "eval/exact_match" and not self.eval_generate:
             problems.append("metric_for_best_model: eval/exact_match needs generated answers; set eval_generate too.")
+        if self.early_stopping_patience and not self.metric_for_best_model:
+            problems.append(
+                "early_stopping_patience: it needs a metric to compare evaluations by; set metric_for_best_model, for "
+                "example eval/loss."
+            )
+        if self.early_stopping_patience and not self.eval_steps:
+            problems.append("early_stopping_patience: it counts evaluations during the run; set eval_steps too.")
         problems += [
             f"allow_changed: {name!r} is not an option of this script; give names that --help lists."
             for name in self.allow_changed

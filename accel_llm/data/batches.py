@@ -47,23 +47,29 @@ def collate_packed(
     count in lengths, boundaries and positions and are no labels, and what ids they have does not matter.
     `virtual_positions`, int64 [documents * virtual], are their places in the flattened rows.
     """
-    rows, weights = _with_virtual_tokens(rows, weights, virtual)
-    # Where each document starts and ends in the row.
-    lengths = np.array([len(ids) for ids, _ in rows])
-    ends = np.cumsum(lengths)
-    starts = ends - lengths
-
+    rows, weights = with_virtual_tokens(rows, weights, virtual)
+    batch = join_documents([ids for ids, _ in rows], virtual=virtual)
     # np.concatenate copies, so this does not change the labels of the caller.
     labels = np.concatenate([row_labels for _, row_labels in rows])
-    labels[starts] = IGNORED
-
+    labels[np.cumsum([0, *batch["lengths"][:-1]])] = IGNORED  # the tensors may be without data
     row_weights = None if weights is None else np.concatenate(weights)[None]
-    batch = {} if row_weights is None else {"weights": torch.from_numpy(row_weights)}
-    batch |= _targets(labels[None], row_weights) | _virtual_positions(starts, virtual)
-    return batch | {
-        "input_ids": _as_one_row(np.concatenate([ids for ids, _ in rows])),
-        "labels": _as_one_row(labels),
-        "position_ids": _as_one_row(np.arange(ends[-1]) - np.repeat(starts, lengths)),
+    batch |= {} if row_weights is None else {"weights": torch.from_numpy(row_weights)}
+    return batch | {"labels": _as_one_row(labels)} | _targets(labels[None], row_weights)
+
+
+def join_documents(documents: list[np.ndarray], first_positions: list[int] | None = None, virtual: int = 0) -> Batch:
+    """Return a packed row of documents without what the loss needs; see `collate_packed`.
+
+    `first_positions` are where the positions of each document begin, if not at 0.
+    """
+    # Where each document starts and ends in the row.
+    lengths = np.array([len(ids) for ids in documents])
+    ends = np.cumsum(lengths)
+    starts = ends - lengths
+    shifts = starts if first_positions is None else starts - first_positions
+    return _virtual_positions(starts, virtual) | {
+        "input_ids": _as_one_row(np.concatenate(documents)),
+        "position_ids": _as_one_row(np.arange(ends[-1]) - np.repeat(shifts, lengths)),
         "cu_seqlens": torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
         "max_seqlen": int(lengths.max()),
         "lengths": lengths.tolist(),
@@ -75,7 +81,7 @@ def _as_one_row(values: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(values.astype(np.int64, copy=False))[None]
 
 
-def _with_virtual_tokens(
+def with_virtual_tokens(
     rows: list[tuple[np.ndarray, np.ndarray]], weights: list[np.ndarray] | None, count: int
 ) -> tuple[list[tuple[np.ndarray, np.ndarray]], list[np.ndarray] | None]:
     """Put `count` places before each document, without labels; its first token is no label with them either."""
@@ -108,27 +114,33 @@ def collate_padded(
     batch also has `weights`, float32 [B, L]. Padding is never a label and never attended to, whatever `pad_token_id`
     is. What the batch says of targets, lengths and virtual tokens is described at `collate_packed`.
     """
-    rows, weights = _with_virtual_tokens(rows, weights, virtual)
-    # Start from tensors that are all padding.
-    shape = len(rows), max(len(ids) for ids, _ in rows)
-    input_ids, labels = np.full(shape, pad_token_id, np.int64), np.full(shape, IGNORED, np.int64)
-    attention_mask, token_weights = np.zeros(shape, np.int64), np.ones(shape, np.float32)
-
-    # Write each document over the left part of its row.
+    rows, weights = with_virtual_tokens(rows, weights, virtual)
+    batch = stack_documents([ids for ids, _ in rows], pad_token_id, virtual)
+    # Start from arrays that are all padding, and write each document over the left part of its row.
+    shape = batch["input_ids"].shape
+    labels, token_weights = np.full(shape, IGNORED, np.int64), np.ones(shape, np.float32)
     for i, (ids, row_labels) in enumerate(rows):
-        input_ids[i, : len(ids)] = ids
         labels[i, : len(ids)] = row_labels
-        attention_mask[i, : len(ids)] = 1
         if weights is not None:
             token_weights[i, : len(ids)] = weights[i]
     labels[:, 0] = IGNORED
-
-    arrays: dict[str, np.ndarray] = {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
     if weights is not None:
-        arrays["weights"] = token_weights
-    batch: Batch = {name: torch.from_numpy(values) for name, values in arrays.items()}
-    batch |= _targets(labels, arrays.get("weights")) | _virtual_positions(np.arange(len(rows)) * shape[1], virtual)
-    return batch | {"lengths": [len(ids) for ids, _ in rows]}
+        batch["weights"] = torch.from_numpy(token_weights)
+    return batch | {"labels": torch.from_numpy(labels)} | _targets(labels, None if weights is None else token_weights)
+
+
+def stack_documents(documents: list[np.ndarray], pad_token_id: int, virtual: int = 0) -> Batch:
+    """Return padded rows of documents without what the loss needs; see `collate_padded`."""
+    shape = len(documents), max(map(len, documents))
+    input_ids, attention_mask = np.full(shape, pad_token_id, np.int64), np.zeros(shape, np.int64)
+    for i, ids in enumerate(documents):
+        input_ids[i, : len(ids)] = ids
+        attention_mask[i, : len(ids)] = 1
+    return _virtual_positions(np.arange(len(documents)) * shape[1], virtual) | {
+        "input_ids": torch.from_numpy(input_ids),
+        "attention_mask": torch.from_numpy(attention_mask),
+        "lengths": [len(ids) for ids in documents],
+    }
 
 
 def to_device(batch: Batch, device: torch.device | str) -> Batch:

@@ -45,18 +45,24 @@ _LABELS = ("label", "kto_tag")  # of KTO, in TRL and ms-swift, and in LLaMA-Fact
 # What messages have to switch training off, on the row. `loss` may also be a number that somebody measured.
 _SWITCHES = ("train", "training", "trainable", "loss", "masked")
 _FACTORS = ("weight", "loss_weight", "loss_scale", "loss_mask")
+# The fields of a row of preferences that `columns` can rename, beside those of its prompt.
+PREFERENCE_FIELDS = ("chosen", "rejected", "rejected_response", "rejected_messages", *_LABELS, "responses", "scores")
+PREFERENCE_FIELDS += ("margin", "score_chosen", "score_rejected")
 _TRUTHS = {"true": True, "false": False, "desirable": True, "undesirable": False}  # as text; all cells of .csv are text
 SPECIAL_COLUMNS = _MEDIA_COLUMNS | {*_PREFERENCE_COLUMNS, *_LABELS, *_SWITCHES, *_FACTORS}
 
 
-def column_problems(columns: Mapping[str, str], data_format: DataFormat | None = None) -> list[str]:
+def column_problems(
+    columns: Mapping[str, str], data_format: DataFormat | None = None, preferences: bool = False
+) -> list[str]:
     """Return one sentence for each entry of `columns` that `data_format` (None: any format) does not know.
 
     An entry is a field and the column or key of a message that holds it, or `role:` with a name that messages have for
-    a role, and our name of it.
+    a role, and our name of it. With `preferences` the fields of rows of preferences are known, too.
     """
     formats: Iterable[DataFormat] = [data_format] if data_format else COLUMNS
     fields = list(dict.fromkeys(column for name in formats for column in COLUMNS[name]))
+    fields += PREFERENCE_FIELDS if preferences else ()
     format_text = f" of data_format {data_format}" if data_format else ""
     problems = []
     for field, column in columns.items():
@@ -79,8 +85,8 @@ class Renames(NamedTuple):
 
 
 @lru_cache
-def _read_columns(columns: tuple[tuple[str, str], ...], data_format: DataFormat | None) -> Renames:
-    problems = column_problems(dict(columns), data_format)
+def _read_columns(columns: tuple[tuple[str, str], ...], data_format: DataFormat | None, preferences: bool) -> Renames:
+    problems = column_problems(dict(columns), data_format, preferences)
     if problems:
         raise ConfigError(*problems)
     roles = {field.removeprefix(_ROLE): column for field, column in columns if field.startswith(_ROLE)}
@@ -91,7 +97,7 @@ def _read_columns(columns: tuple[tuple[str, str], ...], data_format: DataFormat 
 
 
 def rename_columns(
-    row: Mapping[str, Any], columns: Mapping[str, str], data_format: DataFormat | None
+    row: Mapping[str, Any], columns: Mapping[str, str], data_format: DataFormat | None, preferences: bool = False
 ) -> tuple[dict[str, Any], Renames, list[tuple[str, Any]]]:
     """Return the row with columns under our names, the entries of `columns`, and the columns that lost their name.
 
@@ -99,7 +105,7 @@ def rename_columns(
         ConfigError: `columns` has an entry that `data_format` does not know.
         DataError: the row lacks a column.
     """
-    renames = _read_columns(tuple(columns.items()), data_format)
+    renames = _read_columns(tuple(columns.items()), data_format, preferences)
     for field, column in renames.columns.items():
         if column not in row:
             raise DataError(
@@ -164,7 +170,7 @@ def refuse_preferences(row: Mapping[str, Any]) -> None:
     for column in _PREFERENCE_COLUMNS:
         value = row.get(column)
         if isinstance(value, str | list | dict) and not is_nothing(value):
-            problem = "a row of two answers is for preference training, not for this script"
+            problem = "a row of two answers is for launch/dpo.py (show_data.py dpo), not for this script"
             raise DataError(f"{column}: found {show_value(value)}, but {problem}", PREFERENCE_ROW)
 
 
@@ -181,7 +187,7 @@ def read_label(row: Mapping[str, Any], data_format: DataFormat) -> frozenset[str
         value = row.get(column)
         if is_nothing(value):
             continue
-        truth = _read_truth(value)
+        truth = read_truth(value)
         if isinstance(truth, (int, float)) and not isinstance(truth, bool):
             is_class = column == "label" and data_format not in ("messages", "prompt_completion")
             truth = None if is_class or column == "loss" or truth not in (0, 1) else bool(truth)
@@ -194,7 +200,7 @@ def read_label(row: Mapping[str, Any], data_format: DataFormat) -> frozenset[str
     return frozenset(used)
 
 
-def _read_truth(value: Any) -> bool | float | None:
+def read_truth(value: Any) -> bool | float | None:
     """Return the boolean or the number that a value is, perhaps as text, or None."""
     if not isinstance(value, str):
         return value if isinstance(value, (bool, int, float)) else None
@@ -208,6 +214,6 @@ def _read_truth(value: Any) -> bool | float | None:
 def _refuse_answer(column: str, value: Any) -> None:
     found = f"{column}: found {show_value(value)}, so"
     if column in _LABELS:
-        problem = "the answer is one not to learn, which is for preference training, not for this script"
+        problem = "the answer is one not to learn, which is for launch/kto.py (show_data.py kto), not for this script"
         raise DataError(f"{found} {problem}; allowed: true", NOT_TO_LEARN)
     raise DataError(f"{found} the row is not to be trained; leave it out, or remove the column", NOT_TO_LEARN)

@@ -17,6 +17,7 @@ from accel_llm.config.data_options import DataOptions
 from accel_llm.config.fields import DataFormat
 from accel_llm.data.formats import Conversation, Document, TokenizedRow, parse_row
 from accel_llm.data.ledger import TRAINED, Ledger
+from accel_llm.data.pairs import PreferenceKind, PreferenceRow
 from accel_llm.data.rows import RowPart
 from accel_llm.data.sources import RawRow
 from accel_llm.errors import DataError
@@ -64,6 +65,7 @@ class Encoder:
     labels: list[str]  # for each source: its name in the ledger
     formats: list[tuple[DataFormat | None, dict[str, str]]]  # for each source: data_format and columns
     no_template: tuple[str, str] = A_CHAT
+    preferences: PreferenceKind | None = None  # the rows are preferences; see data/encode_answers.py
 
 
 @dataclass
@@ -87,7 +89,7 @@ def encode_chunk(rows: list[SourceRow], encoder: Encoder) -> Chunk:
         try:
             parsed_rows.append((row, _encode(row, encoder, chunk)))
         except DataError as error:
-            _drop_or_raise(row, error, encoder, chunk)
+            drop_or_raise(row, error, encoder, chunk)
 
     # All documents are tokenized in one call, which is faster. The rows keep their order.
     texts = [parsed.text for _, parsed in parsed_rows if isinstance(parsed, Document)]
@@ -113,25 +115,48 @@ def _encode(row: SourceRow, encoder: Encoder, chunk: Chunk) -> list[EncodedRow] 
     else:
         rows = _encode_conversation(parsed, template, encoder.options, encoder.labels[row.source], chunk)
 
-    # Count what the row says and nothing reads.
+    note_unused(ledger, parsed)
+    return rows
+
+
+def note_unused(ledger: Ledger, parsed: Conversation | Document | TokenizedRow | PreferenceRow) -> None:
+    """Count what a row says and nothing reads, and the remarks on it."""
     ledger.characters += parsed.characters
     for name, values in parsed.unused:
         ledger.leave_unused(name, values)
     for sentence in parsed.remarks:
         ledger.remark(sentence)
-    return rows
 
 
 def _encode_conversation(
     conversation: Conversation, template: Template, options: DataOptions, label: str, chunk: Chunk
 ) -> list[EncodedRow]:
     """Encode one conversation, and note in the ledger whatever the template did not write as the row has it."""
+    encoding = apply_template(conversation, template, options)
+    note_encoding(encoding, conversation, template, options, chunk)
+    if not encoding.rows:
+        chunk.ledger.read(label)
+        chunk.ledger.count(label, NOTHING_TRAINED)
+    return encoding.rows
+
+
+def note_encoding(
+    encoding: EncodedConversation,
+    conversation: Conversation,
+    template: Template,
+    options: DataOptions,
+    chunk: Chunk,
+    may_split: bool = True,
+) -> None:
+    """Note in the ledger whatever the template did not write as the row has it, and count the turns.
+
+    Without `may_split` no advice is given to split the conversation.
+    """
     ledger = chunk.ledger
-    encoding = _apply_template(conversation, template, options)
     for reason, turns in encoding.lost.items():
         ledger.skip_turns(reason, turns)
     if encoding.lost:
-        _try_remedies(conversation, template, options, ledger)
+        _try_remedies(conversation, template, options, ledger, may_split)
     for kind in encoding.left_out:
         ledger.left_out[kind] += 1
     if len(encoding.rows) > 1:
@@ -148,13 +173,9 @@ def _encode_conversation(
         ledger.remark(RENDERED_REMARK)
 
     chunk.turns += sum([message["role"] == "assistant" for message in conversation.messages])
-    if not encoding.rows:
-        ledger.read(label)
-        ledger.count(label, NOTHING_TRAINED)
-    return encoding.rows
 
 
-def _apply_template(
+def apply_template(
     conversation: Conversation, template: Template, options: DataOptions, variables: dict[str, Any] | None = None
 ) -> EncodedConversation:
     """Encode a conversation as the options say; `variables` are further variables for the template."""
@@ -169,13 +190,15 @@ def _apply_template(
     )
 
 
-def _try_remedies(conversation: Conversation, template: Template, options: DataOptions, ledger: Ledger) -> None:
+def _try_remedies(
+    conversation: Conversation, template: Template, options: DataOptions, ledger: Ledger, may_split: bool
+) -> None:
     """Count the settings that would train every turn of a conversation of which some turns are lost."""
     if ledger.tried >= TRIED_PER_CHUNK:
         return
     ledger.tried += 1
     settings: list[tuple[str, dict[str, Any], dict[str, Any]]] = [  # name, options, variables
-        ("split_turns: auto", {"split_turns": "auto"}, {}),
+        *([("split_turns: auto", {"split_turns": "auto"}, {})] if may_split else []),
         ("open_thought: close", {"open_thought": "close"}, {}),
         ("open_thought: history", {"open_thought": "history"}, {}),
     ]
@@ -184,13 +207,13 @@ def _try_remedies(conversation: Conversation, template: Template, options: DataO
             settings.append((f"chat_template_kwargs: {name}={str(value).lower()}", {}, {name: value}))
     for sentence, changes, variables in settings:
         try:
-            encoding = _apply_template(conversation, template, options.model_copy(update=changes), variables)
+            encoding = apply_template(conversation, template, options.model_copy(update=changes), variables)
         except DataError:
             continue
         ledger.remedies[sentence] += not encoding.lost
 
 
-def _drop_or_raise(row: SourceRow, error: DataError, encoder: Encoder, chunk: Chunk) -> None:
+def drop_or_raise(row: SourceRow, error: DataError, encoder: Encoder, chunk: Chunk) -> None:
     """Treat a bad row as `on_bad_row` says.
 
     Raises:
@@ -235,7 +258,7 @@ def _add_row(chunk: Chunk, row: SourceRow, encoded: EncodedRow, encoder: Encoder
 
     # A row that fits is added whole.
     id_array = array("i", ids)
-    digest = int.from_bytes(hashlib.blake2b(id_array, digest_size=8).digest(), "little")
+    digest = hash_tokens(id_array)
     if length <= options.max_length - options.virtual_tokens:
         chunk.part.add(id_array, array("i", labels), weights, row.row.number, row.origin, digest)
         ledger.count(label, TRAINED, 1, supervised, length - supervised)
@@ -264,6 +287,11 @@ def _add_row(chunk: Chunk, row: SourceRow, encoded: EncodedRow, encoder: Encoder
         context += end - start - _count_labels(labels[start:end])
     ledger.count(label, TRAINED, 1, trained, context)
     ledger.count(label, f"cut: {too_long}", 0, supervised - trained, length - supervised - context)
+
+
+def hash_tokens(ids: array) -> int:
+    """Return a 64-bit hash of token ids, by which equal rows are found."""
+    return int.from_bytes(hashlib.blake2b(ids, digest_size=8).digest(), "little")
 
 
 def _count_labels(labels: list[int]) -> int:

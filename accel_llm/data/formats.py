@@ -69,10 +69,10 @@ class Document(NamedTuple):
     remarks: tuple[str, ...] = ()
 
 
-_NO_RENAMES = Renames({}, {}, ROLES)
+NO_RENAMES = Renames({}, {}, ROLES)
 # Columns that are used if they hold text and nothing else of the row has their place.
 _SYSTEM_COLUMNS = ("system", "system_prompt", "system_message")
-_REASONING_COLUMNS = ("reasoning_content", "reasoning", "thinking")
+REASONING_COLUMNS = ("reasoning_content", "reasoning", "thinking")
 JOINED_CONTEXT = "the column context was joined to the question, as alpaca's input is."
 _RESERVED_VARIABLES = ("messages", "tools", "add_generation_prompt")
 
@@ -97,7 +97,7 @@ def parse_row(
         ConfigError: `columns` names an unknown field.
     """
     characters = count_characters(row)
-    renames, overwritten = _NO_RENAMES, []
+    renames, overwritten = NO_RENAMES, []
     if columns:
         row, renames, overwritten = rename_columns(row, columns, data_format)
     shape, labels = find_shape(row, data_format)
@@ -195,7 +195,7 @@ def _add_columns(
         _join_to_question(messages, context)
         findings.remark(JOINED_CONTEXT)
         left.discard("context")
-    if reasoning := _first_text(row, _REASONING_COLUMNS, None, left):
+    if reasoning := _first_text(row, REASONING_COLUMNS, None, left):
         messages[-1]["reasoning_content"] = messages[-1]["thinking"] = reasoning
 
 
@@ -236,7 +236,7 @@ def _read_prompt_and_completion(
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, list):
         turns = rename_keys(prompt, "prompt", renames.keys, findings)
-        messages = [_as_context(m) for m in read_messages(turns, "prompt", reads, renames.roles, findings)]
+        messages = [as_context(m) for m in read_messages(turns, "prompt", reads, renames.roles, findings)]
         _check_context(turns, renames.roles, findings)
     else:
         messages: list[Message] = [{"role": "user", "content": read_text(row, "prompt")}]
@@ -249,7 +249,7 @@ def _read_prompt_and_completion(
     return messages + answers
 
 
-def _as_context(message: Message) -> Message:
+def as_context(message: Message) -> Message:
     """Return the message so that it is not trained."""
     if message["role"] != "assistant":
         return message

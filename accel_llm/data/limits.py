@@ -8,8 +8,10 @@ from accel_llm.data.ledger import Ledger, is_lost
 from accel_llm.errors import ConfigError
 
 
-def check_lost_share(ledger: Ledger, lengths: dict[str, int], options: DataOptions) -> None:
+def check_lost_share(ledger: Ledger, lengths: dict[str, int], options: DataOptions, may_cut: bool = True) -> None:
     """Check that at most `max_lost` of the rows and of the supervised tokens are lost. `lengths`: percentile -> tokens.
+
+    `may_cut`: the rows may be shortened.
 
     Raises:
         ConfigError: more would be lost; the message names the reasons and a remedy.
@@ -29,10 +31,12 @@ def check_lost_share(ledger: Ledger, lengths: dict[str, int], options: DataOptio
 
     if lost.keys() == {NOTHING_TRAINED}:
         remedy = _advise(ledger) if ledger.tried else "look at train_on, chat_template and the rows themselves"
+    elif ledger.examples and not any("longer than" in name for name in lost):
+        remedy = f"for example {next(iter(ledger.examples.values()))[0]}; mend such rows"
     else:
         remedy = (
             f"half of the rows have at most {lengths['50']:,} tokens, 95% {lengths['95']:,}, 99% {lengths['99']:,}, "
-            f"the longest {lengths['100']:,}; raise max_length, set overlong: truncate or split"
+            f"the longest {lengths['100']:,}; raise max_length{', set overlong: truncate or split' if may_cut else ''}"
         )
     raise ConfigError(
         f"max_lost: {rows:.1%} of the rows and {supervised:.1%} of the supervised tokens would be lost; allowed is "

@@ -21,16 +21,19 @@ from transformers import PreTrainedTokenizerFast
 from accel_llm.chat.template import Template
 from accel_llm.config.data_options import DataOptions
 from accel_llm.config.fields import DataFormat, Source
+from accel_llm.data.answers import Pairs, as_units, count_labels
 from accel_llm.data.columns import column_problems
 from accel_llm.data.encode import A_CHAT, Chunk, Encoder, SourceRow, encode_chunk
+from accel_llm.data.encode_answers import encode_answer_chunk, preference_problems
 from accel_llm.data.ledger import TRAINED, Ledger
 from accel_llm.data.limits import check_left_out, check_lost_share, check_lost_turns, describe_losses
 from accel_llm.data.order import mix_sources
+from accel_llm.data.pairs import PreferenceKind
 from accel_llm.data.rows import Rows, RowWriter, cache_folder, cached_rows, load_rows
 from accel_llm.data.sources import as_source, data_fingerprint, left_out_note, read_source, source_identity
 from accel_llm.errors import ConfigError, DataError, raise_problems
 
-CACHE_VERSION = 5  # raise it with every change of the encoding, so that no old cache is used
+CACHE_VERSION = 6  # raise it with every change of the encoding, so that no old cache is used
 ROWS_PER_CHUNK = 256  # rows that are encoded together, and sent to a worker together
 HELD_OUT = "held out"  # the bin of rows that `eval_share` takes for evaluation
 # The options that change the encoding, beside the rows themselves, the tokenizer and the template.
@@ -63,12 +66,14 @@ def encode_conversations(
     tokenizer: PreTrainedTokenizerFast,
     template: Template | None,
     no_template: tuple[str, str] = A_CHAT,
+    preferences: PreferenceKind | None = None,
 ) -> EncodedData:
     """Encode chats with `template`; the sources may also hold plain text and token ids. See `encode_sources`.
 
     `template` may be None for sources without chats; `no_template` is message and reason for a chat among them.
+    With `preferences` the rows are pairs of answers, or answers with a label.
     """
-    encoded = encode_sources(options, seed, tokenizer, template, no_template)
+    encoded = encode_sources(options, seed, tokenizer, template, no_template, preferences)
     if template and template.turn_end is None:
         encoded.ledger.note(NO_TURN_END_NOTE)
     if template and "strftime_now" in template.source:
@@ -89,13 +94,14 @@ def encode_sources(
     tokenizer: PreTrainedTokenizerFast,
     template: Template | None,
     no_template: tuple[str, str] = A_CHAT,
+    preferences: PreferenceKind | None = None,
 ) -> EncodedData:
     """Encode the training and evaluation sources, or load them from the cache.
 
     Raises:
         DataError: a source or row cannot be used, or no row is left to train or to evaluate on.
-        ConfigError: more than `max_lost` of the rows, supervised tokens or turns would be lost, or `columns` names an
-            unknown field.
+        ConfigError: more than `max_lost` of the rows, supervised tokens or turns would be lost, `columns` names an
+            unknown field, or an option has no meaning for `preferences`.
     """
     # Check the options that need no data.
     train, evaluation = ([as_source(place) for place in places] for places in (options.train_files, options.eval_files))
@@ -103,13 +109,15 @@ def encode_sources(
         (source.data_format or options.data_format, {**options.columns, **source.columns})
         for source in (*train, *evaluation)
     ]
-    problems = [problem for data_format, columns in formats for problem in column_problems(columns, data_format)]
+    problems = preference_problems(options) if preferences else []
+    for data_format, columns in formats:
+        problems += column_problems(columns, data_format, bool(preferences))
     raise_problems(list(dict.fromkeys(problems)))
 
     # Encode, or load the rows from the cache.
     labels = [source.label for source in (*train, *evaluation)]
-    encoder = Encoder(options, tokenizer, template, labels, formats, no_template)
-    key = _cache_key(options, seed, tokenizer, template, train, evaluation)
+    encoder = Encoder(options, tokenizer, template, labels, formats, no_template, preferences)
+    key = _cache_key(encoder, seed, train, evaluation)
     parts, facts = cached_rows(cache_folder(options) / key, partial(_encode_into, encoder, seed, train, evaluation))
 
     # Check that enough is left.
@@ -118,7 +126,7 @@ def encode_sources(
     for note in filter(None, map(left_out_note, (*train, *evaluation))):
         ledger.note(note)
     check_left_out(ledger, options)
-    check_lost_share(ledger, facts["lengths"], options)
+    check_lost_share(ledger, facts["lengths"], options, may_cut=not preferences)
     check_lost_turns(ledger, facts["turns"], options)
     if not len(parts["train"]):
         labels = ", ".join(source.label for source in train)
@@ -128,11 +136,13 @@ def encode_sources(
         share = f"eval_share: {options.eval_share} (the chance of each row to be held out)"
         option = share if options.eval_share else f"eval_files: {labels}"
         raise DataError(f"{option} leaves no row to evaluate on; give more rows, or leave the option out.")
-    _note_shares(ledger, parts["train"], train, seed)
+    if (answer_labels := parts["train"].label) is not None:
+        ledger.note(count_labels(answer_labels))
+    _note_shares(ledger, as_units(parts["train"]), train, seed)
     return EncodedData(parts["train"], parts.get("eval"), ledger, key)
 
 
-def _note_shares(ledger: Ledger, rows: Rows, sources: list[Source], seed: int) -> None:
+def _note_shares(ledger: Ledger, rows: Rows | Pairs, sources: list[Source], seed: int) -> None:
     """Note the share of each source in the rows and tokens of an epoch; a source with a weight must have a row left."""
     weights, counts = [source.weight for source in sources], np.bincount(rows.source, minlength=len(sources))
     if None in weights:
@@ -155,15 +165,9 @@ def _note_shares(ledger: Ledger, rows: Rows, sources: list[Source], seed: int) -
     ledger.note(f"Mixed by weight: an epoch is {'; '.join(shares)}.")
 
 
-def _cache_key(
-    options: DataOptions,
-    seed: int,
-    tokenizer: PreTrainedTokenizerFast,
-    template: Template | None,
-    train: list[Source],
-    evaluation: list[Source],
-) -> str:
+def _cache_key(encoder: Encoder, seed: int, train: list[Source], evaluation: list[Source]) -> str:
     """Return a name made from everything that changes the encoding. The weights of sources do not change it."""
+    options, tokenizer, template = encoder.options, encoder.tokenizer, encoder.template
     places = [
         [(source.model_copy(update={"weight": None}), source_identity(source)) for source in sources]
         for sources in (train, evaluation)
@@ -176,7 +180,7 @@ def _cache_key(
     versions = CACHE_VERSION, transformers.__version__, tokenizers.__version__
     split_seed = seed if options.eval_share else None
     values = [getattr(options, name) for name in CACHE_OPTIONS]
-    return data_fingerprint(versions, tokenization, chat, places, split_seed, values)
+    return data_fingerprint(versions, tokenization, chat, places, split_seed, values, encoder.preferences)
 
 
 class _OriginNumbers(dict[tuple[int, str], int]):
@@ -213,7 +217,7 @@ def _encode_into(
         ledger.note(f"limit_rows: at most the first {options.limit_rows:,} rows were read.")
     if "eval" in ledgers:
         _note_lost_evaluation_rows(ledger, ledgers["eval"])
-        _note_common_rows(ledger, *(load_rows(folder / name, origins) for name in ledgers))
+        _note_common_rows(ledger, *(as_units(load_rows(folder / name, origins)) for name in ledgers))
 
     # Percentiles of the lengths, for the message of `check_lost_share`.
     percents = (50, 95, 99, 100)
@@ -262,7 +266,7 @@ def _note_lost_evaluation_rows(ledger: Ledger, evaluation: Ledger) -> None:
                 ledger.note(f"Evaluation, {label}: {amount['rows']:,} rows and {amount['supervised']:,} tokens {name}.")
 
 
-def _note_common_rows(ledger: Ledger, train: Rows, evaluation: Rows) -> None:
+def _note_common_rows(ledger: Ledger, train: Rows | Pairs, evaluation: Rows | Pairs) -> None:
     """Count and name evaluation rows that are also trained: they make an evaluation look better than it is."""
     common = np.flatnonzero(np.isin(evaluation.digest, train.digest))
     if len(common):
@@ -290,7 +294,7 @@ def _encode_chunks(tasks: Iterator[tuple[str, list[SourceRow]]], encoder: Encode
     first = list(itertools.islice(tasks, workers))
     tasks = itertools.chain(first, tasks)
     if len(first) <= 1:
-        yield from ((name, encode_chunk(rows, encoder)) for name, rows in tasks)
+        yield from ((name, _encode_rows(rows, encoder)) for name, rows in tasks)
         return
 
     # Not fork: this process already has threads of torch and of a process group.
@@ -325,4 +329,8 @@ def _set_worker_encoder(encoder: Encoder) -> None:
 
 
 def _encode_in_worker(rows: list[SourceRow]) -> Chunk:
-    return encode_chunk(rows, _worker_encoder)
+    return _encode_rows(rows, _worker_encoder)
+
+
+def _encode_rows(rows: list[SourceRow], encoder: Encoder) -> Chunk:
+    return encode_answer_chunk(rows, encoder) if encoder.preferences else encode_chunk(rows, encoder)

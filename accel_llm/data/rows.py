@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from filelock import FileLock
@@ -18,6 +18,9 @@ from accel_llm.system.launcher import process_rank
 
 # The arrays of a part (train or eval), each a file of plain numbers, and their type as `array` and NumPy name it.
 ARRAYS = {"input_ids": "i", "labels": "i", "weights": "f", "lengths": "i", "number": "q", "origin": "i", "digest": "Q"}
+# Those of rows of preferences, empty for others: see `Rows`.
+ARRAYS |= {"shared": "i", "label": "b", "margin": "f"}
+_OPTIONAL = ("weights", "shared", "label", "margin")
 
 
 class Origin(NamedTuple):
@@ -38,6 +41,9 @@ class RowPart:
     number: array = field(default_factory=lambda: array("q"))  # the row's number in its file, from 1
     origin: array = field(default_factory=lambda: array("i"))  # number of an Origin
     digest: array = field(default_factory=lambda: array("Q"))  # hash of the ids before any cut, to find equal rows
+    shared: array = field(default_factory=lambda: array("i"))
+    label: array = field(default_factory=lambda: array("b"))
+    margin: array = field(default_factory=lambda: array("f"))
 
     def add(
         self,
@@ -99,7 +105,8 @@ class RowWriter:
 class Rows:
     """Encoded rows in flat arrays, memory-mapped from the cache: row k has the tokens `offsets[k]:offsets[k + 1]`.
 
-    `rows[k]` returns (ids, labels) of row k, each int32 [n].
+    `rows[k]` returns (ids, labels) of row k, each int32 [n]. Of preferences, rows 2k and 2k + 1 are the chosen and the
+    rejected answer of pair k, with `shared` and `margin`; or each row is an answer with a `label`.
     """
 
     input_ids: np.ndarray  # int32 [tokens]
@@ -110,6 +117,11 @@ class Rows:
     digest: np.ndarray  # uint64 [rows], hash of the ids before any cut, to find equal rows
     weights: np.ndarray | None  # float32 [tokens], how much each label counts; None: every label counts 1
     origins: tuple[Origin, ...]
+    shared: np.ndarray | None = None  # int32 [rows], tokens with which both rows of a pair begin, before any label
+    margin: np.ndarray | None = None  # float32 [rows], how much better the chosen answer is; 0 if nothing says it
+    label: np.ndarray | None = None  # int8 [rows], 1 for a desirable answer, 0 for an undesirable one
+    reference: np.ndarray | None = None  # float64 [rows], the reference's log-probability of the labels of a row
+    rows_per_unit: ClassVar[int] = 1  # rows that stay together in packing and batches
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -142,10 +154,15 @@ class Rows:
 def load_rows(folder: Path, origins: Iterable[tuple[int, str]]) -> Rows:
     """Load the rows that a `RowWriter` wrote to `folder`; `origins` are pairs (source, file)."""
     arrays = {name: _map_file(folder / f"{name}.bin", kind) for name, kind in ARRAYS.items()}
-    offsets = np.concatenate([[0], np.cumsum(arrays.pop("lengths"), dtype=np.int64)])
-    weights = arrays.pop("weights")
-    row_origins = tuple(Origin(source, file) for source, file in origins)
-    return Rows(**arrays, offsets=offsets, weights=weights if len(weights) else None, origins=row_origins)
+    return as_rows(arrays, origins)
+
+
+def as_rows(arrays: dict[str, np.ndarray], origins: Iterable[tuple[int, str]]) -> Rows:
+    """Return rows of the arrays of ARRAYS; the optional ones may be empty."""
+    offsets = np.concatenate([[0], np.cumsum(arrays["lengths"], dtype=np.int64)])
+    columns: dict[str, Any] = {name: values for name, values in arrays.items() if name != "lengths"}
+    columns |= {name: None for name in _OPTIONAL if not len(arrays[name])}
+    return Rows(**columns, offsets=offsets, origins=tuple(Origin(source, file) for source, file in origins))
 
 
 def _map_file(path: Path, kind: str) -> np.ndarray:

@@ -43,6 +43,8 @@ _SHAPES = (
     Shape("alpaca", "instruction", "response", _PAIR | {"instruction", "input", "response"}),
     Shape("text", "text", "text", frozenset({"text"})),
 )
+# All columns that decide which shape a row has.
+SHAPE_COLUMNS = frozenset(column for shape in _SHAPES for column in shape.used) - _CHAT - {"history"}
 _SHAPES_BY_FORMAT: dict[DataFormat | None, tuple[Shape, ...]] = {
     None: _SHAPES,
     **{shape.data_format: tuple(other for other in _SHAPES if other[0] == shape.data_format) for shape in _SHAPES},

@@ -5,17 +5,20 @@ rows is a pure function of seed and epoch, so a resumed run needs no more than t
 processes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from typing import Any
 
 import numpy as np
 import torch
 
 from accel_llm.backend.strategy import accumulation_steps, rows_per_step
 from accel_llm.config.options import TrainOptions
+from accel_llm.data.answers import Pairs
 from accel_llm.data.batches import Batch, collate
 from accel_llm.data.order import arrange_epoch, mix_sources
+from accel_llm.data.packing import Bins, pack
 from accel_llm.data.rows import Rows
 from accel_llm.data.sources import as_source
 
@@ -52,6 +55,35 @@ class TrainingPlan:
         return round(min(rows, self.total_rows or rows) / self.bins, 4)
 
 
+# Makes a batch of rows, or pairs, at indices: (rows, indices, packed, pad_token_id, virtual).
+Collate = Callable[[Any, list[int], bool, int, int], Batch]
+
+
+def _packed_lengths(rows: Rows | Pairs, options: TrainOptions) -> np.ndarray:
+    """Return the tokens of each row, or pair, that count against `max_length`, int64 [n].
+
+    A pair whose prompt cannot be shared has it twice, and may be longer than `max_length`: it fills a row alone.
+    """
+    return np.minimum(rows.lengths + options.virtual_tokens * rows.rows_per_unit, options.max_length)
+
+
+def evaluation_batches(
+    rows: Rows | Pairs, options: TrainOptions, rank: int, world: int, pad_token_id: int, collate: Collate = collate
+) -> Iterator[Batch]:
+    """Yield the batches of process `rank` of `world` over all rows, or pairs, each once, on the CPU.
+
+    Each process gets the same number of batches, since weights may be sharded; one without rows left gets batches
+    without labels.
+    """
+    lengths, single = _packed_lengths(rows, options), Bins(np.arange(len(rows)), np.arange(len(rows) + 1))
+    order, offsets = pack(lengths, options.max_length) if options.packing else single
+    size, count = options.per_device_eval_batch_size, len(offsets) - 1
+    for first in range(rank * size, rank * size + -(-count // (size * world)) * size * world, size * world):
+        bins = range(first, min(first + size, count))
+        indices = [int(k) for b in bins for k in order[offsets[b] : offsets[b + 1]]]
+        yield collate(rows, indices, bool(options.packing), pad_token_id, options.virtual_tokens)
+
+
 class Stream:
     """The micro-batches of one process, from any step on, without end.
 
@@ -60,17 +92,26 @@ class Stream:
     of micro-batches only decides which process computes which row. Some slots have no row: those after the last row,
     and those of a `total_batch_size` that is no multiple of the processes. They hold two tokens without a label, which
     add nothing to a sum or a count.
+
+    The rows may be `Pairs`, which are never divided: then each index is one of a pair. `collate` makes a batch of them.
     """
 
-    def __init__(self, rows: Rows, options: TrainOptions, start: Position, pad_token_id: int):
-        self.rows, self.options = rows, options
+    def __init__(
+        self,
+        rows: Rows | Pairs,
+        options: TrainOptions,
+        start: Position,
+        pad_token_id: int,
+        collate: Collate = collate,
+    ):
+        self.rows, self.options, self.collate = rows, options, collate
         self.rank, self.world, self.pad_token_id = start.rank, start.world, pad_token_id
         self.accumulation, self.saved = accumulation_steps(options), start.saved
 
         # The rows of an epoch, and its bins; two epochs stay in memory, because a step may reach into the next one.
         weights = [as_source(place).weight for place in options.train_files]
         epoch_rows = mix_sources(rows.source, weights, options.seed)
-        lengths = rows.lengths + options.virtual_tokens
+        lengths = _packed_lengths(rows, options)
         self._arrange_epoch = lru_cache(maxsize=2)(partial(arrange_epoch, epoch_rows, lengths, options))
 
         # How many rows and steps are left from `start` on.
@@ -98,7 +139,8 @@ class Stream:
         for position in self._positions(step, micro, rank):
             # A key that no epoch has (data/order.py), because seeds are below 2**32.
             rng = np.random.Generator(np.random.Philox(key=[2**32 + self.options.seed, position]))
-            numbers += rng.integers(self.options.prompt_ensemble, size=len(self.documents(position))).tolist()
+            drawn = rng.integers(self.options.prompt_ensemble, size=len(self.documents(position)))
+            numbers += drawn.repeat(self.rows.rows_per_unit).tolist()
         return numbers
 
     def _positions(self, step: int, micro: int, rank: int) -> range:
@@ -107,11 +149,15 @@ class Stream:
         first = micro * self.world * size + rank * size
         return range(start + first, start + min(first + size, self.plan.rows_per_step))
 
+    def batch(self, indices: list[int]) -> Batch:
+        """Return the rows, or pairs, at `indices` as one batch, on the CPU."""
+        options = self.options
+        return self.collate(self.rows, indices, bool(options.packing), self.pad_token_id, options.virtual_tokens)
+
     def micro_batch(self, step: int, micro: int) -> Batch:
         """Return micro-batch `micro` of step `step` (both from 0) of this process, on the CPU."""
-        options, indices = self.options, self.row_indices(step, micro, self.rank)
-        batch = collate(self.rows, indices, bool(options.packing), self.pad_token_id, options.virtual_tokens)
-        if options.prompt_ensemble > 1:
+        batch = self.batch(self.row_indices(step, micro, self.rank))
+        if self.options.prompt_ensemble > 1:
             batch["prompt_numbers"] = torch.tensor(self.prompt_numbers(step, micro, self.rank) or [0])
         return batch
 

@@ -2,16 +2,18 @@
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from accel_llm.config.command_line import parse_options
 from accel_llm.config.options import PretrainOptions, TrainOptions
+from accel_llm.config.preference_options import AnswerOptions
 from accel_llm.data.rows import cache_folder, cache_problems
+from accel_llm.demo.preferences import demo_pairs
 from accel_llm.demo.skills import DOCUMENTS, demo_conversations, demo_documents
 from accel_llm.demo.tokenizer import build_demo_tokenizer, demo_base_config
-from accel_llm.errors import raise_problems
+from accel_llm.errors import ConfigError, raise_problems
 from accel_llm.system.disk import write_atomically
 
 TrainOptionsT = TypeVar("TrainOptionsT", bound=TrainOptions)
@@ -20,7 +22,7 @@ DEMO_BASE = Path(__file__).parents[1] / "demo_base"
 
 
 def resolve_demo(options: TrainOptionsT) -> TrainOptionsT:
-    """Replace the value `demo` by paths: the shipped base as model, generated conversations or texts as data.
+    """Replace the value `demo` by paths: the shipped base as model, and as data generated texts, conversations or pairs.
 
     Raises:
         ConfigError: the folder of the caches cannot be written.
@@ -37,20 +39,23 @@ def resolve_demo(options: TrainOptionsT) -> TrainOptionsT:
         changes["config_name"] = _write_base_config(folder / f"demo-shape-{os.getpid()}")
 
     # The data.
-    if options.train_files == [DEMO_NAME]:
-        if isinstance(options, PretrainOptions):
-            documents = ({"text": text} for text in demo_documents(0, DOCUMENTS))
-            changes["train_files"] = [_write_rows(folder / "demo-text.jsonl", documents)]
-        else:
-            changes["train_files"] = [_write_rows(folder / "demo-train.jsonl", _chats("train"))]
-    if options.eval_files == [DEMO_NAME]:
-        changes["eval_files"] = [_write_rows(folder / "demo-eval.jsonl", _chats("eval"))]
+    splits: list[tuple[str, Literal["train", "eval"]]] = [("train_files", "train"), ("eval_files", "eval")]
+    for field, split in splits:
+        if getattr(options, field) == [DEMO_NAME]:
+            changes[field] = [_write_data(folder, options, split)]
     return options.model_copy(update=changes)
 
 
-def _chats(split: Literal["train", "eval"]) -> Iterator[dict[str, Any]]:
-    """Yield the conversations of a split without the column `family`, which no training reads."""
-    return ({"messages": row["messages"]} for row in demo_conversations(split))
+def _write_data(folder: Path, options: TrainOptions, split: Literal["train", "eval"]) -> str:
+    """Write the rows of a split that the script of these options reads."""
+    if isinstance(options, PretrainOptions) and split == "train":
+        documents = ({"text": text} for text in demo_documents(0, DOCUMENTS))
+        return _write_rows(folder / "demo-text.jsonl", documents)
+    if isinstance(options, AnswerOptions):
+        return _write_rows(folder / f"demo-pairs-{split}.jsonl", demo_pairs(split))
+    # Without the column `family`, which no training reads.
+    chats = ({"messages": row["messages"]} for row in demo_conversations(split))
+    return _write_rows(folder / f"demo-{split}.jsonl", chats)
 
 
 def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> str:
@@ -71,9 +76,16 @@ def parse_options_or_demo(options_class: type[TrainOptionsT], recipe: Path, argv
     """Parse the options of a script; without a model, data and `--config` its demo `recipe` is used.
 
     Raises:
-        ConfigError: an option is unknown or has a value that is not allowed.
+        ConfigError: an option is unknown or has a value that is not allowed, or the demo goes on with an adapter that is
+            not there yet.
     """
     options = parse_options(options_class, argv)
     if "--config" not in argv and options.model_name_or_path is None and not options.train_files:
         options = parse_options(options_class, ["--config", str(recipe), *argv])
+        adapter = options.adapter_name_or_path
+        if adapter and not Path(adapter).exists():
+            raise ConfigError(
+                f"adapter_name_or_path: the demo goes on with {adapter}, which is not there; run launch/sft.py first, "
+                "without options, or name a model and data of your own."
+            )
     return resolve_demo(options)

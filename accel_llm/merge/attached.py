@@ -272,6 +272,10 @@ def check_usable(adapter: SavedAdapter) -> None:
         ConfigError: its method needs more than a text, or it was trained for another task.
     """
     kind, task = PeftType(adapter.config.peft_type).value, adapter.config.task_type
+    if task == "SEQ_CLS":
+        raise ConfigError(
+            f"adapter: {adapter.folder} is that of a reward model or a classifier, which gives scores and no answers."
+        )
     if task not in (None, "CAUSAL_LM"):
         raise ConfigError(
             f"adapter: {adapter.folder} was trained for {task}; only adapters of causal LMs can be loaded."

@@ -19,6 +19,7 @@ from accel_llm.merge.one_module import scale_module
 from accel_llm.merge.plan import plan_merge
 from accel_llm.merge.skeleton import model_class, read_model_config
 from accel_llm.merge.verify import LOGIT_BOUNDS
+from accel_llm.model.classifier import has_scores, logits_to_compare
 from accel_llm.model.loading import LOADING_ERRORS, short_reason
 from accel_llm.system.exit import run_script
 
@@ -176,8 +177,11 @@ def _sample_ids(folder: Path, model: PreTrainedModel, trust_remote_code: bool) -
 
 def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     # Encoder-decoder models need both inputs; the same ids serve for both.
-    arguments = {"decoder_input_ids": ids} if getattr(model.config, "is_encoder_decoder", False) else {}
+    encodes = getattr(model.config, "is_encoder_decoder", False)
+    arguments = {"decoder_input_ids": ids} if encodes else {}
     with torch.no_grad():
+        if has_scores(model.config) and not encodes:
+            return logits_to_compare(model.eval(), ids)
         result = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids), **arguments)
     return (result.logits if "logits" in result else result[0]).float()
 

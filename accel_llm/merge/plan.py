@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from safetensors import SafetensorError
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from accel_llm.adapters.compat import PEFT_PREFIX, SavedAdapter
 from accel_llm.config.tool_options import MergeOptions
@@ -14,6 +14,7 @@ from accel_llm.merge.four_bit import unpack_4_bits
 from accel_llm.merge.one_module import plain_module
 from accel_llm.merge.skeleton import Skeleton, build_skeleton, parameter_specs, read_model_config, saved_names
 from accel_llm.merge.tied_head import untie_head
+from accel_llm.model.classifier import score_config
 from accel_llm.model.config_file import untie
 from accel_llm.model.loading import short_reason
 from accel_llm.model.quantization import quantized_weights, round_to_4_bits
@@ -54,6 +55,9 @@ def plan_merge(
     # A base language model has no classification head; the adapter's file says how many classes there are.
     if labels := _count_labels(adapters[0]):
         config.num_labels = labels
+    if labels == 1:
+        config = score_config(config)
+        config.pad_token_id = _pad_token_id(adapters[0].folder, config.pad_token_id)
     try:
         checkpoint = open_weights(source, options.allow_pickle)
         stored_names = checkpoint.specs.keys()
@@ -117,6 +121,17 @@ def _count_labels(adapter: SavedAdapter) -> int | None:
     # The names that transformers gives to classification heads.
     heads = [f"{PEFT_PREFIX}{name}.weight" for name in ("score", "classifier", "classifier.out_proj")]
     return next((len(adapter.weights[name]) for name in heads if name in adapter.weights), None)
+
+
+def _pad_token_id(folder: Path, old: int | None) -> int | None:
+    """Return the id of the pad token of the tokenizer beside an adapter, or `old` if there is none.
+
+    transformers takes the score of a row before its padding, and must know the token that pads.
+    """
+    if not (folder / "tokenizer_config.json").is_file():
+        return old
+    new = AutoTokenizer.from_pretrained(str(folder)).pad_token_id
+    return old if new is None else new
 
 
 def _new_rows(model: PreTrainedModel, adapters: list[SavedAdapter]) -> range:

@@ -1,9 +1,9 @@
-"""Loads a causal language model and its config, after checking that everything is there and fits together."""
+"""Loads a model and its config, after checking that everything is there and fits together."""
 
 import os
 import textwrap
 from collections.abc import Iterable
-from copy import copy
+from copy import copy, deepcopy
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -14,15 +14,17 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from accel_llm.backend.strategy import compute_dtype, resolve_precision, strategy
+from accel_llm.backend.strategy import compute_dtype, strategy
 from accel_llm.config.command_line import shell_command
 from accel_llm.config.options import ModelOptions, PretrainOptions, TrainOptions
 from accel_llm.errors import ConfigError
 from accel_llm.model.attention import enable_packing, enable_padding
+from accel_llm.model.classifier import attach_scores, check_gives_reward, check_gives_tokens, model_loader, start_head
 from accel_llm.model.config_file import correct_tied_embeddings
 from accel_llm.model.file_weights import compare_with_files
 from accel_llm.model.language_part import causal_lm_loader, freeze_other_parts
 from accel_llm.model.loss import attach_loss
+from accel_llm.model.option_problems import model_option_problems
 from accel_llm.model.padding import drop_invalid_pad_ids
 from accel_llm.model.placement import quantize_layers
 from accel_llm.model.positions import position_limit, scale_by_document
@@ -52,7 +54,7 @@ OWN_IMPLEMENTATIONS: dict[str, Any] = {"attn_implementation": None, "experts_imp
 
 def model_problems(options: ModelOptions) -> list[str]:
     """Return one sentence for each problem with the model's name and options, before any file is read."""
-    problems = _option_problems(options) if isinstance(options, TrainOptions) else []
+    problems = model_option_problems(options) if isinstance(options, TrainOptions) else []
     problems += tokenizer_problems(options)
     names = {"model_name_or_path": options.model_name_or_path}
     if isinstance(options, PretrainOptions):
@@ -74,48 +76,6 @@ def tokenizer_problems(options: ModelOptions) -> list[str]:
     if name is None or not (reason := absence_reason(name, options.revision)):
         return []
     return [f"tokenizer_name: {name} {reason}; a folder with a tokenizer or a hub id (owner/name) is allowed."]
-
-
-def _option_problems(options: TrainOptions) -> list[str]:
-    """Return the problems of model options that exclude each other or do not work under the launch YAML's strategy."""
-    problems = []
-    if options.load_in_8bit and strategy() in ("zero3", "fsdp2"):
-        problems.append(
-            f"load_in_8bit: {strategy()} cannot shard 8-bit weights, of which bitsandbytes keeps whole copies; use "
-            "ddp.yaml, zero1.yaml or zero2.yaml, or load_in_4bit."
-        )
-    if options.lora_bias != "none" and (options.in_4_bits or options.load_in_8bit):
-        base = "load_in_8bit" if options.load_in_8bit else "load_in_4bit"
-        base = "method qlora" if options.method == "qlora" else base
-        problems.append(
-            f"lora_bias: {options.lora_bias} does not train with {base}, because bitsandbytes rounds the biases of its "
-            "layers at every use; give none, or hold the weights in 16 bits."
-        )
-    if options.offload_embeddings and strategy() in ("zero3", "fsdp2"):
-        problems.append(
-            f"offload_embeddings: {strategy()} shards the embedding over all processes instead; set it to false, or use "
-            "single_gpu.yaml, ddp.yaml or zero2.yaml."
-        )
-    if options.use_dora and options.in_4_bits and strategy() == "zero3":
-        problems.append(
-            "use_dora: PEFT reads whole 4-bit weights for it in each step, which ZeRO-3 has sharded; use fsdp2.yaml or "
-            "zero2.yaml, or use_dora: false."
-        )
-    if options.master_weights == "stochastic_rounding":
-        if strategy().startswith("zero"):
-            problems.append("master_weights: DeepSpeed always keeps float32 copies; use ddp.yaml or fsdp2.yaml.")
-        if resolve_precision(options) != "bf16":
-            problems.append(
-                "master_weights: stochastic_rounding is for weights in bf16, but precision is "
-                f"{resolve_precision(options)}; set precision: bf16, or master_weights: float32."
-            )
-    attention = options.attn_implementation
-    if options.packing and attention not in ("auto", "sdpa") and not attention.startswith("flash_attention"):
-        problems.append(
-            f"attn_implementation: {attention} does not keep packed documents apart; give auto or flash_attention_2, "
-            "or set packing: false."
-        )
-    return problems
 
 
 def check_model_name(name: str, field: str = "model_name_or_path", revision: str = "main") -> None:
@@ -178,6 +138,10 @@ def load_model_config(options: ModelOptions, max_length: int | None = None) -> P
     check_untrusted_config(name, "model_name_or_path", **arguments)
     config = _read_config(name, "model_name_or_path", **arguments)
     if isinstance(options, TrainOptions):
+        if options.gives_scores:
+            check_gives_reward(config, name)
+        else:
+            check_gives_tokens(config, name, "model_name_or_path")
         _check_trainable(config, options)
     limit = position_limit(config)
     if max_length is not None and limit is not None and limit < max_length:
@@ -189,10 +153,10 @@ def load_model_config(options: ModelOptions, max_length: int | None = None) -> P
     return config
 
 
-def load_model(options: TrainOptions) -> PreTrainedModel:
+def load_model(options: TrainOptions, scores: PreTrainedConfig | None = None) -> PreTrainedModel:
     """Load the causal LM with its weights still memory-mapped; `place_weights` reads them layer by layer.
 
-    Only an 8-bit base is read here; transformers quantizes it while it loads.
+    Only an 8-bit base is read here; transformers quantizes it while it loads. With `scores` see `load_complete_model`.
 
     Raises:
         ConfigError: the model cannot be loaded, weights are missing, or it cannot keep packed documents apart.
@@ -206,7 +170,7 @@ def load_model(options: TrainOptions) -> PreTrainedModel:
     if options.attn_implementation != "auto":
         arguments["attn_implementation"] = options.attn_implementation
     arguments |= {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
-    arguments["allow_pickle"] = options.allow_pickle
+    arguments |= {"allow_pickle": options.allow_pickle, "scores": scores}
 
     # While Accelerate's DeepSpeed config is set, transformers shards an empty model and reads every file on rank 0.
     unset_hf_deepspeed_config()
@@ -230,9 +194,12 @@ def load_complete_model(
     allow_pickle: bool = False,
     for_training: bool = False,
     unpack: bool = False,
+    scores: PreTrainedConfig | None = None,
     **arguments: Any,
 ) -> PreTrainedModel:
     """Load a causal LM and check that every weight came from its files; `arguments` go to `from_pretrained`.
+
+    With `scores`, a config of `score_config`, the model has a score head; one that the files lack is drawn at random.
 
     A pickle is read only with `allow_pickle`, and only if there are no safetensors. `unpack` and `for_training` unpack
     quantized weights where transformers can; `for_training` also freezes the parts that no text passes through.
@@ -252,7 +219,9 @@ def load_complete_model(
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
     # Pass the config already loaded: only then do our implementations win over `_attn_implementation` in config.json.
     hub_arguments = {"revision": revision, "trust_remote_code": trusted}
-    config = _read_config(name, field, **hub_arguments)
+    config = deepcopy(scores) or _read_config(name, field, **hub_arguments)
+    if not scores:
+        check_gives_tokens(config, name, field)
     if for_training or unpack:
         unpack_when_loaded(config)
     quantized = stored_quantization(config) is not None  # before loading, which removes this if it unpacks
@@ -260,7 +229,9 @@ def load_complete_model(
 
     # transformers' own error does not name the weights of a wrong shape; its loading report does.
     arguments |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    model, report = _load_from(causal_lm_loader(config).from_pretrained, name, field, **arguments)
+    model, report = _load_from(model_loader(config).from_pretrained, name, field, **arguments)
+    if scores:
+        start_head(model, report["missing_keys"])
     _check_complete(report, name, field)
     as_stored = not quantized and arguments.get("dtype") == "auto"
     compare_with_files(model, set(report["unexpected_keys"]), name, field, revision, as_stored)
@@ -287,6 +258,9 @@ def configure_for_training(model: PreTrainedModel, options: TrainOptions) -> Pre
         (enable_packing if options.packing else enable_padding)(model)
     if options.gradient_checkpointing:
         recompute_activations(model, options.adapter_may_draw)
+    if options.gives_scores:
+        attach_scores(model)
+        return model.train()
     tokens = [n * options.max_length for n in (options.per_device_train_batch_size, options.per_device_eval_batch_size)]
     attach_loss(model, *tokens, label_smoothing=options.label_smoothing_factor, z_loss_coef=options.z_loss_coef)
     return model.train()

@@ -36,7 +36,7 @@ def sum_of_chunks(
     head: Any = model.get_output_embeddings()
     trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
     differentiated = torch.is_grad_enabled() and (hidden.requires_grad or bool(trained))
-    if differentiated and not _needs_recomputation(head, hidden):
+    if differentiated and not needs_recomputation(head, hidden):
         loss: Any = LossInOnePass.apply(model, chunks, targets, weights, hidden, *trained)
         return loss
 
@@ -50,7 +50,7 @@ def sum_of_chunks(
     return torch.stack([checkpoint(_chunk_loss, model, *part, **settings) for part in parts]).sum()
 
 
-def _needs_recomputation(head: nn.Module, hidden: torch.Tensor) -> bool:
+def needs_recomputation(head: nn.Module, hidden: torch.Tensor) -> bool:
     """Return whether the gradient cannot be computed together with the loss.
 
     ZeRO-3 lets a gradient of the head be computed in the backward pass only. And in fp16 a gradient would lose digits
@@ -88,7 +88,7 @@ class LossInOnePass(torch.autograd.Function):
             part = slice(start, end)
             with torch.enable_grad():
                 some_hidden = hidden[part].detach().requires_grad_(gradient is not None)
-                logits = _project(model, some_hidden).float()
+                logits = project(model, some_hidden).float()
             some_weights = None if weights is None else weights[part]
             loss, by_logits = _loss_and_gradient(model, logits.detach(), targets[part], some_weights)
             losses.append(loss)
@@ -177,7 +177,7 @@ def _chunk_loss(
     model: PreTrainedModel, hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Return the loss of hidden [n, width] for targets [n], float32 []; for n = 0 it is 0, with a gradient graph."""
-    return SumOfTerms.apply(model, _project(model, hidden).float(), targets, weights)  # type: ignore
+    return SumOfTerms.apply(model, project(model, hidden).float(), targets, weights)  # type: ignore
 
 
 def sum_terms(
@@ -190,7 +190,7 @@ def sum_terms(
     return SumOfTerms.apply(model, logits, targets.clamp(min=0), weights)  # type: ignore
 
 
-def _project(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+def project(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     """Return the logits [n, vocabulary] of hidden [n, width], with the scales and caps of some families."""
     config = model.config.get_text_config()
     logits = model.get_output_embeddings()(hidden)  # type: ignore

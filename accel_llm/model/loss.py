@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils.generic import ModelOutput
 
 from accel_llm.chat.targets import IGNORED
 from accel_llm.data.batches import collate_packed, collate_padded, to_device
 from accel_llm.errors import ConfigError
 from accel_llm.model.attention import PACKED_ATTENTION, forward_arguments, stock_attention, unwrap_causal_lm
+from accel_llm.model.balance import asks_for_balance, balance_loss
+from accel_llm.model.log_probabilities import score_answers
 from accel_llm.model.logits import chunk_count, sum_of_chunks, sum_terms
 from accel_llm.model.virtual_tokens import count_virtual_tokens
 
@@ -45,8 +46,9 @@ def attach_loss(
 ) -> LossPath:
     """Replace the forward of a causal LM: with `targets` it returns the SUM of their cross-entropies and no logits.
 
-    `next_token_loss` passes them; without them the forward stays the family's own. Call this before PEFT wraps the
-    model and before `accelerator.prepare`: then the loss is computed inside the forward of DDP, DeepSpeed and FSDP2.
+    `next_token_loss` passes them; without them the forward stays the family's own, and with those of
+    `answer_log_probabilities` it returns the log-probabilities of answers. Call this before PEFT wraps the model and
+    before `accelerator.prepare`: then the loss is computed inside the forward of DDP, DeepSpeed and FSDP2.
     `tokens_per_batch` is the largest number of tokens in a micro-batch. It sets the number of chunks in which the
     vocabulary is projected; evaluation may have larger batches.
 
@@ -72,6 +74,8 @@ def attach_loss(
                 "method: PEFT's own forward has put virtual tokens before the rows of a batch; call fit_virtual_tokens on "
                 "the model, and give each document places for them (`virtual` in data/batches.py)."
             )
+        if "answer_ids" in targets:
+            return score_answers(self, *args, targets=targets, **kwargs)
         path = LOSS_PATHS[self.loss_path]  # type: ignore
         return CausalLMOutputWithPast(loss=path(self, *args, targets=targets, **kwargs))  # type: ignore
 
@@ -99,12 +103,7 @@ def _shifted(values: torch.Tensor, last: float) -> torch.Tensor:
 def _candidate_paths(model: PreTrainedModel) -> list[LossPath]:
     """Return the paths to try, in order."""
     # The family itself computes its balance loss, and a family without a separate decoder gives us no hidden states.
-    return ["stock"] if _asks_for_balance(model) or model.base_model is model else ["own", "stock"]
-
-
-def _asks_for_balance(model: PreTrainedModel) -> bool:
-    """Return whether the config asks for a loss that balances the use of the experts."""
-    return bool(getattr(model.config.get_text_config(), "output_router_logits", False))
+    return ["stock"] if asks_for_balance(model) or model.base_model is model else ["own", "stock"]
 
 
 @torch.no_grad()
@@ -180,17 +179,7 @@ def _stock_loss(model: PreTrainedModel, *args, labels: torch.Tensor, targets: di
     loss = sum_terms(model, logits, labels.index_select(1, columns).flatten(), weights)
     if not model.training:
         return loss
-    return loss + _balance_loss(model, output) * targets["total_weight"]
-
-
-def _balance_loss(model: PreTrainedModel, output: ModelOutput) -> torch.Tensor | float:
-    """Return the term that the family adds to its mean loss to balance its experts; 0 if it has none."""
-    if getattr(output, "aux_loss", None) is None:
-        return 0.0
-    holders = (model, model.config.get_text_config())
-    names = ("router_aux_loss_coef", "aux_loss_coef")  # the second one is JetMoE's
-    coefficients = [getattr(holder, name) for holder in holders for name in names if hasattr(holder, name)]
-    return coefficients[0] * output.aux_loss  # type: ignore
+    return loss + balance_loss(model, output) * targets["total_weight"]
 
 
 def _family_loss(
@@ -199,12 +188,12 @@ def _family_loss(
     """Return the reference of `check_loss`: the family's mean loss times the number of targets, no balance loss."""
     assert "weights" not in targets, "the families' own losses do not support weights"
     output = type(model).forward(model, *args, labels=labels, **kwargs)
-    if _asks_for_balance(model) and getattr(output, "aux_loss", None) is None:
+    if asks_for_balance(model) and getattr(output, "aux_loss", None) is None:
         raise ConfigError(
             f"output_router_logits: the config of the model asks for a balance loss of its experts, but "
             f"{type(model).__name__} computes none; set it to false in config.json."
         )
-    return (output.loss - _balance_loss(model, output)) * targets["total_weight"]
+    return (output.loss - balance_loss(model, output)) * targets["total_weight"]
 
 
 LOSS_PATHS = {"own": _own_loss, "stock": _stock_loss, "family": _family_loss}

@@ -10,9 +10,9 @@ def attach_neftune(model: nn.Module, alpha: float | None) -> None:
     """Add uniform noise in +-alpha / sqrt(L d) to the input embeddings in training mode (NEFTune, arXiv 2310.05914).
 
     L is the length of the token's own document, so `alpha` means the same for packed and padded batches; d is the
-    width of the embedding. Virtual tokens have no noise and do not count. L is read from the arguments of `model`'s forward: from `cu_seq_lens_q` of a packed batch,
-    else from `attention_mask`. So `model` must be the outermost module before `accelerator.prepare`, PEFT's wrapper
-    included.
+    width of the embedding. Virtual tokens have no noise and do not count, but a shared prompt does. L is read from the
+    arguments of `model`'s forward: from `cu_seq_lens_k` of a packed batch, else from `attention_mask`. So `model` must
+    be the outermost module before `accelerator.prepare`, PEFT's wrapper included.
 
     The noise comes from the device's global generator. Seed each rank differently, or all ranks draw the same noise.
     """
@@ -25,10 +25,11 @@ def attach_neftune(model: nn.Module, alpha: float | None) -> None:
     def remember_lengths(module: nn.Module, args: tuple, kwargs: dict) -> None:
         lengths.clear()
         if (boundaries := kwargs.get("cu_seq_lens_q")) is not None:
-            document_lengths = boundaries.diff()
             tokens = kwargs["input_ids"].shape[-1]
             # Giving output_size avoids a synchronization with the GPU.
-            per_token = document_lengths.repeat_interleave(document_lengths, output_size=tokens)
+            per_token = (
+                kwargs.get("cu_seq_lens_k", boundaries).diff().repeat_interleave(boundaries.diff(), output_size=tokens)
+            )
             lengths.append(per_token[None, :, None] - virtual)
         elif (mask := kwargs.get("attention_mask")) is not None:
             lengths.append(mask.sum(-1)[:, None, None] - virtual)

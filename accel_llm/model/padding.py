@@ -1,9 +1,10 @@
-"""Pad ids that a model has no row for: taken out of its config, and replaced in its tokenizer."""
+"""Pad ids that a model has no row for, or that end a text to score: taken out of its config, replaced in its tokenizer."""
 
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
+from accel_llm.data.prepare import EncodedData
 from accel_llm.system.launcher import process_rank
 
 
@@ -44,3 +45,29 @@ def fit_pad_token(tokenizer: PreTrainedTokenizerFast, config: PreTrainedConfig, 
             "takes its place, also in the exported tokenizer",
             flush=True,
         )
+
+
+def separate_pad_token(
+    tokenizer: PreTrainedTokenizerFast, config: PreTrainedConfig, data: EncodedData, turn_end: int | None
+) -> None:
+    """Give `tokenizer` another pad token if turns, or rows of `data`, end with its own; write its id into `config`.
+
+    transformers 5.24 takes the score of a row at the last token that is not the pad token of the config: in a row that
+    ends with this token it would be the score of an earlier one, without a word. Without a pad token it takes one row
+    at a time.
+    """
+    old, rows, ends = tokenizer.pad_token, embedding_rows(config), {turn_end}
+    for part in (data.train, data.eval):
+        ends |= set() if part is None else set(part.input_ids[part.offsets[1:] - 1].tolist())
+    if tokenizer.pad_token_id in ends:
+        names = (tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
+        candidates = (*names, *sorted(tokenizer.all_special_ids), *range(rows))
+        new_id = next(k for k in candidates if isinstance(k, int) and k < rows and k not in ends)
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(new_id)
+        if process_rank() == 0:
+            print(
+                f"pad token: texts to score end with {old}, which transformers would take for padding; "
+                f"{tokenizer.pad_token} (id {new_id}) takes its place, also in what is exported",
+                flush=True,
+            )
+    config.pad_token_id = tokenizer.pad_token_id

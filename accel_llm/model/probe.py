@@ -10,7 +10,15 @@ from transformers import PreTrainedConfig
 
 from accel_llm.data.batches import collate_packed, collate_padded, to_device
 from accel_llm.errors import ConfigError
-from accel_llm.model.attention import REMEDY, forward_arguments, stock_attention, unwrap_causal_lm
+from accel_llm.model.attention import (
+    PACKED_ATTENTION,
+    REMEDY,
+    forward_arguments,
+    stock_attention,
+    unwrap_causal_lm,
+)
+from accel_llm.model.balance import asks_for_balance
+from accel_llm.model.classifier import has_scores, token_states
 from accel_llm.model.virtual_tokens import count_virtual_tokens
 
 # Relative differences of logits that rounding explains, by the dtype of the matrix products (int8: an 8-bit base).
@@ -30,6 +38,8 @@ DYNAMIC_LENGTHS = ["max_position_embeddings", "original_max_seq_len", "max_seq_l
 # During the test they are 4 tokens, so documents of these lengths lie on both sides.
 SHORT_LENGTH = 4
 DOCUMENT_LENGTHS = (7, 12, 3)
+# The tokens of a shared prompt and of its two answers: all longer than that, the answers on both sides, all shorter.
+SHARED_LENGTHS = ((7, 6, 2), (2, 1, 5), (1, 2, 2))
 
 # Fields by which a config lets tokens see later ones, and the values that do it.
 SEES_LATER_TOKENS = [("use_bidirectional_attention", True), ("use_bidirectional_attention", "all")]
@@ -131,6 +141,68 @@ def check_isolation(
         )
 
 
+@torch.no_grad()
+def sharing_obstacle(
+    model: nn.Module, device: torch.device | str, dtype: torch.dtype, max_length: int | None = None
+) -> str | None:
+    """Return the reason why two answers cannot share a prompt that stands in a packed row once, or None.
+
+    Tests on the model, exactly as it will train, that shared prompts and their answers have the logits that they have
+    in documents of their own. Lengths at which the model changes its behavior are treated as in `check_isolation`:
+    where an answer's length decides how its prompt is rotated (LongRoPE), the two answers need a prompt each. Every
+    rank runs the same 2 forwards, or none.
+    """
+    inner, training = unwrap_causal_lm(model), model.training
+    if inner.config._attn_implementation != PACKED_ATTENTION:
+        return "the rows are padded"
+    if count_virtual_tokens(model):
+        return "each document begins with the virtual tokens of the method"
+    if asks_for_balance(inner):
+        return "output_router_logits asks for a balance loss, in which the tokens of the prompt would count once"
+
+    model.eval()
+    tokens = _random_documents(
+        inner.config.get_text_config().vocab_size, device, [n for k in SHARED_LENGTHS for n in k]
+    )
+    shared = list(zip(tokens[::3], tokens[1::3], tokens[2::3], strict=True))
+    documents = [torch.cat([prompt, answer]) for prompt, *answers in shared for answer in answers]
+    with narrow_lengths(model, max_length):
+        expected = _logits_together(model, documents, packed=True)
+        logits = _logits_of_shared(model, shared)
+    model.train(training)
+    expected[1::2] = [each[len(prompt) :] for each, (prompt, _, _) in zip(expected[1::2], shared, strict=True)]
+    difference = _relative_distance(logits, expected)
+    if difference <= PACKED_TOLERANCE[dtype]:
+        return None
+    return (
+        f"the logits of {type(inner).__name__} after a shared prompt and after one of their own differ by "
+        f"{difference:.1e} (relative; allowed is {PACKED_TOLERANCE[dtype]:.0e})"
+    )
+
+
+def _logits_of_shared(
+    model: nn.Module, shared: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+) -> list[torch.Tensor]:
+    """Return the logits of each prompt with its first answer, and of its second answer, all in one packed row."""
+    parts, keys, start = [], [], 0
+    for prompt, first, second in shared:
+        parts += [torch.cat([prompt, first]), second]
+        places, whole = torch.arange(start, start + len(prompt) + len(first) + len(second)), len(parts[-2])
+        keys += [places[:whole], torch.cat([places[: len(prompt)], places[whole:]])]
+        start += len(places)
+    batch = collate_packed([(part.cpu().numpy(), part.cpu().numpy()) for part in parts])
+    lengths = [len(each) for each in keys]
+    positions = [torch.arange(n)[-len(part) :] for n, part in zip(lengths, parts, strict=True)]
+    batch |= {
+        "position_ids": torch.cat(positions)[None],
+        "key_positions": torch.cat(keys),
+        "key_lengths": lengths,
+        "cu_seqlens_k": torch.tensor([0, *lengths]).cumsum(0).int(),
+        "max_seqlen_k": max(lengths),
+    }
+    return list(_logits(model, forward_arguments(to_device(batch, parts[0].device)))[0].split(batch["lengths"]))
+
+
 @contextmanager
 def narrow_lengths(model: nn.Module, max_length: int | None = None) -> Iterator[None]:
     """Set the lengths at which the model changes its behavior to 4 tokens, if they are at most `max_length`.
@@ -191,7 +263,12 @@ def _logits_together(model: nn.Module, documents: list[torch.Tensor], packed: bo
 
 
 def _logits(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-    """Return float32 [rows, tokens, vocabulary], without what PEFT's own forward puts before the rows."""
+    """Return float32 [rows, tokens, vocabulary], without what PEFT's own forward puts before the rows.
+
+    Of a model that gives scores it is what its head reads.
+    """
+    if has_scores(unwrap_causal_lm(model).config):
+        return token_states(model, inputs).float()
     return model(**inputs, use_cache=False).logits[:, -inputs["input_ids"].shape[1] :].float()
 
 

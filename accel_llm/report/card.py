@@ -29,6 +29,26 @@ MODEL_EXAMPLE = """from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained({name}, dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained({name})"""
 
+ADAPTER_SCORE_EXAMPLE = """from peft import AutoPeftModelForSequenceClassification
+from transformers import AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained({name})
+settings = {{"num_labels": 1, "pad_token_id": tokenizer.pad_token_id}}
+model = AutoPeftModelForSequenceClassification.from_pretrained({name}, **settings)"""
+MODEL_SCORE_EXAMPLE = """from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+model = AutoModelForSequenceClassification.from_pretrained({name}, dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained({name})"""
+
+
+def exports_scores(folder: Path) -> bool:
+    """Return whether an export, adapter/ or model/, gives scores, and not tokens."""
+    adapter, model = folder / "adapter_config.json", folder / "config.json"
+    if adapter.is_file():
+        return json.loads(adapter.read_text(encoding="utf-8")).get("task_type") == "SEQ_CLS"
+    names = json.loads(model.read_text(encoding="utf-8")).get("architectures") if model.is_file() else None
+    return bool(names) and names[0].endswith("ForSequenceClassification")
+
 
 def card_header(library: str, base: str | None, relation: str, tags: list[str], **more: Any) -> list[str]:
     """Return the lines of the YAML header that the hub reads; `base` is the base's name as the user gave it.
@@ -69,14 +89,14 @@ def write_run_card(folder: Path) -> None:
     settings = json.loads(adapter.read_text(encoding="utf-8")) if adapter.is_file() else {}
     base, sources = options.get("model_name_or_path"), [_source_path(source) for source in options["train_files"]]
     published = [source for source in sources if is_published(source)]
-    name = short_path(folder)
+    name, scores = short_path(folder), exports_scores(folder)
 
     lines = card_header(
         "peft" if settings else "transformers",
         base,
         "adapter" if settings else "finetune",
         ["accel-llm", *([settings.get("peft_type", "LORA").lower()] if settings else [])],
-        pipeline_tag="text-generation",
+        pipeline_tag="text-classification" if scores else "text-generation",
         datasets=published,
     )
     facts = {"base": _describe_base(options, folder), "method": _describe_method(options, settings)}
@@ -84,11 +104,14 @@ def write_run_card(folder: Path) -> None:
     facts |= _describe_training(run, options, read_metrics(folder.parent / "metrics.jsonl"))
     lines += [f"# {name}", "", "| | |", "|-|-|"]
     lines += [f"| {key} | {_cell(value)} |" for key, value in facts.items() if value]
-    example = (ADAPTER_EXAMPLE if settings else MODEL_EXAMPLE).format(name=json.dumps(name, ensure_ascii=False))
+    examples = (MODEL_SCORE_EXAMPLE, ADAPTER_SCORE_EXAMPLE) if scores else (MODEL_EXAMPLE, ADAPTER_EXAMPLE)
+    example = examples[bool(settings)].format(name=json.dumps(name, ensure_ascii=False))
     word = shlex.quote(name)
-    lines += ["", "```python", example, "```", "", "```sh", f"python launch/chat.py --model {word}"]
-    lines += [f"python launch/merge.py --adapter {word} --output_dir merged"] if settings else []
-    lines += ["```", "", versions_sentence(), ""]
+    lines += ["", "```python", example, "```", ""]
+    shell = [] if scores else [f"python launch/chat.py --model {word}"]
+    shell += [f"python launch/merge.py --adapter {word} --output_dir merged"] if settings else []
+    lines += ["```sh", *shell, "```", ""] if shell else []
+    lines += [versions_sentence(), ""]
     write_atomically(folder / "README.md", hide_secrets("\n".join(lines)))
 
 
@@ -151,6 +174,8 @@ def _describe_training(run: dict[str, Any], options: dict[str, Any], metrics: li
         facts["training loss"] = f"{start:.4f} at step {first}, {end:.4f} at step {last}"
         if run.get("exported_step", last) != last:
             facts["weights"] = f"of step {run['exported_step']}, the best by {options.get('metric_for_best_model')}"
+    if early := run.get("early_stopping"):
+        facts["early stopping"] = early
     if here := run.get("accelerate"):
         facts["trained in"] = f"{here['precision']}, by {here['num_processes']} processes ({here['strategy']})"
     return facts

@@ -20,12 +20,14 @@ from accel_llm.chat.span_tokenizer import decode_tokens
 from accel_llm.chat.targets import IGNORED
 from accel_llm.config.command_line import shell_command
 from accel_llm.config.options import SCHEDULES_BY_OPTION, Options, TrainOptions, count_warmup_steps
+from accel_llm.data.answers import Pairs, as_units
 from accel_llm.data.ledger import QUANTITIES, Ledger, is_lost
 from accel_llm.data.prepare import EncodedData
 from accel_llm.data.rows import Rows
 from accel_llm.data.stream import TrainingPlan
 from accel_llm.errors import ConfigError
-from accel_llm.report.card import write_run_card
+from accel_llm.model.tokenizer import load_tokenizer, pad_token_id
+from accel_llm.report.card import exports_scores, write_run_card
 from accel_llm.report.ledger_text import ledger_lines, one_line
 from accel_llm.report.metrics import console
 from accel_llm.report.page import write_report
@@ -107,13 +109,32 @@ def _format_amount(amount: Counter[str]) -> list[str]:
 
 
 def show_rows(tokenizer: PreTrainedTokenizerFast, rows: Rows, count: int) -> None:
-    """Print the first `count` rows, with trained tokens in green."""
-    for k in range(min(count, len(rows))):
+    """Print the first `count` rows, or pairs of answers, with trained tokens in green."""
+    units = as_units(rows)
+    for k in range(min(count, len(units))):
+        name = escape(one_line(units.name(k)))
+        if isinstance(units, Pairs):
+            _show_pair(tokenizer, units, k, name)
+            continue
         ids, labels = rows[k]
         share = float((labels != IGNORED).mean())
-        console.rule(f"{escape(one_line(rows.name(k)))}: {len(ids)} tokens, {share:.0%} trained")
-        console.print(color_row(tokenizer, ids, labels), soft_wrap=True)
+        console.rule(f"{name}: {len(ids)} tokens, {share:.0%} trained")
+        verdict = "" if rows.label is None else "desirable: " if rows.label[k] else "undesirable: "
+        console.print(Text(verdict, style="bold"), color_row(tokenizer, ids, labels), sep="", soft_wrap=True)
     console.rule()
+
+
+def _show_pair(tokenizer: PreTrainedTokenizerFast, pairs: Pairs, k: int, name: str) -> None:
+    """Print the prompt of pair k once, then what each side has after it."""
+    rows = pairs.rows
+    assert rows.shared is not None and rows.margin is not None
+    shared, margin = int(rows.shared[2 * k]), float(rows.margin[2 * k])
+    better = f", chosen is better by {margin:g}" if margin else ""
+    console.rule(f"{name}: a pair of {pairs.lengths[k]} tokens, {shared} in the prompt{better}")
+    console.print(color_row(tokenizer, *(part[:shared] for part in rows[2 * k])), soft_wrap=True)
+    for side, row in (("chosen", 2 * k), ("rejected", 2 * k + 1)):
+        text = color_row(tokenizer, *(part[shared:] for part in rows[row]))
+        console.print(Text(f"{side}: ", style="bold"), text, sep="", soft_wrap=True)
 
 
 def show_histogram(title: str, values: np.ndarray, bins: int = 10) -> None:
@@ -131,14 +152,18 @@ def show_histogram(title: str, values: np.ndarray, bins: int = 10) -> None:
 def describe_plan(rows: Rows, plan: TrainingPlan, max_length: int, virtual: int = 0) -> str:
     """Describe documents, tokens and steps of the run, and how full its packed rows are, in one sentence.
 
-    `virtual` are the virtual tokens of each document, which take their room in the rows.
+    `virtual` are the virtual tokens of each document, which take their room in the rows. Without them a prompt that two
+    answers share counts once.
     """
-    tokens = int(rows.offsets[-1])
+    tokens, units = int(rows.offsets[-1]), f"{len(rows):,} documents"
+    if rows.shared is not None:
+        units = f"{len(rows) // 2:,} pairs"
+        tokens -= 0 if virtual else int(rows.shared[::2].sum())
     filled = tokens + virtual * len(rows)
     beside = f" beside {virtual:,} virtual ones each" if virtual else ""
     supervised = int((np.asarray(rows.labels) != IGNORED).sum())
     return (
-        f"{len(rows):,} documents, {tokens:,} tokens ({supervised:,} trained){beside} in {plan.bins:,} rows of at most "
+        f"{units}, {tokens:,} tokens ({supervised:,} trained){beside} in {plan.bins:,} rows of at most "
         f"{max_length:,} ({filled / (plan.bins * max_length):.1%} full); {plan.total_steps:,} steps of "
         f"{plan.rows_per_step:,} rows"
     )
@@ -157,6 +182,14 @@ def plan_warnings(options: TrainOptions, plan: TrainingPlan) -> list[str]:
     elif bins < rows:
         warnings.append(
             f"total_batch_size: a step takes {rows:,} rows, but the run has {plan.total_rows:,}; its only step has fewer."
+        )
+
+    # Too few evaluations to stop early: the first one is always a new best, and the last one comes after the last step.
+    patience, evaluations = options.early_stopping_patience, (plan.total_steps - 1) // (options.eval_steps or 1)
+    if patience and evaluations <= patience and not options.check_only:
+        warnings.append(
+            f"early_stopping_patience: the run has {evaluations:,} evaluations before its last step, too few for "
+            f"{patience:,} in a row after a best one; it never stops early."
         )
 
     # A warmup without a peak, or one that reaches into the decay.
@@ -233,6 +266,20 @@ def show_stop_token_check(
     )
 
 
+def show_score_place(accelerator: Accelerator, rows: Rows, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Print at which token answers get their score, on the main process: the last one that the template writes."""
+    if not accelerator.is_main_process:
+        return
+    last = Counter(np.asarray(rows.input_ids)[np.asarray(rows.offsets)[1:] - 1].tolist())
+    (token, count), *others = last.most_common()
+    console.print(
+        f"score: at the last token of what the template writes, {decode_tokens(tokenizer, [token])!r} in {count:,} of "
+        f"{len(rows):,} answers",
+        style="yellow" if others else "green",
+        markup=False,
+    )
+
+
 def show_checks(accelerator: Accelerator, facts: dict[str, Any], options: TrainOptions) -> None:
     """Print the settings in force in the one step of `check_only`, and remove its folder. Main process only."""
     if not accelerator.is_main_process:
@@ -259,16 +306,20 @@ def show_next_commands(accelerator: Accelerator, record: Record, folder: Path) -
             write(place)
         except Exception as error:
             record.add_problem(f"{name} could not be written ({describe_error(error)}); everything else is there.")
-    lines = {"ask it": shell_command("chat.py", model=run)}
-    loader = "AutoModelForCausalLM"
+    scores = exports_scores(folder)
+    lines = {} if scores else {"ask it": shell_command("chat.py", model=run)}
+    kind, more = "SequenceClassification" if scores else "CausalLM", ""
+    loader = f"AutoModelFor{kind}"
     if folder.name == "adapter":
+        # transformers scores the last token that is not the pad token, and an adapter has no config that says which.
+        more = f", num_labels=1, pad_token_id={pad_token_id(load_tokenizer(str(folder)))}" if scores else ""
         merged = run.with_name(f"{run.name}-merged") if run.name else Path("merged")
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         # Virtual tokens are no weights, and BEFT adds to biases, which most models do not have.
         if "num_virtual_tokens" not in config and config["peft_type"] != "BEFT":
             lines["merge it"] = shell_command("merge.py", adapter=run, output_dir=merged)
-        loader = "AutoPeftModelForCausalLM"
-    lines["load it"] = f"{loader}.from_pretrained({json.dumps(str(folder), ensure_ascii=False)})"
+        loader = f"AutoPeftModelFor{kind}"
+    lines["load it"] = f"{loader}.from_pretrained({json.dumps(str(folder), ensure_ascii=False)}{more})"
     for purpose, command in lines.items():
         console.print(f"{purpose + ':':10}{command}", soft_wrap=True, markup=False, emoji=False)
 

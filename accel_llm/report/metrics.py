@@ -5,7 +5,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from accel_llm.backend.collectives import sum_on_cpus
 from accel_llm.config.options import RunOptions
 from accel_llm.data.batches import Batch
 from accel_llm.data.stream import TrainingPlan
+from accel_llm.report.likelihood import ChosenLikelihood
 from accel_llm.report.record import Record
 from accel_llm.report.trackers import RunTrackers
 from accel_llm.system.disk import write_atomically
@@ -45,10 +47,13 @@ class Meter:
         self.accelerator, self.options, self.plan, self.record = accelerator, options, plan, record
         self.file = Path(options.output_dir) / "metrics.jsonl"
         self.supervised = 0  # labeled targets up to the last line of metrics, over all processes
-        self.trackers = RunTrackers(accelerator, options, record)
+        self.trackers, self.likelihood = RunTrackers(accelerator, options, record), ChosenLikelihood(options)
         self._reset(state)
         if accelerator.is_main_process and step:
-            self.supervised = _drop_lines_after(self.file, step, plan.total_steps)
+            lines = _drop_lines(self.file, lambda line: line["step"] > step)  # what this run does again
+            self.supervised = max((line.get("supervised_tokens", 0) for line in lines), default=0)
+            if any(map(self.likelihood.add, lines)):  # the warning was printed then
+                record.update(warning=self.likelihood.warning)
         self.progress = _start_progress(accelerator, plan, step, options.check_only)
         record.stop_progress = self.close
 
@@ -57,33 +62,49 @@ class Meter:
         self.sums = torch.tensor(state[:2], dtype=torch.float64, device=self.accelerator.device)
         self.targets, self.tokens = state[2:4]
         self.since = time.perf_counter() - state[4]
+        # What a loss measured beside: the sum and the number of the values of each metric. The names come with the
+        # first batch.
+        measured = torch.tensor(state[5:], dtype=torch.float64, device=self.accelerator.device)
+        self.measured, self.measured_names = measured.view(-1, 2), ()
 
     def state(self) -> list[float]:
-        """Return the sums of this process since the last line of metrics, and the seconds since then."""
-        return [*self.sums.tolist(), self.targets, self.tokens, time.perf_counter() - self.since]
+        """Return the sums of this process since the last line of metrics, the seconds since then, what losses measured."""
+        seconds = time.perf_counter() - self.since
+        return [*self.sums.tolist(), self.targets, self.tokens, seconds, *self.measured.flatten().tolist()]
 
     def add(self, loss: torch.Tensor, batch: Batch) -> None:
         """Add one micro-batch of this process: its summed loss, labeled targets, and tokens without padding.
 
-        A loss that is not finite is left out of the mean; `BadSteps` decides whether its step is skipped.
+        A loss that is not finite is left out of the mean; `BadSteps` decides whether its step is skipped. `measured` in
+        the batch are further metrics: for each a tensor [2], the sum of its values and their number.
         """
         loss = loss.detach().double()
         finite = loss.isfinite()
         self.sums[0] += torch.where(finite, loss, 0.0)
         self.sums[1] += finite.double() * batch["total_weight"]
+        if measured := batch.get("measured"):
+            self.measured_names = tuple(measured)
+            values = torch.where(finite, torch.stack(list(measured.values())), 0.0)
+            self.measured = self.measured + values if len(self.measured) else values
         self.targets += batch["num_targets"]
         # A batch without targets only fills a slot of the last step: it has no real tokens. Virtual tokens are none.
         real = sum(batch["lengths"]) - len(batch.get("virtual_positions", ()))
         self.tokens += real if batch["num_targets"] else 0
 
     def log(self, step: int, learning_rate: float, grad_norm: float) -> None:
-        """Write the metrics of step `step` (from 1) if they are due: every `logging_steps`, first and last step."""
+        """Write the metrics of step `step` (from 1) if they are due: every `logging_steps`, first and last step.
+
+        A run that may stop early writes them before each evaluation too, since it can be the last one.
+        """
         if self.progress:
             self.progress.update(self.progress.task_ids[0], completed=step)
-        if step % self.options.logging_steps and step not in (1, self.plan.total_steps):
+        options = self.options
+        may_be_last = options.early_stopping_patience and options.eval_steps and step % options.eval_steps == 0
+        if step % options.logging_steps and step not in (1, self.plan.total_steps) and not may_be_last:
             return
-        sums = [*self.sums.tolist(), self.targets, self.tokens]  # the host waits for the device
-        loss, weight, targets, tokens = sum_on_cpus(self.accelerator, sums)
+        values = torch.cat([self.sums, self.measured.flatten()]).tolist()  # the host waits for the device
+        sums = sum_on_cpus(self.accelerator, [self.targets, self.tokens, *values])
+        targets, tokens, loss, weight, *measured = sums
         seconds = time.perf_counter() - self.since
         self.supervised += int(targets)
         self.write(
@@ -96,7 +117,8 @@ class Meter:
                 "supervised_tokens": self.supervised,
                 "epoch": self.plan.epoch(step),
                 "peak_memory_mb": peak_memory_mb(self.accelerator.device),
-            },
+            }
+            | measured_means(self.measured_names, measured),
         )
         self._reset()
 
@@ -110,14 +132,26 @@ class Meter:
             file.flush()
             # A checkpoint may follow, and a resumed run takes these lines as written: they must survive a crash.
             os.fsync(file.fileno())
-        line = f"step {step}/{self.plan.total_steps}  " + "  ".join(
-            _format_metric(k, v) for k, v in values.items() if k in SCREEN_NAMES or "/" in k
-        )
         if self.progress:
             self.progress.update(self.progress.task_ids[0], status=_status(values))
-            self.progress.console.print(line)
+        self._print(
+            f"step {step}/{self.plan.total_steps}  "
+            + "  ".join(_format_metric(k, v) for k, v in values.items() if _on_screen(k))
+        )
+        if self.likelihood.add({"step": step} | values):
+            self.record.update(warning=self.likelihood.warning)
+            self._print(f"warning: {self.likelihood.warning}")
+
+    def _print(self, line: str) -> None:
+        if self.progress:
+            self.progress.console.print(line, markup=False)
         else:
             print(line, flush=True)
+
+    def drop_evaluation(self, step: int) -> None:
+        """Remove the evaluation of `step` from metrics.jsonl, if a run that this one continues had written it."""
+        if self.accelerator.is_main_process and self.file.is_file():
+            _drop_lines(self.file, lambda line: line["step"] == step and "eval/loss" in line)
 
     def pause_clock(self) -> "_PausedClock":
         """Return a context whose time (evaluating, saving) does not count in tokens per second."""
@@ -142,6 +176,25 @@ class Meter:
         self.record.raise_problems()
 
 
+def _on_screen(name: str) -> bool:
+    """Return whether a line on the screen has room for a metric; metrics.jsonl has all of them."""
+    of_one_side = name.endswith(("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected"))
+    return name in SCREEN_NAMES or ("/" in name and not of_one_side)
+
+
+def measured_means(names: Sequence[str], sums: Sequence[float]) -> dict[str, float]:
+    """Return the mean of each of the metrics `names`; `sums` has for each the sum of its values and their number.
+
+    The margin is the difference of the mean rewards. A metric without any value is left out: KTO has none of chosen
+    answers in a step with rejected ones alone.
+    """
+    totals, counts = sums[0::2], sums[1::2]
+    means = {name: a / n for name, a, n in zip(names, totals, counts, strict=True) if n}
+    if {"rewards/chosen", "rewards/rejected"} <= means.keys():
+        means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
+    return means
+
+
 class _PausedClock:
     def __init__(self, meter: Meter):
         self.meter = meter
@@ -154,7 +207,7 @@ class _PausedClock:
 
 
 # Metrics that are printed, with their names on the screen; those of an evaluation are printed too.
-SCREEN_NAMES = {"loss": "loss", "learning_rate": "lr", "grad_norm": "grad", "tokens_per_second": "tok/s"}
+SCREEN_NAMES = {"loss": "loss", "learning_rate": "lr", "grad_norm": "grad", "tokens_per_second": "tok/s", "kl": "kl"}
 
 
 def _format_metric(name: str, value: Any) -> str:
@@ -199,23 +252,16 @@ def _json_line(values: dict[str, Any]) -> str:
     return json.dumps(values | nulls, allow_nan=False) + "\n"
 
 
-def _drop_lines_after(file: Path, step: int, last: int) -> int:
-    """Remove what a run that resumes after `step` does again: later lines, and the evaluation after the last step.
-
-    Returns the supervised tokens up to `step`.
-    """
+def _drop_lines(file: Path, is_dropped: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    """Remove lines of metrics.jsonl; return the others. A line that a killed run wrote in part goes too."""
     remaining = []
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     for line in lines:
-        try:
+        with suppress(json.JSONDecodeError):
             values = json.loads(line)
-        except json.JSONDecodeError:  # the run was killed while it wrote its last line
-            continue
-        is_last_evaluation = step == last == values["step"] and "eval/loss" in values
-        if values["step"] <= step and not is_last_evaluation:
-            remaining.append(values)
+            remaining += [] if is_dropped(values) else [values]
     write_atomically(file, "".join(map(_json_line, remaining)))
-    return max((values.get("supervised_tokens", 0) for values in remaining), default=0)
+    return remaining
 
 
 def peak_memory_mb(device: torch.device) -> int:

@@ -33,8 +33,10 @@ from accel_llm.adapters.data_starts import start_figures
 from accel_llm.adapters.partial import last_layers, train_part
 from accel_llm.config.options import TrainOptions
 from accel_llm.data.batches import Batch, collate_packed, collate_padded
-from accel_llm.model.attention import assumed_gpu, unwrap_causal_lm
-from accel_llm.model.language_part import causal_lm_loader, freeze_other_parts
+from accel_llm.model.attention import unwrap_causal_lm
+from accel_llm.model.classifier import answer_scores, model_loader
+from accel_llm.model.document_attention import assumed_gpu
+from accel_llm.model.language_part import freeze_other_parts
 from accel_llm.model.loading import OWN_IMPLEMENTATIONS, configure_for_training
 from accel_llm.model.loss import next_token_loss
 from accel_llm.model.quantization import build_quantization_config, prepare_4bit_layers, quantized_weights
@@ -116,7 +118,7 @@ def _follow(
             batch = _largest_batch(options)
             with on_device:
                 with torch.autocast("cpu", settings.compute) if computes_in_16_bits else nullcontext():
-                    loss = next_token_loss(model, batch)
+                    loss = answer_scores(model, batch).sum() if options.gives_scores else next_token_loss(model, batch)
                 loss.backward()
             recorder.end()
         return figures | recorder.figures
@@ -182,9 +184,8 @@ def _build(options: TrainOptions, config: PreTrainedConfig, settings: StepSettin
     Layers in 8 bits choose columns by their values, so they are followed as 16-bit ones.
     """
     arguments = OWN_IMPLEMENTATIONS | {"trust_remote_code": options.trust_remote_code}
-    loader = causal_lm_loader(config)
     with _whole():
-        model: PreTrainedModel = loader.from_config(config, dtype=settings.compute, **arguments)
+        model: PreTrainedModel = model_loader(config).from_config(config, dtype=settings.compute, **arguments)
     freeze_other_parts(model, config)
     model.unread = True  # type: ignore[assignment]
     saved = 0
@@ -355,6 +356,7 @@ def _largest_batch(options: TrainOptions) -> Batch:
     row = np.zeros(options.max_length - virtual, np.int32)
     rows = [(row, row)] * options.per_device_train_batch_size
     batch = collate_packed(rows, None, virtual) if options.packing else collate_padded(rows, 0, None, virtual)
+    batch["last_positions"] = batch["target_positions"]  # of scores; a batch of answers has fewer
     return {
         name: torch.empty(value.shape, dtype=value.dtype) if isinstance(value, torch.Tensor) else value
         for name, value in batch.items()

@@ -2,8 +2,7 @@
 
 import math
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from accel_llm.data.batches import collate, to_device
 from accel_llm.data.packing import pack
 from accel_llm.data.rows import Rows
 from accel_llm.model.attention import stock_attention, unwrap_causal_lm
+from accel_llm.model.evaluating import evaluating
 from accel_llm.model.generation import cut_at_stop, pad_left, without_own_settings
 from accel_llm.model.loss import next_token_loss
 from accel_llm.model.positions import positions_for_tokens
@@ -33,7 +33,7 @@ from accel_llm.system.signals import Preempted, signal_requests
 from accel_llm.training.start import Start
 
 PromptAndAnswer = tuple[np.ndarray, np.ndarray]  # ids of the prompt and of the answer
-LOWER_IS_BETTER = {"eval/loss"}  # with all other metrics higher is better
+Measure = Callable[[Accelerator, Any, Rows, TrainOptions, int], dict[str, float]]  # as `mean_loss`
 MAX_SAMPLES_KEPT = 20
 SHARDED = ("zero3", "fsdp2")
 EXTRA_TOKENS = 8  # an answer may be this much longer than the longest one in the data
@@ -49,9 +49,11 @@ class Evaluation:
         rows: Rows | None,
         options: TrainOptions,
         stop_ids: list[int],
+        measure: Measure | None = None,
     ):
+        """`measure` returns the metrics of the rows; without it they are those of `mean_loss`."""
         self.accelerator, self.tokenizer, self.options = accelerator, tokenizer, options
-        self.rows, self.stop_ids = rows, stop_ids
+        self.rows, self.stop_ids, self.measure = rows, stop_ids, measure or mean_loss
         # Results of the last complete evaluation, and its step.
         self.samples: list[dict[str, Any]] = []  # generated answers, for run.json
         self.metrics: dict[str, float] = {}
@@ -65,6 +67,7 @@ class Evaluation:
             Preempted: the run was asked to stop during this evaluation.
         """
         if start.evaluate or (self.options.eval_on_start and start.step == 0):
+            meter.drop_evaluation(start.step)
             self.run(model, meter, start.step)
         if self.cut_short:
             raise Preempted(signal_requests.stop or signal.SIGTERM, start.step)
@@ -84,14 +87,17 @@ class Evaluation:
                 raise
             meter.record.add_problem(f"The evaluation after step {step} failed ({describe_error(error)}).")
 
-    def at_end(self, model: Any, meter: Meter, exported: Path) -> None:
-        """Evaluate after the last step. The model is already `exported`.
+    def at_end(self, model: Any, meter: Meter, exported: Path, step: int) -> None:
+        """Evaluate after `step`, the last one, unless it was evaluated when it was due. The model is already `exported`.
 
         Raises:
             RuntimeError: the evaluation failed.
         """
+        if self.step == step:  # its evaluation is the reason why the run stops early
+            return
         try:
-            self.run(model, meter, meter.plan.total_steps)
+            meter.drop_evaluation(step)
+            self.run(model, meter, step)
         except Exception as error:
             raise RuntimeError(
                 f"The evaluation after the last step failed ({describe_error(error)}). The trained model is complete in "
@@ -107,7 +113,7 @@ class Evaluation:
             return
         try:
             with meter.pause_clock():
-                metrics = mean_loss(self.accelerator, model, self.rows, self.options, pad_token_id(self.tokenizer))
+                metrics = self.measure(self.accelerator, model, self.rows, self.options, pad_token_id(self.tokenizer))
                 if questions := select_questions(self.rows, self.options.eval_generate):
                     size = questions_in_batch(questions, self.options)
                     scores, answers = exact_match(
@@ -122,38 +128,11 @@ class Evaluation:
         meter.write(step, metrics)
 
 
-def find_new_best(
-    metric: str | None, evaluation: Evaluation, step: int, best: tuple[int, float] | None
-) -> tuple[int, float] | None:
-    """Return (step, value) if the evaluation of `step` is better by `metric` than `best`, the best so far; else None.
-
-    A value that is not finite is never better.
-    """
-    if metric is None or evaluation.step != step:
-        return None
-    value = evaluation.metrics[metric]
-    sign = 1 if metric in LOWER_IS_BETTER else -1
-    if not math.isfinite(value) or (best is not None and sign * value >= sign * best[1]):
-        return None
-    return step, value
-
-
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Within the block, the model is in evaluation mode and no gradients are kept."""
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train()
-
-
 class EvaluationInterrupted(Exception):
     """The run was asked to stop in the middle of an evaluation."""
 
 
-def _check_stop(accelerator: Accelerator) -> None:
+def check_stop(accelerator: Accelerator) -> None:
     """Raise EvaluationInterrupted on all processes if one of them was asked to stop."""
     if agree_on_requests(accelerator)[0]:
         raise EvaluationInterrupted
@@ -188,7 +167,7 @@ def mean_loss(
         # Sharded weights are gathered in each forward pass, so every process must make the same number of passes. A
         # process that has no rows left gets a batch without labels.
         for first in range(0, count, size * world):
-            _check_stop(accelerator)
+            check_stop(accelerator)
             start = first + accelerator.process_index * size
             packed_rows = range(start, min(start + size, count))
             documents = [int(k) for b in packed_rows for k in order[offsets[b] : offsets[b + 1]]]
@@ -206,9 +185,13 @@ def mean_loss(
 
 
 def select_questions(rows: Rows, count: int) -> list[PromptAndAnswer]:
-    """Return the last trained turn of the first `count` rows with a prompt before it, as (prompt ids, answer ids)."""
+    """Return the last trained turn of the first `count` rows with a prompt before it, as (prompt ids, answer ids).
+
+    Of answers that are compared only chosen or desirable ones are taken.
+    """
     questions = []
-    for ids, labels in (rows[k] for k in range(len(rows))):
+    wanted = np.arange(len(rows)) if rows.label is None else np.flatnonzero(rows.label)
+    for ids, labels in (rows[k] for k in (wanted if rows.shared is None else wanted[::2]).tolist()):
         if len(questions) == count:
             break
         trained = np.flatnonzero(labels != IGNORED)
@@ -262,7 +245,7 @@ def exact_match(
     # would meet bf16 activations. Packed attention cannot generate, so the model's own takes its place.
     with evaluating(inner), accelerator.autocast(), stock_attention(inner), without_own_settings(causal_lm):
         for batch, own, max_new_tokens in _question_batches(accelerator, questions, batch_size, limit):
-            _check_stop(accelerator)
+            check_stop(accelerator)
             inputs = pad_left([prompt for prompt, _ in batch], pad, accelerator.device)
             settings = GenerationConfig(
                 max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stop_ids, pad_token_id=pad

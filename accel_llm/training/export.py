@@ -56,10 +56,11 @@ def export_model(
                 save_adapter(inner, partial, state, str(options.model_name_or_path), start.identity["base"])
             else:
                 stored = StoredDtypes(options, config)
-                state = _weights_in_files(options) | state if from_files else state
+                state = _weights_in_files(options, config) | state if from_files else state
                 state = _model_state(causal_lm, stored.cast(causal_lm, state))
                 _save_model(causal_lm, partial, state, stored.main)
-            build_generation_config(causal_lm, tokenizer, stop).save_pretrained(str(partial))
+            if not options.gives_scores:
+                build_generation_config(causal_lm, tokenizer, stop).save_pretrained(str(partial))
             save_tokenizer(tokenizer, partial)
             compared = read_export_back(partial, inner, state, logits, options)
         record.update(export=compared)
@@ -67,10 +68,11 @@ def export_model(
     return folder
 
 
-def _weights_in_files(options: TrainOptions) -> dict[str, torch.Tensor]:
+def _weights_in_files(options: TrainOptions, config: PreTrainedConfig) -> dict[str, torch.Tensor]:
     """Return the weights that the run started from; those of a frozen part may be rounded in the model that computed."""
     unset_hf_deepspeed_config()  # otherwise transformers would shard what it loads under ZeRO-3
-    arguments = {"revision": options.revision, "trust_remote_code": options.trust_remote_code, "dtype": "auto"}
+    arguments: dict[str, Any] = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
+    arguments |= {"dtype": "auto", "scores": config if options.gives_scores else None}
     model = load_complete_model(
         str(options.model_name_or_path), allow_pickle=options.allow_pickle, for_training=True, **arguments
     )

@@ -23,6 +23,7 @@ from accel_llm.backend.strategy import compute_dtype, resolve_precision, strateg
 from accel_llm.config.options import TrainOptions
 from accel_llm.errors import ConfigError
 from accel_llm.model.attention import unwrap_causal_lm
+from accel_llm.model.classifier import check_scores
 from accel_llm.model.language_part import parts_beside_language
 from accel_llm.model.loss import check_loss
 from accel_llm.model.offloaded_embedding import host_matrices
@@ -72,7 +73,7 @@ def preflight(accelerator: Accelerator, model: nn.Module, optimizer: Any, option
 
     # Checks that run the model.
     with ProductCensus() as census, _counted_forwards(model) as forwards:
-        loss_path = check_loss(model, accelerator.device, dtype)
+        loss_path = (check_scores if options.gives_scores else check_loss)(model, accelerator.device, dtype)
         with _moved(model) if parameters["trainable"] < MOVED_SHARE * parameters["total"] else nullcontext():
             check_causality(model, accelerator.device, dtype)
             if options.packing or max(options.per_device_train_batch_size, options.per_device_eval_batch_size) > 1:

@@ -1,5 +1,6 @@
 """Reads an export back as its users will, with plain transformers or PEFT, before it appears under its name."""
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from accel_llm.backend.strategy import compute_dtype
 from accel_llm.config.options import TrainOptions
 from accel_llm.errors import ConfigError
 from accel_llm.model.attention import stock_attention, unwrap_causal_lm
-from accel_llm.model.language_part import causal_lm_loader
+from accel_llm.model.classifier import logits_to_compare, model_loader
+from accel_llm.model.evaluating import evaluating
 from accel_llm.model.loading import (
     LOADING_ERRORS,
     OWN_IMPLEMENTATIONS,
@@ -32,7 +34,6 @@ from accel_llm.model.padding import drop_invalid_pad_ids
 from accel_llm.model.positions import positions_for_tokens
 from accel_llm.model.vocabulary import NEW_ROWS
 from accel_llm.system.weights import open_weights
-from accel_llm.training.evaluation import evaluating
 from accel_llm.training.preflight import parameter_counts
 
 MAX_PARAMETERS = 2**30  # a larger model is not loaded and computed once more
@@ -45,11 +46,11 @@ MAX_ERROR_FLOAT32, MAX_ERROR_16_BITS = 0.01, 0.3
 def sample_logits(accelerator: Accelerator, model: Any) -> torch.Tensor:
     """Return the trained model's logits of a row of random tokens, float32 [1, tokens, vocabulary], on the CPU.
 
-    All processes must call it.
+    Of a model that gives scores they are those of the row's beginnings, [1, texts, labels]. All processes must call it.
     """
     inner = unwrap_model(accelerator, model)
     with evaluating(inner), accelerator.autocast(), stock_attention(inner):
-        logits = inner(input_ids=_sample_ids(inner).to(accelerator.device)).logits.float().cpu()
+        logits = logits_to_compare(inner, _sample_ids(inner).to(accelerator.device)).cpu()
     if isinstance(inner, FSDPModule):
         # The forward pass leaves the outermost unit whole. Only the main process then writes files, which shards it
         # again there, and the next forward pass would wait for the others.
@@ -80,7 +81,8 @@ def read_export_back(
     unset_hf_deepspeed_config()  # otherwise transformers would shard what it loads under ZeRO-3
     peft = hasattr(model, "peft_config")
     try:
-        GenerationConfig.from_pretrained(str(folder))
+        if not options.gives_scores:
+            GenerationConfig.from_pretrained(str(folder))
         if peft:
             check_saved_adapter(model, folder)
         else:
@@ -88,7 +90,7 @@ def read_export_back(
         reason = _reason_not_to_compute(model, state)
         if not reason:
             error = _relative_error(
-                _load_adapted(folder, options) if peft else _load_full(folder, state), model, logits
+                _load_adapted(folder, model, options) if peft else _load_full(folder, state), model, logits
             )
     except LOADING_ERRORS as error_of_library:
         raise _unusable(folder, f"it cannot be loaded ({short_reason(error_of_library)})") from error_of_library
@@ -162,9 +164,11 @@ def _has_own_code(model: PreTrainedModel) -> bool:
 
 
 def _load_plain(folder: Path | str, **arguments: Any) -> Any:
-    config = AutoConfig.from_pretrained(str(folder), revision=arguments.get("revision", "main"))
-    drop_invalid_pad_ids(config)
-    return causal_lm_loader(config).from_pretrained(str(folder), config=config, **(OWN_IMPLEMENTATIONS | arguments))
+    config = arguments.pop("config", None)
+    if config is None:
+        config = AutoConfig.from_pretrained(str(folder), revision=arguments.get("revision", "main"))
+        drop_invalid_pad_ids(config)
+    return model_loader(config).from_pretrained(str(folder), config=config, **(OWN_IMPLEMENTATIONS | arguments))
 
 
 def _load_full(folder: Path, state: dict[str, torch.Tensor]) -> Any:
@@ -176,11 +180,13 @@ def _load_full(folder: Path, state: dict[str, torch.Tensor]) -> Any:
     return loaded
 
 
-def _load_adapted(folder: Path, options: TrainOptions) -> Any:
-    """Load the base of the run in float32, and the adapter on it."""
+def _load_adapted(folder: Path, model: Any, options: TrainOptions) -> Any:
+    """Load the base of the run in float32, and the adapter on it. A reward model's base may be a language model."""
     # transformers reads a pickle only if there is nothing else.
     pickles = {"use_safetensors": None if options.allow_pickle else True, "weights_only": True}
-    base = _load_plain(str(options.model_name_or_path), dtype=torch.float32, revision=options.revision, **pickles)
+    config = deepcopy(unwrap_causal_lm(model).config) if options.gives_scores else None
+    arguments = pickles | {"revision": options.revision, "config": config}
+    base = _load_plain(str(options.model_name_or_path), dtype=torch.float32, **arguments)
     loaded = PeftModel.from_pretrained(base, str(folder))
     load_all_parts(loaded, load_file(folder / ADAPTER_WEIGHTS))
     return loaded
@@ -189,5 +195,5 @@ def _load_adapted(folder: Path, options: TrainOptions) -> Any:
 def _relative_error(loaded: Any, model: Any, logits: torch.Tensor) -> float:
     """Return the norm of the difference from the trained model's logits, divided by the norm of these."""
     with torch.no_grad():
-        actual = loaded.eval()(input_ids=_sample_ids(model)).logits
+        actual = logits_to_compare(loaded.eval(), _sample_ids(model))
     return float((actual - logits).norm() / logits.norm().clamp(min=1e-6))

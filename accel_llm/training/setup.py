@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +24,35 @@ from accel_llm.backend.strategy import engine
 from accel_llm.chat.template import Template, configured_template
 from accel_llm.config.command_line import parse_options, resolved_options
 from accel_llm.config.options import OVERFIT_DEFAULTS, PretrainOptions, SftOptions, TrainOptions
+from accel_llm.config.preference_options import AnswerOptions, KtoOptions, PairOptions, PreferenceOptions, RewardOptions
+from accel_llm.data.answers import as_units, collate_answers
+from accel_llm.data.pairs import PreferenceKind
 from accel_llm.data.prepare import EncodedData, encode_conversations, encode_texts
 from accel_llm.data.rows import Rows
 from accel_llm.data.sources import source_problems
 from accel_llm.data.stream import Position, Stream, TrainingPlan
 from accel_llm.demo.files import TrainOptionsT, parse_options_or_demo, resolve_demo
 from accel_llm.errors import ConfigError, raise_problems
+from accel_llm.model.classifier import score_config
 from accel_llm.model.generation import stop_token_ids
 from accel_llm.model.loading import build_model, load_model, load_model_config, model_problems, tokenizer_problems
 from accel_llm.model.neftune import attach_neftune
-from accel_llm.model.padding import fit_pad_token
+from accel_llm.model.padding import fit_pad_token, separate_pad_token
 from accel_llm.model.placement import place_weights
 from accel_llm.model.tokenizer import check_token_ids, configured_tokenizer, pad_token_id
 from accel_llm.model.vocabulary import add_missing_tokens, extend_vocabulary
+from accel_llm.preference.reference import Reference, reference_problems
 from accel_llm.report.display import advise, show_plan
 from accel_llm.system.folders import write_problem
 from accel_llm.system.launcher import process_rank
+from accel_llm.training.evaluation import Measure
 from accel_llm.training.memory_advice import note_memory_advice
 from accel_llm.training.memory_report import show_memory
 from accel_llm.training.optimizers import build_optimizer
+from accel_llm.training.other_reference import ask_other_reference
+from accel_llm.training.preference_evaluation import preference_metrics
 from accel_llm.training.schedule import build_schedule
+from accel_llm.training.start import Start
 
 
 def read_options(
@@ -67,6 +77,8 @@ def read_options(
     options = fill_method_options(adopt_adapter_options(options))
     check_method(options)
     problems = backend_problems(options) + model_problems(options) + source_problems(options)
+    if isinstance(options, PreferenceOptions):
+        problems += reference_problems(options)
     raise_problems(problems + _output_problems(options))
     quiet_libraries()
     return fill_learning_rate(options)
@@ -161,6 +173,25 @@ def encode_chats(options: SftOptions, config: PreTrainedConfig, chat: ChatTokeni
     return replace(data, eval=data.train) if options.overfit else data
 
 
+def preference_kind(options: SftOptions) -> PreferenceKind | None:
+    """Return what the rows of preferences are read for; None if the rows are those of fine-tuning."""
+    if not isinstance(options, AnswerOptions):
+        return None
+    all_pairs = isinstance(options, PairOptions) and options.scored_answers == "all_pairs"
+    return PreferenceKind(isinstance(options, KtoOptions), margins=options.gives_scores, all_pairs=all_pairs)
+
+
+def encode_preferences(options: AnswerOptions, config: PreTrainedConfig, chat: ChatTokenizer) -> EncodedData:
+    """Encode pairs of answers, or answers with a label, as rows; raises the errors of `encode_chats`."""
+    kind = preference_kind(options)
+    data = encode_conversations(options, options.seed, chat.tokenizer, chat.template, preferences=kind)
+    check_token_ids(data.token_ids, config, chat.tokenizer, chat.new_tokens)
+    fit_pad_token(chat.tokenizer, config, chat.new_tokens)
+    if options.gives_scores:
+        separate_pad_token(chat.tokenizer, config, data, chat.template.turn_end_id)
+    return data
+
+
 def encode_documents(
     options: PretrainOptions, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast
 ) -> EncodedData:
@@ -179,12 +210,19 @@ def read_config(options: TrainOptions) -> PreTrainedConfig:
     """
     config = load_model_config(options, options.max_length)
     check_quantized_base(options, config)
-    return config
+    return score_config(config) if options.gives_scores else config
 
 
 def open_stream(options: TrainOptions, rows: Rows, start: Position, tokenizer: PreTrainedTokenizerFast) -> Stream:
-    """Open the endless stream of this process's micro-batches, which begins at `start`."""
-    return Stream(rows, options, start, pad_token_id(tokenizer))
+    """Open the endless stream of this process's micro-batches, which begins at `start`.
+
+    Pairs of answers that are packed have their prompt in common, unless virtual tokens come before each document.
+    """
+    pad = pad_token_id(tokenizer)
+    if not isinstance(options, AnswerOptions):
+        return Stream(rows, options, start, pad)
+    units = as_units(rows, bool(options.packing) and not options.virtual_tokens)
+    return Stream(units, options, start, pad, collate_answers)
 
 
 def show_plan_and_memory(
@@ -227,7 +265,9 @@ def assemble_model(
     note_memory_advice(accelerator, options, config)
     set_seed(options.seed)
     fresh = isinstance(options, PretrainOptions) and options.config_name
-    model: Any = build_model(config, options) if fresh else load_model(options)
+    model: Any = (
+        build_model(config, options) if fresh else load_model(options, config if options.gives_scores else None)
+    )
     extend_vocabulary(model, new_tokens)
     if options.has_adapter:
         model = attach_adapter(model, options, new_tokens)
@@ -236,6 +276,50 @@ def assemble_model(
     place_weights(accelerator, model, options)
     start_from_rows(accelerator, model, options, stream)
     return model
+
+
+def find_reference(
+    accelerator: Accelerator,
+    options: PreferenceOptions,
+    data: EncodedData,
+    stream: Stream,
+    start: Start,
+) -> Reference:
+    """Read the reference's log-probabilities, if they are beside the rows; `add_reference` computes them otherwise.
+
+    With `reference_model_name_or_path` that model is loaded, asked and forgotten here, before the policy is loaded.
+
+    Raises:
+        ConfigError: a run is continued whose reference is gone, or the other model cannot be used.
+    """
+    reference = Reference(accelerator, options, data, stream)
+    reference.find(resumed=start.folder is not None)
+    if reference.missing and options.reference_model_name_or_path:
+        ask_other_reference(accelerator, options, data, reference)
+    return reference
+
+
+def share_prompts(
+    accelerator: Accelerator, model: torch.nn.Module, options: RewardOptions, data: EncodedData, stream: Stream
+) -> Measure | None:
+    """Let both answers of a pair have their prompt in common, if `model` can; return how to measure rows to evaluate on.
+
+    All processes must call it.
+    """
+    return add_reference(accelerator, model, Reference(accelerator, options, data, stream))
+
+
+def add_reference(accelerator: Accelerator, model: torch.nn.Module, reference: Reference) -> Measure | None:
+    """Put the reference's log-probabilities into the rows to train on; return how to measure those to evaluate on.
+
+    If they are missing, `model` computes them as it is now: prepared, but not trained, and before a checkpoint is read.
+    Whether pairs can share their prompt is tested on it too. All processes must call it.
+    """
+    share, stream = reference.can_share(model), reference.stream
+    if reference.missing:
+        reference.compute(model, share)
+    stream.rows, stream.collate = reference.rows("train", share)
+    return partial(preference_metrics, *reference.rows("eval", share)) if "eval" in reference.parts else None
 
 
 def optimizer_and_schedule(

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from accel_llm.data.stream import Position
+from accel_llm.training.best import Best
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,8 +16,8 @@ class Start(Position):
     identity: dict[str, Any] = field(default_factory=dict)  # fingerprints of base and data, rows in a step
     folder: Path | None = None  # None: no checkpoint, the run begins at step 0
     same_processes: bool = True  # False: another number of processes saved the checkpoint
-    meter: tuple[float, ...] = (0.0,) * 5  # this process's sums since the last line of metrics
+    meter: tuple[float, ...] = (0.0,) * 5  # this process's sums since the last line of metrics, see `Meter.state`
     skipped: int = 0  # steps whose gradient was not finite
-    best: tuple[int, float] | None = None  # step and metric of the best checkpoint
+    best: Best = field(default_factory=Best)  # the best evaluation so far
     evaluate: bool = False  # the evaluation of this step was interrupted and is still to do
     changed: tuple[str, ...] = ()  # options that differ from the checkpoint's, as allowed by allow_changed

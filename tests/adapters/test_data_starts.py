@@ -154,7 +154,7 @@ def test_eva_takes_directions_and_ranks_of_peft(bases, family, more):
     rho = more.get("eva_config", {}).get("rho", 2.0)
     oracle: Any = get_peft_model(plain, oracle_config(model, "eva", eva_config=EvaConfig(rho=rho, tau=TAU)))
     stream = Stream(ROWS, options, Position(), 0)
-    groups = _groups_with_labels(stream, [stream.documents(k) for k in range(FIRST)], False, oracle)
+    groups = _groups_with_labels(stream, [stream.documents(k) for k in range(FIRST)], oracle)
     keys = ("input_ids", "attention_mask", "labels")
     rows = [{key: batch[key] for key in keys} for batch in batches(options, groups)]
     initialize_lora_eva_weights(oracle, rows, show_progress_bar=False)

@@ -19,6 +19,7 @@ from accel_llm.adapters.method_options import option_names
 from accel_llm.adapters.methods import check_method, config_class_of, peft_methods
 from accel_llm.adapters.partial import FreezeOptions
 from accel_llm.config.options import PretrainOptions, SftOptions
+from accel_llm.config.preference_options import DpoOptions, KtoOptions, RewardOptions
 from accel_llm.errors import ConfigError
 
 
@@ -156,3 +157,30 @@ def test_a_run_shows_its_rate_and_where_it_comes_from(script, tiny, chats, tmp_p
 def test_the_recipe_of_the_demo_keeps_its_rate():
     assert default_rate(SftOptions(method="ia3", model_name_or_path="x"))[0] == 3e-3
     assert filled(method="lora", learning_rate=3e-3, model_name_or_path="nowhere").learning_rate == 3e-3
+
+
+@pytest.mark.parametrize(
+    ("options_class", "values", "full", "adapter"),
+    [
+        (DpoOptions, {}, 5e-7, 5e-6),  # Zephyr, and its authors' recipe for QLoRA
+        (DpoOptions, {"loss_type": ["simpo", "sft"]}, 5e-7, 5e-6),
+        (DpoOptions, {"loss_type": ["orpo"]}, 5e-6, 5e-5),  # the authors' script for Mistral 7B
+        (KtoOptions, {}, 5e-7, 5e-6),
+        (RewardOptions, {}, 1e-5, 1e-4),  # Llama 2
+    ],
+)
+def test_preferences_take_a_part_of_the_rate_of_fine_tuning(options_class, values, full, adapter, tmp_path):
+    name = write_config(tmp_path, "mistral", 4096)
+    rates = [
+        default_rate(options_class(model_name_or_path=name, method=method, **values)) for method in ("full", "qlora")
+    ]
+    assert [rate for rate, _ in rates] == [full, adapter]
+    assert all(re.match(r"1/\d+ of \S+ for fine-tuning: ", source) for _, source in rates)
+
+
+def test_a_beta_carried_over_to_a_loss_of_means_is_noted(tmp_path):
+    config = tiny_model("llama").config
+    (note,) = method_notes(DpoOptions(loss_type=["simpo"], beta=0.1), config)
+    assert note == "beta: 0.1 is far below the usual 2 of simpo, whose rewards are means over tokens."
+    assert not method_notes(DpoOptions(loss_type=["simpo"]), config)
+    assert not method_notes(DpoOptions(beta=0.01), config)

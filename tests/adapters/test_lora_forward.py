@@ -195,13 +195,20 @@ def test_a_merge_is_undone_and_training_goes_on():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_without_gradients_it_is_pefts_own(kind):
+def test_without_gradients_it_is_the_same_to_the_last_bit(kind):
+    """Otherwise a policy would differ from itself as its reference: PEFT's own forward rounds once more in 16 bits."""
     layer = lora_layer(kind, torch.bfloat16).eval()
-    x = torch.randn(3, WIDTH).bfloat16()
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        expected = layer(x)
+    x = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(3)).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad():
+            peft = layer(x)
         shorten_lora_forward(layer)
-        assert torch.equal(layer(x), expected)
+        trained = layer(x.clone().requires_grad_()).detach()
+        with torch.no_grad():
+            assert torch.equal(layer(x), trained)
+    assert relative_distance(trained, peft) < 8e-3
+    if kind in ("linear", "bias", "4bit"):
+        assert not torch.equal(trained, peft)
 
 
 def test_a_float32_lora_on_a_16_bit_base_computes_in_float32_without_autocast():

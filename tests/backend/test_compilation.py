@@ -77,6 +77,7 @@ def test_gradients_of_packed_rows_of_any_length_are_those_without_a_compiler(com
     assert compiled_graphs() == before, "evaluation runs uncompiled"
 
 
+@pytest.mark.long
 def test_a_compiled_run_exports_what_an_uncompiled_one_does_and_continues(script, tiny, chats, tmp_path, compiler):
     """Published: an adapter without tensors, because all names began with `_orig_mod.`, and status done."""
     words = ["--model_name_or_path", tiny, "--train_files", chats, "--eval_files", chats, "--max_length", 128]

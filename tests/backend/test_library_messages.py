@@ -131,6 +131,7 @@ def test_a_planted_warning_ends_a_run_in_this_process(script, tiny, chats, tmp_p
     assert run_json(tmp_path / "out")["status"] == "failed"
 
 
+@pytest.mark.long
 def test_a_planted_warning_ends_a_launched_run(tiny: Path, chats: Path, tmp_path: Path) -> None:
     (tmp_path / "planted.py").write_text(PLANTED)
     words = ["--model_name_or_path", tiny, "--train_files", chats, "--max_length", "128", "--max_steps", "1"]

@@ -30,8 +30,8 @@ from support import (
     weights,
 )
 
-from accel_llm.checkpoint import checkpoints as checkpoints_module
 from accel_llm.checkpoint import files as files_module
+from accel_llm.checkpoint import load as load_module
 from accel_llm.errors import ConfigError, DataError
 from accel_llm.model import loss as loss_module
 from accel_llm.model.loss import next_token_loss
@@ -95,7 +95,7 @@ def test_a_resume_without_the_generators_ends_elsewhere(train, interrupt, tmp_pa
     interrupt(STOP)
     with pytest.raises(Stopped):
         train(tmp_path / "parts", *LORA)
-    monkeypatch.setattr(checkpoints_module, "set_generator_states", lambda state, device: None)
+    monkeypatch.setattr(load_module, "set_generator_states", lambda state, device: None)
     assert not equal_tensors(weights(train(tmp_path / "parts", *LORA)), weights(whole))
 
 
@@ -147,7 +147,7 @@ def test_the_best_checkpoint_is_kept_and_exported(train, chats, tmp_path, monkey
     best = ("--metric_for_best_model", "eval/loss", "--save_total_limit", 1)
     run = train(tmp_path / "run", *words, *best)
     assert saved_steps(run) == [3, 6] and run_json(run)["exported_step"] == 3
-    assert json.loads((checkpoint_path(run, 6) / "state.json").read_text())["best"] == [3, 1.0]
+    assert json.loads((checkpoint_path(run, 6) / "state.json").read_text())["best"] == [3, 1.0, 2]
     saved = load_file(checkpoint_path(run, 3) / "rank-00000.safetensors")
     assert all(torch.equal(tensor.view(-1), saved[f"{name}|weight|0"]) for name, tensor in weights(run).items())
 

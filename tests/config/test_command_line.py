@@ -180,6 +180,10 @@ def test_a_wrong_value_gives_one_sentence(line, problem):
         ("--eval_files a --eval_share 0.1", "eval_share: 0.1 cannot be combined with eval_files; give one of the two."),
         ("--train_files a --eval_steps 5",
          "eval_steps: 5 has no rows to evaluate; give eval_files or eval_share too."),
+        ("--early_stopping_patience 3 --eval_steps 5", "early_stopping_patience: it needs a metric to compare evaluations "
+         "by; set metric_for_best_model, for example eval/loss."),
+        ("--early_stopping_patience 3 --metric_for_best_model eval/loss", "early_stopping_patience: it counts evaluations "
+         "during the run; set eval_steps too."),
     ],
 )  # fmt: skip
 def test_rules_between_options(line, problem):

@@ -27,12 +27,17 @@ min_lr_rate decay_share warmup_steps neftune_noise_alpha loraplus_lr_ratio label
 RUN = """
 output_dir overwrite_output_dir resume_from_checkpoint per_device_train_batch_size per_device_eval_batch_size
 gradient_accumulation_steps total_batch_size num_train_epochs max_steps logging_steps eval_steps save_steps
-save_total_limit save_async metric_for_best_model allow_changed max_skipped_steps seed report_to run_name dry_run
-check_only eval_on_start eval_generate
+save_total_limit save_async metric_for_best_model early_stopping_patience allow_changed max_skipped_steps seed
+report_to run_name dry_run check_only eval_on_start eval_generate
 """
 TRAINING = [MODEL, DATA, METHOD, OPTIMIZER, RUN]
+PREFERENCE = ["reference_model_name_or_path", "overfit", *TRAINING]
+PAIRS = [PREFERENCE[0], "scored_answers", *PREFERENCE[1:]]
 SCRIPTS = {
     "sft": ["overfit", *TRAINING],
+    "dpo": ["loss_type loss_weights beta label_smoothing simpo_gamma cpo_alpha rpo_alpha use_weighting", *PAIRS],
+    "kto": ["loss_type beta desirable_weight undesirable_weight", *PREFERENCE],
+    "reward": ["center_rewards_coefficient", "scored_answers", "overfit", *TRAINING],
     "pretrain": ["config_name text_column", *TRAINING],
     "show_data": ["json", "overfit", *TRAINING],
     "show_methods": ["methods json"],

@@ -533,24 +533,24 @@ FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "an answer not to learn": (
         {"messages": [USER, ASSISTANT], "label": False},
-        "label: found false, so the answer is one not to learn, which is for preference training, not for this script; "
+        "label: found false, so the answer is one not to learn, which is for launch/kto.py (show_data.py kto), not for this script; "
         "allowed: true",
         NOT_TO_LEARN,
     ),
     "an answer not to learn, as a number": (
         {"prompt": "q", "completion": "a", "label": 0},
-        "label: found 0, so the answer is one not to learn, which is for preference training, not for this script; "
+        "label: found 0, so the answer is one not to learn, which is for launch/kto.py (show_data.py kto), not for this script; "
         "allowed: true",
         NOT_TO_LEARN,
     ),
     "two answers": (
         {"messages": [USER, ASSISTANT], "rejected_response": "b"},
-        'rejected_response: found "b", but a row of two answers is for preference training, not for this script',
+        'rejected_response: found "b", but a row of two answers is for launch/dpo.py (show_data.py dpo), not for this script',
         PREFERENCE_ROW,
     ),
     "two answers and no completion": (
         {"prompt": "q", "chosen": "a", "rejected": "b"},
-        'rejected: found "b", but a row of two answers is for preference training, not for this script',
+        'rejected: found "b", but a row of two answers is for launch/dpo.py (show_data.py dpo), not for this script',
         PREFERENCE_ROW,
     ),
     "padding": (
@@ -585,7 +585,10 @@ def test_columns_that_a_row_lacks() -> None:
 def test_every_reason_is_met() -> None:
     every = {value for name, value in vars(values).items() if name.isupper() and isinstance(value, str)}
     met = {reason for _, _, reason in FAULTS.values()} | {reason for _, _, reason in BAD_MESSAGES.values()}
-    assert every - met == {TEXT_ONLY, TOO_DEEP, SUCH_AS}
+    # Rows of preferences have reasons of their own, see test_pairs.py and test_encode_answers.py.
+    of_preferences = {values.EQUAL_ANSWERS, values.EQUAL_SCORES, values.NO_SHARED_PROMPT, values.NO_PREFERENCE}
+    of_preferences |= {values.ONE_END_TOKEN, values.BAD_LABEL, values.BAD_MARGIN}
+    assert every - met == {TEXT_ONLY, TOO_DEEP, SUCH_AS} | of_preferences
 
 
 def test_values_nested_beyond_all_bounds_are_a_bad_row() -> None:

@@ -21,6 +21,10 @@ Row = tuple[int, list[int], list[int]]
 ENCODED: list[Row] = [(1, [5, 6, 7], [-100, 6, 7]), (4, [8], [-100]), (9, [2, 3], [-100, 3])]
 
 
+# The arrays that all rows have.
+NEEDED = [name for name in ARRAYS if name not in ("weights", "lengths", "shared", "label", "margin")]
+
+
 def make_part(encoded: list[Row], weights: list[float] | None = None) -> RowPart:
     part = RowPart()
     for number, ids, labels in encoded:
@@ -45,7 +49,7 @@ def test_rows_lie_flat_and_come_back_one_by_one(tmp_path):
     assert rows.name(1) == "a, row 4" and rows.name(2) == "b, row 9"
     assert [[part.tolist() for part in rows[k]] for k in range(3)] == [[ids, labels] for _, ids, labels in ENCODED]
     assert isinstance(rows.input_ids, np.memmap) and not rows.input_ids.flags.writeable
-    assert {name: str(getattr(rows, name).dtype) for name in ARRAYS if name not in ("weights", "lengths")} == {
+    assert {name: str(getattr(rows, name).dtype) for name in NEEDED} == {
         "input_ids": "int32", "labels": "int32", "number": "int64", "origin": "int32", "digest": "uint64",
     }  # fmt: skip
 

@@ -22,7 +22,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from accel_llm.adapters.attach import attach_adapter
 from accel_llm.config.options import TrainOptions
 from accel_llm.data.batches import collate_packed, collate_padded
-from accel_llm.model import attention, probe
+from accel_llm.model import document_attention, probe
 from accel_llm.model.attention import enable_packing, stock_attention
 from accel_llm.model.loss import attach_loss, next_token_loss
 from accel_llm.model.placement import materialize_weights
@@ -120,8 +120,8 @@ def compare_with_float64() -> None:
     """Packed and padded rows against float64, and against each other."""
     rows = random_rows()
     expected_loss, expected = float64_gradients(rows)
-    kernel, calls = attention.varlen_attn, []
-    attention.varlen_attn = lambda *a, **o: calls.append(1) or kernel(*a, **o)  # type: ignore[assignment]
+    kernel, calls = document_attention.varlen_attn, []
+    document_attention.varlen_attn = lambda *a, **o: calls.append(1) or kernel(*a, **o)  # type: ignore[assignment]
     model = with_our_loss(new_model().to(DEVICE))
     for dtype in DTYPES:
         calls.clear()
@@ -134,7 +134,7 @@ def compare_with_float64() -> None:
         tell(f"{name}: packed gradient against float64", distance(packed, expected), limit, path)
         tell(f"{name}: padded gradient against float64", distance(padded, expected), limit)
         tell(f"{name}: packed against padded", distance(packed, padded), 2 * limit)
-    attention.varlen_attn = kernel
+    document_attention.varlen_attn = kernel
 
 
 @torch.no_grad()

@@ -18,9 +18,9 @@ from accel_llm.demo.tokenizer import build_demo_tokenizer
 ROOT = Path(__file__).parents[2]
 # tests/proofs/matrix.py runs every pair of strategy and method, as forks that train as a launch does to the last bit.
 LAUNCHED = [
-    ("full", "ddp"),
+    pytest.param("full", "ddp", marks=pytest.mark.long),
     ("lora", "zero2"),
-    ("lora", "fsdp2"),
+    pytest.param("lora", "fsdp2", marks=pytest.mark.long),
     pytest.param("lora", "zero3", marks=pytest.mark.long),
 ]
 STEPS = 6
@@ -175,6 +175,7 @@ print("score", right / len(rows))
 """
 
 
+@pytest.mark.long  # .ci/run trains the demo first of all
 def test_the_demo_learns_exports_merges_and_answers(tmp_path: Path) -> None:
     output, merged = tmp_path / "demo", tmp_path / "merged"
     screen = launch(

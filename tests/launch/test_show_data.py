@@ -120,3 +120,55 @@ def test_output_that_nobody_reads_and_output_that_is_not_utf_8(tiny, tmp_path):
     assert ended.returncode == 0 and [line["trained_text"] for line in lines] == ["é<|im_end|>"] * 2
     ended = in_shell(f"{script} --limit_rows 2", root, PYTHONIOENCODING="ascii")
     assert ended.returncode == 0 and b"\\U0001f600?" in ended.stdout and b"Ledger" in ended.stdout
+
+
+PAIR = {"prompt": "2+2?", "chosen": "It is 4.", "rejected": "It is 5.", "score_chosen": 3, "score_rejected": 1}
+
+
+def test_pairs_and_labelled_answers_are_shown_as_they_are_trained(script, tiny, tmp_path, capsys):
+    rows = write_rows(tmp_path / "rows.jsonl", PAIR, {**PAIR, "chosen": "Four."})
+    options = ("--tokenizer_name", tiny, "--train_files", rows, "--max_length", 128)
+
+    def shown(name: str, *more: str) -> list[dict]:
+        script("show_data", name, *options, "--cache_dir", tmp_path / "cache", "--json", *more)
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    pairs = shown("dpo")
+    assert [(row["row"], row["pair"], row["side"], row["margin"]) for row in pairs] == [
+        (1, 0, "chosen", 0),
+        (1, 0, "rejected", 0),
+        (2, 1, "chosen", 0),
+        (2, 1, "rejected", 0),
+    ]
+    assert [row["trained_text"].split("<")[0] for row in pairs] == ["It is 4.", "It is 5.", "Four.", "It is 5."]
+    assert all(
+        row["input_ids"][: row["shared_tokens"]] == pairs[0]["input_ids"][: row["shared_tokens"]] for row in pairs
+    )
+    assert [row["margin"] for row in shown("reward")] == [2] * 4
+    assert [row["label"] for row in shown("kto")] == [True, False] * 2
+
+    # For people the prompt stands once.
+    script("show_data", "dpo", *options)
+    text = capsys.readouterr().out
+    assert text.count("2+2?") == 2 and text.count("chosen: It is 4.") == 1 and text.count("rejected: It is 5.") == 2
+    script("show_data", "kto", *options)
+    text = capsys.readouterr().out
+    assert (
+        text.count("\ndesirable: ") == text.count("\nundesirable: ") == 2
+        and "2 answers to train on are desirable, 2 undesirable." in text
+    )
+
+
+def test_scored_answers_are_the_best_and_the_worst_or_all_pairs(script, tiny, tmp_path, capsys):
+    row = {"prompt": "2+2?", "responses": ["3", "4", "5"], "scores": [2, 3, 1]}
+    rows = write_rows(tmp_path / "rows.jsonl", row)
+    for name, more, expected in (
+        ("dpo", (), ["4>5"]),
+        ("dpo", ("--scored_answers", "all_pairs"), ["4>3", "4>5", "3>5"]),
+        ("reward", ("--scored_answers", "all_pairs"), ["4>3", "4>5", "3>5"]),
+        ("kto", (), ["4", "5"]),
+    ):
+        script("show_data", name, "--tokenizer_name", tiny, "--train_files", rows, "--max_length", 128, "--json", *more)
+        lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        texts = [line["trained_text"].split("<")[0] for line in lines]
+        assert expected == (texts if name == "kto" else [">".join(texts[k : k + 2]) for k in range(0, len(texts), 2)])

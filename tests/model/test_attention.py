@@ -8,18 +8,17 @@ from torch import nn
 
 from accel_llm.data.batches import collate_packed, collate_padded
 from accel_llm.errors import ConfigError
-from accel_llm.model import attention
+from accel_llm.model import attention, document_attention
 from accel_llm.model.attention import (
     PACKED_ATTENTION,
     PADDED_ATTENTION,
-    VARLEN_OPTIONS,
-    assumed_gpu,
     enable_packing,
     enable_padding,
     forward_arguments,
     packed_attention,
     stock_attention,
 )
+from accel_llm.model.document_attention import VARLEN_OPTIONS, assumed_gpu, varlen_supports
 from accel_llm.model.loss import attach_loss, next_token_loss
 from accel_llm.model.probe import check_isolation
 
@@ -240,7 +239,7 @@ def test_the_variable_length_kernel_is_asked_from_ampere_on(capability, supporte
     """On a T4 or an RTX 20xx one call for each document takes its place."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     query = SimpleNamespace(is_cuda=True, device="cuda:0", dtype=torch.float16, shape=(1, 8, 233, 64))
-    assert attention._varlen_supports(query, None, None) == supported  # type: ignore[arg-type]
+    assert varlen_supports(query, None, None) == supported  # type: ignore[arg-type]
 
 
 def on_cuda(query, key, value, boundaries, dtype, **options) -> list[torch.Tensor]:
@@ -270,11 +269,13 @@ def test_variable_length_kernel_equals_one_document_at_a_time(dtype, kv_heads, s
     boundaries = torch.tensor([0, 70, 71, 200, 233], dtype=torch.int32)
     tensors = [torch.randn(1, heads, 233, 64, generator=generator) for heads in (8, kv_heads, kv_heads)]
     calls = []
-    kernel = attention.varlen_attn
-    monkeypatch.setattr(attention, "varlen_attn", lambda *args, **options: calls.append(1) or kernel(*args, **options))
+    kernel = document_attention.varlen_attn
+    monkeypatch.setattr(
+        document_attention, "varlen_attn", lambda *args, **options: calls.append(1) or kernel(*args, **options)
+    )
     fused = on_cuda(*tensors, boundaries, dtype, scaling=scaling, sliding_window=window)
     kernel_used = bool(calls)
-    monkeypatch.setattr(attention, "_varlen_supports", lambda *_: False)
+    monkeypatch.setattr(attention, "varlen_supports", lambda *_: False)
     single = on_cuda(*tensors, boundaries, dtype, scaling=scaling, sliding_window=window)
     exact = on_cuda(*tensors, boundaries, torch.float32, scaling=scaling, sliding_window=window)
     options = VARLEN_OPTIONS

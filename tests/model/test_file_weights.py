@@ -132,7 +132,7 @@ def test_a_family_that_cannot_recompute_activations_is_refused(tmp_path):
 
 
 def test_dora_on_sharded_4_bit_weights_is_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr("accel_llm.model.loading.strategy", lambda: "zero3")
+    monkeypatch.setattr("accel_llm.model.option_problems.strategy", lambda: "zero3")
     problems = model_problems(options("o/n", method="qlora", use_dora=True))
     assert [text for text in problems if text.startswith("use_dora: PEFT reads whole 4-bit weights")]
 

@@ -1,7 +1,6 @@
 import copy
 import functools
 import re
-import weakref
 
 import numpy as np
 import pytest
@@ -9,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from largest import Largest
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from pydantic import ValidationError
 from support import FAMILIES, ROOT, UNFUSED_FAMILIES, UNPACKABLE, random_rows, tiny_model
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
@@ -235,29 +234,6 @@ def test_a_chunk_takes_less_than_a_layer():
     assert logits_module.chunk_count(2048, 64, 128256) == 6, "256 MiB each: products of few rows would be slow"
 
 
-class Largest(TorchDispatchMode):
-    """Notes the most bytes of tensors that were in memory at once among those whose last dimension is `width`."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.width, self.now, self.most, self.products = width, 0, 0, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        self.products += func is torch.ops.aten.mm.default
-        if isinstance(result, torch.Tensor) and result.shape[-1:] == (self.width,) and result._base is None:
-            storage = result.untyped_storage()
-            given = [a for a in (*args, *(kwargs or {}).values()) if isinstance(a, torch.Tensor)]
-            if all(a.untyped_storage()._cdata != storage._cdata for a in given):
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self.free, storage.nbytes())
-        self.most = max(self.most, self.now)
-        return result
-
-    def free(self, size: int) -> None:
-        self.now -= size
-
-
 @pytest.mark.parametrize("weight", [1.0, 1e-4])
 def test_in_fp16_the_gradient_has_the_scale_of_the_loss(weight):
     """The oracle is float64. Rounded to fp16 without the scale, gradients of light tokens would be 2% off."""
@@ -287,7 +263,7 @@ def test_one_copy_of_the_logits_in_float32_and_no_product_more_than_needed(metho
     attach_loss(model, 1024, **extra)
     model.loss_chunks = 4
     if recomputed:
-        monkeypatch.setattr(logits_module, "_needs_recomputation", lambda *_: True)
+        monkeypatch.setattr(logits_module, "needs_recomputation", lambda *_: True)
     hidden = torch.randn(400, 32, dtype=torch.bfloat16, requires_grad=True)
     targets, weights = torch.arange(400) % 97, torch.rand(400)
     # A logit of float32 and one of bfloat16 beside it.
@@ -345,7 +321,7 @@ def test_one_pass_is_as_exact_as_recomputation(family, monkeypatch):
     model.loss_chunks = 3
 
     def found(recomputed: bool, bf16: bool) -> tuple[float, torch.Tensor]:
-        monkeypatch.setattr(logits_module, "_needs_recomputation", lambda *_: recomputed)
+        monkeypatch.setattr(logits_module, "needs_recomputation", lambda *_: recomputed)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             loss = next_token_loss(model, batch) / 7
         return float(loss.detach()), torch.cat([g.flatten() for g in gradients(model, loss).values()])

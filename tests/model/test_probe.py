@@ -4,15 +4,23 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from support import FAMILIES, SCALED, SIZES, UNFUSED_FAMILIES, UNPACKABLE, scaled_model, tiny_model
 from torch import nn
 from transformers import CONFIG_MAPPING, AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 
+from accel_llm.adapters.prompts import fit_virtual_tokens
 from accel_llm.errors import ConfigError
+from accel_llm.model import document_attention
 from accel_llm.model.attention import PACKED_ATTENTION, enable_packing, enable_padding, packed_attention
 from accel_llm.model.positions import scale_by_document
-from accel_llm.model.probe import behavior_lengths, check_causality, check_isolation, narrow_lengths
+from accel_llm.model.probe import (
+    behavior_lengths,
+    check_causality,
+    check_isolation,
+    narrow_lengths,
+    sharing_obstacle,
+)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -46,7 +54,7 @@ def changed_backend(**changes: Callable):
 
     def attend(module, query, key, value, mask, **others):
         arguments = {"query": query, "key": key, "value": value, **others}
-        arguments |= {name: change(arguments[name]) for name, change in changes.items()}
+        arguments |= {name: change(arguments[name]) for name, change in changes.items() if name in arguments}
         query, key, value = (arguments.pop(name) for name in ("query", "key", "value"))
         return packed_attention(module, query, key, value, mask, **arguments)
 
@@ -177,6 +185,66 @@ def test_a_temperature_by_the_place_in_the_row_is_refused_where_it_is_in_force()
     check_isolation(model, "cpu", torch.float32, max_length=8191)
     with pytest.raises(ConfigError, match="packing: true changes the results of Llama4ForCausalLM"):
         check_isolation(model, "cpu", torch.float32, max_length=8192)
+
+
+SHARING = [
+    pytest.param(f, marks=[] if f in ("gemma2", "gpt_oss", "deepseek_v3") else pytest.mark.long) for f in FAMILIES
+]
+
+
+@pytest.mark.parametrize("family", SHARING)
+def test_answers_may_share_a_prompt_where_only_attention_mixes_tokens(family):
+    model = tiny_model(family)
+    enable_packing(model)
+    assert sharing_obstacle(model.train(), "cpu", torch.float32) is None
+    assert model.training
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fault", ["keys of another place", "one key late", "first query at the first key"])
+def test_a_shared_prompt_that_an_answer_does_not_see_is_found(fault, dtype, monkeypatch):
+    model = tiny_model("mistral").to(dtype)
+    enable_packing(model)
+    assert sharing_obstacle(model, "cpu", dtype) is None
+    if fault == "first query at the first key":
+        # What is_causal means to torch's scaled_dot_product_attention.
+        monkeypatch.setattr(
+            document_attention, "_visible_keys", lambda queries, keys, *_: torch.ones(queries, keys).tril() > 0
+        )
+    else:
+        change = (
+            (lambda p: p.roll(1)) if fault == "keys of another place" else (lambda p: (p + 1).clamp(max=int(p.max())))
+        )
+        monkeypatch.setitem(AttentionInterface._global_mapping, PACKED_ATTENTION, changed_backend(key_positions=change))
+    assert "MistralForCausalLM after a shared prompt and after one of their own differ" in str(
+        sharing_obstacle(model, "cpu", dtype)
+    )
+
+
+@pytest.mark.parametrize("kind", SCALED)
+def test_answers_whose_length_rotates_their_prompt_need_one_each(kind):
+    """Their length is 1000 tokens: no document of the test is as long, and those of a run may be."""
+    model = scaled_model(kind, 1000)
+    scale_by_document(model)
+    enable_packing(model)
+    assert sharing_obstacle(model, "cpu", torch.float32, max_length=999) is None
+    assert "differ" in str(sharing_obstacle(model, "cpu", torch.float32, max_length=1000))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21.2
+def test_no_prompt_is_shared_where_its_tokens_do_not_count_alike():
+    padded, balanced, prompted = (
+        tiny_model("llama"),
+        tiny_model("mixtral", output_router_logits=True),
+        tiny_model("llama"),
+    )
+    assert sharing_obstacle(padded, "cpu", torch.float32) == "the rows are padded"
+    enable_packing(balanced)
+    assert "output_router_logits" in str(sharing_obstacle(balanced, "cpu", torch.float32))
+    enable_packing(prompted)
+    model = get_peft_model(prompted, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    fit_virtual_tokens(model)
+    assert "virtual tokens of the method" in str(sharing_obstacle(model, "cpu", torch.float32))
 
 
 def wide_and_narrow(name: str) -> tuple[PreTrainedModel, PreTrainedModel]:

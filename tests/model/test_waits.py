@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from answer_batches import LAYOUTS as ANSWER_LAYOUTS
+from answer_batches import answer_batch, random_pairs
 from peft import LoraConfig, get_peft_model
 from support import SCALED, character_tokenizer, make_rows, materialize, random_rows, scaled_model, tiny_model
 from waits import noted_waits
@@ -21,6 +23,7 @@ from accel_llm.data.stream import TrainingPlan
 from accel_llm.errors import ConfigError
 from accel_llm.model.attention import enable_packing, enable_padding
 from accel_llm.model.loading import load_model
+from accel_llm.model.log_probabilities import answer_log_probabilities
 from accel_llm.model.loss import attach_loss, next_token_loss
 from accel_llm.model.neftune import attach_neftune
 from accel_llm.model.positions import scale_by_document
@@ -141,6 +144,32 @@ def test_no_micro_batch_waits(case: str, packed: bool, weighted: bool, tiny: Pat
         meter.add(loss, batch)
     assert waits == []
     assert meter.state()[0] == float(loss.detach()) > 0 and meter.state()[2] == batch["num_targets"]
+    assert any(parameter.grad is not None for parameter in model.parameters())
+
+
+ANSWERING = ["llama", "gemma2", "gpt_oss", "mixtral", "hyperclovax stock", "mixtral stock", "llama recomputed"]
+ANSWERING += ["llama lora", "llama qlora", "gemma2 lora recomputed neftune"]
+
+
+QUICK_ANSWERING = [("llama", "padded"), ("hyperclovax stock", "padded"), ("llama", "shared"), ("gpt_oss", "shared")]
+QUICK_ANSWERING += [("llama qlora", "shared"), ("gemma2 lora recomputed neftune", "shared")]
+ANSWER_CASES = [(case, layout) for case in ANSWERING for layout in ANSWER_LAYOUTS]
+
+
+@DEPRECATED
+@pytest.mark.parametrize(
+    ("case", "layout"),
+    [pytest.param(*case, marks=[] if case in QUICK_ANSWERING else pytest.mark.long) for case in ANSWER_CASES],
+)
+def test_no_batch_of_answers_waits(case: str, layout: str, tiny: Path) -> None:
+    model = build(case, layout != "padded", tiny)
+    batch = to_device(answer_batch(random_pairs(), layout), torch.device("cpu"))
+    with noted_waits(model, batch) as waits:
+        scores = answer_log_probabilities(model, batch, squares=True)
+        scores.sums.sum().backward()
+        with torch.no_grad():
+            answer_log_probabilities(model.eval(), batch)
+    assert waits == []
     assert any(parameter.grad is not None for parameter in model.parameters())
 
 

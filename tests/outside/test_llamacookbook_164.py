@@ -5,18 +5,15 @@ exported, and only a finite loss can be the best.
 """
 
 import math
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
-from accel_llm.training.evaluation import find_new_best
+from accel_llm.training.best import Best
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 def test_a_run_without_a_finite_evaluation_still_exports(script, tiny, chats, tmp_path, monkeypatch, value) -> None:
-    evaluation: Any = SimpleNamespace(step=3, metrics={"eval/loss": value})
-    assert find_new_best("eval/loss", evaluation, 3, None) is None
+    assert Best().after(3, value, "eval/loss") == Best(later=1)
     monkeypatch.setattr("accel_llm.training.evaluation.mean_loss", lambda *_: {"eval/loss": value})
     words = ("--model_name_or_path", tiny, "--train_files", chats, "--eval_files", chats, "--max_length", 128)
     script(

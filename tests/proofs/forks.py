@@ -36,7 +36,7 @@ WARM = (
     "peft.utils.transformers_weight_conversion bitsandbytes datasets deepspeed.runtime.zero.stage_1_and_2 "
     "deepspeed.runtime.superoffload.superoffload_stage3 deepspeed.runtime.zero.muon.muon_optimizer "
     "deepspeed.module_inject.auto_ep_layer numpy.ctypeslib "
-    "accelerate.commands.launch accelerate.utils.other sft pretrain"
+    "accelerate.commands.launch accelerate.utils.other sft pretrain dpo kto"
 )
 
 

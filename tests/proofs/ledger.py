@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: E402
 from accel_llm.chat.template import Template, load_template  # noqa: E402
 from accel_llm.config.data_options import DataOptions  # noqa: E402
 from accel_llm.data.ledger import Ledger  # noqa: E402
+from accel_llm.data.pairs import PreferenceKind  # noqa: E402
 from accel_llm.data.prepare import encode_conversations  # noqa: E402
 from accel_llm.errors import ConfigError, DataError  # noqa: E402
 # isort: on
@@ -60,11 +61,13 @@ def table(tokenizer: PreTrainedTokenizerFast, template: Template, files: tuple[s
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, template: Template, file: Path) -> Ledger:
+    # As dpo.py reads pairs, or kto.py answers with a label.
+    kind = PreferenceKind(labelled="kto" in file.name) if file.parent.name == "preference" else None
     with tempfile.TemporaryDirectory() as folder:
         options = DataOptions(
             train_files=[str(file)], cache_dir=folder, max_length=200_000, max_lost=1, on_bad_row="drop"
         )
-        return encode_conversations(options, 0, tokenizer, template).ledger
+        return encode_conversations(options, 0, tokenizer, template, preferences=kind).ledger
 
 
 def line(file: str, ledger: Ledger) -> str:

@@ -43,6 +43,7 @@ GOLDEN = ROOT / "tests" / "proofs" / "golden"
 # The page that shows each table.
 PAGES = {"matrix": "accel_llm/backend/README.md", "resumes": "accel_llm/checkpoint/README.md"}
 PAGES["backends"] = "accel_llm/adapters/README.md"
+PAGES["preference"] = "accel_llm/preference/README.md"
 GOLDEN_METHODS = ("full", "lora", "qlora")
 STRATEGIES = ("cpu", "ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2")
 SHARDED = ("zero3", "zero3_offload", "fsdp2")
@@ -233,25 +234,10 @@ JUDGES = {"gradient": judge_gradient, "path": judge_path}
 
 
 def prepare(work: Path) -> None:
-    """Write rows of uneven length and a tiny Qwen3 with tied embeddings, in sizes that bitsandbytes' blocks divide."""
-    import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    """Write the model, adapters for it, and rows of uneven length; and what float64 makes of a step."""
+    from accel_llm.demo import skills
 
-    from accel_llm.demo import skills, tokenizer
-
-    tokenizer = tokenizer.build_demo_tokenizer()
-    torch.manual_seed(0)
-    width = {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-    }
-    rest = {"num_hidden_layers": 2, "tie_word_embeddings": True, "initializer_range": 0.1}
-    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), **width, **rest))
-    model.save_pretrained(work / "model")
-    tokenizer.save_pretrained(work / "model")
+    tokenizer = write_model(work)
     float64.write_adapters(work)
 
     chats = [
@@ -266,6 +252,29 @@ def prepare(work: Path) -> None:
         for method in METHODS:
             step = float64.clipped_step(work, method, rows[:ROWS], rows[ROWS : ROWS + HELD_OUT], MAX_NORM)
             save_file(step, work / f"{script}-{method}-step.safetensors")
+
+
+def write_model(work: Path) -> Any:
+    """Write a tiny Qwen3 with tied embeddings, in sizes that bitsandbytes' blocks divide; return its tokenizer."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    from accel_llm.demo.tokenizer import build_demo_tokenizer
+
+    tokenizer = build_demo_tokenizer()
+    torch.manual_seed(0)
+    width = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+    }
+    rest = {"num_hidden_layers": 2, "tie_word_embeddings": True, "initializer_range": 0.1}
+    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), **width, **rest))
+    model.save_pretrained(work / "model")
+    tokenizer.save_pretrained(work / "model")
+    return tokenizer
 
 
 def prepare_paths(work: Path) -> None:

@@ -199,6 +199,11 @@ def test_the_stop_proof_names_a_template_that_closes_no_turn(accelerator, tokeni
         ({"lr_scheduler_type": "warmup_stable_decay", "warmup_steps": 8, "decay_share": 0.5}, (100, 8, 100, 10),
          ["decay_share: after 8 of 10 steps of warmup the decay has 2 steps instead of 5, and the learning rate is never stable."]),
         ({"warmup_steps": 200, "check_only": True}, (100, 8, 100, 13), []),
+        ({"early_stopping_patience": 3, "eval_steps": 3}, (100, 8, 100, 13), []),
+        ({"early_stopping_patience": 4, "eval_steps": 3}, (100, 8, 100, 13),
+         ["early_stopping_patience: the run has 4 evaluations before its last step, too few for 4 in a row after a best one; it never stops early."]),
+        ({"early_stopping_patience": 3, "eval_steps": 3}, (100, 8, 100, 12),
+         ["early_stopping_patience: the run has 3 evaluations before its last step, too few for 3 in a row after a best one; it never stops early."]),
         ({}, (100, 8, 1000, 125), []),
     ],
 )  # fmt: skip

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from accel_llm.config.options import RunOptions
-from accel_llm.data.batches import collate_packed, collate_padded
+from accel_llm.data.batches import Batch, collate_packed, collate_padded
 from accel_llm.data.stream import TrainingPlan
 from accel_llm.report import metrics
 from accel_llm.report.metrics import Meter
@@ -169,3 +169,27 @@ def test_the_end_of_a_run_leaves_its_process_groups_alone(accelerator, tmp_path)
         assert torch.distributed.is_initialized()
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_what_a_loss_measures_beside_is_a_mean_over_its_values_also_after_a_resume(accelerator, tmp_path):
+    def batch(chosen: list[float], rejected: list[float]) -> Batch:
+        measured = {"rewards/chosen": chosen, "rewards/rejected": rejected}
+        tensors = {name: torch.tensor([sum(v), len(v)], dtype=torch.float64) for name, v in measured.items()}
+        return collate_padded([ROW], 0) | {"measured": tensors}
+
+    meter = new_meter(accelerator, tmp_path)
+    meter.add(torch.tensor(1.0), batch([1.0, 2.0], [0.5]))
+    # A window goes on in a new process.
+    options = RunOptions(output_dir=str(tmp_path), logging_steps=3)
+    plan, record = TrainingPlan(4, 2, None, 8), Record(tmp_path, True)
+    meter = Meter(accelerator, options, plan, record, 0, meter.state())
+    meter.add(torch.tensor(float("nan")), batch([100.0], [100.0]))  # a sick batch is left out
+    meter.add(torch.tensor(1.0), batch([6.0], []))
+    meter.log(3, 0.1, 1.0)
+    (line,) = read_lines(tmp_path)
+    assert line["rewards/chosen"] == 3.0 and line["rewards/rejected"] == 0.5 and line["rewards/margins"] == 2.5
+    meter.add(torch.tensor(1.0), batch([1.0], []))
+    meter.log(6, 0.1, 1.0)
+    assert read_lines(tmp_path)[1].keys() & {"rewards/chosen", "rewards/rejected", "rewards/margins"} == {
+        "rewards/chosen"
+    }

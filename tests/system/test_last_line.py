@@ -80,6 +80,7 @@ def test_how_to_continue_after_a_signal_is_repeated_too(run):
     assert code == 1 and screen.startswith(f"{sentence}\n") and screen.endswith(f"\n\n{sentence}\n\n")
 
 
+@pytest.mark.long
 def test_a_process_of_rank_1_names_it_and_a_job_that_starts_again_repeats_nothing(run):
     ranks = {"RANK": "1", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_MAX_RESTARTS": "1"}
     _, screen = run("few lines", "mistake", **ranks, TORCHELASTIC_RESTART_COUNT="1")

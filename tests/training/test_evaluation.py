@@ -251,7 +251,7 @@ def test_a_run_evaluates_when_due_and_writes_the_results(accelerator, tiny_llama
             with torch.no_grad():
                 model.lm_head.weight.zero_()
         evaluation.when_due(model, meter, step)
-    evaluation.at_end(model, meter, tmp_path)
+    evaluation.at_end(model, meter, tmp_path, 5)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 2, 4, 5]
     assert [line["eval/exact_match"] for line in lines] == [1.0, 1.0, 1.0, 0.0]
@@ -264,11 +264,11 @@ def test_a_run_evaluates_when_due_and_writes_the_results(accelerator, tiny_llama
 def test_without_rows_or_questions_nothing_is_measured(accelerator, tiny_llama, tokenizer, tmp_path):
     options: dict[str, Any] = {"output_dir": str(tmp_path), "packing": False, "max_length": MAX_LENGTH}
     meter = Meter(accelerator, TrainOptions(**options), TrainingPlan(4, 4, 4, 1), Record(tmp_path, True))
-    Evaluation(accelerator, tokenizer, None, TrainOptions(**options), [EOS]).at_end(None, meter, tmp_path)
+    Evaluation(accelerator, tokenizer, None, TrainOptions(**options), [EOS]).at_end(None, meter, tmp_path, 1)
     assert list(tmp_path.iterdir()) == []
     model = tiny_llama()
     attach_loss(model, MAX_LENGTH)
-    Evaluation(accelerator, tokenizer, random_rows(), TrainOptions(**options), [EOS]).at_end(model, meter, tmp_path)
+    Evaluation(accelerator, tokenizer, random_rows(), TrainOptions(**options), [EOS]).at_end(model, meter, tmp_path, 1)
     line = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert line.keys() == {"step", "eval/loss", "eval/perplexity", "eval/supervised_tokens"}
 
@@ -419,7 +419,7 @@ def test_an_evaluation_that_fails_ends_no_run_of_one_process(accelerator, tiny_l
     with pytest.raises(
         RuntimeError, match=r"after the last step failed .*The trained model is complete in there; the same"
     ):
-        evaluation.at_end(model, meter, Path("there"))
+        evaluation.at_end(model, meter, Path("there"), 4)
     with pytest.raises(ArithmeticError):  # nothing is lost yet
         evaluation.at_start(model, meter, Start(output_dir=tmp_path, evaluate=True))
     monkeypatch.setattr(LlamaForCausalLM, "generate", original)

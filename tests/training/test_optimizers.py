@@ -565,6 +565,7 @@ def rank_of_two(rank: int, port: int, folder: Path) -> None:
     accelerator.end_training()
 
 
+@pytest.mark.long
 def test_ranks_draw_noise_of_their_own_from_one_distribution(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     with socket.socket() as free:
