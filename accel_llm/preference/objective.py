@@ -38,7 +38,7 @@ def preference_loss(model: Any, batch: Batch, options: DpoOptions) -> torch.Tens
     losses = pair_losses(scores, options, weights)
 
     chosen, rejected = pair_rewards(scores, options)
-    batch["measured"] = _measured(
+    batch["measured"] = measured_sums(
         {
             "rewards/chosen": chosen,
             "rewards/rejected": rejected,
@@ -58,10 +58,10 @@ def kto_loss(model: Any, batch: Batch, options: KtoOptions) -> torch.Tensor:
     losses = function(ratios, desirable, z0, options)
 
     rewards, wanted = options.beta * ratios, desirable.double()
-    batch["measured"] = _measured({"rewards/chosen": rewards, "logps/chosen": answers.sums}, wanted) | _measured(
-        {"rewards/rejected": rewards, "logps/rejected": answers.sums}, 1 - wanted
-    )
-    batch["measured"] |= _measured({"kl" if options.loss_type == "kto" else "delta": z0 + 0 * ratios})
+    batch["measured"] = measured_sums(
+        {"rewards/chosen": rewards, "logps/chosen": answers.sums}, wanted
+    ) | measured_sums({"rewards/rejected": rewards, "logps/rejected": answers.sums}, 1 - wanted)
+    batch["measured"] |= measured_sums({"kl" if options.loss_type == "kto" else "delta": z0 + 0 * ratios})
     return _total(losses, answers, batch)
 
 
@@ -120,7 +120,7 @@ def _token_counts(answers: AnswerScores, batch: Batch) -> torch.Tensor:
     return start_copy(counts, answers.sums.device)
 
 
-def _measured(values: dict[str, torch.Tensor], weights: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+def measured_sums(values: dict[str, torch.Tensor], weights: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
     """Return the sum and the number of the values of each metric; `weights` are 1 for those that count and 0 for others."""
     results = {}
     for name, numbers in values.items():

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from accel_llm.config.preference_options import RewardOptions
 from accel_llm.data.batches import Batch
 from accel_llm.model.classifier import answer_scores
+from accel_llm.preference.objective import measured_sums
 
 
 def reward_losses(
@@ -28,12 +29,11 @@ def reward_loss(model: Any, batch: Batch, options: RewardOptions) -> torch.Tenso
     # Pair i has the answers 2i, the chosen one, and 2i + 1.
     chosen, rejected = rewards[0::2], rewards[1::2]
     losses = reward_losses(chosen, rejected, batch.get("margins", 0.0), options.center_rewards_coefficient)
-    values = {
-        "rewards/chosen": chosen,
-        "rewards/rejected": rejected,
-        "rewards/accuracies": (chosen > rejected).double(),
-    }
-    batch["measured"] = {
-        name: torch.stack([each.detach().sum(), each.new_full((), len(each))]) for name, each in values.items()
-    }
+    batch["measured"] = measured_sums(
+        {
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/accuracies": (chosen > rejected).double(),
+        }
+    )
     return losses.sum().float()
