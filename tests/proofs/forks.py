@@ -85,6 +85,9 @@ def warm() -> None:
     sys.path[:0] = [str(ROOT / "launch"), str(ROOT)]
     for name in WARM.split():
         importlib.import_module(name)
+    # A proof may have imported torch before OMP_NUM_THREADS was set here. Then the parent's first operator would start
+    # threads, which a fork does not have: it waits for them forever (seen where bitsandbytes quantizes).
+    sys.modules["torch"].set_num_threads(1)
     # transformers compiles the patterns of all families when it loads its first model.
     sys.modules["transformers.conversion_mapping"].get_checkpoint_conversion_mapping("qwen3")
     # DeepSpeed compiles a test program for each of its kernels when it is first asked which ones are available.
