@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-# Pairs and single answers, by one process and by two; and sharded weights.
+# Pairs and single answers, by one process and by two; and what is hardest: weights in 4 bits, sharded.
 ALONE = ("sum_other-cpu-full-shared-4-ckpt-fp32", "kto_other-cpu-lora-packed-4-plain-fp32")
 TOGETHER = ("sum_other-fsdp2-full-shared-odd-plain-fp32", "kto_other-ddp-lora-packed-odd-plain-fp32")
-HARD = "sum_other-zero3-full-packed-4-plain-fp32"
+HARD = "wpo_other-zero3-qlora-shared-4-ckpt-fp32"
 
 
 def run_proof(*words: str) -> str:
