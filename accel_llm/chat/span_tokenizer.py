@@ -28,10 +28,12 @@ class Span(NamedTuple):
 class SpanTokenizer:
     """A fast tokenizer that adds, pads and truncates nothing, whatever its files switch on.
 
-    Control tokens between the marks of `guard` are tokenized as text.
+    Control tokens between the marks of `guard` are tokenized as text. `in_one_piece`: no text is cut at its spans, so it
+    has the tokens that it has for a model that only reads it; a token may then begin before a span and end in it.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, in_one_piece: bool = False):
+        self._in_one_piece = in_one_piece
         # A copy, because any padded call switches padding and truncation on again in the original. Files saved during a
         # training run have both, too. A post-processor would report offsets without the space that belongs to a token.
         backend: Any = tokenizer.backend_tokenizer
@@ -72,9 +74,8 @@ class SpanTokenizer:
         `spans` are in order and do not overlap. The marks of `guard` are removed from the text.
         """
         guarded = GUARD_OPEN in text and _GUARDED.search(text) is not None
-        if not guarded and not (
-            self._cuts_freely and all(text.endswith(self._added_texts, 0, span.end) for span in spans)
-        ):
+        may_cut = self._cuts_freely and not self._in_one_piece
+        if not guarded and not (may_cut and all(text.endswith(self._added_texts, 0, span.end) for span in spans)):
             return self._encode_whole(text, spans)
 
         # Cut the text at the spans: context, target, context, ... Without offsets this takes a third of the time. It is
@@ -117,13 +118,17 @@ class SpanTokenizer:
         """Tokenize the whole text with offsets; a token belongs to the span in which it begins.
 
         Inference cannot produce a token that reaches from a prompt into a target, so such a text is cut at the target.
+        In one piece the token stays, and belongs to the target.
         """
         ids, offsets = self._ids_and_offsets(text, continued)
         starts = [start for start, _ in offsets]
         token_spans: list[Span] = []
         for index, span in enumerate(spans):
             first = bisect_left(starts, span.start)
-            if first and offsets[first - 1][1] > span.start:
+            crosses = first > 0 and offsets[first - 1][1] > span.start
+            if crosses and self._in_one_piece:
+                first -= 1
+            elif crosses:
                 # This token crosses the border: encode the text before it and the text after it separately.
                 head, head_spans = self._encode_whole(text[: span.start], spans[:index], continued)
                 later = [Span(start - span.start, end - span.start) for start, end in spans[index:]]

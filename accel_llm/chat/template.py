@@ -51,6 +51,7 @@ class Template:
     template closes no turn; a model trained with such a template never learns to stop. `reads` says what the template
     takes from a row. `source_for_tools` is another template of the tokenizer, for conversations with tools. `thinking`
     is a variable that is set for conversations with reasoning, because the template would not write it otherwise.
+    `in_one_piece` is for models that only read answers: no token border is put between a prompt and its answer.
     """
 
     def __init__(
@@ -60,9 +61,10 @@ class Template:
         variables: dict[str, Any] | None = None,
         allow_special_in_text: bool = False,
         source_for_tools: str | None = None,
+        in_one_piece: bool = False,
     ):
         self.source, self.source_for_tools = source, source_for_tools
-        self._tokenizer = SpanTokenizer(tokenizer)
+        self._tokenizer = SpanTokenizer(tokenizer, in_one_piece)
         self._guard = ControlGuard(tokenizer, allow_special_in_text)
         self.tokenizer_digest = self._tokenizer.digest
         self._renderer = Renderer(source, {**tokenizer.special_tokens_map, **(variables or {})}, self._guard)
@@ -92,7 +94,9 @@ class Template:
             self._with_reasoning = _Layouts(finder, PatternCache(renderer, finder))
         self._for_tools: Template | None = None
         if source_for_tools is not None:
-            self._for_tools = Template(tokenizer, source_for_tools, variables, allow_special_in_text)
+            self._for_tools = Template(
+                tokenizer, source_for_tools, variables, allow_special_in_text, in_one_piece=in_one_piece
+            )
             self.reads = self.reads.union(self._for_tools.reads)
 
     def _find_thinking(self) -> dict[str, bool]:
@@ -277,16 +281,18 @@ def load_template(
     chat_template: str | None = None,
     variables: dict[str, Any] | None = None,
     allow_special_in_text: bool = False,
+    in_one_piece: bool = False,
 ) -> Template:
     """Load a chat template: the tokenizer's own (None), one of its own by name, `chatml`, or a Jinja file by its path.
 
     `variables` are set in every render. With `allow_special_in_text` control tokens in messages do not become text.
+    With `in_one_piece` no token border is put between a prompt and its answer.
 
     Raises:
         ConfigError: the file does not exist, the tokenizer has no template, the template is not valid Jinja or cannot
             render one question and answer, or the tokenizer would split its control tokens into pieces.
     """
-    template = _bind(tokenizer, chat_template, variables, allow_special_in_text)
+    template = _bind(tokenizer, chat_template, variables, allow_special_in_text, in_one_piece)
     split = template.split_markers(strict=chat_template is not None)
     if split:
         raise ConfigError(
@@ -299,7 +305,8 @@ def load_template(
 
 def configured_template(tokenizer: PreTrainedTokenizerBase, options: DataOptions) -> Template:
     """Load the template that `options` name, with its variables. Raises as `load_template` does."""
-    return load_template(tokenizer, options.chat_template, options.chat_template_kwargs, options.allow_special_in_text)
+    special, one_piece = options.allow_special_in_text, options.gives_scores
+    return load_template(tokenizer, options.chat_template, options.chat_template_kwargs, special, one_piece)
 
 
 def missing_tokens(tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None) -> list[str]:
@@ -312,6 +319,7 @@ def _bind(
     chat_template: str | None,
     variables: dict[str, Any] | None = None,
     allow_special_in_text: bool = False,
+    in_one_piece: bool = False,
 ) -> Template:
     if not tokenizer.is_fast:
         raise ConfigError(
@@ -320,7 +328,7 @@ def _bind(
     source, name = read_template(tokenizer, chat_template), describe_template(chat_template)
     # Errors of the test renders in `Template` mean that no conversation could be rendered.
     try:
-        return Template(tokenizer, source.text, variables, allow_special_in_text, source.for_tools)
+        return Template(tokenizer, source.text, variables, allow_special_in_text, source.for_tools, in_one_piece)
     except TemplateSyntaxError as error:
         line = source.text.splitlines()[error.lineno - 1 : error.lineno]
         raise ConfigError(

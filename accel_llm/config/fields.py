@@ -279,6 +279,11 @@ class Options(BaseModel):
         protected_namespaces=(),
     )
 
+    @property
+    def gives_scores(self) -> bool:
+        """Whether the model gives scores of whole texts, and not probabilities of tokens."""
+        return False
+
     @field_validator("*", mode="before")
     @classmethod
     def _read_words(cls, value: Any, info: ValidationInfo) -> Any:

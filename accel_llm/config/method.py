@@ -86,11 +86,6 @@ class MethodOptions(Options):
         return self.method not in METHODS_WITHOUT_ADAPTER
 
     @property
-    def gives_scores(self) -> bool:
-        """Whether the model gives scores of whole texts, and not probabilities of tokens."""
-        return False
-
-    @property
     def in_4_bits(self) -> bool:
         """Whether the base of the adapter is held in 4 bits."""
         return self.method == "qlora" or self.load_in_4bit

@@ -198,6 +198,12 @@ class RewardOptions(PairOptions):
         problems = super().problems()
         if self.eval_generate:
             problems.append(f"eval_generate: {self.eval_generate} answers, but a reward model gives scores; remove it.")
+        problems += [
+            f"{name}: {getattr(self, name)} chooses tokens to train, but a reward model is trained on whole conversations; "
+            "remove it."
+            for name in ("train_on", "train_on_eos")
+            if name in self.model_fields_set and getattr(self, name) != type(self).model_fields[name].default
+        ]
         if self.add_tokens:
             problems.append(
                 "add_tokens: a reward model is trained on tokens that its base knows; add them in launch/sft.py, and go "

@@ -69,7 +69,28 @@ def count_labels(labels: np.ndarray) -> str:
             f"train_files: all {len(labels):,} answers are {found}; KTO needs {missing} ones too, so add such rows, or "
             "train with launch/sft.py."
         )
-    return f"{desirable:,} answers to train on are desirable, {len(labels) - desirable:,} undesirable."
+    return f"Answers to train on: {desirable:,} desirable, {len(labels) - desirable:,} undesirable."
+
+
+def advise_weights(labels: np.ndarray, desirable_weight: float, undesirable_weight: float) -> str | None:
+    """Return advice if the two kinds of answers are weighted far from how the paper weights them, else None.
+
+    KTO (arXiv 2402.01306, section 4.2) lets all desirable answers together count 1 to 4/3 times as much as the others.
+    """
+    desirable = int(labels.sum())
+    undesirable = len(labels) - desirable
+    if not desirable_weight or not undesirable_weight:  # one kind is left out on purpose
+        return None
+    ratio = desirable_weight * desirable / (undesirable_weight * undesirable)
+    if 0.8 <= ratio <= 1.6:
+        return None
+    name, weight = "desirable_weight", desirable_weight / ratio
+    if ratio > 1:
+        name, weight = "undesirable_weight", undesirable_weight * ratio
+    return (
+        f"{name}: all desirable answers together weigh {ratio:.2g} times as much as the undesirable ones; the KTO paper "
+        f"has 1 to 4/3. {weight:.2g} makes it 1."
+    )
 
 
 def collate_answers(rows: Rows | Pairs, units: list[int], packed: bool, pad_token_id: int, virtual: int = 0) -> Batch:

@@ -95,7 +95,7 @@ def _encode_sides(judged: Judged, template: Template, encoder: Encoder, chunk: C
         return []
     answers = [_as_answer(encoding.rows[0]) for encoding in encodings]
     if len(answers) == 2:
-        _compare_answers(answers)
+        _compare_answers(answers, same_prompt=not options.gives_scores)
     return answers
 
 
@@ -136,15 +136,17 @@ def _check_end(judged: Judged, template: Template, encoder: Encoder) -> None:
         raise DataError(f"{side}: {problem}; the template adds it, so remove it from the row", ONE_END_TOKEN)
 
 
-def _compare_answers(answers: list[Answer]) -> None:
-    """Check that two encoded sides differ and continue the same prompt.
+def _compare_answers(answers: list[Answer], same_prompt: bool) -> None:
+    """Check that two encoded sides differ and, with `same_prompt`, continue the same tokens.
+
+    A reward is given to a whole text, in which the first letters of an answer may decide on the tokens before it.
 
     Raises:
         DataError: they do not.
     """
     if answers[0][0] == answers[1][0]:
         raise DataError("chosen and rejected: the template writes the same text for both", EQUAL_ANSWERS)
-    if count_shared(answers) < _first_label(answers):
+    if same_prompt and count_shared(answers) < _first_label(answers):
         problem = "what stands before the trained tokens differs, so their probabilities cannot be compared"
         raise DataError(f"chosen and rejected: {problem}", NO_SHARED_PROMPT)
 

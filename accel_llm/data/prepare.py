@@ -33,7 +33,7 @@ from accel_llm.data.rows import Rows, RowWriter, cache_folder, cached_rows, load
 from accel_llm.data.sources import as_source, data_fingerprint, left_out_note, read_source, source_identity
 from accel_llm.errors import ConfigError, DataError, raise_problems
 
-CACHE_VERSION = 6  # raise it with every change of the encoding, so that no old cache is used
+CACHE_VERSION = 7  # raise it with every change of the encoding, so that no old cache is used
 ROWS_PER_CHUNK = 256  # rows that are encoded together, and sent to a worker together
 HELD_OUT = "held out"  # the bin of rows that `eval_share` takes for evaluation
 # The options that change the encoding, beside the rows themselves, the tokenizer and the template.

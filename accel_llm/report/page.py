@@ -26,6 +26,7 @@ METRIC_CHARTS = {
     "grad_norm": "Gradient norm",
     "tokens_per_second": "Tokens per second",
 }
+UNDRAWN = {"loss", "perplexity", "supervised_tokens"}  # evaluated, but drawn already, or of no interest as a curve
 
 STYLE = """
 :root { color-scheme: light dark; --train: #0969da; --eval: #bc4c00; --good: #1a7f37; --bad: #cf222e; }
@@ -84,7 +85,8 @@ def _page(run: dict[str, Any], lines: list[dict[str, Any]], folder_name: str) ->
     times = ", ".join(f"{key} {_escape(run.pop(key))}" for key in ("started", "ended") if run.get(key))
 
     losses = {"train": _points(lines, "loss"), "eval": _points(lines, "eval/loss")}
-    charts = [_draw_chart(title, {"train": _points(lines, key)}, 0.0) for key, title in METRIC_CHARTS.items()]
+    charts = _charts_of_evaluations(lines)
+    charts += [_draw_chart(title, {"train": _points(lines, key)}, 0.0) for key, title in METRIC_CHARTS.items()]
     sections = {
         "Curves": f'<div class="grid charts">{_draw_chart("Loss", losses)}{"".join(charts)}</div>',
         "Ledger": _ledger_section(run.pop("ledger", None) or {}),
@@ -151,6 +153,17 @@ def _headline_tiles(lines: list[dict[str, Any]]) -> str:
         f'<div class="box"><small>{_escape(label)}</small><b>{value}</b><small>{note}</small></div>'
         for label, value, note in tiles
     )
+
+
+def _charts_of_evaluations(lines: list[dict[str, Any]]) -> list[str]:
+    """Return a chart for each evaluated number besides the loss (rewards, accuracies), with its values in training."""
+    charts = []
+    for key in dict.fromkeys(key for line in lines for key in line if key.startswith("eval/")):
+        name = key.removeprefix("eval/")
+        series = {"train": _points(lines, name), "eval": _points(lines, key)}
+        if name not in UNDRAWN and max(map(len, series.values())) > 1:
+            charts.append(_draw_chart(_escape(name), series))
+    return charts
 
 
 def _draw_chart(title: str, series: dict[str, list[Point]], *included: float) -> str:

@@ -25,7 +25,7 @@ from accel_llm.chat.template import Template, configured_template
 from accel_llm.config.command_line import parse_options, resolved_options
 from accel_llm.config.options import OVERFIT_DEFAULTS, PretrainOptions, SftOptions, TrainOptions
 from accel_llm.config.preference_options import AnswerOptions, KtoOptions, PairOptions, PreferenceOptions, RewardOptions
-from accel_llm.data.answers import as_units, collate_answers
+from accel_llm.data.answers import advise_weights, as_units, collate_answers
 from accel_llm.data.pairs import PreferenceKind
 from accel_llm.data.prepare import EncodedData, encode_conversations, encode_texts
 from accel_llm.data.rows import Rows
@@ -242,7 +242,11 @@ def show_plan_and_memory(
         set_schedule(fresh_adapter_config(options), options, plan.total_steps)
     show_plan(accelerator, options, tokenizer, data, plan)
     accelerator.print(f"learning rate: {describe_rate(options)}")
-    for note in method_notes(options, config):
+    notes = method_notes(options, config)
+    if isinstance(options, KtoOptions) and data.train.label is not None:
+        weights = options.desirable_weight, options.undesirable_weight
+        notes += filter(None, [advise_weights(data.train.label, *weights)])
+    for note in notes:
         advise(accelerator, note)
     return show_memory(accelerator, options, config, data.train)
 

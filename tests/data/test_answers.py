@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from accel_llm.chat.targets import IGNORED
 from accel_llm.config.options import TrainOptions
-from accel_llm.data.answers import Pairs, as_units, collate_answers, count_labels
+from accel_llm.data.answers import Pairs, advise_weights, as_units, collate_answers, count_labels
 from accel_llm.data.batches import Batch
 from accel_llm.data.encode_answers import count_shared
 from accel_llm.data.rows import ARRAYS, RowPart, Rows, as_rows
@@ -130,9 +130,23 @@ def test_single_answers_have_labels() -> None:
     assert batch["answer_positions"] == [1, 2, 6, 7, 8] and batch["reference"] == [-3, -1]
     assert "margins" not in batch and "key_positions" not in batch
     assert rows.label is not None
-    assert count_labels(rows.label[:3]) == "1 answers to train on are desirable, 2 undesirable."
+    assert count_labels(rows.label[:3]) == "Answers to train on: 1 desirable, 2 undesirable."
     with pytest.raises(DataError, match="all 2 answers are undesirable; KTO needs desirable ones too"):
         count_labels(np.array([0, 0], np.int8))
+
+
+def test_weights_far_from_those_of_the_paper_bring_advice() -> None:
+    labels = np.array([1] * 10 + [0] * 90, np.int8)
+    advice = advise_weights(labels, 1, 1)
+    assert (
+        advice
+        and advice.startswith("desirable_weight: ")
+        and "weigh 0.11 times" in advice
+        and " 9 makes it 1" in advice
+    )
+    advice = advise_weights(1 - labels, 1, 2)
+    assert advice and advice.startswith("undesirable_weight: ") and "weigh 4.5 times" in advice and " 9 makes" in advice
+    assert advise_weights(labels, 9, 1) is advise_weights(labels, 12, 1) is advise_weights(labels, 0, 1) is None
 
 
 @pytest.mark.parametrize("packed", [True, False])

@@ -155,7 +155,7 @@ def test_pairs_and_labelled_answers_are_shown_as_they_are_trained(script, tiny, 
     text = capsys.readouterr().out
     assert (
         text.count("\ndesirable: ") == text.count("\nundesirable: ") == 2
-        and "2 answers to train on are desirable, 2 undesirable." in text
+        and "Answers to train on: 2 desirable, 2 undesirable." in text
     )
 
 

@@ -232,6 +232,8 @@ def test_models_that_cannot_give_a_reward_are_refused():
         ({"eval_generate": 3}, "eval_generate: 3 answers, but a reward model gives scores; remove it."),
         ({"method": "prompt"}, "method: prompt trains virtual tokens"),
         ({"add_tokens": True}, "add_tokens: a reward model is trained on tokens that its base knows"),
+        ({"train_on": "last_assistant"}, "train_on: last_assistant chooses tokens to train"),
+        ({"train_on_eos": "none"}, "train_on_eos: none chooses tokens to train"),
         ({"z_loss_coef": 0.1}, "z_loss_coef: it has no effect on preferences; remove it."),
     ],
 )

@@ -63,7 +63,7 @@ def plain_rewards(model, folder: Path, preferences: tuple[Path, Path]) -> dict[s
     for side in (chosen, rejected):
         texts = [tokenizer.apply_chat_template(messages, tokenize=False) for messages in side]
         batch = tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=False)
-        assert batch["attention_mask"].min() == 0 and model.config.pad_token_id == tokenizer.pad_token_id
+        assert batch["attention_mask"].min() == 0
         with torch.no_grad():
             scores.append(model.eval()(**{k: batch[k] for k in ("input_ids", "attention_mask")}).logits[:, 0].double())
     means = {"chosen": float(scores[0].mean()), "rejected": float(scores[1].mean())}
@@ -77,6 +77,7 @@ def measured(folder: Path) -> dict[str, float]:
 
 def load_peft(folder: Path):
     pad = AutoTokenizer.from_pretrained(folder).pad_token_id
+    assert pad is not None
     return AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=1, pad_token_id=pad)
 
 
@@ -108,6 +109,29 @@ def test_an_adapter_gives_the_same_rewards_in_plain_peft_and_merged(reward, pref
     for place in (run, merged):
         with pytest.raises(ConfigError, match="gives scores and no answers"):
             open_dialogues(ChatOptions(model=str(place), prompt="Hi"))
+
+
+@pytest.mark.long
+def test_a_base_that_pads_with_the_token_of_every_end(reward, preferences, make_model, tmp_path, capfd):
+    base = make_model(tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    end = tokenizer.eos_token
+    tokenizer.pad_token = end
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content + '" + end + "' }}{% endfor %}"
+    tokenizer.chat_template += "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    tokenizer.save_pretrained(base)
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    (base / "config.json").write_text(json.dumps(config | {"pad_token_id": tokenizer.eos_token_id}), encoding="utf-8")
+
+    run = reward(tmp_path / "run", "--model_name_or_path", base, "--method", "lora")
+    printed = re.search(r"num_labels=1, pad_token_id=(\d+)\)", capfd.readouterr().out)
+    assert printed and int(printed[1]) != tokenizer.eos_token_id
+    ours = pytest.approx(measured(run), abs=1e-5)
+    assert plain_rewards(load_peft(run / "adapter"), run / "adapter", preferences) == ours
+    # With the base's own pad token the reward is taken one token too early.
+    other = AutoPeftModelForSequenceClassification.from_pretrained(run / "adapter", num_labels=1)
+    assert other.config.pad_token_id == tokenizer.eos_token_id
+    assert plain_rewards(other, run / "adapter", preferences) != ours
 
 
 @pytest.mark.long

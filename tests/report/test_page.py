@@ -149,6 +149,21 @@ def test_title_and_headline_numbers(tmp_path):
     }
 
 
+def test_each_evaluated_number_has_a_chart_with_its_values_in_training(tmp_path):
+    lines = [{"step": step, "rewards/margins": step / 8, "loss": 1.0} for step in (1, 2, 3)]
+    lines += [{"step": step, "eval/loss": 1.0, "eval/rewards/margins": 0.5, "eval/once": 1.0} for step in (0, 3)]
+    del lines[-1]["eval/once"]
+    captions = write_page(tmp_path, RUN, [*lines, {"step": 3, "eval/<b>": 1}, {"step": 4, "eval/<b>": 2}]).texts(
+        "figcaption"
+    )
+    assert captions[:3] == [
+        "Loss by step ● train ● eval",
+        "rewards/margins by step ● train ● eval",
+        "<b> by step ● eval",
+    ]
+    assert len(captions) == 3 + len(page_module.METRIC_CHARTS)
+
+
 def test_name_is_the_runs_own_else_its_option_else_the_folder(tmp_path):
     assert write_page(tmp_path, RUN | {"run_name": "mine"}).texts("h1") == ["mine"]
     assert write_page(tmp_path, {"options": {"run_name": None}}).texts("h1") == [tmp_path.name]
