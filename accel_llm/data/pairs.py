@@ -203,30 +203,33 @@ def _read_labelled(reader: PreferenceReader, column: str) -> Judged:
 def _read_margin(reader: PreferenceReader, kind: PreferenceKind) -> float:
     """Return how much better the chosen answer is: `margin`, or the difference of the scores; 0 without them.
 
+    Only reward models train on margins. But nothing may be trained on an answer that its own row calls the worse one.
+
     Raises:
         DataError: it is no number, or negative.
     """
     row = reader.row
+    difference = None
+    if all(not is_nothing(row.get(name)) for name in _SCORES_OF_SIDES):
+        chosen, rejected = (read_truth(row[name]) for name in _SCORES_OF_SIDES)
+        difference = math.nan if chosen is None or rejected is None else chosen - rejected
+    if kind.margins and not is_nothing(row.get("margin")):
+        reader.used.add("margin")
+        margin = read_truth(row["margin"])
+        if margin is None or isinstance(margin, bool) or not 0 <= margin < math.inf:
+            raise DataError(f"margin: found {show_value(row['margin'])}; needs a number from 0 upwards", BAD_MARGIN)
+        return float(margin)
+    if difference is None:
+        return 0.0
+    if difference < 0 or (kind.margins and not difference < math.inf):
+        found = " beside score_rejected ".join(show_value(row[name]) for name in _SCORES_OF_SIDES)
+        raise DataError(f"score_chosen: found {found}; needs the larger score for the chosen answer", BAD_MARGIN)
     if not kind.margins:
         return 0.0
-    if not is_nothing(row.get("margin")):
-        reader.used.add("margin")
-        margin, name = read_truth(row["margin"]), "margin"
-        found = show_value(row["margin"])
-    elif all(not is_nothing(row.get(score)) for score in _SCORES_OF_SIDES):
-        reader.used |= {*_SCORES_OF_SIDES}
-        scores = [read_truth(row[score]) for score in _SCORES_OF_SIDES]
-        margin = None if None in scores else scores[0] - scores[1]  # type: ignore
-        name, found = "score_chosen", f"{show_value(row['score_chosen'])} beside score_rejected "
-        found += show_value(row["score_rejected"])
-        if margin == 0:
-            reader.findings.remark(EQUAL_SCORES_REMARK)
-    else:
-        return 0.0
-    if margin is None or isinstance(margin, bool) or not 0 <= margin < math.inf:
-        needed = "a number from 0 upwards" if name == "margin" else "the larger score for the chosen answer"
-        raise DataError(f"{name}: found {found}; needs {needed}", BAD_MARGIN)
-    return float(margin)
+    reader.used |= {*_SCORES_OF_SIDES}
+    if difference == 0:
+        reader.findings.remark(EQUAL_SCORES_REMARK)
+    return float(difference)
 
 
 def _check_answers(sides: tuple[Conversation, ...]) -> None:

@@ -507,6 +507,12 @@ BAD: dict[str, tuple[dict[str, Any], PreferenceKind, str, str]] = {
         'score_chosen: found 1 beside score_rejected "2.5"; needs the larger score for the chosen answer',
         BAD_MARGIN,
     ),
+    "scores that say the opposite, where nobody trains on margins": (
+        {"prompt": "q", "messages": [], "chosen": "a", "rejected": "b", "score_chosen": 1, "score_rejected": 2},
+        LABELS,
+        "score_chosen: found 1 beside score_rejected 2; needs the larger score for the chosen answer",
+        BAD_MARGIN,
+    ),
     "an image": (
         {"prompt": "q", "chosen": "a", "rejected": "b", "images": ["x.png"]},
         PAIRS,

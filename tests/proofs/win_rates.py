@@ -6,7 +6,7 @@
 launch/sft.py trains the demo, then dpo.py and kto.py go on with its adapter, each as a person starts it without options
 (but for the method, the launch YAML and the folders); reward.py trains a reward model. Then plain transformers and PEFT
 load each export and answer held-out questions greedily: of 120 with two right answers the share that got the preferred
-one (win rate), and of fine-tuning's 240 the share that got the right one.
+one (win rate), and of fine-tuning's 240 the share that got the right one. What was trained on 4-bit weights answers on them.
 """
 
 import argparse
@@ -15,36 +15,74 @@ from collections.abc import Iterator
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import forks
 from forks import ROOT, Run, compute, execute, metric, warm
 
 forks.TIMEOUT = 3600  # seconds
 PAGE = ROOT / "accel_llm" / "preference" / "README.md"
-# Method, launch YAML and number of processes.
-PLACES = {"lora": ("lora", "cpu", 1), "qlora": ("qlora", "cpu", 1)}
-PLACES |= {"zero2": ("lora", "zero2", 2), "fsdp2": ("lora", "fsdp2", 2)}
 SCRIPTS = ("dpo", "kto", "reward")
+
+
+class Place(NamedTuple):
+    """Where a script runs. All processes together train with the method and seed of sft.py."""
+
+    method: str
+    seed: int = 0
+    strategy: str = "cpu"
+    processes: int = 1
+
+    @property
+    def tuned(self) -> str:
+        """The name of the run of sft.py whose adapter dpo.py and kto.py go on with."""
+        return f"sft-{self.method}{self.seed or ''}"
+
+
+PLACES = {f"{method}{seed or ''}": Place(method, seed) for method in ("lora", "qlora") for seed in (0, 1, 2)}
+PLACES |= {strategy: Place("lora", 0, strategy, 2) for strategy in ("zero2", "fsdp2")}
+
+
+def place_of(run: Run) -> Place:
+    return PLACES[run.name.split("-")[1]]
 
 
 def plan(work: Path, script: str, place: str) -> Run:
     """Return the run of a script; dpo and kto go on with the adapter that sft.py has trained by the same method."""
-    method, strategy, processes = PLACES[place]
+    method, seed, strategy, processes = PLACES[place]
     output = work / f"{script}-{place}"
     words = ["--output_dir", str(output), "--cache_dir", str(work / "cache" / output.name), "--method", method]
+    words += ["--seed", str(seed)]
     if script in ("dpo", "kto"):
-        words += ["--adapter_name_or_path", str(work / f"sft-{method}")]
+        words += ["--adapter_name_or_path", str(work / PLACES[place].tuned)]
     return Run(output.name, script, strategy, processes, words, output)
 
 
-def answer(folder: Path, prompts: list[list[dict[str, str]]]) -> Iterator[str]:
+def round_to_4_bits(model: Any) -> None:
+    """Give the layers of a base the values of 4-bit weights, all but the last one.
+
+    Each matrix is one row for bitsandbytes, because 0.50.2 unpacks rows that end inside a block wrongly on a CPU.
+    """
+    import torch
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            packed, state = quantize_4bit(module.weight.data.view(1, -1), quant_type="nf4", compress_statistics=True)
+            module.weight.data = dequantize_4bit(packed, state).view_as(module.weight)
+
+
+def answer(folder: Path, prompts: list[list[dict[str, str]]], in_4_bits: bool) -> Iterator[str]:
     """Yield the greedy answers of an exported adapter, by plain transformers and PEFT."""
-    from peft import AutoPeftModelForCausalLM
-    from transformers import AutoTokenizer
+    from peft import PeftConfig, PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "adapter", padding_side="left")
-    model: Any = AutoPeftModelForCausalLM.from_pretrained(folder / "adapter").eval()
+    base = PeftConfig.from_pretrained(folder / "adapter").base_model_name_or_path
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype="float32")
+    if in_4_bits:
+        round_to_4_bits(model)
+    model = PeftModel.from_pretrained(model, folder / "adapter").eval()
     for first in range(0, len(prompts), 60):
         texts = [
             tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
@@ -55,14 +93,14 @@ def answer(folder: Path, prompts: list[list[dict[str, str]]]) -> Iterator[str]:
         yield from tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def measure(folder: Path) -> None:
+def measure(folder: Path, in_4_bits: bool) -> None:
     """Write the win rate of an export and its exact match on the questions of fine-tuning beside it."""
     from accel_llm.demo.preferences import demo_pairs
     from accel_llm.demo.skills import demo_conversations
 
     pairs, chats = demo_pairs("eval"), [row["messages"] for row in demo_conversations("eval")]
     wanted = [row["chosen"][0]["content"] for row in pairs] + [chat[-1]["content"] for chat in chats]
-    given = answer(folder, [row["prompt"] for row in pairs] + [chat[:-1] for chat in chats])
+    given = answer(folder, [row["prompt"] for row in pairs] + [chat[:-1] for chat in chats], in_4_bits)
     right = [given == wanted for given, wanted in zip(given, wanted, strict=True)]
     win_rate, exact_match = sum(right[: len(pairs)]) / len(pairs), sum(right[len(pairs) :]) / len(chats)
     folder.with_suffix(".measured").write_text(f"{win_rate} {exact_match}", encoding="utf-8")
@@ -78,7 +116,7 @@ def do(runs: list[Run], work: Path) -> bool:
     for run in runs:
         done = (run.output / "adapter").exists() and not run.output.with_suffix(".measured").exists()
         if done and run.script != "reward":
-            compute(partial(measure, run.output), run.output.with_suffix(".log"))
+            compute(partial(measure, run.output, place_of(run).method == "qlora"), run.output.with_suffix(".log"))
     return well
 
 
@@ -90,12 +128,13 @@ def measured(folder: Path) -> tuple[float, float]:
 def table(runs: list[Run], work: Path) -> list[str]:
     lines = ["| run | win rate before | after | exact match of fine-tuning before | after |", "|---|---|---|---|---|"]
     for run in runs:
-        name = f"| `{run.script}.py`, {PLACES[run.name.split('-')[1]][0]}, {run.strategy} x {run.processes} "
+        place = place_of(run)
+        name = f"| `{run.script}.py`, {place.method}, {place.strategy} x {place.processes}, seed {place.seed} "
         if run.script == "reward":
             ranked = metric(run.output, "eval/rewards/accuracies")
             lines.append(f"{name}| ranks {ranked[0]:.1%} of held-out pairs rightly | {ranked[-1]:.1%} | | |")
         elif run.output.with_suffix(".measured").exists():
-            before, after = measured(work / f"sft-{PLACES[run.name.split('-')[1]][0]}"), measured(run.output)
+            before, after = measured(work / place.tuned), measured(run.output)
             lines.append(f"{name}| {before[0]:.1%} | {after[0]:.1%} | {before[1]:.1%} | {after[1]:.1%} |")
     return lines
 
@@ -110,8 +149,8 @@ def main() -> None:
     warm()
     runs = [plan(args.work, script, place) for script in SCRIPTS for place in PLACES]
     runs = [run for run in runs if fnmatch(run.name, args.only)]
-    methods = dict.fromkeys(PLACES[run.name.split("-")[1]][0] for run in runs if run.script != "reward")
-    well = do([plan(args.work, "sft", method) for method in methods], args.work) and do(runs, args.work)
+    tuned = dict.fromkeys(place_of(run).tuned.split("-")[1] for run in runs if run.script != "reward")
+    well = do([plan(args.work, "sft", place) for place in tuned], args.work) and do(runs, args.work)
     lines = table(runs, args.work)
     print("\n".join(lines))
     if args.write:
