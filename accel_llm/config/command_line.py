@@ -339,11 +339,10 @@ def _help(options_class: type[Options], defaults: dict[str, Any]) -> str:
         # Only the options that the group itself adds.
         if not issubclass(group, Options):
             continue
-        inherited = {
-            name for parent in group.__mro__[1:] if issubclass(parent, Options) for name in parent.model_fields
-        }
+        skipped = {name for parent in group.__mro__[1:] if issubclass(parent, Options) for name in parent.model_fields}
+        skipped |= {*options_class.unused}
         # As the script has them: a group of its own may allow other values.
-        own_fields = [(name, options_class.model_fields[name]) for name in group.model_fields if name not in inherited]
+        own_fields = [(name, options_class.model_fields[name]) for name in group.model_fields if name not in skipped]
         lines += ["", f"{(group.__doc__ or '').strip()}:"] if own_fields else []
 
         # Two parts for each: its name, and its description with values and default.

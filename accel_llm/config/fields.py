@@ -2,7 +2,7 @@
 
 import math
 import re
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
@@ -278,6 +278,7 @@ class Options(BaseModel):
         validate_by_alias=True,
         protected_namespaces=(),
     )
+    unused: ClassVar[tuple[str, ...]] = ()  # inherited options that have no meaning, and that --help leaves out
 
     @property
     def gives_scores(self) -> bool:

@@ -9,7 +9,7 @@ import math
 import os
 import tempfile
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -265,6 +265,8 @@ class SftOptions(TrainOptions):
 class PretrainOptions(TrainOptions):
     """Pretraining"""
 
+    unused: ClassVar[tuple[str, ...]] = TURN_OPTIONS
+
     config_name: Place | None = Field(
         None, description="Folder or hub id of a model config, to train from random weights"
     )
@@ -278,8 +280,8 @@ class PretrainOptions(TrainOptions):
                 f"config_name: {count} of config_name (random weights) and model_name_or_path (its weights) is given; "
                 "give exactly one."
             )
-        # Options that pretraining inherits but does not use.
-        unused = [name for name in TURN_OPTIONS if name in self.model_fields_set]
         return problems + [
-            f"{name}: only conversations have turns, but pretraining trains every token; remove it." for name in unused
+            f"{name}: only conversations have turns, but pretraining trains every token; remove it."
+            for name in self.unused
+            if name in self.model_fields_set
         ]

@@ -1,6 +1,6 @@
 """The options of the scripts that train on preferences."""
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -24,10 +24,14 @@ USUAL_BETA, OTHER_BETAS = 0.1, {"sigmoid_norm": 5.0, "simpo": 2.0}
 STARTS_FROM_ROWS = ("eva", "corda", "lora_ga")
 # Options of fine-tuning that have no meaning for preferences.
 WITHOUT_PREFERENCES = ("overfit", "label_smoothing_factor", "z_loss_coef")
+# Those that choose tokens to train, which a reward model does not do.
+OF_TOKENS = ("train_on", "train_on_eos")
 
 
 class AnswerOptions(SftOptions):
     """Answers that are compared"""
+
+    unused: ClassVar[tuple[str, ...]] = WITHOUT_PREFERENCES
 
     @property
     def needs_reference(self) -> bool:
@@ -183,6 +187,8 @@ class KtoOptions(PreferenceOptions):
 class RewardOptions(PairOptions):
     """Rewards"""
 
+    unused: ClassVar[tuple[str, ...]] = (*WITHOUT_PREFERENCES, *OF_TOKENS, "eval_generate", "add_tokens")
+
     center_rewards_coefficient: float = Field(
         0.0, ge=0, description="Weight of (reward of chosen + reward of rejected)^2, which keeps rewards around 0"
     )
@@ -201,7 +207,7 @@ class RewardOptions(PairOptions):
         problems += [
             f"{name}: {getattr(self, name)} chooses tokens to train, but a reward model is trained on whole conversations; "
             "remove it."
-            for name in ("train_on", "train_on_eos")
+            for name in OF_TOKENS
             if name in self.model_fields_set and getattr(self, name) != type(self).model_fields[name].default
         ]
         if self.add_tokens:

@@ -31,14 +31,24 @@ save_total_limit save_async metric_for_best_model early_stopping_patience allow_
 report_to run_name dry_run check_only eval_on_start eval_generate
 """
 TRAINING = [MODEL, DATA, METHOD, OPTIMIZER, RUN]
-PREFERENCE = ["reference_model_name_or_path", "overfit", *TRAINING]
+
+
+def without(*names: str) -> list[str]:
+    """The groups of TRAINING without options that have no meaning in a script."""
+    return [" ".join(name for name in group.split() if name not in names) for group in TRAINING]
+
+
+PREFERENCE = ["reference_model_name_or_path", *without("label_smoothing_factor", "z_loss_coef")]
 PAIRS = [PREFERENCE[0], "scored_answers", *PREFERENCE[1:]]
+SCORES = without("label_smoothing_factor", "z_loss_coef", "train_on", "train_on_eos", "eval_generate", "add_tokens")
+TURNS = ("chat_template", "chat_template_kwargs", "add_tokens", "allow_special_in_text")
+TURNS += ("train_on", "train_on_eos", "split_turns", "open_thought")
 SCRIPTS = {
     "sft": ["overfit", *TRAINING],
     "dpo": ["loss_type loss_weights beta label_smoothing simpo_gamma cpo_alpha rpo_alpha use_weighting", *PAIRS],
     "kto": ["loss_type beta desirable_weight undesirable_weight", *PREFERENCE],
-    "reward": ["center_rewards_coefficient", "scored_answers", "overfit", *TRAINING],
-    "pretrain": ["config_name text_column", *TRAINING],
+    "reward": ["center_rewards_coefficient", "scored_answers", *SCORES],
+    "pretrain": ["config_name text_column", *without(*TURNS)],
     "show_data": ["json", "overfit", *TRAINING],
     "show_methods": ["methods json"],
     "chat": [
