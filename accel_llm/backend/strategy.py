@@ -6,7 +6,7 @@ import torch
 
 from accel_llm.backend.zero import deepspeed_settings
 from accel_llm.config.options import ModelOptions, RunOptions
-from accel_llm.config.tool_options import ChatOptions
+from accel_llm.config.tool_options import AskOptions
 from accel_llm.system.launcher import launcher_flag, world_size
 
 PRECISION_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -33,7 +33,7 @@ def strategy() -> str:
     return "ddp" if world_size() > 1 else "single"
 
 
-def resolve_precision(options: ModelOptions | ChatOptions) -> str:
+def resolve_precision(options: ModelOptions | AskOptions) -> str:
     """Return `precision`, with `auto` resolved: bf16 if the GPU supports it, fp16 on an older GPU, fp32 on a CPU."""
     if options.precision != "auto":
         return options.precision
@@ -43,7 +43,7 @@ def resolve_precision(options: ModelOptions | ChatOptions) -> str:
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
-def compute_dtype(options: ModelOptions | ChatOptions) -> torch.dtype:
+def compute_dtype(options: ModelOptions | AskOptions) -> torch.dtype:
     """Return the dtype of matrix products."""
     return PRECISION_DTYPES[resolve_precision(options)]
 

@@ -45,6 +45,10 @@ NO_PREFERENCE = "not a row of preferences"
 ONE_END_TOKEN = "an end token on one side only"
 BAD_LABEL = "a label that is neither true nor false"
 BAD_MARGIN = "a bad margin"
+NO_LABEL = "no label"
+UNKNOWN_LABEL = "unknown label"
+BAD_TARGET = "a label of the wrong kind"
+NO_COLUMN = "no column found"
 TOO_DEEP = "nested too deep"
 
 SUCH_AS = ", such as "  # before the example of a remark: the ledger joins remarks that differ in it alone

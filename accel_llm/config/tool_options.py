@@ -1,10 +1,21 @@
-"""Options of the scripts that do not train: merge, extract an adapter, chat with a model, show rows."""
+"""Options of the scripts that do not train: merge, extract an adapter, ask a model, show rows."""
 
 from typing import Literal
 
 from pydantic import Field
 
-from accel_llm.config.fields import Numbers, Options, Place, Places, Precision, Size, Texts
+from accel_llm.config.fields import (
+    Columns,
+    DataFormat,
+    Numbers,
+    Options,
+    Place,
+    Places,
+    Precision,
+    Size,
+    Sources,
+    Texts,
+)
 
 
 class MergeOptions(Options):
@@ -86,20 +97,14 @@ class ExtractOptions(Options):
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model")
 
 
-class ChatOptions(Options):
-    """Chat"""
+class AskOptions(Options):
+    """Ask"""
 
     model: Place = Field(description="Folder or hub id of a model, or the folder of an adapter or of a run")
-    adapters: Places = Field(
-        default_factory=list,
-        description="Folders of further adapters of the same base, or of their runs; a chat switches between them",
-    )
     base: Place | None = Field(None, description="Base model of an adapter; none: the one that the adapter names")
     allow_other_base: bool = Field(
         False, description="Accept a base with another fingerprint, for the same model stored in another way"
     )
-    prompt: str | None = Field(None, description="One question to answer; none: a chat at the terminal")
-    system: str | None = Field(None, description="System message of the chat")
     max_new_tokens: int = Field(256, ge=1, description="Maximum number of tokens in an answer")
     temperature: float = Field(0.0, ge=0, description="Temperature of the sampling; 0: always the most likely token")
     chat_template: Place | None = Field(
@@ -117,10 +122,46 @@ class ChatOptions(Options):
         False, description="Read weights from .bin files (pickle) if there are no safetensors; only tensors are read"
     )
 
+
+class ChatOptions(AskOptions):
+    """Chat"""
+
+    adapters: Places = Field(
+        default_factory=list,
+        description="Folders of further adapters of the same base, or of their runs; a chat switches between them",
+    )
+    prompt: str | None = Field(None, description="One question to answer; none: a chat at the terminal")
+    system: str | None = Field(None, description="System message of the chat")
+
     def problems(self) -> list[str]:
         names = [self.model, *self.adapters]
         twice = sorted({name for name in self.adapters if names.count(name) > 1})
         return super().problems() + [f"adapters: {name} is given twice; name it once." for name in twice]
+
+
+class PredictOptions(AskOptions):
+    """Predict"""
+
+    input_files: Sources = Field(
+        min_length=1, description="Rows to answer: files, folders, globs, hub datasets, or - for standard input"
+    )
+    output_file: Place = Field(description="File for the rows and their answers: .jsonl, .csv or .parquet")
+    overwrite_output_file: bool = Field(
+        False, description="Replace output_file, or what was begun for it with another model or other settings"
+    )
+    column_prefix: str = Field("", description="Text before the names of the new columns, such as generated")
+    data_format: DataFormat | None = Field(None, description="Format of the rows; none: detected")
+    columns: Columns = Field(
+        default_factory=dict,
+        description="Names in your data, as expected=yours (instruction=question), or role:yours=ours",
+    )
+    on_bad_row: Literal["error", "drop"] = Field(
+        "error", description="Stop at a row that cannot be answered, or leave its answer out and say why"
+    )
+    max_length: int | None = Field(
+        None, ge=2, description="Maximum tokens of a prompt with its answer; none: the positions of the model"
+    )
+    per_device_eval_batch_size: int = Field(16, ge=1, description="Prompts that are answered together")
 
 
 class ShowOptions(Options):

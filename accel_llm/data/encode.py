@@ -16,6 +16,9 @@ from accel_llm.chat.template import THINKING_VARIABLES, Template
 from accel_llm.config.data_options import DataOptions
 from accel_llm.config.fields import DataFormat
 from accel_llm.data.formats import Conversation, Document, TokenizedRow, parse_row
+from accel_llm.data.label_task import LabelTask
+from accel_llm.data.labelled_rows import LabelledRow
+from accel_llm.data.labels import LabelKind
 from accel_llm.data.ledger import TRAINED, Ledger
 from accel_llm.data.pairs import PreferenceKind, PreferenceRow
 from accel_llm.data.rows import RowPart
@@ -66,6 +69,8 @@ class Encoder:
     formats: list[tuple[DataFormat | None, dict[str, str]]]  # for each source: data_format and columns
     no_template: tuple[str, str] = A_CHAT
     preferences: PreferenceKind | None = None  # the rows are preferences; see data/encode_answers.py
+    labelled: LabelKind | None = None  # the rows are texts with labels; see data/encode_labelled.py
+    task: LabelTask | None = None  # of such rows, once the labels of all of them are known
 
 
 @dataclass
@@ -119,7 +124,7 @@ def _encode(row: SourceRow, encoder: Encoder, chunk: Chunk) -> list[EncodedRow] 
     return rows
 
 
-def note_unused(ledger: Ledger, parsed: Conversation | Document | TokenizedRow | PreferenceRow) -> None:
+def note_unused(ledger: Ledger, parsed: Conversation | Document | TokenizedRow | PreferenceRow | LabelledRow) -> None:
     """Count what a row says and nothing reads, and the remarks on it."""
     ledger.characters += parsed.characters
     for name, values in parsed.unused:

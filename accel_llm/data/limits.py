@@ -8,10 +8,12 @@ from accel_llm.data.ledger import Ledger, is_lost
 from accel_llm.errors import ConfigError
 
 
-def check_lost_share(ledger: Ledger, lengths: dict[str, int], options: DataOptions, may_cut: bool = True) -> None:
+def check_lost_share(
+    ledger: Ledger, lengths: dict[str, int], options: DataOptions, cuts: str = "truncate or split"
+) -> None:
     """Check that at most `max_lost` of the rows and of the supervised tokens are lost. `lengths`: percentile -> tokens.
 
-    `may_cut`: the rows may be shortened.
+    `cuts` are the values of `overlong` that shorten a row; empty if none may be.
 
     Raises:
         ConfigError: more would be lost; the message names the reasons and a remedy.
@@ -36,7 +38,7 @@ def check_lost_share(ledger: Ledger, lengths: dict[str, int], options: DataOptio
     else:
         remedy = (
             f"half of the rows have at most {lengths['50']:,} tokens, 95% {lengths['95']:,}, 99% {lengths['99']:,}, "
-            f"the longest {lengths['100']:,}; raise max_length{', set overlong: truncate or split' if may_cut else ''}"
+            f"the longest {lengths['100']:,}; raise max_length{f', set overlong: {cuts}' if cuts else ''}"
         )
     raise ConfigError(
         f"max_lost: {rows:.1%} of the rows and {supervised:.1%} of the supervised tokens would be lost; allowed is "

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,19 +21,22 @@ from transformers import PreTrainedTokenizerFast
 from accel_llm.chat.template import Template
 from accel_llm.config.data_options import DataOptions
 from accel_llm.config.fields import DataFormat, Source
-from accel_llm.data.answers import Pairs, as_units, count_labels
+from accel_llm.data.answers import as_units, count_labels
 from accel_llm.data.columns import column_problems
 from accel_llm.data.encode import A_CHAT, Chunk, Encoder, SourceRow, encode_chunk
 from accel_llm.data.encode_answers import encode_answer_chunk, preference_problems
-from accel_llm.data.ledger import TRAINED, Ledger
+from accel_llm.data.encode_labelled import LABELLED_CUTS, encode_labelled_chunk, labelled_problems
+from accel_llm.data.label_task import find_task
+from accel_llm.data.labels import LabelKind, Labels, describe_targets
+from accel_llm.data.ledger import Ledger
 from accel_llm.data.limits import check_left_out, check_lost_share, check_lost_turns, describe_losses
-from accel_llm.data.order import mix_sources
+from accel_llm.data.notes import note_common_rows, note_lost_evaluation_rows, note_shares
 from accel_llm.data.pairs import PreferenceKind
 from accel_llm.data.rows import Rows, RowWriter, cache_folder, cached_rows, load_rows
 from accel_llm.data.sources import as_source, data_fingerprint, left_out_note, read_source, source_identity
 from accel_llm.errors import ConfigError, DataError, raise_problems
 
-CACHE_VERSION = 7  # raise it with every change of the encoding, so that no old cache is used
+CACHE_VERSION = 8  # raise it with every change of the encoding, so that no old cache is used
 ROWS_PER_CHUNK = 256  # rows that are encoded together, and sent to a worker together
 HELD_OUT = "held out"  # the bin of rows that `eval_share` takes for evaluation
 # The options that change the encoding, beside the rows themselves, the tokenizer and the template.
@@ -53,6 +56,7 @@ class EncodedData:
     eval: Rows | None  # None without evaluation sources and `eval_share`
     ledger: Ledger
     fingerprint: str  # name of the cache entry
+    labels: Labels | None = None  # of texts with labels
 
     @property
     def token_ids(self) -> list[np.ndarray]:
@@ -88,6 +92,24 @@ def encode_texts(options: DataOptions, seed: int, tokenizer: PreTrainedTokenizer
     return encode_sources(options.model_copy(update=update), seed, tokenizer, None)
 
 
+def encode_labelled(
+    options: DataOptions,
+    seed: int,
+    tokenizer: PreTrainedTokenizerFast,
+    problem_type: str | None = None,
+    names: tuple[str, ...] | None = None,
+) -> EncodedData:
+    """Encode texts, or pairs of texts, with labels; the data has `labels`. See `encode_sources`.
+
+    `problem_type` is one of `labels.PROBLEM_TYPES`, or None: found by the labels of all training rows. `names` are
+    those of a trained model, in the order of its class numbers, which the data must fit.
+
+    Raises:
+        DataError: all training rows have the same label, or the labels are of no problem type.
+    """
+    return encode_sources(options, seed, tokenizer, None, labelled=LabelKind(problem_type, names))
+
+
 def encode_sources(
     options: DataOptions,
     seed: int,
@@ -95,13 +117,14 @@ def encode_sources(
     template: Template | None,
     no_template: tuple[str, str] = A_CHAT,
     preferences: PreferenceKind | None = None,
+    labelled: LabelKind | None = None,
 ) -> EncodedData:
     """Encode the training and evaluation sources, or load them from the cache.
 
     Raises:
         DataError: a source or row cannot be used, or no row is left to train or to evaluate on.
         ConfigError: more than `max_lost` of the rows, supervised tokens or turns would be lost, `columns` names an
-            unknown field, or an option has no meaning for `preferences`.
+            unknown field, or an option has no meaning for `preferences` or for texts with labels.
     """
     # Check the options that need no data.
     train, evaluation = ([as_source(place) for place in places] for places in (options.train_files, options.eval_files))
@@ -110,15 +133,20 @@ def encode_sources(
         for source in (*train, *evaluation)
     ]
     problems = preference_problems(options) if preferences else []
-    for data_format, columns in formats:
+    if labelled:
+        problems += labelled_problems(options, [columns for _, columns in formats])
+    for data_format, columns in formats if not labelled else ():
         problems += column_problems(columns, data_format, bool(preferences))
     raise_problems(list(dict.fromkeys(problems)))
 
     # Encode, or load the rows from the cache.
     labels = [source.label for source in (*train, *evaluation)]
-    encoder = Encoder(options, tokenizer, template, labels, formats, no_template, preferences)
+    encoder = Encoder(options, tokenizer, template, labels, formats, no_template, preferences, labelled)
     key = _cache_key(encoder, seed, train, evaluation)
     parts, facts = cached_rows(cache_folder(options) / key, partial(_encode_into, encoder, seed, train, evaluation))
+    names_of_labels = Labels(facts["labels"][0], tuple(facts["labels"][1])) if labelled else None
+    if names_of_labels:
+        parts = {name: replace(part, problem_type=names_of_labels.problem_type) for name, part in parts.items()}
 
     # Check that enough is left.
     ledger = Ledger.from_dict(facts["ledger"])
@@ -126,7 +154,8 @@ def encode_sources(
     for note in filter(None, map(left_out_note, (*train, *evaluation))):
         ledger.note(note)
     check_left_out(ledger, options)
-    check_lost_share(ledger, facts["lengths"], options, may_cut=not preferences)
+    cuts = LABELLED_CUTS if labelled else "" if preferences else "truncate or split"
+    check_lost_share(ledger, facts["lengths"], options, cuts)
     check_lost_turns(ledger, facts["turns"], options)
     if not len(parts["train"]):
         labels = ", ".join(source.label for source in train)
@@ -138,31 +167,10 @@ def encode_sources(
         raise DataError(f"{option} leaves no row to evaluate on; give more rows, or leave the option out.")
     if (answer_labels := parts["train"].label) is not None:
         ledger.note(count_labels(answer_labels))
-    _note_shares(ledger, as_units(parts["train"]), train, seed)
-    return EncodedData(parts["train"], parts.get("eval"), ledger, key)
-
-
-def _note_shares(ledger: Ledger, rows: Rows | Pairs, sources: list[Source], seed: int) -> None:
-    """Note the share of each source in the rows and tokens of an epoch; a source with a weight must have a row left."""
-    weights, counts = [source.weight for source in sources], np.bincount(rows.source, minlength=len(sources))
-    if None in weights:
-        return
-    for source, count in zip(sources, counts, strict=True):
-        if not count:
-            raise DataError(
-                f"train_files: {source.label} has a weight of {source.weight}, but no row to train on is left."
-            )
-
-    epoch = mix_sources(rows.source, weights, seed)
-    source_numbers, lengths = rows.source[epoch], rows.lengths[epoch]
-    shares = []
-    for k, source in enumerate(sources):
-        mask = source_numbers == k
-        shares.append(
-            f"{source.label} {mask.mean():.1%} of the rows ({mask.sum():,} drawn from {counts[k]:,}) "
-            f"and {lengths[mask].sum() / lengths.sum():.1%} of the tokens"
-        )
-    ledger.note(f"Mixed by weight: an epoch is {'; '.join(shares)}.")
+    if names_of_labels and (targets := parts["train"].targets) is not None:
+        ledger.note(describe_targets(targets, names_of_labels))
+    note_shares(ledger, as_units(parts["train"]), train, seed)
+    return EncodedData(parts["train"], parts.get("eval"), ledger, key, names_of_labels)
 
 
 def _cache_key(encoder: Encoder, seed: int, train: list[Source], evaluation: list[Source]) -> str:
@@ -180,7 +188,9 @@ def _cache_key(encoder: Encoder, seed: int, train: list[Source], evaluation: lis
     versions = CACHE_VERSION, transformers.__version__, tokenizers.__version__
     split_seed = seed if options.eval_share else None
     values = [getattr(options, name) for name in CACHE_OPTIONS]
-    return data_fingerprint(versions, tokenization, chat, places, split_seed, values, encoder.preferences)
+    kinds = encoder.preferences, encoder.labelled
+    call = (tokenizer.truncation_side, tokenizer.model_input_names) if encoder.labelled else None
+    return data_fingerprint(versions, tokenization, chat, places, split_seed, values, kinds, call)
 
 
 class _OriginNumbers(dict[tuple[int, str], int]):
@@ -196,6 +206,10 @@ def _encode_into(
 ) -> dict[str, Any]:
     """Encode all sources into `folder`, and return facts for JSON. Only a few chunks are in memory at a time."""
     options, origins = encoder.options, _OriginNumbers()
+    if encoder.labelled:
+        columns = [names for _, names in encoder.formats]
+        task = find_task(encoder.labelled, [*train, *evaluation], columns, len(train), options.limit_rows)
+        encoder = replace(encoder, task=task)
     ledgers = {"train": Ledger()} | ({"eval": Ledger()} if evaluation or options.eval_share else {})
     lengths: Counter[int] = Counter()
     turns = 0
@@ -215,15 +229,19 @@ def _encode_into(
     ledger = ledgers["train"]
     if options.limit_rows:
         ledger.note(f"limit_rows: at most the first {options.limit_rows:,} rows were read.")
+    for note in (note for reader in (encoder.task.readers if encoder.task else ()) for note in reader.notes()):
+        ledger.note(note)
     if "eval" in ledgers:
-        _note_lost_evaluation_rows(ledger, ledgers["eval"])
-        _note_common_rows(ledger, *(as_units(load_rows(folder / name, origins)) for name in ledgers))
+        note_lost_evaluation_rows(ledger, ledgers["eval"])
+        note_common_rows(ledger, *(as_units(load_rows(folder / name, origins)) for name in ledgers))
 
     # Percentiles of the lengths, for the message of `check_lost_share`.
     percents = (50, 95, 99, 100)
     all_lengths = np.repeat(list(lengths.keys()) or [0], list(lengths.values()) or [1])
     percentiles = dict(zip(map(str, percents), np.percentile(all_lengths, percents).astype(int).tolist(), strict=True))
-    return {"ledger": ledger.to_dict(), "lengths": percentiles, "turns": turns, "origins": list(origins)}
+    labels = encoder.task and encoder.task.vocabulary.labels
+    facts = {"ledger": ledger.to_dict(), "lengths": percentiles, "turns": turns, "labels": labels}
+    return facts | {"origins": list(origins)}
 
 
 def _chunk_rows(
@@ -238,7 +256,7 @@ def _chunk_rows(
         for number, source in enumerate(sources, first):
             # Evaluation sources have no weight and no share; in the origin of a row they are all number -1.
             origin_number = -1 if is_evaluation else number
-            for row in read_source(source):
+            for row in encoder.task.readers[number].read() if encoder.task else read_source(source):
                 yield SourceRow(number, origins[origin_number, row.file], row)
 
     rows = itertools.islice(read_sources(train, 0), options.limit_rows)
@@ -256,28 +274,6 @@ def _chunk_rows(
             yield name, waiting[name]
             waiting[name] = []
     yield from ((name, chunk_rows) for name, chunk_rows in waiting.items() if chunk_rows)
-
-
-def _note_lost_evaluation_rows(ledger: Ledger, evaluation: Ledger) -> None:
-    """Note lost evaluation rows in the ledger of training, which does not count rows to evaluate on."""
-    for label, bins in evaluation.bins.items():
-        for name, amount in bins.items():
-            if name != TRAINED:
-                ledger.note(f"Evaluation, {label}: {amount['rows']:,} rows and {amount['supervised']:,} tokens {name}.")
-
-
-def _note_common_rows(ledger: Ledger, train: Rows | Pairs, evaluation: Rows | Pairs) -> None:
-    """Count and name evaluation rows that are also trained: they make an evaluation look better than it is."""
-    common = np.flatnonzero(np.isin(evaluation.digest, train.digest))
-    if len(common):
-        pairs = []
-        for k in common[:3].tolist():
-            twin = int(np.flatnonzero(train.digest == evaluation.digest[k])[0])
-            pairs.append(f"{evaluation.name(k)} = {train.name(twin)}")
-        ledger.note(
-            f"{len(common):,} of {len(evaluation):,} rows to evaluate on are trained on as well: {'; '.join(pairs)}"
-            + ("; ..." if len(common) > 3 else ".")
-        )
 
 
 def _uniform_number(seed: int, row: SourceRow) -> float:
@@ -333,4 +329,6 @@ def _encode_in_worker(rows: list[SourceRow]) -> Chunk:
 
 
 def _encode_rows(rows: list[SourceRow], encoder: Encoder) -> Chunk:
+    if encoder.labelled:
+        return encode_labelled_chunk(rows, encoder)
     return encode_answer_chunk(rows, encoder) if encoder.preferences else encode_chunk(rows, encoder)

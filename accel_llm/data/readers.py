@@ -5,7 +5,9 @@ Only a .json list is loaded as a whole; every other file may be larger than memo
 
 import csv
 import io
+import itertools
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -18,12 +20,18 @@ import pyarrow.parquet as pq
 from accel_llm.chat.values import parse_json
 from accel_llm.errors import DataError
 
+DELIMITERS = {".csv": ",", ".tsv": "\t"}  # kind of a table -> what stands between its cells
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 ROWS_PER_BATCH = 256  # rows of a .parquet file or dataset that are in memory together
 # A quote that is never closed turns the rest of the file into one cell. A larger cell is taken for this mistake.
 MAX_CELL_CHARACTERS = 1 << 27
 # Text that is not JSON, numbers of thousands of digits (both ValueError), and values that are nested too deep.
 JSON_ERRORS = (ValueError, RecursionError)
+_QUOTED = re.compile(r'"(?:[^"]|"")*"')  # a cell between quotes; a quote in it is doubled
+LOOKED_AT = 100  # first lines of a table by which `NameColumns` decides
+
+# Takes the cells of the first lines of a table, and returns names for its columns; None if its first line is a header.
+NameColumns = Callable[[list[list[str]]], list[str] | None]
 
 
 class SourceFile(NamedTuple):
@@ -35,16 +43,17 @@ class SourceFile(NamedTuple):
     compression: str  # a key of COMPRESSIONS, or the empty string
 
 
-def read_rows(file: SourceFile) -> Iterator[dict[str, Any]]:
+def read_rows(file: SourceFile, name_columns: NameColumns | None = None) -> Iterator[dict[str, Any]]:
     """Yield the rows of one file in their order.
 
-    Cells of .csv and .tsv are text, and an empty cell is None. A line of .txt is a row with one field, `text`.
+    Cells of .csv and .tsv are text, and an empty cell is None. Their first line is the header, unless `name_columns`
+    finds that there is none. A line of .txt is a row with one field, `text`.
 
     Raises:
         DataError: the file has no rows, or is broken; the message names the line.
     """
-    empty = True
-    for row in READERS[file.kind](file):
+    empty, is_table = True, name_columns and file.kind in DELIMITERS
+    for row in _read_table(file, DELIMITERS[file.kind], name_columns) if is_table else READERS[file.kind](file):
         empty = False
         yield row
     if empty:
@@ -178,34 +187,74 @@ def _is_json(text: str) -> bool:
     return True
 
 
-def _read_table(file: SourceFile, delimiter: str) -> Iterator[dict[str, Any]]:
-    """Read the rows below a header line.
+def _read_table(file: SourceFile, delimiter: str, name_columns: NameColumns | None = None) -> Iterator[dict[str, Any]]:
+    """Read the rows below a header line, or all rows with the names that `name_columns` gives to their columns."""
+    lines = _table_lines(file, delimiter)
+    first = list(itertools.islice(lines, LOOKED_AT if name_columns else 1))
+    header = None
+    if name_columns and first:
+        try:
+            header = name_columns([cells for _, cells in first])
+        except DataError as error:
+            raise DataError(f"{file.label}: {error}.", error.reason) from None
+    what = "the header"
+    if header:
+        what = "line 1"
+    elif first:
+        line, cells = first.pop(0)
+        header = [cell.strip() for cell in cells]
+        duplicate = next((name for name in header if header.count(name) > 1), None)
+        if duplicate is not None:
+            raise DataError(f"{file.label}, line {line}: the header names the column {duplicate!r} twice.")
+    for line, cells in itertools.chain(first, lines):
+        assert header is not None
+        if len(cells) != len(header):
+            raise DataError(
+                f"{file.label}, line {line}: has {len(cells)} cells, must have {len(header)} as {what} has "
+                f"({', '.join(header)})."
+            )
+        yield {name: cell or None for name, cell in zip(header, cells, strict=True)}
+
+
+def _table_lines(file: SourceFile, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """Yield (number of the line where a row begins, its cells) of a table; blank lines are left out.
 
     Without strict mode a quote that is never closed would swallow all rows after it, and nobody would notice.
     """
     csv.field_size_limit(MAX_CELL_CHARACTERS)
-    reader = csv.reader((line for _, line in _lines(file)), delimiter=delimiter, strict=True)
-    header: list[str] = []
-    line = 1  # where the row begins; a quoted cell may span several lines
+    quoting = csv.QUOTE_NONE if _has_plain_quotes(file, delimiter) else csv.QUOTE_MINIMAL
+    reader = csv.reader((line for _, line in _lines(file)), delimiter=delimiter, quoting=quoting, strict=True)
+    line = 1  # a quoted cell may span several lines
     try:
         for cells in reader:
-            if not cells or (len(cells) == 1 and cells[0].isspace()):
-                pass  # a blank line; a line with one empty cell in quotes is not blank
-            elif not header:
-                header = [cell.strip() for cell in cells]
-                duplicate = next((name for name in header if header.count(name) > 1), None)
-                if duplicate is not None:
-                    raise DataError(f"{file.label}, line {line}: the header names the column {duplicate!r} twice.")
-            elif len(cells) != len(header):
-                raise DataError(
-                    f"{file.label}, line {line}: has {len(cells)} cells, must have {len(header)} as the header has "
-                    f"({', '.join(header)})."
-                )
-            else:
-                yield {name: cell or None for name, cell in zip(header, cells, strict=True)}
+            # A line with one empty cell in quotes is not blank.
+            if cells and not (len(cells) == 1 and cells[0].isspace()):
+                yield line, cells
             line = reader.line_num + 1
     except csv.Error as error:
         raise DataError(f"{file.label}, line {line}: not {file.kind[1:].upper()} ({error}).") from None
+
+
+def _has_plain_quotes(file: SourceFile, delimiter: str) -> bool:
+    """Tell whether quotes are plain signs in a .tsv file, as in those of GLUE, where they need not come in pairs.
+
+    Read as a table with quoted cells, such a file breaks, or lines between two quotes become one cell. Here every line
+    has the cells of a row, while a quoted cell that goes on in the next line breaks a row in two.
+    """
+    if file.kind != ".tsv":
+        return False
+    found, tabs = False, -1
+    for _, line in _lines(file):
+        line = line.rstrip("\r\n")
+        if not line or line.isspace():
+            continue
+        tabs = line.count(delimiter) if tabs < 0 else tabs
+        if not tabs or line.count(delimiter) != tabs:
+            return False
+        if '"' in line and not found:
+            cells = line.split(delimiter)
+            found = any(cell.startswith('"') and not _QUOTED.fullmatch(cell) for cell in cells)
+    return found
 
 
 def _read_parquet(file: SourceFile) -> Iterator[dict[str, Any]]:
@@ -216,6 +265,19 @@ def _read_parquet(file: SourceFile) -> Iterator[dict[str, Any]]:
             for batch in table.iter_batches(ROWS_PER_BATCH):
                 yield from plain_values(batch)
     except (OSError, ValueError, pa.ArrowException) as error:
+        raise DataError(f"{file.label}: not a readable .parquet file ({' '.join(str(error).split())}).") from None
+
+
+def read_features(file: SourceFile) -> dict[str, Any]:
+    """Return the features that `datasets` wrote into a .parquet file, by column; an empty dict without them.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    try:
+        metadata = pq.read_schema(file.path).metadata or {}
+        return json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features") or {}
+    except (OSError, ValueError, AttributeError, pa.ArrowException) as error:
         raise DataError(f"{file.label}: not a readable .parquet file ({' '.join(str(error).split())}).") from None
 
 
@@ -237,8 +299,7 @@ READERS: dict[str, Callable[[SourceFile], Iterator[dict[str, Any]]]] = {
     ".json": _read_json,
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,
-    ".csv": partial(_read_table, delimiter=","),
-    ".tsv": partial(_read_table, delimiter="\t"),
+    **{kind: partial(_read_table, delimiter=delimiter) for kind, delimiter in DELIMITERS.items()},
     ".parquet": _read_parquet,
     ".txt": _read_text,
 }

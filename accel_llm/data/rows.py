@@ -20,7 +20,9 @@ from accel_llm.system.launcher import process_rank
 ARRAYS = {"input_ids": "i", "labels": "i", "weights": "f", "lengths": "i", "number": "q", "origin": "i", "digest": "Q"}
 # Those of rows of preferences, empty for others: see `Rows`.
 ARRAYS |= {"shared": "i", "label": "b", "margin": "f"}
-_OPTIONAL = ("weights", "shared", "label", "margin")
+# Those of texts with labels, empty for others.
+ARRAYS |= {"targets": "f", "second_start": "i"}
+_OPTIONAL = ("weights", "shared", "label", "margin", "targets", "second_start")
 
 
 class Origin(NamedTuple):
@@ -44,6 +46,8 @@ class RowPart:
     shared: array = field(default_factory=lambda: array("i"))
     label: array = field(default_factory=lambda: array("b"))
     margin: array = field(default_factory=lambda: array("f"))
+    targets: array = field(default_factory=lambda: array("f"))  # the same number of them for each row
+    second_start: array = field(default_factory=lambda: array("i"))
 
     def add(
         self,
@@ -107,6 +111,9 @@ class Rows:
 
     `rows[k]` returns (ids, labels) of row k, each int32 [n]. Of preferences, rows 2k and 2k + 1 are the chosen and the
     rejected answer of pair k, with `shared` and `margin`; or each row is an answer with a `label`.
+
+    Of texts with labels no token has a label. Each row has `targets`: one class number or number, or 0 or 1 for each
+    class. `second_start` is there if the tokenizer has token types: 0 before that token of the row, 1 from it on.
     """
 
     input_ids: np.ndarray  # int32 [tokens]
@@ -120,6 +127,10 @@ class Rows:
     shared: np.ndarray | None = None  # int32 [rows], tokens with which both rows of a pair begin, before any label
     margin: np.ndarray | None = None  # float32 [rows], how much better the chosen answer is; 0 if nothing says it
     label: np.ndarray | None = None  # int8 [rows], 1 for a desirable answer, 0 for an undesirable one
+    targets: np.ndarray | None = None  # float32 [rows, targets of a row]
+    second_start: np.ndarray | None = None  # int32 [rows], where the second text begins; the row's length without one
+    problem_type: str | None = None  # what `targets` are: one of `labels.PROBLEM_TYPES`
+    class_weights: np.ndarray | None = None  # float64 [classes], how much a text counts by its class; None: 1
     reference: np.ndarray | None = None  # float64 [rows], the reference's log-probability of the labels of a row
     rows_per_unit: ClassVar[int] = 1  # rows that stay together in packing and batches
 
@@ -162,6 +173,8 @@ def as_rows(arrays: dict[str, np.ndarray], origins: Iterable[tuple[int, str]]) -
     offsets = np.concatenate([[0], np.cumsum(arrays["lengths"], dtype=np.int64)])
     columns: dict[str, Any] = {name: values for name, values in arrays.items() if name != "lengths"}
     columns |= {name: None for name in _OPTIONAL if not len(arrays[name])}
+    if columns["targets"] is not None:
+        columns["targets"] = columns["targets"].reshape(len(arrays["lengths"]), -1)
     return Rows(**columns, offsets=offsets, origins=tuple(Origin(source, file) for source, file in origins))
 
 

@@ -3,29 +3,31 @@
 import glob
 import hashlib
 import itertools
-import os
 import re
-import shutil
-import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import Any, Literal, NamedTuple
 
-import psutil
-from filelock import FileLock
-from huggingface_hub.constants import HF_HOME
-
 from accel_llm.config.data_options import DataOptions
 from accel_llm.config.fields import Source
 from accel_llm.data.hub import is_reader_name, load_hub_dataset
-from accel_llm.data.readers import READERS, ROWS_PER_BATCH, SourceFile, file_kind, is_readable, plain_values, read_rows
+from accel_llm.data.readers import (
+    READERS,
+    ROWS_PER_BATCH,
+    NameColumns,
+    SourceFile,
+    file_kind,
+    is_readable,
+    plain_values,
+    read_features,
+    read_rows,
+)
 from accel_llm.data.saved_datasets import is_saved_dataset, saved_problem
 from accel_llm.data.splits import SplitChoice, choose_files, list_groups, list_splits
+from accel_llm.data.standard_input import spool_standard_input
 from accel_llm.errors import DataError
-from accel_llm.system.disk import atomic_file
 from accel_llm.system.hub import is_hub_id, misspelt_path
-from accel_llm.system.launcher import is_launched
 from accel_llm.system.places import is_there, missing_reason
 
 ALLOWED_SOURCES = (
@@ -70,18 +72,30 @@ def source_problems(options: DataOptions) -> list[str]:
     return problems
 
 
-def read_source(source: Source) -> Iterator[RawRow]:
+def read_source(source: Source, name_columns: NameColumns | None = None) -> Iterator[RawRow]:
     """Return an iterator over the rows of `source` in their order, at most `limit_rows`. Later files are not opened.
 
-    Cells of .csv and .tsv are text, and an empty cell is None. A line of .txt is a row with one field, `text`.
+    For what a row holds, and for `name_columns`, see `read_rows`.
 
     Raises:
         DataError: the source cannot be read, or a file has no rows or is broken (the message names the line).
     """
     _check_source(source)
     is_dataset = _place_kind(source) in ("saved dataset", "hub dataset")
-    rows = _dataset_rows(source) if is_dataset else _file_rows(_list_files(source))
+    rows = _dataset_rows(source) if is_dataset else _file_rows(_list_files(source), name_columns)
     return itertools.islice(rows, source.limit_rows)
+
+
+def source_features(source: Source) -> list[tuple[str, dict[str, Any]]]:
+    """Return (file, features by column) as `datasets` knows them, of a dataset or of each .parquet file of a source.
+
+    Raises:
+        DataError: the source cannot be read.
+    """
+    _check_source(source)
+    if _place_kind(source) in ("saved dataset", "hub dataset"):
+        return [(source.label, _load_dataset(source).features.to_dict())]
+    return [(file.label, read_features(file)) for file in _list_files(source) if file.kind == ".parquet"]
 
 
 def source_identity(source: Source) -> list[tuple[str, str]]:
@@ -275,7 +289,7 @@ def _list_files(source: Source) -> list[SourceFile]:
     """Return the files of a source in the order in which they are read."""
     place, path = _place_kind(source), Path(source.path)
     if place == "standard input":
-        return [SourceFile(_spool_standard_input(), place, ".jsonl", "")]
+        return [SourceFile(spool_standard_input(), place, ".jsonl", "")]
     if place == "file":
         return [SourceFile(path, source.path, *file_kind(source.path))]
     if place == "saved dataset":
@@ -286,31 +300,9 @@ def _list_files(source: Source) -> list[SourceFile]:
     return [SourceFile(Path(name), name, *file_kind(name)) for name in choice.files]
 
 
-def _spool_standard_input() -> Path:
-    """Copy standard input to a file, and return its path.
-
-    All processes of a launch inherit the same pipe. The first process copies all of it to a file with the process id of
-    their launcher, and the others read this file. A run without a launcher uses its own process id.
-    """
-    launcher = psutil.Process(os.getppid() if is_launched() else os.getpid())
-    folder = Path(HF_HOME) / "accel_llm" / "stdin" / socket.gethostname()
-    folder.mkdir(parents=True, exist_ok=True)
-    # Process ids are used again. The hash of a psutil process also depends on the time at which it started.
-    spool = folder / f"{launcher.pid}-{hash(launcher)}.jsonl"
-    with FileLock(f"{spool}.lock"):
-        if not spool.exists():
-            # Remove the files of runs that have ended.
-            for old in folder.iterdir():
-                if not psutil.pid_exists(int(old.name.lstrip(".").split("-")[0])):
-                    old.unlink(missing_ok=True)
-            with atomic_file(spool) as file:
-                shutil.copyfileobj(sys.stdin.buffer, file)
-    return spool
-
-
-def _file_rows(files: list[SourceFile]) -> Iterator[RawRow]:
+def _file_rows(files: list[SourceFile], name_columns: NameColumns | None) -> Iterator[RawRow]:
     for file in files:
-        for number, fields in enumerate(read_rows(file), 1):
+        for number, fields in enumerate(read_rows(file, name_columns), 1):
             yield RawRow(file.label, number, fields)
 
 

@@ -6,18 +6,24 @@ from typing import Any
 import accel_llm.system.chatter
 
 from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers.utils.hub import cached_file
 
 from accel_llm.adapters.locate import check_bases, describe_other_name, find_adapter, find_base
 from accel_llm.adapters.saved import read_adapter_config
 from accel_llm.chat.template import Template, load_template
-from accel_llm.config.tool_options import ChatOptions
+from accel_llm.config.tool_options import AskOptions, ChatOptions
+from accel_llm.data.sources import data_fingerprint
 from accel_llm.errors import ConfigError
 from accel_llm.merge.load import load_to_ask
 from accel_llm.model.answers import Dialogue, print_remark
+from accel_llm.model.fingerprint import model_fingerprint
 from accel_llm.model.loading import check_model_name
 from accel_llm.model.tokenizer import load_tokenizer
 
 BARE = ""  # name of the model without an adapter
+# The files that decide the answers, beside the weights of a whole model.
+FILES_OF_ANSWERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "generation_config.json")
+FILES_OF_ANSWERS += ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 Words = tuple[PreTrainedTokenizerFast, Template]
 
@@ -32,7 +38,34 @@ def open_dialogues(options: ChatOptions) -> dict[str, Dialogue]:
         ConfigError: a model, an adapter or a tokenizer cannot be loaded, they do not belong together, or an answer
             would never end.
     """
-    adapters, base, field = _find_models(options)
+    return _open_dialogues(options, options.adapters, options.system)
+
+
+def open_dialogue(options: AskOptions) -> Dialogue:
+    """Load the model of the options, with its adapter if it is one, and return a dialogue with it.
+
+    Raises:
+        ConfigError: as `open_dialogues`.
+    """
+    return next(iter(_open_dialogues(options, [], None).values()))
+
+
+def identify_model(options: AskOptions) -> str:
+    """Return a hash of what makes the answers of `options.model`: weights, config, tokenizer, template, settings.
+
+    Of a base and of a whole model it reads samples, see `model_fingerprint`; a model of the hub must be in the cache.
+    """
+    adapters, base, _ = _find_models(options, [])
+    folder = Path(base) if Path(base).is_dir() else Path(str(cached_file(base, "config.json"))).parent
+    parts: list[Any] = [model_fingerprint(base)]
+    for place in (*adapters.values(), folder):
+        parts += [file for name in FILES_OF_ANSWERS if (file := place / name).is_file()]
+    return data_fingerprint(*parts)
+
+
+def _open_dialogues(options: AskOptions, more: list[str], system: str | None) -> dict[str, Dialogue]:
+    """Open dialogues with the model, and with `more` adapters on its base; `system` is the first message of each."""
+    adapters, base, field = _find_models(options, more)
     words = {name: _load_words(_source_of_words(folder, base), options) for name, folder in adapters.items()}
     words[BARE] = _bare_words(base, options, list(words.values()))
     models = dict(zip((BARE, *adapters), load_to_ask(base, field, options, list(adapters.values())), strict=True))
@@ -44,11 +77,16 @@ def open_dialogues(options: ChatOptions) -> dict[str, Dialogue]:
         del models[BARE]
     first = options.model if options.model in adapters else BARE
     names = [first, *(name for name in models if name != first)]
-    return {name: _open_dialogue(models[name], *words[name], options) for name in names}
+    return {
+        name: Dialogue(models[name], *words[name], _settings(models[name], *words[name], options), system)
+        for name in names
+    }
 
 
-def _find_models(options: ChatOptions) -> tuple[dict[str, Path], str, str]:
+def _find_models(options: AskOptions, more: list[str]) -> tuple[dict[str, Path], str, str]:
     """Return the folder of each adapter by its name in the options, the base, and the option that names the base.
+
+    `more` are the names of adapters beside the model.
 
     Raises:
         ConfigError: one of them does not exist, or an adapter was trained on another base.
@@ -61,7 +99,7 @@ def _find_models(options: ChatOptions) -> tuple[dict[str, Path], str, str]:
         base = str(given / "model") if (given / "model" / "config.json").is_file() else options.model
         check_model_name(base, "model")
         adapters, field = {}, "model"
-    for name in options.adapters:
+    for name in more:
         adapters[name] = find_adapter(name)
         read_adapter_config(adapters[name], "adapters")
         if options.base is None and (other := describe_other_name(adapters[name], base)):
@@ -75,12 +113,12 @@ def _source_of_words(adapter: Path, base: str) -> str:
     return str(adapter) if (adapter / "tokenizer_config.json").is_file() else base
 
 
-def _load_words(source: str, options: ChatOptions) -> Words:
+def _load_words(source: str, options: AskOptions) -> Words:
     tokenizer = load_tokenizer(source, trust_remote_code=options.trust_remote_code)
     return tokenizer, load_template(tokenizer, options.chat_template)
 
 
-def _bare_words(base: str, options: ChatOptions, others: list[Words]) -> Words:
+def _bare_words(base: str, options: AskOptions, others: list[Words]) -> Words:
     """Return tokenizer and template of the base, or those of the first adapter if it has no template."""
     try:
         return _load_words(base, options)
@@ -90,10 +128,10 @@ def _bare_words(base: str, options: ChatOptions, others: list[Words]) -> Words:
         return others[0]
 
 
-def _open_dialogue(
-    model: Any, tokenizer: PreTrainedTokenizerFast, template: Template, options: ChatOptions
-) -> Dialogue:
-    """Ask with sampling, length and stop tokens of the model, and the end of turn of the template.
+def _settings(
+    model: Any, tokenizer: PreTrainedTokenizerFast, template: Template, options: AskOptions
+) -> GenerationConfig:
+    """Return sampling, length and stop tokens of the model, with the end of turn of the template.
 
     Raises:
         ConfigError: there is no stop token.
@@ -106,5 +144,4 @@ def _open_dialogue(
         )
     sampling = {"do_sample": True, "temperature": options.temperature} if options.temperature else {"do_sample": False}
     tokens = {"eos_token_id": sorted(stop_ids), "pad_token_id": tokenizer.pad_token_id}
-    settings = GenerationConfig(max_new_tokens=options.max_new_tokens, **tokens, **sampling)
-    return Dialogue(model, tokenizer, template, settings, options.system)
+    return GenerationConfig(max_new_tokens=options.max_new_tokens, **tokens, **sampling)

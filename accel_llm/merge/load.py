@@ -18,7 +18,7 @@ from accel_llm.adapters.compat import SavedAdapter, read_adapter
 from accel_llm.adapters.initial import subtracted_init
 from accel_llm.adapters.saved import trained_in_4_bits
 from accel_llm.backend.strategy import PRECISION_DTYPES, compute_dtype, training_device
-from accel_llm.config.tool_options import ChatOptions
+from accel_llm.config.tool_options import AskOptions
 from accel_llm.errors import ConfigError
 from accel_llm.merge.attached import check_usable, load_adapter
 from accel_llm.merge.shared_weights import copy_modules, copy_weights, share_experts
@@ -41,7 +41,7 @@ from accel_llm.system.memory import returning_freed_memory
 IN_16_BITS = "name the same model in 16 bits"
 
 
-def load_with_adapter(adapter: Path, base: str, options: ChatOptions) -> Any:
+def load_with_adapter(adapter: Path, base: str, options: AskOptions) -> Any:
     """Load the base model with the adapter on it, with embedding rows for the tokens that the adapter added.
 
     Raises:
@@ -50,7 +50,7 @@ def load_with_adapter(adapter: Path, base: str, options: ChatOptions) -> Any:
     return load_to_ask(base, "base", options, [adapter])[1]
 
 
-def load_to_ask(name: str, field: str, options: ChatOptions, folders: Sequence[Path] = ()) -> list[Any]:
+def load_to_ask(name: str, field: str, options: AskOptions, folders: Sequence[Path] = ()) -> list[Any]:
     """Load the model `name` onto the device; return it, and for each adapter's folder the model with that adapter.
 
     All compute with the same weights in memory, but have modules of their own, so each is as if it were loaded alone.
@@ -77,7 +77,7 @@ def load_to_ask(name: str, field: str, options: ChatOptions, folders: Sequence[P
     return [model.eval() for model in models]
 
 
-def _chooses_4_bits(name: str, field: str, options: ChatOptions, adapters: list[SavedAdapter]) -> bool:
+def _chooses_4_bits(name: str, field: str, options: AskOptions, adapters: list[SavedAdapter]) -> bool:
     """Return whether the model is asked in 4 bits: as the options say, or else as the adapters were trained.
 
     Raises:
@@ -117,7 +117,7 @@ def _first_values(adapter: SavedAdapter) -> Any:
 def _load_in_4_bits(
     name: str,
     field: str,
-    options: ChatOptions,
+    options: AskOptions,
     adapters: list[SavedAdapter],
     compute: torch.dtype,
     device: torch.device,

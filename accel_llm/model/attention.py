@@ -69,7 +69,7 @@ def packing_obstacle(model: nn.Module) -> str | None:
     source = _source(inner)
     kinds = set(getattr(config, "layer_types", None) or [])
 
-    if not _calls_interface(inner):
+    if not calls_interface(inner):
         return f"{type(inner).__name__} computes attention outside transformers' AttentionInterface"
     # Linear attention and convolutions carry state over document boundaries.
     if mixing := kinds - ISOLATED_LAYERS:
@@ -83,10 +83,15 @@ def packing_obstacle(model: nn.Module) -> str | None:
 
 def _source(model: PreTrainedModel) -> str:
     """Return the source of the family's module."""
-    return inspect.getsource(sys.modules[type(model).__module__])
+    return inspect.getsource(sys.modules[family_class(model).__module__])
 
 
-def _calls_interface(model: PreTrainedModel) -> bool:
+def family_class(model: PreTrainedModel) -> type:
+    """Return the model's class of transformers: FSDP2 gives a model a class of its own, which derives from it."""
+    return next(each for each in type(model).__mro__ if not each.__module__.startswith("torch."))
+
+
+def calls_interface(model: PreTrainedModel) -> bool:
     """Return whether the family calls attention by transformers' AttentionInterface: only then it calls ours."""
     return "ALL_ATTENTION_FUNCTIONS" in _source(model)
 
@@ -113,13 +118,17 @@ def enable_padding(model: nn.Module) -> None:
     `with stock_attention(model)`.
     """
     inner = unwrap_causal_lm(model)
-    if inner.config._attn_implementation == "sdpa" and _calls_interface(inner):
+    if inner.config._attn_implementation == "sdpa" and calls_interface(inner):
         inner.set_attn_implementation(PADDED_ATTENTION)
 
 
 def _mask_without_padding(*args, attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor | None:
-    """Return transformers' mask of a row without padding: none for causal attention, else that of the window."""
-    return sdpa_mask(*args, attention_mask=None, **kwargs)
+    """Return transformers' mask of a row without padding: none for causal attention, else that of the window.
+
+    Only masks of attention to both sides, which would see the padding, are transformers' own.
+    """
+    both_sides = "allow_is_bidirectional_skip" in kwargs  # a name that transformers passes for these only
+    return sdpa_mask(*args, attention_mask=attention_mask if both_sides else None, **kwargs)
 
 
 @contextmanager
@@ -158,9 +167,12 @@ def packed_attention(
     key_positions: torch.Tensor | None = None,
     prefix: torch.Tensor | None = None,
     virtual_positions: torch.Tensor | None = None,
+    is_causal: bool | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """Compute causal attention inside each document of one packed row of T tokens, called by transformers.
+    """Compute attention inside each document of one packed row of T tokens, called by transformers.
+
+    It is causal unless `is_causal` or, without it, the attention module says no, as that of an encoder does.
 
     query [1, heads, T, head_dim], key and value [1, kv_heads, T, head_dim] -> [1, T, heads, head_dim of value].
     `sliding_window` includes the token itself, `softcap` is Gemma 2's tanh cap on the scores, `s_aux` [heads] are the
@@ -188,18 +200,20 @@ def packed_attention(
         key, value = (each.transpose(1, 2).index_select(1, key_positions).transpose(1, 2) for each in (key, value))
     window = sliding_window if sliding_window is not None and sliding_window < longest[1] else None
     plain = softcap is None and s_aux is None
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
 
     if plain and not dropout and varlen_supports(query, scaling, window):
-        return varlen_attention(query, key, value, boundaries, longest, scaling, window), None
+        return varlen_attention(query, key, value, boundaries, longest, scaling, window, causal), None
 
     # Otherwise one document at a time, and not the whole row in one kernel.
     lengths, key_lengths = (document_lengths(each) for each in boundaries)
     documents = zip(query.split(lengths, 2), key.split(key_lengths, 2), value.split(key_lengths, 2), strict=True)
     if plain:
-        outputs = [sdpa_attention(*document, dropout, scaling, window) for document in documents]
+        outputs = [sdpa_attention(*document, dropout, scaling, window, causal) for document in documents]
     else:
         dropout = dropout if module.training else 0.0
-        outputs = [eager_attention(*document, dropout, scaling, window, softcap, s_aux) for document in documents]
+        terms = (dropout, scaling, window, softcap, s_aux, causal)
+        outputs = [eager_attention(*document, *terms) for document in documents]
     return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None
 
 
@@ -222,8 +236,6 @@ def _check_arguments(
 
     # Terms that change the scores; leaving one out without a word would train a different model.
     terms = [name for name in ("position_bias", "indices", "block_indices", "sinks") if others.get(name) is not None]
-    if others.get("is_causal") is False:
-        terms.append("is_causal=False")
     if terms:
         raise ConfigError(f"packing: true does not support {', '.join(terms)} of {type(module).__name__}; {REMEDY}.")
 

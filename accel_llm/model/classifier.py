@@ -12,7 +12,6 @@ from types import MethodType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
@@ -20,6 +19,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from accel_llm.data.batches import collate_packed, collate_padded, to_device
 from accel_llm.errors import ConfigError
 from accel_llm.model.attention import PACKED_ATTENTION, forward_arguments, stock_attention, unwrap_causal_lm
+from accel_llm.model.encoders import attach_encoder, compute_in_float32
 from accel_llm.model.language_part import causal_lm_loader
 from accel_llm.system.launcher import process_rank
 
@@ -117,9 +117,14 @@ def score_head(model: nn.Module) -> nn.Module | None:
 def attach_scores(model: PreTrainedModel) -> None:
     """Let the forward of a model with a score head return scores at given places, float32 [n, labels].
 
-    `answer_scores` passes them; without `targets` the forward stays the family's own. Call it before PEFT wraps the model
-    and before `accelerator.prepare`. The head computes in float32, whatever the dtype of the decoder is.
+    `answer_scores` and `text_scores` pass them; without `targets` the forward stays the family's own. Call it before PEFT
+    wraps the model and before `accelerator.prepare`. The head computes in float32, whatever the dtype of the decoder is.
+    A model with another head (an encoder) keeps it, see model/encoders.py.
     """
+    head: Any = getattr(model, HEAD, None)
+    if not isinstance(head, nn.Linear):
+        attach_encoder(model)
+        return
 
     # `wraps` keeps the signature: PEFT reads from it which inputs the model takes.
     @functools.wraps(type(model).forward)
@@ -131,15 +136,8 @@ def attach_scores(model: PreTrainedModel) -> None:
             return SequenceClassifierOutput(logits=hidden)
         return SequenceClassifierOutput(logits=self.score(hidden.flatten(0, 1).index_select(0, targets["places"])))
 
-    head: Any = score_head(model)
-    head.forward = MethodType(_compute_in_float32, head)
+    head.forward = MethodType(compute_in_float32, head)
     model.forward = MethodType(forward, model)
-
-
-def _compute_in_float32(head: Any, hidden: torch.Tensor) -> torch.Tensor:
-    dtype = torch.promote_types(head.weight.dtype, torch.float32)
-    with torch.autocast(hidden.device.type, enabled=False):
-        return F.linear(hidden.to(dtype), head.weight.to(dtype))
 
 
 def answer_scores(model: nn.Module, batch: dict) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """The attention of documents: one variable-length kernel for a row of them, or one call for each.
 
 A document has as many keys as queries, or more: the keys of a shared prompt come before its own. Causal means that its
-last query sees its last key, and the query before it all keys but that one.
+last query sees its last key, and the query before it all keys but that one. Otherwise each query sees all keys; then a
+window, which counts the token itself, opens to both sides.
 """
 
 import inspect
@@ -51,6 +52,7 @@ def varlen_attention(
     longest: tuple[int, int],
     scaling: float | None,
     window: int | None,
+    causal: bool = True,
 ) -> torch.Tensor:
     """Return [1, T, heads, head_dim of value] from torch's variable-length flash kernel: one launch for the row.
 
@@ -59,9 +61,10 @@ def varlen_attention(
     # Options have changed between torch releases, see VARLEN_OPTIONS.
     options: dict = {"scale": scaling} if "scale" in VARLEN_OPTIONS else {}
     if "window_size" in VARLEN_OPTIONS:
-        options["window_size"] = (-1 if window is None else window - 1, 0)
+        reach = -1 if window is None else window - 1
+        options["window_size"] = (reach, 0 if causal else reach)
     else:
-        options["is_causal"] = True
+        options["is_causal"] = causal
     if "enable_gqa" in VARLEN_OPTIONS:
         options["enable_gqa"] = query.shape[1] != key.shape[1]
     else:
@@ -82,6 +85,7 @@ def sdpa_attention(
     dropout: float,
     scaling: float | None,
     window: int | None,
+    causal: bool = True,
 ) -> torch.Tensor:
     """Compute the attention of one document by torch's fused kernel.
 
@@ -93,13 +97,13 @@ def sdpa_attention(
     if not on_cpu:  # with enable_gqa, CUDA has no fused float32 kernel and stores the full score matrix
         key, value = repeat_heads(query, key), repeat_heads(query, value)
     # A mask excludes is_causal, which with more keys than queries means that the first query sees the first key only.
-    masked = queries != keys or (window is not None and keys > window)
+    masked = (causal and queries != keys) or (window is not None and keys > window)
     return F.scaled_dot_product_attention(
         query,
         key,
         value,
-        attn_mask=_visible_keys(queries, keys, window, query.device) if masked else None,
-        is_causal=not masked,
+        attn_mask=_visible_keys(queries, keys, window, query.device, causal) if masked else None,
+        is_causal=causal and not masked,
         dropout_p=dropout,
         scale=scaling,
         enable_gqa=on_cpu and query.shape[1] != key.shape[1],
@@ -115,13 +119,14 @@ def eager_attention(
     window: int | None,
     softcap: float | None,
     sinks: torch.Tensor | None,
+    causal: bool = True,
 ) -> torch.Tensor:
     """Compute one document's attention with explicit scores, queries x keys of them: no fused kernel has these terms."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = (query @ repeat_heads(query, key).transpose(2, 3) * scale).float()
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    visible = _visible_keys(query.shape[2], key.shape[2], window, query.device)
+    visible = _visible_keys(query.shape[2], key.shape[2], window, query.device, causal)
     scores = scores.masked_fill(~visible, float("-inf"))
     if sinks is not None:  # one extra score per head: it takes part in the softmax, but has no value
         sink = sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
@@ -130,9 +135,15 @@ def eager_attention(
     return F.dropout(weights, dropout) @ repeat_heads(query, value)
 
 
-def _visible_keys(queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor:
+def _visible_keys(
+    queries: int, keys: int, window: int | None, device: torch.device, causal: bool = True
+) -> torch.Tensor:
     """Return bool [queries, keys]: which keys of a document each query sees; the last query stands at the last key."""
-    visible = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+    visible = torch.ones(queries, keys, dtype=torch.bool, device=device)
+    if causal:
+        visible = visible.tril(keys - queries)
+    elif window is not None:
+        visible = visible.tril(keys - queries + window - 1)
     return visible if window is None else visible.triu(keys - queries + 1 - window)
 
 

@@ -49,20 +49,22 @@ def lock_output_dir(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path, target: Path) -> Iterator[None]:
-    """Hold the lock file `path` while a script writes the folder `target`, so that no second one writes it too.
+def locked(path: Path, target: Path, field: str = "output_dir") -> Iterator[None]:
+    """Hold the lock file `path` while a script writes `target`, so that no second one writes it too.
+
+    `field` is the option that names `target`: a folder, or a file if it is `output_file`.
 
     Raises:
         ConfigError: another script writes it.
     """
-    _hold(path.resolve(), target)
+    _hold(path.resolve(), target, field)
     try:
         yield
     finally:
         _release(path.resolve())
 
 
-def _hold(path: Path, target: Path) -> None:
+def _hold(path: Path, target: Path, field: str = "output_dir") -> None:
     if path in _held:
         return
     created = [place for place in path.parents if not place.exists()]
@@ -77,7 +79,7 @@ def _hold(path: Path, target: Path) -> None:
             break
         os.close(handle)
         if not free:
-            raise _in_use(target, path)
+            raise _in_use(target, path, field)
     _held[path] = handle, created
     holder = {
         "host": socket.gethostname(),
@@ -144,7 +146,7 @@ def _is_held_by_others(path: Path) -> bool:
         os.close(handle)
 
 
-def _in_use(folder: Path, path: Path) -> ConfigError:
+def _in_use(target: Path, path: Path, field: str = "output_dir") -> ConfigError:
     try:
         holder = json.loads(path.read_text(encoding="utf-8"))
         who = f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
@@ -152,7 +154,8 @@ def _in_use(folder: Path, path: Path) -> ConfigError:
     except (OSError, ValueError, KeyError, TypeError):
         who, elsewhere = "another process", False
     gone = f"; if that machine is gone, delete {path}" if elsewhere else ""
-    return ConfigError(f"output_dir: {folder} is in use by {who}; wait for its end, or name another folder{gone}.")
+    kind = "file" if field == "output_file" else "folder"
+    return ConfigError(f"{field}: {target} is in use by {who}; wait for its end, or name another {kind}{gone}.")
 
 
 def release_locks() -> None:

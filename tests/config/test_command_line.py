@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from accel_llm.config.command_line import parse_options, recipe_schema, resolved_options, shell_command
 from accel_llm.config.options import OptimOptions, PretrainOptions, SftOptions
-from accel_llm.config.tool_options import ChatOptions, ExtractOptions, MergeOptions, ShowOptions
+from accel_llm.config.tool_options import ChatOptions, ExtractOptions, MergeOptions, PredictOptions, ShowOptions
 from accel_llm.errors import ConfigError
 
 
@@ -44,7 +44,7 @@ def recipe(folder, text: str) -> str:
 
 
 def test_defaults_are_valid_and_documented():
-    for options_class in (Sft, Pretrain, Show, MergeOptions, ChatOptions):
+    for options_class in (Sft, Pretrain, Show, MergeOptions, ChatOptions, PredictOptions):
         assert all(field.description for field in options_class.model_fields.values())
     assert Sft() == sft()
     assert sft().model_fields_set == set()

@@ -31,6 +31,10 @@ save_total_limit save_async metric_for_best_model early_stopping_patience allow_
 report_to run_name dry_run check_only eval_on_start eval_generate
 """
 TRAINING = [MODEL, DATA, METHOD, OPTIMIZER, RUN]
+ASK = """
+model base allow_other_base max_new_tokens temperature chat_template precision load_in_4bit seed trust_remote_code
+allow_pickle
+"""
 
 
 def without(*names: str) -> list[str]:
@@ -51,11 +55,13 @@ SCRIPTS = {
     "pretrain": ["config_name text_column", *without(*TURNS)],
     "show_data": ["json", "overfit", *TRAINING],
     "show_methods": ["methods json"],
-    "chat": [
+    "chat": ["adapters prompt system", ASK],
+    "predict": [
         """
-        model adapters base allow_other_base prompt system max_new_tokens temperature chat_template precision load_in_4bit
-        seed trust_remote_code allow_pickle
-        """
+        input_files output_file overwrite_output_file column_prefix data_format columns on_bad_row max_length
+        per_device_eval_batch_size
+        """,
+        ASK,
     ],
     "merge": [
         """

@@ -6,7 +6,7 @@ import pytest
 
 from accel_llm.config.command_line import parse_options, resolved_options
 from accel_llm.config.options import PretrainOptions, SftOptions
-from accel_llm.config.tool_options import ChatOptions, ExtractOptions, MergeOptions, ShowOptions
+from accel_llm.config.tool_options import ChatOptions, ExtractOptions, MergeOptions, PredictOptions, ShowOptions
 from accel_llm.errors import ConfigError
 
 
@@ -23,12 +23,14 @@ PLACES: dict[type, list[str]] = {
     MergeOptions: ["adapter", "output_dir", "base"],
     ExtractOptions: ["model", "base", "output_dir"],
     ChatOptions: ["model", "adapters", "base", "chat_template"],
+    PredictOptions: ["model", "base", "chat_template", "input_files", "output_file"],
 }
 REQUIRED: dict[type, dict[str, str]] = {
     PretrainOptions: {"config_name": "c"},
     MergeOptions: {"adapter": "a", "output_dir": "o"},
     ExtractOptions: {"model": "m", "base": "b", "output_dir": "o"},
     ChatOptions: {"model": "m"},
+    PredictOptions: {"model": "m", "input_files": "i", "output_file": "o"},
 }
 CASES = [(script, name) for script, names in PLACES.items() for name in names]
 
@@ -74,7 +76,7 @@ def test_any_other_name_is_left_as_it_is(script, name):
 @pytest.mark.parametrize(("script", "name"), CASES)
 @pytest.mark.parametrize("value", ["", "a\0b"])
 def test_no_name_and_an_impossible_one_are_refused(script, name, value):
-    if name in ("train_files", "eval_files") and not value:
+    if name in ("train_files", "eval_files", "input_files") and not value:
         return  # data/sources.py reports it with the kinds of sources
     with pytest.raises(ConfigError) as error:
         read(script, name, f"--{name}={value}")

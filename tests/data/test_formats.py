@@ -588,7 +588,9 @@ def test_every_reason_is_met() -> None:
     # Rows of preferences have reasons of their own, see test_pairs.py and test_encode_answers.py.
     of_preferences = {values.EQUAL_ANSWERS, values.EQUAL_SCORES, values.NO_SHARED_PROMPT, values.NO_PREFERENCE}
     of_preferences |= {values.ONE_END_TOKEN, values.BAD_LABEL, values.BAD_MARGIN}
-    assert every - met == {TEXT_ONLY, TOO_DEEP, SUCH_AS} | of_preferences
+    # So have texts with labels, see test_labels.py and test_labelled_rows.py.
+    of_labels = {values.NO_LABEL, values.UNKNOWN_LABEL, values.BAD_TARGET, values.NO_COLUMN}
+    assert every - met == {TEXT_ONLY, TOO_DEEP, SUCH_AS} | of_preferences | of_labels
 
 
 def test_values_nested_beyond_all_bounds_are_a_bad_row() -> None:

@@ -22,7 +22,11 @@ ENCODED: list[Row] = [(1, [5, 6, 7], [-100, 6, 7]), (4, [8], [-100]), (9, [2, 3]
 
 
 # The arrays that all rows have.
-NEEDED = [name for name in ARRAYS if name not in ("weights", "lengths", "shared", "label", "margin")]
+NEEDED = [
+    name
+    for name in ARRAYS
+    if name not in ("weights", "lengths", "shared", "label", "margin", "targets", "second_start")
+]
 
 
 def make_part(encoded: list[Row], weights: list[float] | None = None) -> RowPart:

@@ -14,7 +14,7 @@ import pytest
 
 from accel_llm.config.data_options import DataOptions
 from accel_llm.config.fields import Source
-from accel_llm.data import hub, sources
+from accel_llm.data import hub, standard_input
 from accel_llm.data.sources import (
     ALLOWED_SOURCES,
     RawRow,
@@ -443,7 +443,7 @@ def test_fingerprint_depends_on_the_borders_between_its_parts(tmp_path):
 
 @pytest.fixture
 def piped_source(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(standard_input, "HF_HOME", str(tmp_path / "home"))
     with write_texts(tmp_path / "in", "x", "y").open(encoding="utf-8") as stdin:
         monkeypatch.setattr(sys, "stdin", stdin)
         yield tmp_path / "home" / "accel_llm" / "stdin"

@@ -18,7 +18,7 @@ from support import PAGES
 from transformers import AutoModelForCausalLM
 
 from accel_llm.config.command_line import parse_options
-from accel_llm.config.tool_options import ChatOptions, MergeOptions
+from accel_llm.config.tool_options import ChatOptions, MergeOptions, PredictOptions
 from accel_llm.training.memory_estimate import GB, estimate_memory
 
 ROOT = Path(__file__).parents[2]
@@ -41,7 +41,7 @@ FOR_PREFERENCES = ["qwen3_8gb_dpo", "qwen3_24gb_dpo", "llama3_24gb_dpo", "llama3
 
 # The order of the packages: each imports only those before it. Modules of one package do not import in a circle.
 FLOORS = ["errors", "system", "config", "backend", "chat", "data", "model", "adapters", "demo", "report", "preference"]
-FLOORS += ["training", "checkpoint", "merge"]
+FLOORS += ["classification", "training", "checkpoint", "merge"]
 
 
 def script(name: str) -> ModuleType:
@@ -314,7 +314,8 @@ def test_documented_commands_parse(path: Path) -> None:
             assert words[2] == "--config_file" and (ROOT / words[3]).is_file()
         at = next(i for i, word in enumerate(words) if word.startswith("launch/"))
         name = Path(words[at]).stem
-        options = {"merge": MergeOptions, "chat": ChatOptions}.get(name) or script(name).Options
+        tools = {"merge": MergeOptions, "chat": ChatOptions, "predict": PredictOptions}
+        options = tools.get(name) or script(name).Options
         if name == "show_data" and words[at + 1] in script(name).SCRIPTS:
             at, options = at + 1, script(name).SCRIPTS[words[at + 1]]
         words = words[at + 1 : words.index(">")] if ">" in words else words[at + 1 :]

@@ -225,13 +225,59 @@ def test_rows_padded_on_the_left_need_stock_attention():
     assert model.config._attn_implementation == PADDED_ATTENTION
 
 
-@pytest.mark.parametrize("term", [{"position_bias": torch.zeros(1)}, {"indices": torch.zeros(1)}, {"is_causal": False}])
+@pytest.mark.parametrize("term", [{"position_bias": torch.zeros(1)}, {"indices": torch.zeros(1)}])
 def test_unknown_score_terms_are_refused(term):
     query = torch.zeros(1, 1, 4, 8)
     with pytest.raises(ConfigError, match=f"does not support {next(iter(term))}.*set packing: false"):
         packed_attention(
             nn.Module(), query, query, query, None, cu_seq_lens_q=torch.tensor([0, 4]), max_length_q=4, **term
         )
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("window", [None, 1, 3, 5])
+@pytest.mark.parametrize("said_by", ["module", "argument"])
+def test_attention_to_both_sides_is_a_softmax_over_the_document(softcap, window, said_by):
+    lengths = [1, 6, 4]
+    query, key, value = torch.randn(3, 1, 4, 11, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    module = nn.Module()
+    options: dict = {"softcap": softcap, "sliding_window": window}
+    if said_by == "module":
+        module.is_causal = False  # type: ignore[assignment]
+    else:
+        options["is_causal"] = False
+    boundaries = torch.tensor([0, *lengths]).cumsum(0).int()
+    output, _ = packed_attention(
+        module, query, key, value, None, cu_seq_lens_q=boundaries, max_length_q=6, scaling=0.5, **options
+    )
+    number = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))
+    distance = (torch.arange(11)[:, None] - torch.arange(11)[None]).abs()
+    visible = (number[:, None] == number[None]) & (distance < (window or 99))
+    scores = 0.5 * query @ key.mT
+    if softcap:
+        scores = torch.tanh(scores / softcap) * softcap
+    expected = scores.masked_fill(~visible, -torch.inf).softmax(-1) @ value
+    # With a soft-cap the scores are float32, as those of Gemma 2 in transformers.
+    torch.testing.assert_close(output[0].transpose(0, 1), expected[0], rtol=0, atol=1e-6 if softcap else 1e-12)
+
+
+@pytest.mark.parametrize(("window", "causal"), [(None, True), (None, False), (5, True), (5, False)])
+def test_the_variable_length_kernel_is_told_which_sides_count(window, causal, monkeypatch):
+    told = []
+    monkeypatch.setattr(
+        document_attention, "varlen_attn", lambda query, key, value, *_, **options: told.append(options) or value
+    )
+    monkeypatch.setattr(attention, "varlen_supports", lambda *_: True)
+    query = torch.zeros(1, 1, 9, 8)
+    packed_attention(
+        nn.Module(), query, query, query, None, cu_seq_lens_q=torch.tensor([0, 9]), max_length_q=9,
+        sliding_window=window, is_causal=causal,
+    )  # fmt: skip
+    reach = 4 if window else -1
+    if "window_size" in VARLEN_OPTIONS:
+        assert told[0]["window_size"] == (reach, 0 if causal else reach)
+    else:
+        assert told[0]["is_causal"] == causal
 
 
 @pytest.mark.parametrize(("capability", "supported"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
@@ -258,13 +304,15 @@ def on_cuda(query, key, value, boundaries, dtype, **options) -> list[torch.Tenso
     return [tensor.detach().float().cpu() for tensor in (output, *(tensor.grad for tensor in inputs))]
 
 
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("window", [None, 16])
 @pytest.mark.parametrize("scaling", [64**-0.5, 0.2])
 @pytest.mark.parametrize("kv_heads", [8, 2])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_variable_length_kernel_equals_one_document_at_a_time(dtype, kv_heads, scaling, window, monkeypatch):
+def test_variable_length_kernel_equals_one_document_at_a_time(dtype, kv_heads, scaling, window, causal, monkeypatch):
+    options = {"scaling": scaling, "sliding_window": window, "is_causal": causal}
     generator = torch.Generator().manual_seed(0)
     boundaries = torch.tensor([0, 70, 71, 200, 233], dtype=torch.int32)
     tensors = [torch.randn(1, heads, 233, 64, generator=generator) for heads in (8, kv_heads, kv_heads)]
@@ -273,12 +321,12 @@ def test_variable_length_kernel_equals_one_document_at_a_time(dtype, kv_heads, s
     monkeypatch.setattr(
         document_attention, "varlen_attn", lambda *args, **options: calls.append(1) or kernel(*args, **options)
     )
-    fused = on_cuda(*tensors, boundaries, dtype, scaling=scaling, sliding_window=window)
+    fused = on_cuda(*tensors, boundaries, dtype, **options)
     kernel_used = bool(calls)
     monkeypatch.setattr(attention, "varlen_supports", lambda *_: False)
-    single = on_cuda(*tensors, boundaries, dtype, scaling=scaling, sliding_window=window)
-    exact = on_cuda(*tensors, boundaries, torch.float32, scaling=scaling, sliding_window=window)
-    options = VARLEN_OPTIONS
-    assert kernel_used == ((window is None or "window_size" in options) and (scaling == 64**-0.5 or "scale" in options))
+    single = on_cuda(*tensors, boundaries, dtype, **options)
+    exact = on_cuda(*tensors, boundaries, torch.float32, **options)
+    known = VARLEN_OPTIONS
+    assert kernel_used == ((window is None or "window_size" in known) and (scaling == 64**-0.5 or "scale" in known))
     for packed, alone, truth in zip(fused, single, exact, strict=True):
         assert (packed - truth).norm() <= 1.5 * (alone - truth).norm() + 1e-3 * truth.norm()

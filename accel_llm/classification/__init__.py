@@ -1,0 +1,1 @@
+"""Sequence classification: the loss of a text with a label."""

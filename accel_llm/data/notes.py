@@ -1,0 +1,59 @@
+"""Notes in the ledger on all rows together: shares of the sources, lost and common rows to evaluate on."""
+
+import numpy as np
+
+from accel_llm.config.fields import Source
+from accel_llm.data.answers import Pairs
+from accel_llm.data.ledger import TRAINED, Ledger
+from accel_llm.data.order import mix_sources
+from accel_llm.data.rows import Rows
+from accel_llm.errors import DataError
+
+
+def note_shares(ledger: Ledger, rows: Rows | Pairs, sources: list[Source], seed: int) -> None:
+    """Note the share of each source in the rows and tokens of an epoch; a source with a weight must have a row left.
+
+    Raises:
+        DataError: it has none.
+    """
+    weights, counts = [source.weight for source in sources], np.bincount(rows.source, minlength=len(sources))
+    if None in weights:
+        return
+    for source, count in zip(sources, counts, strict=True):
+        if not count:
+            raise DataError(
+                f"train_files: {source.label} has a weight of {source.weight}, but no row to train on is left."
+            )
+
+    epoch = mix_sources(rows.source, weights, seed)
+    source_numbers, lengths = rows.source[epoch], rows.lengths[epoch]
+    shares = []
+    for k, source in enumerate(sources):
+        mask = source_numbers == k
+        shares.append(
+            f"{source.label} {mask.mean():.1%} of the rows ({mask.sum():,} drawn from {counts[k]:,}) "
+            f"and {lengths[mask].sum() / lengths.sum():.1%} of the tokens"
+        )
+    ledger.note(f"Mixed by weight: an epoch is {'; '.join(shares)}.")
+
+
+def note_lost_evaluation_rows(ledger: Ledger, evaluation: Ledger) -> None:
+    """Note lost evaluation rows in the ledger of training, which does not count rows to evaluate on."""
+    for label, bins in evaluation.bins.items():
+        for name, amount in bins.items():
+            if name != TRAINED:
+                ledger.note(f"Evaluation, {label}: {amount['rows']:,} rows and {amount['supervised']:,} tokens {name}.")
+
+
+def note_common_rows(ledger: Ledger, train: Rows | Pairs, evaluation: Rows | Pairs) -> None:
+    """Count and name evaluation rows that are also trained: they make an evaluation look better than it is."""
+    common = np.flatnonzero(np.isin(evaluation.digest, train.digest))
+    if len(common):
+        pairs = []
+        for k in common[:3].tolist():
+            twin = int(np.flatnonzero(train.digest == evaluation.digest[k])[0])
+            pairs.append(f"{evaluation.name(k)} = {train.name(twin)}")
+        ledger.note(
+            f"{len(common):,} of {len(evaluation):,} rows to evaluate on are trained on as well: {'; '.join(pairs)}"
+            + ("; ..." if len(common) > 3 else ".")
+        )
