@@ -53,11 +53,11 @@ def open_dialogue(options: AskOptions) -> Dialogue:
 def identify_model(options: AskOptions) -> str:
     """Return a hash of what makes the answers of `options.model`: weights, config, tokenizer, template, settings.
 
-    Of a base and of a whole model it reads samples, see `model_fingerprint`; a model of the hub must be in the cache.
+    It covers all bytes of the weights, since answers of two models must not be mixed; a hub model must be in the cache.
     """
     adapters, base, _ = _find_models(options, [])
     folder = Path(base) if Path(base).is_dir() else Path(str(cached_file(base, "config.json"))).parent
-    parts: list[Any] = [model_fingerprint(base)]
+    parts: list[Any] = [model_fingerprint(base, whole=True)]
     for place in (*adapters.values(), folder):
         parts += [file for name in FILES_OF_ANSWERS if (file := place / name).is_file()]
     return data_fingerprint(*parts)

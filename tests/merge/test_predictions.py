@@ -1,6 +1,7 @@
 """Answers in batches are those that plain transformers gives each prompt alone; a job that ends early goes on."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from support import FAMILIES, UNPACKABLE, moved_adapter, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel
 
@@ -290,6 +292,12 @@ def test_what_was_begun_with_something_else_is_refused_in_one_sentence(folder, c
         return str(error.value).replace(str(part), "PART")
 
     assert sentence(tiny) == f"output_file: PART was begun with another model; {advice}"
+    # A model that differs in one row of its embedding is another one.
+    twin = shutil.copytree(folder, chats_file.with_name("twin"))
+    weights = load_file(twin / "model.safetensors")
+    weights["model.embed_tokens.weight"][3] += 1
+    save_file(weights, twin / "model.safetensors", {"format": "pt"})
+    assert sentence(twin) == f"output_file: PART was begun with another model; {advice}"
     assert sentence(folder, max_new_tokens=6) == (
         f"output_file: PART was begun with other max_new_tokens (max_new_tokens was 5, now 6); {advice}"
     )
