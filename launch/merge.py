@@ -54,8 +54,10 @@ def show_result(console: Console, options: MergeOptions, merged: MergeResult) ->
         console.print(f"{base} base: {sentence}")
     if "merge_base" in options.model_fields_set and options.verify != "logits":
         console.print("to measure the error of both bases, original and dequantized, add: --verify logits")
-    scores = exports_scores(merged.folder)
-    use = "it gives scores" if scores else f"ask it with: {shell_command('chat.py', model=merged.folder)}"
+    use = f"ask it with: {shell_command('chat.py', model=merged.folder)}"
+    if exports_scores(merged.folder):
+        names = {"model": merged.folder, "input_files": "FILE", "output_file": "predictions.jsonl"}
+        use = f"let it score texts with: {shell_command('predict.py', **names)}"
     console.print(f"wrote {merged.folder}; {use}")
 
 

@@ -29,7 +29,7 @@ from accel_llm.data.prepare import encode_conversations
 from accel_llm.data.rows import Rows
 from accel_llm.report import display
 from accel_llm.system.exit import run_script
-from accel_llm.training import setup
+from accel_llm.training import data_only, setup
 
 SHOWN_ROWS = 5
 
@@ -56,8 +56,8 @@ SCRIPTS = {"sft": Options, "dpo": OptionsForDpo, "kto": OptionsForKto, "reward":
 def main() -> None:
     script = sys.argv.pop(1) if sys.argv[1:2] and sys.argv[1] in SCRIPTS else "sft"
     recipe = "demo_reward.yaml" if script == "reward" else "demo.yaml"  # those that need no adapter
-    options = setup.read_data_options(SCRIPTS[script], Path(__file__).parent / "recipes" / recipe)
-    tokenizer, template, no_template = setup.tokenizer_and_template(options)
+    options = data_only.read_data_options(SCRIPTS[script], Path(__file__).parent / "recipes" / recipe)
+    tokenizer, template, no_template = data_only.tokenizer_and_template(options)
     kind = setup.preference_kind(options)
     data = encode_conversations(options, options.seed, tokenizer, template, no_template, kind)
     if options.json_lines:

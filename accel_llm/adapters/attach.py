@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from accel_llm.adapters.budget import weigh_penalty
 from accel_llm.adapters.decompositions import Decompositions, decomposition_work
 from accel_llm.adapters.fixed_parts import follow_projections, save_all_parts
+from accel_llm.adapters.heads import check_head, heads_without_adapter, leave_out_heads, save_head
 from accel_llm.adapters.initial import (
     check_own_start,
     first_and_trained_factors,
@@ -38,13 +39,20 @@ from accel_llm.adapters.no_waits import avoid_waits
 from accel_llm.adapters.prompts import attach_prompt, load_ensemble, load_prompt
 from accel_llm.adapters.saved import ADAPTER_WEIGHTS, unloaded
 from accel_llm.adapters.sizes import fit_sizes
-from accel_llm.adapters.targets import choose_targets, leave_out, linear_names, refused_by_peft, spell_out_targets
+from accel_llm.adapters.targets import (
+    check_module_names,
+    choose_targets,
+    leave_out,
+    linear_names,
+    refused_by_peft,
+    spell_out_targets,
+)
 from accel_llm.adapters.unset_values import check_values_are_set, unset_as_nan
 from accel_llm.backend.strategy import compute_dtype, strategy, training_device
 from accel_llm.config.method import PROMPT_METHODS
 from accel_llm.config.options import MethodOptions, TrainOptions
 from accel_llm.errors import ConfigError, raise_problems
-from accel_llm.model.experts import expert_weights, unpack_experts_in_forward
+from accel_llm.model.experts import unpack_experts_in_forward
 from accel_llm.model.language_part import parts_beside_language
 from accel_llm.model.vocabulary import NEW_ROWS, PEFT_ROWS, train_rows
 from accel_llm.system.launcher import process_rank
@@ -71,7 +79,7 @@ def attach_adapter(model: PreTrainedModel, options: TrainOptions, new_tokens: ra
             _load_weights(prompted, options.adapter_name_or_path)
             load_ensemble(prompted, Path(options.adapter_name_or_path))
         return prompted
-    _check_module_names(model, options)
+    check_module_names(model, options)
     config, all_linear = _fitted_config(model, options)
     linear = linear_names(model)
     # Single rows of the vocabulary are trained by model/vocabulary.py.
@@ -108,6 +116,8 @@ def _fitted_config(model: PreTrainedModel, options: TrainOptions) -> tuple[Any, 
         ConfigError: a target or a size of the user does not fit.
     """
     config = _peft_config(options)
+    if options.gives_scores:
+        save_head(options, config, model)
     choose_targets(options, config, model)
     all_linear, others = getattr(config, "target_modules", None) == "all-linear", _parts_without_adapter(model)
     if all_linear:
@@ -149,12 +159,14 @@ def _add(model: PreTrainedModel, options: TrainOptions, config: Any) -> Any:
     """
     # PEFT changes the list of targets in the config that it gets, and wraps the layers.
     targets, linear = getattr(config, "target_modules", None), ", ".join(linear_names(model))
+    layers = [name for name, _ in model.named_modules()]
     given = f" with method_options {options.method_options}" if options.method_options else ""
     try:
         with Decompositions(options.method, training_device(), decomposition_work(model, config)), unset_as_nan():
             wrapped = get_peft_model(model, deepcopy(config))
             if options.gives_scores:  # PEFT 0.21 adds the names of heads, also of those that the model has not
                 wrapped.peft_config["default"].modules_to_save = list(config.modules_to_save)
+                leave_out_heads(wrapped.peft_config["default"], layers)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever PEFT stumbles over
@@ -187,7 +199,7 @@ def _parts_without_adapter(model: PreTrainedModel) -> list[str]:
 
     The latter are routers of PhiMoE and Llama 4; PEFT 0.21 takes them for plain linear layers.
     """
-    return [*parts_beside_language(model), *_routers(model)]
+    return [*parts_beside_language(model), *_routers(model), *heads_without_adapter(model)]
 
 
 def _routers(model: PreTrainedModel) -> list[str]:
@@ -249,6 +261,11 @@ def _load_weights(model: Any, name: str) -> None:
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise ConfigError(f"adapter_name_or_path: {name} does not fit the model ({reason}).") from None
+    except KeyError as error:  # PEFT 0.21 looks for each of its modules_to_save
+        raise ConfigError(
+            f"adapter_name_or_path: {name} does not fit the model: its file has no {error.args[0]}, a part of its head or "
+            "of modules_to_save."
+        ) from None
     parameters = dict(model.named_parameters(remove_duplicate=False))
     keys = unloaded(parameters, result.missing_keys)
     missing = {key for key in keys if key in parameters and parameters[key].requires_grad}
@@ -269,6 +286,7 @@ def _load_weights(model: Any, name: str) -> None:
         problems.append(f"{len(result.unexpected_keys)} have no place in the model ({min(result.unexpected_keys)})")
     if problems:
         raise ConfigError(f"adapter_name_or_path: {name} does not fit the model: {'; '.join(problems)}.")
+    check_head(model, name)
     check_own_start(first_and_trained_factors(model), name, "adapter_name_or_path")
     follow_projections(model)
     # The file of a VB-LoRA with save_only_topk_weights: minus infinity stands for the logits that were left out.
@@ -278,30 +296,6 @@ def _load_weights(model: Any, name: str) -> None:
         )
     if process_rank() == 0:
         print(f"the run begins with the adapter {name}", flush=True)
-
-
-def _check_module_names(model: PreTrainedModel, options: MethodOptions) -> None:
-    """Check that each name in the options is a module: PEFT ignores a wrong name as long as another one fits.
-
-    Raises:
-        ConfigError: the model does not have one of them.
-    """
-    modules = [name for name, _ in model.named_modules()]
-    problems = []
-    # PEFT knows names such as gate_proj, which the experts had before they became one parameter: see _check_targets.
-    has_fused_experts = next(expert_weights(model), None) is not None
-    for field, names in (
-        ("lora_target_modules", [] if has_fused_experts else options.lora_target_modules),
-        ("modules_to_save", options.modules_to_save),
-    ):
-        if not isinstance(names, list):  # a pattern, or all-linear
-            continue
-        for name in names:
-            if not any(module == name or module.endswith(f".{name}") for module in modules):
-                problems.append(
-                    f"{field}: the model has no {name!r}; its linear layers are {', '.join(linear_names(model))}."
-                )
-    raise_problems(problems)
 
 
 def _check_targets(model: PeftModel, names: list[str], linear: list[str]) -> None:

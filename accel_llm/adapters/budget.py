@@ -263,10 +263,10 @@ def _forward_with_penalty(tuner: Any, layers: list[Any], *args: Any, **kwargs: A
     output, targets = tuner.model.forward(*args, **kwargs), kwargs.get("targets")
     if tuner.training and targets:
         weight, penalty = tuner.peft_config["default"].orth_reg_weight, _penalty(layers)
-        if (
-            "answer_ids" in targets
-        ):  # log-probabilities of answers: their loss, computed later, adds this once for a unit
-            output.balance = weight * penalty + (0.0 if output.balance is None else output.balance)
+        # The loss of answers and of scores is computed later, and adds this once for a unit.
+        if "answer_ids" in targets or "places" in targets:
+            balance = getattr(output, "balance", None)
+            output.balance = weight * penalty + (0.0 if balance is None else balance)
         else:
             output.loss = output.loss + weight * targets["total_weight"] * penalty
     return output

@@ -125,7 +125,7 @@ def _check_purpose(options: MethodOptions, config_class: type[PeftConfig]) -> No
     if issubclass(config_class, PromptLearningConfig) and options.method not in PROMPT_METHODS:
         reason = reason or "only PEFT's own code knows where its virtual tokens go"
     if options.gives_scores and "modules_to_save" not in option_names(config_class):
-        reason = reason or "the file of such an adapter has no place for the head of a reward model"
+        reason = reason or "the file of such an adapter has no place for the head that gives scores"
     if reason:
         raise ConfigError(f"method: {options.method} cannot be trained here: {reason}; give another method.")
 

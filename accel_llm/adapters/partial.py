@@ -12,7 +12,7 @@ from accel_llm.adapters.method_options import check_method_options
 from accel_llm.config.options import MethodOptions
 from accel_llm.errors import ConfigError, raise_problems
 from accel_llm.model.attention import unwrap_causal_lm
-from accel_llm.model.classifier import score_head
+from accel_llm.model.classifier import head_modules
 from accel_llm.model.language_part import parts_beside_language
 from accel_llm.system.launcher import process_rank
 
@@ -131,10 +131,8 @@ def parameters_of_part(model: nn.Module, options: MethodOptions) -> set[str]:
                 f"method: bitfit trains biases, and {type(unwrap_causal_lm(model)).__name__} has no biases; use ln_tuning "
                 "or freeze with method_options: {norms: true}."
             )
-        return biases | _with_same_weight(model, [score_head(model)])
-    return _parameters_to_unfreeze(model, names, _freeze_options(options)) | _with_same_weight(
-        model, [score_head(model)]
-    )
+        return biases | _head_of_scores(model)
+    return _parameters_to_unfreeze(model, names, _freeze_options(options)) | _head_of_scores(model)
 
 
 def _parameters_to_unfreeze(model: nn.Module, names: list[str], chosen: FreezeOptions) -> set[str]:
@@ -161,6 +159,10 @@ def _parameters_to_unfreeze(model: nn.Module, names: list[str], chosen: FreezeOp
     if not trained:
         raise ConfigError(f"method_options: {type(inner).__name__} has no weights that the options of freeze name.")
     return trained
+
+
+def _head_of_scores(model: nn.Module) -> set[str]:
+    return _with_same_weight(model, [part for head in head_modules(model) for part in head.modules()])
 
 
 def _vocabulary(model: nn.Module) -> list[nn.Module | None]:

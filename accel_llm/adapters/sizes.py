@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from accel_llm.adapters.defaults import METHOD_DEFAULTS, OTHERS
 from accel_llm.config.options import MethodOptions
 from accel_llm.errors import ConfigError
-from accel_llm.model.classifier import score_head
+from accel_llm.model.classifier import head_modules
 from accel_llm.system.launcher import process_rank
 
 # Options that must divide widths of every adapted layer, for PEFT 0.21: which widths, and whether it must be even.
@@ -86,14 +86,14 @@ def fit_sizes(options: MethodOptions, config: Any, model: PreTrainedModel, other
 
 def _adapted_widths(model: PreTrainedModel, targets: Any, others: tuple[str, ...]) -> list[tuple[int, int]]:
     """Return the widths (in, out) of each linear layer that `targets`, a value of `target_modules`, names."""
-    head = score_head(model) or model.get_output_embeddings()
+    heads = head_modules(model) or [model.get_output_embeddings()]
     return [
         # Conv1D of GPT-2 stores its weight transposed.
         (module.in_features, module.out_features) if isinstance(module, torch.nn.Linear) else (module.nx, module.nf)
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear | Conv1D)
         and not f"{name}.".startswith(others)
-        and _is_target(name, module is head, targets)
+        and _is_target(name, module in heads, targets)
     ]
 
 

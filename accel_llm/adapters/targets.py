@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from accel_llm.config.options import MethodOptions
-from accel_llm.errors import ConfigError
-from accel_llm.model.classifier import score_head
+from accel_llm.errors import ConfigError, raise_problems
+from accel_llm.model.classifier import head_modules
 from accel_llm.model.experts import expert_weights
 
 # (IA)3 scales the keys, the values and the second product of the feed-forward part (Liu 2022, "Few-Shot
@@ -158,5 +158,30 @@ def spell_out_targets(config: Any, model: PreTrainedModel) -> None:
 
 
 def _head_name(model: PreTrainedModel) -> str:
-    head = score_head(model) or model.get_output_embeddings()
+    head = next(reversed(head_modules(model)), None) or model.get_output_embeddings()
     return next((name.rsplit(".", 1)[-1] for name, module in model.named_modules() if module is head), "")
+
+
+def check_module_names(model: PreTrainedModel, options: MethodOptions) -> None:
+    """Check that each name in the options is a module: PEFT ignores a wrong name as long as another one fits.
+
+    Raises:
+        ConfigError: the model does not have one of them.
+    """
+    modules = [name for name, _ in model.named_modules()]
+    problems = []
+    # PEFT knows names such as gate_proj, which the experts had before they became one parameter: see _check_targets in attach.py.
+    has_fused_experts = next(expert_weights(model), None) is not None
+    for field, names in (
+        ("lora_target_modules", [] if has_fused_experts else options.lora_target_modules),
+        # PEFT 0.21 gives each adapter of a classifier the names of heads of all families.
+        ("modules_to_save", [] if options.gives_scores and options.adapter_name_or_path else options.modules_to_save),
+    ):
+        if not isinstance(names, list):  # a pattern, or all-linear
+            continue
+        for name in names:
+            if not any(module == name or module.endswith(f".{name}") for module in modules):
+                problems.append(
+                    f"{field}: the model has no {name!r}; its linear layers are {', '.join(linear_names(model))}."
+                )
+    raise_problems(problems)

@@ -60,3 +60,20 @@ def sum_over_processes(accelerator: Accelerator, values: torch.Tensor) -> torch.
     if accelerator.num_processes > 1:
         torch.distributed.all_reduce(values)
     return values
+
+
+def gather_on_main(accelerator: Accelerator, value: Any) -> list[Any]:
+    """Return `value` of each process, in the order of ranks, on the main process; an empty list on the others."""
+    if accelerator.num_processes == 1:
+        return [value]
+    values = [None] * accelerator.num_processes if accelerator.is_main_process else None
+    torch.distributed.gather_object(value, values, group=_cpu_group())
+    return values or []
+
+
+def value_of_main(accelerator: Accelerator, value: Any) -> Any:
+    """Return the `value` of the main process, on all processes."""
+    values = [value]
+    if accelerator.num_processes > 1:
+        torch.distributed.broadcast_object_list(values, group=_cpu_group())
+    return values[0]

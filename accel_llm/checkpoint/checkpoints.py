@@ -98,9 +98,16 @@ class Checkpoints:
         return patience is not None and self.best.later >= patience
 
     def _judge(self, evaluation: Evaluation, step: int) -> None:
-        """Compare the evaluation of `step`, if there was one, with the best so far."""
+        """Compare the evaluation of `step`, if there was one, with the best so far.
+
+        It may have no value: the rows do not define each metric, and a model that diverged has none.
+        """
         if (metric := self.options.metric_for_best_model) and evaluation.step == step:
-            self.best = self.best.after(step, evaluation.metrics.get(metric, math.nan), metric)
+            value = evaluation.metrics.get(metric, math.nan)
+            if not math.isfinite(value):
+                said = f"the evaluation after step {step:,} has no finite {metric}, so it is not the best one"
+                self.accelerator.print(f"metric_for_best_model: {said}")
+            self.best = self.best.after(step, value, metric)
 
     def when_due(self, meter: Meter, evaluation: Evaluation, bad_steps: BadSteps, step: int) -> None:
         """Save every `save_steps`, at the last step, at the best evaluation so far, and when a signal asks for it.
@@ -145,7 +152,7 @@ class Checkpoints:
             self._explain_early_stop(meter, last)
         exported = self._load_best(meter)
         folder = export()
-        record.update(exported_step=exported)
+        record.update(exported_step=exported, last_step=last)
         if exported != last:
             self._load_weights(last)
 
@@ -158,6 +165,12 @@ class Checkpoints:
                 record.update(exported_step=last)
             if self.accelerator.is_main_process:
                 self._remove_old(self._folder(last))
+        metric = self.options.metric_for_best_model
+        if metric and self.best.step is None and evaluation.step == last and self.accelerator.is_main_process:
+            record.add_problem(
+                f"metric_for_best_model: no evaluation had a finite {metric}, so the export has the weights of step "
+                f"{last:,}, the last ones."
+            )
         return folder
 
     def _explain_early_stop(self, meter: Meter, step: int) -> None:

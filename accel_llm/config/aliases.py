@@ -65,7 +65,6 @@ ABSENT_SWITCHES = {
     "fp16_full_eval": "an evaluation computes in the precision of the training",
     "bf16_full_eval": "an evaluation computes in the precision of the training",
     "full_determinism": "the order of rows depends on seed alone, and a resumed run repeats the run without a stop",
-    "group_by_length": "packing fills rows without padding; order: length sorts the rows",
     "load_best_model_at_end": "metric_for_best_model: eval/loss keeps and exports the best checkpoint",
     "neat_packing": "packing: true keeps the packed documents apart",
     "pad_to_sequence_len": "packed rows are full and need no padding",
@@ -108,6 +107,12 @@ TRANSLATED_VALUES: dict[str, dict[str, tuple[str, str | bool] | None]] = {
     "train_on_inputs": {"false": ("train_on", "assistant")},
     "train_on_prompt": {"false": ("train_on", "assistant")},
     "mask_history": {"true": ("train_on", "last_assistant"), "false": None},
+    "group_by_length": {"true": ("order", "group_by_length"), "false": None},
+    "train_sampling_strategy": {
+        "random": ("order", "shuffle"),
+        "sequential": ("order", "source"),
+        "group_by_length": ("order", "group_by_length"),
+    },
     "do_train": {"true": None},
     "do_eval": {"false": None},
     "evaluation_strategy": {"no": None, "false": None},
@@ -186,9 +191,17 @@ ANSWERED_OPTIONS = {
     **dict.fromkeys(["dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_pin_memory"], WORKERS),
     **dict.fromkeys(["dataloader_persistent_workers", "dataloader_multiprocessing_context"], WORKERS),
     **dict.fromkeys(["dataloader_drop_last", "dataloader_in_order"], "every row is trained once in an epoch"),
-    **dict.fromkeys(["shuffle_dataset", "train_sampling_strategy"], "order sets the order of the rows"),
+    "shuffle_dataset": "order sets the order of the rows",
+    **dict.fromkeys(
+        ["group_by_length", "train_sampling_strategy"],
+        "order: shuffle, group_by_length, length or source sets the order of the rows; packed rows need no groups",
+    ),
     "remove_unused_columns": "the ledger lists what nothing reads",
-    "label_names": "train_on says what is trained",
+    "label_names": "train_on says what is trained; of launch/classify.py the labels of the rows are the classes",
+    **dict.fromkeys(["text_column_name", "text_column_names", "label_column_name"], "columns: text=yours label=yours"),
+    **dict.fromkeys(
+        ["num_labels", "do_regression", "is_regression"], "problem_type, and the labels of the rows, say it"
+    ),
     "packing_strategy": "packing: true or static packs whole documents; overlong says what is done with longer ones",
     "truncation_mode": "overlong: truncate cuts a long row at its end; drop and split are the other choices",
     "pad_to_multiple_of": "packed rows need no padding",
@@ -203,7 +216,9 @@ ANSWERED_OPTIONS = {
         ["special_tokens", "new_special_tokens", "tokens"], "add_tokens: true adds the template's control tokens"
     ),
     "split_special_tokens": "allow_special_in_text says whether control tokens in a message stay text, the default",
-    **dict.fromkeys(["stage", "rl"], "launch/sft.py, pretrain.py, dpo.py, kto.py and reward.py are for one stage each"),
+    **dict.fromkeys(
+        ["stage", "rl"], "launch/sft.py, pretrain.py, dpo.py, kto.py, reward.py and classify.py are for one stage each"
+    ),
     "max_prompt_length": "max_length bounds prompt and answers together, and longer rows are left out, not cut",
     "max_completion_length": "max_length bounds prompt and answers together, and longer rows are left out, not cut",
     "simpo_gamma_beta_ratio": "give simpo_gamma, which is this ratio times beta",
@@ -232,7 +247,7 @@ ANSWERED_OPTIONS = {
     "unfrozen_parameters": "write method: freeze and method_options: {parameters: [...]}",
     **dict.fromkeys(["loraplus_lr_embedding", "embedding_lr", "embedding_learning_rate"], OTHER_RATES),
     **dict.fromkeys(["lr_groups", "embedding_lr_scale"], OTHER_RATES),
-    "lora_task_type": "it is always a causal language model",
+    **dict.fromkeys(["lora_task_type", "task_type"], "the script says it: launch/classify.py trains classifiers"),
     "rope_scaling": "the model's config.json decides",
     "loftq_config": "init_lora_weights: loftq computes the first values from what 4 bits lose",
     "model_init_kwargs": "attn_implementation, precision and revision are options of their own",

@@ -68,8 +68,10 @@ class DataOptions(Options):
         "per_epoch",
         description="Pack several separate documents into each row; static: the same rows in each epoch; false: never",
     )
-    order: Literal["shuffle", "length", "source"] = Field(
-        "shuffle", description="Order of the rows: shuffled anew each epoch, the shortest first, or as in the sources"
+    order: Literal["shuffle", "group_by_length", "length", "source"] = Field(
+        "shuffle",
+        description="Order of the rows: shuffled anew each epoch, shuffled with rows of similar length together, the "
+        "shortest first, or as in the sources",
     )
     preprocessing_num_workers: int | None = Field(None, ge=1, description="Processes that encode rows; none: 1")
     cache_dir: Place | None = Field(None, description="Folder for encoded rows; none: accel_llm in HF_HOME")
@@ -89,4 +91,8 @@ class DataOptions(Options):
             problems.append("train_files: only some of the sources have a weight; give one to all or to none.")
         if any(weights) and self.order == "source":
             problems.append("order: source ignores weights of sources; remove the weights, or give another order.")
+        if self.packing and self.order == "group_by_length":
+            problems.append(
+                "order: group_by_length saves padding, but packed rows need none; set packing: false, or leave order out."
+            )
         return problems

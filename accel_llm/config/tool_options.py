@@ -143,9 +143,12 @@ class PredictOptions(AskOptions):
     """Predict"""
 
     input_files: Sources = Field(
-        min_length=1, description="Rows to answer: files, folders, globs, hub datasets, or - for standard input"
+        min_length=1,
+        description="Rows to answer or classify: files, folders, globs, hub datasets, or - for standard input",
     )
-    output_file: Place = Field(description="File for the rows and their answers: .jsonl, .csv or .parquet")
+    output_file: Place = Field(
+        description="File for the rows and what the model tells of each: .jsonl, .csv or .parquet"
+    )
     overwrite_output_file: bool = Field(
         False, description="Replace output_file, or what was begun for it with another model or other settings"
     )
@@ -159,9 +162,14 @@ class PredictOptions(AskOptions):
         "error", description="Stop at a row that cannot be answered, or leave its answer out and say why"
     )
     max_length: int | None = Field(
-        None, ge=2, description="Maximum tokens of a prompt with its answer; none: the positions of the model"
+        None, ge=2, description="Maximum tokens of a text, or of a prompt with its answer; none: the model's positions"
     )
-    per_device_eval_batch_size: int = Field(16, ge=1, description="Prompts that are answered together")
+    overlong: Literal["error", "truncate"] = Field(
+        "error", description="For classifiers: stop at a text with more tokens than allowed, or cut it as training does"
+    )
+    per_device_eval_batch_size: int = Field(
+        16, ge=1, description="Prompts that are answered, or texts that are classified, together"
+    )
 
 
 class ShowOptions(Options):

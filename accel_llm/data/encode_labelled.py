@@ -62,7 +62,7 @@ def encode_labelled_chunk(rows: list[SourceRow], encoder: Encoder) -> Chunk:
     encodings = encode_text_pairs([(parsed.text, parsed.text_pair) for _, parsed, _ in parsed_rows], encoder.tokenizer)
     for (row, parsed, targets), encoding in zip(parsed_rows, encodings, strict=True):
         try:
-            _check_contents(encoding)
+            check_contents(encoding)
         except DataError as error:
             drop_or_raise(row, error, encoder, chunk)
             continue
@@ -115,7 +115,7 @@ def _read_output(output: Mapping[str, Any], j: int, is_pair: bool, special: int)
     return EncodedTexts(ids, second_start, (sequences.count(0), sequences.count(1)))
 
 
-def _check_contents(encoding: EncodedTexts) -> None:
+def check_contents(encoding: EncodedTexts) -> None:
     """Check that something is left of each text.
 
     Raises:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from accel_llm.config.fields import Source
-from accel_llm.data.labelled_rows import LabelledRow, name_columns, parse_labelled
+from accel_llm.data.labelled_rows import LabelledRow, describe_columns, name_columns, parse_labelled
 from accel_llm.data.labels import MULTI_LABEL, LabelCounts, LabelKind, Vocabulary, find_vocabulary
 from accel_llm.data.sources import RawRow, read_source, source_features
 from accel_llm.errors import DataError
@@ -20,6 +20,7 @@ class LabelledReader:
     several: bool  # a label that is no list is a list, too
     class_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # column -> names of class numbers
     headless: dict[tuple[str, ...], list[str]] = field(default_factory=dict)  # a first line that is a row -> names
+    read_from: dict[str, None] = field(default_factory=dict)  # what `describe_columns` says of rows to train on
 
     def read(self) -> Iterator[RawRow]:
         """Return an iterator over the rows; see `read_source`."""
@@ -36,9 +37,10 @@ class LabelledReader:
         return parse_labelled(row.fields, self.columns, self.class_names, self.several)
 
     def notes(self) -> list[str]:
-        """Return a sentence for each way to name the columns of the files without a header."""
+        """Return a sentence for each way to name the columns of the files without a header, and for columns that were read."""
         ways = dict.fromkeys(", ".join(names) for names in self.headless.values())
-        return [f"{self.source.label}: a file without a header; its columns are {way}." for way in ways]
+        notes = [f"{self.source.label}: a file without a header; its columns are {way}." for way in ways]
+        return [*notes, *(f"{self.source.label}: {way}." for way in self.read_from)]
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ def find_task(
         except DataError:
             continue
         counts.add(parsed.label)
+        reader.read_from[describe_columns(row.fields, reader.columns)] = None
         found[parsed.names] = None
     return LabelTask(readers, find_vocabulary(counts, kind, _join_names(found)))
 

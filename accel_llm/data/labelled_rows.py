@@ -110,6 +110,26 @@ def parse_labelled(
     return LabelledRow(text, text_pair, label, label_column, names, unused, count_characters(row))
 
 
+def describe_columns(row: Mapping[str, Any], columns: Mapping[str, str]) -> str:
+    """Say which columns of a row, which `parse_labelled` can read, are its texts and its label."""
+    found = _find_columns(tuple(row), tuple(columns.items()))
+    pair = "" if found.text_pair is None else f" and {found.text_pair}"
+    return f"text from {found.text}{pair}, label from {', '.join(found.labels)}"
+
+
+def parse_texts(row: Mapping[str, Any], columns: Mapping[str, str] = {}) -> tuple[str, str | None]:
+    """Return the text of a row, or both, for a model that tells the label: the row need not have one.
+
+    For `columns` see `parse_labelled`; an entry for `label` says only which columns hold no text.
+
+    Raises:
+        DataError: the row is bad; `reason` is one of those in `accel_llm.chat.values`.
+    """
+    refuse_media(row)
+    text, text_pair = _find_text_columns(tuple(row), tuple(columns.items()))
+    return _read_text(row, text), None if text_pair is None else _read_text(row, text_pair)
+
+
 def _read_text(row: Mapping[str, Any], column: str) -> str:
     """Return a text as it stands.
 
@@ -157,25 +177,36 @@ def _find_columns(keys: tuple[str, ...], columns: tuple[tuple[str, str], ...]) -
     Raises:
         DataError: a column is missing, or several may be meant.
     """
-    given = dict(columns)
-    labels = _split_labels(given.get("label"), keys)
-    for field, column in columns:
-        if field != "label" and column not in keys:
-            raise DataError(
-                f"columns: {field} is read from {column!r}, which is missing ({_show(keys)})", MISSING_VALUE
-            )
-    taken = {*given.values(), *labels}
-    text, text_pair = given.get("text"), given.get("text_pair")
-    if text is None:
-        left = [key for key in keys if key not in taken and _is_name(key)]
-        text, pair = _find_texts({key.strip().lower(): key for key in left}, keys, text_pair is not None)
-        text_pair = text_pair or pair
+    labels = _split_labels(dict(columns).get("label"), keys)
+    text, text_pair = _find_text_columns(keys, columns)
     if not labels:
         left = [key for key in keys if key not in (text, text_pair) and key.strip().lower() in _LABELS]
         labels = tuple(left)
         if len(labels) != 1:
             _refuse_columns("label", list(labels), keys)
     return LabelledColumns(text, text_pair, labels)
+
+
+@lru_cache(maxsize=1024)
+def _find_text_columns(keys: tuple[str, ...], columns: tuple[tuple[str, str], ...]) -> tuple[str, str | None]:
+    """Find the columns of the text, or of both texts, of a row by their names.
+
+    Raises:
+        DataError: a column is missing, or several may be meant.
+    """
+    given = dict(columns)
+    for field, column in columns:
+        if field != "label" and column not in keys:
+            raise DataError(
+                f"columns: {field} is read from {column!r}, which is missing ({_show(keys)})", MISSING_VALUE
+            )
+    taken = {*given.values(), *map(str.strip, given.get("label", "").split(","))}
+    text, text_pair = given.get("text"), given.get("text_pair")
+    if text is None:
+        left = [key for key in keys if key not in taken and _is_name(key)]
+        text, pair = _find_texts({key.strip().lower(): key for key in left}, keys, text_pair is not None)
+        text_pair = text_pair or pair
+    return text, text_pair
 
 
 def _is_name(key: str) -> bool:
@@ -226,11 +257,12 @@ def _show(keys: tuple[str, ...]) -> str:
     return show_keys(dict.fromkeys(keys))
 
 
-def name_columns(cells: list[list[str]], columns: Mapping[str, str]) -> list[str] | None:
+def name_columns(cells: list[list[str]], columns: Mapping[str, str], needs_label: bool = True) -> list[str] | None:
     """Return names for the columns of a table without a header; None if its first line is the header.
 
     `cells` are the first lines. Where `columns` names columns by number, from 0, these numbers are the names. Else the
-    first line is a header if it names a known column, unless it has a number or what later lines have as well.
+    first line is a header if it names a known column, unless it has a number or what later lines have as well. A header
+    names a text and, with `needs_label`, a label.
 
     Raises:
         DataError: numbers are given for a table with a header, or a table has no header and nobody knows its columns.
@@ -242,7 +274,8 @@ def name_columns(cells: list[list[str]], columns: Mapping[str, str]) -> list[str
     if first == places or any(name in first and not name.isdecimal() for name in given):
         return None
     names = [cell.lower() for cell in first]
-    knows_text, knows_label = any(name in _TEXT_NAMES for name in names), any(name in _LABELS for name in names)
+    knows_label = not needs_label or any(name in _LABELS for name in names)
+    knows_text = any(name in _TEXT_NAMES for name in names)
     if numbers := [name for name in given if name.isdecimal()]:
         if missing := [name for name in numbers if name not in places]:
             raise DataError(f"columns: {missing[0]} is no column of its {len(first)}, which count from 0")

@@ -53,12 +53,13 @@ class Vocabulary(NamedTuple):
     labels: Labels
     numbers: dict[str, int]  # label -> class number
     one_hot: bool = False  # lists hold 0 or 1 for each class, in the order of the class numbers
+    trained: bool = False  # the names are those of a trained head
 
 
 def parse_label(value: Any, column: str, several: bool = False) -> Label:
     """Return the label, or labels, of one text; with `several` one label, or a text with commas, is a list too.
 
-    The same number has one form, whether it is written 0, 0.0 or "0". A list may be JSON text, or Python's.
+    The same number has one form, whether it is written 0, 0.0 or "0", and so has a truth value (true, "True"). A list may be JSON text, or Python's.
 
     Raises:
         DataError: there is no label, or it is no name and no finite number.
@@ -102,7 +103,7 @@ def _parse_one(value: Any, column: str) -> str:
     if text.lower() in _NOT_FINITE:
         raise DataError(f"{column}: found {text}; needs a finite number", BAD_TARGET)
     if not is_number(text):
-        return text
+        return text.lower() if text.lower() in _TRUTHS else text  # as pandas writes a truth value to .csv
     if text.lstrip("+-").isdecimal():
         return str(int(text))
     return _parse_one(float(text), column)
@@ -163,7 +164,7 @@ def find_vocabulary(counts: LabelCounts, kind: LabelKind, named: tuple[str, ...]
     if kind.names and not any(map(is_number, names)):
         # Data may have the class numbers of a trained model in place of its names.
         numbers = {str(number): number for number in range(len(names))} | numbers
-    return Vocabulary(Labels(problem_type, names), numbers, one_hot)
+    return Vocabulary(Labels(problem_type, names), numbers, one_hot, kind.names is not None)
 
 
 def _find_problem_type(counts: LabelCounts, kind: LabelKind, named: tuple[str, ...] | None) -> str:
@@ -270,10 +271,9 @@ def _target_number(label: str, column: str) -> float:
 def _class_number(label: str, vocabulary: Vocabulary, column: str) -> float:
     number = vocabulary.numbers.get(label)
     if number is None:
-        raise DataError(
-            f"{column}: found {show_value(label)}, which is unknown; known are {_list_names(vocabulary.labels.names)}",
-            UNKNOWN_LABEL,
-        )
+        known = f"known are {_list_names(vocabulary.labels.names)}"
+        known += ", for which the model's head was trained" * vocabulary.trained
+        raise DataError(f"{column}: found {show_value(label)}, which is unknown; {known}", UNKNOWN_LABEL)
     return float(number)
 
 
@@ -282,7 +282,15 @@ def _list_names(names: tuple[str, ...]) -> str:
     return ", ".join(map(shorten, names[:_SHOWN])) + more
 
 
-def describe_targets(targets: np.ndarray, labels: Labels) -> str:
+def name_targets(targets: np.ndarray, labels: Labels) -> str:
+    """Return the label of one text in words; `targets` [labels] are its class number, its number, or 0 or 1 for each class."""
+    if labels.problem_type == REGRESSION:
+        return f"{float(targets[0]):g}"
+    numbers = np.flatnonzero(targets) if labels.problem_type == MULTI_LABEL else targets.astype(np.int64)
+    return _list_names(tuple(labels.names[k] for k in numbers)) or "no label"
+
+
+def describe_targets(targets: np.ndarray, labels: Labels, limit_rows: int | None = None) -> str:
     """Return a sentence for the ledger on the targets [rows, labels] of all rows to train on.
 
     Raises:
@@ -304,7 +312,8 @@ def describe_targets(targets: np.ndarray, labels: Labels) -> str:
     used = np.flatnonzero(counts)
     if problem_type == SINGLE_LABEL and len(used) < 2:
         found = f"the label of all {len(targets):,} rows is {names[used[0]]}"
-        raise DataError(f"train_files: {found}; a classifier needs rows of two labels or more.")
+        of_limit = f", and limit_rows reads the first {limit_rows:,} only" if limit_rows else ""
+        raise DataError(f"train_files: {found}; a classifier needs rows of two labels or more{of_limit}.")
     if problem_type == MULTI_LABEL and not len(used):
         raise DataError(f"train_files: none of the {len(targets):,} rows has a label.")
     # All classes in their order, or of many those with the most rows.

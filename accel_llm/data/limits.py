@@ -9,11 +9,11 @@ from accel_llm.errors import ConfigError
 
 
 def check_lost_share(
-    ledger: Ledger, lengths: dict[str, int], options: DataOptions, cuts: str = "truncate or split"
+    ledger: Ledger, lengths: dict[str, int], options: DataOptions, cuts: str = "truncate or split", which: str = ""
 ) -> None:
     """Check that at most `max_lost` of the rows and of the supervised tokens are lost. `lengths`: percentile -> tokens.
 
-    `cuts` are the values of `overlong` that shorten a row; empty if none may be.
+    `cuts` are the values of `overlong` that shorten a row; empty if none may be. `which` are words that say which rows.
 
     Raises:
         ConfigError: more would be lost; the message names the reasons and a remedy.
@@ -40,8 +40,10 @@ def check_lost_share(
             f"half of the rows have at most {lengths['50']:,} tokens, 95% {lengths['95']:,}, 99% {lengths['99']:,}, "
             f"the longest {lengths['100']:,}; raise max_length{f', set overlong: {cuts}' if cuts else ''}"
         )
+    trains_tokens = any(amount["supervised"] for amount in ledger.inputs.values())  # not so texts with labels
+    tokens = f" and {supervised:.1%} of the supervised tokens" if trains_tokens else ""
     raise ConfigError(
-        f"max_lost: {rows:.1%} of the rows and {supervised:.1%} of the supervised tokens would be lost; allowed is "
+        f"max_lost: {rows:.1%} of the rows{which}{tokens} would be lost; allowed is "
         f"{options.max_lost:.1%}: {', '.join(reasons)}; {remedy}, or raise max_lost."
     )
 

@@ -42,7 +42,8 @@ def note_lost_evaluation_rows(ledger: Ledger, evaluation: Ledger) -> None:
     for label, bins in evaluation.bins.items():
         for name, amount in bins.items():
             if name != TRAINED:
-                ledger.note(f"Evaluation, {label}: {amount['rows']:,} rows and {amount['supervised']:,} tokens {name}.")
+                tokens = amount["supervised"] or amount["context"]  # of texts with labels no token is trained by itself
+                ledger.note(f"Evaluation, {label}: {amount['rows']:,} rows and {tokens:,} tokens {name}.")
 
 
 def note_common_rows(ledger: Ledger, train: Rows | Pairs, evaluation: Rows | Pairs) -> None:

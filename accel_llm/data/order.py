@@ -2,8 +2,16 @@
 
 import numpy as np
 
+from accel_llm.config.classify_options import ClassifyOptions
 from accel_llm.config.options import TrainOptions
-from accel_llm.data.packing import Bins, pack, pack_in_order
+from accel_llm.data.packing import Bins, pack, pack_in_order, spread
+
+# `order: group_by_length` puts so many rows of similar length together: a power of 2, as batches often are.
+GROUP_ROWS = 64
+# Rows are sorted in windows of so many groups, or of half the epoch if that is less: sorted as a whole, the same rows
+# would meet in every epoch.
+WINDOW_GROUPS = 64
+MIXED_ROWS = 1.02  # texts of all lengths in each row may take so many times the rows of the best fit
 
 
 def mix_sources(source: np.ndarray, weights: list[float | None], seed: int) -> np.ndarray:
@@ -33,27 +41,55 @@ def arrange_epoch(rows: np.ndarray, lengths: np.ndarray, options: TrainOptions, 
     """Arrange the `rows` of one epoch in bins; without packing each bin holds one row.
 
     `rows` are indices of documents, and `lengths` holds the tokens of every document. With `order: shuffle` each epoch
-    is drawn anew; `packing: static` keeps the bins of epoch 0 and draws only their order. With `order: length`
-    (shortest first) and `order: source` all epochs are equal.
+    is drawn anew; `packing: static` keeps the bins of epoch 0 and draws only their order. `order: group_by_length` is
+    drawn anew too, see `_group_by_length`. With `order: length` (shortest first) and `order: source` all epochs are equal.
     """
     # Without shuffling, the rows keep their order and are packed one after the other.
     if options.order == "length":
         rows = rows[np.argsort(lengths[rows], kind="stable")]
-    if options.order != "shuffle":
+    if options.order in ("length", "source"):
         bins = pack_in_order(lengths[rows], options.max_length) if options.packing else _one_row_per_bin(len(rows))
         return Bins(rows[bins.order], bins.offsets)
 
     # Philox gives each (seed, epoch) its own random numbers, with no state to save.
     rng = np.random.Generator(np.random.Philox(key=[options.seed, epoch]))
     if options.packing is None:
-        return Bins(rng.permutation(rows), np.arange(len(rows) + 1))
+        rows = rng.permutation(rows)
+        if options.order == "group_by_length":
+            rows = _group_by_length(rows, lengths, rng, first=-epoch * len(rows) % GROUP_ROWS)
+        return Bins(rows, np.arange(len(rows) + 1))
 
     # Static packing fills the bins with the generator of epoch 0, whatever the epoch is.
     static = options.packing == "static"
     packing_rng = np.random.Generator(np.random.Philox(key=[options.seed, 0])) if static else rng
     bins = pack(lengths[rows], options.max_length, packing_rng)
+    if isinstance(options, ClassifyOptions):
+        # Steps of a few rows should see texts of all lengths, if that takes hardly more rows.
+        mixed = spread(lengths[rows], options.max_length, packing_rng)
+        bins = mixed if len(mixed.offsets) <= MIXED_ROWS * len(bins.offsets) else bins
     bins = Bins(rows[bins.order], bins.offsets)
     return bins if not static or epoch == 0 else _shuffle_bins(bins, rng)
+
+
+def _group_by_length(rows: np.ndarray, lengths: np.ndarray, rng: np.random.Generator, first: int) -> np.ndarray:
+    """Return shuffled `rows` in another order, int64 [n]: groups of GROUP_ROWS rows of similar length.
+
+    The `first` rows, and those that are left over at the end, are incomplete groups. `first` completes the group with
+    which the epoch before ended: so groups begin at multiples of GROUP_ROWS in the endless sequence of epochs, where
+    steps and micro-batches of 8, 16, 32 or 64 rows begin too. Such a micro-batch has the most similar rows of its group.
+    """
+    groups = max(0, len(rows) - first) // GROUP_ROWS
+    end = first + groups * GROUP_ROWS
+    head, middle, tail = rows[:first], rows[first:end], rows[end:]
+    per_window = GROUP_ROWS * min(WINDOW_GROUPS, max(1, groups // 2))
+    middle = middle[np.lexsort((lengths[middle], np.arange(len(middle)) // per_window))].reshape(-1, GROUP_ROWS)
+
+    # A number k < 64 exchanges the places i and i ^ k, which leaves each half, quarter and eighth of a group together.
+    # So a small micro-batch is not always shorter than the next one.
+    places = np.arange(GROUP_ROWS) ^ rng.integers(GROUP_ROWS, size=(groups, 1))
+    middle = rng.permutation(np.take_along_axis(middle, places, axis=1)).ravel()
+    head, tail = (part[np.argsort(lengths[part], kind="stable")] for part in (head, tail))
+    return np.concatenate([head, middle, tail])
 
 
 def _one_row_per_bin(count: int) -> Bins:

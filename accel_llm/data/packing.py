@@ -31,11 +31,49 @@ def pack(lengths: Sequence[int] | np.ndarray, capacity: int, rng: np.random.Gene
     counts = np.bincount(lengths, minlength=capacity + 1)
     groups = _best_fit(counts, capacity)
     order, sizes = _fill_bins(groups, _sort_by_length(lengths, capacity, rng), np.cumsum(counts) - counts)
+    return _shuffle_rows(order, sizes, rng)
+
+
+def spread(lengths: Sequence[int] | np.ndarray, capacity: int, rng: np.random.Generator | None = None) -> Bins:
+    """Assign documents to rows of at most `capacity` tokens, so that each row has documents of all lengths.
+
+    Best fit puts many short documents of one length into the same row, and a step of few rows would see that length
+    alone. Here the documents are dealt out, the longest first, each to the row with the fewest tokens (Graham 1969,
+    "Bounds on Multiprocessing Timing Anomalies"; a quarter of the rows gets one each at once, for speed). So all rows
+    have about as many tokens. It takes 1% more rows than best fit for texts that are short beside a row. `rng` as in
+    `pack`.
+
+    Raises:
+        ValueError: a length is outside 1..capacity.
+    """
+    lengths = _check_lengths(lengths, capacity)
+    order = _sort_by_length(lengths, capacity, rng)[::-1]
+    rows = -(-int(lengths.sum()) // capacity)
+    while len(order) and np.bincount(row := _deal_out(lengths[order], rows), lengths[order]).max() > capacity:
+        rows += max(1, rows // 200)
+    if not len(order):
+        return Bins(order, np.zeros(1, np.int64))
+    return _shuffle_rows(order[np.argsort(row, kind="stable")], np.bincount(row, minlength=rows), rng)
+
+
+def _deal_out(lengths: np.ndarray, rows: int) -> np.ndarray:
+    """Return the row of each document, int64 [documents]; `lengths` are sorted, longest first."""
+    row, tokens, at_once = np.empty(len(lengths), np.int64), np.zeros(rows, np.int64), -(-rows // 4)
+    for start in range(0, len(lengths), at_once):
+        dealt = lengths[start : start + at_once]
+        emptiest = np.argsort(tokens, kind="stable")[: len(dealt)]
+        row[start : start + at_once] = emptiest
+        tokens[emptiest] += dealt
+    return row
+
+
+def _shuffle_rows(order: np.ndarray, sizes: np.ndarray, rng: np.random.Generator | None) -> Bins:
+    """Return rows of so many documents of `order`, shuffled by `rng`."""
     offsets = np.concatenate([[0], np.cumsum(sizes)])
     if rng is None:
         return Bins(order, offsets)
 
-    # Shuffle the rows: shift every document by the distance that its row moves.
+    # Shift every document by the distance that its row moves.
     shuffle = rng.permutation(len(sizes))
     shuffled_offsets = np.concatenate([[0], np.cumsum(sizes[shuffle])])
     shift = np.repeat(offsets[:-1][shuffle] - shuffled_offsets[:-1], sizes[shuffle])

@@ -36,7 +36,7 @@ from accel_llm.data.rows import Rows, RowWriter, cache_folder, cached_rows, load
 from accel_llm.data.sources import as_source, data_fingerprint, left_out_note, read_source, source_identity
 from accel_llm.errors import ConfigError, DataError, raise_problems
 
-CACHE_VERSION = 8  # raise it with every change of the encoding, so that no old cache is used
+CACHE_VERSION = 9  # raise it with every change of the encoding, so that no old cache is used
 ROWS_PER_CHUNK = 256  # rows that are encoded together, and sent to a worker together
 HELD_OUT = "held out"  # the bin of rows that `eval_share` takes for evaluation
 # The options that change the encoding, beside the rows themselves, the tokenizer and the template.
@@ -156,6 +156,8 @@ def encode_sources(
     check_left_out(ledger, options)
     cuts = LABELLED_CUTS if labelled else "" if preferences else "truncate or split"
     check_lost_share(ledger, facts["lengths"], options, cuts)
+    if facts.get("evaluation"):  # of texts with labels each row counts in a metric
+        check_lost_share(Ledger.from_dict(facts["evaluation"]), facts["lengths"], options, cuts, " to evaluate on")
     check_lost_turns(ledger, facts["turns"], options)
     if not len(parts["train"]):
         labels = ", ".join(source.label for source in train)
@@ -168,7 +170,7 @@ def encode_sources(
     if (answer_labels := parts["train"].label) is not None:
         ledger.note(count_labels(answer_labels))
     if names_of_labels and (targets := parts["train"].targets) is not None:
-        ledger.note(describe_targets(targets, names_of_labels))
+        ledger.note(describe_targets(targets, names_of_labels, options.limit_rows))
     note_shares(ledger, as_units(parts["train"]), train, seed)
     return EncodedData(parts["train"], parts.get("eval"), ledger, key, names_of_labels)
 
@@ -241,6 +243,7 @@ def _encode_into(
     percentiles = dict(zip(map(str, percents), np.percentile(all_lengths, percents).astype(int).tolist(), strict=True))
     labels = encoder.task and encoder.task.vocabulary.labels
     facts = {"ledger": ledger.to_dict(), "lengths": percentiles, "turns": turns, "labels": labels}
+    facts["evaluation"] = ledgers["eval"].to_dict() if encoder.labelled and "eval" in ledgers else None
     return facts | {"origins": list(origins)}
 
 

@@ -15,7 +15,7 @@ import torch
 
 from accel_llm.backend.strategy import accumulation_steps, rows_per_step
 from accel_llm.config.options import TrainOptions
-from accel_llm.data.answers import Pairs
+from accel_llm.data.answers import Pairs, as_units
 from accel_llm.data.batches import Batch, collate
 from accel_llm.data.order import arrange_epoch, mix_sources
 from accel_llm.data.packing import Bins, pack
@@ -67,6 +67,29 @@ def _packed_lengths(rows: Rows | Pairs, options: TrainOptions) -> np.ndarray:
     return np.minimum(rows.lengths + options.virtual_tokens * rows.rows_per_unit, options.max_length)
 
 
+def _epochs(rows: Rows | Pairs, options: TrainOptions) -> Callable[[int], Bins]:
+    """Return the function that gives the bins of an epoch (from 0)."""
+    weights = [as_source(place).weight for place in options.train_files]
+    epoch_rows = mix_sources(rows.source, weights, options.seed)
+    return partial(arrange_epoch, epoch_rows, _packed_lengths(rows, options), options)
+
+
+def padding_share(rows: Rows, options: TrainOptions, rows_per_step: int) -> float:
+    """Return the share of padding in the tokens that the first epoch computes, if rows are not packed.
+
+    A row is as long as the longest row of its micro-batch. `rows` may be pairs of answers, which a step counts as one.
+    """
+    units, lengths = as_units(rows, share_prompts=False), rows.lengths + options.virtual_tokens
+    answers = lengths.reshape(len(units), -1)[_epochs(units, options)(0).order]  # [units, rows in a unit]
+
+    # A micro-batch begins where a step does, and after each `per_device_train_batch_size` rows of it.
+    places = np.arange(len(answers))
+    starts = np.flatnonzero(places % rows_per_step % options.per_device_train_batch_size == 0)
+    longest = np.maximum.reduceat(answers.max(1), starts)
+    computed = (longest * np.diff(starts, append=len(answers))).sum() * answers.shape[1]
+    return float(1 - answers.sum() / computed)
+
+
 def evaluation_batches(
     rows: Rows | Pairs, options: TrainOptions, rank: int, world: int, pad_token_id: int, collate: Collate = collate
 ) -> Iterator[Batch]:
@@ -108,11 +131,8 @@ class Stream:
         self.rank, self.world, self.pad_token_id = start.rank, start.world, pad_token_id
         self.accumulation, self.saved = accumulation_steps(options), start.saved
 
-        # The rows of an epoch, and its bins; two epochs stay in memory, because a step may reach into the next one.
-        weights = [as_source(place).weight for place in options.train_files]
-        epoch_rows = mix_sources(rows.source, weights, options.seed)
-        lengths = _packed_lengths(rows, options)
-        self._arrange_epoch = lru_cache(maxsize=2)(partial(arrange_epoch, epoch_rows, lengths, options))
+        # Two epochs stay in memory, because a step may reach into the next one.
+        self._arrange_epoch = lru_cache(maxsize=2)(_epochs(rows, options))
 
         # How many rows and steps are left from `start` on.
         bins, per_step = len(self._arrange_epoch(0).offsets) - 1, rows_per_step(options)

@@ -6,11 +6,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from accel_llm.config.classify_options import ClassifyOptions
 from accel_llm.config.command_line import parse_options
 from accel_llm.config.options import PretrainOptions, TrainOptions
 from accel_llm.config.preference_options import AnswerOptions
 from accel_llm.data.rows import cache_folder, cache_problems
 from accel_llm.demo.preferences import demo_pairs
+from accel_llm.demo.questions import demo_questions
 from accel_llm.demo.skills import DOCUMENTS, demo_conversations, demo_documents
 from accel_llm.demo.tokenizer import build_demo_tokenizer, demo_base_config
 from accel_llm.errors import ConfigError, raise_problems
@@ -22,7 +24,7 @@ DEMO_BASE = Path(__file__).parents[1] / "demo_base"
 
 
 def resolve_demo(options: TrainOptionsT) -> TrainOptionsT:
-    """Replace the value `demo` by paths: the shipped base as model, and as data generated texts, conversations or pairs.
+    """Replace the value `demo` by paths: the shipped base as model, and as data generated rows.
 
     Raises:
         ConfigError: the folder of the caches cannot be written.
@@ -53,6 +55,8 @@ def _write_data(folder: Path, options: TrainOptions, split: Literal["train", "ev
         return _write_rows(folder / "demo-text.jsonl", documents)
     if isinstance(options, AnswerOptions):
         return _write_rows(folder / f"demo-pairs-{split}.jsonl", demo_pairs(split))
+    if isinstance(options, ClassifyOptions):
+        return _write_rows(folder / f"demo-questions-{split}.jsonl", demo_questions(split))
     # Without the column `family`, which no training reads.
     chats = ({"messages": row["messages"]} for row in demo_conversations(split))
     return _write_rows(folder / f"demo-{split}.jsonl", chats)

@@ -2,6 +2,7 @@
 
 import re
 from copy import deepcopy
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import accel_llm.system.chatter
@@ -265,23 +266,37 @@ def combine_adapters(attached: AttachedAdapters, weights: list[float], how: str,
     wrapped.set_adapter(COMBINED_NAME)
 
 
-def check_usable(adapter: SavedAdapter) -> None:
-    """Refuse an adapter that cannot answer questions.
+def check_usable(adapter: SavedAdapter, scores: bool = False) -> None:
+    """Refuse an adapter that cannot answer questions or, with `scores`, that gives a classifier virtual tokens.
 
     Raises:
         ConfigError: its method needs more than a text, or it was trained for another task.
     """
-    kind, task = PeftType(adapter.config.peft_type).value, adapter.config.task_type
-    if task == "SEQ_CLS":
-        raise ConfigError(
-            f"adapter: {adapter.folder} is that of a reward model or a classifier, which gives scores and no answers."
-        )
-    if task not in (None, "CAUSAL_LM"):
-        raise ConfigError(
-            f"adapter: {adapter.folder} was trained for {task}; only adapters of causal LMs can be loaded."
-        )
+    kind = PeftType(adapter.config.peft_type).value
+    if not scores:
+        check_answers(adapter.folder, adapter.config.task_type)
     if reason := REFUSED_METHODS.get(kind.lower()):
         raise ConfigError(f"adapter: {adapter.folder} is a {kind} adapter, which cannot be asked here: {reason}.")
+    if scores and adapter.config.is_prompt_learning:
+        raise ConfigError(
+            f"adapter: {adapter.folder} is a {kind} adapter, whose virtual tokens no classifier is asked with here; train "
+            "one that adapts layers, such as LoRA."
+        )
+
+
+def check_answers(folder: Path, task: str | None) -> None:
+    """Check that an adapter for `task`, a task type of PEFT, can answer questions.
+
+    Raises:
+        ConfigError: it gives scores, or was trained for something else.
+    """
+    if task == "SEQ_CLS":
+        raise ConfigError(
+            f"adapter: {folder} is that of a reward model or a classifier, which gives scores and no answers; let it score "
+            "texts with launch/predict.py."
+        )
+    if task not in (None, "CAUSAL_LM"):
+        raise ConfigError(f"adapter: {folder} was trained for {task}; only adapters of causal LMs can be loaded.")
 
 
 def load_adapter(model: PreTrainedModel, adapter: SavedAdapter) -> Any:

@@ -21,6 +21,7 @@ from accel_llm.merge.skeleton import model_class, read_model_config
 from accel_llm.merge.verify import LOGIT_BOUNDS
 from accel_llm.model.classifier import has_scores, logits_to_compare
 from accel_llm.model.loading import LOADING_ERRORS, short_reason
+from accel_llm.model.positions import position_limit
 from accel_llm.system.exit import run_script
 
 SAMPLE_TOKENS = 256  # at most this many tokens are compared
@@ -156,21 +157,25 @@ def _base_errors(
 
 
 def _sample_ids(folder: Path, model: PreTrainedModel, trust_remote_code: bool) -> torch.Tensor:
-    """Return token ids [1, tokens] of the sample text, or random ones if the model has no tokenizer."""
+    """Return token ids [1, tokens] of the sample text, or random ones if the model has no tokenizer.
+
+    A model need not have as many positions as rows of its table of positions, see `position_limit`.
+    """
     config = model.config.get_text_config()
     if not hasattr(config, "vocab_size"):
         raise ConfigError(
             "verify: logits are compared on a text, but this is not a language model; set verify: modules."
         )
-    length = min(SAMPLE_TOKENS, getattr(config, "max_position_embeddings", SAMPLE_TOKENS) or SAMPLE_TOKENS)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-        ids = torch.tensor([tokenizer(SAMPLE_TEXT).input_ids[:length]])
-    except LOADING_ERRORS:
-        ids = torch.empty(1, 0)
-    if (
-        not ids.numel()
-    ):  # for some families transformers builds a tokenizer with an empty vocabulary if files are missing
+    length = min(SAMPLE_TOKENS, position_limit(model.config) or SAMPLE_TOKENS)
+    ids = torch.empty(1, 0)
+    # Without its files transformers builds a tokenizer with an empty vocabulary for some families.
+    if any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json")):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+            ids = torch.tensor([tokenizer(SAMPLE_TEXT).input_ids[:length]])
+        except LOADING_ERRORS:
+            pass
+    if not ids.numel():
         ids = torch.randint(config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
     return ids % config.vocab_size
 

@@ -14,16 +14,19 @@ from accel_llm.chat.template import Template, load_template
 from accel_llm.config.tool_options import AskOptions, ChatOptions
 from accel_llm.data.sources import data_fingerprint
 from accel_llm.errors import ConfigError
+from accel_llm.merge.attached import check_answers
 from accel_llm.merge.load import load_to_ask
+from accel_llm.merge.skeleton import read_model_config
 from accel_llm.model.answers import Dialogue, print_remark
+from accel_llm.model.classifier import check_gives_tokens
 from accel_llm.model.fingerprint import model_fingerprint
 from accel_llm.model.loading import check_model_name
 from accel_llm.model.tokenizer import load_tokenizer
 
 BARE = ""  # name of the model without an adapter
 # The files that decide the answers, beside the weights of a whole model.
-FILES_OF_ANSWERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "generation_config.json")
-FILES_OF_ANSWERS += ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+FILES_OF_ANSWERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "config.json")
+FILES_OF_ANSWERS += ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 Words = tuple[PreTrainedTokenizerFast, Template]
 
@@ -55,7 +58,7 @@ def identify_model(options: AskOptions) -> str:
 
     It covers all bytes of the weights, since answers of two models must not be mixed; a hub model must be in the cache.
     """
-    adapters, base, _ = _find_models(options, [])
+    adapters, base, _ = find_models(options, [])
     folder = Path(base) if Path(base).is_dir() else Path(str(cached_file(base, "config.json"))).parent
     parts: list[Any] = [model_fingerprint(base, whole=True)]
     for place in (*adapters.values(), folder):
@@ -65,8 +68,12 @@ def identify_model(options: AskOptions) -> str:
 
 def _open_dialogues(options: AskOptions, more: list[str], system: str | None) -> dict[str, Dialogue]:
     """Open dialogues with the model, and with `more` adapters on its base; `system` is the first message of each."""
-    adapters, base, field = _find_models(options, more)
-    words = {name: _load_words(_source_of_words(folder, base), options) for name, folder in adapters.items()}
+    adapters, base, field = find_models(options, more)
+    # A classifier has no chat template, which would be the first to be missed.
+    for folder in adapters.values():
+        check_answers(folder, read_adapter_config(folder).get("task_type"))
+    check_gives_tokens(read_model_config(base, options.trust_remote_code, field), base, field)
+    words = {name: _load_words(tokenizer_source(folder, base), options) for name, folder in adapters.items()}
     words[BARE] = _bare_words(base, options, list(words.values()))
     models = dict(zip((BARE, *adapters), load_to_ask(base, field, options, list(adapters.values())), strict=True))
     for name, folder in adapters.items():
@@ -83,7 +90,7 @@ def _open_dialogues(options: AskOptions, more: list[str], system: str | None) ->
     }
 
 
-def _find_models(options: AskOptions, more: list[str]) -> tuple[dict[str, Path], str, str]:
+def find_models(options: AskOptions, more: list[str]) -> tuple[dict[str, Path], str, str]:
     """Return the folder of each adapter by its name in the options, the base, and the option that names the base.
 
     `more` are the names of adapters beside the model.
@@ -109,7 +116,8 @@ def _find_models(options: AskOptions, more: list[str]) -> tuple[dict[str, Path],
     return adapters, base, field
 
 
-def _source_of_words(adapter: Path, base: str) -> str:
+def tokenizer_source(adapter: Path, base: str) -> str:
+    """Return the folder or hub id of the tokenizer of an adapter: its own folder, or else its base."""
     return str(adapter) if (adapter / "tokenizer_config.json").is_file() else base
 
 

@@ -13,6 +13,7 @@ import accel_llm.system.chatter
 import torch
 from bitsandbytes.nn.modules import Linear4bit
 from peft.tuners.trainable_tokens import TrainableTokensLayer
+from transformers import PreTrainedConfig
 
 from accel_llm.adapters.compat import SavedAdapter, read_adapter
 from accel_llm.adapters.initial import subtracted_init
@@ -21,10 +22,12 @@ from accel_llm.backend.strategy import PRECISION_DTYPES, compute_dtype, training
 from accel_llm.config.tool_options import AskOptions
 from accel_llm.errors import ConfigError
 from accel_llm.merge.attached import check_usable, load_adapter
+from accel_llm.merge.classifier_head import check_head_stored
 from accel_llm.merge.shared_weights import copy_modules, copy_weights, share_experts
 from accel_llm.merge.skeleton import read_model_config
 from accel_llm.model.answers import print_remark
 from accel_llm.model.attention import unwrap_causal_lm
+from accel_llm.model.classifier import attach_scores
 from accel_llm.model.experts import has_4bit_experts, unpack_experts_in_forward
 from accel_llm.model.loading import load_complete_model, short_reason
 from accel_llm.model.placement import materialize_weights
@@ -50,31 +53,49 @@ def load_with_adapter(adapter: Path, base: str, options: AskOptions) -> Any:
     return load_to_ask(base, "base", options, [adapter])[1]
 
 
-def load_to_ask(name: str, field: str, options: AskOptions, folders: Sequence[Path] = ()) -> list[Any]:
+def load_to_ask(
+    name: str, field: str, options: AskOptions, folders: Sequence[Path] = (), scores: PreTrainedConfig | None = None
+) -> list[Any]:
     """Load the model `name` onto the device; return it, and for each adapter's folder the model with that adapter.
 
     All compute with the same weights in memory, but have modules of their own, so each is as if it were loaded alone.
-    They are in eval mode. `field` is the option to name in an error.
+    They are in eval mode. `field` is the option to name in an error. With `scores`, the config of a classifier, they are
+    classifiers with `attach_scores`.
 
     Raises:
-        ConfigError: it cannot be loaded, not in 4 bits as asked, or an adapter does not fit it.
+        ConfigError: it cannot be loaded, not in 4 bits as asked, an adapter does not fit it, or weights of a classifier
+            are in no file.
     """
     adapters = [read_adapter(folder, options.allow_pickle) for folder in folders]
     for adapter in adapters:
-        check_usable(adapter)
+        check_usable(adapter, scores=scores is not None)
     device = training_device()
     if _chooses_4_bits(name, field, options, adapters):
-        models = _load_in_4_bits(name, field, options, adapters, compute_dtype(options), device)
+        models = _load_in_4_bits(name, field, options, adapters, scores, compute_dtype(options), device)
     else:
         dtype = PRECISION_DTYPES.get(options.precision) or (torch.float32 if device.type == "cpu" else "auto")
         arguments = {"dtype": dtype, "trust_remote_code": options.trust_remote_code}
-        base: Any = load_complete_model(name, field, options.allow_pickle, **arguments)
+        base: Any = load_complete_model(name, field, options.allow_pickle, scores=scores, **arguments)
+        _prepare_scores(base, scores, adapters, name, field)
         base.to(device)
         models = [base, *(_with_adapter(copy_modules(base), adapter).to(device) for adapter in adapters)]
     for model, adapter in zip(models[1:], adapters, strict=True):
         if adapter.config.peft_type != "LORA":
             _check_one_token(model, adapter)
     return [model.eval() for model in models]
+
+
+def _prepare_scores(
+    base: Any, scores: PreTrainedConfig | None, adapters: list[SavedAdapter], name: str, field: str
+) -> None:
+    """Let a classifier give scores of whole texts; with adapters, the copies of it that take them do so too.
+
+    Raises:
+        ConfigError: weights of its head are in no file.
+    """
+    if scores is not None:
+        check_head_stored(base.drawn, adapters, name, field)
+        attach_scores(base)
 
 
 def _chooses_4_bits(name: str, field: str, options: AskOptions, adapters: list[SavedAdapter]) -> bool:
@@ -119,12 +140,14 @@ def _load_in_4_bits(
     field: str,
     options: AskOptions,
     adapters: list[SavedAdapter],
+    scores: PreTrainedConfig | None,
     compute: torch.dtype,
     device: torch.device,
 ) -> list[Any]:
     # With the dtype of its files the weights stay memory-mapped.
     arguments = {"dtype": "auto", "trust_remote_code": options.trust_remote_code}
-    base: Any = load_complete_model(name, field, options.allow_pickle, unpack=True, **arguments)
+    base: Any = load_complete_model(name, field, options.allow_pickle, unpack=True, scores=scores, **arguments)
+    _prepare_scores(base, scores, adapters, name, field)
     if is_stored_in_4_bits(base.config):
         set_compute_dtype(base, compute)
     else:

@@ -4,17 +4,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from accel_llm.adapters.compat import PEFT_PREFIX, SavedAdapter
 from accel_llm.config.tool_options import MergeOptions
 from accel_llm.errors import ConfigError
 from accel_llm.merge.attached import AttachedAdapters, attach_adapters, can_be_lazy, combine_adapters
+from accel_llm.merge.classifier_head import adapted_config, check_head_stored, count_head_rows
 from accel_llm.merge.four_bit import unpack_4_bits
 from accel_llm.merge.one_module import plain_module
 from accel_llm.merge.skeleton import Skeleton, build_skeleton, parameter_specs, read_model_config, saved_names
 from accel_llm.merge.tied_head import untie_head
-from accel_llm.model.classifier import score_config
 from accel_llm.model.config_file import untie
 from accel_llm.model.loading import short_reason
 from accel_llm.model.quantization import quantized_weights, round_to_4_bits
@@ -52,12 +52,11 @@ def plan_merge(
     # Read the config and the headers of the weights.
     config = read_model_config(source, options.trust_remote_code)
     task = adapters[0].config.task_type
-    # A base language model has no classification head; the adapter's file says how many classes there are.
-    if labels := _count_labels(adapters[0]):
+    # The base may have no head, or another one; the adapter's folder says how many classes there are.
+    if task == "SEQ_CLS":
+        config = adapted_config(config, adapters[0], options.trust_remote_code)
+    elif labels := count_head_rows(config, adapters[0], options.trust_remote_code):
         config.num_labels = labels
-    if labels == 1:
-        config = score_config(config)
-        config.pad_token_id = _pad_token_id(adapters[0].folder, config.pad_token_id)
     try:
         checkpoint = open_weights(source, options.allow_pickle)
         stored_names = checkpoint.specs.keys()
@@ -73,6 +72,8 @@ def plan_merge(
     while True:
         skeleton = build_skeleton(config, task, checkpoint, options.dtype, options.trust_remote_code, lazy)
         model = skeleton.model
+        if task == "SEQ_CLS":
+            check_head_stored(skeleton.missing, adapters, source)
         extend_vocabulary(model, _new_rows(model, adapters))
         specs, names = parameter_specs(model), saved_names(model)
         four_bit = quantized_weights(model) if rounds_weights else {}
@@ -112,26 +113,6 @@ def _check_base(source: Path, checkpoint: WeightFiles) -> None:
             f"base: {source} holds weights of an adapter, such as {min(adapter_weights)}, so it is not a base model; "
             "name the base model, and the adapter's own folder with --adapter."
         )
-
-
-def _count_labels(adapter: SavedAdapter) -> int | None:
-    """Return the number of classes of the classification head in the adapter's file, or None if it holds no head."""
-    if adapter.config.task_type not in ("SEQ_CLS", "TOKEN_CLS"):
-        return None
-    # The names that transformers gives to classification heads.
-    heads = [f"{PEFT_PREFIX}{name}.weight" for name in ("score", "classifier", "classifier.out_proj")]
-    return next((len(adapter.weights[name]) for name in heads if name in adapter.weights), None)
-
-
-def _pad_token_id(folder: Path, old: int | None) -> int | None:
-    """Return the id of the pad token of the tokenizer beside an adapter, or `old` if there is none.
-
-    transformers takes the score of a row before its padding, and must know the token that pads.
-    """
-    if not (folder / "tokenizer_config.json").is_file():
-        return old
-    new = AutoTokenizer.from_pretrained(str(folder)).pad_token_id
-    return old if new is None else new
 
 
 def _new_rows(model: PreTrainedModel, adapters: list[SavedAdapter]) -> range:

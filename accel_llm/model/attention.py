@@ -9,13 +9,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from accel_llm.errors import ConfigError
 from accel_llm.model.document_attention import (
+    DocumentGroups,
     eager_attention,
+    group_documents,
+    grouped_attention,
     is_on_cpu,
     repeat_heads,
     sdpa_attention,
@@ -27,6 +30,7 @@ from accel_llm.model.virtual_tokens import replace_keys
 PACKED_ATTENTION, PADDED_ATTENTION = "packed", "padded"
 REMEDY = "set packing: false"
 
+INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # a family that calls attention by transformers' AttentionInterface has this name
 # Kinds of layers in which only attention mixes tokens. Only attention knows where a document ends.
 ISOLATED_LAYERS = {"full_attention", "sliding_attention", "dense", "sparse", "moe"}
 
@@ -65,25 +69,30 @@ def unwrap_causal_lm(model: nn.Module) -> PreTrainedModel:
 def packing_obstacle(model: nn.Module) -> str | None:
     """Return the reason why this model cannot train on packed rows, or None (`check_isolation` then tests it)."""
     inner = unwrap_causal_lm(model)
-    config = inner.config.get_text_config()
-    source = _source(inner)
+    return family_obstacle(family_class(inner), inner.config)
+
+
+def family_obstacle(model_class: type, config: PreTrainedConfig) -> str | None:
+    """Return the reason why a family cannot train on packed rows, as its source and a config of it tell, or None."""
+    config = config.get_text_config()
+    source, name = _source(model_class), model_class.__name__
     kinds = set(getattr(config, "layer_types", None) or [])
 
-    if not calls_interface(inner):
-        return f"{type(inner).__name__} computes attention outside transformers' AttentionInterface"
+    if INTERFACE not in source:
+        return f"{name} computes attention outside transformers' AttentionInterface"
     # Linear attention and convolutions carry state over document boundaries.
     if mixing := kinds - ISOLATED_LAYERS:
-        return f"{type(inner).__name__} has layers of kind {', '.join(sorted(mixing))}, which mix neighboring documents"
+        return f"{name} has layers of kind {', '.join(sorted(mixing))}, which mix neighboring documents"
     # We build no mask, so the family must pass its window to the attention call as well.
     sliding = "sliding_attention" in kinds or getattr(config, "sliding_window", None)
     if sliding and "create_sliding_window_causal_mask" in source and "sliding_window=" not in source:
-        return f"{type(inner).__name__} passes its sliding window to the attention mask only"
+        return f"{name} passes its sliding window to the attention mask only"
     return None
 
 
-def _source(model: PreTrainedModel) -> str:
-    """Return the source of the family's module."""
-    return inspect.getsource(sys.modules[family_class(model).__module__])
+def _source(model_class: type) -> str:
+    """Return the source of a family's module."""
+    return inspect.getsource(sys.modules[model_class.__module__])
 
 
 def family_class(model: PreTrainedModel) -> type:
@@ -93,7 +102,7 @@ def family_class(model: PreTrainedModel) -> type:
 
 def calls_interface(model: PreTrainedModel) -> bool:
     """Return whether the family calls attention by transformers' AttentionInterface: only then it calls ours."""
-    return "ALL_ATTENTION_FUNCTIONS" in _source(model)
+    return INTERFACE in _source(family_class(model))
 
 
 def enable_packing(model: nn.Module) -> None:
@@ -205,6 +214,12 @@ def packed_attention(
     if plain and not dropout and varlen_supports(query, scaling, window):
         return varlen_attention(query, key, value, boundaries, longest, scaling, window, causal), None
 
+    # With dropout there is no fused kernel: documents of similar length together.
+    if plain and dropout and key_positions is None:
+        return grouped_attention(
+            query, key, value, document_groups(cu_seq_lens_q), dropout, scaling, window, causal
+        ), None
+
     # Otherwise one document at a time, and not the whole row in one kernel.
     lengths, key_lengths = (document_lengths(each) for each in boundaries)
     documents = zip(query.split(lengths, 2), key.split(key_lengths, 2), value.split(key_lengths, 2), strict=True)
@@ -222,6 +237,13 @@ def document_lengths(boundaries: torch.Tensor) -> list[int]:
     if getattr(boundaries, "lengths", None) is None:
         boundaries.lengths = boundaries.diff().tolist()  # type: ignore[attr-defined]
     return boundaries.lengths  # type: ignore[attr-defined]
+
+
+def document_groups(boundaries: torch.Tensor) -> DocumentGroups:
+    """Return the groups of the documents between `boundaries`, kept with them for all layers."""
+    if getattr(boundaries, "groups", None) is None:
+        boundaries.groups = group_documents(document_lengths(boundaries), boundaries.device)  # type: ignore[attr-defined]
+    return boundaries.groups  # type: ignore[attr-defined]
 
 
 def _check_arguments(

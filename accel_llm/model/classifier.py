@@ -6,6 +6,7 @@ and a text that ends with the pad token gets that of an earlier one. Ours takes 
 """
 
 import functools
+import inspect
 import math
 from copy import deepcopy
 from types import MethodType
@@ -14,12 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from accel_llm.data.batches import collate_packed, collate_padded, to_device
 from accel_llm.errors import ConfigError
 from accel_llm.model.attention import PACKED_ATTENTION, forward_arguments, stock_attention, unwrap_causal_lm
-from accel_llm.model.encoders import attach_encoder, compute_in_float32
+from accel_llm.model.encoders import attach_encoder, compute_in_float32, head_names, keep_balance
 from accel_llm.model.language_part import causal_lm_loader
 from accel_llm.system.launcher import process_rank
 
@@ -41,7 +43,7 @@ def model_loader(config: PreTrainedConfig) -> Any:
 
 
 def check_gives_tokens(config: PreTrainedConfig, name: str, field: str) -> None:
-    """Check that a reward model is not taken for a language model; `field` is the option to name in an error.
+    """Check that a model that gives scores is not taken for a language model; `field` is the option to name in an error.
 
     Raises:
         ConfigError: its head gives scores.
@@ -49,15 +51,16 @@ def check_gives_tokens(config: PreTrainedConfig, name: str, field: str) -> None:
     if has_scores(config):
         raise ConfigError(
             f"{field}: {name} is a reward model or a classifier, whose head gives scores and no answers; name a language "
-            "model, or train it further with launch/reward.py."
+            "model, let it score texts with launch/predict.py, or train it further with launch/reward.py or "
+            "launch/classify.py."
         )
 
 
-def check_gives_reward(config: PreTrainedConfig, name: str) -> None:
-    """Check that a reward model can be made of the model `name`, or is it.
+def check_gives_scores(config: PreTrainedConfig, name: str, rewards: bool) -> None:
+    """Check that a classifier can be made of the model `name`, or is it; with `rewards`: a reward model.
 
     Raises:
-        ConfigError: transformers has no such model, or it is a classifier of several classes.
+        ConfigError: transformers has no such model, or a reward model is to be made of a classifier of several classes.
     """
     family, mapping = type(config).__name__.removesuffix("Config"), AutoModelForSequenceClassification._model_mapping
     if type(config) not in mapping or config.get_text_config() is not config:
@@ -65,7 +68,7 @@ def check_gives_reward(config: PreTrainedConfig, name: str) -> None:
             f"model_name_or_path: transformers has no text model with scores of the family {family}; use a model of "
             "another family, such as Llama, Qwen3, Mistral or Gemma 2."
         )
-    if has_scores(config) and config.num_labels != 1:
+    if rewards and has_scores(config) and config.num_labels != 1:
         raise ConfigError(
             f"model_name_or_path: {name} is a classifier of {config.num_labels} classes, but a reward is one score; name "
             "a reward model or a language model."
@@ -75,6 +78,13 @@ def check_gives_reward(config: PreTrainedConfig, name: str) -> None:
             "output_router_logits: the config of the model asks for a balance loss of its experts, but transformers "
             "computes none with scores; set it to false in config.json."
         )
+
+
+def scores_last_token(config: PreTrainedConfig) -> bool:
+    """Return whether the family is that of a decoder, whose head `score` reads the last token that is not the pad token."""
+    model_class: Any = AutoModelForSequenceClassification._model_mapping[type(config)]
+    generic = issubclass(model_class, GenericForSequenceClassification)
+    return generic or f"self.{HEAD} =" in inspect.getsource(model_class.__init__)
 
 
 def score_config(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -91,27 +101,34 @@ def score_config(config: PreTrainedConfig) -> PreTrainedConfig:
     return config
 
 
-def start_head(model: PreTrainedModel, missing: set[str]) -> None:
-    """Draw the first values of the head if the files lack it, which is taken out of `missing`; say which head there is.
+def start_head(model: PreTrainedModel, missing: set[str], announce: bool = True) -> None:
+    """Take the weights of the head that are new, because the files lack them, out of `missing`; `announce` says which.
 
-    They are normal with variance 1 / (width + 1), so that the scores of a new head vary by about 1, in any family
-    (Huang et al. 2024, arXiv 2403.17031, section 3.3). The caller sets the seed.
+    transformers has drawn them as the family does. The head of a new reward model is drawn here: normal with variance
+    1 / (width + 1), so that its scores vary by about 1, in any family (Huang et al. 2024, arXiv 2403.17031, section
+    3.3). The caller sets the seed. `model.drawn` are the names of what is new.
     """
-    head: Any = score_head(model)
-    new = f"{HEAD}.weight" in missing
-    if new:
-        missing.discard(f"{HEAD}.weight")
+    names = head_names(model)
+    new = {key for key in missing if key.startswith(tuple(f"{name}." for name in names))}
+    missing -= new
+    model.drawn = sorted(new)  # type: ignore[assignment]
+    head: Any = getattr(model, HEAD, None)
+    if new and isinstance(head, nn.Linear) and model.config.id2label == {0: REWARD_LABEL}:
         with torch.no_grad():
             head.weight.copy_(torch.randn(head.weight.shape) / math.sqrt(head.in_features + 1))
-    if process_rank() == 0:
-        source = "new, with first values by the seed" if new else "that of the model's files"
-        print(f"score head: {source} ({head.in_features} numbers for {head.out_features} score)", flush=True)
+    if announce and process_rank() == 0:
+        from_files = [name for name in names if not any(key.startswith(f"{name}.") for key in new)]
+        parts = [f"{', '.join(from_files)} of the model's files"] if from_files else []
+        drawn = [name for name in names if name not in from_files]
+        parts += [f"{', '.join(drawn)} new, with first values by the seed"] if drawn else []
+        count: Any = model.config.num_labels
+        print(f"head: {'; '.join(parts)} ({count} score{'s' * (count > 1)} for a text)", flush=True)
 
 
-def score_head(model: nn.Module) -> nn.Module | None:
-    """Return the head of a model that gives scores, or None; PEFT may have wrapped it."""
+def head_modules(model: nn.Module) -> list[nn.Module]:
+    """Return the modules of the head of a model that gives scores, of another model none; PEFT may have wrapped it."""
     inner = unwrap_causal_lm(model)
-    return getattr(inner, HEAD) if has_scores(inner.config) else None
+    return [inner.get_submodule(name) for name in head_names(inner)] if has_scores(inner.config) else []
 
 
 def attach_scores(model: PreTrainedModel) -> None:
@@ -146,7 +163,8 @@ def answer_scores(model: nn.Module, batch: dict) -> torch.Tensor:
     Call `attach_scores` on the model first; after that it may be wrapped (PEFT, DDP, DeepSpeed, FSDP2). The batch is
     packed or padded, and `last_positions`, int64 [answers], are places in its flattened rows (data/answers.py).
     """
-    return model(**forward_arguments(batch), targets={"places": batch["last_positions"]}, use_cache=False).logits
+    output = model(**forward_arguments(batch), targets={"places": batch["last_positions"]}, use_cache=False)
+    return keep_balance(output.logits, output)
 
 
 def token_states(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:

@@ -76,8 +76,20 @@ def text_scores(model: nn.Module, batch: dict) -> torch.Tensor:
         "first_positions": batch["first_positions"],
         "longest": max(batch["lengths"]),
     }
-    scores = model(**arguments, targets=targets, use_cache=False).logits
-    return scores.to(torch.promote_types(scores.dtype, torch.float32))
+    output = model(**arguments, targets=targets, use_cache=False)
+    scores = output.logits.to(torch.promote_types(output.logits.dtype, torch.float32))
+    return keep_balance(scores, output)
+
+
+def keep_balance(scores: torch.Tensor, output: Any) -> torch.Tensor:
+    """Return `scores` with what the loss adds once for each text as `scores.balance`, such as the penalty of AdaLoRA."""
+    scores.balance = getattr(output, "balance", None)  # type: ignore[attr-defined]
+    return scores
+
+
+def balance_of_scores(scores: Any, total_weight: float) -> torch.Tensor | float:
+    """Return what the loss of a batch of texts adds to the losses of their `scores`."""
+    return 0.0 if scores.balance is None else scores.balance * total_weight
 
 
 def takes_segments(model: PreTrainedModel) -> bool:
@@ -93,7 +105,8 @@ def head_names(model: nn.Module) -> list[str]:
     PEFT 0.21's SEQ_CLS saves what ends with `classifier` or `score`, and so neither BERT's pooler, whose values are
     random if the files are those of a masked language model, nor `head` of ModernBERT and `dense` of EuroBERT.
     """
-    return encoder_parts(unwrap_causal_lm(model)).head
+    inner = unwrap_causal_lm(model)
+    return ["score"] if isinstance(getattr(inner, "score", None), nn.Module) else encoder_parts(inner).head
 
 
 def attach_encoder(model: PreTrainedModel) -> None:

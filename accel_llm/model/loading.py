@@ -15,12 +15,14 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from accel_llm.backend.strategy import compute_dtype, strategy
+from accel_llm.config.classify_options import ClassifyOptions
 from accel_llm.config.command_line import shell_command
 from accel_llm.config.options import ModelOptions, PretrainOptions, TrainOptions
 from accel_llm.errors import ConfigError
 from accel_llm.model.attention import enable_packing, enable_padding
-from accel_llm.model.classifier import attach_scores, check_gives_reward, check_gives_tokens, model_loader, start_head
+from accel_llm.model.classifier import attach_scores, check_gives_scores, check_gives_tokens, model_loader, start_head
 from accel_llm.model.config_file import correct_tied_embeddings
+from accel_llm.model.encoders import head_names
 from accel_llm.model.file_weights import compare_with_files
 from accel_llm.model.language_part import causal_lm_loader, freeze_other_parts
 from accel_llm.model.loss import attach_loss
@@ -139,7 +141,7 @@ def load_model_config(options: ModelOptions, max_length: int | None = None) -> P
     config = _read_config(name, "model_name_or_path", **arguments)
     if isinstance(options, TrainOptions):
         if options.gives_scores:
-            check_gives_reward(config, name)
+            check_gives_scores(config, name, rewards=not isinstance(options, ClassifyOptions))
         else:
             check_gives_tokens(config, name, "model_name_or_path")
         _check_trainable(config, options)
@@ -166,11 +168,14 @@ def load_model(options: TrainOptions, scores: PreTrainedConfig | None = None) ->
     arguments: dict[str, Any] = {"dtype": compute if options.load_in_8bit else "auto"}
     quantization = build_quantization_config(options, compute, strategy() in ("zero3", "fsdp2"))
     if options.load_in_8bit:
+        if scores and quantization:
+            quantization.llm_int8_skip_modules = _head_of(scores)
         arguments["quantization_config"] = quantization
     if options.attn_implementation != "auto":
         arguments["attn_implementation"] = options.attn_implementation
     arguments |= {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
     arguments |= {"allow_pickle": options.allow_pickle, "scores": scores}
+    arguments["announce_head"] = options.adapter_name_or_path is None  # else the adapter has the head
 
     # While Accelerate's DeepSpeed config is set, transformers shards an empty model and reads every file on rank 0.
     unset_hf_deepspeed_config()
@@ -195,11 +200,13 @@ def load_complete_model(
     for_training: bool = False,
     unpack: bool = False,
     scores: PreTrainedConfig | None = None,
+    announce_head: bool = False,
     **arguments: Any,
 ) -> PreTrainedModel:
     """Load a causal LM and check that every weight came from its files; `arguments` go to `from_pretrained`.
 
-    With `scores`, a config of `score_config`, the model has a score head; one that the files lack is drawn at random.
+    With `scores`, the config of a model that gives scores, a head that the files lack is drawn at random; with
+    `announce_head` that is printed.
 
     A pickle is read only with `allow_pickle`, and only if there are no safetensors. `unpack` and `for_training` unpack
     quantized weights where transformers can; `for_training` also freezes the parts that no text passes through.
@@ -231,7 +238,7 @@ def load_complete_model(
     arguments |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, report = _load_from(model_loader(config).from_pretrained, name, field, **arguments)
     if scores:
-        start_head(model, report["missing_keys"])
+        start_head(model, report["missing_keys"], announce_head)
     _check_complete(report, name, field)
     as_stored = not quantized and arguments.get("dtype") == "auto"
     compare_with_files(model, set(report["unexpected_keys"]), name, field, revision, as_stored)
@@ -281,6 +288,12 @@ def build_model(config: PreTrainedConfig, options: TrainOptions) -> PreTrainedMo
     freeze_other_parts(model, config)
     scale_by_document(model)
     return configure_for_training(model, options)
+
+
+def _head_of(config: PreTrainedConfig) -> list[str]:
+    """Return the names of the head of a model that gives scores, before it is loaded."""
+    with torch.device("meta"):
+        return head_names(model_loader(config).from_config(config))
 
 
 def _read_config(name: str, field: str, **arguments: Any) -> PreTrainedConfig:

@@ -76,7 +76,9 @@ def _shard_units(model: nn.Module) -> list[nn.Module]:
     own = set() if embedding is None else set(embedding.modules())
     others = {parameter for module in model.modules() if module not in own for parameter in module.parameters(False)}
     tied = embedding is not None and not others.isdisjoint(embedding.parameters())
-    return [*layers, *([] if tied or embedding is None else [embedding]), model]
+    # BERT names its embeddings, in which the embedding is, as one of the parts to keep whole.
+    inside = any(embedding is module for layer in layers for module in layer.modules())
+    return [*layers, *([] if tied or inside or embedding is None else [embedding]), model]
 
 
 def materialize_weights(

@@ -15,6 +15,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from accel_llm.config.options import MethodOptions
+from accel_llm.model.classifier import has_scores
+from accel_llm.model.encoders import head_names
 from accel_llm.model.experts import expert_weights, prepare_4bit_experts
 from accel_llm.model.four_bit_kernel import correct_cpu_unpacking
 
@@ -24,7 +26,8 @@ correct_cpu_unpacking()
 
 def _layers_to_quantize(model: PreTrainedModel) -> tuple[dict[str, Any], list[str]]:
     """Return the linear layers that QLoRA holds in 4 bits, by name, and transformers' patterns of excluded layers."""
-    excluded = HfQuantizer.get_modules_to_not_convert(model, None, list(model._keep_in_fp32_modules or []))
+    kept = [*(model._keep_in_fp32_modules or []), *(head_names(model) if has_scores(model.config) else [])]
+    excluded = HfQuantizer.get_modules_to_not_convert(model, None, kept)
     layers = {
         name: module
         for name, module in model.named_modules()

@@ -57,7 +57,7 @@ def text_packing_obstacle(
     try:
         return _differences(model, device, dtype, max_length)
     # Families that do not pass on the boundaries, or do not take the names; heads that want something else than states.
-    except (ConfigError, TypeError, ValueError, RuntimeError) as error:
+    except (ConfigError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
         return f"{type(inner).__name__} cannot compute a packed row ({' '.join(str(error).split())[:200]})"
     finally:
         inner.set_attn_implementation(ours)
@@ -117,7 +117,7 @@ def _random_texts(model: PreTrainedModel, repeats: int) -> list[torch.Tensor]:
     tokens = _plain_tokens(model)
     texts = [tokens[torch.randint(len(tokens), (n,), generator=generator)] for n in TEXT_LENGTHS]
     config = model.config.get_text_config()
-    end = config.eos_token_id
+    end = getattr(config, "eos_token_id", None)
     if isinstance(end, int) and end != config.pad_token_id:  # decoders take the score before pad tokens
         for ids in texts:
             ids[-1] = end

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from accel_llm.config.preference_options import RewardOptions
 from accel_llm.data.batches import Batch
 from accel_llm.model.classifier import answer_scores
+from accel_llm.model.encoders import balance_of_scores
 from accel_llm.preference.objective import measured_sums
 
 
@@ -25,7 +26,8 @@ def reward_losses(
 
 def reward_loss(model: Any, batch: Batch, options: RewardOptions) -> torch.Tensor:
     """Return the sum of the losses of the pairs of a batch, float32 [], and measure its rewards, see objective.py."""
-    rewards = answer_scores(model, batch)[:, 0].double()
+    scores = answer_scores(model, batch)
+    rewards = scores[:, 0].double()
     # Pair i has the answers 2i, the chosen one, and 2i + 1.
     chosen, rejected = rewards[0::2], rewards[1::2]
     losses = reward_losses(chosen, rejected, batch.get("margins", 0.0), options.center_rewards_coefficient)
@@ -36,4 +38,4 @@ def reward_loss(model: Any, batch: Batch, options: RewardOptions) -> torch.Tenso
             "rewards/accuracies": (chosen > rejected).double(),
         }
     )
-    return losses.sum().float()
+    return (losses.sum() + balance_of_scores(scores, batch["total_weight"])).float()

@@ -10,8 +10,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import yaml
+from transformers import AutoConfig
 
 from accel_llm.adapters.saved import read_base_fingerprint
+from accel_llm.model.classifier import REWARD_LABEL
 from accel_llm.report.page import read_metrics
 from accel_llm.system.disk import write_atomically
 from accel_llm.system.hub import is_hub_id
@@ -19,6 +21,8 @@ from accel_llm.system.secrecy import hide_secrets
 
 # Their versions are written into a card.
 CARD_PACKAGES = ("torch", "transformers", "peft", "safetensors")
+MAX_LABELS = 20
+NOT_IN_CARD = ("loss", "perplexity")  # of an evaluation: the loss has a line of its own
 ADAPTER_EXAMPLE = """from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 
@@ -30,11 +34,13 @@ model = AutoModelForCausalLM.from_pretrained({name}, dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained({name})"""
 
 ADAPTER_SCORE_EXAMPLE = """from peft import AutoPeftModelForSequenceClassification
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained({name})
-settings = {{"num_labels": 1, "pad_token_id": tokenizer.pad_token_id}}
-model = AutoPeftModelForSequenceClassification.from_pretrained({name}, **settings)"""
+config = AutoConfig.from_pretrained({name})
+names = ("num_labels", "id2label", "label2id", "problem_type", "pad_token_id")
+settings = {{name: getattr(config, name) for name in names}}
+model = AutoPeftModelForSequenceClassification.from_pretrained({name}, **settings)
+tokenizer = AutoTokenizer.from_pretrained({name})"""
 MODEL_SCORE_EXAMPLE = """from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 model = AutoModelForSequenceClassification.from_pretrained({name}, dtype="auto")
@@ -48,6 +54,22 @@ def exports_scores(folder: Path) -> bool:
         return json.loads(adapter.read_text(encoding="utf-8")).get("task_type") == "SEQ_CLS"
     names = json.loads(model.read_text(encoding="utf-8")).get("architectures") if model.is_file() else None
     return bool(names) and names[0].endswith("ForSequenceClassification")
+
+
+def classifies(folder: Path) -> bool:
+    """Return whether an export gives scores that have names, or a number: those of launch/classify.py, and no rewards."""
+    if not exports_scores(folder) or not (file := folder / "config.json").is_file():
+        return False
+    return list(json.loads(file.read_text(encoding="utf-8")).get("id2label", {}).values()) != [REWARD_LABEL]
+
+
+def _label_names(folder: Path) -> list[str]:
+    """Return the names of the classes that an export tells, at most MAX_LABELS of them; none if it gives no classes."""
+    if not classifies(folder):
+        return []
+    config: Any = AutoConfig.from_pretrained(str(folder))
+    names = list(map(str, config.id2label.values()))
+    return [*names[:MAX_LABELS], f"and {len(names) - MAX_LABELS:,} more"] if len(names) > MAX_LABELS else names
 
 
 def card_header(library: str, base: str | None, relation: str, tags: list[str], **more: Any) -> list[str]:
@@ -100,6 +122,7 @@ def write_run_card(folder: Path) -> None:
         datasets=published,
     )
     facts = {"base": _describe_base(options, folder), "method": _describe_method(options, settings)}
+    facts |= {"labels": ", ".join(_label_names(folder))}
     facts |= {"data": ", ".join(_describe_source(source, run) for source in sources)}
     facts |= _describe_training(run, options, read_metrics(folder.parent / "metrics.jsonl"))
     lines += [f"# {name}", "", "| | |", "|-|-|"]
@@ -109,6 +132,8 @@ def write_run_card(folder: Path) -> None:
     word = shlex.quote(name)
     lines += ["", "```python", example, "```", ""]
     shell = [] if scores else [f"python launch/chat.py --model {word}"]
+    if classifies(folder):
+        shell = [f"python launch/predict.py --model {word} --input_files FILE --output_file predictions.jsonl"]
     shell += [f"python launch/merge.py --adapter {word} --output_dir merged"] if settings else []
     lines += ["```sh", *shell, "```", ""] if shell else []
     lines += [versions_sentence(), ""]
@@ -160,14 +185,18 @@ def _describe_source(source: str, run: dict[str, Any]) -> str:
     path = urlsplit(source).path if "://" in source else source
     name = source if is_published(source) else PurePosixPath(path).name
     amount = run.get("ledger", {}).get("bins", {}).get(source, {}).get("trained")
-    counts = f" ({amount['rows']:,} rows, {amount['supervised']:,} trained tokens)" if amount else ""
-    return f"`{name}`{counts}"
+    if not amount:
+        return f"`{name}`"
+    kind = "supervised" if amount["supervised"] else "context"
+    tokens = f"{amount[kind]:,}{' trained' * (kind == 'supervised')} tokens"
+    return f"`{name}` ({amount['rows']:,} rows, {tokens})"
 
 
 def _describe_training(run: dict[str, Any], options: dict[str, Any], metrics: list[dict[str, Any]]) -> dict[str, str]:
     """Return what is known of steps and losses, by the name of the line in the card."""
     losses, evaluated, epochs = (_series(metrics, key) for key in ("loss", "eval/loss", "epoch"))
     facts = {"evaluation loss": ", ".join(f"{loss:.4f} at step {step}" for step, loss in evaluated[-3:])}
+    facts |= _describe_evaluation(metrics, run.get("exported_step"))
     if losses:
         (first, start), (last, end) = losses[0], losses[-1]
         facts["steps"] = f"{last}" + (f", epoch {epochs[-1][1]:.2f}" if epochs else "")
@@ -179,6 +208,19 @@ def _describe_training(run: dict[str, Any], options: dict[str, Any], metrics: li
     if here := run.get("accelerate"):
         facts["trained in"] = f"{here['precision']}, by {here['num_processes']} processes ({here['strategy']})"
     return facts
+
+
+def _describe_evaluation(metrics: list[dict[str, Any]], exported_step: int | None) -> dict[str, str]:
+    """Return what else was measured at the evaluation of the exported weights, or at the last one."""
+    lines = [line for line in metrics if "eval/loss" in line]
+    line = next((line for line in lines if line["step"] == exported_step), lines[-1] if lines else {})
+    values = {name.removeprefix("eval/"): value for name, value in line.items() if name.startswith("eval/")}
+    shown = [
+        f"{name} {value:.4f}"
+        for name, value in values.items()
+        if name not in NOT_IN_CARD and isinstance(value, float) and math.isfinite(value)
+    ]
+    return {f"evaluation at step {line['step']}": ", ".join(shown)} if shown else {}
 
 
 def _series(metrics: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from collections import Counter
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,21 +15,22 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from accel_llm.chat.span_tokenizer import decode_tokens
 from accel_llm.chat.targets import IGNORED
 from accel_llm.config.command_line import shell_command
 from accel_llm.config.options import SCHEDULES_BY_OPTION, Options, TrainOptions, count_warmup_steps
 from accel_llm.data.answers import Pairs, as_units
-from accel_llm.data.ledger import QUANTITIES, Ledger, is_lost
+from accel_llm.data.labels import Labels, name_targets
+from accel_llm.data.ledger import Ledger, is_lost
 from accel_llm.data.prepare import EncodedData
 from accel_llm.data.rows import Rows
-from accel_llm.data.stream import TrainingPlan
+from accel_llm.data.stream import TrainingPlan, padding_share
 from accel_llm.errors import ConfigError
-from accel_llm.model.tokenizer import load_tokenizer, pad_token_id
-from accel_llm.report.card import exports_scores, write_run_card
-from accel_llm.report.ledger_text import ledger_lines, one_line
+from accel_llm.report.card import classifies, exports_scores, write_run_card
+from accel_llm.report.confusion import show_confusion
+from accel_llm.report.ledger_text import ledger_headings, ledger_lines, one_line
 from accel_llm.report.metrics import console
 from accel_llm.report.page import write_report
 from accel_llm.report.record import Record
@@ -92,35 +94,38 @@ def _ledger_table(ledger: Ledger) -> Table:
     table = Table(title="Ledger")
     table.add_column("Source", overflow="fold")
     table.add_column("Bin", overflow="fold")
-    for heading in ("Rows", "Supervised tokens", "Context tokens"):
+    headings = ledger_headings(ledger)
+    for heading in headings.values():
         table.add_column(heading, justify="right")
 
     for source, total in ledger.inputs.items():
-        table.add_row(Text(one_line(source)), "read", *_format_amount(total), style="bold")
+        table.add_row(Text(one_line(source)), "read", *_format_amount(total, headings), style="bold")
         bins = sorted(ledger.bins.get(source, {}).items(), key=lambda item: (is_lost(item[0]), item[0]))
         for bin, amount in bins:
             row_style = "red" if is_lost(bin) else None
-            table.add_row("", Text(one_line(bin)), *_format_amount(amount), style=row_style)
+            table.add_row("", Text(one_line(bin)), *_format_amount(amount, headings), style=row_style)
     return table
 
 
-def _format_amount(amount: Counter[str]) -> list[str]:
-    return [f"{amount[quantity]:,}" for quantity in QUANTITIES]
+def _format_amount(amount: Counter[str], quantities: Iterable[str]) -> list[str]:
+    return [f"{amount[quantity]:,}" for quantity in quantities]
 
 
-def show_rows(tokenizer: PreTrainedTokenizerFast, rows: Rows, count: int) -> None:
-    """Print the first `count` rows, or pairs of answers, with trained tokens in green."""
+def show_rows(tokenizer: PreTrainedTokenizerFast, rows: Rows, count: int, labels: Labels | None = None) -> None:
+    """Print the first `count` rows, or pairs of answers, with trained tokens in green; of texts their `labels`."""
     units = as_units(rows)
     for k in range(min(count, len(units))):
         name = escape(one_line(units.name(k)))
         if isinstance(units, Pairs):
             _show_pair(tokenizer, units, k, name)
             continue
-        ids, labels = rows[k]
-        share = float((labels != IGNORED).mean())
-        console.rule(f"{name}: {len(ids)} tokens, {share:.0%} trained")
+        ids, token_labels = rows[k]
+        trained = f"{float((token_labels != IGNORED).mean()):.0%} trained"
+        if labels is not None and rows.targets is not None:
+            trained = f"label {escape(one_line(name_targets(rows.targets[k], labels)))}"
+        console.rule(f"{name}: {len(ids)} tokens, {trained}")
         verdict = "" if rows.label is None else "desirable: " if rows.label[k] else "undesirable: "
-        console.print(Text(verdict, style="bold"), color_row(tokenizer, ids, labels), sep="", soft_wrap=True)
+        console.print(Text(verdict, style="bold"), color_row(tokenizer, ids, token_labels), sep="", soft_wrap=True)
     console.rule()
 
 
@@ -149,22 +154,28 @@ def show_histogram(title: str, values: np.ndarray, bins: int = 10) -> None:
     console.print(table)
 
 
-def describe_plan(rows: Rows, plan: TrainingPlan, max_length: int, virtual: int = 0) -> str:
+def describe_plan(rows: Rows, plan: TrainingPlan, options: TrainOptions) -> str:
     """Describe documents, tokens and steps of the run, and how full its packed rows are, in one sentence.
 
-    `virtual` are the virtual tokens of each document, which take their room in the rows. Without them a prompt that two
-    answers share counts once.
+    If rows are not packed, it says how much padding they get instead. Virtual tokens of each document take their room in
+    the rows. Without them a prompt that two answers share in a packed row counts once.
     """
+    virtual, max_length = options.virtual_tokens, options.max_length
     tokens, units = int(rows.offsets[-1]), f"{len(rows):,} documents"
+    supervised = f" ({int((np.asarray(rows.labels) != IGNORED).sum()):,} trained)"
     if rows.shared is not None:
         units = f"{len(rows) // 2:,} pairs"
-        tokens -= 0 if virtual else int(rows.shared[::2].sum())
-    filled = tokens + virtual * len(rows)
+        tokens -= 0 if virtual or not options.packing else int(rows.shared[::2].sum())
+    elif rows.targets is not None:
+        units, supervised = f"{len(rows):,} texts", ""
+    fill = f"{(tokens + virtual * len(rows)) / (plan.bins * max_length):.1%} full"
+    if not options.packing:
+        share = padding_share(rows, options, plan.rows_per_step)
+        fill = f"padding: {share:.1%} of the tokens that are computed"
     beside = f" beside {virtual:,} virtual ones each" if virtual else ""
-    supervised = int((np.asarray(rows.labels) != IGNORED).sum())
     return (
-        f"{units}, {tokens:,} tokens ({supervised:,} trained){beside} in {plan.bins:,} rows of at most "
-        f"{max_length:,} ({filled / (plan.bins * max_length):.1%} full); {plan.total_steps:,} steps of "
+        f"{units}, {tokens:,} tokens{supervised}{beside} in {plan.bins:,} rows of at most "
+        f"{max_length:,} ({fill}); {plan.total_steps:,} steps of "
         f"{plan.rows_per_step:,} rows"
     )
 
@@ -222,9 +233,9 @@ def show_plan(
         return
     if options.dry_run:
         show_settings(options)
-        show_rows(tokenizer, data.train, 3)
+        show_rows(tokenizer, data.train, 3, data.labels)
     show_ledger(data.ledger)
-    console.print(describe_plan(data.train, plan, options.max_length, options.virtual_tokens))
+    console.print(describe_plan(data.train, plan, options))
     for sentence in plan_warnings(options, plan):
         console.print(sentence, style="yellow", soft_wrap=True)
 
@@ -296,10 +307,11 @@ def show_checks(accelerator: Accelerator, facts: dict[str, Any], options: TrainO
 def show_next_commands(accelerator: Accelerator, record: Record, folder: Path) -> None:
     """Write report and card, and print the commands to use the export, ready to copy. Main process only.
 
-    `folder` is the export: adapter/ or model/ in the output folder.
+    Of a classifier it first prints which class is taken for which. `folder` is the export: adapter/ or model/ in the output folder.
     """
     if not accelerator.is_main_process:
         return
+    show_confusion(record)
     run, folder = folder.parent.absolute(), folder.absolute()  # the commands work from anywhere
     for name, write, place in (("report.html", write_report, run), ("README.md", write_run_card, folder)):
         try:
@@ -308,11 +320,14 @@ def show_next_commands(accelerator: Accelerator, record: Record, folder: Path) -
             record.add_problem(f"{name} could not be written ({describe_error(error)}); everything else is there.")
     scores = exports_scores(folder)
     lines = {} if scores else {"ask it": shell_command("chat.py", model=run)}
+    if classifies(folder):
+        lines = {"predict": shell_command("predict.py", model=run, input_files="FILE", output_file="predictions.jsonl")}
     kind, more = "SequenceClassification" if scores else "CausalLM", ""
     loader = f"AutoModelFor{kind}"
     if folder.name == "adapter":
-        # transformers scores the last token that is not the pad token, and an adapter has no config that says which.
-        more = f", num_labels=1, pad_token_id={pad_token_id(load_tokenizer(str(folder)))}" if scores else ""
+        # transformers scores the last token that is not the pad token, and PEFT does not read the config beside its files.
+        labels = AutoConfig.from_pretrained(str(folder)) if scores else None
+        more = f", num_labels={labels.num_labels}, pad_token_id={labels.pad_token_id}" if labels else ""
         merged = run.with_name(f"{run.name}-merged") if run.name else Path("merged")
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         # Virtual tokens are no weights, and BEFT adds to biases, which most models do not have.

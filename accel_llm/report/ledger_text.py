@@ -4,7 +4,7 @@ import re
 from collections import Counter
 
 from accel_llm.chat.values import SUCH_AS
-from accel_llm.data.ledger import Ledger, Unused
+from accel_llm.data.ledger import QUANTITIES, Ledger, Unused
 
 _SHOWN_UNUSED = 20  # names that have a line of their own
 _SHOWN_EXAMPLES = 3  # of names in a line that sums up
@@ -17,6 +17,13 @@ _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 def one_line(text: str) -> str:
     """Return `text` as one line that can be printed everywhere: control characters as `\\n` or `\\x1b`, for example."""
     return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def ledger_headings(ledger: Ledger) -> dict[str, str]:
+    """Return the quantities of a ledger's table with their headings; where no token is trained by itself, all are alike."""
+    if not any(amount["supervised"] for amount in ledger.inputs.values()):
+        return {"rows": "Rows", "context": "Tokens"}
+    return dict(zip(QUANTITIES, ("Rows", "Supervised tokens", "Context tokens"), strict=True))
 
 
 def ledger_lines(ledger: Ledger) -> list[str]:

@@ -207,7 +207,14 @@ class _PausedClock:
 
 
 # Metrics that are printed, with their names on the screen; those of an evaluation are printed too.
-SCREEN_NAMES = {"loss": "loss", "learning_rate": "lr", "grad_norm": "grad", "tokens_per_second": "tok/s", "kl": "kl"}
+SCREEN_NAMES = {
+    "loss": "loss",
+    "learning_rate": "lr",
+    "grad_norm": "grad",
+    "tokens_per_second": "tok/s",
+    "kl": "kl",
+    "accuracy": "accuracy",
+}
 
 
 def _format_metric(name: str, value: Any) -> str:

@@ -7,8 +7,10 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from accel_llm.data.ledger import QUANTITIES, Ledger, is_lost
-from accel_llm.report.ledger_text import ledger_lines
+from rich.cells import cell_len
+
+from accel_llm.data.ledger import Ledger, is_lost
+from accel_llm.report.ledger_text import ledger_headings, ledger_lines
 from accel_llm.system.disk import write_atomically
 from accel_llm.system.secrecy import hide_secrets
 
@@ -26,6 +28,8 @@ METRIC_CHARTS = {
     "grad_norm": "Gradient norm",
     "tokens_per_second": "Tokens per second",
 }
+# Side of a cell of the confusion matrix in pixels, if counts are written in it and if not; names have at most so many letters.
+CELL, SMALL_CELL, MAX_CELLS_WITH_COUNTS, NAME_LETTERS = 46, 18, 12, 24
 UNDRAWN = {"loss", "perplexity", "supervised_tokens"}  # evaluated, but drawn already, or of no interest as a curve
 
 STYLE = """
@@ -44,6 +48,7 @@ th, td { padding: 4px 10px 4px 0; border-bottom: 1px solid #8884; text-align: le
 pre { margin: 2px 0 8px; white-space: pre-wrap; font: 13px/1.45 ui-monospace, monospace; } svg { display: block; }
 .scroll { overflow-x: auto; } text { fill: currentColor; font-size: 11px; } line { stroke: #8886; }
 path { fill: none; stroke: currentColor; stroke-width: 1.5; stroke-linejoin: round; } circle { fill: currentColor; }
+rect { fill: currentColor; stroke: #8884; }
 .train { color: var(--train); } .eval { color: var(--eval); } circle.hidden:not(:hover) { fill: transparent; }
 """
 
@@ -87,8 +92,10 @@ def _page(run: dict[str, Any], lines: list[dict[str, Any]], folder_name: str) ->
     losses = {"train": _points(lines, "loss"), "eval": _points(lines, "eval/loss")}
     charts = _charts_of_evaluations(lines)
     charts += [_draw_chart(title, {"train": _points(lines, key)}, 0.0) for key, title in METRIC_CHARTS.items()]
+    confusions = run.pop("confusion_matrix", None)
     sections = {
         "Curves": f'<div class="grid charts">{_draw_chart("Loss", losses)}{"".join(charts)}</div>',
+        **({"Confusion matrix": _draw_confusions(confusions)} if confusions else {}),
         "Ledger": _ledger_section(run.pop("ledger", None) or {}),
         "Samples": _samples_section(run.pop("samples", None) or []),
         "Settings": _pairs_table(options),
@@ -249,24 +256,63 @@ def _draw_line(name: str, points: list[Point], steps: Range, values: Range) -> s
     return "".join(marks) if drawable else ""
 
 
+def _draw_confusions(confusions: dict[str, Any]) -> str:
+    """Draw a table of the classes in which a cell is the stronger the larger its share of the texts of its true class."""
+    names, counts = confusions["names"], confusions["counts"]
+    cell = CELL if len(names) <= MAX_CELLS_WITH_COUNTS else SMALL_CELL
+    short = [name if len(name) <= NAME_LETTERS else f"{name[: NAME_LETTERS - 1]}…" for name in names]
+    letters = max(map(cell_len, short))
+    left, slope = 12 + 7 * letters, 8 + 5 * letters  # room for the names, those of columns at 45 degrees
+    side = cell * len(names)
+
+    marks = []
+    for k, name in enumerate(short):
+        middle = cell * k + cell / 2
+        x, y = left + middle, slope - 4
+        marks.append(f'<text x="{left - 6}" y="{slope + middle + 4:.0f}" text-anchor="end">{_escape(name)}</text>')
+        marks.append(f'<text x="{x:.0f}" y="{y}" transform="rotate(-45 {x:.0f} {y})">{_escape(name)}</text>')
+    for i, row in enumerate(counts):
+        for j, count in enumerate(row):
+            x, y, look = left + cell * j, slope + cell * i, "right" if i == j else "wrong"
+            # Up to 0.6 the text on it can be read, in light and dark.
+            shade = 0.06 + 0.54 * count / sum(row) if count else 0
+            title = f"{_escape(names[i])} taken for {_escape(names[j])}: {count:,}"
+            place = f'x="{x}" y="{y}" width="{cell}" height="{cell}"'
+            marks.append(f'<rect class="{look}" {place} fill-opacity="{shade:.2f}"><title>{title}</title></rect>')
+            if count and cell == CELL:
+                x, y = x + cell // 2, y + cell // 2 + 4
+                marks.append(f'<text x="{x}" y="{y}" text-anchor="middle">{_format_number(count)}</text>')
+
+    right, rows, classes = (confusions[name] for name in ("right", "rows", "classes"))
+    caption = f"Rows are the true classes, columns what the model took a text for. Right: {right:,} of {rows:,} texts."
+    if classes > len(names):
+        caption += f" Of {classes:,} classes these are the {len(names)} that are most often confused."
+    width, height = left + side + slope, slope + side + 4
+    svg = f'<svg width="{width}" height="{height}" role="img" aria-label="Confusion matrix">{"".join(marks)}</svg>'
+    return f'<figure class="box"><figcaption>{caption}</figcaption><div class="scroll">{svg}</div></figure>'
+
+
 def _ledger_section(values: dict[str, Any]) -> str:
     ledger = Ledger.from_dict({"inputs": {}, "bins": {}, "turns_without_label": {}, "notes": []} | values)
+
+    headings = ledger_headings(ledger)
 
     # A line for each source, followed by its bins.
     rows = []
     for source, total in ledger.inputs.items():
         for name, amount in [("read", total), *sorted(ledger.bins.get(source, {}).items(), reverse=True)]:
             look = "lost" if is_lost(name) else name
-            cells = [source if name == "read" else "", name, *(f"{amount[quantity]:,}" for quantity in QUANTITIES)]
+            cells = [source if name == "read" else "", name, *(f"{amount[quantity]:,}" for quantity in headings)]
             rows.append(f'<tr class="{_escape(look)}">{"".join(f"<td>{_escape(cell)}</td>" for cell in cells)}</tr>')
 
     # Remarks below the table.
     lost_rows, lost_tokens = ledger.lost_share()
-    remarks = [f"{lost_rows:.2%} of the rows and {lost_tokens:.2%} of the supervised tokens were cut or dropped."]
+    tokens = f" and {lost_tokens:.2%} of the supervised tokens" if "supervised" in headings else ""
+    remarks = [f"{lost_rows:.2%} of the rows{tokens} were cut or dropped."]
     remarks += ledger_lines(ledger)
     paragraphs = "".join(f"<p>{_escape(remark)}</p>" for remark in remarks)
 
-    head = "".join(f"<th>{name}</th>" for name in ("Source", "Bin", "Rows", "Supervised tokens", "Context tokens"))
+    head = "".join(f"<th>{name}</th>" for name in ("Source", "Bin", *headings.values()))
     table = f'<div class="scroll"><table class="ledger"><tr>{head}</tr>{"".join(rows)}</table></div>{paragraphs}'
     return table if ledger.inputs else "<p>The run wrote no ledger.</p>"
 

@@ -3,7 +3,8 @@
 import math
 from dataclasses import dataclass, replace
 
-LOWER_IS_BETTER = {"eval/loss"}  # with all other metrics higher is better
+# With all other metrics higher is better.
+LOWER_IS_BETTER = {"eval/loss", "eval/log_loss", "eval/calibration_error", "eval/mse", "eval/mae"}
 
 
 @dataclass(frozen=True)

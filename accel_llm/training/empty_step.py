@@ -6,12 +6,9 @@ every figure grows by the same amount.
 """
 
 import copy
-import io
-import logging
-import warnings
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,15 +28,18 @@ from transformers.integrations import deepspeed as transformers_deepspeed
 from accel_llm.adapters.attach import attach_adapter
 from accel_llm.adapters.data_starts import start_figures
 from accel_llm.adapters.partial import last_layers, train_part
+from accel_llm.config.classify_options import ClassifyOptions
 from accel_llm.config.options import TrainOptions
 from accel_llm.data.batches import Batch, collate_packed, collate_padded
 from accel_llm.model.attention import unwrap_causal_lm
 from accel_llm.model.classifier import answer_scores, model_loader
 from accel_llm.model.document_attention import assumed_gpu
+from accel_llm.model.encoders import text_scores
 from accel_llm.model.language_part import freeze_other_parts
 from accel_llm.model.loading import OWN_IMPLEMENTATIONS, configure_for_training
 from accel_llm.model.loss import next_token_loss
 from accel_llm.model.quantization import build_quantization_config, prepare_4bit_layers, quantized_weights
+from accel_llm.system.quiet import quietly
 from accel_llm.training.optimizer_state import optimizer_bytes
 
 # The parts of a step in which its memory can be largest. The first and the last of the layers stand for all.
@@ -118,10 +118,16 @@ def _follow(
             batch = _largest_batch(options)
             with on_device:
                 with torch.autocast("cpu", settings.compute) if computes_in_16_bits else nullcontext():
-                    loss = answer_scores(model, batch).sum() if options.gives_scores else next_token_loss(model, batch)
+                    loss = _loss(model, batch, options)
                 loss.backward()
             recorder.end()
         return figures | recorder.figures
+
+
+def _loss(model: nn.Module, batch: Batch, options: TrainOptions) -> torch.Tensor:
+    if isinstance(options, ClassifyOptions):
+        return text_scores(model, batch).sum()
+    return answer_scores(model, batch).sum() if options.gives_scores else next_token_loss(model, batch)
 
 
 def attach_without_weights(options: TrainOptions, config: PreTrainedConfig) -> None:
@@ -133,19 +139,6 @@ def attach_without_weights(options: TrainOptions, config: PreTrainedConfig) -> N
     with quietly(), torch.device("meta"):
         layers = config.get_text_config().num_hidden_layers
         _build(options, _shorten(config, layers), StepSettings("cpu", torch.float32))
-
-
-@contextmanager
-def quietly() -> Iterator[None]:
-    """Hide what is said about the model: it is said again when the real one is built."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
 
 
 @contextmanager
@@ -195,7 +188,11 @@ def _build(options: TrainOptions, config: PreTrainedConfig, settings: StepSettin
     elif quantization := build_quantization_config(options, settings.compute, sharded=False):
         prepare_4bit_layers(model, quantization)
     # First values need weights. They take no further memory in a step.
-    options = options.model_copy(update={"init_lora_weights": True, "adapter_name_or_path": None})
+    kept = [
+        each for each in options.modules_to_save if any(f".{n}".endswith(f".{each}") for n, _ in model.named_modules())
+    ]
+    changes = {"init_lora_weights": True, "adapter_name_or_path": None, "modules_to_save": kept}
+    options = options.model_copy(update=changes)
     configure_for_training(model, options)
     if options.has_adapter:
         return attach_adapter(model, options), saved
@@ -357,6 +354,9 @@ def _largest_batch(options: TrainOptions) -> Batch:
     rows = [(row, row)] * options.per_device_train_batch_size
     batch = collate_packed(rows, None, virtual) if options.packing else collate_padded(rows, 0, None, virtual)
     batch["last_positions"] = batch["target_positions"]  # of scores; a batch of answers has fewer
+    if isinstance(options, ClassifyOptions):  # each row is one text
+        batch["first_positions"] = torch.arange(len(rows)) * len(row)
+        batch["last_positions"] = batch["first_positions"] + len(row) - 1
     return {
         name: torch.empty(value.shape, dtype=value.dtype) if isinstance(value, torch.Tensor) else value
         for name, value in batch.items()

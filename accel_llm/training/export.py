@@ -1,5 +1,6 @@
 """Export the result of a run: adapter/ or model/, with tokenizer, chat template and generation config."""
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from accel_llm.model.stored_dtypes import StoredDtypes
 from accel_llm.model.tokenizer_file import save_tokenizer
 from accel_llm.report.record import Record
 from accel_llm.system.folders import atomic_folder
+from accel_llm.system.quiet import quietly
 from accel_llm.training.read_back import read_export_back, sample_logits
 from accel_llm.training.start import Start
 
@@ -54,6 +56,8 @@ def export_model(
         with atomic_folder(folder) as partial:
             if peft:
                 save_adapter(inner, partial, state, str(options.model_name_or_path), start.identity["base"])
+                if options.gives_scores:  # the labels, which PEFT's files do not have, and the pad token
+                    save_config(_plain_config(causal_lm), partial)
             else:
                 stored = StoredDtypes(options, config)
                 state = _weights_in_files(options, config) | state if from_files else state
@@ -68,14 +72,22 @@ def export_model(
     return folder
 
 
+def _plain_config(model: PreTrainedModel) -> PreTrainedConfig:
+    """Return the config of a model without a quantization, which belongs to the base as it was loaded here."""
+    config: Any = deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
 def _weights_in_files(options: TrainOptions, config: PreTrainedConfig) -> dict[str, torch.Tensor]:
     """Return the weights that the run started from; those of a frozen part may be rounded in the model that computed."""
     unset_hf_deepspeed_config()  # otherwise transformers would shard what it loads under ZeRO-3
     arguments: dict[str, Any] = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
     arguments |= {"dtype": "auto", "scores": config if options.gives_scores else None}
-    model = load_complete_model(
-        str(options.model_name_or_path), allow_pickle=options.allow_pickle, for_training=True, **arguments
-    )
+    name = str(options.model_name_or_path)
+    with quietly():
+        model = load_complete_model(name, allow_pickle=options.allow_pickle, for_training=True, **arguments)
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 

@@ -23,7 +23,7 @@ from accel_llm.config.options import SftOptions
 from accel_llm.demo.files import DEMO_BASE
 from accel_llm.errors import ConfigError, raise_problems
 from accel_llm.model.loading import configure_for_training
-from accel_llm.training.empty_step import quietly
+from accel_llm.system.quiet import quietly
 from accel_llm.training.memory_estimate import estimate_memory
 
 FACTS_FILE = Path(__file__).with_name("method_facts.json")
@@ -98,7 +98,9 @@ def _follow(options: Any) -> tuple[int, int]:
     try:
         estimate = estimate_memory(options, LLAMA_2_7B, 1)
         return estimate.total, estimate.trainable
-    except (RuntimeError, NotImplementedError):
+    except (RuntimeError, NotImplementedError, ConfigError) as error:
+        if isinstance(error, ConfigError) and "Cannot copy out of meta tensor" not in str(error):
+            raise
         # PEFT reads values when it attaches the method. Weights that nobody has written take no memory.
         one, two = (_count(options, layers) for layers in (1, 2))
         return 0, one + (LLAMA_2_7B.num_hidden_layers - 1) * (two - one)

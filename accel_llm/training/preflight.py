@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import accel_llm.system.chatter
@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from accel_llm.adapters.partial import PARTIAL_METHODS, parameters_of_part
-from accel_llm.backend.accelerator import local_part, reshard, unwrap_model, unwrap_optimizer
+from accel_llm.backend.accelerator import local_part, unwrap_model, unwrap_optimizer
 from accel_llm.backend.collectives import sum_over_processes
 from accel_llm.backend.compilation import decoder_layers
 from accel_llm.backend.launch_settings import launch_yaml, recorded_environment
@@ -23,13 +23,11 @@ from accel_llm.backend.strategy import compute_dtype, resolve_precision, strateg
 from accel_llm.config.options import TrainOptions
 from accel_llm.errors import ConfigError
 from accel_llm.model.attention import unwrap_causal_lm
-from accel_llm.model.classifier import check_scores
 from accel_llm.model.language_part import parts_beside_language
-from accel_llm.model.loss import check_loss
 from accel_llm.model.offloaded_embedding import host_matrices
-from accel_llm.model.probe import check_causality, check_isolation
 from accel_llm.model.vocabulary import NEW_ROWS
 from accel_llm.training.census import ProductCensus, compilation_facts, dtype_name, watch_layers
+from accel_llm.training.model_checks import check_model
 
 # For a hash, tensors are read as integers of the same size in bytes.
 INTEGERS_BY_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -73,11 +71,8 @@ def preflight(accelerator: Accelerator, model: nn.Module, optimizer: Any, option
 
     # Checks that run the model.
     with ProductCensus() as census, _counted_forwards(model) as forwards:
-        loss_path = (check_scores if options.gives_scores else check_loss)(model, accelerator.device, dtype)
-        with _moved(model) if parameters["trainable"] < MOVED_SHARE * parameters["total"] else nullcontext():
-            check_causality(model, accelerator.device, dtype)
-            if options.packing or max(options.per_device_train_batch_size, options.per_device_eval_batch_size) > 1:
-                check_isolation(model, accelerator.device, dtype, bool(options.packing), options.max_length)
+        move = parameters["trainable"] < MOVED_SHARE * parameters["total"]
+        loss_path = check_model(model, accelerator.device, dtype, options, move)
     _check_products(census, dtype, sum(forwards) if options.has_adapter else None)
     each_process = sum_over_processes(accelerator, torch.tensor(held)).tolist()
     facts |= _settings_in_force(accelerator, model, optimizer, options) | {
@@ -113,38 +108,6 @@ def _settings_in_force(
         plugin: Any = accelerator.state.deepspeed_plugin
         facts["deepspeed"] = json.loads(json.dumps(plugin.deepspeed_config, default=str))
     return facts
-
-
-@contextmanager
-def _moved(model: nn.Module) -> Iterator[None]:
-    """Within the block, move the weights of an adapter by 1% at random, those that are 0 by 0.01.
-
-    A fresh adapter often adds nothing, so one that lets tokens see others would not be noticed. All processes move
-    their copies alike. Afterwards all weights are the same to the last bit.
-    """
-    reshard(model)
-    trained: list[Any] = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    # Tensors, and how many of their first elements are the weight's.
-    parts = [(local_part(parameter.data), parameter.numel()) for parameter in trained]
-    for parameter in trained:
-        # ZeRO-3 has a share of each weight beside the weight, which is empty or whole. The last shares end with padding,
-        # which DeepSpeed 0.19.8 never sets: any number may stand there.
-        if (share := getattr(parameter, "ds_tensor", None)) is not None:
-            before = torch.distributed.get_rank(parameter.ds_process_group) * share.numel()
-            parts.append((share, max(0, parameter.ds_numel - before)))
-    kept = [part.to("cpu", copy=True) for part, _ in parts]
-    for number, (part, own) in enumerate(parts):
-        generator = torch.Generator(part.device).manual_seed(number)
-        noise = torch.randn(part.shape, generator=generator, device=part.device)
-        weights = part.flatten()[:own].float()
-        size = float(weights.square().mean().sqrt()) if len(weights) else 0.0
-        part.add_((0.01 * (size or 1.0) * noise).to(part.dtype))
-    try:
-        yield
-    finally:
-        for (part, _), before in zip(parts, kept, strict=True):
-            part.copy_(before)
-        reshard(model)
 
 
 def _check_engine(model: nn.Module) -> None:

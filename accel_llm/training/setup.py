@@ -22,6 +22,7 @@ from accel_llm.adapters.refusals import backend_problems, check_quantized_base
 from accel_llm.backend.library_messages import quiet_libraries
 from accel_llm.backend.strategy import engine
 from accel_llm.chat.template import Template, configured_template
+from accel_llm.config.classify_options import ClassifyOptions
 from accel_llm.config.command_line import parse_options, resolved_options
 from accel_llm.config.options import OVERFIT_DEFAULTS, PretrainOptions, SftOptions, TrainOptions
 from accel_llm.config.preference_options import AnswerOptions, KtoOptions, PairOptions, PreferenceOptions, RewardOptions
@@ -31,11 +32,12 @@ from accel_llm.data.prepare import EncodedData, encode_conversations, encode_tex
 from accel_llm.data.rows import Rows
 from accel_llm.data.sources import source_problems
 from accel_llm.data.stream import Position, Stream, TrainingPlan
+from accel_llm.data.texts import collate_texts
 from accel_llm.demo.files import TrainOptionsT, parse_options_or_demo, resolve_demo
-from accel_llm.errors import ConfigError, raise_problems
+from accel_llm.errors import raise_problems
 from accel_llm.model.classifier import score_config
 from accel_llm.model.generation import stop_token_ids
-from accel_llm.model.loading import build_model, load_model, load_model_config, model_problems, tokenizer_problems
+from accel_llm.model.loading import build_model, load_model, load_model_config, model_problems
 from accel_llm.model.neftune import attach_neftune
 from accel_llm.model.padding import fit_pad_token, separate_pad_token
 from accel_llm.model.placement import place_weights
@@ -43,8 +45,10 @@ from accel_llm.model.tokenizer import check_token_ids, configured_tokenizer, pad
 from accel_llm.model.vocabulary import add_missing_tokens, extend_vocabulary
 from accel_llm.preference.reference import Reference, reference_problems
 from accel_llm.report.display import advise, show_plan
+from accel_llm.report.record import Record
 from accel_llm.system.folders import write_problem
 from accel_llm.system.launcher import process_rank
+from accel_llm.training.classes import add_labels, encode_texts_for_classes, fit_to_model
 from accel_llm.training.evaluation import Measure
 from accel_llm.training.memory_advice import note_memory_advice
 from accel_llm.training.memory_report import show_memory
@@ -53,6 +57,7 @@ from accel_llm.training.other_reference import ask_other_reference
 from accel_llm.training.preference_evaluation import preference_metrics
 from accel_llm.training.schedule import build_schedule
 from accel_llm.training.start import Start
+from accel_llm.training.text_evaluation import text_metrics
 
 
 def read_options(
@@ -81,24 +86,9 @@ def read_options(
         problems += reference_problems(options)
     raise_problems(problems + _output_problems(options))
     quiet_libraries()
+    if isinstance(options, ClassifyOptions):
+        options = fit_to_model(options)
     return fill_learning_rate(options)
-
-
-def read_data_options(options_class: type[TrainOptionsT], demo: Path) -> TrainOptionsT:
-    """Read and check the options of a script that encodes data but trains nothing.
-
-    Such a script reads only the tokenizer of a model, so with `tokenizer_name` no model is needed.
-
-    Raises:
-        ConfigError: an option, the model or a source of rows cannot be used. It lists all problems.
-    """
-    options = parse_options_or_demo(options_class, demo, sys.argv[1:])
-    options = fill_method_options(adopt_adapter_options(options))  # virtual tokens count in a row
-    raise_problems(
-        source_problems(options) + (tokenizer_problems(options) if options.tokenizer_name else model_problems(options))
-    )
-    quiet_libraries()
-    return options
 
 
 def _output_problems(options: TrainOptions) -> list[str]:
@@ -131,27 +121,7 @@ def chat_tokenizer(options: SftOptions) -> ChatTokenizer:
     return ChatTokenizer(tokenizer, template, new_tokens)
 
 
-def tokenizer_and_template(
-    options: SftOptions,
-) -> tuple[PreTrainedTokenizerFast, Template | None, tuple[str, str]]:
-    """Load the tokenizer and, if there is one, the chat template, for rows that may all be plain text.
-
-    The third value is for `Encoder.no_template`: the message and reason of the error that a conversation is without it.
-
-    Raises:
-        ConfigError: one of them cannot be loaded, or they do not fit each other.
-    """
-    tokenizer = configured_tokenizer(options)
-    try:
-        add_missing_tokens(tokenizer, options)
-        return tokenizer, configured_template(tokenizer, options), ("", "")
-    except ConfigError as error:
-        if options.chat_template or tokenizer.chat_template:
-            raise
-        return tokenizer, None, (str(error).rstrip("."), "no chat template")
-
-
-def text_tokenizer(options: PretrainOptions) -> PreTrainedTokenizerFast:
+def text_tokenizer(options: PretrainOptions | ClassifyOptions) -> PreTrainedTokenizerFast:
     """Load the tokenizer of a run on plain text, which needs no chat template.
 
     Raises:
@@ -202,6 +172,24 @@ def encode_documents(
     return data
 
 
+def encode_labelled_texts(
+    options: ClassifyOptions, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast
+) -> tuple[EncodedData, PreTrainedConfig]:
+    """Encode texts with labels as rows; return them, and the config of the classifier, with the names of the labels.
+
+    Raises:
+        ConfigError, DataError: as `encode_texts_for_classes` does.
+    """
+    data = encode_texts_for_classes(options, config, tokenizer)
+    return data, add_labels(config, data)
+
+
+def measure_texts(data: EncodedData, record: Record) -> Measure:
+    """Return how to measure texts with labels; their confusion matrix goes into `record`."""
+    assert data.labels is not None
+    return partial(text_metrics, data.labels, record)
+
+
 def read_config(options: TrainOptions) -> PreTrainedConfig:
     """Read the model's config, but no weights.
 
@@ -210,7 +198,7 @@ def read_config(options: TrainOptions) -> PreTrainedConfig:
     """
     config = load_model_config(options, options.max_length)
     check_quantized_base(options, config)
-    return score_config(config) if options.gives_scores else config
+    return score_config(config) if isinstance(options, RewardOptions) else config
 
 
 def open_stream(options: TrainOptions, rows: Rows, start: Position, tokenizer: PreTrainedTokenizerFast) -> Stream:
@@ -219,6 +207,8 @@ def open_stream(options: TrainOptions, rows: Rows, start: Position, tokenizer: P
     Pairs of answers that are packed have their prompt in common, unless virtual tokens come before each document.
     """
     pad = pad_token_id(tokenizer)
+    if isinstance(options, ClassifyOptions):
+        return Stream(rows, options, start, pad, collate_texts)
     if not isinstance(options, AnswerOptions):
         return Stream(rows, options, start, pad)
     units = as_units(rows, bool(options.packing) and not options.virtual_tokens)

@@ -225,6 +225,7 @@ BASES = {
 
 @real
 @pytest.mark.parametrize("name", BASES)
+@pytest.mark.long
 def test_every_published_adapter_merges_into_a_base_of_its_shape(name, tmp_path):
     loader, config, modules = BASES[name]
     torch.manual_seed(0)

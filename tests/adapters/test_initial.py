@@ -361,6 +361,7 @@ def test_first_values_beside_an_adapter_to_go_on_from_are_refused(bases, tmp_pat
         attached(bases["llama"], adapter_name_or_path=str(tmp_path), lora_r=8, init_lora_weights="olora")
 
 
+@pytest.mark.long
 def test_a_resumed_run_keeps_the_first_values_that_it_began_with(script, tiny, chats, tmp_path, monkeypatch):
     """Also on a machine that computes other ones: here they are random, as a careless decomposition would be."""
     words = ["--model_name_or_path", tiny, "--train_files", chats, "--max_length", 128, "--learning_rate", 1e-2]

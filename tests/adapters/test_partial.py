@@ -156,6 +156,7 @@ def test_the_export_is_the_base_bit_for_bit_with_the_trained_part(train, make_mo
     assert changed == {"model.embed_tokens.weight", *(name for name in before if ".layers.1." in name)}
 
 
+@pytest.mark.long
 def test_a_resumed_run_is_bit_equal_and_layers_below_may_be_recomputed(train, tiny, tmp_path):
     part = ("--method", "freeze", "--method_options", "layers=1", "--max_steps", 4, "--save_steps", 2)
     whole = train(tiny, *part)
@@ -189,6 +190,7 @@ def test_new_tokens_need_trained_rows():
     train_part(model, options(layers=1, embeddings=True, head=True), range(95, 97))
 
 
+@pytest.mark.long
 def test_layers_at_the_end_are_followed_by_the_estimate_of_memory():
     """More layers of the model add frozen weights only; the last 5 trained are 5 layers."""
     layout = Layout("single", 1, "cpu", {})

@@ -25,8 +25,7 @@ pytestmark = [
         "ignore:(?s).*(CUDA ext|butterfly_factor|Unsupported layer|no bias term|inputs will be cast|Sparse inv)"
     ),
 ]
-# AdaMSS needs scikit-learn.
-METHODS = [name for name in peft_methods() if name not in (*REFUSED_METHODS, "qlora", "adamss")]
+METHODS = [name for name in peft_methods() if name not in (*REFUSED_METHODS, "qlora")]
 # PEFT adds AdaLoRA's penalty in eval mode too.
 OPTIONS = {"trainable_tokens": {"token_indices": [5, 9]}, "adalora": {"orth_reg_weight": 1e-12}}
 OPTIONS |= {name: {"num_virtual_tokens": 4} for name in ("prefix", "p_tuning_v2", "prompt", "p_tuning")}

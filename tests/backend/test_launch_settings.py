@@ -260,6 +260,7 @@ print("yaml:", launch_yaml())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the launcher's command line is read from /proc")
+@pytest.mark.long
 def test_a_launch_with_several_processes_that_starts_one_says_so(tmp_path):
     script = tmp_path / "show.py"
     script.write_text(SHOW.format(root=str(ROOT)), encoding="utf-8")

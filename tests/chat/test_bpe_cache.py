@@ -169,11 +169,13 @@ def growth(count: int, length: int, change: str = "") -> float:
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
 @pytest.mark.parametrize("count, length", [(3000, 4000), (100_000, 30)])
+@pytest.mark.long
 def test_many_different_words_take_little_memory(count: int, length: int) -> None:
     assert growth(count, length) < 48
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
+@pytest.mark.long
 def test_without_the_bounds_they_would_take_much() -> None:
     change = "bpe_cache._MAX_WORD = bpe_cache._MAX_BYTES = 1 << 60"
     assert growth(1000, 4000, change) > 64 and growth(100_000, 30, change) > 64

@@ -47,11 +47,19 @@ ADALORA = ("--method", "adalora", "--method_options")
     [
         pytest.param((*LORA, "--add_tokens", "--chat_template", "chatml"), id="lora-dropout-adamw"),
         pytest.param(("--method", "full", "--neftune_noise_alpha", 5, "--save_async"), id="full-neftune-async"),
-        pytest.param((*LORA, "--optim", "adamw_8bit", "--lora_r", 64), id="lora-adamw_8bit"),
+        pytest.param((*LORA, "--optim", "adamw_8bit", "--lora_r", 64), id="lora-adamw_8bit", marks=pytest.mark.long),
         pytest.param((*LORA, "--optim", "adafactor", "--gradient_checkpointing"), id="lora-adafactor-checkpointing"),
         pytest.param(("--method", "full", "--optim", "muon", "--logging_steps", 2), id="full-muon"),
-        pytest.param((*LORA, "--optim", "lion", "--modules_to_save", "lm_head"), id="lora-lion-modules_to_save"),
-        pytest.param((*ADALORA, "{tfinal: 1, init_r: 64}", "--optim", "adamw_8bit"), id="adalora-adamw_8bit"),
+        pytest.param(
+            (*LORA, "--optim", "lion", "--modules_to_save", "lm_head"),
+            id="lora-lion-modules_to_save",
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
+            (*ADALORA, "{tfinal: 1, init_r: 64}", "--optim", "adamw_8bit"),
+            id="adalora-adamw_8bit",
+            marks=pytest.mark.long,
+        ),
         pytest.param((*ADALORA, "{tfinal: 4}"), id="adalora-last-phase", marks=pytest.mark.long),
     ],
 )

@@ -27,6 +27,7 @@ def eval_steps(run: Path) -> list[int]:
     return [line["step"] for line in metrics(run) if "eval/loss" in line]
 
 
+@pytest.mark.long
 def test_a_last_evaluation_that_fails_loses_nothing_and_is_done_again(train, tmp_path, monkeypatch):
     whole, run = train(tmp_path / "whole", *EVALUATES), tmp_path / "run"
     generate = GenerationMixin.generate
@@ -64,6 +65,7 @@ raise ImportError("this tracker is broken")
 """
 
 
+@pytest.mark.long
 def test_a_signal_in_the_last_evaluation_ends_the_run_at_once_and_it_can_go_on(train, tiny, chats, tmp_path):
     """In a process of its own. The tracker fails too, which is a problem of the run but does not end it."""
     (tmp_path / "packages" / "wandb").mkdir(parents=True)
@@ -132,6 +134,43 @@ def test_without_the_best_checkpoint_the_last_weights_are_exported_and_this_is_t
     )
     facts = run_json(run)
     assert facts["status"] == "done" and facts["exported_step"] == STEPS and len(facts["problems"]) == 1
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [{"eval/perplexity": 2.0}] * 3,  # the rows do not define the metric
+        [{"eval/loss": float("nan")}] * 3,
+    ],
+)
+def test_if_no_evaluation_has_the_metric_the_last_weights_are_exported_and_this_is_told(
+    train, chats, tmp_path, monkeypatch, capsys, values
+):
+    results, run = iter(values), tmp_path / "run"
+    monkeypatch.setattr("accel_llm.training.evaluation.mean_loss", lambda *_: next(results))
+    with pytest.raises(ConfigError, match="something beside the training failed, as said above"):
+        train(run, "--eval_files", chats, "--eval_steps", 2, "--metric_for_best_model", "eval/loss")
+    told = [line for line in capsys.readouterr().out.splitlines() if "metric_for_best_model: " in line]
+    begin, end = (
+        "metric_for_best_model: the evaluation after step",
+        "has no finite eval/loss, so it is not the best one",
+    )
+    assert told[:3] == [f"{begin} {step} {end}" for step in (2, 4, 6)]
+    problem = (
+        "metric_for_best_model: no evaluation had a finite eval/loss, so the export has the weights of step 6, the last "
+        "ones."
+    )
+    facts = run_json(run)
+    assert told[3:] == [f"problem: {problem}"] and facts["problems"] == [problem]
+    assert facts["status"] == "done" and facts["exported_step"] == STEPS
+
+
+def test_one_evaluation_without_the_metric_leaves_the_best_of_the_others(train, chats, tmp_path, monkeypatch, capsys):
+    results, run = iter([{"eval/loss": 1.0}, {"eval/perplexity": 2.0}, {"eval/loss": 2.0}]), tmp_path / "run"
+    monkeypatch.setattr("accel_llm.training.evaluation.mean_loss", lambda *_: next(results))
+    train(run, "--eval_files", chats, "--eval_steps", 2, "--metric_for_best_model", "eval/loss")
+    assert run_json(run)["exported_step"] == 2 and "problems" not in run_json(run)
+    assert "the evaluation after step 4 has no finite eval/loss" in capsys.readouterr().out
 
 
 def test_a_report_that_cannot_be_written_is_told_after_everything_else(train, tmp_path, monkeypatch, capsys):

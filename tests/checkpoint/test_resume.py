@@ -83,6 +83,7 @@ def test_overwriting_removes_only_files_of_a_run_and_only_when_the_new_run_is_re
     assert [line["step"] for line in metrics(run)] == [1]
 
 
+@pytest.mark.long
 def test_an_interrupted_run_without_a_checkpoint_starts_anew(train, interrupt, tmp_path):
     interrupt(2)
     with pytest.raises(Stopped):
@@ -126,6 +127,7 @@ def test_a_process_killed_while_it_removes_old_files_leaves_run_json(tmp_path, m
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 
+@pytest.mark.long
 def test_resume_from_a_named_checkpoint_from_none_and_from_nothing(train, interrupt, tmp_path):
     whole = train(tmp_path / "whole", "--save_steps", 2, "--save_total_limit", 9)
     checkpoint = checkpoint_path(whole, 2)

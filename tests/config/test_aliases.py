@@ -155,6 +155,22 @@ def test_what_means_something_else_is_answered(words, problem):
     assert problems(*words.split())[0] == problem
 
 
+@pytest.mark.parametrize(
+    "line, order",
+    [
+        ("group_by_length: true", "group_by_length"),
+        ("group_by_length: false", "shuffle"),
+        ("train_sampling_strategy: group_by_length", "group_by_length"),
+        ("train_sampling_strategy: sequential", "source"),
+        ("train_sampling_strategy: random", "shuffle"),
+    ],
+)
+def test_the_sampling_of_transformers_is_an_order(line, order, tmp_path):
+    assert sft(f"{line}\npacking: false", tmp_path).order == order
+    with pytest.raises(ConfigError, match="train_sampling_strategy: 'batch_rebalance' has no meaning here; order: "):
+        sft("train_sampling_strategy: batch_rebalance", tmp_path)
+
+
 @pytest.mark.parametrize("line", ["adapter: IA3", "finetuning_type: ia3", "method: (IA)3"])
 def test_any_method_may_have_the_name_of_another_trainers_option(line, tmp_path):
     assert sft(line, tmp_path).method == "ia3"

@@ -52,13 +52,14 @@ SCRIPTS = {
     "dpo": ["loss_type loss_weights beta label_smoothing simpo_gamma cpo_alpha rpo_alpha use_weighting", *PAIRS],
     "kto": ["loss_type beta desirable_weight undesirable_weight", *PREFERENCE],
     "reward": ["center_rewards_coefficient", "scored_answers", *SCORES],
+    "classify": ["problem_type class_weights focal_gamma", *without(*TURNS, "z_loss_coef", "eval_generate")],
     "pretrain": ["config_name text_column", *without(*TURNS)],
     "show_data": ["json", "overfit", *TRAINING],
     "show_methods": ["methods json"],
     "chat": ["adapters prompt system", ASK],
     "predict": [
         """
-        input_files output_file overwrite_output_file column_prefix data_format columns on_bad_row max_length
+        input_files output_file overwrite_output_file column_prefix data_format columns on_bad_row max_length overlong
         per_device_eval_batch_size
         """,
         ASK,

@@ -17,7 +17,7 @@ from accel_llm.data.answers import Pairs, advise_weights, as_units, collate_answ
 from accel_llm.data.batches import Batch
 from accel_llm.data.encode_answers import count_shared
 from accel_llm.data.rows import ARRAYS, RowPart, Rows, as_rows
-from accel_llm.data.stream import Position, Stream, evaluation_batches
+from accel_llm.data.stream import Position, Stream, evaluation_batches, padding_share
 from accel_llm.errors import DataError
 
 PAD = 0
@@ -307,3 +307,15 @@ def test_evaluation_counts_each_pair_once(packing: bool, world: int, size: int) 
     assert len({len(batches) for batches in ranks}) == 1
     assert Counter(str(one) for batches in ranks for batch in batches for one in met(batch)) == expected_targets()
     assert sum(batch["total_weight"] for batches in ranks for batch in batches) == len(pairs)
+
+
+@pytest.mark.parametrize("virtual", [0, 3])
+def test_the_share_of_padding_counts_the_prompt_of_each_answer(virtual: int) -> None:
+    """Without packing a pair is two rows, each with its prompt and its virtual tokens."""
+    method = {"method": "prompt_tuning", "method_options": {"num_virtual_tokens": virtual}} if virtual else {}
+    options = TrainOptions(packing=None, per_device_train_batch_size=4, num_train_epochs=1, **method)
+    rows = make_answers(MANY)
+    stream = Stream(Pairs(rows, share_prompts=False), options, Position(), PAD, collate_answers)
+    masks = [stream.micro_batch(step, 0)["attention_mask"] for step in range(stream.plan.total_steps)]
+    expected = 1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
+    assert padding_share(rows, options, 4) == pytest.approx(expected, abs=1e-12) and expected > 0.05

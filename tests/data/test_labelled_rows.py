@@ -191,10 +191,11 @@ def test_no_row_of_a_table_without_a_header_is_lost(tmp_path: Path, columns: dic
     rows, task = rows_of(write(tmp_path, "a.tsv", *SST), **columns)
     assert rows == expected and task.vocabulary.labels == Labels(SINGLE_LABEL, ("0", "1"))
     assert task.readers[0].notes() == [
-        f"{tmp_path / 'a.tsv'}: a file without a header; its columns are {'0, 1' if columns else 'text, label'}."
+        f"{tmp_path / 'a.tsv'}: a file without a header; its columns are {'0, 1' if columns else 'text, label'}.",
+        f"{tmp_path / 'a.tsv'}: {'text from 0, label from 1' if columns else 'text from text, label from label'}.",
     ]
     rows, task = rows_of(write(tmp_path, "b.tsv", "text\tlabel", *SST))
-    assert rows == expected and task.readers[0].notes() == []
+    assert rows == expected and task.readers[0].notes() == [f"{tmp_path / 'b.tsv'}: text from text, label from label."]
     # A row with another number of cells is not cut or filled.
     with pytest.raises(DataError, match=r"c\.tsv, line 5: has 1 cells, must have 2 as line 1 has \(text, label\)"):
         rows_of(write(tmp_path, "c.tsv", *SST, "odd"))
@@ -293,4 +294,5 @@ def test_published_files_are_read_whole(name: str, text: str, label: str, empty:
     assert rows == [(row[text], row[label]) for row in expected if row[text].strip()]
     assert bad == [(k, EMPTY_TEXT) for k, row in enumerate(expected, 1) if not row[text].strip()] and len(bad) == empty
     assert Counter(label for _, label in rows).keys() == {"0", "1"}
-    assert task.vocabulary.labels == Labels(SINGLE_LABEL, ("0", "1")) and reader.notes() == []
+    assert task.vocabulary.labels == Labels(SINGLE_LABEL, ("0", "1"))
+    assert len(reader.notes()) == 1 and reader.notes()[0].endswith(f": text from {text}, label from label.")

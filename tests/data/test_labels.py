@@ -24,6 +24,7 @@ from accel_llm.data.labels import (
     describe_targets,
     find_targets,
     find_vocabulary,
+    name_targets,
     parse_label,
 )
 from accel_llm.errors import DataError
@@ -62,7 +63,7 @@ def refusal(call: Any) -> DataError:
         ([0.5, "0.5", ".5", "5e-1"], "0.5"),
         (["007"], "007"),
         (["1_000"], "1_000"),  # a number to Python's float
-        (["True"], "True"),
+        (["True", "true", True], "true"),
         (["positive", " positive\n"], "positive"),
         ([2**70, str(2**70)], str(2**70)),
         (["9" * 400], "9" * 400),
@@ -211,7 +212,8 @@ def test_the_names_of_a_trained_model_stand() -> None:
     assert targets_of(["1", "5"], names=("5", "1")) == [[1], [0]]
     error = refusal(lambda: targets_of(["good"], names=names))
     assert error.reason == UNKNOWN_LABEL
-    assert str(error) == 'label: found "good", which is unknown; known are neutral, negative, positive'
+    found = 'label: found "good", which is unknown; known are neutral, negative, positive'
+    assert str(error) == f"{found}, for which the model's head was trained"
     assert refusal(lambda: targets_of([3], names=names)).reason == UNKNOWN_LABEL
     # Names that the data was found to have are no numbers.
     vocabulary = find(["b", "a"])
@@ -277,3 +279,11 @@ def test_published_labels_are_counted_as_the_csv_module_counts_them() -> None:
         values = [row["label"] for row in csv.DictReader(file)]
     counts = Counter(values)
     assert describe(values).endswith(f"by rows: 0 ({counts['0']:,}), 1 ({counts['1']:,}).")
+
+
+def test_the_label_of_a_text_in_words():
+    names = ("bad", "good", "odd")
+    assert name_targets(np.array([1.0]), Labels(SINGLE_LABEL, names)) == "good"
+    assert name_targets(np.array([1.0, 0.0, 1.0]), Labels(MULTI_LABEL, names)) == "bad, odd"
+    assert name_targets(np.zeros(3), Labels(MULTI_LABEL, names)) == "no label"
+    assert name_targets(np.array([-0.25]), Labels(REGRESSION, ("score",))) == "-0.25"

@@ -5,11 +5,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from accel_llm.config.options import TrainOptions
-from accel_llm.data.order import arrange_epoch, mix_sources
+from accel_llm.data.order import GROUP_ROWS, arrange_epoch, mix_sources
 from accel_llm.data.packing import pack_in_order
 
 LENGTHS = np.random.default_rng(3).integers(1, 17, 200)
@@ -50,6 +52,7 @@ def test_per_epoch_packs_anew_and_static_only_reorders():
 def test_seeds_differ():
     for packing in ("per_epoch", "static", None):
         assert bins(0, packing=packing, seed=1) != bins(0, packing=packing, seed=2)
+    assert grouped(ROWS, LENGTHS, 0, seed=1) != grouped(ROWS, LENGTHS, 0, seed=2)
 
 
 def test_the_shortest_first_and_the_order_of_the_sources():
@@ -59,6 +62,97 @@ def test_the_shortest_first_and_the_order_of_the_sources():
     assert (np.diff(by_length)[equal] > 0).all()
     for packing in ("per_epoch", None):
         assert [row for part in bins(5, order="source", packing=packing) for row in part] == ROWS.tolist()
+
+
+def grouped(rows: np.ndarray, lengths: np.ndarray, epoch: int, **changes: Any) -> list[int]:
+    changes = {"order": "group_by_length", **changes}
+    result = arrange_epoch(rows, lengths, options(packing=None, **changes), epoch)
+    assert result.offsets.tolist() == list(range(len(rows) + 1))
+    return result.order.tolist()
+
+
+# A long tail: the middle length is 55, the mean 89, the longest 2,790.
+LONG_TAIL = np.random.default_rng(1).lognormal(4, 1, 20_000).astype(np.int64) + 1
+
+
+@pytest.mark.parametrize("count", [1, 2, 63, 64, 65, 200, 1000, 20_000])
+def test_groups_of_similar_length_have_every_row_once(count):
+    rows, lengths = np.arange(count), LONG_TAIL[:count]
+    epochs = [grouped(rows, lengths, epoch) for epoch in range(4)]
+    assert all(sorted(epoch) == rows.tolist() for epoch in epochs)
+    assert [grouped(rows, lengths, epoch) for epoch in (3, 2, 1, 0)] == epochs[::-1]
+    # How many rows are a step, or a batch of a process, changes nothing.
+    assert grouped(rows, lengths, 1, per_device_train_batch_size=4, total_batch_size=12) == epochs[1]
+    if count > 2:
+        assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+def test_rows_that_a_weight_repeats_stay_repeated():
+    rows = mix_sources(np.repeat([0, 1], [300, 20]), [1.0, 1.0], 0)
+    assert sorted(grouped(rows, LONG_TAIL, 0)) == sorted(rows.tolist())
+    assert np.bincount(rows, minlength=320)[300:].tolist() == [15] * 20
+
+
+def padding_share(order: list[int], lengths: np.ndarray, size: int) -> float:
+    """The share of padding in batches of `size` rows, batch by batch."""
+    batches = [lengths[order[k : k + size]] for k in range(0, len(order), size)]
+    return 1 - lengths[order].sum() / sum(int(batch.max()) * len(batch) for batch in batches)
+
+
+@pytest.mark.parametrize("count, most", [(20_000, [0.04, 0.08, 0.15, 0.3]), (2_000, [0.12, 0.25, 0.4, 0.6])])
+def test_groups_need_far_less_padding_and_no_more_than_those_of_transformers(count, most):
+    rows, lengths = np.arange(count), LONG_TAIL[:count]
+    for size, limit in zip((8, 16, 32, 64), most, strict=True):
+        plain, in_groups = (
+            padding_share([k for epoch in range(3) for k in grouped(rows, lengths, epoch, order=order)], lengths, size)
+            for order in ("shuffle", "group_by_length")
+        )
+        theirs = get_length_grouped_indices(lengths.tolist(), size, generator=torch.Generator().manual_seed(0))
+        other = padding_share(theirs, lengths, size)
+        print(
+            f"{count:,} rows, batches of {size}: {plain:.1%} padding shuffled, {in_groups:.1%} in groups, {other:.1%} by "
+            "transformers"
+        )
+        assert in_groups < limit < plain and in_groups < other
+
+
+@pytest.mark.parametrize("count", [20_000, 1_001])
+def test_groups_begin_at_multiples_of_their_size_in_all_epochs_together(count):
+    """Each group has rows of one window, so what it spans is little beside what all rows span."""
+    rows, lengths = np.arange(count), np.arange(count)  # all lengths differ
+    order = np.array([row for epoch in range(5) for row in grouped(rows, lengths, epoch)])
+    inside = [k for k in range(0, len(order) - GROUP_ROWS, GROUP_ROWS) if k // count == (k + GROUP_ROWS - 1) // count]
+    spans = [np.ptp(order[k : k + GROUP_ROWS]) for k in inside]
+    shifted = [np.ptp(order[k + 32 : k + 96]) for k in inside]
+    assert np.median(spans) * 1.3 < np.median(shifted)
+    # A half of a group, and a half of that, has neighbors in length; and neither half is always the shorter one.
+    parts = [order[k : k + GROUP_ROWS].reshape(-1, 2, 8).mean(2) for k in inside]
+    assert 0.3 < np.mean([part[:, 0] < part[:, 1] for part in parts]) < 0.7
+    for k in inside[:50]:
+        for size in (8, 16, 32):
+            blocks = order[k : k + GROUP_ROWS].reshape(-1, size)
+            borders = sorted((block.min(), block.max()) for block in blocks)
+            assert all(one[1] < other[0] for one, other in pairwise(borders))
+
+
+def test_the_order_of_groups_is_random():
+    """Rows that are together in one epoch are seldom together in the next, and no part of an epoch has longer rows."""
+    rows = np.arange(20_000)
+    first, second = (np.array(grouped(rows, LONG_TAIL, epoch)) for epoch in range(2))
+    place = np.empty(len(rows), np.int64)
+    place[second] = (np.arange(len(rows)) + len(rows)) // GROUP_ROWS
+    group = first[GROUP_ROWS : 2 * GROUP_ROWS]
+    assert max(np.bincount(place[group])) < GROUP_ROWS / 2
+    quarters = [LONG_TAIL[part].mean() for part in np.split(first, 4)]
+    assert max(quarters) < 1.5 * min(quarters)
+
+
+def test_packed_rows_need_no_groups():
+    sentence = (
+        "order: group_by_length saves padding, but packed rows need none; set packing: false, or leave order out."
+    )
+    assert sentence in options(order="group_by_length").problems()
+    assert sentence not in options(order="group_by_length", packing=False).problems()
 
 
 @settings(max_examples=100, deadline=None)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from accel_llm.chat.targets import IGNORED
 from accel_llm.data.batches import collate_packed, collate_padded
-from accel_llm.data.packing import pack, pack_in_order
+from accel_llm.data.packing import Bins, pack, pack_in_order, spread
 
 CORPORA = st.integers(1, 64).flatmap(
     lambda capacity: st.tuples(st.lists(st.integers(1, capacity), max_size=200), st.just(capacity))
@@ -130,3 +130,36 @@ def test_a_batch_says_where_its_targets_are_and_what_they_weigh(packed, weighted
         assert batch["total_weight"] == pytest.approx(total, rel=1e-12)
         # The first token of a document is never one of them.
         assert len(found) == sum(int((row_labels[1:] != IGNORED).sum()) for _, row_labels in rows)
+
+
+def means_of_rows(lengths: np.ndarray, bins: Bins) -> np.ndarray:
+    return np.add.reduceat(lengths[bins.order], bins.offsets[:-1]) / np.diff(bins.offsets)
+
+
+@pytest.mark.parametrize("capacity", [128, 512])
+def test_spread_rows_have_documents_of_all_lengths_and_about_as_many_tokens(capacity):
+    lengths = np.minimum(np.random.default_rng(0).geometric(1 / 13, 20_000) + 2, capacity)
+    spread_out, best_fit = (fill(lengths, capacity, np.random.default_rng(1)) for fill in (spread, pack))
+    assert sorted(spread_out.order.tolist()) == list(range(len(lengths)))
+    tokens = np.add.reduceat(lengths[spread_out.order], spread_out.offsets[:-1])
+    assert tokens.max() <= capacity and tokens.min() > 0.95 * capacity
+    assert len(spread_out.offsets) <= 1.02 * len(best_fit.offsets)
+    # The mean length of a row says little about the row; with best fit it says nearly all.
+    assert means_of_rows(lengths, spread_out).std() < 0.2 * means_of_rows(lengths, best_fit).std()
+
+
+def test_spread_draws_the_rows_anew_but_not_their_number():
+    lengths = np.random.default_rng(0).integers(1, 40, 500)
+    first, second = (spread(lengths, 64, np.random.default_rng(seed)) for seed in (1, 2))
+    assert len(first.offsets) == len(second.offsets) and first.order.tolist() != second.order.tolist()
+    again = spread(lengths, 64, np.random.default_rng(1))
+    assert again.order.tolist() == first.order.tolist() and again.offsets.tolist() == first.offsets.tolist()
+    plain = spread(lengths, 64)
+    assert plain.order.tolist() == spread(lengths, 64).order.tolist()
+
+
+def test_spread_of_few_or_long_documents():
+    assert spread([], 8).offsets.tolist() == [0]
+    assert [len(spread([n] * 3, 8).offsets) - 1 for n in (8, 5, 4, 2)] == [3, 3, 2, 1]
+    with pytest.raises(ValueError, match=r"lengths run from 3 to 9, allowed are 1 to capacity=8"):
+        spread([3, 9], 8)

@@ -14,7 +14,7 @@ from accel_llm.chat.targets import IGNORED
 from accel_llm.config.options import TrainOptions
 from accel_llm.data.batches import to_device
 from accel_llm.data.rows import Rows
-from accel_llm.data.stream import Position, Stream, TrainingPlan
+from accel_llm.data.stream import Position, Stream, TrainingPlan, padding_share
 
 PAD = 0
 MAX_LENGTH = 16
@@ -208,6 +208,41 @@ def test_no_row_is_lost_or_repeated_when_the_rows_per_step_change(monkeypatch, s
     assert Counter(rows_before + left) == dict.fromkeys(range(1, 51), 2)
     begin = 24 + size * world
     assert after.step(4) == sorted(before.ranks[0].documents(k)[0] + 1 for k in range(begin, begin + size * world))
+
+
+@pytest.mark.parametrize("world, size", [(1, 4), (2, 2), (4, 8), (3, 2)])
+def test_groups_of_similar_length_go_on_with_the_same_rows_on_other_processes(monkeypatch, world, size):
+    """200 rows for 3 epochs: 5 steps of 16 rows by 2 processes, then a resume; the sequence of rows is one."""
+    monkeypatch.setitem(globals(), "ROWS", documents(200, 40))
+    options = {"packing": False, "order": "group_by_length", "max_length": 40, "num_train_epochs": 3}
+    before = Cutting(monkeypatch, 2, 8, **options)
+    whole = [k + 1 for position in range(600) for k in before.ranks[0].documents(position)]
+    for step in range(5):
+        assert before.step(step) == sorted(whole[16 * step : 16 * step + 16])
+    after = Cutting(monkeypatch, world, size, first_step=5, first_row=80, **options)
+    rows = after.plan.rows_per_step
+    assert after.plan.total_steps == 5 + -(-520 // rows)
+    for step in range(5, after.plan.total_steps):
+        begin = 80 + (step - 5) * rows
+        assert after.step(step) == sorted(whole[begin : begin + rows])
+    assert Counter(whole) == dict.fromkeys(range(1, 201), 3)
+    assert whole != [
+        k + 1
+        for position in range(600)
+        for k in Cutting(monkeypatch, 1, 1, **options, seed=1).ranks[0].documents(position)
+    ]
+
+
+@pytest.mark.parametrize("order", ["shuffle", "group_by_length", "source"])
+@pytest.mark.parametrize("world, size, total", [(1, 1, 1), (1, 4, 4), (2, 8, 32), (1, 3, 8), (3, 2, 8), (1, 64, 64)])
+def test_the_share_of_padding_is_that_of_the_batches_of_an_epoch(monkeypatch, order, world, size, total):
+    options = {"packing": False, "order": order, "total_batch_size": total, "num_train_epochs": 1}
+    cutting = Cutting(monkeypatch, world, size, **options)
+    steps = range(cutting.plan.total_steps)
+    masks = [batch["attention_mask"] for step in steps for batch in cutting.batches(step) if met(batch)]
+    expected = 1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
+    share = padding_share(ROWS, cutting.ranks[0].options, cutting.plan.rows_per_step)
+    assert share == pytest.approx(expected, abs=1e-12) and (share > 0) == (size > 1)
 
 
 def test_processes_never_share_a_row(monkeypatch):

@@ -160,7 +160,7 @@ def our_imports(path: Path) -> set[str]:
 
 def test_training_loops_are_equal_and_fit_a_screen() -> None:
     loops = {path.stem: training_loop(path) for path in SCRIPTS if training_loop(path)}
-    assert {"sft", "pretrain", "dpo", "kto", "reward"} <= loops.keys()
+    assert {"sft", "pretrain", "dpo", "kto", "reward", "classify"} <= loops.keys()
     assert len(set(loops.values())) == 1
     for path in SCRIPTS:
         assert path.read_text(encoding="utf-8").count("\n") <= 120, path
@@ -200,7 +200,8 @@ def test_scripts_stand_alone_and_shadow_nothing() -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_is_read_by_its_script_and_short(path: Path) -> None:
     last = path.stem.split("_")[-1]
-    name = "pretrain" if path.stem == "demo_base" else last if last in AFTER_FINE_TUNING else "sft"
+    own = (*AFTER_FINE_TUNING, "classify")
+    name = "pretrain" if path.stem == "demo_base" else last if last in own else "sft"
     assert parse_options(script(name).Options, ["--config", str(path)]).model_fields_set
     lines = path.read_text(encoding="utf-8").splitlines()
     assert 8 <= len(lines) <= 20
@@ -210,7 +211,7 @@ def test_every_recipe_is_read_by_its_script_and_short(path: Path) -> None:
 
 def test_every_family_has_a_recipe_for_every_size() -> None:
     expected = {f"{family}_{size}gb.yaml" for family, size in FOR_A_GPU}
-    expected |= {"demo.yaml", "demo_base.yaml", "demo_dpo.yaml", "demo_kto.yaml", "demo_reward.yaml"}
+    expected |= {f"demo{name}.yaml" for name in ("", "_base", "_dpo", "_kto", "_reward", "_classify")}
     assert {path.name for path in RECIPES} == expected | {f"{name}.yaml" for name in FOR_PREFERENCES}
 
 
@@ -218,6 +219,7 @@ def test_every_family_has_a_recipe_for_every_size() -> None:
 @pytest.mark.parametrize(
     ("family", "size"), [pytest.param(*pair, marks=[] if pair[1] == 80 else pytest.mark.long) for pair in FOR_A_GPU]
 )
+@pytest.mark.long
 def test_recipes_for_a_gpu_are_estimated_to_fit_it(family: str, size: int) -> None:
     path = ROOT / "launch" / "recipes" / f"{family}_{size}gb.yaml"
     options = memory.recipe_options(path)
@@ -238,6 +240,7 @@ def test_recipes_for_a_gpu_are_estimated_to_fit_it(family: str, size: int) -> No
 
 
 @pytest.mark.parametrize("name", FOR_PREFERENCES)
+@pytest.mark.long
 def test_recipes_for_preferences_go_on_with_what_fine_tuning_exports_and_fit_its_gpu(name: str) -> None:
     family, gigabytes, script_name = name.split("_")
     before = memory.recipe_options(ROOT / "launch" / "recipes" / f"{family}_{gigabytes}.yaml")

@@ -133,7 +133,7 @@ LIBRARIES = [
 PLANTED = {
     "loading": ("accel_llm.training.setup.load_model", 1, "while the model was loaded"),
     "weights": ("accel_llm.model.placement.release_pages", 3, "while the weights of base_model.model.model."),
-    "checks": ("accel_llm.training.preflight.check_loss", 1, "in the checks at the start"),
+    "checks": ("accel_llm.training.model_checks.check_loss", 1, "in the checks at the start"),
     "forward": ("accel_llm.model.loss.forward_arguments", "step 2", "in the forward pass of step 2"),
     "backward": ("torch.Tensor.backward", "step 2", "in the backward pass of step 2"),
     "optimizer": ("torch.optim.AdamW.step", "step 2", "in the optimizer's step 2"),
@@ -266,6 +266,7 @@ def long_chats(folder: Path) -> Path:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not limit it")
+@pytest.mark.long
 def test_a_step_that_needs_more_than_there_is(make_model, tmp_path):
     sizes = {"max_position_embeddings": 16384, "hidden_size": 64, "intermediate_size": 256}
     model, out = make_model(tmp_path / "model", **sizes), tmp_path / "out"

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,11 +12,15 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 from support import ROOT
+from transformers import BertConfig, BertForSequenceClassification
 
 from accel_llm.demo.skills import demo_conversations
+from accel_llm.demo.tokenizer import build_demo_tokenizer
 from accel_llm.errors import ConfigError
 from accel_llm.model.batch_answers import BatchAnswer, PromptRow, QuestionBatches
+from accel_llm.model.encoders import classifier_config
 
 BASE = ROOT / "accel_llm" / "demo_base"
 
@@ -149,3 +154,74 @@ def test_signals_and_kills_lose_nothing(script, tiny, tmp_path):
     script("predict", *words, right)
     assert output.read_bytes() == right.read_bytes() and right.read_bytes().count(b"\n") == 48
     assert not part.exists()
+
+
+@pytest.fixture
+def classifier(tmp_path) -> Path:
+    """A tiny encoder that tells three classes apart, with the demo's tokenizer."""
+    tokenizer = build_demo_tokenizer()
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **sizes)
+    torch.manual_seed(0)
+    labels = ("single_label_classification", ["question", "order", "thanks"])
+    model = BertForSequenceClassification(classifier_config(config, labels))
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def write_texts(path: Path, count: int) -> Path:
+    texts = [row["messages"][0]["content"][: 10 + k % 30] for k, row in enumerate(demo_conversations("train"))]
+    with path.open("w", encoding="utf-8", newline="") as file:
+        rows = [(k, texts[k % len(texts)], "?") for k in range(count)]
+        csv.writer(file).writerows([("id", "sentence", "label"), *rows])
+    return path
+
+
+def test_a_classifier_tells_labels_and_the_screen_counts_them(script, classifier, tmp_path, capsys):
+    file, output = write_texts(tmp_path / "texts.csv", 40), tmp_path / "labels.csv"
+    script("predict", "--model", classifier, "--input_files", file, "--output_file", output)
+    printed = capsys.readouterr()
+    assert printed.err == "[On cpu, weights in float32.]\n"
+    with output.open(encoding="utf-8", newline="") as opened:
+        cells = list(csv.DictReader(opened))
+    names = ("question", "order", "thanks")
+    counts = [sum(row["predicted_label"] == name for row in cells) for name in names]
+    shares = ", ".join(f"{name} {count} ({count / 40:.1%})" for name, count in zip(names, counts, strict=True))
+    assert printed.out.splitlines() == [f"classified: 40 of 40 rows: {shares}", f"wrote {output}"]
+    assert list(cells[0]) == ["id", "sentence", "label", "predicted_label", "probability", "probabilities"]
+    assert [row["id"] for row in cells] == [str(k) for k in range(40)]
+
+    words = ("--max_new_tokens", 5, "--overwrite_output_file")
+    with pytest.raises(ConfigError, match=r"max_new_tokens: .* is a classifier, which scores whole texts"):
+        script("predict", "--model", classifier, "--input_files", file, "--output_file", output, *words)
+
+
+def test_progress_shows_texts_a_second(script, classifier, tmp_path, monkeypatch, capsys):
+    file = write_texts(tmp_path / "texts.csv", 40)
+    times = iter(range(0, 10**6, 60))  # a minute for each look at the clock
+    monkeypatch.setattr("time.monotonic", lambda: float(next(times)))
+    script("predict", "--model", classifier, "--input_files", file, "--output_file", tmp_path / "out.jsonl")
+    first = capsys.readouterr().out.splitlines()[0]
+    assert re.fullmatch(r"16 of 40 rows, 0 texts/s, [\d.]+ minutes left", first)
+
+
+@pytest.mark.long
+def test_a_killed_classifier_goes_on_with_the_same_bytes(script, classifier, tmp_path):
+    """kill -9 in the middle of the file of scores; the same command again gives the file of a run without it."""
+    file = write_texts(tmp_path / "texts.csv", 900)
+    words = ["--model", str(classifier), "--input_files", str(file), "--per_device_eval_batch_size", "2"]
+    output, part, right = (tmp_path / name for name in ("out.parquet", "out.parquet.part", "right.parquet"))
+    running = start([*words, "--output_file", str(output)])
+    wait_for_lines(part, 60, running)
+    running.kill()
+    running.communicate(timeout=60)
+    done = part.read_bytes().count(b"\n") - 1
+    assert 59 <= done < 450 and not output.exists()
+    running = start([*words, "--output_file", str(output)])
+    out, err = running.communicate(timeout=200)
+    assert running.returncode == 0, err
+    assert f"[{2 * done:,} of 900 rows were done before.]" in err and "classified: 900 of 900 rows: " in out
+    script("predict", *words, "--output_file", right)
+    assert output.read_bytes() == right.read_bytes() and not part.exists()
+    assert pq.read_table(output)["id"].to_pylist() == [str(k) for k in range(900)]

@@ -91,7 +91,7 @@ def test_adapters_of_all_kinds_do_not_meet(base, tmp_path):
 
 @pytest.mark.long
 def test_all_methods_of_peft_do_not_meet(base, tmp_path):
-    methods = {name: config for name, config in (METHODS | PROMPTS).items() if name != "adamss"}
+    methods = METHODS | PROMPTS
     check_side_by_side(base, [foreign(base, tmp_path / name, config()) for name, config in methods.items()])
 
 

@@ -100,6 +100,7 @@ def test_weights_without_an_adapter_are_dequantized_too(make_model, tmp_path):
             assert torch.equal(after[name], before[name])
 
 
+@pytest.mark.long
 def test_a_base_with_4_bit_files_is_unpacked(trained, tmp_path):
     base, adapter, expected = trained(torch.bfloat16)
     stored = tmp_path / "stored"

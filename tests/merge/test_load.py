@@ -253,6 +253,7 @@ def test_the_file_of_an_adapter_says_how_it_was_trained_or_else_the_record_of_it
         assert (describe_placement(ask_adapter(run / "adapter", base)) == in_4_bits) == expected
 
 
+@pytest.mark.long
 def test_chat_answers_as_the_run_did_in_its_last_evaluation(script, make_model, tmp_path, capsys):
     base, rows = make_model(tmp_path / "base"), tmp_path / "rows.jsonl"
     # Weights so large that each answer differs, and that rounding to 4 bits changes it.

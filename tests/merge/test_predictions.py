@@ -19,8 +19,8 @@ from accel_llm.config.tool_options import PredictOptions
 from accel_llm.demo.skills import demo_conversations
 from accel_llm.demo.tokenizer import build_demo_tokenizer
 from accel_llm.errors import ConfigError, DataError
-from accel_llm.merge.dialogues import open_dialogue
 from accel_llm.merge.predictions import Predictions, check_files, open_predictions
+from accel_llm.merge.prompt_predictions import open_prompts
 from accel_llm.model.batch_answers import OwnNumbers, PromptRow, QuestionBatches, ignores_padding
 
 pytestmark = [
@@ -60,7 +60,7 @@ def predict(model: Path | str, file: Path, output: str = "out.jsonl", **options:
     path = file.with_name(output)
     settings = PredictOptions(model=str(model), input_files=[str(file)], output_file=str(path), **options)
     input_hash = check_files(settings)
-    with open_predictions(settings, open_dialogue(settings), input_hash) as predictions:
+    with open_predictions(settings, open_prompts(settings), input_hash) as predictions:
         predictions.survey()
         for batch in predictions.batches_left():
             predictions.answer(batch)
@@ -129,6 +129,7 @@ def step_by_step(model: Any, folder: Path, prompt: list[dict[str, str]], tokens:
     return tokenizer.decode(ids[0, start:], skip_special_tokens=True), int(ids[0, -1]) in stop
 
 
+@pytest.mark.long
 def test_a_4_bit_adapter_is_asked_as_it_was_trained(folder, chats_file, tmp_path):
     moved_adapter(folder, tmp_path / "adapter", method="qlora")
     in_4_bits = predict(tmp_path / "adapter", chats_file, max_new_tokens=6)
@@ -316,8 +317,8 @@ def test_two_processes_do_not_write_one_file(folder, chats_file):
     settings = PredictOptions(
         model=str(folder), input_files=[str(chats_file)], output_file=str(chats_file.with_name("out.csv"))
     )
-    input_hash, dialogue = check_files(settings), open_dialogue(settings)
-    with open_predictions(settings, dialogue, input_hash):
+    input_hash, answerer = check_files(settings), open_prompts(settings)
+    with open_predictions(settings, answerer, input_hash):
         script = (
             "import sys; from accel_llm.system.run_lock import locked; from pathlib import Path\n"
             "from accel_llm.system.folders import hidden_sibling\n"
@@ -376,12 +377,13 @@ def test_what_cannot_work_is_one_sentence(folder, tmp_path, monkeypatch, options
     with pytest.raises((ConfigError, DataError)) as error:
         parsed = PredictOptions(**settings)
         input_hash = check_files(parsed)
-        with open_predictions(parsed, open_dialogue(parsed), input_hash) as predictions:
+        with open_predictions(parsed, open_prompts(parsed), input_hash) as predictions:
             predictions.survey()
     assert str(error.value).startswith(sentence)
 
 
 @pytest.mark.skipif(not STORIES.is_dir(), reason="the data is not here")
+@pytest.mark.long
 def test_a_published_model_answers_published_rows_as_plain_transformers_does(tmp_path):
     """Through a chat template of its own tokens, and a file of alpaca rows."""
     rows = json.loads((STORIES.parents[1] / "instruct" / "alpaca_en_demo.json").read_text(encoding="utf-8"))[:24]

@@ -97,15 +97,12 @@ CASES += [
 
 
 def test_the_tables_have_every_method_of_peft():
-    configs = [config for name, config in METHODS.items() if name != "adamss"]  # that one needs another package
-    made = {config().peft_type for config in (*configs, *(config for config, _ in UNMERGEABLE.values()))}
-    assert set(PEFT_TYPE_TO_CONFIG_MAPPING) - made == {"ADAMSS", "XLORA"}  # the latter needs adapters
+    made = {config().peft_type for config in (*METHODS.values(), *(config for config, _ in UNMERGEABLE.values()))}
+    assert set(PEFT_TYPE_TO_CONFIG_MAPPING) - made == {"XLORA"}  # it needs adapters
 
 
 @pytest.mark.parametrize("name, dtype", CASES)
 def test_every_mergeable_method_gives_the_bits_of_peft(tmp_path, name, dtype):
-    if name == "adamss":
-        pytest.importorskip("sklearn")
     make(tmp_path, "llama", METHODS[name](), dtype)
     result = merge_adapter(tmp_path)
     assert_same(tensors(tmp_path / "merged"), reference(tmp_path, dtype))

@@ -18,7 +18,14 @@ from accel_llm.model.attention import (
     packed_attention,
     stock_attention,
 )
-from accel_llm.model.document_attention import VARLEN_OPTIONS, assumed_gpu, varlen_supports
+from accel_llm.model.document_attention import (
+    VARLEN_OPTIONS,
+    assumed_gpu,
+    group_documents,
+    grouped_attention,
+    sdpa_attention,
+    varlen_supports,
+)
 from accel_llm.model.loss import attach_loss, next_token_loss
 from accel_llm.model.probe import check_isolation
 
@@ -330,3 +337,45 @@ def test_variable_length_kernel_equals_one_document_at_a_time(dtype, kv_heads, s
     assert kernel_used == ((window is None or "window_size" in known) and (scaling == 64**-0.5 or "scale" in known))
     for packed, alone, truth in zip(fused, single, exact, strict=True):
         assert (packed - truth).norm() <= 1.5 * (alone - truth).norm() + 1e-3 * truth.norm()
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "window", "causal"), [(4, None, False), (2, None, True), (2, 5, True), (4, 5, False)]
+)
+def test_documents_of_similar_length_are_computed_together_as_if_alone(kv_heads, window, causal):
+    """The way of attention with dropout, here without it: outputs and gradients of one call for each document."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = [7, 1, 20, 3, 13, 2, 30, 8, 8, 21]
+    tensors = [
+        torch.randn(1, heads, sum(lengths), 8, generator=generator, dtype=torch.float64, requires_grad=True)
+        for heads in (4, kv_heads, kv_heads)
+    ]
+    groups = group_documents(lengths, torch.device("cpu"))
+    assert 1 < len(groups.places) < len(lengths)
+    together = grouped_attention(*tensors, groups, 0.0, None, window, causal)
+    documents = zip(*(tensor.split(lengths, 2) for tensor in tensors), strict=True)
+    alone = torch.cat([sdpa_attention(*each, 0.0, None, window, causal) for each in documents], 2).transpose(1, 2)
+    assert torch.allclose(together, alone, rtol=0, atol=1e-14)
+    factor = torch.randn(together.shape, generator=generator, dtype=torch.float64)
+    for ours, theirs in zip(
+        torch.autograd.grad((together * factor).sum(), tensors),
+        torch.autograd.grad((alone * factor).sum(), tensors),
+        strict=True,
+    ):
+        assert torch.allclose(ours, theirs, rtol=0, atol=1e-13)
+
+
+def test_dropout_of_grouped_documents_has_the_mean_of_none_and_reaches_no_other_document():
+    lengths = [5, 6, 9, 2]
+    query, key, value = (torch.randn(1, 2, sum(lengths), 8) for _ in range(3))
+    groups = group_documents(lengths, torch.device("cpu"))
+    draws = torch.stack([grouped_attention(query, key, value, groups, 0.5, None, None, False) for _ in range(2000)])
+    plain = grouped_attention(query, key, value, groups, 0.0, None, None, False)
+    assert (draws.mean(0) - plain).abs().max() < 6 * draws.std(0).max() / 2000**0.5
+    changed = value.clone()
+    changed[:, :, :5] += 1  # the first document
+    torch.manual_seed(0)
+    before = grouped_attention(query, key, value, groups, 0.5, None, None, False)
+    torch.manual_seed(0)
+    after = grouped_attention(query, key, changed, groups, 0.5, None, None, False)
+    assert torch.equal(before[:, 5:], after[:, 5:]) and not torch.equal(before[:, :5], after[:, :5])

@@ -11,7 +11,7 @@ import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 from safetensors.torch import load_file
 from support import materialize
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from accel_llm.adapters.attach import attach_adapter
 from accel_llm.backend.strategy import training_device
@@ -260,3 +260,12 @@ def test_an_adapters_buffers_meet_its_weights_in_one_dtype(tiny, method, quiet):
     assert {model.get_buffer(name).dtype for name in buffers} == {torch.bfloat16}
     ids = torch.arange(12)[None]
     model.train()(input_ids=ids, labels=ids).loss.backward()
+
+
+def test_no_weight_of_an_encoder_is_sharded_twice() -> None:
+    """The embeddings of BERT are a layer for transformers, and hold the one of tokens."""
+    model = BertForSequenceClassification(BertConfig(num_hidden_layers=1, hidden_size=8, num_attention_heads=2))
+    *units, last = placement._shard_units(model)
+    assert {type(unit).__name__ for unit in units} == {"BertEmbeddings", "BertLayer"} and last is model
+    weights = [parameter for unit in units for parameter in unit.parameters()]
+    assert len(weights) == len(set(weights))

@@ -20,7 +20,6 @@ from accel_llm.adapters.methods import REFUSED_METHODS, check_method, peft_metho
 from accel_llm.config.options import RunOptions, TrainOptions
 from accel_llm.data.batches import Batch, collate_packed, collate_padded, to_device
 from accel_llm.data.stream import TrainingPlan
-from accel_llm.errors import ConfigError
 from accel_llm.model.attention import enable_packing, enable_padding
 from accel_llm.model.loading import load_model
 from accel_llm.model.log_probabilities import answer_log_probabilities
@@ -212,11 +211,7 @@ def test_no_method_waits_in_a_micro_batch(method: str, tmp_path: Path) -> None:
     chosen = {"token_indices": [5, 9]} if method == "trainable_tokens" else {}
     options = TrainOptions(model_name_or_path=str(tmp_path), method=method, method_options=chosen, max_length=64)
     options = fill_method_options(options)
-    try:
-        check_method(options)
-    except ConfigError as error:  # AdaMSS
-        assert "pip install scikit-learn" in str(error)
-        pytest.skip(str(error))
+    check_method(options)
     model = materialize(attach_adapter(load_model(options), options), options).train()
     batch = collate_packed(random_rows(6, 20), None, options.virtual_tokens)
     with noted_waits(model, batch) as waits:

@@ -20,7 +20,7 @@ from accel_llm.model.attention import enable_packing
 from accel_llm.model.classifier import (
     answer_scores,
     attach_scores,
-    check_gives_reward,
+    check_gives_scores,
     check_gives_tokens,
     check_scores,
     score_config,
@@ -208,22 +208,22 @@ def test_a_pad_token_that_ends_answers_is_replaced(capsys):
 
 def test_models_that_cannot_give_a_reward_are_refused():
     llama = CONFIG_MAPPING["llama"](**SIZES)
-    check_gives_reward(llama, "base")
+    check_gives_scores(llama, "base", rewards=True)
     check_gives_tokens(llama, "base", "model")
     reward = score_config(llama)
     assert (reward.num_labels, reward.problem_type, reward.id2label) == (1, "regression", {0: "reward"})
-    check_gives_reward(reward, "reward")
+    check_gives_scores(reward, "reward", rewards=True)
     with pytest.raises(ConfigError, match="model: here is a reward model or a classifier, whose head gives scores"):
         check_gives_tokens(reward, "here", "model")
     reward.num_labels = 3
     with pytest.raises(ConfigError, match="is a classifier of 3 classes, but a reward is one score"):
-        check_gives_reward(reward, "sentiment")
+        check_gives_scores(reward, "sentiment", rewards=True)
     for family in ("granite", "cohere"):
         with pytest.raises(ConfigError, match="transformers has no text model with scores of the family"):
-            check_gives_reward(CONFIG_MAPPING[family](**SIZES), "base")
+            check_gives_scores(CONFIG_MAPPING[family](**SIZES), "base", rewards=True)
     routed = CONFIG_MAPPING["mixtral"](**SIZES, output_router_logits=True)
     with pytest.raises(ConfigError, match=r"output_router_logits: .* set it to false"):
-        check_gives_reward(routed, "base")
+        check_gives_scores(routed, "base", rewards=True)
 
 
 @pytest.mark.parametrize(

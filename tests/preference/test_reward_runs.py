@@ -12,7 +12,7 @@ import torch
 from peft import AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file
 from support import ROOT, Stopped, equal_tensors, metrics, run_json, weights
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from accel_llm.checkpoint.checkpoints import Checkpoints
 from accel_llm.config.tool_options import ChatOptions
@@ -76,15 +76,16 @@ def measured(folder: Path) -> dict[str, float]:
 
 
 def load_peft(folder: Path):
-    pad = AutoTokenizer.from_pretrained(folder).pad_token_id
-    assert pad is not None
-    return AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=1, pad_token_id=pad)
+    config = AutoConfig.from_pretrained(folder)
+    assert config.pad_token_id == AutoTokenizer.from_pretrained(folder).pad_token_id and config.num_labels == 1
+    settings = {"num_labels": 1, "pad_token_id": config.pad_token_id}
+    return AutoPeftModelForSequenceClassification.from_pretrained(folder, **settings)
 
 
 def test_an_adapter_gives_the_same_rewards_in_plain_peft_and_merged(reward, preferences, script, tiny, tmp_path, capfd):
     run = reward(tmp_path / "run", "--method", "lora", "--per_device_train_batch_size", 2)
     ours, screen = measured(run), capfd.readouterr().out
-    assert re.search(r"score head: new, with first values by the seed", screen)
+    assert re.search(r"head: score new, with first values by the seed \(1 score for a text\)", screen)
     # The command names the pad token: the base may pad with the token that texts end with, and have another score taken.
     pad = AutoTokenizer.from_pretrained(run / "adapter").pad_token_id
     assert re.search(rf"AutoPeftModelForSequenceClassification.*num_labels=1, pad_token_id={pad}\)", screen)
@@ -112,7 +113,7 @@ def test_an_adapter_gives_the_same_rewards_in_plain_peft_and_merged(reward, pref
 
 
 @pytest.mark.long
-def test_a_base_that_pads_with_the_token_of_every_end(reward, preferences, make_model, tmp_path, capfd):
+def test_a_base_that_pads_with_the_token_of_every_end(reward, preferences, make_model, tmp_path):
     base = make_model(tmp_path / "base")
     tokenizer = AutoTokenizer.from_pretrained(base)
     end = tokenizer.eos_token
@@ -124,8 +125,7 @@ def test_a_base_that_pads_with_the_token_of_every_end(reward, preferences, make_
     (base / "config.json").write_text(json.dumps(config | {"pad_token_id": tokenizer.eos_token_id}), encoding="utf-8")
 
     run = reward(tmp_path / "run", "--model_name_or_path", base, "--method", "lora")
-    printed = re.search(r"num_labels=1, pad_token_id=(\d+)\)", capfd.readouterr().out)
-    assert printed and int(printed[1]) != tokenizer.eos_token_id
+    assert AutoConfig.from_pretrained(run / "adapter").pad_token_id != tokenizer.eos_token_id
     ours = pytest.approx(measured(run), abs=1e-5)
     assert plain_rewards(load_peft(run / "adapter"), run / "adapter", preferences) == ours
     # With the base's own pad token the reward is taken one token too early.
@@ -144,7 +144,7 @@ def test_a_whole_model_gives_the_same_rewards_and_keeps_its_head(reward, prefere
     # Trained further: the head is kept.
     capfd.readouterr()
     again = reward(tmp_path / "again", "--model_name_or_path", run / "model", "--eval_on_start", "--max_steps", 1)
-    assert "score head: that of the model's files" in capfd.readouterr().out
+    assert "head: score of the model's files" in capfd.readouterr().out
     first = next(line for line in metrics(again) if "eval/loss" in line)
     assert first["eval/rewards/chosen"] == pytest.approx(measured(run)["chosen"], abs=1e-5)
 

@@ -5,6 +5,7 @@ import io
 import shlex
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from rich.console import Console
 from support import ROOT, make_rows
 
 from accel_llm.config.command_line import parse_options
-from accel_llm.config.options import SftOptions
+from accel_llm.config.options import SftOptions, TrainOptions
 from accel_llm.config.tool_options import ChatOptions, MergeOptions
 from accel_llm.data.ledger import Ledger, Unused
 from accel_llm.data.stream import Position, Stream, TrainingPlan
@@ -96,7 +97,7 @@ def test_text_of_the_data_is_no_markup_and_breaks_no_line():
     ledger.count("[red]x[/red].jsonl", "dropped: [/oops] :smile:")
     ledger.leave_unused("[bold]", Unused(1, 1, "two\nlines [/red] \x1b[2J \\"))
     lines = screen_lines(ledger, width=140)
-    assert "[red]x[/red].jsonl read 1 0 1" in lines and "dropped: [/oops] :smile: 1 0 0" in lines
+    assert "[red]x[/red].jsonl read 1 1" in lines and "dropped: [/oops] :smile: 1 0" in lines
     assert (
         lines[-1] == "Nothing reads [bold]: 1 row, 10.0% of all characters, for example: two\\nlines [/red] \\x1b[2J \\"
     )
@@ -209,6 +210,23 @@ def test_the_stop_proof_names_a_template_that_closes_no_turn(accelerator, tokeni
 )  # fmt: skip
 def test_a_run_that_is_too_short_for_its_options_is_said(options, plan, sentences):
     assert display.plan_warnings(SftOptions(**options), TrainingPlan(*plan)) == sentences
+
+
+def test_the_plan_says_how_full_packed_rows_are_or_how_much_is_padding():
+    rows = make_rows((k, [9] * n, [-100] + [9] * (n - 1)) for k, n in enumerate([2, 4, 6, 8]))
+    plan = TrainingPlan(4, 2, 4, 2)
+    values = {"max_length": 10, "order": "source", "per_device_train_batch_size": 2}
+    assert display.describe_plan(rows, TrainingPlan(2, 2, 2, 1), TrainOptions(**values)) == (
+        "4 documents, 20 tokens (16 trained) in 2 rows of at most 10 (100.0% full); 1 steps of 2 rows"
+    )
+    assert display.describe_plan(rows, plan, TrainOptions(**values, packing=None)) == (
+        "4 documents, 20 tokens (16 trained) in 4 rows of at most 10 (padding: 16.7% of the tokens that are computed); "
+        "2 steps of 2 rows"
+    )
+    texts = replace(rows, targets=np.zeros((4, 1), np.float32))  # of a classifier: no token is trained
+    assert display.describe_plan(texts, plan, TrainOptions(**values, packing=None)).startswith(
+        "4 texts, 20 tokens in 4 rows"
+    )
 
 
 def test_what_the_warnings_say_is_what_the_run_does():

@@ -276,6 +276,45 @@ def test_long_runs_keep_every_point_in_the_line_and_thin_the_dots(tmp_path):
     assert 150 <= len(dots) <= 200 and dots[0] == "step 1,001: 0.999"
 
 
+def confusions(counts: list[list[int]], names: list[str] | None = None, **more: Any) -> dict[str, Any]:
+    total, right = sum(map(sum, counts)), sum(row[k] for k, row in enumerate(counts))
+    names = names or [f"class {k}" for k in range(len(counts))]
+    return {"names": names, "counts": counts, "classes": len(counts), "rows": total, "right": right} | more
+
+
+def test_the_confusion_matrix_is_a_table_of_shares(tmp_path):
+    page = write_page(tmp_path, RUN | {"confusion_matrix": confusions([[8, 2, 0], [0, 0, 0], [1, 0, 3]])}, METRICS)
+    assert page.texts("h2") == [SECTIONS[0], "Confusion matrix", *SECTIONS[1:]]
+    caption = "Rows are the true classes, columns what the model took a text for. Right: 11 of 14 texts."
+    assert caption in page.texts("figcaption")
+    cells = [(name["class"], float(name["fill-opacity"])) for tag, name, _ in page.elements if tag == "rect"]
+    # 0.06 + 0.54 * 0.8 is the share of 8 in the 10 texts of its class.
+    assert cells[:3] == [("right", 0.49), ("wrong", 0.17), ("wrong", 0.0)]
+    assert [shade for _, shade in cells[3:]] == [0.0, 0.0, 0.0, 0.2, 0.0, 0.47] and cells[8][0] == "right"
+    assert page.texts("rect")[1] == "class 0 taken for class 1: 2"
+    assert page.texts("text")[-4:] == ["8", "2", "1", "3"]
+    # A row is a true class: its cells lie at one height, next to its name.
+    rects = [attributes for tag, attributes, _ in page.elements if tag == "rect"]
+    assert len({rect["y"] for rect in rects[:3]}) == 1 and len({rect["x"] for rect in rects[:3]}) == 3
+    assert not {name for _, attributes, _ in page.elements for name in attributes} & {"src", "href", "style", "onload"}
+    # Without one, or if scores were not finite, there is no such section.
+    assert write_page(tmp_path, RUN | {"confusion_matrix": None}, METRICS).texts("h2") == SECTIONS
+
+
+def test_a_large_confusion_matrix_has_its_counts_under_the_pointer(tmp_path):
+    counts = [[int(i == j) * 7 for j in range(50)] for i in range(50)]
+    page = write_page(tmp_path, {"confusion_matrix": confusions(counts, classes=120, rows=900)})
+    assert len(page.texts("rect")) == 2500 and page.texts("rect")[51] == "class 1 taken for class 1: 7"
+    assert len(page.texts("text")) == 100
+    assert page.texts("figcaption")[-1].endswith("Of 120 classes these are the 50 that are most often confused.")
+
+
+def test_names_of_classes_are_only_ever_text(tmp_path):
+    page = write_page(tmp_path, {"confusion_matrix": confusions([[1, 0], [0, 1]], [HOSTILE, "中" * 40])})
+    assert page.texts("script") == [] and page.texts("rect")[0] == f"{HOSTILE} taken for {HOSTILE}: 1"
+    assert page.texts("text")[2] == "中" * 23 + "…"
+
+
 def test_hostile_text_is_only_ever_text(tmp_path):
     amount = {"rows": 1, "supervised": 1, "context": 1}
     run = {

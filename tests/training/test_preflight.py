@@ -16,6 +16,7 @@ from accel_llm.config.options import TrainOptions
 from accel_llm.errors import ConfigError
 from accel_llm.model.loading import load_model
 from accel_llm.model.placement import place_weights
+from accel_llm.training import model_checks
 from accel_llm.training import preflight as preflight_module
 from accel_llm.training.optimizers import build_optimizer
 from accel_llm.training.preflight import preflight
@@ -91,10 +92,10 @@ def test_an_adapter_is_tried_as_it_will_be_when_it_is_trained(accelerator, tiny,
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(ConfigError, match="is not causal here"):
         preflight(*arguments)
-    with preflight_module._moved(model):
+    with model_checks._moved(model):
         assert not equal_tensors(before, model.state_dict())
     assert equal_tensors(before, model.state_dict())
-    monkeypatch.setattr(preflight_module, "_moved", nullcontext)
+    monkeypatch.setattr(model_checks, "_moved", nullcontext)
     assert preflight(*arguments)["accelerate"]["engine"] == "PeftModelForCausalLM"
 
 

@@ -1,0 +1,116 @@
+"""Sequence classification: one class, several classes or a number for a text, or for a pair of texts.
+
+    accelerate launch --config_file accelerate_configs/zero2.yaml launch/classify.py
+    accelerate launch --config_file accelerate_configs/zero2.yaml launch/classify.py \
+        --model_name_or_path bert-base-uncased --train_files train.tsv --eval_files dev.tsv --output_dir output/bert
+
+Encoders (BERT, RoBERTa, ModernBERT, ...) and decoders (Qwen, Llama, GPT-2, ...). Without a model and data it trains the
+embedded demo of launch/recipes/demo_classify.yaml. `--help` lists all options.
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from accel_llm.backend import accelerator as backend
+from accel_llm.checkpoint.checkpoints import Checkpoints
+from accel_llm.checkpoint.resume import find_start
+from accel_llm.classification.objective import text_loss
+from accel_llm.config.classify_options import ClassifyOptions as Options
+from accel_llm.data.stream import Stream
+from accel_llm.report import display
+from accel_llm.report.metrics import Meter
+from accel_llm.report.record import recording
+from accel_llm.system.exit import run_script
+from accel_llm.training import loop, setup
+from accel_llm.training.bad_steps import BadSteps
+from accel_llm.training.evaluation import Evaluation
+from accel_llm.training.export import export_model
+from accel_llm.training.preflight import preflight
+
+
+def main() -> None:
+    # Options, and the processes and devices to run on.
+    options = setup.read_options(Options, demo=Path(__file__).parent / "recipes" / "demo_classify.yaml")
+    accelerator = backend.build_accelerator(options)
+
+    # Encode texts with labels as rows of tokens, and print the ledger and the plan.
+    tokenizer = setup.text_tokenizer(options)
+    config = setup.read_config(options)
+    data, config = setup.encode_labelled_texts(options, config, tokenizer)
+    start = find_start(accelerator, options, data.train)
+    stream = setup.open_stream(options, data.train, start, tokenizer)
+    memory = setup.show_plan_and_memory(accelerator, options, config, tokenizer, data, stream.plan)
+    if options.dry_run:
+        return
+
+    # Data comes first, because its mistakes show quickly; only then weights are read.
+    model = setup.assemble_model(accelerator, options, config, stream)
+    optimizer, scheduler = setup.optimizer_and_schedule(accelerator, model, options, stream.plan.total_steps)
+    model, optimizer = backend.prepare(accelerator, model, optimizer)
+
+    # Check what the libraries did. Then a checkpoint, if there is one, replaces the initial state.
+    checks = memory | preflight(accelerator, model, optimizer, options)
+    set_seed(options.seed, device_specific=True)  # each process draws its own dropout and noise
+    checkpoints = Checkpoints(accelerator, model, optimizer, scheduler, options, start)
+    checkpoints.resume()
+
+    # Train, export, and evaluate for the last time. run.json records the status, also after a failure.
+    with recording(options.output_dir, accelerator.is_main_process, setup.run_facts(options, data, checks)) as record:
+        meter = Meter(accelerator, options, stream.plan, record, start.step, start.meter)
+        evaluation = Evaluation(accelerator, tokenizer, data.eval, options, [], setup.measure_texts(data, record))
+        train(accelerator, model, optimizer, scheduler, stream, meter, evaluation, checkpoints, options)
+        if options.check_only:
+            return display.show_checks(accelerator, checks["accelerate"], options)
+        export = partial(export_model, accelerator, model, tokenizer, [], options, config, start, record)
+        folder = checkpoints.finish(export, evaluation, meter)
+    display.show_next_commands(accelerator, record, folder)
+    meter.end_run()
+
+
+def train(
+    accelerator: Accelerator,
+    model: Any,
+    optimizer: Any,
+    scheduler: Any,
+    stream: Stream,
+    meter: Meter,
+    evaluation: Evaluation,
+    checkpoints: Checkpoints,
+    options: Options,
+) -> None:
+    start, plan, undo_averaging = checkpoints.start, stream.plan, loop.undo_averaging(accelerator)
+    bad_steps = BadSteps(accelerator, stream, options, start.skipped)
+    batches = loop.prefetch_to_device(stream.batches(start.step), accelerator.device, stream.accumulation)
+    evaluation.at_start(model, meter, start)
+    for step in checkpoints.steps_left(plan, evaluation):
+        micro_batches = [next(batches) for _ in range(stream.accumulation)]
+        targets = loop.total_targets(accelerator, micro_batches)
+        losses, grad_norm = [], 0.0
+        for batch in micro_batches:
+            if not targets:  # no process has a text in this step, so there is nothing to learn
+                break
+            with accelerator.accumulate(model):
+                loss = text_loss(model, batch, options)  # the sum over the texts of this batch
+                accelerator.backward(loss * undo_averaging / targets)  # in total: the mean over the texts of the step
+                if accelerator.sync_gradients:
+                    grad_norm = loop.clip_gradients(accelerator, model, options.max_grad_norm)
+                if loop.may_step(accelerator, grad_norm):
+                    optimizer.step()
+                optimizer.zero_grad()
+            losses.append(loss.detach())
+            meter.add(losses[-1], batch)
+        bad_steps.check(step, losses, grad_norm)
+        if options.check_only:
+            break
+        meter.log(step, scheduler.get_last_lr()[0], grad_norm)
+        scheduler.step()
+        evaluation.when_due(model, meter, step)
+        checkpoints.when_due(meter, evaluation, bad_steps, step)
+
+
+if __name__ == "__main__":
+    run_script(main)
