@@ -69,7 +69,7 @@ def check_head(model: Any, name: str) -> None:
     Raises:
         ConfigError: some are in neither.
     """
-    inner, saved = unwrap_causal_lm(model), model.peft_config["default"].modules_to_save or []
+    inner, saved = unwrap_causal_lm(model), getattr(model.peft_config["default"], "modules_to_save", None) or []
     lost = [key for key in getattr(inner, "drawn", ()) if not any(f".{part}." in f".{key}" for part in saved)]
     if lost:
         raise ConfigError(

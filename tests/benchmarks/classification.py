@@ -55,7 +55,7 @@ class Task(NamedTuple):
 
 TASKS = {
     "SST-2": Task("bert-base-uncased", 64, 6_000, 2),
-    "ChnSentiCorp": Task("bert-base-chinese", 128, 2_000, 2),
+    "ChnSentiCorp": Task("bert-base-chinese", 256, 1_600, 2),
 }
 
 
@@ -68,7 +68,7 @@ def read_rows(name: str) -> tuple[list[Row], list[Row]]:
     else:
         rows = read_table(folder / "ChnSentiCorp_htl_all.csv", ",")
         random.Random(0).shuffle(rows)
-        train, evaluation = rows[:-4000], rows[-4000:]
+        train, evaluation = rows[:-2000], rows[-2000:]
     return train[: TASKS[name].rows], evaluation
 
 
