@@ -20,12 +20,16 @@ def saved_config(folder: Path) -> PreTrainedConfig | None:
 
 
 def count_saved_scores(folder: Path) -> int:
-    """Return how many scores the head in an adapter's file gives: the rows of its smallest matrix; 0 if there is none."""
+    """Return how many scores the head in an adapter's file gives, 0 if there is none.
+
+    The layers before the last one are as wide as the model (BERT's pooler, RoBERTa's `dense`), so their matrices are square.
+    """
     names = read_adapter_config(folder).get("modules_to_save") or []
     with safe_open(folder / ADAPTER_WEIGHTS, "pt") as file:
         shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
     heads = [shape for key, shape in shapes.items() if len(shape) == 2 and any(f".{name}." in key for name in names)]
-    return min((shape[0] for shape in heads), default=0)
+    last = [shape for shape in heads if shape[0] != shape[1]] or heads
+    return min((shape[0] for shape in last), default=0)
 
 
 def heads_without_adapter(model: PreTrainedModel) -> list[str]:

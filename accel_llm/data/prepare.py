@@ -153,12 +153,7 @@ def encode_sources(
     ledger.balance()
     for note in filter(None, map(left_out_note, (*train, *evaluation))):
         ledger.note(note)
-    check_left_out(ledger, options)
-    cuts = LABELLED_CUTS if labelled else "" if preferences else "truncate or split"
-    check_lost_share(ledger, facts["lengths"], options, cuts)
-    if facts.get("evaluation"):  # of texts with labels each row counts in a metric
-        check_lost_share(Ledger.from_dict(facts["evaluation"]), facts["lengths"], options, cuts, " to evaluate on")
-    check_lost_turns(ledger, facts["turns"], options)
+    _check_losses(encoder, ledger, facts)
     if not len(parts["train"]):
         labels = ", ".join(source.label for source in train)
         raise DataError(f"train_files: no row is left to train on ({labels}): {describe_losses(ledger)}.")
@@ -173,6 +168,21 @@ def encode_sources(
         ledger.note(describe_targets(targets, names_of_labels, options.limit_rows))
     note_shares(ledger, as_units(parts["train"]), train, seed)
     return EncodedData(parts["train"], parts.get("eval"), ledger, key, names_of_labels)
+
+
+def _check_losses(encoder: Encoder, ledger: Ledger, facts: dict[str, Any]) -> None:
+    """Check that no more than `max_lost` is lost; of texts with labels also of those to evaluate on, for each counts.
+
+    Raises:
+        ConfigError: more is lost.
+    """
+    options, lengths = encoder.options, facts["lengths"]
+    cuts = LABELLED_CUTS if encoder.labelled else "" if encoder.preferences else "truncate or split"
+    check_left_out(ledger, options)
+    check_lost_share(ledger, lengths, options, cuts)
+    if facts.get("evaluation"):
+        check_lost_share(Ledger.from_dict(facts["evaluation"]), lengths, options, cuts, " to evaluate on")
+    check_lost_turns(ledger, facts["turns"], options)
 
 
 def _cache_key(encoder: Encoder, seed: int, train: list[Source], evaluation: list[Source]) -> str:

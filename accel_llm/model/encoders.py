@@ -40,7 +40,7 @@ class EncoderParts(NamedTuple):
     """
 
     states: str | None
-    head: list[str]
+    head: tuple[str, ...]
     first_only: bool = False
 
 
@@ -106,7 +106,7 @@ def head_names(model: nn.Module) -> list[str]:
     random if the files are those of a masked language model, nor `head` of ModernBERT and `dense` of EuroBERT.
     """
     inner = unwrap_causal_lm(model)
-    return ["score"] if isinstance(getattr(inner, "score", None), nn.Module) else encoder_parts(inner).head
+    return ["score"] if isinstance(getattr(inner, "score", None), nn.Module) else list(encoder_parts(inner).head)
 
 
 def attach_encoder(model: PreTrainedModel) -> None:
@@ -196,23 +196,34 @@ def position_table(model: nn.Module) -> Any:
 
 def encoder_parts(model: PreTrainedModel) -> EncoderParts:
     """Find the modules of a model for sequence classification; `states` is None if its rows cannot be packed that way."""
+    # A start asks ten times, and building and running the copy takes a second for a model like BERT-large.
+    key = family_class(model), model.config.to_json_string()
+    if key not in _found:
+        _found[key] = _find_parts(model)
+    return _found[key]
+
+
+_found: dict[tuple[type, str], EncoderParts] = {}
+
+
+def _find_parts(model: PreTrainedModel) -> EncoderParts:
     prefix = model.base_model_prefix
     outside = [name for name, child in model.named_children() if name != prefix and _has_parameters(child)]
     try:
         twin = _twin_without_values(model)
         calls = _calls(twin)
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError):
-        return EncoderParts(None, outside)  # its forward reads values, or wants more than ids
+        return EncoderParts(None, tuple(outside))  # its forward reads values, or wants more than ids
     ends = [name for name, _ in calls]
     result = calls[ends.index(prefix)][1] if prefix in ends else None
     same = [k for k, (name, tensor) in enumerate(calls) if tensor is result and name != prefix]
     if result is None or not same:
-        return EncoderParts(None, outside)
+        return EncoderParts(None, tuple(outside))
     states = ends[same[-1]]
     after = [name for name in ends[same[-1] + 1 :] if not f"{states}.".startswith(f"{name}.") and name]
     after = [name for name in after if _has_parameters(model.get_submodule(name))]
     head = [name for name in after if not any(name.startswith(f"{other}.") for other in after)]
-    return EncoderParts(states, list(dict.fromkeys(head)), _reads_first_only(twin, states))
+    return EncoderParts(states, tuple(dict.fromkeys(head)), _reads_first_only(twin, states))
 
 
 def _has_parameters(module: nn.Module) -> bool:

@@ -48,6 +48,7 @@ def gradients(model, batch: dict) -> tuple[float, dict[str, torch.Tensor]]:
 @pytest.mark.parametrize(
     ("backend", "checkpointing"), [("eager", False), pytest.param("aot_eager", True, marks=pytest.mark.long)]
 )
+@pytest.mark.long
 def test_gradients_of_packed_rows_of_any_length_are_those_without_a_compiler(compiler, backend, checkpointing, quiet):
     """Also under activation checkpointing, and in few graphs: not one for each layer or each set of documents."""
     compiler.setenv("ACCELERATE_DYNAMO_BACKEND", backend)

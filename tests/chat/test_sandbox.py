@@ -226,6 +226,7 @@ def test_what_comes_out_comes_out_unchanged(small):
     assert results == [4]
 
 
+@pytest.mark.long
 def test_a_worker_is_bounded_and_ends_the_run_with_the_sentence(tokenizer, tmp_path):
     rows = tmp_path / "rows.jsonl"
     conversations = [{"messages": chat("boom" if k > 550 else f"{k}", "b")} for k in range(600)]

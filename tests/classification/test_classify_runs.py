@@ -338,3 +338,25 @@ def test_a_metric_that_the_rows_to_evaluate_on_do_not_define_is_refused_at_the_s
 def test_the_columns_that_are_read_are_said(classify, tmp_path, capfd):
     classify(tmp_path / "run", "--dry_run")
     assert "train.tsv: text from sentence, label from label." in capfd.readouterr().out
+
+
+def test_the_head_of_an_adapter_wins_over_that_of_a_base_that_has_one(classify, reviews, script, tmp_path):
+    """sentence-transformers 3980: the head of the adapter was discarded, without a word, where the base has its own."""
+    base = classify(tmp_path / "base", "--method", "full", "--learning_rate", 1e-3) / "model"
+    run = classify(tmp_path / "run", "--model_name_or_path", base, *LORA)
+    ours = measured(run)
+    assert plain_metrics(load_peft(run, base), run / "adapter", reviews[1]) == pytest.approx(ours, abs=1e-5)
+    plain = AutoModelForSequenceClassification.from_pretrained(base)
+    assert plain_metrics(plain, base, reviews[1])["eval/loss"] != pytest.approx(ours["eval/loss"], abs=1e-3)
+
+    script("merge", "--adapter", run, "--output_dir", tmp_path / "merged")
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert plain_metrics(merged, tmp_path / "merged", reviews[1]) == pytest.approx(ours, abs=1e-5)
+    again = classify(tmp_path / "again", "--model_name_or_path", base, "--adapter_name_or_path", run, "--eval_on_start",
+                     "--max_steps", 1)  # fmt: skip
+    start = next(line for line in metrics(again) if "eval/loss" in line)
+    assert start["eval/loss"] == pytest.approx(ours["eval/loss"], abs=1e-6)
+    script("predict", "--model", run, "--input_files", reviews[1], "--output_file", tmp_path / "out.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    expected = plain_scores(merged, tmp_path / "merged", reviews[1]).softmax(-1)[:, 1].tolist()
+    assert [row["probabilities"]["positive"] for row in rows] == pytest.approx(expected, abs=1e-5)

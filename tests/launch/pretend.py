@@ -29,6 +29,7 @@ LIBRARIES = (
     "peft",
     "bitsandbytes",
     "datasets",
+    "sklearn.metrics",
     "rich.live",
     "torch.optim.adamw",
 )

@@ -13,6 +13,7 @@ from accel_llm.errors import ConfigError
 NAME = "it's a $HOME [x] #1 日本"
 
 
+@pytest.mark.long
 def test_every_script_finds_every_path_from_any_folder(script, tiny, chats, tmp_path, monkeypatch, capsys):
     """With `--output_dir=~/x` the log, the checkpoints and run.json were written to ./~/x, and no resume found them."""
     home, here, elsewhere = tmp_path / "home", tmp_path / "here", tmp_path / "else where"

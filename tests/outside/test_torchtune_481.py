@@ -25,6 +25,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.long
 def test_a_second_start_is_refused_and_touches_nothing(script, tiny, chats, tmp_path) -> None:
     output = tmp_path / "output"
     command = [

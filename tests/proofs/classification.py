@@ -20,7 +20,7 @@ import numpy as np
 from forks import Ended, Run, compute, execute, metric, warm
 from resumes import differences as differences_of_files
 from resumes import stop_after
-from safetensors.numpy import load_file
+from rewards import trained
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 METHODS = {
@@ -80,11 +80,6 @@ def words_of(work: Path, method: str, output: Path) -> list[str]:
 def plan(work: Path, strategy: str, method: str) -> Run:
     output, processes = work / "runs" / f"{strategy}-{method}", 1 if strategy == "cpu" else 2
     return Run(f"{strategy}-{method}", "classify", strategy, processes, words_of(work, method, output), output)
-
-
-def trained(output: Path) -> dict[str, np.ndarray]:
-    (file,) = [*output.glob("adapter/adapter_model.safetensors"), *output.glob("model/model.safetensors")]
-    return load_file(file)
 
 
 def differences(output: Path, alone: Path) -> dict[str, float]:

@@ -119,6 +119,7 @@ def on_terminal(command: list[str], **variables: str) -> str:
     return screen.decode().replace("\r\n", "\n")
 
 
+@pytest.mark.long
 def test_errors_are_red_on_a_terminal_with_a_blank_line_around(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
     command = [sys.executable, str(tmp_path / "script.py"), "mistake"]

@@ -123,6 +123,7 @@ def held_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tupl
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.long
 def test_the_estimate_is_what_a_real_step_takes(case, tmp_path):
     family, sizes, values = CASES[case]
     saved_model(tmp_path, family, sizes)

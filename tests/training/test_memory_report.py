@@ -34,6 +34,7 @@ def test_without_packing_the_longest_row_counts(capsys):
     assert long["peak_memory_mb"] > short["peak_memory_mb"]
 
 
+@pytest.mark.long
 def test_what_does_not_fit_gets_advice_and_goes_on(capsys, monkeypatch):
     options, config = TrainOptions(max_length=512), LlamaConfig(**SIZES)
     monkeypatch.setattr(memory_report, "_device_memory", lambda accelerator: (GB // 4, "this GPU has"))
