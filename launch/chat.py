@@ -8,6 +8,7 @@ python launch/chat.py --model output --adapters other third
 import re
 from pathlib import Path
 
+import accel_llm.config.early
 import accel_llm.system.chatter
 
 from transformers import set_seed

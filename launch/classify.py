@@ -9,8 +9,9 @@ embedded demo of launch/recipes/demo_classify.yaml. `--help` lists all options.
 """
 
 from functools import partial
-from pathlib import Path
 from typing import Any
+
+import accel_llm.config.early
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -34,7 +35,7 @@ from accel_llm.training.preflight import preflight
 
 def main() -> None:
     # Options, and the processes and devices to run on.
-    options = setup.read_options(Options, demo=Path(__file__).parent / "recipes" / "demo_classify.yaml")
+    options = setup.read_options(Options, demo="demo_classify")
     accelerator = backend.build_accelerator(options)
 
     # Encode texts with labels as rows of tokens, and print the ledger and the plan.

@@ -4,13 +4,13 @@
     accelerate launch --config_file accelerate_configs/fsdp2.yaml launch/dpo.py --loss_type sigmoid sft \
         --model_name_or_path Qwen/Qwen3-0.6B --adapter_name_or_path output/sft --train_files pairs.jsonl
 
-The reference is the model before the first step. Without a model and data it trains on what sft.py's demo has exported
-(launch/recipes/demo_dpo.yaml). `--help` lists all options.
+The reference is the model before the first step. Without options it goes on with what sft.py's demo has exported.
 """
 
 from functools import partial
-from pathlib import Path
 from typing import Any
+
+import accel_llm.config.early
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -34,7 +34,7 @@ from accel_llm.training.preflight import preflight
 
 def main() -> None:
     # Options, and the processes and devices to run on.
-    options = setup.read_options(Options, demo=Path(__file__).parent / "recipes" / "demo_dpo.yaml")
+    options = setup.read_options(Options, demo="demo_dpo")
     accelerator = backend.build_accelerator(options)
 
     # Encode the two answers of each pair as rows of tokens with labels, and print the ledger and the plan.

@@ -3,6 +3,8 @@
 python launch/extract.py --base base --model tuned --lora_r 32 --output_dir adapter
 """
 
+import accel_llm.config.early
+
 from rich.console import Console
 from rich.progress import Progress
 

@@ -4,13 +4,13 @@
     accelerate launch --config_file accelerate_configs/zero2.yaml launch/kto.py \
         --model_name_or_path output/sft/model --train_files labelled.jsonl --output_dir output/kto
 
-The reference is the model before the first step. Without a model and data it trains on what sft.py's demo has exported
-(launch/recipes/demo_kto.yaml). `--help` lists all options.
+The reference is the model before the first step. Without options it goes on with what sft.py's demo has exported.
 """
 
 from functools import partial
-from pathlib import Path
 from typing import Any
+
+import accel_llm.config.early
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -34,7 +34,7 @@ from accel_llm.training.preflight import preflight
 
 def main() -> None:
     # Options, and the processes and devices to run on.
-    options = setup.read_options(Options, demo=Path(__file__).parent / "recipes" / "demo_kto.yaml")
+    options = setup.read_options(Options, demo="demo_kto")
     accelerator = backend.build_accelerator(options)
 
     # Encode answers with a label as rows of tokens with labels, and print the ledger and the plan.

@@ -11,6 +11,8 @@ import os
 # on merging. torch reads the variable, so it is set before the other imports.
 os.environ["THP_MEM_ALLOC_ENABLE"] = os.environ.get("THP_MEM_ALLOC_ENABLE", "1")
 
+import accel_llm.config.early
+
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 

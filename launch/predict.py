@@ -12,6 +12,7 @@ the `predicted_score` of chats. The same command again goes on where it was kill
 
 import time
 
+import accel_llm.config.early
 import accel_llm.system.chatter
 
 from rich.console import Console

@@ -9,6 +9,8 @@
 from functools import partial
 from typing import Any
 
+import accel_llm.config.early
+
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
@@ -28,12 +30,10 @@ from accel_llm.training.evaluation import Evaluation
 from accel_llm.training.export import export_model
 from accel_llm.training.preflight import preflight
 
-DEFAULTS = {"method": "full", "overlong": "split"}
-
 
 def main() -> None:
     # Options, and the processes and devices to run on.
-    options = setup.read_options(Options, DEFAULTS)
+    options = setup.read_options(Options)
     accelerator = backend.build_accelerator(options)
 
     # Encode text as rows of tokens with labels, and print the ledger and the plan.

@@ -8,8 +8,9 @@ Without a model and data it trains the embedded demo of launch/recipes/demo.yaml
 """
 
 from functools import partial
-from pathlib import Path
 from typing import Any
+
+import accel_llm.config.early
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -33,7 +34,7 @@ from accel_llm.training.preflight import preflight
 
 def main() -> None:
     # Options, and the processes and devices to run on.
-    options = setup.read_options(Options, demo=Path(__file__).parent / "recipes" / "demo.yaml")
+    options = setup.read_options(Options, demo="demo")
     accelerator = backend.build_accelerator(options)
 
     # Encode conversations as rows of tokens with labels, and print the ledger and the plan.

@@ -12,7 +12,6 @@ takes the options of it. It reads the tokenizer, never the weights; rows of plai
 import json
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -55,8 +54,8 @@ SCRIPTS = {"sft": Options, "dpo": OptionsForDpo, "kto": OptionsForKto, "reward":
 
 def main() -> None:
     script = sys.argv.pop(1) if sys.argv[1:2] and sys.argv[1] in SCRIPTS else "sft"
-    recipe = "demo_reward.yaml" if script == "reward" else "demo.yaml"  # those that need no adapter
-    options = data_only.read_data_options(SCRIPTS[script], Path(__file__).parent / "recipes" / recipe)
+    recipe = "demo_reward" if script == "reward" else "demo"  # those that need no adapter
+    options = data_only.read_data_options(SCRIPTS[script], recipe)
     tokenizer, template, no_template = data_only.tokenizer_and_template(options)
     kind = setup.preference_kind(options)
     data = encode_conversations(options, options.seed, tokenizer, template, no_template, kind)

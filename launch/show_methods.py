@@ -11,6 +11,8 @@ import json
 import sys
 from difflib import get_close_matches
 
+import accel_llm.config.early
+
 from rich.console import Console
 from rich.table import Table
 

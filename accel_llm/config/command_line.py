@@ -8,17 +8,13 @@ import difflib
 import json
 import re
 import shlex
-import shutil
 import sys
-import textwrap
-import types
 from collections import Counter
 from collections.abc import Sequence, Set
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Any, TypeVar, get_origin
 
 import yaml
-from annotated_types import Ge, Gt, Le, Lt
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
@@ -31,14 +27,14 @@ from accel_llm.config.aliases import (
     TRANSLATED_VALUES,
     VALUES_BESIDE_AN_OPTION,
 )
-from accel_llm.config.fields import MAX_YAML_CHARACTERS, parse_method, read_yaml
+from accel_llm.config.fields import MAX_YAML_CHARACTERS, Options, parse_method, read_yaml
+from accel_llm.config.help_text import describe_values, help_text
 from accel_llm.config.method import (
     DEFAULT_METHOD,
     METHODS_WITHOUT_ADAPTER,
     SET_BY_ADAPTER,
     options_for_another_method,
 )
-from accel_llm.config.options import Options
 from accel_llm.errors import ConfigError, raise_problems
 from accel_llm.system.launcher import process_rank
 from accel_llm.system.places import expand_home
@@ -62,7 +58,7 @@ def parse_options(
     defaults = defaults or {}
     flags, problems = _read_flags(sys.argv[1:] if argv is None else argv, options_class)
     if "help" in flags:
-        print(_help(options_class, defaults))
+        print(help_text(options_class, defaults))
         raise SystemExit(0)
 
     # Names of other trainers become ours; then values and rules are checked.
@@ -107,11 +103,6 @@ def _without_other_method(recipe: dict[str, Any], flags: dict[str, Any], default
 def resolved_options(options: Options) -> dict[str, Any]:
     """Return every option with its value in force as plain JSON values, without secrets, for files and trackers."""
     return json.loads(hide_secrets(json.dumps(options.model_dump(mode="json", by_alias=True))))
-
-
-def recipe_schema(options_class: type[Options]) -> dict[str, Any]:
-    """Return the JSON schema of a script's recipe, which editors use to complete and check it."""
-    return options_class.model_json_schema(by_alias=True)
 
 
 def shell_command(script: str, **options: str | Path) -> str:
@@ -268,8 +259,8 @@ def _problem(label: str, error: ErrorDetails, value: Any, field: FieldInfo) -> s
     if error["type"] == "value_error":
         return f"{label}: {error.get('ctx', {})['error']}."
     if error["type"] == "missing":
-        return f"{label}: it is required; give {_allowed_values(field)}."
-    return f"{label}: {_format_value(value)} is not allowed; give {_allowed_values(field)}."
+        return f"{label}: it is required; give {describe_values(field)}."
+    return f"{label}: {_format_value(value)} is not allowed; give {describe_values(field)}."
 
 
 def _fields(options_class: type[Options]) -> dict[str, FieldInfo]:
@@ -292,73 +283,3 @@ def _format_value(value: Any) -> str:
         return "true (or no value)" if value else "false"
     text = "null" if value is None else repr(value)
     return text if len(text) <= 300 else f"{text[:300]} ..."
-
-
-def _allowed_values(field: FieldInfo) -> str:
-    """Return the values that a field takes, in words."""
-    ranges = [words for item in field.metadata if (words := _describe_range(item))]
-    return _describe_type(field.annotation, " and".join(ranges))
-
-
-def _describe_range(constraint: Any) -> str:
-    match constraint:
-        case Ge(ge=bound):
-            return f" of at least {bound}"
-        case Gt(gt=bound):
-            return f" above {bound}"
-        case Le(le=bound):
-            return f" of at most {bound}"
-        case Lt(lt=bound):
-            return f" below {bound}"
-    return ""
-
-
-def _describe_type(annotation: Any, ranges: str = "") -> str:
-    """Return in words what an annotation allows: choices, pairs, lists, alternatives or one of the plain types."""
-    args = get_args(annotation)
-    if get_origin(annotation) is Literal:
-        return " or ".join([", ".join(map(str, args[:-1])), str(args[-1])] if len(args) > 1 else map(str, args))
-    if get_origin(annotation) is dict:
-        return "pairs name=value"
-    if get_origin(annotation) is list:
-        if get_origin(args[0]) is Literal:
-            return "any of " + ", ".join(get_args(args[0]))
-        return "one or several numbers" if args[0] is float else "one or several texts"
-    if get_origin(annotation) in (Union, types.UnionType):
-        return ", or ".join("none" if arg is type(None) else _describe_type(arg, ranges) for arg in args)
-    if get_origin(annotation) is Annotated:  # a type of ours as one of several alternatives
-        return _describe_type(args[0], ranges)
-    return {bool: "true or false", int: f"a whole number{ranges}", float: f"a number{ranges}", str: "text"}[annotation]
-
-
-def _help(options_class: type[Options], defaults: dict[str, Any]) -> str:
-    """Return the text of --help: every option under the title of its group, with its values and its default."""
-    width = min(shutil.get_terminal_size().columns, 110)
-    lines = ["Options: --name value on the command line, or name: value in the YAML file (recipe) of --config."]
-    for group in options_class.__mro__:
-        # Only the options that the group itself adds.
-        if not issubclass(group, Options):
-            continue
-        skipped = {name for parent in group.__mro__[1:] if issubclass(parent, Options) for name in parent.model_fields}
-        skipped |= {*options_class.unused}
-        # As the script has them: a group of its own may allow other values.
-        own_fields = [(name, options_class.model_fields[name]) for name in group.model_fields if name not in skipped]
-        lines += ["", f"{(group.__doc__ or '').strip()}:"] if own_fields else []
-
-        # Two parts for each: its name, and its description with values and default.
-        for name, field in own_fields:
-            default = defaults.get(name, field.get_default(call_default_factory=True, validated_data={}))
-            default_text = "required" if field.is_required() else f"default: {_format_default(default)}"
-            text = f"{field.description}. Takes {_allowed_values(field)} ({default_text})."
-            lines.append(f"  --{field.alias or name}")
-            lines += textwrap.wrap(text, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
-    return "\n".join(lines)
-
-
-def _format_default(value: Any) -> str:
-    """Return a default as the user would type it."""
-    if value is None or value in ([], {}):
-        return "none"
-    if isinstance(value, list):
-        return " ".join(map(str, value))
-    return f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)

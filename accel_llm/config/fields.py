@@ -279,6 +279,7 @@ class Options(BaseModel):
         protected_namespaces=(),
     )
     unused: ClassVar[tuple[str, ...]] = ()  # inherited options that have no meaning, and that --help leaves out
+    script_defaults: ClassVar[dict[str, Any]] = {}  # where they differ from those of the groups, by field name
 
     @property
     def gives_scores(self) -> bool:

@@ -9,7 +9,7 @@ import math
 import os
 import tempfile
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -266,6 +266,7 @@ class PretrainOptions(TrainOptions):
     """Pretraining"""
 
     unused: ClassVar[tuple[str, ...]] = TURN_OPTIONS
+    script_defaults: ClassVar[dict[str, Any]] = {"method": "full", "overlong": "split"}
 
     config_name: Place | None = Field(
         None, description="Folder or hub id of a model config, to train from random weights"

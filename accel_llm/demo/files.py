@@ -21,6 +21,7 @@ from accel_llm.system.disk import write_atomically
 TrainOptionsT = TypeVar("TrainOptionsT", bound=TrainOptions)
 DEMO_NAME = "demo"  # the value of an option that stands for the demo's model or data
 DEMO_BASE = Path(__file__).parents[1] / "demo_base"
+RECIPES = Path(__file__).parents[2] / "launch" / "recipes"
 
 
 def resolve_demo(options: TrainOptionsT) -> TrainOptionsT:
@@ -76,8 +77,8 @@ def _write_base_config(folder: Path) -> str:
     return str(folder)
 
 
-def parse_options_or_demo(options_class: type[TrainOptionsT], recipe: Path, argv: list[str]) -> TrainOptionsT:
-    """Parse the options of a script; without a model, data and `--config` its demo `recipe` is used.
+def parse_options_or_demo(options_class: type[TrainOptionsT], recipe: str, argv: list[str]) -> TrainOptionsT:
+    """Parse the options of a script; without a model, data and `--config` its demo recipe, named `recipe`, is used.
 
     Raises:
         ConfigError: an option is unknown or has a value that is not allowed, or the demo goes on with an adapter that is
@@ -85,7 +86,7 @@ def parse_options_or_demo(options_class: type[TrainOptionsT], recipe: Path, argv
     """
     options = parse_options(options_class, argv)
     if "--config" not in argv and options.model_name_or_path is None and not options.train_files:
-        options = parse_options(options_class, ["--config", str(recipe), *argv])
+        options = parse_options(options_class, ["--config", str(RECIPES / f"{recipe}.yaml"), *argv])
         adapter = options.adapter_name_or_path
         if adapter and not Path(adapter).exists():
             raise ConfigError(

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from accel_llm.errors import ConfigError, DataError
 from accel_llm.system.disk import disk_failure
+from accel_llm.system.importing import hide_imports
 from accel_llm.system.last_line import print_last
 from accel_llm.system.launcher import is_launched, launcher_pid, process_rank, world_size
 from accel_llm.system.out_of_memory import memory_failure, ran_out_of_memory
@@ -37,6 +38,7 @@ def run_script(main: Callable[[], None]) -> None:
     """
     launched, rank = is_launched(), process_rank()
     source = f"error (rank {rank})" if rank else "error"
+    hide_imports()
     _escape_unprintable()
     try:
         check_packages()

@@ -1,7 +1,6 @@
 """Steps of launch/show_data.py, which encodes data and trains nothing: read options, load a tokenizer and its template."""
 
 import sys
-from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
@@ -18,7 +17,7 @@ from accel_llm.model.tokenizer import configured_tokenizer
 from accel_llm.model.vocabulary import add_missing_tokens
 
 
-def read_data_options(options_class: type[TrainOptionsT], demo: Path) -> TrainOptionsT:
+def read_data_options(options_class: type[TrainOptionsT], demo: str) -> TrainOptionsT:
     """Read and check the options of a script that encodes data but trains nothing.
 
     Such a script reads only the tokenizer of a model, so with `tokenizer_name` no model is needed.

@@ -62,12 +62,11 @@ from accel_llm.training.text_evaluation import text_metrics
 
 def read_options(
     options_class: type[TrainOptionsT],
-    defaults: dict[str, Any] | None = None,
-    demo: Path | None = None,
+    demo: str | None = None,
 ) -> TrainOptionsT:
     """Read and check the options of a training script from its command line and recipe.
 
-    `defaults` are the script's own. `demo` is the recipe to use if the command line names no model, data or recipe.
+    `demo` is the name of the recipe to use if the command line names no model, data or recipe.
     The defaults of the method are filled in, or with `adapter_name_or_path` the settings of that adapter.
 
     Raises:
@@ -76,7 +75,7 @@ def read_options(
     if demo is not None:
         options = parse_options_or_demo(options_class, demo, sys.argv[1:])
     else:
-        options = resolve_demo(parse_options(options_class, sys.argv[1:], defaults))
+        options = resolve_demo(parse_options(options_class, sys.argv[1:], options_class.script_defaults))
     if isinstance(options, SftOptions) and options.overfit:
         options = options.with_defaults(OVERFIT_DEFAULTS)
     options = fill_method_options(adopt_adapter_options(options))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from accel_llm.config.command_line import parse_options, recipe_schema, resolved_options, shell_command
+from accel_llm.config.command_line import parse_options, resolved_options, shell_command
 from accel_llm.config.options import OptimOptions, PretrainOptions, SftOptions
 from accel_llm.config.tool_options import ChatOptions, ExtractOptions, MergeOptions, PredictOptions, ShowOptions
 from accel_llm.errors import ConfigError
@@ -521,20 +521,6 @@ def test_the_resolved_config_is_json_that_parses_to_itself(tmp_path):
     values = json.loads(json.dumps(resolved_options(options)))
     assert values["learning_rate"] == 2e-5 and values["precision"] == "bf16"
     assert Sft.model_validate(values) == options
-
-
-def test_schema_completes_a_recipe():
-    schema = recipe_schema(Show)
-    assert schema["additionalProperties"] is False
-    assert {"json", "lora_r", "train_files"} <= schema["properties"].keys()
-    assert schema["properties"]["max_length"] == {
-        "default": 2048,
-        "description": "Maximum tokens in a row; packed rows are filled up to it",
-        "minimum": 2,
-        "title": "Max Length",
-        "type": "integer",
-    }
-    assert {"type": "string"} in schema["properties"]["train_files"]["anyOf"]
 
 
 def test_options_cannot_be_changed_after_parsing():

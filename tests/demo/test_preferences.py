@@ -13,8 +13,6 @@ from accel_llm.demo.skills import demo_conversations
 from accel_llm.demo.tokenizer import THINGS
 from accel_llm.errors import ConfigError
 
-RECIPES = Path(__file__).parents[2] / "launch" / "recipes"
-
 
 def things_asked_about(row: dict) -> list[str]:
     """The things of a question of choice in their order; none if it is another question."""
@@ -85,13 +83,12 @@ def test_scripts_for_preferences_get_pairs(options_class, tmp_path):
 def test_without_the_adapter_of_fine_tuning_the_demo_says_what_to_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HOME", str(tmp_path))
-    recipe = RECIPES / "demo_dpo.yaml"
     with pytest.raises(ConfigError) as refused:
-        parse_options_or_demo(DpoOptions, recipe, [])
+        parse_options_or_demo(DpoOptions, "demo_dpo", [])
     assert str(refused.value) == (
         "adapter_name_or_path: the demo goes on with output/demo, which is not there; run launch/sft.py first, without "
         "options, or name a model and data of your own."
     )
     Path("output/demo").mkdir(parents=True)
-    options = parse_options_or_demo(DpoOptions, recipe, ["--cache_dir", str(tmp_path)])
+    options = parse_options_or_demo(DpoOptions, "demo_dpo", ["--cache_dir", str(tmp_path)])
     assert (options.adapter_name_or_path, options.output_dir) == ("output/demo", "output/demo_dpo")

@@ -12,7 +12,6 @@ from accel_llm.demo.files import parse_options_or_demo
 from accel_llm.demo.questions import LABELLED_TEXTS, demo_questions
 from accel_llm.demo.skills import FAMILIES, demo_conversations
 
-RECIPES = Path(__file__).parents[2] / "launch" / "recipes"
 # What a person would look at; each question has exactly one of these.
 SIGNS = {
     "chain": r"What is \d+ \+ \d\? (Now add|And plus)",
@@ -46,7 +45,7 @@ def test_no_question_is_in_both_splits_nor_held_out_of_fine_tuning():
 
 
 def test_without_options_the_recipe_and_its_files_are_used(tmp_path):
-    options = parse_options_or_demo(ClassifyOptions, RECIPES / "demo_classify.yaml", ["--cache_dir", str(tmp_path)])
+    options = parse_options_or_demo(ClassifyOptions, "demo_classify", ["--cache_dir", str(tmp_path)])
     for files, split in ((options.train_files, "train"), (options.eval_files, "eval")):
         lines = Path(files[0]).read_text(encoding="utf-8").splitlines()
         assert [json.loads(line) for line in lines] == demo_questions(split)

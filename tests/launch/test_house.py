@@ -206,7 +206,7 @@ def test_every_recipe_is_read_by_its_script_and_short(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
     assert 8 <= len(lines) <= 20
     assert max(map(len, lines)) <= 120
-    assert lines[0].startswith("# ")
+    assert lines[0] == f"# yaml-language-server: $schema=schemas/{name}.json" and lines[1].startswith("# ")
 
 
 def test_every_family_has_a_recipe_for_every_size() -> None:
@@ -226,7 +226,7 @@ def test_recipes_for_a_gpu_are_estimated_to_fit_it(family: str, size: int) -> No
     assert re.match(FAMILIES[family], options.model_name_or_path)
     assert options.output_dir == f"output/{path.stem}"
     assert memory.estimate(path).total < 0.92 * size * GB
-    first, second = path.read_text(encoding="utf-8").splitlines()[:2]
+    first, second = path.read_text(encoding="utf-8").splitlines()[1:3]
     assert first.startswith(f"# {options.model_name_or_path.split('/')[1]}, ") and first.endswith(f" {size} GB.")
     # Releases of torch differ a little, for example in whether heads are repeated for the attention.
     words = re.compile(r"[^\d.]+|\.$")
