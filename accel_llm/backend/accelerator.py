@@ -26,6 +26,7 @@ from accel_llm.backend.zero import build_deepspeed_plugin, deepspeed_settings, f
 from accel_llm.config.options import TrainOptions
 from accel_llm.errors import ConfigError, raise_problems
 from accel_llm.system.launcher import launcher_flag, local_world_size, process_rank, world_size
+from accel_llm.system.progress import shown
 from accel_llm.system.run_lock import lock_output_dir, share_lock
 from accel_llm.system.signals import listen_for_signals
 
@@ -71,6 +72,7 @@ def _check_launch(options: TrainOptions) -> None:
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = os.environ["ACCELERATE_DEEPSPEED_ZERO3_INIT"] = "false"
 
 
+@shown("start processes")
 def build_accelerator(options: TrainOptions) -> Accelerator:
     """Build the Accelerator of a training script (devices, precision, strategy), and start to handle signals.
 
@@ -190,6 +192,7 @@ def _check_accelerator(accelerator: Accelerator, launched_strategy: str) -> None
         )
 
 
+@shown("prepare model")
 def prepare(accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
     """Wrap model and optimizer with Accelerate's `prepare`, and compile the layers if the launch YAML asks for it.
 

@@ -13,9 +13,13 @@ from accel_llm.system.launcher import world_size
 from accel_llm.system.signals import signal_requests
 
 
-def agree_on_requests(accelerator: Accelerator) -> tuple[bool, bool]:
-    """Return (stop, save): whether a signal asked any process for it. All processes get the same answer."""
-    stop, save = sum_on_cpus(accelerator, [float(signal_requests.stop > 0), float(signal_requests.save)])
+def agree_on_requests(accelerator: Accelerator, save_now: bool = False) -> tuple[bool, bool]:
+    """Return (stop, save): whether a signal asked any process for it. All processes get the same answer.
+
+    `save_now` asks for a checkpoint too.
+    """
+    requests = signal_requests.stop > 0, signal_requests.save or save_now
+    stop, save = sum_on_cpus(accelerator, [float(request) for request in requests])
     return stop > 0, save > 0
 
 

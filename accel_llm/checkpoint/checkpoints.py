@@ -44,10 +44,12 @@ from accel_llm.system.disk import disk_errno, disk_failure
 from accel_llm.system.exit import DISK_ADVICE
 from accel_llm.system.folders import hidden_sibling
 from accel_llm.system.manifest import find_damage, find_parts, remove_folder, seal_folder
+from accel_llm.system.progress import shown
 from accel_llm.system.signals import Preempted, ignore_further_signals, signal_requests, stop_deferring_signals
 from accel_llm.system.tensors import find_nonfinite
 from accel_llm.training.bad_steps import BadSteps
 from accel_llm.training.evaluation import Evaluation
+from accel_llm.training.intervals import SaveClock
 from accel_llm.training.start import Start
 
 
@@ -66,7 +68,7 @@ class Checkpoints:
         self.accelerator, self.model, self.optimizer, self.scheduler = accelerator, model, optimizer, scheduler
         self.options, self.start = options, start
         self.folder = Path(options.output_dir) / "checkpoints"
-        self.best, self.saved_step = start.best, start.step
+        self.best, self.saved_step, self.clock = start.best, start.step, SaveClock(options)
         # For save_async: the thread that writes, its error, and the copies that it writes from.
         self.writer: threading.Thread | None = None
         self.writer_error: BaseException | None = None
@@ -110,7 +112,7 @@ class Checkpoints:
             self.best = self.best.after(step, value, metric)
 
     def when_due(self, meter: Meter, evaluation: Evaluation, bad_steps: BadSteps, step: int) -> None:
-        """Save every `save_steps`, at the last step, at the best evaluation so far, and when a signal asks for it.
+        """Save every `save_steps`, at the last step, at the best evaluation, and when a signal or the clock asks for it.
 
         Raises:
             Preempted: a signal asked the run to stop; it has been saved.
@@ -118,7 +120,7 @@ class Checkpoints:
         """
         # A thread that failed in the background ends the run here.
         self._check_writer()
-        stop, save = agree_on_requests(self.accelerator)
+        stop, save = agree_on_requests(self.accelerator, self.clock.is_due())
         # All reasons for a save: a signal, the best evaluation so far, the last step, and every save_steps.
         self._judge(evaluation, step)
         best, last = self.best.step == step, step == meter.plan.total_steps or self.stops_early
@@ -208,6 +210,7 @@ class Checkpoints:
 
     # --- saving ------------------------------------------------------------------------------------------------------
 
+    @shown("save")
     def _save(self, meter: Meter, evaluation: Evaluation, bad_steps: BadSteps, step: int, in_background: bool) -> None:
         self._finish_writer()
         if step == self.saved_step:
@@ -236,7 +239,7 @@ class Checkpoints:
             with self._cleaning_up_errors(step):
                 self._write(*arguments)
             wait_for_all()
-        self.saved_step = step
+        self.saved_step, self.clock = step, SaveClock(self.options)
 
     def _local_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Return the tensors that this process writes, and its values for JSON."""

@@ -156,8 +156,17 @@ class RunOptions(Options):
         None, ge=1, description="Number of optimizer steps; if it is given, num_train_epochs has no effect"
     )
     logging_steps: int = Field(10, ge=1, description="Log metrics every this many steps")
-    eval_steps: int | None = Field(None, ge=1, description="Evaluate every this many steps; none: at the end")
-    save_steps: int | None = Field(None, ge=1, description="Save a checkpoint every this many steps; none: at the end")
+    eval_steps: int | None = Field(
+        None,
+        ge=0,
+        description="Evaluate every this many steps and at the end; 0: at the end only; none: a tenth of the run",
+    )
+    save_steps: int | None = Field(
+        None,
+        ge=0,
+        description="Save a checkpoint every this many steps and at the end; 0: at the end only; none: a tenth of the run, "
+        "and after 30 minutes",
+    )
     save_total_limit: int = Field(2, ge=1, description="Number of newest checkpoints to keep; the best one is kept too")
     save_async: bool = Field(False, description="Write checkpoints while the training goes on")
     metric_for_best_model: Literal["eval/loss", "eval/exact_match"] | None = Field(
@@ -224,8 +233,8 @@ class RunOptions(Options):
                 "early_stopping_patience: it needs a metric to compare evaluations by; set metric_for_best_model, for "
                 "example eval/loss."
             )
-        if self.early_stopping_patience and not self.eval_steps:
-            problems.append("early_stopping_patience: it counts evaluations during the run; set eval_steps too.")
+        if self.early_stopping_patience and self.eval_steps == 0:
+            problems.append("early_stopping_patience: it counts evaluations during the run, but eval_steps is 0.")
         problems += [
             f"allow_changed: {name!r} is not an option of this script; give names that --help lists."
             for name in self.allow_changed
@@ -251,6 +260,7 @@ OVERFIT_DEFAULTS = {
     "learning_rate": 1e-3,
     "lr_scheduler_type": "constant_with_warmup",
     "eval_generate": 8,
+    "eval_steps": 0,
 }
 
 

@@ -35,6 +35,7 @@ from accel_llm.data.pairs import PreferenceKind
 from accel_llm.data.rows import Rows, RowWriter, cache_folder, cached_rows, load_rows
 from accel_llm.data.sources import as_source, data_fingerprint, left_out_note, read_source, source_identity
 from accel_llm.errors import ConfigError, DataError, raise_problems
+from accel_llm.system.progress import Bar
 
 CACHE_VERSION = 9  # raise it with every change of the encoding, so that no old cache is used
 ROWS_PER_CHUNK = 256  # rows that are encoded together, and sent to a worker together
@@ -228,10 +229,14 @@ def _encode_into(
 
     # Write the chunks as they come.
     with ExitStack() as stack:
+        bar = stack.enter_context(Bar("encode rows", options.limit_rows))
+        done = 0
         writers = {name: stack.enter_context(RowWriter(folder / name)) for name in ledgers}
         tasks = _chunk_rows(encoder, seed, train, evaluation, origins, ledgers["train"])
         for name, chunk in _encode_chunks(tasks, encoder):
             writers[name].add(chunk.part)
+            done += sum(amount["rows"] for amount in chunk.ledger.inputs.values())
+            bar.update(done)
             ledgers[name].merge(chunk.ledger)
             if name == "train":
                 lengths.update(chunk.lengths)

@@ -21,6 +21,7 @@ from accel_llm.data.order import arrange_epoch, mix_sources
 from accel_llm.data.packing import Bins, pack
 from accel_llm.data.rows import Rows
 from accel_llm.data.sources import as_source
+from accel_llm.system.progress import tracked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,17 +92,24 @@ def padding_share(rows: Rows, options: TrainOptions, rows_per_step: int) -> floa
 
 
 def evaluation_batches(
-    rows: Rows | Pairs, options: TrainOptions, rank: int, world: int, pad_token_id: int, collate: Collate = collate
+    rows: Rows | Pairs,
+    options: TrainOptions,
+    rank: int,
+    world: int,
+    pad_token_id: int,
+    collate: Collate = collate,
+    name: str = "evaluate",
 ) -> Iterator[Batch]:
     """Yield the batches of process `rank` of `world` over all rows, or pairs, each once, on the CPU.
 
     Each process gets the same number of batches, since weights may be sharded; one without rows left gets batches
-    without labels.
+    without labels. `name` is that of the bar.
     """
     lengths, single = _packed_lengths(rows, options), Bins(np.arange(len(rows)), np.arange(len(rows) + 1))
     order, offsets = pack(lengths, options.max_length) if options.packing else single
     size, count = options.per_device_eval_batch_size, len(offsets) - 1
-    for first in range(rank * size, rank * size + -(-count // (size * world)) * size * world, size * world):
+    firsts = range(rank * size, rank * size + -(-count // (size * world)) * size * world, size * world)
+    for first in tracked(firsts, name):
         bins = range(first, min(first + size, count))
         indices = [int(k) for b in bins for k in order[offsets[b] : offsets[b + 1]]]
         yield collate(rows, indices, bool(options.packing), pad_token_id, options.virtual_tokens)

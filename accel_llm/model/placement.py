@@ -26,6 +26,7 @@ from accel_llm.config.options import TrainOptions
 from accel_llm.model.attention import unwrap_causal_lm
 from accel_llm.model.offloaded_embedding import embedding_to_offload, keep_on_host
 from accel_llm.system.memory import release_pages, returning_freed_memory
+from accel_llm.system.progress import tracked
 
 
 def place_weights(accelerator: Accelerator, model: nn.Module, options: TrainOptions) -> None:
@@ -55,7 +56,7 @@ def place_weights(accelerator: Accelerator, model: nn.Module, options: TrainOpti
             else:
                 materialize_weights(model, [embedding], compute, torch.device("cpu"), masters)
                 keep_on_host(embedding)
-        for unit in _shard_units(model):
+        for unit in tracked(_shard_units(model), "load layers"):
             modules = [module for module in unit.modules() if module not in done]
             materialize_weights(model, modules, compute, accelerator.device, masters)
             done.update(modules)

@@ -211,7 +211,7 @@ def reference_columns(
     table = _table(rows)
     column = torch.zeros(len(table), dtype=torch.float64, device=accelerator.device)
     rank, world = accelerator.process_index, accelerator.num_processes
-    batches = evaluation_batches(rows, options, rank, world, pad_token_id, _collate_with_numbers)
+    batches = evaluation_batches(rows, options, rank, world, pad_token_id, _collate_with_numbers, "reference")
     with evaluating(model), accelerator.autocast():
         for batch in batches:
             batch = to_device(batch, accelerator.device)

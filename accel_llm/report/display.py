@@ -196,7 +196,10 @@ def plan_warnings(options: TrainOptions, plan: TrainingPlan) -> list[str]:
         )
 
     # Too few evaluations to stop early: the first one is always a new best, and the last one comes after the last step.
-    patience, evaluations = options.early_stopping_patience, (plan.total_steps - 1) // (options.eval_steps or 1)
+    patience, evaluations = (
+        options.early_stopping_patience,
+        (plan.total_steps - 1) // (options.eval_steps or plan.total_steps),
+    )
     if patience and evaluations <= patience and not options.check_only:
         warnings.append(
             f"early_stopping_patience: the run has {evaluations:,} evaluations before its last step, too few for "

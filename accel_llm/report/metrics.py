@@ -13,8 +13,6 @@ from typing import Any
 import psutil
 import torch
 from accelerate import Accelerator
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from accel_llm.backend.collectives import sum_on_cpus
 from accel_llm.config.options import RunOptions
@@ -24,8 +22,7 @@ from accel_llm.report.likelihood import ChosenLikelihood
 from accel_llm.report.record import Record
 from accel_llm.report.trackers import RunTrackers
 from accel_llm.system.disk import write_atomically
-
-console = Console(highlight=False)
+from accel_llm.system.progress import Bar, console, format_seconds
 
 
 class Meter:
@@ -48,13 +45,14 @@ class Meter:
         self.file = Path(options.output_dir) / "metrics.jsonl"
         self.supervised = 0  # labeled targets up to the last line of metrics, over all processes
         self.trackers, self.likelihood = RunTrackers(accelerator, options, record), ChosenLikelihood(options)
+        self.status = ""  # beside the bar: where the run is and how it goes
         self._reset(state)
         if accelerator.is_main_process and step:
             lines = _drop_lines(self.file, lambda line: line["step"] > step)  # what this run does again
             self.supervised = max((line.get("supervised_tokens", 0) for line in lines), default=0)
             if any(map(self.likelihood.add, lines)):  # the warning was printed then
                 record.update(warning=self.likelihood.warning)
-        self.progress = _start_progress(accelerator, plan, step, options.check_only)
+        self.bar = None if options.check_only else Bar("train", plan.total_steps, step, logged=False)
         record.stop_progress = self.close
 
     def _reset(self, state: Sequence[float] = (0.0,) * 5) -> None:
@@ -96,8 +94,8 @@ class Meter:
 
         A run that may stop early writes them before each evaluation too, since it can be the last one.
         """
-        if self.progress:
-            self.progress.update(self.progress.task_ids[0], completed=step)
+        if self.bar:
+            self.bar.update(step, self.status)
         options = self.options
         may_be_last = options.early_stopping_patience and options.eval_steps and step % options.eval_steps == 0
         if step % options.logging_steps and step not in (1, self.plan.total_steps) and not may_be_last:
@@ -132,19 +130,19 @@ class Meter:
             file.flush()
             # A checkpoint may follow, and a resumed run takes these lines as written: they must survive a crash.
             os.fsync(file.fileno())
-        if self.progress:
-            self.progress.update(self.progress.task_ids[0], status=_status(values))
-        self._print(
-            f"step {step}/{self.plan.total_steps}  "
-            + "  ".join(_format_metric(k, v) for k, v in values.items() if _on_screen(k))
-        )
+        if "epoch" in values:
+            self.status = _status(values)
+        shown = [_format_metric(k, v) for k, v in values.items() if _on_screen(k)]
+        if self.bar and "epoch" in values and not console.is_terminal and step < self.plan.total_steps:
+            shown.append(f"left {format_seconds(self.bar.seconds_left())}")  # on a terminal the bar says it
+        self._print(f"step {step}/{self.plan.total_steps}  {'  '.join(shown)}")
         if self.likelihood.add({"step": step} | values):
             self.record.update(warning=self.likelihood.warning)
             self._print(f"warning: {self.likelihood.warning}")
 
     def _print(self, line: str) -> None:
-        if self.progress:
-            self.progress.console.print(line, markup=False)
+        if console.is_terminal:
+            console.print(line, markup=False, emoji=False)
         else:
             print(line, flush=True)
 
@@ -159,8 +157,8 @@ class Meter:
 
     def close(self) -> None:
         """Remove the progress bar."""
-        if self.progress:
-            self.progress.stop()
+        if self.bar:
+            self.bar.close()
 
     def end_run(self) -> None:
         """Close the trackers, as the last thing that a script does.
@@ -231,26 +229,8 @@ def _format_metric(name: str, value: Any) -> str:
 
 
 def _status(values: dict[str, Any]) -> str:
-    return "  ".join(
-        _format_metric(k, values[k]) for k in ("loss", "learning_rate", "tokens_per_second") if k in values
-    )
-
-
-def _start_progress(accelerator: Accelerator, plan: TrainingPlan, first_step: int, check_only: bool) -> Progress | None:
-    """Return a progress bar on the terminal of the main process, else None: a log file gets only the metrics."""
-    if check_only or not (accelerator.is_main_process and console.is_terminal):
-        return None
-    columns = (
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[status]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    progress = Progress(*columns, console=console, transient=True)
-    progress.add_task("train", total=plan.total_steps, completed=first_step, status="")
-    progress.start()
-    return progress
+    metrics = [_format_metric(k, values[k]) for k in ("loss", "tokens_per_second") if k in values]
+    return "  ".join([f"epoch {values['epoch']:.2f}", *metrics])
 
 
 def _json_line(values: dict[str, Any]) -> str:

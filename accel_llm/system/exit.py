@@ -19,6 +19,7 @@ from accel_llm.system.last_line import print_last
 from accel_llm.system.launcher import is_launched, launcher_pid, process_rank, world_size
 from accel_llm.system.out_of_memory import memory_failure, ran_out_of_memory
 from accel_llm.system.packages import check_packages
+from accel_llm.system.progress import close_display
 from accel_llm.system.run_lock import release_locks
 from accel_llm.system.secrecy import hide_secrets
 from accel_llm.system.signals import Preempted, mark_as_failing, signal_requests
@@ -42,7 +43,10 @@ def run_script(main: Callable[[], None]) -> None:
     _escape_unprintable()
     try:
         check_packages()
-        main()
+        try:
+            main()
+        finally:
+            close_display()
         sys.stdout.flush()
     except (ConfigError, DataError) as error:
         wait_for_root_cause(error)

@@ -29,6 +29,7 @@ from accel_llm.model.positions import positions_for_tokens
 from accel_llm.model.tokenizer import pad_token_id
 from accel_llm.report.metrics import Meter
 from accel_llm.report.trackers import describe_error
+from accel_llm.system.progress import tracked
 from accel_llm.system.signals import Preempted, signal_requests
 from accel_llm.training.start import Start
 
@@ -166,7 +167,7 @@ def mean_loss(
     with evaluating(model):
         # Sharded weights are gathered in each forward pass, so every process must make the same number of passes. A
         # process that has no rows left gets a batch without labels.
-        for first in range(0, count, size * world):
+        for first in tracked(range(0, count, size * world), "evaluate"):
             check_stop(accelerator)
             start = first + accelerator.process_index * size
             packed_rows = range(start, min(start + size, count))
@@ -241,10 +242,11 @@ def exact_match(
     limit = positions_for_tokens(causal_lm)
     answers: list[GeneratedAnswer] = []
     stopped = 0
+    batches = [*_question_batches(accelerator, questions, batch_size, limit)]
     # Autocast, because `generate` bypasses the forward that `prepare` wraps: without it the float32 parts of an adapter
     # would meet bf16 activations. Packed attention cannot generate, so the model's own takes its place.
     with evaluating(inner), accelerator.autocast(), stock_attention(inner), without_own_settings(causal_lm):
-        for batch, own, max_new_tokens in _question_batches(accelerator, questions, batch_size, limit):
+        for batch, own, max_new_tokens in tracked(batches, "generate"):
             check_stop(accelerator)
             inputs = pad_left([prompt for prompt, _ in batch], pad, accelerator.device)
             settings = GenerationConfig(

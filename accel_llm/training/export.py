@@ -21,11 +21,13 @@ from accel_llm.model.stored_dtypes import StoredDtypes
 from accel_llm.model.tokenizer_file import save_tokenizer
 from accel_llm.report.record import Record
 from accel_llm.system.folders import atomic_folder
+from accel_llm.system.progress import shown
 from accel_llm.system.quiet import quietly
 from accel_llm.training.read_back import read_export_back, sample_logits
 from accel_llm.training.start import Start
 
 
+@shown("export")
 def export_model(
     accelerator: Accelerator,
     model: Any,

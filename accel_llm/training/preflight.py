@@ -26,6 +26,7 @@ from accel_llm.model.attention import unwrap_causal_lm
 from accel_llm.model.language_part import parts_beside_language
 from accel_llm.model.offloaded_embedding import host_matrices
 from accel_llm.model.vocabulary import NEW_ROWS
+from accel_llm.system.progress import shown
 from accel_llm.training.census import ProductCensus, compilation_facts, dtype_name, watch_layers
 from accel_llm.training.model_checks import check_model
 
@@ -37,6 +38,7 @@ MOVED_SHARE = 0.2
 BASE_PRODUCTS = 4  # a decoder layer has at least so many products: queries with keys and values, output, feed-forward
 
 
+@shown("check model")
 def preflight(accelerator: Accelerator, model: nn.Module, optimizer: Any, options: TrainOptions) -> dict[str, Any]:
     """Check the prepared model before it trains, and hook up a check of its gradients in the first step.
 

@@ -26,7 +26,8 @@ from accel_llm.config.classify_options import ClassifyOptions
 from accel_llm.config.command_line import parse_options, resolved_options
 from accel_llm.config.options import OVERFIT_DEFAULTS, PretrainOptions, SftOptions, TrainOptions
 from accel_llm.config.preference_options import AnswerOptions, KtoOptions, PairOptions, PreferenceOptions, RewardOptions
-from accel_llm.data.answers import advise_weights, as_units, collate_answers
+from accel_llm.data.answers import Pairs, advise_weights, as_units, collate_answers
+from accel_llm.data.batches import collate
 from accel_llm.data.pairs import PreferenceKind
 from accel_llm.data.prepare import EncodedData, encode_conversations, encode_texts
 from accel_llm.data.rows import Rows
@@ -48,8 +49,10 @@ from accel_llm.report.display import advise, show_plan
 from accel_llm.report.record import Record
 from accel_llm.system.folders import write_problem
 from accel_llm.system.launcher import process_rank
+from accel_llm.system.progress import shown
 from accel_llm.training.classes import add_labels, encode_texts_for_classes, fit_to_model
 from accel_llm.training.evaluation import Measure
+from accel_llm.training.intervals import fill_intervals
 from accel_llm.training.memory_advice import note_memory_advice
 from accel_llm.training.memory_report import show_memory
 from accel_llm.training.optimizers import build_optimizer
@@ -106,6 +109,7 @@ class ChatTokenizer:
     new_tokens: range
 
 
+@shown("load tokenizer")
 def chat_tokenizer(options: SftOptions) -> ChatTokenizer:
     """Load the tokenizer and the chat template of a run.
 
@@ -120,6 +124,7 @@ def chat_tokenizer(options: SftOptions) -> ChatTokenizer:
     return ChatTokenizer(tokenizer, template, new_tokens)
 
 
+@shown("load tokenizer")
 def text_tokenizer(options: PretrainOptions | ClassifyOptions) -> PreTrainedTokenizerFast:
     """Load the tokenizer of a run on plain text, which needs no chat template.
 
@@ -189,6 +194,7 @@ def measure_texts(data: EncodedData, record: Record) -> Measure:
     return partial(text_metrics, data.labels, record)
 
 
+@shown("read config")
 def read_config(options: TrainOptions) -> PreTrainedConfig:
     """Read the model's config, but no weights.
 
@@ -200,18 +206,21 @@ def read_config(options: TrainOptions) -> PreTrainedConfig:
     return score_config(config) if isinstance(options, RewardOptions) else config
 
 
+@shown("pack rows")
 def open_stream(options: TrainOptions, rows: Rows, start: Position, tokenizer: PreTrainedTokenizerFast) -> Stream:
     """Open the endless stream of this process's micro-batches, which begins at `start`.
 
     Pairs of answers that are packed have their prompt in common, unless virtual tokens come before each document.
+    How often the run evaluates and saves is set, if it is not given.
     """
-    pad = pad_token_id(tokenizer)
-    if isinstance(options, ClassifyOptions):
-        return Stream(rows, options, start, pad, collate_texts)
-    if not isinstance(options, AnswerOptions):
-        return Stream(rows, options, start, pad)
-    units = as_units(rows, bool(options.packing) and not options.virtual_tokens)
-    return Stream(units, options, start, pad, collate_answers)
+    units: Rows | Pairs = rows
+    if isinstance(options, AnswerOptions):
+        units = as_units(rows, bool(options.packing) and not options.virtual_tokens)
+    kinds = {ClassifyOptions: collate_texts, AnswerOptions: collate_answers}
+    make_batch = next((function for kind, function in kinds.items() if isinstance(options, kind)), collate)
+    stream = Stream(units, options, start, pad_token_id(tokenizer), make_batch)
+    fill_intervals(options, stream.plan.total_steps)
+    return stream
 
 
 def show_plan_and_memory(
@@ -240,6 +249,7 @@ def show_plan_and_memory(
     return show_memory(accelerator, options, config, data.train)
 
 
+@shown("load model")
 def assemble_model(
     accelerator: Accelerator,
     options: TrainOptions,
@@ -315,6 +325,7 @@ def add_reference(accelerator: Accelerator, model: torch.nn.Module, reference: R
     return partial(preference_metrics, *reference.rows("eval", share)) if "eval" in reference.parts else None
 
 
+@shown("build optimizer")
 def optimizer_and_schedule(
     accelerator: Accelerator, model: torch.nn.Module, options: TrainOptions, total_steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:

@@ -18,6 +18,7 @@ from accel_llm.data.stream import TrainingPlan
 from accel_llm.report import metrics
 from accel_llm.report.metrics import Meter
 from accel_llm.report.record import Record
+from accel_llm.system import progress
 
 ROW = (np.arange(5, 11), np.array([-100, -100, 7, 8, -100, 10]))  # 6 tokens, 3 targets
 SHORT = (np.arange(5, 9), np.array([-100, 6, -100, -100]))  # 4 tokens, 1 target
@@ -61,7 +62,7 @@ def test_lines_are_written_when_due_with_the_loss_of_their_window(accelerator, t
     assert all(line["tokens_per_second"] > 0 and line["peak_memory_mb"] > 0 for line in lines)
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 4 and re.fullmatch(
-        r"step 3/8  loss 1\.8750  lr 3\.00e-03  grad 1\.5000  tok/s [\d,]+", printed[1]
+        r"step 3/8  loss 1\.8750  lr 3\.00e-03  grad 1\.5000  tok/s [\d,]+  left 0:00", printed[1]
     )
 
 
@@ -148,17 +149,29 @@ def test_paused_time_does_not_count_against_speed(accelerator, tmp_path):
 
 def test_progress_is_drawn_on_a_terminal_only(accelerator, tmp_path, monkeypatch, capsys):
     plain = new_meter(accelerator, tmp_path)
-    assert plain.progress is None
+    assert plain.bar and plain.bar.task is None
     plain.close()
     screen = io.StringIO()
-    monkeypatch.setattr(metrics, "console", Console(file=screen, force_terminal=True, width=120, highlight=False))
+    terminal = Console(file=screen, force_terminal=True, width=120, highlight=False)
+    monkeypatch.setattr(metrics, "console", terminal)
+    monkeypatch.setattr(progress, "console", terminal)
     meter = new_meter(accelerator, tmp_path, first_step=2)
-    assert meter.progress and meter.progress.tasks[0].completed == 2 and meter.progress.tasks[0].total == 8
+    assert meter.bar and (meter.bar.done, meter.bar.total) == (2, 8)
     run(meter, 2, 3)
-    assert meter.progress.tasks[0].completed == 3
+    assert meter.bar.done == 3 and meter.status.startswith("epoch 1.50  loss")
     meter.close()
-    assert meter.progress.finished is False and not meter.progress.live.is_started
     assert "step 3/8" in screen.getvalue() and "step 3/8" not in capsys.readouterr().out
+    assert "train" in screen.getvalue() and "3/8" in screen.getvalue()
+
+
+def test_a_line_of_a_log_says_how_long_the_rest_takes(accelerator, tmp_path, capsys):
+    meter = new_meter(accelerator, tmp_path)
+    assert meter.bar
+    meter.bar.start -= 60
+    run(meter, 0, 8)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert lines[0].endswith("left 7:00")
+    assert "left" not in lines[-1]
 
 
 def test_the_end_of_a_run_leaves_its_process_groups_alone(accelerator, tmp_path):
