@@ -71,7 +71,7 @@ def main() -> None:
             return display.show_checks(accelerator, checks["accelerate"], options)
         export = partial(export_model, accelerator, model, chat.tokenizer, stop, options, config, start, record)
         folder = checkpoints.finish(export, evaluation, meter)
-    display.show_next_commands(accelerator, record, folder)
+    display.show_end(accelerator, record, folder)
     meter.end_run()
 
 

@@ -69,7 +69,7 @@ def main() -> None:
             return display.show_checks(accelerator, checks["accelerate"], options)
         export = partial(export_model, accelerator, model, chat.tokenizer, stop, options, config, start, record)
         folder = checkpoints.finish(export, evaluation, meter)
-    display.show_next_commands(accelerator, record, folder)
+    display.show_end(accelerator, record, folder)
     if options.overfit:
         display.check_overfit(accelerator, evaluation.samples)
     meter.end_run()

@@ -6,8 +6,8 @@ from typing import Any
 from rich.cells import cell_len, set_cell_size
 
 from accel_llm.chat.values import make_printable
-from accel_llm.report.metrics import console
 from accel_llm.report.record import Record
+from accel_llm.system.progress import console
 
 MAX_TABLE_CLASSES, MAX_PAIRS = 12, 15
 _WIDTH, _CORNER = 80, "true \\ taken for"

@@ -15,11 +15,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
-from transformers import AutoConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from accel_llm.chat.span_tokenizer import decode_tokens
 from accel_llm.chat.targets import IGNORED
-from accel_llm.config.command_line import shell_command
 from accel_llm.config.options import SCHEDULES_BY_OPTION, Options, TrainOptions, count_warmup_steps
 from accel_llm.data.answers import Pairs, as_units
 from accel_llm.data.labels import Labels, name_targets
@@ -28,16 +27,18 @@ from accel_llm.data.prepare import EncodedData
 from accel_llm.data.rows import Rows
 from accel_llm.data.stream import TrainingPlan, padding_share
 from accel_llm.errors import ConfigError
-from accel_llm.report.card import classifies, exports_scores, write_run_card
+from accel_llm.report.card import write_run_card
 from accel_llm.report.confusion import show_confusion
 from accel_llm.report.ledger_text import ledger_headings, ledger_lines, one_line
-from accel_llm.report.metrics import console
-from accel_llm.report.page import write_report
+from accel_llm.report.page import read_metrics, write_report
 from accel_llm.report.record import Record
+from accel_llm.report.summary import next_commands, print_line, show_answers, summary_lines
 from accel_llm.report.trackers import describe_error
+from accel_llm.system.progress import console
 from accel_llm.system.secrecy import hide_secrets
 
 _UNLIMITED = 1 << 20  # characters of a line
+_ANSWERS_AT_THE_END = 3
 
 
 def color_row(tokenizer: PreTrainedTokenizerFast, ids: np.ndarray, labels: np.ndarray) -> Text:
@@ -307,10 +308,10 @@ def show_checks(accelerator: Accelerator, facts: dict[str, Any], options: TrainO
     shutil.rmtree(options.output_dir)
 
 
-def show_next_commands(accelerator: Accelerator, record: Record, folder: Path) -> None:
-    """Write report and card, and print the commands to use the export, ready to copy. Main process only.
+def show_end(accelerator: Accelerator, record: Record, folder: Path) -> None:
+    """Write report and card; print what came out of the run, and the commands to use the export. Main process only.
 
-    Of a classifier it first prints which class is taken for which. `folder` is the export: adapter/ or model/ in the output folder.
+    `folder` is the export: adapter/ or model/ in the output folder.
     """
     if not accelerator.is_main_process:
         return
@@ -321,25 +322,13 @@ def show_next_commands(accelerator: Accelerator, record: Record, folder: Path) -
             write(place)
         except Exception as error:
             record.add_problem(f"{name} could not be written ({describe_error(error)}); everything else is there.")
-    scores = exports_scores(folder)
-    lines = {} if scores else {"ask it": shell_command("chat.py", model=run)}
-    if classifies(folder):
-        lines = {"predict": shell_command("predict.py", model=run, input_files="FILE", output_file="predictions.jsonl")}
-    kind, more = "SequenceClassification" if scores else "CausalLM", ""
-    loader = f"AutoModelFor{kind}"
-    if folder.name == "adapter":
-        # transformers scores the last token that is not the pad token, and PEFT does not read the config beside its files.
-        labels = AutoConfig.from_pretrained(str(folder)) if scores else None
-        more = f", num_labels={labels.num_labels}, pad_token_id={labels.pad_token_id}" if labels else ""
-        merged = run.with_name(f"{run.name}-merged") if run.name else Path("merged")
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        # Virtual tokens are no weights, and BEFT adds to biases, which most models do not have.
-        if "num_virtual_tokens" not in config and config["peft_type"] != "BEFT":
-            lines["merge it"] = shell_command("merge.py", adapter=run, output_dir=merged)
-        loader = f"AutoPeftModelFor{kind}"
-    lines["load it"] = f"{loader}.from_pretrained({json.dumps(str(folder), ensure_ascii=False)}{more})"
-    for purpose, command in lines.items():
-        console.print(f"{purpose + ':':10}{command}", soft_wrap=True, markup=False, emoji=False)
+    for name, text in summary_lines(read_metrics(run / "metrics.jsonl"), record.facts):
+        print_line(name, text)
+    show_answers(record.facts.get("samples") or [], _ANSWERS_AT_THE_END)
+    if (run / "report.html").is_file():
+        print_line("report", str(run / "report.html"))
+    for name, command in next_commands(run, folder).items():
+        print_line(name, command)
 
 
 def check_overfit(accelerator: Accelerator, samples: list[dict[str, Any]]) -> None:

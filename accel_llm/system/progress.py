@@ -20,7 +20,7 @@ console = Console(highlight=False)
 _display: Progress | None = None  # while there is a bar
 
 Parameters = ParamSpec("Parameters")
-Result = TypeVar("Result")
+Returned = TypeVar("Returned")
 Item = TypeVar("Item")
 
 
@@ -79,12 +79,12 @@ def tracked(items: Sequence[Item], name: str) -> Iterator[Item]:
             bar.update(number)
 
 
-def shown(name: str) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
+def shown(name: str) -> Callable[[Callable[Parameters, Returned]], Callable[Parameters, Returned]]:
     """Show a bar of this name while the decorated function runs."""
 
-    def decorate(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    def decorate(function: Callable[Parameters, Returned]) -> Callable[Parameters, Returned]:
         @functools.wraps(function)
-        def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Returned:
             with Bar(name):
                 return function(*args, **kwargs)
 

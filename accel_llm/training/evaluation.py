@@ -28,6 +28,7 @@ from accel_llm.model.loss import next_token_loss
 from accel_llm.model.positions import positions_for_tokens
 from accel_llm.model.tokenizer import pad_token_id
 from accel_llm.report.metrics import Meter
+from accel_llm.report.summary import show_answers
 from accel_llm.report.trackers import describe_error
 from accel_llm.system.progress import tracked
 from accel_llm.system.signals import Preempted, signal_requests
@@ -36,6 +37,7 @@ from accel_llm.training.start import Start
 PromptAndAnswer = tuple[np.ndarray, np.ndarray]  # ids of the prompt and of the answer
 Measure = Callable[[Accelerator, Any, Rows, TrainOptions, int], dict[str, float]]  # as `mean_loss`
 MAX_SAMPLES_KEPT = 20
+SAMPLES_SHOWN = 2
 SHARDED = ("zero3", "fsdp2")
 EXTRA_TOKENS = 8  # an answer may be this much longer than the longest one in the data
 
@@ -127,6 +129,8 @@ class Evaluation:
             return
         self.metrics, self.step = metrics, step
         meter.write(step, metrics)
+        if self.accelerator.is_main_process:
+            show_answers(self.samples, SAMPLES_SHOWN)
 
 
 class EvaluationInterrupted(Exception):

@@ -5,7 +5,7 @@ import time
 
 from accel_llm.config.options import RunOptions
 
-SHARES = 10  # of the run: a kill costs one of them at most
+PARTS_OF_A_RUN = 10  # of the run: a kill costs one of them at most
 FEWEST_STEPS = 10  # between two: a short run is done again as quickly as it is continued
 MOST_SECONDS = 30 * 60  # between two checkpoints of a run with slow steps
 
@@ -15,7 +15,7 @@ def fill_intervals(options: RunOptions, total_steps: int) -> None:
     for name in ("eval_steps", "save_steps"):
         if getattr(options, name) is None:
             # Not an assignment: the object is frozen, and the option must not count as set by the user.
-            object.__setattr__(options, name, max(FEWEST_STEPS, math.ceil(total_steps / SHARES)))
+            object.__setattr__(options, name, max(FEWEST_STEPS, math.ceil(total_steps / PARTS_OF_A_RUN)))
 
 
 class SaveClock:

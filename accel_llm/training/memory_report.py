@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 from accel_llm.config.options import TrainOptions
 from accel_llm.data.rows import Rows
 from accel_llm.model.loading import short_reason
-from accel_llm.report.metrics import console
+from accel_llm.system.progress import console
 from accel_llm.training.memory_estimate import GB, estimate_memory, memory_savings
 from accel_llm.training.method_tryout import check_method_computes, needs_data
 

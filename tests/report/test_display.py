@@ -1,27 +1,20 @@
 """The output on the screen: the ledger as a table, colored rows, and the check that answers will stop."""
 
-import ast
 import io
-import shlex
-import sys
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from support import ROOT, make_rows
+from support import make_rows
 
-from accel_llm.config.command_line import parse_options
 from accel_llm.config.options import SftOptions, TrainOptions
-from accel_llm.config.tool_options import ChatOptions, MergeOptions
 from accel_llm.data.ledger import Ledger, Unused
 from accel_llm.data.stream import Position, Stream, TrainingPlan
 from accel_llm.report import display
 from accel_llm.report.display import color_row, show_ledger, show_stop_token_check, trained_text
-from accel_llm.report.record import Record
 from accel_llm.training.schedule import build_schedule
 
 
@@ -239,42 +232,3 @@ def test_what_the_warnings_say_is_what_the_run_does():
     peak = build_schedule(optimizer, options, 4).lr_lambdas[0](3)
     first, second = display.plan_warnings(options, stream.plan)
     assert "an epoch has 3; each row is trained 2.67 times" in first and f"reaches {peak:.1%} of its peak" in second
-
-
-@pytest.mark.parametrize("run", ["out", "my run/a", "it's $HOME [bold]:smile:", "-dash", "."])
-@pytest.mark.parametrize("export", ["adapter", "model"])
-def test_the_next_commands_are_right_from_anywhere(accelerator, tmp_path, monkeypatch, run, export):
-    (tmp_path / run / export).mkdir(parents=True)
-    (tmp_path / run / "adapter").mkdir(exist_ok=True)
-    (tmp_path / run / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA"}', encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [str(ROOT / "launch" / "sft.py")])
-    monkeypatch.setattr(display, "write_report", lambda folder: None)
-    screen = io.StringIO()
-    monkeypatch.setattr(display, "console", Console(file=screen, width=40))
-    display.show_next_commands(accelerator, Record(Path(run), False), Path(run) / export)
-    monkeypatch.chdir(ROOT)
-    folder = tmp_path / run
-    lines = dict(line.split(":", 1) for line in screen.getvalue().splitlines())
-    _, chat, *words = shlex.split(lines["ask it"])
-    assert Path(chat).is_file() and Path(parse_options(ChatOptions, words).model) == folder
-    ((argument,),) = [[a.value for a in node.args] for node in ast.walk(ast.parse(lines["load it"].strip()))
-                      if isinstance(node, ast.Call)]  # fmt: skip
-    assert Path(argument).is_dir() and Path(argument) == folder / export
-    assert ("merge it" in lines) == (export == "adapter")
-    if "merge it" in lines:
-        _, merge, *words = shlex.split(lines["merge it"])
-        options = parse_options(MergeOptions, words)
-        assert Path(merge).is_file() and Path(options.adapter[0]) == folder
-        assert Path(options.output_dir).resolve() not in (folder.resolve(), (folder / export).resolve())
-
-
-def test_virtual_tokens_are_not_offered_for_a_merge(accelerator, tmp_path, monkeypatch):
-    (tmp_path / "adapter").mkdir()
-    settings = '{"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 8}'
-    (tmp_path / "adapter" / "adapter_config.json").write_text(settings, encoding="utf-8")
-    monkeypatch.setattr(display, "write_report", lambda folder: None)
-    screen = io.StringIO()
-    monkeypatch.setattr(display, "console", Console(file=screen, width=40))
-    display.show_next_commands(accelerator, Record(tmp_path, False), tmp_path / "adapter")
-    assert "ask it" in screen.getvalue() and "merge it" not in screen.getvalue()

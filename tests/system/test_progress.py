@@ -103,7 +103,7 @@ def output_of_terminal(command: list[str], folder: Path) -> list[tuple[float, by
 @pytest.mark.long
 def test_no_phase_of_a_run_is_silent_on_a_terminal(tmp_path):
     words = ["--model_name_or_path", "demo", "--train_files", "demo", "--eval_files", "demo", "--eval_generate", "8"]
-    words += ["--max_steps", "4", "--eval_steps", "2", "--output_dir", str(tmp_path / "out")]
+    words += ["--max_steps", "4", "--eval_steps", "2", "--max_length", "128", "--output_dir", str(tmp_path / "out")]
     parts = output_of_terminal([sys.executable, "launch/sft.py", *words], tmp_path)
     times = [0.0, *(moment for moment, _ in parts)]
     gaps = [(after - before, before) for before, after in itertools.pairwise(times)]
