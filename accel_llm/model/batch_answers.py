@@ -14,6 +14,9 @@ from accel_llm.model.tokenizer import pad_token_id
 # (transformers 5.24). A repetition penalty leaves padding out.
 _LOOK_BACK = ("no_repeat_ngram_size", "min_length", "bad_words_ids", "sequence_bias")
 
+# Tokens of padding in a batch of prompts. As long a prompt takes less time than another batch of answers does.
+PADDING = 2048
+
 
 class PromptRow(NamedTuple):
     """The token ids of a prompt, and the number of its row, from 0 over all rows of the input."""
@@ -44,18 +47,22 @@ class QuestionBatches:
         """Return batches of at most `size` questions, the longest first: too little memory shows at once.
 
         In a batch all may have answers of `max_new_tokens`. Questions without so much room, and all if padding changes
-        what the model computes, share a batch only with those of the same length.
+        what the model computes, share a batch only with those of the same length. A few long ones share none with short
+        ones, which would be padded to their length.
         """
         batches: list[list[PromptRow]] = []
+        padding = 0  # of the last batch
         for question in sorted(questions, key=lambda question: (-len(question.ids), question.number)):
             length, last = len(question.ids), batches[-1] if batches else []
             fits = last and (
                 len(last[0].ids) == length or (self.may_pad and self._room(len(last[0].ids)) == self.max_new_tokens)
             )
-            if fits and len(last) < self.size:
+            if fits and len(last) < self.size and padding + len(last[0].ids) - length <= PADDING:
                 last.append(question)
+                padding += len(last[0].ids) - length
             else:
                 batches.append([question])
+                padding = 0
         return batches
 
     def _room(self, length: int) -> int:

@@ -21,7 +21,7 @@ from accel_llm.demo.tokenizer import build_demo_tokenizer
 from accel_llm.errors import ConfigError, DataError
 from accel_llm.merge.predictions import Predictions, check_files, open_predictions
 from accel_llm.merge.prompt_predictions import open_prompts
-from accel_llm.model.batch_answers import OwnNumbers, PromptRow, QuestionBatches, ignores_padding
+from accel_llm.model.batch_answers import PADDING, OwnNumbers, PromptRow, QuestionBatches, ignores_padding
 
 pytestmark = [
     pytest.mark.usefixtures("quiet"),
@@ -239,6 +239,16 @@ def test_a_model_that_reads_padding_is_asked_in_batches_of_one_length(monkeypatc
     batches.may_pad = True
     with pytest.raises(AssertionError):
         check_batches(batches, questions)
+
+
+def test_a_few_long_prompts_are_not_padded_to(tmp_path):
+    batches, _ = make_batches(tiny_model("llama"))
+    batches.limit, batches.size = None, 16
+    questions = [PromptRow(k, [1] * length) for k, length in enumerate([5000, 3000, *[40] * 30])]
+    lengths = [[len(question.ids) for question in batch] for batch in batches.cut(questions)]
+    assert lengths == [[5000, 3000], [40] * 16, [40] * 14]
+    for batch in batches.cut([PromptRow(k, [1] * (k * 37 % 900 + 1)) for k in range(300)]):
+        assert sum(len(batch[0].ids) - len(question.ids) for question in batch) <= PADDING
 
 
 def test_wherever_a_job_is_killed_it_goes_on(folder, chats_file, monkeypatch):
