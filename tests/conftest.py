@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import accel_llm.config.early  # here, where no script runs; in one it may end the process
+
 import pytest
 import torch
 from accelerate import Accelerator

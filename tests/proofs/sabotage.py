@@ -17,7 +17,9 @@ def equal_data() -> None:
     from accel_llm.data.stream import Stream
 
     honest = Stream.__init__
-    Stream.__init__ = lambda self, rows, options, start, pad: honest(self, rows, options, replace(start, rank=0), pad)
+    Stream.__init__ = lambda self, rows, options, start, *more: honest(
+        self, rows, options, replace(start, rank=0), *more
+    )
 
 
 def leaking_document() -> None:
