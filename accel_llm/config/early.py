@@ -3,6 +3,7 @@ options. Import this module first, for what it does; elsewhere than in a script 
 """
 
 import contextlib
+import itertools
 import os
 import sys
 from functools import partial
@@ -26,6 +27,8 @@ def answer_early(name: str, words: list[str]) -> None:
     if options_class is None or (name in TRAINING_SCRIPTS and not {*words} & {*NAMES_OF_A_RUN}):
         return
     wants_help = {*words} & {"--help", "-h"}
+    if not wants_help and _recipe_is_read_once(words):
+        return
     if wants_help and process_rank():
         raise SystemExit(0)
     # The script reads them again; what is said of right options is said then.
@@ -38,6 +41,13 @@ def answer_early(name: str, words: list[str]) -> None:
     from accel_llm.system.exit import run_script  # imports torch
 
     run_script(partial(_raise, problem))
+
+
+def _recipe_is_read_once(words: list[str]) -> bool:
+    """Return whether the recipe is a pipe, as of `--config <(command)`: the script would find nothing left in it."""
+    places = [after for word, after in itertools.pairwise([*words, ""]) if word == "--config"]
+    places += [word.partition("=")[2] for word in words if word.startswith("--config=")]
+    return any(Path(place).exists() and not Path(place).is_file() for place in places)
 
 
 def _raise(error: ConfigError) -> None:

@@ -229,7 +229,7 @@ def _encode_into(
 
     # Write the chunks as they come.
     with ExitStack() as stack:
-        bar = stack.enter_context(Bar("encode rows", options.limit_rows))
+        bar = stack.enter_context(Bar("encode rows"))
         done = 0
         writers = {name: stack.enter_context(RowWriter(folder / name)) for name in ledgers}
         tasks = _chunk_rows(encoder, seed, train, evaluation, origins, ledgers["train"])

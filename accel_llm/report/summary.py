@@ -17,20 +17,22 @@ from accel_llm.report.ledger_text import one_line
 from accel_llm.system.progress import console, format_seconds
 
 NAMES_WIDTH = 11  # of the names on the left
-SHOWN_ANSWERS = 3
 LETTERS = 60  # of a prompt its last ones, of an answer its first ones
 # Metrics of which less is better; of all others more is.
 FALLING = ("loss", "perplexity", "mse", "mae", "log_loss", "calibration_error", "kl")
 COUNTS = ("supervised_tokens",)  # of an evaluation, which tell nothing about the model
 
 
-def summary_lines(metrics: list[dict[str, Any]], facts: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return (name, text) for each line on what came out; `metrics` are those of metrics.jsonl, `facts` of run.json."""
+def summary_lines(metrics: list[dict[str, Any]], facts: dict[str, Any], unit: str) -> list[tuple[str, str]]:
+    """Return (name, text) for each line on what came out; `metrics` are those of metrics.jsonl, `facts` of run.json.
+
+    `unit` is what the targets of the loss are, such as tokens.
+    """
     steps = [line for line in metrics if "learning_rate" in line]
     if not steps:
         return []
     last = steps[-1]
-    done = [f"{last['step']:,} steps", f"{last['epoch']:g} epochs", f"{last['supervised_tokens']:,} trained tokens"]
+    done = [f"{last['step']:,} steps", f"{last['epoch']:g} epochs", f"{last['supervised_tokens']:,} trained {unit}"]
     if "started" in facts:
         seconds = (
             datetime.now().astimezone() - datetime.strptime(facts["started"], "%Y-%m-%dT%H:%M:%S%z")

@@ -10,25 +10,25 @@ from accel_llm.system.launcher import process_rank
 
 MODULES = 5_000  # about as many as a training script imports (torch 2.13, transformers 5.24, peft 0.21)
 _done = threading.Event()
+_threads: list[threading.Thread] = []  # the one that shows the bar
 
 
 def show_imports() -> None:
     """Show on standard error how many modules are imported, until `hide_imports` is called. Main process only."""
     console = Console(stderr=True)
     if console.is_terminal and not process_rank():
-        threading.Thread(target=_show, args=(console,), daemon=True).start()
+        _threads.append(threading.Thread(target=_show, args=(console,), daemon=True))
+        _threads[0].start()
 
 
 def hide_imports() -> None:
     """Remove the bar."""
     _done.set()
-    for thread in threading.enumerate():
-        if thread.name == _show.__name__:
-            thread.join()
+    for thread in _threads:
+        thread.join()
 
 
 def _show(console: Console) -> None:
-    threading.current_thread().name = _show.__name__
     columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(elapsed_when_finished=True)
     # Libraries may keep the standard streams that they find now.
     with Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False) as bar:

@@ -1,5 +1,6 @@
 """--help: what a person reads first stands first, and it is there before any library is imported."""
 
+import os
 import re
 import subprocess
 import sys
@@ -99,3 +100,11 @@ def test_only_one_process_prints_the_help(capsys, monkeypatch):
     with pytest.raises(SystemExit) as ended:
         answer_early("sft", ["--help"])
     assert ended.value.code == 0 and capsys.readouterr().out == ""
+
+
+def test_a_recipe_that_can_be_read_once_is_left_to_the_script(tmp_path):
+    """`--config <(command)` is a pipe."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    answer_early("sft", ["--model_name_or_path", "a", "--config", str(pipe)])  # would wait forever for a writer
+    answer_early("sft", ["--train_files", "a", f"--config={pipe}"])

@@ -38,20 +38,20 @@ def test_the_numbers_are_the_last_ones_beside_the_first_and_the_best():
         train(9, 1.0),
         {"step": 9, "eval/loss": 1.75, "eval/exact_match": 0.5, "eval/supervised_tokens": 9},
     ]
-    assert dict(summary_lines(metrics, {})) == {
+    assert dict(summary_lines(metrics, {}, "tokens")) == {
         "done": "9 steps, 2.25 epochs, 450 trained tokens",
         "speed": "500 tokens a second (median), peak memory 309 MiB (main process)",
         "loss": "1.0000 at step 9, from 4.0000 at step 1",
         "eval/loss": "1.7500 at step 9, from 5.0000 at step 0; best 1.5000 at step 5",
         "eval/exact_match": "0.5000 at step 9, from 0.0000 at step 0; best 0.7500 at step 5",
     }
-    assert summary_lines(metrics[:1], {}) == []
+    assert summary_lines(metrics[:1], {}, "tokens") == []
 
 
 def test_values_that_are_not_finite_are_no_best_ones():
     metrics = [train(1, 4.0), *({"step": k, "eval/loss": value} for k, value in enumerate((2.0, math.nan, 3.0), 1))]
     assert (
-        dict(summary_lines(metrics, {}))["eval/loss"]
+        dict(summary_lines(metrics, {}, "tokens"))["eval/loss"]
         == "3.0000 at step 3, from 2.0000 at step 1; best 2.0000 at step 1"
     )
 
