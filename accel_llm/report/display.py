@@ -27,7 +27,7 @@ from accel_llm.data.prepare import EncodedData
 from accel_llm.data.rows import Rows
 from accel_llm.data.stream import TrainingPlan, padding_share
 from accel_llm.errors import ConfigError
-from accel_llm.report.card import classifies, exports_scores, write_run_card
+from accel_llm.report.card import classifies, write_run_card
 from accel_llm.report.confusion import show_confusion
 from accel_llm.report.ledger_text import ledger_headings, ledger_lines, one_line
 from accel_llm.report.page import read_metrics, write_report
@@ -322,7 +322,7 @@ def show_end(accelerator: Accelerator, record: Record, folder: Path) -> None:
             write(place)
         except Exception as error:
             record.add_problem(f"{name} could not be written ({describe_error(error)}); everything else is there.")
-    unit = "texts" if classifies(folder) else "pairs" if exports_scores(folder) else "tokens"
+    unit = "texts" if classifies(folder) else "tokens"
     for name, text in summary_lines(read_metrics(run / "metrics.jsonl"), record.facts, unit):
         print_line(name, text)
     show_answers(record.facts.get("samples") or [], _ANSWERS_AT_THE_END)
