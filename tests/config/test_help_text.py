@@ -102,9 +102,12 @@ def test_only_one_process_prints_the_help(capsys, monkeypatch):
     assert ended.value.code == 0 and capsys.readouterr().out == ""
 
 
-def test_a_recipe_that_can_be_read_once_is_left_to_the_script(tmp_path):
+@pytest.mark.parametrize("form", [["--config", "{}"], ["--config={}"]])
+def test_a_recipe_that_can_be_read_once_is_left_to_the_script(form):
     """`--config <(command)` is a pipe."""
-    pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)
-    answer_early("sft", ["--model_name_or_path", "a", "--config", str(pipe)])  # would wait forever for a writer
-    answer_early("sft", ["--train_files", "a", f"--config={pipe}"])
+    reader, writer = os.pipe()
+    os.write(writer, b"max_length: 64")
+    os.close(writer)
+    answer_early("sft", ["--model_name_or_path", "a", *(word.format(f"/dev/fd/{reader}") for word in form)])
+    assert os.read(reader, 100) == b"max_length: 64"
+    os.close(reader)
