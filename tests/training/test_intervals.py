@@ -48,3 +48,11 @@ def test_a_run_evaluates_and_saves_by_itself(script, tiny, chats, tmp_path):
     script("sft", *words, "--max_steps", 23, "--output_dir", tmp_path / "out", "--cache_dir", tmp_path / "cache")
     assert [line["step"] for line in metrics(tmp_path / "out") if "eval/loss" in line] == [10, 20, 23]
     assert saved_steps(tmp_path / "out") == [20, 23]  # the newest two
+
+
+def test_a_run_with_slow_steps_saves_each_of_them(script, tiny, chats, tmp_path, monkeypatch):
+    monkeypatch.setattr("accel_llm.training.intervals.MOST_SECONDS", 0)
+    words = ["--model_name_or_path", tiny, "--train_files", chats, "--max_length", 128, "--save_total_limit", 9]
+    for name, more, saved in (("clock", [], [1, 2, 3]), ("steps", ["--save_steps", 2], [2, 3])):
+        script("sft", *words, "--max_steps", 3, "--output_dir", tmp_path / name, *more)
+        assert saved_steps(tmp_path / name) == saved
