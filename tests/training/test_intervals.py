@@ -53,6 +53,7 @@ def test_a_run_evaluates_and_saves_by_itself(script, tiny, chats, tmp_path):
 def test_a_run_with_slow_steps_saves_each_of_them(script, tiny, chats, tmp_path, monkeypatch):
     monkeypatch.setattr("accel_llm.training.intervals.MOST_SECONDS", 0)
     words = ["--model_name_or_path", tiny, "--train_files", chats, "--max_length", 128, "--save_total_limit", 9]
-    for name, more, saved in (("clock", [], [1, 2, 3]), ("steps", ["--save_steps", 2], [2, 3])):
+    cases = ("clock", [], [1, 2, 3]), ("steps", ["--save_steps", 2], [2, 3]), ("end", ["--save_steps", 0], [3])
+    for name, more, saved in cases:
         script("sft", *words, "--max_steps", 3, "--output_dir", tmp_path / name, *more)
         assert saved_steps(tmp_path / name) == saved
