@@ -1,5 +1,6 @@
 """A bar on the terminal while the libraries are imported."""
 
+import atexit
 import sys
 import threading
 
@@ -19,6 +20,7 @@ def show_imports() -> None:
     if console.is_terminal and not process_rank():
         _threads.append(threading.Thread(target=_show, args=(console,), daemon=True))
         _threads[0].start()
+        atexit.register(hide_imports)  # Ctrl-C during an import must not leave the terminal without a cursor
 
 
 def hide_imports() -> None:

@@ -5,6 +5,7 @@ import itertools
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -81,8 +82,13 @@ def test_other_processes_show_nothing(monkeypatch, screen, capsys):
     assert screen.getvalue() == "" and capsys.readouterr().out == ""
 
 
-def output_of_terminal(command: list[str], folder: Path) -> list[tuple[float, bytes]]:
-    """Run a command in a pseudo-terminal; return what it wrote, each part with its time since the start."""
+def output_of_terminal(
+    command: list[str], folder: Path, code: int = 0, ctrl_c_at: bytes = b""
+) -> list[tuple[float, bytes]]:
+    """Run a command in a pseudo-terminal; return what it wrote, each part with its time since the start.
+
+    With `ctrl_c_at` it is interrupted once it has written that.
+    """
     leader, follower = pty.openpty()
     start = time.monotonic()
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "100", "HF_HOME": str(folder / "hf")}
@@ -95,9 +101,19 @@ def output_of_terminal(command: list[str], folder: Path) -> list[tuple[float, by
         except OSError:  # the other end is closed
             break
         parts.append((time.monotonic() - start, part))
+        if ctrl_c_at and ctrl_c_at in part:
+            process.send_signal(signal.SIGINT)
+            ctrl_c_at = b""
     os.close(leader)
-    assert process.wait() == 0, b"".join(part for _, part in parts).decode()
+    assert process.wait() == code, b"".join(part for _, part in parts).decode()
     return parts
+
+
+def test_ctrl_c_while_libraries_are_imported_gives_the_cursor_back(tmp_path):
+    command = [sys.executable, "launch/sft.py", "--max_steps", "1"]
+    parts = output_of_terminal(command, tmp_path, -signal.SIGINT, b"import libraries")
+    text = b"".join(part for _, part in parts)
+    assert text.rindex(b"\x1b[?25h") > text.rindex(b"\x1b[?25l")
 
 
 @pytest.mark.long
