@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -86,7 +87,10 @@ def parse_options_or_demo(options_class: type[TrainOptionsT], recipe: str, argv:
     """
     options = parse_options(options_class, argv)
     if "--config" not in argv and options.model_name_or_path is None and not options.train_files:
-        options = parse_options(options_class, ["--config", str(RECIPES / f"{recipe}.yaml"), *argv])
+        # Scripts of a checkout may use a package that was installed from a wheel, which holds no recipes.
+        beside = Path(sys.argv[0]).with_name("recipes")
+        path = (beside if beside.is_dir() else RECIPES) / f"{recipe}.yaml"
+        options = parse_options(options_class, ["--config", str(path), *argv])
         adapter = options.adapter_name_or_path
         if adapter and not Path(adapter).exists():
             raise ConfigError(

@@ -56,7 +56,7 @@ def read_options(words: list[str]) -> Any:
     from accel_llm.training import setup
 
     sys.argv = ["sft.py", *words]
-    return setup.read_options(SftOptions, demo=ROOT / "launch" / "recipes" / "demo.yaml")
+    return setup.read_options(SftOptions, demo="demo")
 
 
 def command_line(method: str, steps: int, output: Path) -> list[str]:
