@@ -14,7 +14,6 @@ from typing import Any
 import accel_llm.config.early
 
 from accelerate import Accelerator
-from accelerate.utils import set_seed
 
 from accel_llm.backend import accelerator as backend
 from accel_llm.checkpoint.checkpoints import Checkpoints
@@ -55,18 +54,18 @@ def main() -> None:
 
     # Check what the libraries did. Then a checkpoint, if there is one, replaces the initial state.
     checks = memory | preflight(accelerator, model, optimizer, options)
-    set_seed(options.seed, device_specific=True)  # each process draws its own dropout and noise
     checkpoints = Checkpoints(accelerator, model, optimizer, scheduler, options, start)
     checkpoints.resume()
 
     # Train, export, and evaluate for the last time. run.json records the status, also after a failure.
     with recording(options.output_dir, accelerator.is_main_process, setup.run_facts(options, data, checks)) as record:
-        meter = Meter(accelerator, options, stream.plan, record, start.step, start.meter)
         evaluation = Evaluation(accelerator, tokenizer, data.eval, options, [], setup.measure_texts(data, record))
+        export = partial(export_model, accelerator, model, tokenizer, [], options, config, start, record)
+        checkpoints.rehearse(export, evaluation, stream, partial(text_loss, options=options))
+        meter = Meter(accelerator, options, stream.plan, record, start.step, start.meter)
         train(accelerator, model, optimizer, scheduler, stream, meter, evaluation, checkpoints, options)
         if options.check_only:
-            return display.show_checks(accelerator, checks["accelerate"], options)
-        export = partial(export_model, accelerator, model, tokenizer, [], options, config, start, record)
+            return setup.end_check(accelerator, options, checks, stream.plan, checkpoints.step_seconds)
         folder = checkpoints.finish(export, evaluation, meter)
     display.show_end(accelerator, record, folder)
     meter.end_run()
@@ -106,7 +105,7 @@ def train(
             meter.add(losses[-1], batch)
         bad_steps.check(step, losses, grad_norm)
         if options.check_only:
-            break
+            continue
         meter.log(step, scheduler.get_last_lr()[0], grad_norm)
         scheduler.step()
         evaluation.when_due(model, meter, step)

@@ -13,7 +13,6 @@ from typing import Any
 import accel_llm.config.early
 
 from accelerate import Accelerator
-from accelerate.utils import set_seed
 
 from accel_llm.backend import accelerator as backend
 from accel_llm.checkpoint.checkpoints import Checkpoints
@@ -56,7 +55,6 @@ def main() -> None:
     # Check what the libraries did. The model as it is now is the reference. A checkpoint, if any, then replaces it.
     checks = memory | preflight(accelerator, model, optimizer, options)
     measure = setup.add_reference(accelerator, model, reference)
-    set_seed(options.seed, device_specific=True)  # each process draws its own dropout and noise
     checkpoints = Checkpoints(accelerator, model, optimizer, scheduler, options, start)
     checkpoints.resume()
     stop = setup.stop_tokens(model, chat.tokenizer, chat.template)
@@ -64,12 +62,14 @@ def main() -> None:
 
     # Train, export, and evaluate for the last time. run.json records the status, also after a failure.
     with recording(options.output_dir, accelerator.is_main_process, setup.run_facts(options, data, checks)) as record:
-        meter = Meter(accelerator, options, stream.plan, record, start.step, start.meter)
         evaluation = Evaluation(accelerator, chat.tokenizer, data.eval, options, stop, measure)
+        export = partial(export_model, accelerator, model, chat.tokenizer, stop, options, config, start, record)
+        loss_of_one = partial(objective.kto_loss_of_one, accelerator=accelerator, options=options)
+        checkpoints.rehearse(export, evaluation, stream, loss_of_one)
+        meter = Meter(accelerator, options, stream.plan, record, start.step, start.meter)
         train(accelerator, model, optimizer, scheduler, stream, meter, evaluation, checkpoints, options)
         if options.check_only:
-            return display.show_checks(accelerator, checks["accelerate"], options)
-        export = partial(export_model, accelerator, model, chat.tokenizer, stop, options, config, start, record)
+            return setup.end_check(accelerator, options, checks, stream.plan, checkpoints.step_seconds)
         folder = checkpoints.finish(export, evaluation, meter)
     display.show_end(accelerator, record, folder)
     meter.end_run()
@@ -109,7 +109,7 @@ def train(
             meter.add(losses[-1], batch)
         bad_steps.check(step, losses, grad_norm)
         if options.check_only:
-            break
+            continue
         meter.log(step, scheduler.get_last_lr()[0], grad_norm)
         scheduler.step()
         evaluation.when_due(model, meter, step)

@@ -11,6 +11,8 @@ import os
 # on merging. torch reads the variable, so it is set before the other imports.
 os.environ["THP_MEM_ALLOC_ENABLE"] = os.environ.get("THP_MEM_ALLOC_ENABLE", "1")
 
+from pathlib import Path
+
 import accel_llm.config.early
 
 from rich.console import Console
@@ -19,23 +21,37 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeE
 from accel_llm.backend.library_messages import quiet_libraries
 from accel_llm.config.command_line import parse_options, shell_command
 from accel_llm.config.tool_options import MergeOptions
+from accel_llm.errors import ConfigError, raise_problems
 from accel_llm.merge.merge import MergeResult, describe_base_errors, merge
-from accel_llm.merge.model_card import push_folder
+from accel_llm.merge.serve import describe_proof
 from accel_llm.report.card import exports_scores
+from accel_llm.report.sharing import describe_failed_upload, share_export
 from accel_llm.system.exit import run_script
+from accel_llm.system.upload import upload_problems
 
 
 def main() -> None:
     options = parse_options(MergeOptions)
     quiet_libraries()
     console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+    if options.push_to_hub:  # what would fail after the merge fails here
+        raise_problems(upload_problems(str(options.hub_model_id), options.hub_private_repo))
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("merging")
         merged = merge(options, lambda done, total: bar.update(task, completed=done, total=total))
     show_result(console, options, merged)
     if options.push_to_hub:
-        console.print(f"uploaded to {push_folder(merged.folder, options.push_to_hub)}")
+        upload(console, merged.folder, str(options.hub_model_id), options.hub_private_repo)
+
+
+def upload(console: Console, folder: Path, name: str, private: bool) -> None:
+    """Upload the merged model, and say where it is or how to try again."""
+    try:
+        address = share_export(folder, name, private)
+    except Exception as error:  # of the hub, of its library or of the disk
+        raise ConfigError(describe_failed_upload(folder, name, private, error)) from error
+    console.print(f"uploaded {folder} to {address}{' (private)' * private}")
 
 
 def show_result(console: Console, options: MergeOptions, merged: MergeResult) -> None:
@@ -52,6 +68,8 @@ def show_result(console: Console, options: MergeOptions, merged: MergeResult) ->
     if "merged" in merged.differences:
         difference = merged.differences["merged"]
         console.print(f"verified: logits of the written model differ from base + adapter by {difference:.1e}")
+    for sentence in describe_proof(merged.served) if merged.served else ():
+        console.print(sentence)
     for base, sentence in describe_base_errors(merged).items():
         console.print(f"{base} base: {sentence}")
     if "merge_base" in options.model_fields_set and options.verify != "logits":

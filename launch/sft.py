@@ -13,7 +13,6 @@ from typing import Any
 import accel_llm.config.early
 
 from accelerate import Accelerator
-from accelerate.utils import set_seed
 
 from accel_llm.backend import accelerator as backend
 from accel_llm.checkpoint.checkpoints import Checkpoints
@@ -54,7 +53,6 @@ def main() -> None:
 
     # Check that the libraries did what the options ask. Then a checkpoint, if there is one, replaces the initial state.
     checks = memory | preflight(accelerator, model, optimizer, options)
-    set_seed(options.seed, device_specific=True)  # each process draws its own dropout and noise
     checkpoints = Checkpoints(accelerator, model, optimizer, scheduler, options, start)
     checkpoints.resume()
     stop = setup.stop_tokens(model, chat.tokenizer, chat.template)
@@ -62,12 +60,13 @@ def main() -> None:
 
     # Train, export, and evaluate for the last time. run.json records the status, also after a failure.
     with recording(options.output_dir, accelerator.is_main_process, setup.run_facts(options, data, checks)) as record:
-        meter = Meter(accelerator, options, stream.plan, record, start.step, start.meter)
         evaluation = Evaluation(accelerator, chat.tokenizer, data.eval, options, stop)
+        export = partial(export_model, accelerator, model, chat.tokenizer, stop, options, config, start, record)
+        checkpoints.rehearse(export, evaluation, stream, next_token_loss)
+        meter = Meter(accelerator, options, stream.plan, record, start.step, start.meter)
         train(accelerator, model, optimizer, scheduler, stream, meter, evaluation, checkpoints, options)
         if options.check_only:
-            return display.show_checks(accelerator, checks["accelerate"], options)
-        export = partial(export_model, accelerator, model, chat.tokenizer, stop, options, config, start, record)
+            return setup.end_check(accelerator, options, checks, stream.plan, checkpoints.step_seconds)
         folder = checkpoints.finish(export, evaluation, meter)
     display.show_end(accelerator, record, folder)
     if options.overfit:
@@ -109,7 +108,7 @@ def train(
             meter.add(losses[-1], batch)
         bad_steps.check(step, losses, grad_norm)
         if options.check_only:
-            break
+            continue
         meter.log(step, scheduler.get_last_lr()[0], grad_norm)
         scheduler.step()
         evaluation.when_due(model, meter, step)

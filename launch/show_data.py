@@ -1,40 +1,40 @@
-"""See what a model would be trained on: rows with trained tokens in green, lengths, density, and the ledger.
+"""See what a model would be trained on: rows with what is trained in green, bad rows in red, lengths, and the ledger.
 
     python launch/show_data.py --model_name_or_path Qwen/Qwen3-0.6B --train_files chats.jsonl
+    python launch/show_data.py --tokenizer_name Qwen/Qwen3-0.6B --train_files chats.jsonl --rows 20 --random
+    python launch/show_data.py --tokenizer_name Qwen/Qwen3-0.6B --train_files chats.jsonl --row 7
     python launch/show_data.py --tokenizer_name Qwen/Qwen3-0.6B --train_files chats.jsonl --json > rows.jsonl
     python launch/show_data.py dpo --tokenizer_name Qwen/Qwen3-0.6B --train_files pairs.jsonl
 
-The first word names a training script: sft (the default), dpo, kto or reward; rows are read as it reads them, and it
-takes the options of it. It reads the tokenizer, never the weights; rows of plain text need no chat template. With
+The first word names a training script: sft (the default), dpo, kto, reward or classify; rows are read as it reads them,
+and it takes the options of it. It reads the tokenizer, never the weights; rows of plain text need no chat template. If
+training would refuse the data, everything is shown all the same; the last line says why, and the exit code is 2. With
 --json the rows go to standard output, one JSON object a line, and the ledger goes to standard error.
 """
 
+import itertools
 import json
 import sys
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable
 
-import numpy as np
+import accel_llm.config.early
+
 from rich.console import Console
-from transformers import PreTrainedTokenizerFast
 
-from accel_llm.chat.span_tokenizer import decode_tokens
-from accel_llm.chat.targets import IGNORED
+from accel_llm.config.classify_options import ClassifyOptions
 from accel_llm.config.options import SftOptions
 from accel_llm.config.preference_options import DpoOptions, KtoOptions, RewardOptions
 from accel_llm.config.tool_options import ShowOptions
-from accel_llm.data.answers import as_units
-from accel_llm.data.prepare import encode_conversations
-from accel_llm.data.rows import Rows
-from accel_llm.report import display
+from accel_llm.data.prepare import EncodedData
+from accel_llm.data.samples import Sample
+from accel_llm.report import display, row_text
+from accel_llm.report.row_objects import row_objects, sample_objects
 from accel_llm.system.exit import run_script
-from accel_llm.training import data_only, setup
-
-SHOWN_ROWS = 5
+from accel_llm.training import data_only
 
 
 class Options(ShowOptions, SftOptions):
-    """The options of sft.py, of which only those about data matter here, and the output format."""
+    """The options of sft.py, of which only those about data matter here, and what is shown."""
 
 
 class OptionsForDpo(ShowOptions, DpoOptions):
@@ -49,59 +49,40 @@ class OptionsForReward(ShowOptions, RewardOptions):
     """The same of reward.py."""
 
 
+class OptionsForClassify(ShowOptions, ClassifyOptions):
+    """The same of classify.py."""
+
+
 SCRIPTS = {"sft": Options, "dpo": OptionsForDpo, "kto": OptionsForKto, "reward": OptionsForReward}
+SCRIPTS |= {"classify": OptionsForClassify}
+DEMOS = {"reward": "demo_reward", "classify": "demo_classify"}  # recipes; the others show the rows of demo
 
 
 def main() -> None:
     script = sys.argv.pop(1) if sys.argv[1:2] and sys.argv[1] in SCRIPTS else "sft"
-    recipe = "demo_reward" if script == "reward" else "demo"  # those that need no adapter
-    options = data_only.read_data_options(SCRIPTS[script], recipe)
-    tokenizer, template, no_template = data_only.tokenizer_and_template(options)
-    kind = setup.preference_kind(options)
-    data = encode_conversations(options, options.seed, tokenizer, template, no_template, kind)
+    options = data_only.read_data_options(SCRIPTS[script], DEMOS.get(script, "demo"))
+    reader = data_only.open_reader(options)
+    data, refusal = reader.encode() if options.row is None else (None, None)
+    samples = reader.choose_samples(options, data)
     if options.json_lines:
-        is_utf8 = sys.stdout.encoding.lower() in ("utf-8", "utf8")
-        for row in json_rows(tokenizer, data.train):
-            # Half a surrogate pair, in the name of a file, cannot be written as UTF-8; its escape means the same.
-            print(json.dumps(row, ensure_ascii=not is_utf8).encode(errors="backslashreplace").decode())
-        display.show_ledger(data.ledger, Console(stderr=True, highlight=False))
-        return
-    display.show_rows(tokenizer, data.train, SHOWN_ROWS)
-    units = as_units(data.train)
-    display.show_histogram("Tokens a row" if units is data.train else "Tokens a pair, its prompt once", units.lengths)
-    display.show_histogram("Share of a row that is trained", trained_shares(data.train))
-    display.show_ledger(data.ledger)
+        some = bool({"rows", "random", "row"} & options.model_fields_set)
+        print_json(reader, samples if some or data is None else reader.left_out_samples(data), None if some else data)
+    elif samples:
+        row_text.show_samples(reader.tokenizer, samples)
+    if data and not options.json_lines:
+        row_text.show_numbers(data.train)
+    if data:
+        display.show_ledger(data.ledger, Console(stderr=True, highlight=False) if options.json_lines else None)
+    reader.raise_refusal(refusal, data, samples)
 
 
-def json_rows(tokenizer: PreTrainedTokenizerFast, rows: Rows) -> Iterator[dict[str, Any]]:
-    """Each row with its origin, ids, labels and texts, and with what else the rows have: weights, label, or its pair.
-
-    The two answers of a pair follow each other; `shared_tokens` are the tokens with which both begin.
-    """
-    for k in range(len(rows)):
-        ids, labels = rows[k]
-        row = {
-            "file": rows.origins[rows.origin[k]].file,
-            "row": int(rows.number[k]),
-            "input_ids": ids.tolist(),
-            "labels": labels.tolist(),
-            "text": decode_tokens(tokenizer, ids.tolist()),
-            "trained_text": display.trained_text(tokenizer, ids, labels),
-        }
-        if weights := rows.label_weights([k]):
-            row["weights"] = weights[0].tolist()
-        if rows.label is not None:
-            row["label"] = bool(rows.label[k])
-        if rows.shared is not None and rows.margin is not None:
-            row |= {"pair": k // 2, "side": ("chosen", "rejected")[k % 2], "shared_tokens": int(rows.shared[k])}
-            row["margin"] = float(rows.margin[k])
-        yield row
-
-
-def trained_shares(rows: Rows) -> np.ndarray:
-    """The share of trained tokens in each row: float64 [rows]."""
-    trained = (np.asarray(rows.labels) != IGNORED).astype(np.int64)
-    return np.add.reduceat(trained, rows.offsets[:-1]) / rows.lengths
+def print_json(reader: data_only.RowReader, samples: Iterable[Sample], data: EncodedData | None) -> None:
+    """Print a JSON object for each row of `data`, and then for each of `samples`."""
+    is_utf8 = sys.stdout.encoding.lower() in ("utf-8", "utf8")
+    rows = row_objects(reader.tokenizer, data.train, data.labels) if data else ()
+    for row in itertools.chain(rows, sample_objects(reader.tokenizer, samples)):
+        # Half a surrogate pair, in the name of a file, cannot be written as UTF-8; its escape means the same.
+        print(json.dumps(row, ensure_ascii=not is_utf8).encode(errors="backslashreplace").decode())
 
 
 if __name__ == "__main__":

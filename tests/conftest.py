@@ -23,6 +23,7 @@ from support import ROOT, SPECIAL, character_tokenizer, reset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from accel_llm.backend.library_messages import quiet_libraries
+from accel_llm.config.scripts import TRAINING_SCRIPTS
 from accel_llm.demo.skills import demo_conversations
 from accel_llm.demo.tokenizer import build_demo_tokenizer
 from accel_llm.errors import ConfigError, DataError
@@ -143,6 +144,10 @@ def script(monkeypatch, tmp_path_factory) -> Callable[..., None]:
         argv = [str(path), *map(str, arguments)]
         if name in ("sft", "show_data", "pretrain"):
             argv += ["--cache_dir", str(cache)]
+        if (
+            name in TRAINING_SCRIPTS and "--preflight" not in argv
+        ):  # two seconds a run; runs as a user starts them have it
+            argv += ["--preflight", "false"]
         monkeypatch.setattr(sys, "argv", argv)
         reset()
         try:

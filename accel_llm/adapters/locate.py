@@ -13,7 +13,7 @@ from accel_llm.system.hub import absence_reason
 from accel_llm.system.places import expand_home
 
 # Files that a merge needs of a model on the hub.
-MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
+MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "README.md")  # its licence
 
 
 def find_adapter(name: str) -> Path:

@@ -90,7 +90,7 @@ def build_accelerator(options: TrainOptions) -> Accelerator:
             f"add --num_processes {MAX_CPU_PROCESSES} after `accelerate launch`."
         )
     if missing := [name for name in options.report_to if find_spec(name) is None]:
-        raise ConfigError(*(f'report_to: {name} is not installed; run pip install -e ".[track]".' for name in missing))
+        raise ConfigError(*(f"report_to: {name} is not installed; run pip install {name}." for name in missing))
     _check_launch(options)
 
     # The main process refuses a folder in which another run lives. It does so before any process group exists: the

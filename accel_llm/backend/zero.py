@@ -11,9 +11,9 @@ from accelerate.utils import DeepSpeedPlugin
 from accel_llm.backend.deepspeed_keys import deepspeed_problems
 from accel_llm.config.options import TrainOptions
 from accel_llm.errors import ConfigError, raise_problems
+from accel_llm.system.project_files import project_folder
 
 DEFAULT_BUCKET = 500_000_000  # DeepSpeed 0.19.8's own reduce_bucket_size
-CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def deepspeed_settings() -> dict[str, Any]:
@@ -33,11 +33,12 @@ def deepspeed_settings() -> dict[str, Any]:
         is_default = settings.get("gradient_accumulation_steps") == 1
         return settings | ({"gradient_accumulation_steps": "auto"} if is_default else {})
 
-    # A JSON file, found from the current folder or from the checkout.
-    path = next((p for p in (Path(name), CHECKOUT / name) if p.is_file()), None)
+    # A JSON file, found from the current folder or from where accelerate_configs/ is.
+    home = project_folder()
+    path = next((p for p in (Path(name), home / name) if p.is_file()), None)
     if path is None:
         raise ConfigError(
-            f"deepspeed_config_file: {name} does not exist here or in {CHECKOUT}; correct the path in the launch YAML."
+            f"deepspeed_config_file: {name} does not exist here or in {home}; correct the path in the launch YAML."
         )
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))

@@ -101,7 +101,7 @@ def _find_thought(before: str, prompt: str, around: tuple[str, str] | None) -> T
     if (match := _OPEN_AT_END.search(prompt[:start])) or (start == len(prompt) and (match := _AT_END.search(prompt))):
         start = match.start()
     opening, shown = prompt[start:], before[start:]
-    pair = _thought_pair(opening)
+    pair = find_thought_tags(opening)
     if pair is None:
         return None
     if pair[1] in opening:
@@ -114,7 +114,7 @@ def _find_thought(before: str, prompt: str, around: tuple[str, str] | None) -> T
     return Thought(opening, closing, _up_to(shown, pair[1]), pair)
 
 
-def _thought_pair(text: str) -> tuple[str, str] | None:
+def find_thought_tags(text: str) -> tuple[str, str] | None:
     """Return what opens the first thought in `text`, and what would close it; None if there is none."""
     if tag := _THOUGHT_TAG.search(text):
         return tag[0], f"</{tag[1]}>"

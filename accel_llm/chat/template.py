@@ -19,7 +19,7 @@ from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from accel_llm.chat.encoded import EncodedConversation, EncodedRow
-from accel_llm.chat.frame import ANSWER_OPEN, FRAME_CHAT, REASONING_MARK, split_tokens
+from accel_llm.chat.frame import ANSWER_OPEN, FRAME_CHAT, REASONING_MARK, find_thought_tags, split_tokens
 from accel_llm.chat.guard import GUARD_CLOSE, GUARD_OPEN, ControlGuard
 from accel_llm.chat.messages import Message
 from accel_llm.chat.patterns import PatternCache
@@ -144,6 +144,25 @@ class Template:
         check_output_size(text, (messages, tools))
         return text
 
+    @property
+    def opens_thought(self) -> bool:
+        """Whether the generation prompt begins a thought, which the answer goes on with."""
+        thought = self._plain.finder.frame.thought
+        return bool(thought and thought.closing)
+
+    @property
+    def thought_tags(self) -> tuple[str, str]:
+        """What opens and closes a thought in an answer; `<think>` and `</think>` if the template does not say it."""
+        frame = self._plain.finder.frame
+        tags = frame.thought.tags if frame.thought else None
+        return tags or find_thought_tags((frame.around_reasoning or ("",))[0]) or ("<think>", "</think>")
+
+    def with_reasoning_apart(self, messages: list[Message]) -> list[Message]:
+        """Return the messages as they are trained: a thought at the start of a content is reasoning, if the template has it."""
+        if self._plain.finder.frame.thought or self.thinking or self._doubles_thoughts:
+            return with_own_reasoning(messages, self.opens_thought)
+        return messages
+
     def prompt_ids(
         self, messages: list[Message], tools: Tools = None, variables: dict[str, Any] | None = None
     ) -> list[int]:
@@ -179,10 +198,7 @@ class Template:
         """
         if self._for_tools and tools:
             return self._for_tools.encode(messages, train_on, tools, split_turns, train_on_eos, variables, open_thought)
-        thought = self._plain.finder.frame.thought
-        if thought or self.thinking or self._doubles_thoughts:
-            messages = with_own_reasoning(messages, bool(thought and thought.closing))
-        people_wrote = messages
+        messages = people_wrote = self.with_reasoning_apart(messages)
         messages, tools, variables = map(self._guard.guard, (messages, tools, variables))
         rendered_before = messages != people_wrote and self._looks_rendered(messages)
         messages = self._renderer.spelling.place_tools(messages, tools)

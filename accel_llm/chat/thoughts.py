@@ -25,6 +25,18 @@ def split_thought(content: Any, opened: bool = False) -> tuple[str, str]:
     return "", text
 
 
+def split_tagged(text: str, tags: tuple[str, str], opened: bool) -> tuple[str, str]:
+    """Return (thought, answer) of a text that begins with a thought in `tags`; ("", text) of any other.
+
+    With `opened` the prompt has written the first tag. A thought that was not closed is a thought without an answer.
+    """
+    begun = text.lstrip()
+    if not (opened or begun.startswith(tags[0])):
+        return "", text
+    thought, _, answer = begun.removeprefix(tags[0]).partition(tags[1])
+    return thought.strip(), answer.lstrip()
+
+
 def reasoning_of(message: Message) -> str:
     """Return the reasoning of a message, also that with which its content begins; "" if it has none."""
     return str(message.get("reasoning_content") or message.get("thinking") or split_thought(message["content"])[0])

@@ -22,12 +22,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, set_seed
 
 from accel_llm.backend.collectives import agree_on_requests, max_over_processes, new_cpu_group, wait_for_all
-from accel_llm.checkpoint.files import write_rank_files
+from accel_llm.checkpoint.files import copy_tensors, write_rank_files
 from accel_llm.checkpoint.load import load_run_state, load_trained_weights
 from accel_llm.checkpoint.randomness import generator_states
+from accel_llm.checkpoint.rehearsal import LossOfBatch, rehearse
 from accel_llm.checkpoint.resume import remove_obsolete_files
 from accel_llm.checkpoint.shares import (
     fixed_tensors,
@@ -37,7 +38,7 @@ from accel_llm.checkpoint.shares import (
 )
 from accel_llm.config.command_line import resolved_options
 from accel_llm.config.options import TrainOptions
-from accel_llm.data.stream import TrainingPlan
+from accel_llm.data.stream import Stream, TrainingPlan
 from accel_llm.errors import ConfigError
 from accel_llm.report.metrics import Meter
 from accel_llm.system.disk import disk_errno, disk_failure
@@ -48,6 +49,7 @@ from accel_llm.system.progress import shown
 from accel_llm.system.signals import Preempted, ignore_further_signals, signal_requests, stop_deferring_signals
 from accel_llm.system.tensors import find_nonfinite
 from accel_llm.training.bad_steps import BadSteps
+from accel_llm.training.check_steps import timed_steps
 from accel_llm.training.evaluation import Evaluation
 from accel_llm.training.intervals import SaveClock
 from accel_llm.training.start import Start
@@ -68,7 +70,7 @@ class Checkpoints:
         self.accelerator, self.model, self.optimizer, self.scheduler = accelerator, model, optimizer, scheduler
         self.options, self.start = options, start
         self.folder = Path(options.output_dir) / "checkpoints"
-        self.best, self.saved_step, self.clock = start.best, start.step, SaveClock(options)
+        self.best, self.saved_step, self.clock, self.step_seconds = start.best, start.step, SaveClock(options), []
         # For save_async: the thread that writes, its error, and the copies that it writes from.
         self.writer: threading.Thread | None = None
         self.writer_error: BaseException | None = None
@@ -77,17 +79,29 @@ class Checkpoints:
         self.group = new_cpu_group() if options.save_async else None
 
     def resume(self) -> None:
-        """Load the checkpoint that the run starts from, if any, and remove what the run replaces in `output_dir`."""
+        """Load the checkpoint that the run starts from, if any, and remove what the run replaces in `output_dir`.
+
+        Before it, each process gets a seed of its own, for dropout and noise.
+        """
+        set_seed(self.options.seed, device_specific=True)
         load_run_state(self.accelerator, self.model, self.optimizer, self.scheduler, self.start, self.options.seed)
         wait_for_all()
         if self.accelerator.is_main_process:
             remove_obsolete_files(self.start)
         wait_for_all()
 
+    def rehearse(self, export: Callable[..., Path], evaluation: Evaluation, stream: Stream, loss: LossOfBatch) -> None:
+        """Try what the run does late, see rehearsal.py; `loss` is that of the loop. All processes must call it."""
+        if self.options.preflight:
+            shares = local_shares(self.accelerator, self.model, self.optimizer)
+            rehearse(self.accelerator, self.model, shares, self._local_state(), export, evaluation, stream, loss)
+
     def steps_left(self, plan: TrainingPlan, evaluation: Evaluation) -> Iterator[int]:
-        """Yield the numbers of the steps to take: up to the last one of `plan`, or until the run stops early."""
+        """Yield the steps to take: up to the last one of `plan`, until the run stops early, or a few with `check_only`."""
         if self.start.evaluate:  # the evaluation that was interrupted, and done again now
             self._judge(evaluation, self.start.step)
+        if self.options.check_only:
+            return (yield from timed_steps(plan, self.accelerator.device, self.step_seconds))
         step = self.start.step
         while step < plan.total_steps and not self.stops_early:
             step += 1
@@ -131,6 +145,7 @@ class Checkpoints:
                 self._save(
                     meter, evaluation, bad_steps, step, in_background=self.options.save_async and not (stop or last)
                 )
+                meter.record.refresh_page(now=True)
         # The state is on the disk: end the run, and let no other signal disturb that.
         if stop:
             meter.close()
@@ -208,8 +223,6 @@ class Checkpoints:
         folder = self.folder if start is None or step > self.start.step else start.parent
         return folder / f"step-{step:08d}"
 
-    # --- saving ------------------------------------------------------------------------------------------------------
-
     @shown("save")
     def _save(self, meter: Meter, evaluation: Evaluation, bad_steps: BadSteps, step: int, in_background: bool) -> None:
         self._finish_writer()
@@ -228,7 +241,7 @@ class Checkpoints:
             values |= {"meter": meter.state(), "randomness": generator_states(self.accelerator.device)}
             shared = self._shared_state(meter, evaluation, bad_steps, step) if main else None
             if in_background:
-                tensors = self._snapshot(tensors)
+                tensors = copy_tensors(tensors, self.buffers)
 
         # Write it now, or in a thread while training goes on.
         arguments = (step, partial, folder, tensors, values, shared)
@@ -266,19 +279,6 @@ class Checkpoints:
             "evaluate": evaluation.cut_short,
             "skipped": bad_steps.skipped,
         }
-
-    def _snapshot(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Copy tensors so that training cannot change them. The memory is kept and reused by the next checkpoint."""
-        for name, tensor in tensors.items():
-            if name not in self.buffers:
-                # Pinned memory lets a GPU copy without waiting for the CPU.
-                pinned = tensor.device.type == "cuda"
-                self.buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
-            self.buffers[name].copy_(tensor, non_blocking=True)
-        # The copies above may still be running.
-        if self.accelerator.device.type == "cuda":
-            torch.cuda.synchronize()
-        return {name: self.buffers[name] for name in tensors}
 
     def _write(
         self,

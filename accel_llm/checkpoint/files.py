@@ -27,6 +27,19 @@ def write_rank_files(
     write_part(partial, rank, files)
 
 
+def copy_tensors(tensors: dict[str, torch.Tensor], buffers: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return copies that training cannot change. Their memory stays in `buffers`, and the next checkpoint reuses it."""
+    for name, tensor in tensors.items():
+        if name not in buffers:
+            # Pinned memory lets a GPU copy without waiting for the CPU.
+            buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
+        buffers[name].copy_(tensor, non_blocking=True)
+    # The copies above may still be running.
+    if any(tensor.device.type == "cuda" for tensor in tensors.values()):
+        torch.cuda.synchronize()
+    return {name: buffers[name] for name in tensors}
+
+
 def _write_json(path: Path, content: dict[str, Any]) -> tuple[int, str]:
     """Write a file and force it to the disk. Returns its size in bytes and its SHA-256."""
     path.write_text(json.dumps(content), encoding="utf-8")

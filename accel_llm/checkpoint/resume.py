@@ -41,7 +41,8 @@ FIXED_OPTIONS = (
 # step's rows over processes and micro-batches is among them; the number of rows in a step is compared separately.
 HARMLESS_OPTIONS = {
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "allow_changed", "adapter_name_or_path",
-    "logging_steps", "save_steps", "save_total_limit", "save_async", "report_to", "run_name", "dry_run", "check_only",
+    "logging_steps", "save_steps", "save_total_limit", "save_async", "report_to", "run_name", "project", "dry_run", "check_only",
+    "preflight", "verbose", "push_to_hub", "hub_model_id", "hub_private_repo",
     "eval_steps", "eval_on_start", "eval_generate", "per_device_eval_batch_size", "cache_dir", "trust_remote_code",
     "preprocessing_num_workers", "gradient_checkpointing", "metric_for_best_model", "max_skipped_steps", "overfit",
     "early_stopping_patience",

@@ -53,11 +53,16 @@ RENAMED_OPTIONS = {
     **dict.fromkeys(["kto_rejected_weight", "kto_undesirable_weight"], "undesirable_weight"),
     **dict.fromkeys(["random_state", "random_seed"], "seed"),
     "wandb_name": "run_name",
+    **dict.fromkeys(["wandb_project", "trackio_project", "swanlab_project"], "project"),
 }
 # Renamed options that are shares of something: a value of 1 or more would mean a number of steps here.
 SHARES = {"warmup_ratio": "give the number of steps as warmup_steps"}
 
 TORCH_DTYPES = {"bfloat16": ("precision", "bf16"), "float16": ("precision", "fp16"), "float32": ("precision", "fp32")}
+UPLOAD = "push_to_hub uploads the export alone, once, at the end, to the main branch"
+# Secrets have no place in recipes, logs and lists of processes; the value of such an option is never printed.
+SECRET_OPTIONS = ("hub_token", "hf_hub_token", "hf_token", "use_auth_token", "push_to_hub_token")
+LOGIN = "log in with `hf auth login`, or set the environment variable HF_TOKEN"
 # Switches that have no option here: false changes nothing, and for true there is a remedy.
 ABSENT_SWITCHES = {
     "auto_find_batch_size": "per_device_train_batch_size sets the rows of a forward pass, total_batch_size those of a step",
@@ -72,7 +77,7 @@ ABSENT_SWITCHES = {
     "plot_loss": "report.html in output_dir shows the curves",
     "predict_with_generate": "eval_generate sets for how many rows answers are generated",
     "pure_bf16": "use method: full, precision: bf16 and master_weights: stochastic_rounding",
-    "push_to_hub": "training uploads nothing; launch/merge.py --push_to_hub uploads a merged model",
+    "hub_always_push": UPLOAD,
     "resize_vocab": "add_tokens: true adds the control tokens of the template",
     "streaming": "rows are encoded once and then read from disk, so they need no memory",
     "dataset_streaming": "rows are encoded once and then read from disk, so they need no memory",
@@ -118,6 +123,7 @@ TRANSLATED_VALUES: dict[str, dict[str, tuple[str, str | bool] | None]] = {
     "evaluation_strategy": {"no": None, "false": None},
     "eval_strategy": {"no": None, "false": None},
     "logging_strategy": {"steps": None},
+    "hub_strategy": {"end": None},
 }
 # Values that change nothing if this option is given too; alone they mean a default that differs from ours.
 VALUES_BESIDE_AN_OPTION = {
@@ -131,7 +137,6 @@ EVALUATION = "eval_files or eval_share turns evaluation on; eval_steps sets how 
 LAUNCHER = "the launcher decides it; start with `accelerate launch --config_file accelerate_configs/ddp.yaml`"
 WORKERS = "rows are encoded before the training; preprocessing_num_workers sets by how many processes"
 SOURCES = "write a source as {path: ..., name: ..., split: ...} in train_files or eval_files"
-UPLOAD = ABSENT_SWITCHES["push_to_hub"]
 OTHER_RATES = "learning_rate_patterns sets rates by parts of the parameters' names, as embed_tokens=5e-5"
 # Names in PEFT's configs that people write as options; `method_options` takes all of them.
 PEFT_OPTIONS = (
@@ -156,9 +161,8 @@ ANSWERED_OPTIONS = {
     **dict.fromkeys(["parallelism_config", "device", "devices"], LAUNCHER),
     **dict.fromkeys(["torch_compile_backend", "torch_compile_mode"], ABSENT_SWITCHES["torch_compile"]),
     "logging_dir": "metrics.jsonl in output_dir has the metrics; report_to names trackers that get them too",
-    **dict.fromkeys(["wandb_project", "project"], "the environment variable WANDB_PROJECT names the project"),
-    **dict.fromkeys(["hub_model_id", "hub_token", "hub_strategy", "hub_private_repo", "hub_revision"], UPLOAD),
-    "hub_always_push": UPLOAD,
+    **dict.fromkeys(["hub_strategy", "hub_revision"], UPLOAD),
+    **dict.fromkeys(SECRET_OPTIONS, LOGIN),
     "do_train": "the script always trains; dry_run stops before training",
     "do_eval": EVALUATION,
     "evaluation_strategy": EVALUATION,
@@ -256,5 +260,4 @@ ANSWERED_OPTIONS = {
     "activation_checkpointing_kwargs": "gradient_checkpointing: true recomputes without reentrance",
     "disable_gradient_checkpointing": "gradient_checkpointing is off by default",
     "activation_offloading": "gradient_checkpointing: true recomputes the activations instead",
-    "hf_hub_token": "log in with `hf auth login`, or set the environment variable HF_TOKEN",
 }

@@ -23,6 +23,7 @@ from accel_llm.config.aliases import (
     ANSWERED_OPTIONS,
     METHOD_NAMES,
     RENAMED_OPTIONS,
+    SECRET_OPTIONS,
     SHARES,
     TRANSLATED_VALUES,
     VALUES_BESIDE_AN_OPTION,
@@ -38,7 +39,8 @@ from accel_llm.config.method import (
 from accel_llm.errors import ConfigError, raise_problems
 from accel_llm.system.launcher import process_rank
 from accel_llm.system.places import expand_home
-from accel_llm.system.secrecy import hide_secrets
+from accel_llm.system.project_files import script_words
+from accel_llm.system.secrecy import MASK, hide_secrets
 
 OptionsT = TypeVar("OptionsT", bound=Options)
 
@@ -107,8 +109,7 @@ def resolved_options(options: Options) -> dict[str, Any]:
 
 def shell_command(script: str, **options: str | Path) -> str:
     """Return a command that starts the script beside the one that runs, ready to paste where the user stands."""
-    beside = Path(sys.argv[0]).with_name(script)
-    words = ["python", str(beside if beside.is_file() else Path("launch", script))]
+    words = script_words(script)
     for name, value in options.items():
         # A dash would begin an option, and a tilde the home folder.
         words += [f"--{name}", f"./{value}" if str(value).startswith(("-", "~")) else str(value)]
@@ -122,7 +123,7 @@ def _read_flags(argv: Sequence[str], options_class: type[Options]) -> tuple[dict
     """
     fields = _fields(options_class)
     flags: dict[str, list[str]] = {}
-    problems, name = [], None
+    problems, name = [], options_class.before_names
     for token in argv:
         # Each `--name` starts an option; the words after it are its values.
         if token == "-h" or token.startswith("--"):
@@ -134,7 +135,7 @@ def _read_flags(argv: Sequence[str], options_class: type[Options]) -> tuple[dict
         elif name is None:
             problems.append(f"{token!r} does not belong to an option; a recipe is given as --config {token}.")
         else:
-            flags[name].append(token)
+            flags.setdefault(name, []).append(token)
 
     # An option without a value is True, one value is a text, several are a list.
     if "config" in flags and len(flags["config"]) != 1:
@@ -212,7 +213,7 @@ def _translate_one(name: str, value: Any, given: Set[str]) -> tuple[str, Any] | 
     if name in SHARES and _is_number_from_1(value):
         return f"{name}: {_format_value(value)} is not a share below 1; {SHARES[name]}."
     if name in ANSWERED_OPTIONS:
-        return f"{name}: {_format_value(value)} has no meaning here; {ANSWERED_OPTIONS[name]}."
+        return f"{name}: {MASK if name in SECRET_OPTIONS else _format_value(value)} has no meaning here; {ANSWERED_OPTIONS[name]}."
     return RENAMED_OPTIONS.get(name, name), value
 
 

@@ -59,7 +59,9 @@ class DataOptions(Options):
     )
     max_length: int = Field(2048, ge=2, description="Maximum tokens in a row; packed rows are filled up to it")
     overlong: Literal["drop", "truncate", "split", "error"] = Field(
-        "drop", description="What to do with a row that is longer than max_length"
+        "drop",
+        description="A row longer than max_length: leave it out (drop), keep its turns up to the last whole answer that fits "
+        "(truncate), train it in pieces (split), or stop (error)",
     )
     max_lost: float = Field(
         0.01, ge=0, le=1, description="Share of rows, trained tokens or turns that may be lost before the run stops"

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from accel_llm.config.command_line import parse_options
-from accel_llm.config.scripts import SCRIPT_OPTIONS, TRAINING_SCRIPTS
+from accel_llm.config.scripts import TRAINING_SCRIPTS, options_of_script
 from accel_llm.errors import ConfigError
 from accel_llm.system.importing import show_imports
 from accel_llm.system.launcher import process_rank
@@ -23,9 +23,10 @@ def answer_early(name: str, words: list[str]) -> None:
 
     Without options a training script takes those of its demo, which are right, but need more modules to be read.
     """
-    options_class = SCRIPT_OPTIONS.get(name)
-    if options_class is None or (name in TRAINING_SCRIPTS and not {*words} & {*NAMES_OF_A_RUN}):
+    found = options_of_script(name, words)
+    if found is None or (name in (*TRAINING_SCRIPTS, "show_data") and not {*words} & {*NAMES_OF_A_RUN}):
         return
+    options_class, words = found
     wants_help = {*words} & {"--help", "-h"}
     if not wants_help and _recipe_is_read_once(words):
         return

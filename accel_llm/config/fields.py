@@ -177,6 +177,12 @@ def _parse_rates(value: Any) -> Any:
     return rates
 
 
+def _parse_formats(value: Any) -> Any:
+    """Read names of number formats in any case, as other programs write them: Q4_K_M."""
+    names = _as_list(value)
+    return [name.lower() if isinstance(name, str) else name for name in names] if isinstance(names, list) else names
+
+
 def _parse_size(value: Any) -> Any:
     """Read a number of bytes, or a number with a unit as Transformers writes it: 500MB, 5GB, 2GiB."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B", str(value).strip(), re.IGNORECASE)
@@ -231,6 +237,11 @@ Texts = Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=st
 Places = Annotated[list[Place], BeforeValidator(_as_list, json_schema_input_type=str | list[str])]
 Size = Annotated[int, Field(ge=1), BeforeValidator(_parse_size, json_schema_input_type=int | str)]
 Numbers = Annotated[list[float], BeforeValidator(_as_list, json_schema_input_type=float | list[float])]
+GgufFormats = Annotated[
+    list[Literal["f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m"]],
+    Field(min_length=1),
+    BeforeValidator(_parse_formats, json_schema_input_type=str | list[str]),
+]
 Trackers = Annotated[
     list[Literal["tensorboard", "wandb", "trackio", "swanlab"]],
     BeforeValidator(_as_list, json_schema_input_type=str | list[str]),
@@ -280,6 +291,7 @@ class Options(BaseModel):
     )
     unused: ClassVar[tuple[str, ...]] = ()  # inherited options that have no meaning, and that --help leaves out
     script_defaults: ClassVar[dict[str, Any]] = {}  # where they differ from those of the groups, by field name
+    before_names: ClassVar[str | None] = None  # the option of the words before the first --name; None: there are none
 
     @property
     def gives_scores(self) -> bool:
@@ -308,6 +320,17 @@ class Options(BaseModel):
         copy = self.model_copy(update=unset)
         copy.model_fields_set.difference_update(unset)
         return copy
+
+    def changed_names(self) -> list[str]:
+        """Return the names of the options that differ from the defaults of their script, whoever has set them."""
+        values, own = self.model_dump(), type(self).script_defaults
+        defaults = {
+            name: own.get(name, field.get_default(call_default_factory=True, validated_data=values))
+            for name, field in type(self).model_fields.items()
+        }
+        return [
+            field.alias or name for name, field in type(self).model_fields.items() if values[name] != defaults[name]
+        ]
 
     def _without_effect(self, uses: dict[str, tuple[str, ...]], choice: str) -> list[str]:
         """Return a problem for each option that the user set, but that the value of the option `choice` does not use.

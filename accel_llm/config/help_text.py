@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 
 from accel_llm.config.fields import Options
 from accel_llm.config.options import TrainOptions
+from accel_llm.config.scripts import OPTIONS_BESIDE
 
 # Of training; of the other scripts those that must be given.
 MOST_CHANGED = ("model_name_or_path", "train_files", "eval_files", "output_dir", "method", "max_length")
@@ -28,7 +29,7 @@ def help_text(options_class: type[Options], defaults: dict[str, Any]) -> str:
     """
     width = min(shutil.get_terminal_size().columns, 110)
     trains = issubclass(options_class, TrainOptions)
-    lines = [*_usage(trains), "  --config RECIPE.yaml"]
+    lines = [*_usage(options_class), "  --config RECIPE.yaml"]
     about = "A YAML file with lines `name: value`; what is given on the command line wins over it."
     about += " Those in launch/recipes are examples." if trains else ""
     lines += _indented(about, width)
@@ -50,10 +51,12 @@ def help_text(options_class: type[Options], defaults: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _usage(trains: bool) -> list[str]:
+def _usage(options_class: type[Options]) -> list[str]:
     """Return how to call the script that runs, and what its docstring says and shows."""
-    path = Path(sys.argv[0])
-    words = f"launch/{path.name} [--config RECIPE.yaml] [--NAME VALUE ...]"
+    path, before = Path(sys.argv[0]), options_class.before_names
+    trains = issubclass(options_class, TrainOptions) and path.stem not in OPTIONS_BESIDE
+    first = f" {before.upper()} ..." if before else " [SCRIPT]" if path.stem in OPTIONS_BESIDE else ""
+    words = f"launch/{path.name}{first} [--config RECIPE.yaml] [--NAME VALUE ...]"
     launcher = ["usage: accelerate launch --config_file accelerate_configs/STRATEGY.yaml \\", f"           {words}"]
     lines = [*(launcher if trains else [f"usage: python {words}"]), ""]
     if path.suffix == ".py" and path.is_file():

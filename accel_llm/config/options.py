@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from accel_llm.config.data_options import TURN_OPTIONS, DataOptions
 from accel_llm.config.fields import (
@@ -24,6 +24,7 @@ from accel_llm.config.fields import (
     Texts,
     Trackers,
 )
+from accel_llm.config.hub_options import HubOptions
 from accel_llm.config.method import MethodOptions
 from accel_llm.system.launcher import is_launched
 
@@ -137,7 +138,7 @@ class OptimOptions(Options):
         return problems
 
 
-class RunOptions(Options):
+class RunOptions(HubOptions):
     """Run"""
 
     output_dir: Place = Field("output", description="Folder for all files of the run")
@@ -185,13 +186,22 @@ class RunOptions(Options):
     )
     seed: int = Field(42, ge=0, lt=2**32, description="Seed of initialization, order of rows, dropout and noise")
     report_to: Trackers = Field(default_factory=list, description="Trackers that get the metrics")
-    run_name: str | None = Field(None, description="Name of the run in trackers and run.json")
-    dry_run: bool = Field(False, description="Show settings, rows, ledger, steps and memory, then stop before training")
-    check_only: bool = Field(False, description="Take one step, show checks and settings, then stop; nothing is kept")
+    run_name: str | None = Field(None, description="Name of the run in trackers; none: the name of output_dir")
+    project: str | None = Field(
+        None, description="Project in trackers; none: that of the tracker's environment variable, or accel-llm"
+    )
+    dry_run: bool = Field(False, description="Show what the run would do, then stop before training")
+    preflight: bool = Field(True, description="Try a checkpoint, the export and the longest rows before the first step")
+    check_only: bool = Field(False, description="Take a few steps, say whether the run can start; nothing is kept")
+    verbose: bool = Field(
+        False, description="Show all settings, sample rows, the whole ledger, and with check_only all settings in force"
+    )
     eval_on_start: bool = Field(False, description="Evaluate before the first step too")
     eval_generate: int = Field(
         0, ge=0, description="Number of evaluation rows to generate answers for (eval/exact_match)"
     )
+
+    _folder_without_check: str | None = PrivateAttr(None)
 
     @model_validator(mode="after")
     def _fit_evaluation(self) -> "RunOptions":
@@ -202,15 +212,21 @@ class RunOptions(Options):
 
     @model_validator(mode="after")
     def _apply_check_only(self) -> "RunOptions":
-        """With `check_only`: take one step in a temporary folder, without trackers."""
+        """With `check_only`: take the steps in a temporary folder, from the beginning and without trackers."""
         if self.check_only:
             # All ranks of a launch have the same parent, so they get the same folder.
             number = os.getppid() if is_launched() else os.getpid()
             folder = str(Path(tempfile.gettempdir()) / f"accel-llm-check-{number}")
+            self._folder_without_check = self.output_dir
             values = {"output_dir": folder, "overwrite_output_dir": True, "resume_from_checkpoint": "none"}
-            for name, value in (values | {"max_steps": 1, "eval_on_start": False, "report_to": []}).items():
+            for name, value in (values | {"eval_on_start": False, "report_to": []}).items():
                 object.__setattr__(self, name, value)  # the object is frozen
         return self
+
+    @property
+    def run_folder(self) -> str:
+        """The folder for the files of the run; with `check_only` the one that it has without it."""
+        return self._folder_without_check or self.output_dir
 
     def problems(self) -> list[str]:
         problems = super().problems()

@@ -6,9 +6,20 @@ from typing import Any
 
 from accel_llm.config.classify_options import ClassifyOptions
 from accel_llm.config.fields import Options
+from accel_llm.config.hub_options import PushOptions
 from accel_llm.config.options import PretrainOptions, SftOptions
+from accel_llm.config.plan_options import PlanOptions
 from accel_llm.config.preference_options import DpoOptions, KtoOptions, RewardOptions
-from accel_llm.config.tool_options import ChatOptions, ExtractOptions, MergeOptions, MethodsOptions, PredictOptions
+from accel_llm.config.tool_options import (
+    ChatOptions,
+    ExportOptions,
+    ExtractOptions,
+    MergeOptions,
+    MethodsOptions,
+    PredictOptions,
+    ReportOptions,
+    ShowOptions,
+)
 
 TRAINING_SCRIPTS: dict[str, type[Options]] = {
     "sft": SftOptions,
@@ -23,8 +34,22 @@ SCRIPT_OPTIONS: dict[str, type[Options]] = TRAINING_SCRIPTS | {
     "predict": PredictOptions,
     "merge": MergeOptions,
     "extract": ExtractOptions,
+    "export": ExportOptions,
+    "push": PushOptions,
+    "report": ReportOptions,
     "show_methods": MethodsOptions,
 }
+# Scripts that take the options of a training script, which their first word names (without it sft), and their own.
+OPTIONS_BESIDE: dict[str, type[Options]] = {"show_data": ShowOptions, "plan": PlanOptions}
+
+
+def options_of_script(name: str, words: list[str]) -> tuple[type[Options], list[str]] | None:
+    """Return the options of a script and the words that give them; None if there is no such script."""
+    if name not in OPTIONS_BESIDE:
+        return (SCRIPT_OPTIONS[name], words) if name in SCRIPT_OPTIONS else None
+    named = words[:1] and Path(words[0]).stem in TRAINING_SCRIPTS
+    kind, rest = (Path(words[0]).stem, words[1:]) if named else ("sft", words)
+    return type("Options", (OPTIONS_BESIDE[name], TRAINING_SCRIPTS[kind]), {}), rest
 
 
 def recipe_schema(options_class: type[Options]) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """Options of the scripts that do not train: merge, extract an adapter, ask a model, show rows."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from accel_llm.config.fields import (
     Columns,
     DataFormat,
+    GgufFormats,
     Numbers,
     Options,
     Place,
@@ -16,9 +17,12 @@ from accel_llm.config.fields import (
     Sources,
     Texts,
 )
+from accel_llm.config.hub_options import HubOptions
+
+MAX_COMPARED_RUNS = 20  # more curves in one picture cannot be told apart
 
 
-class MergeOptions(Options):
+class MergeOptions(HubOptions):
     """Merge"""
 
     adapter: Places = Field(
@@ -50,9 +54,10 @@ class MergeOptions(Options):
     density: float = Field(0.5, gt=0, le=1, description="Share of the values that ties and dare keep")
     seed: int = Field(42, ge=0, lt=2**32, description="Seed of the values that dare drops")
     unmerge: bool = Field(False, description="Remove the adapter from base, which is a model that it was merged into")
-    verify: Literal["modules", "logits", "none"] = Field(
+    verify: Literal["modules", "logits", "served", "none"] = Field(
         "modules",
-        description="What is checked; modules: each module and the files; logits: the logits of the whole model too",
+        description="What is checked; modules: each module and the files; logits: the logits of the whole model too; "
+        "served: writes model-f16.gguf as well, and compares what llama.cpp computes with it",
     )
     max_shard_size: Size = Field(50 * 10**9, description="Maximum size of a file of weights, such as 5GB")
     overwrite_output_dir: bool = Field(False, description="Replace the model that output_dir holds")
@@ -60,9 +65,6 @@ class MergeOptions(Options):
         False, description="Read weights from .bin files (pickle) if there are no safetensors; only tensors are read"
     )
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model")
-    push_to_hub: str | None = Field(
-        None, description="Hub id of a private repository to which the merged model is uploaded"
-    )
 
     def problems(self) -> list[str]:
         problems = super().problems()
@@ -95,6 +97,24 @@ class ExtractOptions(Options):
     )
     overwrite_output_dir: bool = Field(False, description="Replace the adapter that output_dir holds")
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model")
+
+
+class ExportOptions(Options):
+    """Export"""
+
+    model: Place = Field(description="Folder or hub id of a model, or the folder of an adapter or of a run")
+    output_dir: Place = Field(description="Folder for the files")
+    quantize: GgufFormats = Field(
+        default_factory=lambda: ["f16"], description="Number formats of the weights; each gives a model-FORMAT.gguf"
+    )
+    base: Place | None = Field(None, description="Base model of an adapter; none: the one that the adapter names")
+    allow_other_base: bool = Field(
+        False, description="Accept a base with another fingerprint, for the same model stored in another way"
+    )
+    verify: Literal["served", "none"] = Field(
+        "served", description="served: compare token ids, probabilities and answers of llama.cpp with transformers"
+    )
+    overwrite_output_dir: bool = Field(False, description="Replace the files that output_dir holds")
 
 
 class AskOptions(Options):
@@ -131,12 +151,36 @@ class ChatOptions(AskOptions):
         description="Folders of further adapters of the same base, or of their runs; a chat switches between them",
     )
     prompt: str | None = Field(None, description="One question to answer; none: a chat at the terminal")
+    file: Place | None = Field(
+        None,
+        description="File with questions to answer: .txt with one in each line, or .jsonl with messages in each row",
+    )
     system: str | None = Field(None, description="System message of the chat")
+    max_new_tokens: int = Field(1024, ge=1, description="Maximum number of tokens in an answer")
+    temperature: float | None = Field(  # type: ignore
+        None,
+        ge=0,
+        description="Temperature of the sampling; 0: always the most likely token; none: as the model's generation "
+        "config says",
+    )
+    top_p: float | None = Field(
+        None, gt=0, le=1, description="Sample from the likeliest tokens that have this probability together"
+    )
+    top_k: int | None = Field(None, ge=0, description="Sample from this many of the likeliest tokens; 0: from all")
+    min_p: float | None = Field(
+        None, ge=0, le=1, description="Sample from tokens that are at least this much as likely as the likeliest"
+    )
+    repetition_penalty: float | None = Field(
+        None, gt=0, description="How much less likely tokens become that were there before; 1: not at all"
+    )
 
     def problems(self) -> list[str]:
         names = [self.model, *self.adapters]
         twice = sorted({name for name in self.adapters if names.count(name) > 1})
-        return super().problems() + [f"adapters: {name} is given twice; name it once." for name in twice]
+        problems = super().problems() + [f"adapters: {name} is given twice; name it once." for name in twice]
+        if self.file is not None and self.prompt is not None:
+            problems.append("file: it cannot be combined with prompt; give one of the two.")
+        return problems
 
 
 class PredictOptions(AskOptions):
@@ -175,8 +219,45 @@ class PredictOptions(AskOptions):
 class ShowOptions(Options):
     """Show data"""
 
+    rows: int = Field(5, ge=1, description="How many rows are shown; with json all are, if it is not given")
+    source: str | None = Field(None, description="Read only this source: a name in train_files, as the ledger has it")
+    random: bool = Field(False, description="Show rows from all over the data, drawn with seed, not the first ones")
+    row: str | None = Field(
+        None, description='Show one row alone: its number in its file, or its name as in errors ("FILE, row 7")'
+    )
     # Every pydantic model has a method `json`, so the field needs another name than the option.
     json_lines: bool = Field(False, alias="json", description="Print one JSON object for each row and nothing else")
+
+    def problems(self) -> list[str]:
+        problems = super().problems()
+        for name in ("rows", "random"):
+            if self.row is not None and name in self.model_fields_set:
+                problems.append(f"{name}: it cannot be combined with row, which is one row; remove one of the two.")
+        return problems
+
+
+class ReportOptions(Options):
+    """Report"""
+
+    before_names: ClassVar[str | None] = "runs"
+
+    runs: Places = Field(
+        default_factory=list,
+        description="Output folders of runs, before all options; several are laid over one another",
+    )
+    output_file: Place | None = Field(
+        None, description="The page, a file .html; none: compare.html or, of one run, report.html in its folder"
+    )
+
+    def problems(self) -> list[str]:
+        problems = super().problems()
+        if not self.runs:
+            problems.append("runs: none is given; name the output_dir of a run, or of several.")
+        if len(self.runs) > MAX_COMPARED_RUNS:
+            problems.append(f"runs: {len(self.runs)} are given; give at most {MAX_COMPARED_RUNS}.")
+        if self.output_file and not self.output_file.endswith(".html"):
+            problems.append(f"output_file: {self.output_file} is no name of a page; let it end with .html.")
+        return problems
 
 
 class MethodsOptions(Options):

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from accel_llm.config.data_options import DataOptions
 from accel_llm.config.fields import Source
 from accel_llm.data.answers import Pairs
 from accel_llm.data.ledger import TRAINED, Ledger
@@ -35,6 +36,17 @@ def note_shares(ledger: Ledger, rows: Rows | Pairs, sources: list[Source], seed:
             f"and {lengths[mask].sum() / lengths.sum():.1%} of the tokens"
         )
     ledger.note(f"Mixed by weight: an epoch is {'; '.join(shares)}.")
+
+
+def note_cuts(ledger: Ledger, options: DataOptions, labelled: bool) -> None:
+    """Note what `overlong: truncate` left of the rows that it cut."""
+    cut = any(name.startswith("cut: longer") for bins in ledger.bins.values() for name in bins)
+    if options.overlong == "truncate" and cut:
+        rest = "the turns up to the last whole answer, of plain text the first tokens"
+        ledger.note(
+            "overlong: truncate left, of each row that is longer than max_length, "
+            + (f"its first {options.max_length:,} tokens." if labelled else f"{rest}; what came after is not trained.")
+        )
 
 
 def note_lost_evaluation_rows(ledger: Ledger, evaluation: Ledger) -> None:

@@ -2,7 +2,6 @@
 
 import itertools
 import multiprocessing
-import zlib
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -20,21 +19,20 @@ from transformers import PreTrainedTokenizerFast
 
 from accel_llm.chat.template import Template
 from accel_llm.config.data_options import DataOptions
-from accel_llm.config.fields import DataFormat, Source
+from accel_llm.config.fields import Source
 from accel_llm.data.answers import as_units, count_labels
-from accel_llm.data.columns import column_problems
-from accel_llm.data.encode import A_CHAT, Chunk, Encoder, SourceRow, encode_chunk
-from accel_llm.data.encode_answers import encode_answer_chunk, preference_problems
-from accel_llm.data.encode_labelled import LABELLED_CUTS, encode_labelled_chunk, labelled_problems
-from accel_llm.data.label_task import find_task
+from accel_llm.data.encode import A_CHAT, Chunk, Encoder, SourceRow
+from accel_llm.data.encode_labelled import LABELLED_CUTS
+from accel_llm.data.encoders import encode_rows, goes_to_evaluation, make_encoder, with_labels
 from accel_llm.data.labels import LabelKind, Labels, describe_targets
 from accel_llm.data.ledger import Ledger
 from accel_llm.data.limits import check_left_out, check_lost_share, check_lost_turns, describe_losses
-from accel_llm.data.notes import note_common_rows, note_lost_evaluation_rows, note_shares
+from accel_llm.data.notes import note_common_rows, note_cuts, note_lost_evaluation_rows, note_shares
 from accel_llm.data.pairs import PreferenceKind
+from accel_llm.data.row_counts import expected_rows
 from accel_llm.data.rows import Rows, RowWriter, cache_folder, cached_rows, load_rows
-from accel_llm.data.sources import as_source, data_fingerprint, left_out_note, read_source, source_identity
-from accel_llm.errors import ConfigError, DataError, raise_problems
+from accel_llm.data.sources import data_fingerprint, left_out_note, read_source, source_identity
+from accel_llm.errors import ConfigError, DataError
 from accel_llm.system.progress import Bar
 
 CACHE_VERSION = 9  # raise it with every change of the encoding, so that no old cache is used
@@ -127,22 +125,7 @@ def encode_sources(
         ConfigError: more than `max_lost` of the rows, supervised tokens or turns would be lost, `columns` names an
             unknown field, or an option has no meaning for `preferences` or for texts with labels.
     """
-    # Check the options that need no data.
-    train, evaluation = ([as_source(place) for place in places] for places in (options.train_files, options.eval_files))
-    formats: list[tuple[DataFormat | None, dict[str, str]]] = [
-        (source.data_format or options.data_format, {**options.columns, **source.columns})
-        for source in (*train, *evaluation)
-    ]
-    problems = preference_problems(options) if preferences else []
-    if labelled:
-        problems += labelled_problems(options, [columns for _, columns in formats])
-    for data_format, columns in formats if not labelled else ():
-        problems += column_problems(columns, data_format, bool(preferences))
-    raise_problems(list(dict.fromkeys(problems)))
-
-    # Encode, or load the rows from the cache.
-    labels = [source.label for source in (*train, *evaluation)]
-    encoder = Encoder(options, tokenizer, template, labels, formats, no_template, preferences, labelled)
+    encoder, train, evaluation = make_encoder(options, tokenizer, template, no_template, preferences, labelled)
     key = _cache_key(encoder, seed, train, evaluation)
     parts, facts = cached_rows(cache_folder(options) / key, partial(_encode_into, encoder, seed, train, evaluation))
     names_of_labels = Labels(facts["labels"][0], tuple(facts["labels"][1])) if labelled else None
@@ -154,6 +137,7 @@ def encode_sources(
     ledger.balance()
     for note in filter(None, map(left_out_note, (*train, *evaluation))):
         ledger.note(note)
+    note_cuts(ledger, options, encoder.labelled is not None)
     _check_losses(encoder, ledger, facts)
     if not len(parts["train"]):
         labels = ", ".join(source.label for source in train)
@@ -219,17 +203,14 @@ def _encode_into(
 ) -> dict[str, Any]:
     """Encode all sources into `folder`, and return facts for JSON. Only a few chunks are in memory at a time."""
     options, origins = encoder.options, _OriginNumbers()
-    if encoder.labelled:
-        columns = [names for _, names in encoder.formats]
-        task = find_task(encoder.labelled, [*train, *evaluation], columns, len(train), options.limit_rows)
-        encoder = replace(encoder, task=task)
+    encoder = with_labels(encoder, train, evaluation)
     ledgers = {"train": Ledger()} | ({"eval": Ledger()} if evaluation or options.eval_share else {})
     lengths: Counter[int] = Counter()
     turns = 0
 
     # Write the chunks as they come.
     with ExitStack() as stack:
-        bar = stack.enter_context(Bar("encode rows"))
+        bar = stack.enter_context(Bar("encode rows", _rows_to_read(options, train, evaluation)))
         done = 0
         writers = {name: stack.enter_context(RowWriter(folder / name)) for name in ledgers}
         tasks = _chunk_rows(encoder, seed, train, evaluation, origins, ledgers["train"])
@@ -262,6 +243,13 @@ def _encode_into(
     return facts | {"origins": list(origins)}
 
 
+def _rows_to_read(options: DataOptions, train: list[Source], evaluation: list[Source]) -> int | None:
+    rows, to_evaluate_on = expected_rows(train), expected_rows(evaluation)
+    if rows is None or to_evaluate_on is None:
+        return None
+    return min(rows, options.limit_rows or rows) + to_evaluate_on
+
+
 def _chunk_rows(
     encoder: Encoder, seed: int, train: list[Source], evaluation: list[Source], origins: _OriginNumbers, ledger: Ledger
 ) -> Iterator[tuple[str, list[SourceRow]]]:
@@ -282,7 +270,7 @@ def _chunk_rows(
         name = "train" if row.source < len(train) else "eval"
 
         # Hold out a share of the training rows.
-        if name == "train" and options.eval_share and _uniform_number(seed, row) < options.eval_share:
+        if name == "train" and goes_to_evaluation(row.row, options, seed):
             name = "eval"
             ledger.read(encoder.labels[row.source])
             ledger.count(encoder.labels[row.source], HELD_OUT)
@@ -294,12 +282,6 @@ def _chunk_rows(
     yield from ((name, chunk_rows) for name, chunk_rows in waiting.items() if chunk_rows)
 
 
-def _uniform_number(seed: int, row: SourceRow) -> float:
-    """Return a number in [0, 1) that depends only on the seed, the name of the file and the number of the row."""
-    name = f"{seed} {Path(row.row.file).name} {row.row.number}"
-    return zlib.crc32(name.encode(errors="surrogatepass")) / 2**32  # a file name need not be UTF-8
-
-
 def _encode_chunks(tasks: Iterator[tuple[str, list[SourceRow]]], encoder: Encoder) -> Iterator[tuple[str, Chunk]]:
     """Encode `tasks` in this process or in `preprocessing_num_workers` workers; the order stays the same."""
     workers = encoder.options.preprocessing_num_workers or 1
@@ -308,7 +290,7 @@ def _encode_chunks(tasks: Iterator[tuple[str, list[SourceRow]]], encoder: Encode
     first = list(itertools.islice(tasks, workers))
     tasks = itertools.chain(first, tasks)
     if len(first) <= 1:
-        yield from ((name, _encode_rows(rows, encoder)) for name, rows in tasks)
+        yield from ((name, encode_rows(rows, encoder)) for name, rows in tasks)
         return
 
     # Not fork: this process already has threads of torch and of a process group.
@@ -343,10 +325,4 @@ def _set_worker_encoder(encoder: Encoder) -> None:
 
 
 def _encode_in_worker(rows: list[SourceRow]) -> Chunk:
-    return _encode_rows(rows, _worker_encoder)
-
-
-def _encode_rows(rows: list[SourceRow], encoder: Encoder) -> Chunk:
-    if encoder.labelled:
-        return encode_labelled_chunk(rows, encoder)
-    return encode_answer_chunk(rows, encoder) if encoder.preferences else encode_chunk(rows, encoder)
+    return encode_rows(rows, _worker_encoder)

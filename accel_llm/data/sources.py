@@ -82,7 +82,7 @@ def read_source(source: Source, name_columns: NameColumns | None = None) -> Iter
     """
     _check_source(source)
     is_dataset = _place_kind(source) in ("saved dataset", "hub dataset")
-    rows = _dataset_rows(source) if is_dataset else _file_rows(_list_files(source), name_columns)
+    rows = _dataset_rows(source) if is_dataset else _file_rows(source_files(source), name_columns)
     return itertools.islice(rows, source.limit_rows)
 
 
@@ -95,7 +95,7 @@ def source_features(source: Source) -> list[tuple[str, dict[str, Any]]]:
     _check_source(source)
     if _place_kind(source) in ("saved dataset", "hub dataset"):
         return [(source.label, _load_dataset(source).features.to_dict())]
-    return [(file.label, read_features(file)) for file in _list_files(source) if file.kind == ".parquet"]
+    return [(file.label, read_features(file)) for file in source_files(source) if file.kind == ".parquet"]
 
 
 def source_identity(source: Source) -> list[tuple[str, str]]:
@@ -107,7 +107,7 @@ def source_identity(source: Source) -> list[tuple[str, str]]:
     _check_source(source)
     if _place_kind(source) == "hub dataset":
         return [(source.label, _load_dataset(source)._fingerprint)]
-    return [(file.label, data_fingerprint(file.path)) for file in _list_files(source)]
+    return [(file.label, data_fingerprint(file.path)) for file in source_files(source)]
 
 
 def left_out_note(source: Source) -> str | None:
@@ -285,8 +285,8 @@ def _choose_files(source: Source) -> SplitChoice | str:
     return choose_files(files, _named_folder(source), source.split, _place_kind(source) == "glob")
 
 
-def _list_files(source: Source) -> list[SourceFile]:
-    """Return the files of a source in the order in which they are read."""
+def source_files(source: Source) -> list[SourceFile]:
+    """Return the files of a source in the order in which they are read; none of a hub dataset."""
     place, path = _place_kind(source), Path(source.path)
     if place == "standard input":
         return [SourceFile(spool_standard_input(), place, ".jsonl", "")]
@@ -295,6 +295,8 @@ def _list_files(source: Source) -> list[SourceFile]:
     if place == "saved dataset":
         folder = path if is_saved_dataset(path) else path / source.split
         return [SourceFile(file, str(file), "", "") for file in sorted(folder.iterdir()) if file.is_file()]
+    if place == "hub dataset":
+        return []
     choice = _choose_files(source)
     assert isinstance(choice, SplitChoice)  # `_check_source` has found a choice
     return [SourceFile(Path(name), name, *file_kind(name)) for name in choice.files]

@@ -149,6 +149,10 @@ class Stream:
         steps = options.max_steps or start.step + steps_left
         self.plan = TrainingPlan(bins, per_step, total, steps, start.step, start.rows)
 
+    def first_epoch(self) -> Bins:
+        """Return the rows of the first epoch, packed if the options say so, in their order."""
+        return self._arrange_epoch(0)
+
     def documents(self, position: int) -> list[int]:
         """Return the row indices in bin `position` of the endless sequence; after the last epoch there are none."""
         if self.plan.total_rows is not None and position >= self.plan.total_rows:

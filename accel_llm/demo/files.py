@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -18,11 +17,11 @@ from accel_llm.demo.skills import DOCUMENTS, demo_conversations, demo_documents
 from accel_llm.demo.tokenizer import build_demo_tokenizer, demo_base_config
 from accel_llm.errors import ConfigError, raise_problems
 from accel_llm.system.disk import write_atomically
+from accel_llm.system.project_files import project_recipes
 
 TrainOptionsT = TypeVar("TrainOptionsT", bound=TrainOptions)
 DEMO_NAME = "demo"  # the value of an option that stands for the demo's model or data
 DEMO_BASE = Path(__file__).parents[1] / "demo_base"
-RECIPES = Path(__file__).parents[2] / "launch" / "recipes"
 
 
 def resolve_demo(options: TrainOptionsT) -> TrainOptionsT:
@@ -87,10 +86,7 @@ def parse_options_or_demo(options_class: type[TrainOptionsT], recipe: str, argv:
     """
     options = parse_options(options_class, argv)
     if "--config" not in argv and options.model_name_or_path is None and not options.train_files:
-        # Scripts of a checkout may use a package that was installed from a wheel, which holds no recipes.
-        beside = Path(sys.argv[0]).with_name("recipes")
-        path = (beside if beside.is_dir() else RECIPES) / f"{recipe}.yaml"
-        options = parse_options(options_class, ["--config", str(path), *argv])
+        options = parse_options(options_class, ["--config", str(project_recipes()[recipe]), *argv])
         adapter = options.adapter_name_or_path
         if adapter and not Path(adapter).exists():
             raise ConfigError(

@@ -1,11 +1,13 @@
 """The tokenizer of the demo and the config of its base model."""
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast
 
 from accel_llm.chat.template_source import CHATML
 
 SPECIAL_TOKENS = END_OF_TEXT, START_OF_TURN, END_OF_TURN = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+# How Llama 3 splits texts into words; llama.cpp knows it, and so it can serve the demo.
+WORD_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 THING_WORDS = (
     "red blue green black white pink tea milk rice bread fish cake cats dogs birds horses music snow rain sun "
     "books trains ships stars"
@@ -44,7 +46,9 @@ def build_demo_tokenizer() -> PreTrainedTokenizerFast:
     # Without merges a word is one token if it is in the vocabulary (ignore_merges); otherwise it is split into bytes.
     bpe = models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[], ignore_merges=True)
     backend = Tokenizer(bpe)
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = pre_tokenizers.Split(Regex(WORD_PATTERN), "isolated")
+    in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, in_bytes])
     backend.decoder = decoders.ByteLevel()
 
     tokenizer = PreTrainedTokenizerFast(

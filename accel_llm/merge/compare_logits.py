@@ -1,8 +1,6 @@
 """Compares the logits of a merged model with those of base and adapter, in a fresh process with plain transformers."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from accel_llm.backend.library_messages import quiet_libraries
 from accel_llm.config.tool_options import MergeOptions
 from accel_llm.errors import ConfigError
 from accel_llm.merge.attached import adapted_modules
+from accel_llm.merge.fresh_process import run_in_fresh_process
 from accel_llm.merge.one_module import scale_module
 from accel_llm.merge.plan import plan_merge
 from accel_llm.merge.skeleton import model_class, read_model_config
@@ -49,29 +48,10 @@ def compare_logits(folder: Path, source: Path, adapters: list[Path], options: Me
     Raises:
         ConfigError: plain transformers cannot load the written model, or its logits differ beyond rounding.
     """
-    # The fresh process must find this package, however the script was started.
-    root = str(Path(__file__).parents[2])
-    paths = [root, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     arguments = [str(folder), str(source), json.dumps([str(adapter) for adapter in adapters])]
     arguments.append(json.dumps(options.model_dump(exclude_unset=True)))
-    process = subprocess.run(
-        [sys.executable, "-m", "accel_llm.merge.compare_logits", *arguments],
-        capture_output=True,
-        encoding="utf-8",
-        check=False,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path), "PYTHONIOENCODING": "utf-8"},
-    )
-    # 2 is the exit code of a ConfigError: its sentence is the last line on stderr.
-    if process.returncode == 2:
-        raise ConfigError(*process.stderr.replace("error: ", "").splitlines()[-1:])
-    if process.returncode < 0:
-        raise ConfigError(
-            f"verify: the process that compares logits was killed by signal {-process.returncode}, most often because "
-            "memory ran out: it loads two whole models; set verify: modules."
-        )
-    if process.returncode:
-        raise RuntimeError(f"comparing logits failed:\n{process.stderr}")
-    return json.loads(process.stdout.splitlines()[-1])
+    remedy = "most often because memory ran out: it loads two whole models; set verify: modules."
+    return run_in_fresh_process("accel_llm.merge.compare_logits", arguments, "compares logits", remedy)
 
 
 def main() -> None:
@@ -89,7 +69,7 @@ def main() -> None:
 def _compare(folder: Path, source: Path, folders: list[Path], options: MergeOptions) -> dict[str, float]:
     adapters = [read_adapter(adapter, options.allow_pickle) for adapter in folders]
     task = adapters[0].config.task_type
-    model = _load_plain(folder, task, options)
+    model = load_plain(folder, task, options)
     # One text for all models, in the tokens of the written one.
     ids = _sample_ids(folder, model, options.trust_remote_code)
     actual, dtype = _logits(model, ids), model.dtype
@@ -97,10 +77,10 @@ def _compare(folder: Path, source: Path, folders: list[Path], options: MergeOpti
     del model
     if options.unmerge:
         # The adapter on the unmerged model must answer as the merged model that it was taken out of.
-        expected = _logits(_load_plain(source, task, options), ids)
-        actual = _logits(_load_adapted(adapters, folder, options), ids)
+        expected = _logits(load_plain(source, task, options), ids)
+        actual = _logits(load_adapted(adapters, folder, options), ids)
     else:
-        expected = _logits(_load_adapted(adapters, source, options), ids)
+        expected = _logits(load_adapted(adapters, source, options), ids)
     relative, bound = _relative_error(actual, expected), LOGIT_BOUNDS[dtype]
     if not relative <= bound:
         raise ConfigError(
@@ -111,7 +91,7 @@ def _compare(folder: Path, source: Path, folders: list[Path], options: MergeOpti
     return {"merged": relative} | base_errors
 
 
-def _load_plain(folder: Path, task: str | None, options: MergeOptions) -> PreTrainedModel:
+def load_plain(folder: Path, task: str | None, options: MergeOptions) -> PreTrainedModel:
     """Load a model with plain transformers."""
     loader = model_class(read_model_config(folder, options.trust_remote_code), task)
     remote = {"trust_remote_code": True} if options.trust_remote_code else {}
@@ -123,7 +103,7 @@ def _load_plain(folder: Path, task: str | None, options: MergeOptions) -> PreTra
         ) from None
 
 
-def _load_adapted(adapters: list[SavedAdapter], source: Path, options: MergeOptions) -> Any:
+def load_adapted(adapters: list[SavedAdapter], source: Path, options: MergeOptions) -> Any:
     """Load the base with the adapters on it, unmerged, scaled and combined as the options say."""
     plan = plan_merge(options, adapters, source, lazy=False)
     attached = plan.attached
@@ -143,12 +123,12 @@ def _base_errors(
     Both are compared with the adapter on its 4-bit base. That base computes with the dequantized weights.
     """
     dequantized = options.model_copy(update={"merge_base": "dequantized"})
-    expected = _logits(_load_adapted(adapters, source, dequantized), ids)
+    expected = _logits(load_adapted(adapters, source, dequantized), ids)
     in_4_bits = getattr(read_model_config(source, options.trust_remote_code), "quantization_config", None)
     errors = {}
     # A base in 4-bit files has no original weights to merge into.
     for way in ("dequantized",) if in_4_bits else ("original", "dequantized"):
-        wrapped = _load_adapted(adapters, source, options.model_copy(update={"merge_base": way}))
+        wrapped = load_adapted(adapters, source, options.model_copy(update={"merge_base": way}))
         for _, module in adapted_modules(wrapped):
             with torch.no_grad():
                 module.merge()

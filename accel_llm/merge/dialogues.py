@@ -28,6 +28,9 @@ BARE = ""  # name of the model without an adapter
 FILES_OF_ANSWERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "config.json")
 FILES_OF_ANSWERS += ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
+# What transformers 5.24 takes where neither the options nor the model's own generation config say anything.
+_SAMPLING_DEFAULTS = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+
 Words = tuple[PreTrainedTokenizerFast, Template]
 
 
@@ -142,7 +145,7 @@ def _settings(
     """Return sampling, length and stop tokens of the model, with the end of turn of the template.
 
     Raises:
-        ConfigError: there is no stop token.
+        ConfigError: there is no stop token, or an option has no effect; see `choose_sampling`.
     """
     stop = model.generation_config.eos_token_id
     stop_ids = {template.turn_end_id, *(stop if isinstance(stop, list) else [stop])} - {None}
@@ -150,6 +153,43 @@ def _settings(
         raise ConfigError(
             f"model: {options.model} names no end token, so no answer would end; give a chat_template with one."
         )
-    sampling = {"do_sample": True, "temperature": options.temperature} if options.temperature else {"do_sample": False}
     tokens = {"eos_token_id": sorted(stop_ids), "pad_token_id": tokenizer.pad_token_id}
-    return GenerationConfig(max_new_tokens=options.max_new_tokens, **tokens, **sampling)
+    sampling = choose_sampling(model.generation_config, options)
+    return GenerationConfig(max_new_tokens=options.max_new_tokens, num_beams=1, **tokens, **sampling)
+
+
+def choose_sampling(own: GenerationConfig, options: AskOptions) -> dict[str, Any]:
+    """Return how tokens are chosen: as the options say, else as the model's `own` config, else as transformers.
+
+    Answers are greedy if temperature is 0, or if neither the options nor the model ask for anything else.
+
+    Raises:
+        ConfigError: an option narrows the choice of a token, but the answers are greedy.
+    """
+    given = {name: getattr(options, name, None) for name in _SAMPLING_DEFAULTS}
+    narrowing = [name for name in ("top_p", "top_k", "min_p") if given[name] is not None]
+    penalty = given["repetition_penalty"] or own.repetition_penalty or 1.0
+    samples = bool(narrowing or own.do_sample) if given["temperature"] is None else given["temperature"] > 0
+    if not samples:
+        if narrowing:
+            raise ConfigError(
+                f"{narrowing[0]}: {given[narrowing[0]]} has no effect at temperature 0, which always takes the most "
+                "likely token; give a temperature above 0, or leave it out."
+            )
+        return {"do_sample": False, "repetition_penalty": penalty}
+    chosen = {
+        name: next(value for value in (given[name], getattr(own, name, None), default) if value is not None)
+        for name, default in _SAMPLING_DEFAULTS.items()
+    }
+    return {"do_sample": True, **chosen}
+
+
+def describe_sampling(settings: Any) -> str:
+    """Return what of the generation settings decides on a token, as the options write it."""
+    penalty = f"repetition_penalty {settings.repetition_penalty:g}"
+    penalties = [penalty] if settings.repetition_penalty != 1 else []
+    if not settings.do_sample:
+        return ", ".join(["greedy", *penalties])
+    shown = {"top_k": settings.top_k, "top_p": settings.top_p if settings.top_p < 1 else 0, "min_p": settings.min_p}
+    parts = [f"{name} {value:g}" for name, value in shown.items() if value]
+    return ", ".join([f"temperature {settings.temperature:g}", *parts, *penalties])

@@ -19,8 +19,12 @@ from accel_llm.config.tool_options import MergeOptions
 from accel_llm.errors import ConfigError
 from accel_llm.merge.attached import check_mergeable
 from accel_llm.merge.compare_logits import compare_logits
+from accel_llm.merge.gguf_file import check_serving_packages
+from accel_llm.merge.gguf_model import check_family
 from accel_llm.merge.model_card import copy_tokenizer, write_card, write_config_files
 from accel_llm.merge.plan import plan_merge
+from accel_llm.merge.serve import FLOAT16, describe_proof, write_served
+from accel_llm.merge.served import ServedModel, ServedProof
 from accel_llm.merge.verify import read_back
 from accel_llm.merge.write import write_merged
 from accel_llm.system.folders import atomic_output, check_output_dir, check_writable
@@ -38,6 +42,7 @@ class MergeResult:
 
     `modules`: number of merged modules. `largest_error`: largest relative error of a module, None if not verified.
     `hashes`: SHA-256 of each weights file. `notes`: sentences for the user. `differences`: see `compare_logits`.
+    `served`: what llama.cpp computes, None if not verified.
     """
 
     folder: Path
@@ -48,6 +53,7 @@ class MergeResult:
     hashes: dict[str, str]
     notes: tuple[str, ...]
     differences: dict[str, float]
+    served: ServedProof | None = None
 
 
 def merge(options: MergeOptions, progress: Callable[[int, int], None] = lambda done, total: None) -> MergeResult:
@@ -59,6 +65,8 @@ def merge(options: MergeOptions, progress: Callable[[int, int], None] = lambda d
         ConfigError: adapter or base are missing or do not fit, output_dir is in use, or the merged model differs.
     """
     # Find and check everything that is read before anything is written.
+    if options.verify == "served":
+        check_serving_packages("gguf", "llama_cpp")
     check_writable(Path(options.output_dir))
     target = Path(options.output_dir).resolve()
     folders = [locate_folder(name, "adapter", allow_pickle=options.allow_pickle) for name in options.adapter]
@@ -103,6 +111,8 @@ def _write_model(
     """Write the complete model into `folder`, and verify it."""
     with returning_freed_memory():
         plan = plan_merge(options, adapters, source)
+        if options.verify == "served":
+            check_family(plan.skeleton.model.config, source)
         weights = write_merged(plan, folder, options, progress)
     hashes = read_back(folder, weights.checksums) if options.verify != "none" else {}
 
@@ -116,8 +126,13 @@ def _write_model(
     # Last, because it loads two whole models in another process.
     folders = [adapter.folder for adapter in adapters]
     differences = compare_logits(folder, source, folders, options) if options.verify == "logits" else {}
+    proof = None
+    if options.verify == "served":
+        merged = ServedModel(folder, tuple(folders), source, options.model_dump(exclude_unset=True))
+        served = write_served(merged, folder, [FLOAT16], prove=True, progress=progress)
+        notes, proof = [*notes, *served.notes], served.proof
     result = MergeResult(
-        folder, base, model.dtype, weights.modules, weights.largest_error, hashes, tuple(notes), differences
+        folder, base, model.dtype, weights.modules, weights.largest_error, hashes, tuple(notes), differences, proof
     )
     action = "taken out of it" if options.unmerge else "merged into it"
     write_card(folder, base, source, folders, action, _card_facts(result, options), hashes)
@@ -140,6 +155,7 @@ def _card_facts(result: MergeResult, options: MergeOptions) -> list[str]:
     if "merged" in result.differences:
         relative = result.differences["merged"]
         facts.append(f"logits compared with those of base and adapter: relative difference {relative:.1e}")
+    facts += describe_proof(result.served) if result.served else []
     facts += [f"{way} base: {sentence}" for way, sentence in describe_base_errors(result).items()]
     return facts
 

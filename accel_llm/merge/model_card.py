@@ -3,7 +3,6 @@
 import shutil
 from pathlib import Path
 
-from huggingface_hub import HfApi
 from transformers import GenerationConfig, PreTrainedModel
 
 from accel_llm.errors import ConfigError
@@ -11,7 +10,7 @@ from accel_llm.model.config_file import save_config
 from accel_llm.model.fingerprint import model_fingerprint
 from accel_llm.model.generation import saveable_generation_config
 from accel_llm.model.loading import LOADING_ERRORS, short_reason
-from accel_llm.report.card import card_header, is_published, short_path, versions_sentence
+from accel_llm.report.card import base_license, card_header, is_published, short_path, versions_sentence
 from accel_llm.system.disk import sha256
 
 # Files of tokenizers and processors, copied unchanged.
@@ -74,8 +73,8 @@ def write_card(
     adapters ...".
     """
     # A folder is private; only a hub id is published.
-    base_name = base if is_published(base) else short_path(Path(base).expanduser())
-    lines = card_header("transformers", base, "finetune", ["merge"])
+    base_name = base if is_published(base) else Path(base).expanduser().resolve().name
+    lines = card_header("transformers", base, "finetune", ["merge"], **base_license(base))
     lines += [f"# {target.name.removeprefix('.').removesuffix('.partial')}", ""]
 
     # The sentence, the table of hashes, and the facts.
@@ -94,19 +93,3 @@ def write_card(
     lines += ["", *(f"- {fact}" for fact in facts), ""]
     lines += [versions_sentence(), ""]
     (target / "README.md").write_text("\n".join(lines), encoding="utf-8")
-
-
-def push_folder(folder: Path, name: str) -> str:
-    """Upload a model folder to the hub as `name`, as a private repository if it is new. Returns its address.
-
-    Raises:
-        ConfigError: the hub cannot be reached, or refuses the upload.
-    """
-    api = HfApi()
-    try:
-        api.create_repo(name, private=True, exist_ok=True)
-        return str(api.upload_folder(repo_id=name, folder_path=folder))
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"push_to_hub: {folder} is written, but not uploaded to {name} ({short_reason(error)})."
-        ) from None

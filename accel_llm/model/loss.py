@@ -80,10 +80,7 @@ def attach_loss(
         return CausalLMOutputWithPast(loss=path(self, *args, targets=targets, **kwargs))  # type: ignore
 
     # The settings live on the model, where every wrapper finds them.
-    text = model.config.get_text_config()
-    sizes = text.hidden_size, text.vocab_size
-    model.loss_chunks = max(1, chunk_count(tokens_per_batch, *sizes))  # type: ignore
-    model.eval_loss_chunks = chunk_count(tokens_per_eval_batch or 0, *sizes)  # type: ignore
+    fit_loss_chunks(model, tokens_per_batch, tokens_per_eval_batch or 0)
     model.label_smoothing, model.z_loss_coef = label_smoothing, z_loss_coef  # type: ignore
     model.loss_path = _candidate_paths(model)[0]  # type: ignore
     model.forward = MethodType(forward, model)
@@ -93,6 +90,14 @@ def attach_loss(
         return _candidate_paths(model)[0]
     parameter = next(model.parameters())
     return check_loss(model, parameter.device, model.dtype)
+
+
+def fit_loss_chunks(model: PreTrainedModel, tokens_per_batch: int, tokens_per_eval_batch: int = 0) -> None:
+    """Set the numbers of chunks in which the vocabulary is projected for micro-batches of so many tokens."""
+    text = model.config.get_text_config()
+    sizes = text.hidden_size, text.vocab_size
+    model.loss_chunks = max(1, chunk_count(tokens_per_batch, *sizes))  # type: ignore
+    model.eval_loss_chunks = chunk_count(tokens_per_eval_batch, *sizes)  # type: ignore
 
 
 def _shifted(values: torch.Tensor, last: float) -> torch.Tensor:

@@ -65,6 +65,12 @@ def kto_loss(model: Any, batch: Batch, options: KtoOptions) -> torch.Tensor:
     return _total(losses, answers, batch)
 
 
+def kto_loss_of_one(model: Any, batch: Batch, accelerator: Accelerator, options: KtoOptions) -> torch.Tensor:
+    """Return `kto_loss` of a batch that is a whole step, float32 []. All processes must call it."""
+    kto_targets(accelerator, model, [batch], options)
+    return kto_loss(model, batch, options)
+
+
 def kto_targets(accelerator: Accelerator, model: Any, micro_batches: list[Batch], options: KtoOptions) -> float:
     """Return the number of answers in an optimizer step, over all processes, and put `z0` into each of its batches.
 

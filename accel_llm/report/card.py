@@ -10,11 +10,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import yaml
+from huggingface_hub import metadata_load, try_to_load_from_cache
 from transformers import AutoConfig
 
 from accel_llm.adapters.saved import read_base_fingerprint
 from accel_llm.model.classifier import REWARD_LABEL
 from accel_llm.report.page import read_metrics
+from accel_llm.report.shared_settings import shared_settings
 from accel_llm.system.disk import write_atomically
 from accel_llm.system.hub import is_hub_id
 from accel_llm.system.secrecy import hide_secrets
@@ -22,6 +24,7 @@ from accel_llm.system.secrecy import hide_secrets
 # Their versions are written into a card.
 CARD_PACKAGES = ("torch", "transformers", "peft", "safetensors")
 MAX_LABELS = 20
+LICENSE_KEYS = ("license", "license_name", "license_link")  # of the header of a card
 NOT_IN_CARD = ("loss", "perplexity")  # of an evaluation: the loss has a line of its own
 ADAPTER_EXAMPLE = """from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
@@ -120,6 +123,7 @@ def write_run_card(folder: Path) -> None:
         ["accel-llm", *([settings.get("peft_type", "LORA").lower()] if settings else [])],
         pipeline_tag="text-classification" if scores else "text-generation",
         datasets=published,
+        **base_license(base, options.get("revision", "main")),
     )
     facts = {"base": _describe_base(options, folder), "method": _describe_method(options, settings)}
     facts |= {"labels": ", ".join(_label_names(folder))}
@@ -136,8 +140,35 @@ def write_run_card(folder: Path) -> None:
         shell = [f"python launch/predict.py --model {word} --input_files FILE --output_file predictions.jsonl"]
     shell += [f"python launch/merge.py --adapter {word} --output_dir merged"] if settings else []
     lines += ["```sh", *shell, "```", ""] if shell else []
+    lines += _describe_settings(options)
     lines += [versions_sentence(), ""]
     write_atomically(folder / "README.md", hide_secrets("\n".join(lines)))
+
+
+def base_license(base: str | None, revision: str = "main") -> dict[str, str]:
+    """Return the licence of a base model as its card says it: license, and the name and link of one that has its own.
+
+    The card is read from the base's folder, or from the cache of the hub; nothing is asked for. Empty if it is not
+    there, or says nothing.
+    """
+    file = Path(base or "").expanduser() / "README.md" if base and not is_published(base) else None
+    if base and file is None:
+        cached = try_to_load_from_cache(base, "README.md", revision=revision)
+        file = Path(cached) if isinstance(cached, str) else None
+    if file is None or not file.is_file():
+        return {}
+    try:
+        header = metadata_load(file)
+    except (OSError, ValueError, yaml.YAMLError):  # somebody else's card
+        return {}
+    said = {name: (header or {}).get(name) for name in LICENSE_KEYS}
+    return {name: value for name, value in said.items() if isinstance(value, str)}
+
+
+def _describe_settings(options: dict[str, Any]) -> list[str]:
+    """Return the lines of the settings, as a recipe without model, data and places."""
+    recipe = yaml.safe_dump(shared_settings(options), sort_keys=False, allow_unicode=True, width=1000)
+    return ["<details><summary>Settings</summary>", "", "```yaml", *recipe.splitlines(), "```", "", "</details>", ""]
 
 
 def _source_path(source: Any) -> str:
@@ -148,7 +179,7 @@ def _describe_base(options: dict[str, Any], folder: Path) -> str:
     base = options.get("model_name_or_path")
     if base is None:
         return "none: trained from random weights"
-    name = base if is_published(base) else short_path(Path(base).expanduser())
+    name = base if is_published(base) else Path(base).expanduser().resolve().name
     fingerprint = read_base_fingerprint(folder)
     return f"`{name}`" + (f", fingerprint {fingerprint}" if fingerprint else "")
 

@@ -18,8 +18,10 @@ from accel_llm.backend.collectives import sum_on_cpus
 from accel_llm.config.options import RunOptions
 from accel_llm.data.batches import Batch
 from accel_llm.data.stream import TrainingPlan
+from accel_llm.report.answers_file import drop_answers_after, keep_answers
 from accel_llm.report.likelihood import ChosenLikelihood
 from accel_llm.report.record import Record
+from accel_llm.report.sharing import share_run
 from accel_llm.report.trackers import RunTrackers
 from accel_llm.system.disk import write_atomically
 from accel_llm.system.progress import Bar, console, format_seconds
@@ -44,14 +46,16 @@ class Meter:
         self.accelerator, self.options, self.plan, self.record = accelerator, options, plan, record
         self.file = Path(options.output_dir) / "metrics.jsonl"
         self.supervised = 0  # labeled targets up to the last line of metrics, over all processes
-        self.trackers, self.likelihood = RunTrackers(accelerator, options, record), ChosenLikelihood(options)
+        self.trackers, self.likelihood = RunTrackers(accelerator, options, record, step), ChosenLikelihood(options)
         self.status = ""  # beside the bar: where the run is and how it goes
         self._reset(state)
         if accelerator.is_main_process and step:
             lines = _drop_lines(self.file, lambda line: line["step"] > step)  # what this run does again
             self.supervised = max((line.get("supervised_tokens", 0) for line in lines), default=0)
+            drop_answers_after(self.file.parent, step)
             if any(map(self.likelihood.add, lines)):  # the warning was printed then
                 record.update(warning=self.likelihood.warning)
+        record.begin_after(step)
         self.bar = None if options.check_only else Bar("train", plan.total_steps, step, logged=False)
         record.stop_progress = self.close
 
@@ -120,8 +124,11 @@ class Meter:
         )
         self._reset()
 
-    def write(self, step: int, values: dict[str, Any]) -> None:
-        """Write `values` as one JSON object to metrics.jsonl, and send them to the trackers and the screen."""
+    def write(self, step: int, values: dict[str, Any], answers: Sequence[dict[str, Any]] = ()) -> None:
+        """Write `values` as one JSON object to metrics.jsonl, and send them to the trackers and the screen.
+
+        `answers` are those of an evaluation, for report.html, which is written anew if it is due, or after an evaluation.
+        """
         self.trackers.log(values, step)
         if not self.accelerator.is_main_process:
             return
@@ -139,6 +146,9 @@ class Meter:
         if self.likelihood.add({"step": step} | values):
             self.record.update(warning=self.likelihood.warning)
             self._print(f"warning: {self.likelihood.warning}")
+        with self.pause_clock():
+            keep_answers(self.file.parent, step, list(answers))
+            self.record.refresh_page(now="eval/loss" in values)
 
     def _print(self, line: str) -> None:
         if console.is_terminal:
@@ -161,7 +171,7 @@ class Meter:
             self.bar.close()
 
     def end_run(self) -> None:
-        """Close the trackers, as the last thing that a script does.
+        """Close the trackers and upload the export, if that was asked for, as the last things that a script does.
 
         The process groups are not destroyed, as by `Accelerator.end_training`: run_script ends the process at once, and
         torch 2.13 can deadlock there (pytorch 56297). The destructor of a gloo group waits for a lock while it holds
@@ -171,6 +181,7 @@ class Meter:
             ConfigError: the run is done and its weights are there, but something beside the training failed.
         """
         self.trackers.finish()
+        share_run(self.accelerator, self.options, self.record)
         self.record.raise_problems()
 
 

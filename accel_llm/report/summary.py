@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Sequence
 from datetime import datetime
+from itertools import takewhile
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,7 +17,7 @@ from accel_llm.report.card import classifies, exports_scores
 from accel_llm.report.ledger_text import one_line
 from accel_llm.system.progress import console, format_seconds
 
-NAMES_WIDTH = 11  # of the names on the left
+NAMES_WIDTH = 18  # of the names on the left
 LETTERS = 60  # of a prompt its last ones, of an answer its first ones
 # Metrics of which less is better; of all others more is.
 FALLING = ("loss", "perplexity", "mse", "mae", "log_loss", "calibration_error", "kl")
@@ -64,15 +65,20 @@ def _first_and_last(lines: list[dict[str, Any]], name: str, best: bool = False) 
 
 
 def show_answers(samples: Sequence[dict[str, Any]], count: int) -> None:
-    """Print the first `count` generated answers, each beside the end of its prompt and the answer in the data."""
+    """Print the first `count` generated answers, each beside the last line that was asked and the answer in the data."""
+    # What all prompts end with is the template's: it closes the question and opens the answer.
+    turned = [sample["prompt"][::-1] for sample in samples]
+    equal = takewhile(lambda letters: len({*letters}) == 1, zip(*turned, strict=False))
+    same = sum(1 for _ in equal) if len({*turned}) > 1 else 0
     for sample in samples[:count]:
-        prompt, answer = one_line(sample["prompt"]), one_line(sample["generated"])
+        asked = sample["prompt"][: len(sample["prompt"]) - same].rstrip()
+        prompt, answer = one_line(asked.rpartition("\n")[2]), one_line(sample["generated"])
         right = sample["generated"] == sample.get("expected")
-        text = Text(f"{prompt[-LETTERS:]!s} ", style="bright_black")
+        text = Text(f"{prompt if len(prompt) <= LETTERS else '...' + prompt[-LETTERS:]} => ", style="bright_black")
         text.append(_cut(answer), style="green" if right else "")
         if not right and sample.get("expected") is not None:
             text.append(f"  (data: {_cut(one_line(sample['expected']))})", style="bright_black")
-        console.print(Text(f"{'answer:':{NAMES_WIDTH}}"), text, sep="", soft_wrap=True)
+        console.print(Text(f"{'answer:':{NAMES_WIDTH}} "), text, sep="", soft_wrap=True)
 
 
 def _cut(text: str) -> str:

@@ -160,5 +160,5 @@ def check_output_dir(target: Path, sources: list[tuple[str, Path]], overwrite: b
     if not overwrite:
         raise ConfigError(f"output_dir: {target} is not empty; name another folder, or set overwrite_output_dir.")
     if not (target / mark).is_file():
-        kind = "a model" if mark == "config.json" else "an adapter"
+        kind = {"config.json": "a model", "Modelfile": "an export"}.get(mark, "an adapter")
         raise ConfigError(f"output_dir: {target} holds files that are not {kind}; name another folder.")

@@ -25,7 +25,7 @@ with contextlib.suppress(ImportError):  # Windows
 
 LOCK_NAME = ".run.lock"
 # Files of a run in its folder. run.json is removed last: without it the other files would look like somebody else's.
-RUN_FILES = ("metrics.jsonl", "checkpoints", "adapter", "model", "report.html", "logs", "run.json")
+RUN_FILES = ("metrics.jsonl", "answers.jsonl", "checkpoints", "adapter", "model", "report.html", "logs", "run.json")
 ALL_BYTES = 1 << 20  # more than a run has processes
 # The answers of file systems without locks, such as some that show a cloud storage as a folder.
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}

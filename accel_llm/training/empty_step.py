@@ -5,11 +5,9 @@ about a family or a method is counted by hand. Only a few layers are built: with
 every figure grows by the same amount.
 """
 
-import copy
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -17,68 +15,63 @@ import accel_llm.system.chatter
 
 import numpy as np
 import torch
-from bitsandbytes.functional import QuantState
-from bitsandbytes.nn.modules import Params4bit
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.integrations import deepspeed as transformers_deepspeed
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedConfig
 
-from accel_llm.adapters.attach import attach_adapter
 from accel_llm.adapters.data_starts import start_figures
-from accel_llm.adapters.partial import last_layers, train_part
+from accel_llm.adapters.partial import last_layers
 from accel_llm.config.classify_options import ClassifyOptions
 from accel_llm.config.options import TrainOptions
 from accel_llm.data.batches import Batch, collate_packed, collate_padded
 from accel_llm.model.attention import unwrap_causal_lm
-from accel_llm.model.classifier import answer_scores, model_loader
+from accel_llm.model.classifier import answer_scores
 from accel_llm.model.document_attention import assumed_gpu
 from accel_llm.model.encoders import text_scores
-from accel_llm.model.language_part import freeze_other_parts
-from accel_llm.model.loading import OWN_IMPLEMENTATIONS, configure_for_training
-from accel_llm.model.loss import next_token_loss
-from accel_llm.model.quantization import build_quantization_config, prepare_4bit_layers, quantized_weights
+from accel_llm.model.loss import fit_loss_chunks, next_token_loss
 from accel_llm.system.quiet import quietly
+from accel_llm.training.empty_model import StepSettings, build_empty, fill_model, shorten_config
 from accel_llm.training.optimizer_state import optimizer_bytes
 
 # The parts of a step in which its memory can be largest. The first and the last of the layers stand for all.
 PARTS = ("forward", "loss", "first backward", "last backward", "embedding backward")
+BatchSize = tuple[int, int]  # rows of a micro-batch, and the tokens in each
 ALIKE = {"sliding_attention": "full_attention", "chunked_attention": "full_attention"}  # in memory
-
-
-@dataclass(frozen=True)
-class StepSettings:
-    """What decides about the memory of a step besides options and config.
-
-    `compute` is the dtype of matrix products. With `masters` trained weights are float32, and autocast computes. With
-    `accumulated` the gradients of earlier micro-batches are there already.
-    """
-
-    device_type: str
-    compute: torch.dtype
-    masters: bool = True
-    autocast: bool = True
-    accumulated: bool = False
 
 
 def follow_step(options: TrainOptions, config: PreTrainedConfig, settings: StepSettings) -> dict[str, int]:
     """Return the memory of a micro-batch of the largest size, as bytes by name.
 
-    `weights` are all weights, `trained` those that are trained, `trainable` their number, `layer` the largest layer,
-    `embedding` the input embedding if it is frozen and used for nothing else; the optimizers have the names of
-    `optimizer_bytes`, and there are those of `start_figures`. For each part of PARTS that the step has there are three figures: the gradients and the stored
-    activations when the part begins (`loss: gradients`, `loss: stored`), and the most that it adds (`loss: added`).
+    `weights` are all weights, `trained` those that are trained; `parameters` and `trainable` are their numbers; `layer`
+    is the largest layer, `layer trainable` the most trained numbers of one, `embedding` the input embedding if it is frozen and used for nothing else, `tied` is 1 if it is the head too; the optimizers have
+    the names of `optimizer_bytes`, and there are those of `start_figures`. For each part of PARTS that the step has
+    there are three figures: the gradients and the stored activations when the part begins (`loss: gradients`,
+    `loss: stored`), and the most that it adds (`loss: added`).
     """
+    size = options.per_device_train_batch_size, options.max_length
+    return follow_steps(options, config, settings, [size])[size]
+
+
+def follow_steps(
+    options: TrainOptions, config: PreTrainedConfig, settings: StepSettings, sizes: Sequence[BatchSize]
+) -> dict[BatchSize, dict[str, int]]:
+    """Return the figures of `follow_step` for micro-batches of several sizes: (rows, tokens in each)."""
     kinds = _layer_kinds(config)
     start, period = _pattern(kinds)
     few = start + (2 * period if period == 1 else period)  # no gradient reaches the input of the first layer
     few += len(kinds) if (trained := last_layers(options)) is None else -(-trained // period) * period
     if few + period >= len(kinds):
-        return _follow(options, config, settings, len(kinds), max(start, period))
-    fewer, more = (_follow(options, config, settings, layers, max(start, period)) for layers in (few, few + period))
+        return _follow(options, config, settings, sizes, len(kinds), max(start, period))
+    fewer, more = (
+        _follow(options, config, settings, sizes, layers, max(start, period)) for layers in (few, few + period)
+    )
     rest = (len(kinds) - few) / period
-    return {name: round(size + rest * (more[name] - size)) for name, size in fewer.items()}
+    return {
+        size: {name: round(value + rest * (more[size][name] - value)) for name, value in fewer[size].items()}
+        for size in fewer
+    }
 
 
 def _layer_kinds(config: PreTrainedConfig) -> list[tuple]:
@@ -98,141 +91,57 @@ def _pattern(kinds: list[tuple]) -> tuple[int, int]:
 
 
 def _follow(
-    options: TrainOptions, config: PreTrainedConfig, settings: StepSettings, layers: int, group: int
-) -> dict[str, int]:
-    """Follow a step of a model with so many layers; the first and the last `group` layers are taken together."""
+    options: TrainOptions,
+    config: PreTrainedConfig,
+    settings: StepSettings,
+    sizes: Sequence[BatchSize],
+    layers: int,
+    group: int,
+) -> dict[BatchSize, dict[str, int]]:
+    """Follow steps of a model with so many layers; the first and the last `group` layers are taken together."""
     with quietly():
         with torch.device("meta"):
-            model, quantized = _build(options, _shorten(config, layers), settings)
+            model, quantized = build_empty(options, shorten_config(config, layers), settings)
+        parameters = sum(parameter.numel() for parameter in model.parameters())  # those in 4 bits are still whole
         with FakeTensorMode(allow_non_fake_inputs=True), Allocations() as allocations:
-            _fill(model, settings)
+            fill_model(model, settings)
             figures = _weight_figures(model, settings.device_type) | start_figures(model, options)
-            figures["weights"] = allocations.live - quantized
-            if settings.accumulated:
-                for parameter in model.parameters():
-                    parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
-            recorder = Recorder(allocations, model, allocations.live - _gradient_bytes(model))
-            _mark_parts(model, recorder, group)
-            on_device = assumed_gpu() if settings.device_type == "cuda" else nullcontext()
-            computes_in_16_bits = settings.autocast and settings.compute != torch.float32
-            batch = _largest_batch(options)
-            with on_device:
-                with torch.autocast("cpu", settings.compute) if computes_in_16_bits else nullcontext():
-                    loss = _loss(model, batch, options)
-                loss.backward()
-            recorder.end()
-        return figures | recorder.figures
+            figures |= {"weights": allocations.live - quantized, "parameters": parameters}
+            followed: dict[BatchSize, dict[str, int]] = {}
+            for rows, length in dict.fromkeys(sizes):
+                sized = options.model_copy(update={"per_device_train_batch_size": rows, "max_length": length})
+                followed[rows, length] = figures | _follow_batch(model, allocations, sized, settings, group)
+            return followed
+
+
+def _follow_batch(
+    model: nn.Module, allocations: "Allocations", options: TrainOptions, settings: StepSettings, group: int
+) -> dict[str, int]:
+    """Take a step with the largest batch of the options; return the figures of its parts."""
+    if not options.gives_scores:
+        fit_loss_chunks(unwrap_causal_lm(model), options.per_device_train_batch_size * options.max_length)
+    for parameter in model.parameters():
+        filled = settings.accumulated and parameter.requires_grad
+        parameter.grad = torch.empty_like(parameter) if filled else None
+    recorder = Recorder(allocations, model, allocations.live - _gradient_bytes(model))
+    hooks = _mark_parts(model, recorder, group)
+    on_device = assumed_gpu() if settings.device_type == "cuda" else nullcontext()
+    computes_in_16_bits = settings.autocast and settings.compute != torch.float32
+    batch = _largest_batch(options)
+    with on_device:
+        with torch.autocast("cpu", settings.compute) if computes_in_16_bits else nullcontext():
+            loss = _loss(model, batch, options)
+        loss.backward()
+    recorder.end()
+    for hook in hooks:
+        hook.remove()
+    return recorder.figures
 
 
 def _loss(model: nn.Module, batch: Batch, options: TrainOptions) -> torch.Tensor:
     if isinstance(options, ClassifyOptions):
         return text_scores(model, batch).sum()
     return answer_scores(model, batch).sum() if options.gives_scores else next_token_loss(model, batch)
-
-
-def attach_without_weights(options: TrainOptions, config: PreTrainedConfig) -> None:
-    """Build the whole model without data, and choose what is trained of it, as the run will.
-
-    Raises:
-        ConfigError: the method or its options do not fit the model.
-    """
-    with quietly(), torch.device("meta"):
-        layers = config.get_text_config().num_hidden_layers
-        _build(options, _shorten(config, layers), StepSettings("cpu", torch.float32))
-
-
-@contextmanager
-def _whole() -> Iterator[None]:
-    """Keep transformers from sharding a model while it builds it: the other processes do not build this one."""
-    settings: Any = transformers_deepspeed
-    reference = settings._hf_deepspeed_config_weak_ref
-    settings.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        settings._hf_deepspeed_config_weak_ref = reference
-
-
-def _shorten(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
-    """Return a copy of the config with fewer layers, and with rotary embeddings that read no lengths."""
-    config = copy.deepcopy(config)
-    text: Any = config.get_text_config()
-    rotary = getattr(text, "rope_parameters", None) or {}
-    for scaling in (rotary, *rotary.values()):  # one for the model, or one for each kind of layer
-        if isinstance(scaling, dict) and scaling.get("rope_type") in ("dynamic", "longrope"):
-            scaling["rope_type"] = "default"  # its results have the same sizes
-    for owner in (config, text):
-        if getattr(owner, "quantization_config", None):  # of the files, which are not read
-            del owner.quantization_config  # type: ignore[attr-defined]
-    for name, value in list(vars(text).items()):
-        if isinstance(value, list) and len(value) == text.num_hidden_layers:
-            setattr(text, name, value[:layers])
-    text.num_hidden_layers = layers
-    return config
-
-
-def _build(options: TrainOptions, config: PreTrainedConfig, settings: StepSettings) -> tuple[nn.Module, int]:
-    """Build the model that is trained, without memory. The second value: the bytes that 8-bit weights take less.
-
-    Layers in 8 bits choose columns by their values, so they are followed as 16-bit ones.
-    """
-    arguments = OWN_IMPLEMENTATIONS | {"trust_remote_code": options.trust_remote_code}
-    with _whole():
-        model: PreTrainedModel = model_loader(config).from_config(config, dtype=settings.compute, **arguments)
-    freeze_other_parts(model, config)
-    model.unread = True  # type: ignore[assignment]
-    saved = 0
-    if options.load_in_8bit:
-        names = quantized_weights(model)
-        saved = sum(p.numel() * (p.itemsize - 1) - 4 * len(p) for n, p in model.named_parameters() if n in names)
-    elif quantization := build_quantization_config(options, settings.compute, sharded=False):
-        prepare_4bit_layers(model, quantization)
-    # First values need weights. They take no further memory in a step.
-    kept = [
-        each for each in options.modules_to_save if any(f".{n}".endswith(f".{each}") for n, _ in model.named_modules())
-    ]
-    changes = {"init_lora_weights": True, "adapter_name_or_path": None, "modules_to_save": kept}
-    options = options.model_copy(update=changes)
-    configure_for_training(model, options)
-    if options.has_adapter:
-        return attach_adapter(model, options), saved
-    train_part(model, options)
-    return model, saved
-
-
-def _fill(model: nn.Module, settings: StepSettings) -> None:
-    """Give all weights and buffers a place on the CPU, in the dtype that they are trained in."""
-    filled: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            module._buffers[name] = torch.empty_like(buffer, device="cpu")
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if id(parameter) not in filled:
-                filled[id(parameter)] = _filled(parameter, settings)
-            setattr(module, name, filled[id(parameter)])  # an LSTM also keeps a list of its parameters
-
-
-def _filled(parameter: nn.Parameter, settings: StepSettings) -> nn.Parameter:
-    if isinstance(parameter, Params4bit):
-        four_bit: Any = parameter
-        packed: Any = nn.Parameter(torch.empty(-(-parameter.numel() // 2), 1, dtype=torch.uint8), requires_grad=False)
-        packed.quant_state = four_bit.module.quant_state = _empty_scales(parameter.shape, settings.compute)
-        return packed
-    dtype = parameter.dtype
-    if parameter.is_floating_point():
-        dtype = torch.float32 if parameter.requires_grad and settings.masters else settings.compute
-    return nn.Parameter(torch.empty(parameter.shape, dtype=dtype), requires_grad=parameter.requires_grad)
-
-
-def _empty_scales(shape: torch.Size, compute: torch.dtype) -> QuantState:
-    """Return the scales of NF4 weights: 8 bits for each 64 weights, and 32 bits for each 256 of those.
-
-    Not by bitsandbytes' own `quantize_4bit`, which would keep tensors without data for later calls.
-    """
-    blocks = -(-shape.numel() // 64)
-    outer = QuantState(torch.empty(-(-blocks // 256)), code=torch.empty(256), blocksize=256, dtype=torch.float32)
-    absmax = torch.empty(blocks, dtype=torch.uint8)
-    return QuantState(absmax, shape, torch.empty(16), 64, "nf4", compute, torch.empty(()), outer)
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
@@ -248,15 +157,17 @@ def _gradient_bytes(model: nn.Module) -> int:
 
 def _weight_figures(model: nn.Module, device_type: str) -> dict[str, int]:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    inner = unwrap_causal_lm(model)
+    inner, layers = unwrap_causal_lm(model), _layers(model)
     weight: Any = getattr(inner.get_input_embeddings(), "weight", None)
     head: Any = inner.get_output_embeddings()
     alone = weight is not None and not weight.requires_grad and weight is not getattr(head, "weight", None)
     return {
         "trained": sum(parameter.nbytes for parameter in trained),
         "trainable": sum(parameter.numel() for parameter in trained),
-        "layer": max(sum(p.nbytes for p in layer.parameters()) for layer in _layers(model)),
+        "layer": max(sum(p.nbytes for p in layer.parameters()) for layer in layers),
+        "layer trainable": max(sum(p.numel() for p in layer.parameters() if p.requires_grad) for layer in layers),
         "embedding": weight.nbytes if weight is not None and alone else 0,
+        "tied": int(weight is not None and weight is getattr(head, "weight", None)),
         **optimizer_bytes(model, device_type),
     }
 
@@ -271,6 +182,12 @@ class Allocations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         aten = torch.ops.aten
+        if func is torch.ops.prim.device.default:
+            return args[0].fake_device  # asked thousands of times
+        if func is aten.addmm.out:
+            return (kwargs or {})[
+                "out"
+            ]  # torch 2.13 would go through the decomposition, which takes a third of the time
         if func is aten._local_scalar_dense.default:
             return getattr(args[0], "is_greater", False)  # there is no value; a layer of PEFT may ask for one
         if func is aten._grouped_mm.default and args[0].dtype == torch.float32:
@@ -327,8 +244,11 @@ class Recorder:
         self.part = ""
 
 
-def _mark_parts(model: nn.Module, recorder: Recorder, group: int) -> None:
-    """Let `recorder` know when each part begins: by the layers' forwards, and by the gradients of what they return."""
+def _mark_parts(model: nn.Module, recorder: Recorder, group: int) -> list[RemovableHandle]:
+    """Let `recorder` know when each part begins: by the layers' forwards, and by the gradients of what they return.
+
+    Return the hooks, to be removed after the step.
+    """
     layers = _layers(model)
 
     def begin_at_gradient(part: str, module: nn.Module, args: Any, output: Any) -> None:
@@ -337,14 +257,15 @@ def _mark_parts(model: nn.Module, recorder: Recorder, group: int) -> None:
             tensor.register_hook(lambda _: recorder.begin(part))
 
     first, last = max(0, len(layers) - group), min(group, len(layers))
-    layers[first].register_forward_pre_hook(partial(recorder.begin, "forward"))
-    layers[-1].register_forward_hook(partial(recorder.begin, "loss"))
+    hooks = [
+        layers[first].register_forward_pre_hook(partial(recorder.begin, "forward")),
+        layers[-1].register_forward_hook(partial(recorder.begin, "loss")),
+    ]
     for k, layer in enumerate(layers):
         part = "first backward" if k >= first else "last backward" if k < last else ""
-        layer.register_forward_hook(partial(begin_at_gradient, part))
-    unwrap_causal_lm(model).get_input_embeddings().register_forward_hook(
-        partial(begin_at_gradient, "embedding backward")
-    )
+        hooks.append(layer.register_forward_hook(partial(begin_at_gradient, part)))
+    embedding = unwrap_causal_lm(model).get_input_embeddings()
+    return [*hooks, embedding.register_forward_hook(partial(begin_at_gradient, "embedding backward"))]
 
 
 def _largest_batch(options: TrainOptions) -> Batch:

@@ -128,8 +128,8 @@ class Evaluation:
             self.cut_short = True
             return
         self.metrics, self.step = metrics, step
-        meter.write(step, metrics)
-        if self.accelerator.is_main_process:
+        meter.write(step, metrics, self.samples)
+        if self.accelerator.is_main_process and step < meter.plan.total_steps:  # the end of the run shows the last ones
             show_answers(self.samples, SAMPLES_SHOWN)
 
 

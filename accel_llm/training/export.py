@@ -37,8 +37,9 @@ def export_model(
     config: PreTrainedConfig,
     start: Start,
     record: Record,
+    folder: Path | None = None,
 ) -> Path:
-    """Write adapter/ or model/ in the run's folder and return its path. All processes must call it.
+    """Write adapter/ or model/ in the run's folder, or `folder`, and return its path. All processes must call it.
 
     The folder appears complete, by one rename, after it was read back; `record` gets what was compared. Full weights
     have the dtypes of the files that the run started from. Adapters are float32 and record the base's name and
@@ -49,13 +50,13 @@ def export_model(
     """
     inner = unwrap_model(accelerator, model)
     causal_lm, peft = unwrap_causal_lm(inner), hasattr(inner, "peft_config")
-    folder = start.output_dir / ("adapter" if peft else "model")
+    place = folder or start.output_dir / ("adapter" if peft else "model")
     # Every process takes part, and the main one gets the results.
     from_files = options.method in PARTIAL_METHODS and not getattr(options, "config_name", None)
     state = gather_weights(accelerator, model, trainable_only=peft or from_files)
     logits = sample_logits(accelerator, model)
     if accelerator.is_main_process:
-        with atomic_folder(folder) as partial:
+        with atomic_folder(place) as partial:
             if peft:
                 save_adapter(inner, partial, state, str(options.model_name_or_path), start.identity["base"])
                 if options.gives_scores:  # the labels, which PEFT's files do not have, and the pad token
@@ -69,9 +70,10 @@ def export_model(
                 build_generation_config(causal_lm, tokenizer, stop).save_pretrained(str(partial))
             save_tokenizer(tokenizer, partial)
             compared = read_export_back(partial, inner, state, logits, options)
-        record.update(export=compared)
+        if folder is None:
+            record.update(export=compared)
     accelerator.wait_for_everyone()
-    return folder
+    return place
 
 
 def _plain_config(model: PreTrainedModel) -> PreTrainedConfig:

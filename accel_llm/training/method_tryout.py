@@ -15,7 +15,7 @@ from accel_llm.adapters.quantized_base import SIZES
 from accel_llm.config.options import TrainOptions
 from accel_llm.errors import ConfigError
 from accel_llm.model.loading import short_reason
-from accel_llm.training.empty_step import attach_without_weights
+from accel_llm.training.empty_model import attach_without_weights
 
 
 def check_method_computes(

@@ -18,7 +18,7 @@ def optimizer_bytes(model: nn.Module, device_type: str) -> dict[str, int]:
     """Return for each optimizer the bytes of its state on the device, and of what a step adds to it for a moment.
 
     The names are those of the option `optim`, and these with " step" for the second kind. Weights and gradients are
-    float32. A paged state on a GPU lies in host memory, from where CUDA brings what is needed.
+    float32. A paged state on a GPU lies in host memory, from where CUDA brings what is needed: the names with " paged".
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
@@ -26,10 +26,11 @@ def optimizer_bytes(model: nn.Module, device_type: str) -> dict[str, int]:
     largest = max((parameter.numel() for parameter in trained), default=0)
     figures: dict[str, int] = {}
     for name in optimizer_names():
-        figures[name] = budget_bytes(model) + sum(
-            _state_bytes(name, parameter, id(parameter) in tables, id(parameter) in ends, device_type)
-            for parameter in trained
+        on_device, at_all = (
+            sum(_state_bytes(name, p, id(p) in tables, id(p) in ends, device) for p in trained)
+            for device in (device_type, "cpu")
         )
+        figures[name], figures[f"{name} paged"] = budget_bytes(model) + on_device, at_all - on_device
         figures[f"{name} step"] = 4 * IN_A_STEP.get(name, 0) * largest
     return figures
 

@@ -15,7 +15,7 @@ from accel_llm.adapters.adopt import adopt_adapter_options
 from accel_llm.adapters.attach import attach_adapter
 from accel_llm.adapters.budget import follow_budget, set_schedule
 from accel_llm.adapters.data_starts import start_from_rows
-from accel_llm.adapters.defaults import describe_rate, fill_learning_rate, fill_method_options, method_notes
+from accel_llm.adapters.defaults import describe_rate, fill_learning_rate, fill_method_options
 from accel_llm.adapters.methods import check_method, fresh_adapter_config
 from accel_llm.adapters.partial import train_part
 from accel_llm.adapters.refusals import backend_problems, check_quantized_base
@@ -26,7 +26,7 @@ from accel_llm.config.classify_options import ClassifyOptions
 from accel_llm.config.command_line import parse_options, resolved_options
 from accel_llm.config.options import OVERFIT_DEFAULTS, PretrainOptions, SftOptions, TrainOptions
 from accel_llm.config.preference_options import AnswerOptions, KtoOptions, PairOptions, PreferenceOptions, RewardOptions
-from accel_llm.data.answers import Pairs, advise_weights, as_units, collate_answers
+from accel_llm.data.answers import Pairs, as_units, collate_answers
 from accel_llm.data.batches import collate
 from accel_llm.data.pairs import PreferenceKind
 from accel_llm.data.prepare import EncodedData, encode_conversations, encode_texts
@@ -45,19 +45,21 @@ from accel_llm.model.placement import place_weights
 from accel_llm.model.tokenizer import check_token_ids, configured_tokenizer, pad_token_id
 from accel_llm.model.vocabulary import add_missing_tokens, extend_vocabulary
 from accel_llm.preference.reference import Reference, reference_problems
-from accel_llm.report.display import advise, show_plan
 from accel_llm.report.record import Record
+from accel_llm.report.row_facts import row_facts
+from accel_llm.report.sharing import sharing_problems
 from accel_llm.system.folders import write_problem
 from accel_llm.system.launcher import process_rank
 from accel_llm.system.progress import shown
+from accel_llm.training.check_steps import show_verdict
 from accel_llm.training.classes import add_labels, encode_texts_for_classes, fit_to_model
 from accel_llm.training.evaluation import Measure
 from accel_llm.training.intervals import fill_intervals
 from accel_llm.training.memory_advice import note_memory_advice
-from accel_llm.training.memory_report import show_memory
 from accel_llm.training.optimizers import build_optimizer
 from accel_llm.training.other_reference import ask_other_reference
 from accel_llm.training.preference_evaluation import preference_metrics
+from accel_llm.training.run_plan import show_run_plan
 from accel_llm.training.schedule import build_schedule
 from accel_llm.training.start import Start
 from accel_llm.training.text_evaluation import text_metrics
@@ -87,6 +89,7 @@ def read_options(
     if isinstance(options, PreferenceOptions):
         problems += reference_problems(options)
     raise_problems(problems + _output_problems(options))
+    raise_problems(sharing_problems(options))
     quiet_libraries()
     if isinstance(options, ClassifyOptions):
         options = fit_to_model(options)
@@ -231,22 +234,15 @@ def show_plan_and_memory(
     data: EncodedData,
     plan: TrainingPlan,
 ) -> dict[str, Any]:
-    """Print the ledger, the plan and the memory that the run is estimated to take; return the latter for run.json.
+    """Say on the main process what the run will do (see `show_run_plan`); return what run.json keeps of it, and of the rows.
 
     Raises:
-        ConfigError: the run is too short for the schedule of its method.
+        ConfigError: the run is too short for the schedule of its method, or the method cannot compute on this model.
     """
     if options.has_adapter:  # only to refuse it before weights are read
         set_schedule(fresh_adapter_config(options), options, plan.total_steps)
-    show_plan(accelerator, options, tokenizer, data, plan)
-    accelerator.print(f"learning rate: {describe_rate(options)}")
-    notes = method_notes(options, config)
-    if isinstance(options, KtoOptions) and data.train.label is not None:
-        weights = options.desirable_weight, options.undesirable_weight
-        notes += filter(None, [advise_weights(data.train.label, *weights)])
-    for note in notes:
-        advise(accelerator, note)
-    return show_memory(accelerator, options, config, data.train)
+    facts = show_run_plan(accelerator, options, config, tokenizer, data, plan)
+    return facts | {"rows": row_facts(tokenizer, data.train, data.labels)}
 
 
 @shown("load model")
@@ -350,7 +346,15 @@ def run_facts(options: TrainOptions, data: EncodedData, checks: dict[str, Any]) 
     """Collect the facts for run.json that are known before the first step: checks, all options, the data and its ledger."""
     return checks | {
         "options": resolved_options(options),
+        "changed_options": options.changed_names(),
         "learning_rate": describe_rate(options),
         "data": data.fingerprint,
         "ledger": data.ledger.to_dict(),
     }
+
+
+def end_check(
+    accelerator: Accelerator, options: TrainOptions, checks: dict[str, Any], plan: TrainingPlan, seconds: list[float]
+) -> None:
+    """Print the verdict of `check_only` (see `show_verdict`), and remove its folder."""
+    show_verdict(accelerator, options, checks, plan, seconds)

@@ -236,7 +236,7 @@ def test_check_only_and_dry_run_keep_nothing(script, words, tmp_path, capsys, na
     script(name, *words(name, tmp_path / "run", *LORA, "--dry_run"))
     assert "reference: " not in capsys.readouterr().out  # no model was read
     script(name, *words(name, tmp_path / "run", *LORA, "--check_only", "--eval_steps", 1))
-    assert "In force, checked in one step" in capsys.readouterr().out
+    assert "ready: start without --check_only" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
 
 

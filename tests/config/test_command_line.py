@@ -11,7 +11,14 @@ from pydantic import ValidationError
 
 from accel_llm.config.command_line import parse_options, resolved_options, shell_command
 from accel_llm.config.options import OptimOptions, PretrainOptions, SftOptions
-from accel_llm.config.tool_options import ChatOptions, ExtractOptions, MergeOptions, PredictOptions, ShowOptions
+from accel_llm.config.tool_options import (
+    ChatOptions,
+    ExportOptions,
+    ExtractOptions,
+    MergeOptions,
+    PredictOptions,
+    ShowOptions,
+)
 from accel_llm.errors import ConfigError
 
 
@@ -44,7 +51,7 @@ def recipe(folder, text: str) -> str:
 
 
 def test_defaults_are_valid_and_documented():
-    for options_class in (Sft, Pretrain, Show, MergeOptions, ChatOptions, PredictOptions):
+    for options_class in (Sft, Pretrain, Show, MergeOptions, ExportOptions, ChatOptions, PredictOptions):
         assert all(field.description for field in options_class.model_fields.values())
     assert Sft() == sft()
     assert sft().model_fields_set == set()
@@ -419,7 +426,7 @@ def test_a_script_takes_only_its_own_options():
         "bf16: no such option; --help lists all options.",
         "adapter: it is required; give one or several texts.",
         "output_dir: it is required; give text.",
-        "verify: 'maybe' is not allowed; give modules, logits or none.",
+        "verify: 'maybe' is not allowed; give modules, logits, served or none.",
     ]
     assert parse_options(ChatOptions, ["--model", "m", "--prompt=--hello there"]).prompt == "--hello there"
 
@@ -427,6 +434,7 @@ def test_a_script_takes_only_its_own_options():
 REQUIRED = {
     MergeOptions: ["adapter", "output_dir"],
     ExtractOptions: ["model", "base", "output_dir"],
+    ExportOptions: ["model", "output_dir"],
     ChatOptions: ["model"],
 }
 
@@ -458,7 +466,7 @@ def test_wrong_values_of_required_options_are_reported_with_all_others():
     ]
     assert problems(ChatOptions, "--model= --temperature -1") == [
         "model: '' is not allowed; give text.",
-        "temperature: '-1' is not allowed; give a number of at least 0.",
+        "temperature: '-1' is not allowed; give a number of at least 0, or none.",
     ]
 
 

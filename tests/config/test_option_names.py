@@ -28,9 +28,10 @@ RUN = """
 output_dir overwrite_output_dir resume_from_checkpoint per_device_train_batch_size per_device_eval_batch_size
 gradient_accumulation_steps total_batch_size num_train_epochs max_steps logging_steps eval_steps save_steps
 save_total_limit save_async metric_for_best_model early_stopping_patience allow_changed max_skipped_steps seed
-report_to run_name dry_run check_only eval_on_start eval_generate
+report_to run_name project dry_run preflight check_only verbose eval_on_start eval_generate
 """
-TRAINING = [MODEL, DATA, METHOD, OPTIMIZER, RUN]
+SHARING = "push_to_hub hub_model_id hub_private_repo"
+TRAINING = [MODEL, DATA, METHOD, OPTIMIZER, RUN, SHARING]
 ASK = """
 model base allow_other_base max_new_tokens temperature chat_template precision load_in_4bit seed trust_remote_code
 allow_pickle
@@ -54,9 +55,11 @@ SCRIPTS = {
     "reward": ["center_rewards_coefficient", "scored_answers", *SCORES],
     "classify": ["problem_type class_weights focal_gamma", *without(*TURNS, "z_loss_coef", "eval_generate")],
     "pretrain": ["config_name text_column", *without(*TURNS)],
-    "show_data": ["json", "overfit", *TRAINING],
+    "plan": ["gpu config_file", "overfit", *TRAINING],
+    "show_data": ["rows source random row json", "overfit", *TRAINING],
     "show_methods": ["methods json"],
-    "chat": ["adapters prompt system", ASK],
+    "report": ["runs output_file"],
+    "chat": ["adapters prompt file system top_p top_k min_p repetition_penalty", ASK],
     "predict": [
         """
         input_files output_file overwrite_output_file column_prefix data_format columns on_bad_row max_length overlong
@@ -67,9 +70,11 @@ SCRIPTS = {
     "merge": [
         """
         adapter output_dir base revision dtype merge_base allow_other_base scale adapter_weights combination_type
-        density seed unmerge verify max_shard_size overwrite_output_dir allow_pickle trust_remote_code push_to_hub
-        """
+        density seed unmerge verify max_shard_size overwrite_output_dir allow_pickle trust_remote_code
+        """,
+        SHARING,
     ],
+    "push": ["model hub_model_id hub_private_repo"],
     "extract": ["model base output_dir lora_r modules_to_save overwrite_output_dir trust_remote_code"],
 }
 

@@ -6,7 +6,14 @@ import pytest
 
 from accel_llm.config.command_line import parse_options, resolved_options
 from accel_llm.config.options import PretrainOptions, SftOptions
-from accel_llm.config.tool_options import ChatOptions, ExtractOptions, MergeOptions, PredictOptions, ShowOptions
+from accel_llm.config.tool_options import (
+    ChatOptions,
+    ExportOptions,
+    ExtractOptions,
+    MergeOptions,
+    PredictOptions,
+    ShowOptions,
+)
 from accel_llm.errors import ConfigError
 
 
@@ -22,6 +29,7 @@ PLACES: dict[type, list[str]] = {
     PretrainOptions: [*(name for name in TRAINING if name != "chat_template"), "config_name"],
     MergeOptions: ["adapter", "output_dir", "base"],
     ExtractOptions: ["model", "base", "output_dir"],
+    ExportOptions: ["model", "base", "output_dir"],
     ChatOptions: ["model", "adapters", "base", "chat_template"],
     PredictOptions: ["model", "base", "chat_template", "input_files", "output_file"],
 }
@@ -29,6 +37,7 @@ REQUIRED: dict[type, dict[str, str]] = {
     PretrainOptions: {"config_name": "c"},
     MergeOptions: {"adapter": "a", "output_dir": "o"},
     ExtractOptions: {"model": "m", "base": "b", "output_dir": "o"},
+    ExportOptions: {"model": "m", "output_dir": "o"},
     ChatOptions: {"model": "m"},
     PredictOptions: {"model": "m", "input_files": "i", "output_file": "o"},
 }
@@ -50,7 +59,7 @@ def test_every_option_that_is_described_as_a_place_is_tested():
     said = re.compile(r"[Ff]older|\bfiles?\b|hub id|[Aa]dapter to train|Base model of|[Dd]ata:|Evaluation data|\.jinja")
     for script, names in PLACES.items():
         described = {name for name, field in script.model_fields.items() if said.search(str(field.description))}
-        others = {"max_shard_size", "allow_pickle", "push_to_hub", "verify", "overwrite_output_dir"}
+        others = {"max_shard_size", "allow_pickle", "push_to_hub", "verify", "overwrite_output_dir", "row"}
         others |= {"trust_remote_code", "run_name", "chat_template"}  # pretraining has no turns
         assert described - others <= set(names), script
 

@@ -258,6 +258,15 @@ def test_a_source_has_its_own_shape_columns_and_limit(tmp_path):
         encode(tmp_path, [], train_files=[plain], columns={"qq": "q"})
 
 
+def test_what_truncate_leaves_of_a_chat_is_noted(tmp_path):
+    data = encode(tmp_path, [conversation(TALK)], overlong="truncate", max_length=30)
+    (note,) = data.ledger.notes
+    assert note.startswith("overlong: truncate left, of each row that is longer than max_length, the turns up to the")
+    assert show_all(data.train) == [f"{FIRST}⟦bb<|im_end|>⟧"]
+    for overlong, length in (("truncate", 50), ("split", 46)):
+        assert encode(tmp_path, [conversation(TALK)], overlong=overlong, max_length=length).ledger.notes == []
+
+
 def test_sources_are_mixed_by_weight_and_the_shares_are_noted(tmp_path):
     few = write_rows(tmp_path, [conversation(TALK[:2])] * 2, "few.jsonl")
     many = write_rows(tmp_path, [conversation(TALK[:2])] * 9, "many.jsonl")

@@ -71,7 +71,7 @@ def check_feature(part: Part, name: str, work: Path, port: int) -> list[Cell]:
     feature = FEATURES[name]
     folder = work / f"feature-{name.replace(' ', '-').replace(',', '')}"
     checked = "--check_only" in feature.options
-    words = feature.options.format(work=work).split()
+    words = [*feature.options.format(work=work).split(), *(["--verbose"] if checked else [])]
     if feature.script == "sft":
         words = [*inputs(work), "--precision", "bf16", *words]
         words += [] if checked else ["--output_dir", str(folder), "--logging_steps", "1"]

@@ -63,7 +63,9 @@ def check_combination(part: Part, cell: Combination, work: Path, port: int) -> l
     yaml = YAMLS.get(cell.strategy, cell.strategy)
     words = [*inputs(work), *METHODS[cell.method].split(), "--precision", cell.precision]
     folder = work / cell.name.replace(" ", "-")
-    words += ["--max_steps", "6", "--output_dir", str(folder)] if cell.precision == "fp16" else ["--check_only"]
+    words += (
+        ["--max_steps", "6", "--output_dir", str(folder)] if cell.precision == "fp16" else ["--check_only", "--verbose"]
+    )
     # A single process has no port. Method full leaves `num_processes: auto` as it is, but on a CPU that is one a core.
     grouped, auto = cell.strategy != "single", cell.method == "full" and has_gpu()
     processes = 1 if grouped and not auto else None
@@ -81,7 +83,7 @@ def check_combination(part: Part, cell: Combination, work: Path, port: int) -> l
 def facts_of_table(text: str) -> dict[str, Any]:
     """Read the table that --check_only prints: a name, two or more spaces, a JSON value."""
     facts: dict[str, Any] = {}
-    for line in text.partition("In force, checked in one step")[2].splitlines():
+    for line in text.partition("In force, checked in")[2].splitlines():
         if found := re.match(r"\s(\S.*?)\s{2,}(.+?)\s*$", line):
             name, value = found.groups()
             try:

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ def become(system: str) -> None:
     warnings.filterwarnings("error", category=EncodingWarning, module="accel_llm")
     remove(LINUX_ALONE)
     if system == "win32":
+        _keep_disk_usage(os.statvfs)
         unknown = [name for name in dir(signal) if re.fullmatch(r"SIG[A-Z0-9]+", name) and name not in WINDOWS_SIGNALS]
         remove(UNIX_ALONE | {signal: UNIX_ALONE[signal] + unknown})
         for name in UNIX_MODULES:
@@ -73,6 +75,17 @@ def become(system: str) -> None:
         tempfile.TemporaryFile = tempfile.NamedTemporaryFile  # type: ignore[misc] # as the module does there
     sys.platform = system
     sys.addaudithook(lambda event, arguments: check(event, arguments, system))
+
+
+def _keep_disk_usage(statvfs: Callable[[Any], os.statvfs_result]) -> None:
+    """Let `shutil.disk_usage` work, which asks Windows by a call of its own."""
+
+    def disk_usage(path: Any) -> Any:
+        found = statvfs(path)
+        total, free = found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize
+        return shutil._ntuple_diskusage(total, total - free, free)  # type: ignore[attr-defined]
+
+    shutil.disk_usage = disk_usage
 
 
 def check(event: str, arguments: tuple, system: str) -> None:

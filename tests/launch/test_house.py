@@ -319,7 +319,7 @@ def test_documented_commands_parse(path: Path) -> None:
         name = Path(words[at]).stem
         tools = {"merge": MergeOptions, "chat": ChatOptions, "predict": PredictOptions}
         options = tools.get(name) or script(name).Options
-        if name == "show_data" and words[at + 1] in script(name).SCRIPTS:
+        if name in ("show_data", "plan") and words[at + 1] in script(name).SCRIPTS:
             at, options = at + 1, script(name).SCRIPTS[words[at + 1]]
         words = words[at + 1 : words.index(">")] if ">" in words else words[at + 1 :]
         parse_options(options, [str(ROOT / word) if word.startswith("launch/recipes") else word for word in words])

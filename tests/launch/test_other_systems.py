@@ -53,7 +53,7 @@ def test_a_run_is_stopped_resumed_merged_and_asked_as_on_linux(system, script, t
     chat = ["launch/chat.py", "--model", merged, "--prompt", "What is 3 + 4?", "--max_new_tokens", 4]
     second = pretend(system, train, merge, chat)
     assert second.returncode == 0, second.stderr
-    assert "[On cpu, weights in float32.]" in second.stderr
+    assert "[merged. On cpu, weights in float32. Greedy.]" in second.stderr
     assert run_json(out)["status"] == "done" and (merged / "model.safetensors").is_file()
     script("sft", *run(tmp_path / "whole"))
     assert equal_tensors(weights(out), weights(tmp_path / "whole"))

@@ -239,19 +239,20 @@ def test_an_evaluation_that_runs_out_is_a_problem_of_a_run_that_goes_on(script, 
     assert run["status"] == "done" and (out / "adapter" / "adapter_model.safetensors").is_file()
 
 
-# Leaves 64 MiB to map from the first step on.
+# Leaves 64 MiB to map from the first call of a function on.
 LIMITED = """
-import resource, runpy, sys
-from accel_llm.training import loop
+import importlib, resource, runpy, sys
 
-honest = loop.undo_averaging
+module, name = importlib.import_module(sys.argv[1]), sys.argv[2]
+honest = getattr(module, name)
 
-def limited(accelerator):
+def limited(*arguments):
     mapped = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (mapped + (64 << 20),) * 2)
-    return honest(accelerator)
+    return honest(*arguments)
 
-loop.undo_averaging = limited
+setattr(module, name, limited)
+del sys.argv[1:3]
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -267,7 +268,16 @@ def long_chats(folder: Path) -> Path:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not limit it")
 @pytest.mark.long
-def test_a_step_that_needs_more_than_there_is(make_model, tmp_path):
+@pytest.mark.parametrize(
+    "first_call, preflight, where",
+    [
+        # The step before the first would have mapped the memory already.
+        ("accel_llm.training.loop undo_averaging", False, "in the (forward|backward) pass of step 1"),
+        ("accel_llm.checkpoint.rehearsal longest_rows", True, "in a try of the longest rows before the first step"),
+    ],
+    ids=["in a step", "in the rehearsal"],
+)
+def test_a_step_that_needs_more_than_there_is(first_call, preflight, where, make_model, tmp_path):
     sizes = {"max_position_embeddings": 16384, "hidden_size": 64, "intermediate_size": 256}
     model, out = make_model(tmp_path / "model", **sizes), tmp_path / "out"
     words = (
@@ -281,14 +291,13 @@ def test_a_step_that_needs_more_than_there_is(make_model, tmp_path):
         3,
     )
     words += ("--output_dir", out, "--cache_dir", tmp_path / "cache", "--method", "full")
-    command = [sys.executable, "-c", LIMITED, "launch/sft.py", *map(str, words)]
+    words += ("--preflight", preflight)
+    command = [sys.executable, "-c", LIMITED, *first_call.split(), "launch/sft.py", *map(str, words)]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False)
     assert ended.returncode == 2, ended.stderr[-3000:]
     (line,) = ended.stderr.splitlines()[-1:]
-    assert re.match(
-        r"error: Out of memory on the host in the (forward|backward) pass of step 1, where [\d.]+ MB ", line
-    )
+    assert re.match(rf"error: Out of memory on the host {where}, where [\d.]+ MB ", line)
     for part in (
         "; the machine has ",
         " (ulimit); estimated were weights ",
@@ -298,7 +307,7 @@ def test_a_step_that_needs_more_than_there_is(make_model, tmp_path):
     assert "Traceback" not in ended.stderr
     run = json.loads((out / "run.json").read_text(encoding="utf-8"))
     assert (run["status"], f"error: {run['error']}") == ("failed", line)
-    assert sorted(path.name for path in out.iterdir() if path.name[0] != ".") == ["run.json"]
+    assert sorted(path.name for path in out.iterdir() if path.name[0] != ".") == ["report.html", "run.json"]
 
 
 @pytest.mark.gpu

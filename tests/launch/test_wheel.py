@@ -1,6 +1,8 @@
-"""A wheel of the package, used outside the checkout by scripts that have no package beside them."""
+"""A wheel of the package, used outside the checkout: by its own scripts, and by those of a checkout without a package."""
 
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,6 +13,8 @@ import pytest
 from support import ROOT
 
 pytestmark = pytest.mark.long
+FOLDERS = ("launch", "accelerate_configs")  # beside the package in a checkout, inside it in a wheel
+COMMAND = [sys.executable, "-c", "from accel_llm.system.console import run_command; run_command()"]
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +22,7 @@ def installed(tmp_path_factory) -> Path:
     """The wheel's files, unpacked as an installation lays them."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
-    for name in ("accel_llm", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("accel_llm", *FOLDERS, "pyproject.toml", "README.md", "LICENSE"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         source.mkdir(exist_ok=True)
         copy(ROOT / name, source / name)
@@ -38,11 +42,12 @@ def run(installed: Path, folder: Path, *command: str) -> str:
 
 
 def test_the_wheel_holds_every_module_and_the_demo(installed):
-    def files(root: Path) -> set[str]:
-        paths = (path for path in (root / "accel_llm").rglob("*") if path.is_file() and path.suffix != ".pyc")
-        return {str(path.relative_to(root)) for path in paths if path.name != "README.md"}
+    def files(folder: Path) -> set[str]:
+        paths = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc")
+        return {str(path.relative_to(folder)) for path in paths if path.name != "README.md"}
 
-    assert files(installed) == files(ROOT)
+    expected = files(ROOT / "accel_llm") | {f"{name}/{file}" for name in FOLDERS for file in files(ROOT / name)}
+    assert files(installed / "accel_llm") == expected
     assert {path.name for path in installed.iterdir()} == {"accel_llm", next(installed.glob("*.dist-info")).name}
 
 
@@ -53,8 +58,25 @@ def test_every_module_is_imported_from_the_wheel(installed, tmp_path):
     assert run(installed, tmp_path, sys.executable, "-c", program).strip().startswith(str(installed))
 
 
+def test_the_demo_runs_with_the_command_alone_and_names_commands_that_work_there(installed, tmp_path):
+    """DeepSpeed's settings are in a .json that the launch YAML names by a path from the checkout."""
+    launch = ["launch", "--config_file", "zero2", "--num_processes", "1"]
+    words = ["sft", "--config", "demo", "--max_steps", "2", "--eval_generate", "0"]
+    screen = run(installed, tmp_path, *COMMAND, *launch, *words)
+    assert "step 2/2" in screen and (tmp_path / "output" / "demo" / "adapter" / "adapter_model.safetensors").is_file()
+    (command,) = re.findall(r"^merge it: *(accel-llm merge .*)$", screen, re.MULTILINE)
+    assert "merged" in run(installed, tmp_path, *COMMAND, *shlex.split(command)[1:])
+    entry = next(installed.glob("*.dist-info")) / "entry_points.txt"
+    assert entry.read_text(encoding="utf-8").split() == [
+        "[console_scripts]",
+        "accel-llm",
+        "=",
+        "accel_llm.system.console:run_command",
+    ]
+
+
 def test_the_demo_runs_with_the_scripts_of_a_checkout_that_has_no_package(installed, tmp_path):
-    for name in ("launch", "accelerate_configs"):
+    for name in FOLDERS:
         shutil.copytree(ROOT / name, tmp_path / name)
     launch = ["-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/zero2.yaml"]
     words = ["--num_processes", "1", "launch/sft.py", "--max_steps", "2", "--eval_generate", "0"]

@@ -277,7 +277,7 @@ def test_chat_answers_as_the_run_did_in_its_last_evaluation(script, make_model, 
             script("chat", "--model", tmp_path / "out", "--prompt", question, "--max_new_tokens", 6, *more)
             printed = capsys.readouterr()
             texts.append(printed.out.strip())
-            assert printed.err == f"[On cpu, {'weights' if more else '4-bit weights (NF4), computing'} in float32.]\n"
+            assert f" On cpu, {'weights' if more else '4-bit weights (NF4), computing'} in float32. " in printed.err
         return texts
 
     in_4_bits, as_stored = answers(), answers("--load_in_4bit", "false")

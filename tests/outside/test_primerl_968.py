@@ -9,7 +9,7 @@ import torch
 
 from accel_llm.config.options import SftOptions
 from accel_llm.data.stream import TrainingPlan
-from accel_llm.report.display import plan_warnings
+from accel_llm.report.plan_text import plan_warnings
 from accel_llm.training.schedule import build_schedule
 
 

@@ -55,4 +55,4 @@ def test_a_recipe_for_preferences_runs_dry_on_a_tiny_model(recipe, script, tiny,
     where += ["--max_length", 256]  # the positions of the tiny model
     script(recipe.split("_")[-1], *words, *where)
     printed = capsys.readouterr().out
-    assert "learning rate: 5e-06, as given" in printed and not (tmp_path / "out").exists()
+    assert "learning rate  5e-06, as given" in printed and not (tmp_path / "out").exists()

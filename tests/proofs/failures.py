@@ -32,7 +32,7 @@ PATIENCE = 6  # seconds that a collective may take where the fault is `slow`
 # micro-batches on each rank.
 PLACES = {
     "start": ("accel_llm.training.setup", "model_problems", 1),
-    "map": ("accel_llm.data.prepare", "encode_chunk", 2),
+    "map": ("accel_llm.data.encoders", "encode_chunk", 2),
     "load": ("accel_llm.training.setup", "load_model", 1),
     "prepare": ("accelerate", "Accelerator.prepare", 1),
     "forward": ("accel_llm.model.loss", "next_token_loss", 1),

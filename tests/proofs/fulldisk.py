@@ -28,6 +28,11 @@ SENTENCE = (
     "No space left on device; make room and give the same command again; it continues from the last whole checkpoint."
 )
 
+BESIDE = (
+    "The run is done and its weights are complete, but something beside the training failed, as said above; see "
+    "problems in"
+)
+
 
 class Point(NamedTuple):
     """The disk is full for `ranks` from their call number `call` on; with `alone`, at that call only."""
@@ -121,9 +126,16 @@ def run_point(point: Point, work: Path) -> tuple[Refused, list[list[str]]]:
     log = run.log.read_text(encoding="utf-8", errors="replace")
     errors = [line for line in log.splitlines() if line.startswith("error")]
     problems = find_problems(output, trace, what, codes, log, errors, seconds)
-    problems += resume_and_compare(kind, work, output) if any(codes) else find_differences(kind, work, output)
+    unfinished = any(codes) and not is_done(output)
+    problems += resume_and_compare(kind, work, output) if unfinished else find_differences(kind, work, output)
     shutil.rmtree(output, ignore_errors=True)
     return Refused(point, what, codes, seconds, errors, problems), calls
+
+
+def is_done(output: Path) -> bool:
+    """Tell whether the weights are complete; what failed then is beside the training, such as report.html."""
+    facts = output / "run.json"
+    return facts.is_file() and json.loads(facts.read_text(encoding="utf-8"))["status"] == "done"
 
 
 def find_problems(
@@ -138,9 +150,9 @@ def find_problems(
     if not what:
         return problems + (["was not refused anything, and failed"] if any(codes) else [])
     if not any(codes):  # then everything must be there
-        status = json.loads((output / "run.json").read_text(encoding="utf-8"))["status"]
-        return problems + ([f"exit code 0, status {status}"] if status != "done" else [])
-    if len(errors) != 1 or not errors[0].endswith(SENTENCE):
+        return problems + ([] if is_done(output) else ["exit code 0, but run.json does not say done"])
+    sentence = f"{BESIDE} {output / 'run.json'}." if is_done(output) else SENTENCE
+    if len(errors) != 1 or not errors[0].endswith(sentence):
         problems.append(f"reported {errors}")
     if "Traceback" in log:
         problems.append(f"a traceback: {log[-300:]!r}")

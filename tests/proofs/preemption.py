@@ -32,7 +32,7 @@ STEPS = 6
 # Where the signal comes: the module that uses the function, the function, and which call of it. A step has two
 # micro-batches on each rank.
 PHASES = {
-    "mapping": ("accel_llm.data.prepare", "encode_chunk", 1),
+    "mapping": ("accel_llm.data.encoders", "encode_chunk", 1),
     "loading": ("accel_llm.training.setup", "load_model", 1),
     "first step": ("accelerate", "Accelerator.backward", 1),
     "accumulation": ("accelerate", "Accelerator.backward", 5),

@@ -35,7 +35,7 @@ PROMPT = b"ready> "
 # Where Ctrl-C comes: the module that uses the function, the function, and its first slow call. A step has one
 # micro-batch on each rank.
 PHASES = {
-    "data": ("accel_llm.data.prepare", "encode_chunk", 1),
+    "data": ("accel_llm.data.encoders", "encode_chunk", 1),
     "loading": ("accel_llm.training.setup", "load_model", 1),
     "first": ("accelerate", "Accelerator.backward", 1),
     "later": ("accelerate", "Accelerator.backward", 3),

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 
-from accel_llm.report.card import card_header, write_run_card
+from accel_llm.config.command_line import parse_options
+from accel_llm.config.options import SftOptions
+from accel_llm.report.card import base_license, card_header, write_run_card
 
 RUN: dict[str, Any] = {
     "options": {
@@ -54,7 +56,7 @@ def write(folder: Path, run: dict[str, Any], adapter: dict[str, Any] | None = No
 def test_a_card_says_what_is_known_of_the_run_and_nothing_private(tmp_path, monkeypatch):
     monkeypatch.setenv("MY_API_KEY", "more.jsonl?token")
     text = write(tmp_path, RUN, ADAPTER)
-    assert "| base | `models/base` |" in text
+    assert "| base | `base` |" in text
     assert (
         "| method | DoRA; rank 16; alpha 32; on q_proj, up_proj; trained with rank 8 from pissa, and stored as a plain LoRA "
         "of twice the rank on the unchanged base |"
@@ -111,6 +113,48 @@ def test_a_card_names_the_method_that_was_used(tmp_path, options, adapter, said)
     text = write(tmp_path, run, adapter)
     assert f"| method | {said} |" in text
     assert ("- lora" in text) == (adapter is not None and adapter["peft_type"] == "LORA")
+
+
+LICENSES = {
+    "---\nlicense: apache-2.0\ntags: [x]\n---\n# A model": {"license": "apache-2.0"},
+    "---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE\n---\n": {
+        "license": "other",
+        "license_name": "own",
+        "license_link": "LICENSE",
+    },
+    "---\nlicense: [a, b]\n---\n": {},
+    "---\n- a list\n---\n": {},
+    "---\na: : b\n---\n": {},
+    "no header": {},
+}
+
+
+@pytest.mark.parametrize(("card", "said"), LICENSES.items())
+def test_the_licence_is_that_of_the_base(tmp_path, monkeypatch, card, said):
+    """Read from the folder of the base, or from the cache of the hub, without asking it."""
+    base, cache = tmp_path / "base", tmp_path / "cache" / "models--owner--model"
+    for folder in (base, cache / "refs", cache / "snapshots" / "abc"):
+        folder.mkdir(parents=True)
+    (cache / "refs" / "main").write_text("abc")
+    (base / "README.md").write_text(card, encoding="utf-8")
+    (cache / "snapshots" / "abc" / "README.md").write_text(card, encoding="utf-8")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    assert base_license(str(base)) == base_license("owner/model") == said
+    assert base_license("owner/another") == base_license(None) == base_license(str(tmp_path)) == {}
+    text = write(tmp_path, RUN | {"options": RUN["options"] | {"model_name_or_path": "owner/model"}}, ADAPTER)
+    assert ModelCard(text).data.license == said.get("license")
+    assert ModelCard(text).data.license_name == said.get("license_name")
+
+
+def test_the_settings_are_a_recipe(tmp_path):
+    options = {"learning_rate": 1e-4, "train_on": "assistant", "lora_target_modules": ["q_proj"], "seed": 7}
+    private = {"chat_template_kwargs": {"key": "hunter2"}, "output_dir": "/home/ada/hunter2", "run_name": "hunter2"}
+    text = write(tmp_path, RUN | {"options": RUN["options"] | options | private}, ADAPTER)
+    (recipe,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "recipe.yaml").write_text(recipe, encoding="utf-8")
+    read = parse_options(SftOptions, ["--config", str(tmp_path / "recipe.yaml")])
+    assert (read.learning_rate, read.lora_target_modules, read.seed, read.lora_r) == (1e-4, ["q_proj"], 7, 8)
+    assert "hunter2" not in text
 
 
 def test_names_that_mean_something_in_yaml_stay_names():

@@ -1,21 +1,16 @@
 """The output on the screen: the ledger as a table, colored rows, and the check that answers will stop."""
 
 import io
-from collections import Counter
-from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from rich.console import Console
 from support import make_rows
 
-from accel_llm.config.options import SftOptions, TrainOptions
 from accel_llm.data.ledger import Ledger, Unused
-from accel_llm.data.stream import Position, Stream, TrainingPlan
-from accel_llm.report import display
-from accel_llm.report.display import color_row, show_ledger, show_stop_token_check, trained_text
-from accel_llm.training.schedule import build_schedule
+from accel_llm.report import display, row_text
+from accel_llm.report.display import show_ledger, show_stop_token_check
+from accel_llm.report.row_text import color_row, trained_text
 
 
 def make_ledger() -> Ledger:
@@ -108,10 +103,10 @@ def test_half_a_surrogate_pair_is_printed_as_its_escape(monkeypatch, tokenizer):
     written = io.BytesIO()
     with io.TextIOWrapper(written, encoding="utf-8") as file:
         show_ledger(ledger, Console(file=file, width=80))
-        monkeypatch.setattr(display, "console", Console(file=file, width=80))
+        monkeypatch.setattr(row_text, "console", Console(file=file, width=80))
         rows = make_rows([(1, [9, 9], [-100, 9])])
         monkeypatch.setattr(type(rows), "name", lambda rows, k: "caf\udce9.jsonl, row 1")
-        display.show_rows(tokenizer, rows, 1)
+        row_text.show_rows(tokenizer, rows, 1)
         file.flush()
         shown = written.getvalue().decode()
     assert shown.count(r"caf\udce9.jsonl") == 2 and shown.count(r"half \ud800") == 5 and r"half \udfff" in shown
@@ -121,7 +116,7 @@ def test_half_a_surrogate_pair_is_printed_as_its_escape(monkeypatch, tokenizer):
 
 
 def runs(labels: list[int]) -> list[tuple[bool, list[int]]]:
-    return display._runs(np.arange(1, len(labels) + 1), np.array(labels))
+    return row_text._runs(np.arange(1, len(labels) + 1), np.array(labels))
 
 
 def test_runs_of_trained_and_context_tokens():
@@ -173,62 +168,3 @@ def test_the_stop_proof_counts_documents(accelerator, tokenizer, monkeypatch, do
 def test_the_stop_proof_names_a_template_that_closes_no_turn(accelerator, tokenizer, monkeypatch):
     output = proof(accelerator, tokenizer, monkeypatch, [[-100, 9]], turn_end=None)
     assert output == "stop token: the template closes no turn; answers will not stop by themselves"
-
-
-@pytest.mark.parametrize(
-    ("options", "plan", "sentences"),
-    [
-        ({"warmup_steps": 200}, (100, 8, 100, 13),
-         ["warmup_steps: the warmup lasts to step 200, and the run to step 13; the learning rate reaches 6.5% of its peak, at the last step."]),
-        ({"warmup_steps": 12}, (100, 8, 100, 13), []),
-        ({"warmup_steps": 200, "lr_scheduler_type": "constant_with_warmup"}, (100, 8, 100, 13),
-         ["warmup_steps: the warmup lasts to step 200, and the run to step 13; the learning rate reaches 6.5% of its peak, at the last step."]),
-        ({"lr_scheduler_type": "constant"}, (1, 1, 1, 1), []),
-        ({"warmup_steps": 0, "num_train_epochs": 1}, (3, 8, 3, 1),
-         ["total_batch_size: a step takes 8 rows, but the run has 3; its only step has fewer."]),
-        ({"num_train_epochs": 5}, (3, 8, 15, 2),
-         ["total_batch_size: a step takes 8 rows, but an epoch has 3; each row is trained 2.67 times in a step on average."]),
-        ({"max_steps": 4}, (3, 8, None, 4),
-         ["total_batch_size: a step takes 8 rows, but an epoch has 3; each row is trained 2.67 times in a step on average."]),
-        ({"lr_scheduler_type": "warmup_stable_decay", "warmup_steps": 8, "decay_share": 0.5}, (100, 8, 100, 10),
-         ["decay_share: after 8 of 10 steps of warmup the decay has 2 steps instead of 5, and the learning rate is never stable."]),
-        ({"warmup_steps": 200, "check_only": True}, (100, 8, 100, 13), []),
-        ({"early_stopping_patience": 3, "eval_steps": 3}, (100, 8, 100, 13), []),
-        ({"early_stopping_patience": 4, "eval_steps": 3}, (100, 8, 100, 13),
-         ["early_stopping_patience: the run has 4 evaluations before its last step, too few for 4 in a row after a best one; it never stops early."]),
-        ({"early_stopping_patience": 3, "eval_steps": 3}, (100, 8, 100, 12),
-         ["early_stopping_patience: the run has 3 evaluations before its last step, too few for 3 in a row after a best one; it never stops early."]),
-        ({}, (100, 8, 1000, 125), []),
-    ],
-)  # fmt: skip
-def test_a_run_that_is_too_short_for_its_options_is_said(options, plan, sentences):
-    assert display.plan_warnings(SftOptions(**options), TrainingPlan(*plan)) == sentences
-
-
-def test_the_plan_says_how_full_packed_rows_are_or_how_much_is_padding():
-    rows = make_rows((k, [9] * n, [-100] + [9] * (n - 1)) for k, n in enumerate([2, 4, 6, 8]))
-    plan = TrainingPlan(4, 2, 4, 2)
-    values = {"max_length": 10, "order": "source", "per_device_train_batch_size": 2}
-    assert display.describe_plan(rows, TrainingPlan(2, 2, 2, 1), TrainOptions(**values)) == (
-        "4 documents, 20 tokens (16 trained) in 2 rows of at most 10 (100.0% full); 1 steps of 2 rows"
-    )
-    assert display.describe_plan(rows, plan, TrainOptions(**values, packing=None)) == (
-        "4 documents, 20 tokens (16 trained) in 4 rows of at most 10 (padding: 16.7% of the tokens that are computed); "
-        "2 steps of 2 rows"
-    )
-    texts = replace(rows, targets=np.zeros((4, 1), np.float32))  # of a classifier: no token is trained
-    assert display.describe_plan(texts, plan, TrainOptions(**values, packing=None)).startswith(
-        "4 texts, 20 tokens in 4 rows"
-    )
-
-
-def test_what_the_warnings_say_is_what_the_run_does():
-    """The rows of the stream and the factor of the schedule, not the formulas of the warnings again."""
-    options = SftOptions(max_steps=4, total_batch_size=8, warmup_steps=200, train_files=["a"])
-    stream = Stream(make_rows((1, [9] * 2000, [-100] + [9] * 1999) for _ in range(3)), options, Position(), 0)
-    repeats = Counter(k for micro in range(8) for k in stream.row_indices(0, micro, 0))
-    assert sum(repeats.values()) / 3 == pytest.approx(8 / 3) and set(repeats.values()) == {2, 3}
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    peak = build_schedule(optimizer, options, 4).lr_lambdas[0](3)
-    first, second = display.plan_warnings(options, stream.plan)
-    assert "an epoch has 3; each row is trained 2.67 times" in first and f"reaches {peak:.1%} of its peak" in second

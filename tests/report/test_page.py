@@ -1,144 +1,42 @@
-"""report.html: every section, correct charts, and no text of a run that becomes HTML."""
+"""report.html: every section, a policy that lets only its own scripts run, and no text of a run that becomes HTML."""
 
+import base64
+import hashlib
 import json
-import math
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from pages import DEGENERATE, HOSTILE, METRICS, RUN, Page, hostile_run, write_page
 
-from accel_llm.data.ledger import Ledger
-from accel_llm.report import page as page_module
-from accel_llm.report.page import write_report
+from accel_llm.report import page_html
+from accel_llm.report.page import read_metrics, write_report
 
-VOID = {"meta", "line"}  # `line` is written <line .../> inside an SVG
-HOSTILE = "</pre><script>alert(\"x\")</script> <|im_end|> & 'quoted'"
-SECTIONS = ["Curves", "Ledger", "Samples", "Settings", "In force", "Versions", "Also recorded"]
-
-
-class Page(HTMLParser):
-    """Parses a page into elements (tag, attributes, text inside). Fails if a start tag and its end tag do not match."""
-
-    def __init__(self, html: str):
-        super().__init__()
-        self.source = html
-        self.open: list[tuple[str, dict[str, Any], list[str]]] = []
-        self.elements: list[tuple[str, dict[str, Any], str]] = []
-        self.feed(html)
-        self.close()
-        assert not self.open, f"never closed: {self.open}"
-
-    def handle_starttag(self, tag, attrs):
-        assert len(attrs) == len(dict(attrs))
-        if tag in VOID:
-            self.elements.append((tag, dict(attrs), ""))
-        else:
-            self.open.append((tag, dict(attrs), []))
-
-    def handle_endtag(self, tag):
-        if tag not in VOID:
-            opened, attributes, text = self.open.pop()
-            assert opened == tag, f"<{opened}> is closed by </{tag}>"
-            self.elements.append((tag, attributes, "".join(text)))
-
-    def handle_data(self, data):
-        for _, _, text in self.open:
-            text.append(data)
-
-    def texts(self, tag: str, look: str | None = None) -> list[str]:
-        return [
-            text for name, attributes, text in self.elements if name == tag and look in (None, attributes.get("class"))
-        ]
-
-    def all(self, tag: str, look: str) -> list[dict[str, Any]]:
-        return [attributes for name, attributes, _ in self.elements if name == tag and attributes.get("class") == look]
-
-    def tiles(self) -> dict[str, tuple[str, str]]:
-        """Headline label -> (number, remark)."""
-        section = re.findall(
-            r'<div class="box"><small>(.*?)</small><b>(.*?)</b><small>(.*?)</small></div>', self.source
-        )
-        return {label: (number, remark) for label, number, remark in section}
-
-
-def write_page(folder: Path, run: dict[str, Any], lines: list[dict[str, Any]] | None = None) -> Page:
-    (folder / "run.json").write_text(json.dumps(run), encoding="utf-8")
-    if lines is not None:
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    path = write_report(folder)
-    assert path == folder / "report.html"
-    return Page(path.read_text(encoding="utf-8"))
-
-
-def ledger_values() -> dict[str, Any]:
-    ledger = Ledger()
-    ledger.read("a.jsonl", rows=1200, supervised=100, context=40)
-    ledger.count("a.jsonl", "trained", rows=1100, supervised=75, context=40)
-    ledger.count("a.jsonl", "cut: truncated", rows=0, supervised=25)
-    ledger.count("a.jsonl", "dropped: broken row", rows=12)
-    ledger.count("a.jsonl", "held out", rows=88)
-    ledger.skip_turns("not the last one", 3)
-    ledger.note("Rows of <b> were mixed.")
-    return ledger.to_dict()
-
-
-RUN = {
-    "status": "done",
-    "started": "2026-03-01T10:00:00+0000",
-    "ended": "2026-03-01T10:12:31+0000",
-    "options": {"run_name": "first-try", "learning_rate": 2e-05, "train_files": ["a", "b"], "bf16": True, "seed": None},
-    "accelerate": {"strategy": "zero2", "deepspeed": {"zero_optimization": {"stage": 2}}},
-    "packages": {"torch": "2.13.0"},
-    "git_commit": "abc123-dirty",
-    "python": "3.11.7",
-    "ledger": ledger_values(),
-    "samples": [
-        {"prompt": "2+2=", "expected": "4<|im_end|>", "generated": "4<|im_end|>"},
-        {"prompt": "3+3=", "expected": "6", "generated": "7"},
-        {"prompt": "Once", "generated": "\nupon a time"},
-    ],
-    "data": {"hash": "cafe"},
+SECTIONS = ["Curves", "Answers", "Ledger", "Rows", "Memory", "Settings", "Starts", "In force", "Versions"]
+SECTIONS += ["Also recorded"]
+# SHA-256 of the files in the npm package uplot 1.6.32 (dist/ and LICENSE).
+PUBLISHED = {
+    "uPlot.iife.min.js": "19c8d4c6ad88929a79f4ae49d6f7161566dfd0ba3d15cc495e974f787eb78f1f",
+    "uPlot.min.css": "df630c6a8d6f8eeaff264b50f73ce5b114f646ffd9a0bb74f049b0a00135fa04",
+    "LICENSE": "8f989229699b4fe2f1a0432d0e9edc338a8a911e250e2d1b01ecd770a5f5b1bd",
 }
-METRICS = [
-    {"step": 0, "eval/loss": 4.0, "eval/supervised_tokens": 77},
-    {"step": 0, "eval/exact_match": 0.03125},
-    {
-        "step": 1,
-        "loss": 4.0,
-        "learning_rate": 1e-5,
-        "grad_norm": 3.5,
-        "tokens_per_second": 900.0,
-        "peak_memory_mb": 1500,
-    },
-    {
-        "step": 50,
-        "loss": 2.0,
-        "learning_rate": 2e-5,
-        "grad_norm": 2.5,
-        "tokens_per_second": 12345.6,
-        "peak_memory_mb": 1700,
-    },
-    {
-        "step": 100,
-        "loss": 1.23456,
-        "tokens_per_second": 13000.0,
-        "epoch": 2.0,
-        "supervised_tokens": 4321,
-        "peak_memory_mb": 1600,
-    },
-    {"step": 100, "eval/loss": 1.5, "eval/supervised_tokens": 77},
-    {"step": 100, "eval/exact_match": 0.96875},
-]
+
+
+def test_the_plotting_library_is_the_published_one(tmp_path):
+    folder = Path(page_html.__file__).parent / "uplot"
+    assert {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()} == PUBLISHED
+    page = write_page(tmp_path, RUN)
+    assert page.texts("script")[1] == (folder / "uPlot.iife.min.js").read_text(encoding="utf-8")
+    assert f"(v{page_html.UPLOT_VERSION})" in page.texts("script")[1]
+    assert page.texts("pre")[-1] == "\n" + (folder / "LICENSE").read_text(encoding="utf-8")
 
 
 def test_title_and_headline_numbers(tmp_path):
     page = write_page(tmp_path, RUN, METRICS)
     assert page.texts("h1") == ["first-try"] and page.texts("title")[0] == "first-try: done"
-    assert page.texts("p")[0] == "done started 2026-03-01T10:00:00+0000, ended 2026-03-01T10:12:31+0000"
+    status = "done started 2026-03-01 10:00:00 +0000, ended 2026-03-01 10:12:31 +0000, it took 12 min 31 s"
+    assert page.texts("p")[0] == status
     assert page.tiles() == {
         "Final loss": ("1.235", "step 100"),
         "eval/loss": ("4 → 1.5", "at step 0 and 100"),
@@ -149,19 +47,12 @@ def test_title_and_headline_numbers(tmp_path):
     }
 
 
-def test_each_evaluated_number_has_a_chart_with_its_values_in_training(tmp_path):
-    lines = [{"step": step, "rewards/margins": step / 8, "loss": 1.0} for step in (1, 2, 3)]
-    lines += [{"step": step, "eval/loss": 1.0, "eval/rewards/margins": 0.5, "eval/once": 1.0} for step in (0, 3)]
-    del lines[-1]["eval/once"]
-    captions = write_page(tmp_path, RUN, [*lines, {"step": 3, "eval/<b>": 1}, {"step": 4, "eval/<b>": 2}]).texts(
-        "figcaption"
-    )
-    assert captions[:3] == [
-        "Loss by step ● train ● eval",
-        "rewards/margins by step ● train ● eval",
-        "<b> by step ● eval",
-    ]
-    assert len(captions) == 3 + len(page_module.METRIC_CHARTS)
+def test_a_run_that_goes_on_says_so_and_when_the_page_was_written(tmp_path):
+    page = write_page(tmp_path, RUN | {"status": "running", "ended": None}, METRICS)
+    (written,) = page.texts("time")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d [+-]\d{4}", written)
+    assert page.texts("p")[0].endswith(f"this page was written {written} at step 100; load it again to see more")
+    assert "time" not in {tag for tag, _, _ in write_page(tmp_path, RUN, METRICS).elements}
 
 
 def test_name_is_the_runs_own_else_its_option_else_the_folder(tmp_path):
@@ -185,15 +76,30 @@ def test_every_section_stands_once_and_in_order(tmp_path):
         assert write_page(tmp_path, run, METRICS).texts("h2") == SECTIONS
 
 
-def test_the_page_needs_nothing_from_outside(tmp_path):
+def test_the_page_needs_nothing_from_outside_and_runs_only_its_own_scripts(tmp_path):
     page = write_page(tmp_path, RUN, METRICS)
-    assert not {tag for tag, _, _ in page.elements} & {"script", "link", "img", "iframe", "object", "base", "use"}
+    assert not {tag for tag, _, _ in page.elements} & {"link", "img", "iframe", "object", "base", "use"}
     assert not {name for _, attributes, _ in page.elements for name in attributes} & {"src", "href", "style", "onload"}
     (style,) = page.texts("style")
     assert "@media (prefers-color-scheme: dark)" in style and "url(" not in style and "@import" not in style
     metas = [attributes for tag, attributes, _ in page.elements if tag == "meta"]
     assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in metas
-    assert any(meta.get("content", "").startswith("default-src 'none'") for meta in metas)
+
+    # The policy names the hashes of what is in the page, and stands before everything that it is about.
+    def source(text: str) -> str:
+        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+    data, *programs = page.texts("script")
+    (policy,) = [meta["content"] for meta in metas if meta.get("http-equiv") == "Content-Security-Policy"]
+    assert policy.split("; ") == [
+        "default-src 'none'",
+        f"script-src {' '.join(map(source, programs))}",
+        f"style-src {source(style)}",
+        "base-uri 'none'",
+        "form-action 'none'",
+    ]
+    assert page.source.index("Content-Security-Policy") < page.source.index("<style") < page.source.index("<script")
+    assert "<" not in data and len(programs) == 2
 
 
 def test_ledger_table_has_every_bin_and_the_lost_share(tmp_path):
@@ -201,16 +107,14 @@ def test_ledger_table_has_every_bin_and_the_lost_share(tmp_path):
     assert page.texts("tr", "read") == ["a.jsonlread1,20010040"]
     assert page.texts("tr", "trained") == ["trained1,1007540"] and page.texts("tr", "held out") == ["held out8800"]
     assert page.texts("tr", "lost") == ["dropped: broken row1200", "cut: truncated0250"]
-    assert page.texts("p")[1:4] == [
-        "1.00% of the rows and 25.00% of the supervised tokens were cut or dropped.",
-        "3 turns without a label: not the last one",
-        "Rows of <b> were mixed.",
-    ]
+    remarks = page.texts("p")
+    first = remarks.index("1.00% of the rows and 25.00% of the supervised tokens were cut or dropped.")
+    assert remarks[first + 1 : first + 3] == ["3 turns without a label: not the last one", "Rows of <b> were mixed."]
 
 
-def test_samples_are_marked_right_wrong_or_not_at_all(tmp_path):
+def test_samples_of_an_older_run_are_marked_right_wrong_or_not_at_all(tmp_path):
     page = write_page(tmp_path, RUN)
-    right, incorrect, open_ended = page.texts("div", "box")[-3:]
+    right, incorrect, open_ended = [text for text in page.texts("div", "box") if text.startswith("prompt")]
     # The newline after <pre> is the browser's to drop; the second one of the last sample is the model's own.
     assert right == "prompt\n2+2=expected\n4<|im_end|>generated\n4<|im_end|>✓ right"
     assert incorrect == "prompt\n3+3=expected\n6generated\n7✗ wrong"
@@ -220,60 +124,84 @@ def test_samples_are_marked_right_wrong_or_not_at_all(tmp_path):
 def test_many_samples_are_folded_and_none_is_lost(tmp_path):
     samples = [{"prompt": f"question {k}."} for k in range(25)]
     page = write_page(tmp_path, {"samples": samples})
-    (folded,) = page.texts("details")
+    folded = page.texts("details")[0]
     assert folded == "5 more" + "".join(f"prompt\nquestion {k}." for k in range(20, 25))
-    assert page.texts("pre") == [f"\nquestion {k}." for k in range(25)]
-    assert write_page(tmp_path, {"samples": samples[:20]}).texts("details") == []
+    assert page.texts("pre")[:-1] == [f"\nquestion {k}." for k in range(25)]
+    assert "5 more" not in write_page(tmp_path, {"samples": samples[:20]}).source
 
 
-def test_settings_and_versions_are_tables_with_nested_ones_folded(tmp_path):
+def answers_at(step: int, *generated: str) -> dict[str, Any]:
+    expected = ["4", "6"]
+    answers = [{"prompt": f"{k}+{k}=", "expected": expected[k - 2], "generated": generated[k - 2]} for k in (2, 3)]
+    return {"step": step, "answers": answers}
+
+
+def test_answers_of_evaluations_stand_side_by_side(tmp_path):
+    evaluations = [answers_at(0, "x", "y"), answers_at(50, "4", "7"), answers_at(100, "4", "6")]
+    page = write_page(tmp_path, RUN, METRICS, evaluations)
+    (table,) = page.texts("table", "answers")
+    head = "promptexpectedstep 0step 50step 100"
+    assert table == f"{head}\n2+2=\n4\nx\n4\n4\n3+3=\n6\ny\n7\n6"
+    assert page.texts("pre", "right") == ["\n4", "\n4", "\n6"]
+    assert "All 3 samples of the last evaluation" in page.texts("details")[0]
+
+
+def test_of_many_evaluations_some_are_shown_the_first_and_the_last_among_them(tmp_path):
+    page = write_page(tmp_path, RUN, METRICS, [answers_at(k, "4", "6") for k in range(0, 1100, 100)])
+    (head,) = [text for text in page.texts("tr") if text.startswith("promptexpected")]
+    assert head == "promptexpected" + "".join(f"step {k:,}" for k in (0, 200, 400, 600, 800, 1000))
+    assert "6 of 11 evaluations are shown." in page.texts("p")
+
+
+def test_settings_that_differ_from_the_defaults_come_first_and_others_are_folded(tmp_path):
+    page = write_page(tmp_path, RUN | {"changed_options": ["learning_rate", "gone"]})
+    changed, others = page.texts("table", "pairs")[:2]
+    assert changed == "learning_rate2e-05"
+    assert others == 'run_namefirst-trytrain_files[\n  "a",\n  "b"\n]bf16trueseednull'
+    assert f"4 settings with their defaults{others}" in page.texts("details")
+    # An older run does not say which differ.
+    assert write_page(tmp_path, RUN).texts("table", "pairs")[0].startswith("run_namefirst-trylearning_rate2e-05")
+
+
+def test_versions_and_what_is_in_force_are_tables(tmp_path):
     page = write_page(tmp_path, RUN)
-    settings_table, in_force, versions, others = page.texts("table", "pairs")
-    assert settings_table == 'run_namefirst-trylearning_rate2e-05train_files[\n  "a",\n  "b"\n]bf16trueseednull'
+    in_force, versions, others = page.texts("table", "pairs")[1:]
     assert in_force.startswith("strategyzero2deepspeed1 values\n{")
     assert versions == "python3.11.7git_commitabc123-dirtytorch2.13.0"
     assert others.startswith("data1 values")
-    assert page.texts("details")[0] == '1 values\n{\n  "zero_optimization": {\n    "stage": 2\n  }\n}'
 
 
-def test_a_curve_of_three_points_lies_where_a_ruler_puts_it(tmp_path):
-    # Plot area: x 56..406 for steps 0..100, y 10 (top) .. 190 for the outermost ticks: 1..4 and 0..2e-05.
-    lines = [
-        {"step": 0, "loss": 4.0, "eval/loss": 3.0, "learning_rate": 0.0},
-        {"step": 50, "loss": 2, "learning_rate": 2e-5},
-        {"step": 100, "loss": 1.0, "eval/loss": 1.5, "learning_rate": 1e-5},
-    ]
-    page = write_page(tmp_path, {}, lines)
-    assert [path["d"] for path in page.all("path", "train")] == [
-        "M56.0,10.0 L231.0,130.0 L406.0,190.0",
-        "M56.0,190.0 L231.0,10.0 L406.0,100.0",
-    ]
-    assert [path["d"] for path in page.all("path", "eval")] == ["M56.0,70.0 L406.0,160.0"]
-    dots = [(float(dot["cx"]), float(dot["cy"])) for dot in page.all("circle", "train")]
-    assert sorted(dots[:3]) == [(56.0, 10.0), (231.0, 130.0), (406.0, 190.0)]
-    assert sorted(page.texts("title")[1:4]) == ["step 0: 4", "step 100: 1", "step 50: 2"]
-    loss_axes = ["1", "2", "3", "4", "0", "50", "100"]
-    assert page.texts("text") == [*loss_axes, "0", "5e-06", "1e-05", "1.5e-05", "2e-05", "0", "50", "100"]
+def test_memory_stands_by_term_beside_the_measured_peak(tmp_path):
+    memory = {"device_mb": 24000, "estimated_mb": {"weights": 900, "optimizer": 700}, "peak_memory_mb": 1600}
+    page = write_page(tmp_path, RUN | {"memory": memory}, METRICS)
+    (table,) = page.texts("table", "memory")
+    peaks = "estimated peak1,600 MiBmeasured peak1,700 MiBthe device has24,000 MiB"
+    assert table == f"weights900 MiBoptimizer700 MiB{peaks}"
+    assert "The measured peak is 106% of the estimate." in page.texts("p")
+    bars = [attributes for tag, attributes, _ in page.elements if tag == "meter"]
+    assert [float(bar["value"]) / float(bar["max"]) for bar in bars] == [900 / 1700, 700 / 1700, 1600 / 1700, 1]
+    assert write_page(tmp_path, {"memory": {}}, METRICS).texts("table", "memory") == ["measured peak1,700 MiB"]
 
 
-def test_a_value_that_is_not_finite_breaks_the_line_and_is_reported(tmp_path):
-    values = [4.0, 3.0, math.nan, 2.0, math.inf, 1.0]
-    page = write_page(tmp_path, {}, [{"step": k, "loss": value} for k, value in enumerate(values)])
-    (path,) = page.all("path", "train")
-    assert re.sub(r"[\d.,]+", "", path["d"]) == "M L M M"
-    assert page.texts("span", "wrong") == ["not a finite number at step 2, 4"]
-    assert page.tiles()["Final loss"] == ("1", "step 5")
-    page = write_page(tmp_path, {}, [{"step": k, "loss": math.nan} for k in range(1, 9)])
-    assert page.texts("span", "wrong") == ["not a finite number at step 1, 2, 3, 4, 5 and 3 more"]
-    assert page.tiles()["Final loss"] == ("nan", "step 8") and page.all("path", "train") == []
+def test_starts_are_listed_with_what_changed(tmp_path):
+    first = {"started": "A", "step": 0, "processes": 1, "status": "killed"}
+    second = {"started": "B", "step": 1500, "processes": 2, "differ": {"torch": ["2.12", "2.13"], "new": [None, "1"]}}
+    page = write_page(tmp_path, RUN | {"starts": [first, second]})
+    (table,) = page.texts("table", "starts")
+    ended = "done 2026-03-01 10:12:31 +0000"
+    assert table.endswith(f"start beforeA01killedB1,5002{ended}torch 2.12 → 2.13, new None → 1")
+    assert page.charts()["marks"] == [1500]
 
 
-def test_long_runs_keep_every_point_in_the_line_and_thin_the_dots(tmp_path):
-    page = write_page(tmp_path, {}, [{"step": k, "loss": 1000.0 / k} for k in range(1, 1002)])
-    (path,) = page.all("path", "train")
-    assert len(path["d"].split()) == 1001
-    dots = page.texts("circle", "train hidden")
-    assert 150 <= len(dots) <= 200 and dots[0] == "step 1,001: 0.999"
+def test_rows_are_coloured_and_their_lengths_go_into_a_histogram(tmp_path):
+    lengths = {"shortest": 3, "median": 5, "longest": 9, "edges": [3, 6, 9, 12], "counts": [2, 1, 1]}
+    shown = [{"name": "a, row 1: 3 tokens", "texts": {"chosen": [[False, "Hi <"], [True, "Ho >"]]}}]
+    page = write_page(tmp_path, {"rows": {"unit": "pair", "count": 4, "lengths": lengths, "shown": shown}})
+    assert "Tokens of a pair: shortest 3, median 5, longest 9; 4 pairs" in page.texts("figcaption")
+    assert page.charts()["lengths"] == lengths
+    assert page.texts("span", "trained")[-1] == "Ho >" and page.texts("span", "context")[-1] == "Hi <"
+    (box,) = [text for text in page.texts("div", "box") if text.startswith("a, row 1")]
+    assert box == "a, row 1: 3 tokenschosen\nHi <Ho >"
 
 
 def confusions(counts: list[list[int]], names: list[str] | None = None, **more: Any) -> dict[str, Any]:
@@ -306,80 +234,83 @@ def test_a_large_confusion_matrix_has_its_counts_under_the_pointer(tmp_path):
     page = write_page(tmp_path, {"confusion_matrix": confusions(counts, classes=120, rows=900)})
     assert len(page.texts("rect")) == 2500 and page.texts("rect")[51] == "class 1 taken for class 1: 7"
     assert len(page.texts("text")) == 100
-    assert page.texts("figcaption")[-1].endswith("Of 120 classes these are the 50 that are most often confused.")
+    assert any(text.endswith("Of 120 classes these are the 50 that are most often confused.")
+               for text in page.texts("figcaption"))  # fmt: skip
 
 
 def test_names_of_classes_are_only_ever_text(tmp_path):
     page = write_page(tmp_path, {"confusion_matrix": confusions([[1, 0], [0, 1]], [HOSTILE, "中" * 40])})
-    assert page.texts("script") == [] and page.texts("rect")[0] == f"{HOSTILE} taken for {HOSTILE}: 1"
+    assert len(page.texts("script")) == 3
+    assert page.texts("rect")[1].endswith(f"taken for {'中' * 40}: 0") and HOSTILE[:20] in page.texts("rect")[0]
     assert page.texts("text")[2] == "中" * 23 + "…"
 
 
 def test_hostile_text_is_only_ever_text(tmp_path):
-    amount = {"rows": 1, "supervised": 1, "context": 1}
-    run = {
-        "run_name": HOSTILE, "status": HOSTILE, "started": HOSTILE, "ended": HOSTILE, "error": HOSTILE,
-        "python": HOSTILE, "git_commit": HOSTILE, "packages": {HOSTILE: HOSTILE}, HOSTILE: HOSTILE,
-        "options": {HOSTILE: HOSTILE, "listed": [HOSTILE]}, "accelerate": {HOSTILE: {HOSTILE: HOSTILE}},
-        "samples": [{"prompt": HOSTILE, "expected": HOSTILE, "generated": HOSTILE}],
-        "ledger": {"inputs": {HOSTILE: amount}, "bins": {HOSTILE: {f"cut: {HOSTILE}": amount, HOSTILE: amount}},
-                   "turns_without_label": {HOSTILE: 1}, "notes": [HOSTILE]},
-    }  # fmt: skip
-    page = write_page(tmp_path, run, [{"step": 1, f"eval/{HOSTILE}": 1.0}])
-    assert page.texts("script") == []
-    names = {name for _, attributes, _ in page.elements for name in attributes}
-    assert names <= {"lang", "charset", "name", "content", "http-equiv", "class", "scope"}
+    answers = [{"step": 1, "answers": hostile_run()["samples"]}]
+    lines = [{"step": step, f"eval/{HOSTILE}": 1.0, HOSTILE: None} for step in (1, 2)]
+    page = write_page(tmp_path, hostile_run(), lines, answers)
+    harmless = write_page(tmp_path, json.loads(json.dumps(hostile_run()).replace(json.dumps(HOSTILE)[1:-1], "x")),
+                          json.loads(json.dumps(lines).replace(json.dumps(HOSTILE)[1:-1], "x")),
+                          json.loads(json.dumps(answers).replace(json.dumps(HOSTILE)[1:-1], "x")))  # fmt: skip
+
+    def shape(page: Page) -> list[tuple[str, list[str]]]:
+        return [(tag, list(attributes)) for tag, attributes, _ in page.elements]
+
+    # The same elements and attributes as with harmless texts in its place, and the texts as they are.
+    assert shape(page) == shape(harmless) and len(page.texts("script")) == 3
+    assert page.charts()["charts"][1]["title"] == HOSTILE
     (body,) = page.texts("body")
-    # Title line and error 5, tile 1, ledger 5, sample 3, settings 2, in force 1, versions 4, also recorded 2.
-    assert body.count(HOSTILE) == 23 and body.count(json.dumps(HOSTILE)) == 3
+    assert body.count(HOSTILE) >= 30
 
 
 def test_half_a_surrogate_pair_can_be_written(tmp_path):
     page = write_page(tmp_path, {"samples": [{"prompt": "\ud83d!", "generated": "\U0001f600"}]})
-    assert page.texts("pre") == ["\n?!", "\n\U0001f600"]
-
-
-DEGENERATE = {
-    "empty": [],
-    "evaluation only": [{"step": 0, "eval/loss": 1.0}],
-    "one point": [{"step": 7, "loss": 1.5, "learning_rate": 0.0, "grad_norm": 0, "tokens_per_second": 10.0}],
-    "constant": [{"step": k, "loss": 2.0, "grad_norm": -1.0} for k in range(5)],
-    "same step twice": [{"step": 3, "loss": 2.0}, {"step": 3, "loss": 1.0}],
-    "huge": [{"step": 1, "loss": 1e308, "grad_norm": 10**400}, {"step": 2, "loss": -1e299}, {"step": 3, "loss": 1e299}],
-    "tiny": [{"step": 1, "loss": 5e-324}, {"step": 2, "loss": 1e-320}],
-    "wrong types": [
-        {"step": 1, "loss": "low", "grad_norm": None, "eval/loss": [1]},
-        {"step": "2", "loss": 1.0},
-        {"loss": 3.0},
-    ],
-}
+    assert page.texts("pre")[:2] == ["\n?!", "\n\U0001f600"]
 
 
 @pytest.mark.parametrize("name", DEGENERATE)
 def test_degenerate_metrics_still_make_a_page(tmp_path, name):
     page = write_page(tmp_path, {}, DEGENERATE[name])
-    assert page.texts("h2") == SECTIONS and len(page.texts("figure", "box")) == 4
-
-
-def test_single_point_is_a_visible_dot_in_the_middle(tmp_path):
-    (dot,) = write_page(tmp_path, {}, [{"step": 7, "loss": 1.5}]).all("circle", "train")
-    assert (dot["cx"], dot["r"]) == ("231.0", "3")
+    assert page.texts("h2") == SECTIONS and len(page.charts()["charts"]) == 4
 
 
 def test_without_metrics_or_with_null_facts_the_page_says_so(tmp_path):
     page = write_page(tmp_path, dict.fromkeys(RUN))
     assert page.tiles() == {"Steps": ("0", "")} and page.texts("h1") == [tmp_path.name]
     assert page.texts("figcaption")[0] == "Loss: nothing to draw"
-    assert page.texts("p")[1:4] == [
-        "The run wrote no ledger.",
-        "The run generated no samples.",
-        "Nothing was recorded.",
-    ]
+    said = ["The run generated no samples.", "The run wrote no ledger.", "The run recorded no rows."]
+    assert [text for text in page.texts("p") if text.startswith("The run")] == said
+    assert page.texts("p").count("Nothing was recorded.") == 4
 
 
 def test_a_line_cut_short_is_passed_over(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n[1]\n{"step": 2, "lo', encoding="utf-8")
-    assert write_page(tmp_path, {}).tiles()["Final loss"] == ("2", "step 1")
+    text = '{"step": 1, "loss": 2.0}\n[1]\n{"step": 3, "loss": null}\n{"step": 2, "lo'
+    (tmp_path / "metrics.jsonl").write_text(text, encoding="utf-8")
+    first, second = read_metrics(tmp_path / "metrics.jsonl")
+    assert first == {"step": 1, "loss": 2.0} and second["step"] == 3 and second["loss"] != second["loss"]
+
+
+def test_no_run_makes_a_page_of_two_megabytes(tmp_path):
+    long, names = "x<" * 3_000, [f"m{k}<" for k in range(300)]
+    run = hostile_run() | {
+        "error": long, "problems": [long] * 300, "options": {f"o{k}": long for k in range(300)},
+        "changed_options": [f"o{k}" for k in range(250)], "samples": [{"prompt": long, "generated": long}] * 300,
+        "packages": {f"p{k}{long}": long for k in range(100)}, "more": {f"p{k}": long for k in range(100)},
+        "rows": {"unit": "row", "count": 1, "lengths": {"shortest": 1, "median": 1, "longest": 1, "edges": [1, 2],
+                 "counts": [1]}, "shown": [{"name": long, "texts": {"": [[True, long]] * 50}}] * 3},
+        "ledger": {"inputs": {f"{k}{long}": {"rows": 1} for k in range(300)}, "bins": {}, "turns_without_label": {},
+                   "notes": [long] * 300},
+        "starts": [{"started": long, "differ": {long: [long, long]}}] * 200,
+        "confusion_matrix": confusions([[1] * 50] * 50, [f"{k}{'<' * 200}" for k in range(50)]),
+    }  # fmt: skip
+    lines = [{"step": k, "loss": 1 / k, "learning_rate": k * 1.23456e-9} for k in range(1, 5000)]
+    lines += [{"step": k, **{name: k * 1.2345678 for name in names}} for k in range(1, 300)]
+    answers = [
+        {"step": k, "answers": [{"prompt": f"{j}{long}", "generated": long} for j in range(8)]} for k in range(60)
+    ]
+    page = write_page(tmp_path, run, lines, answers)
+    assert len(page.source.encode()) < 2_000_000
+    assert {text for text in page.texts("p") if "left out here" in text}
 
 
 def test_an_open_old_page_can_be_read_to_its_end(tmp_path):
@@ -406,16 +337,3 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path):
 def test_the_balance_check_sees_what_is_not_balanced(html):
     with pytest.raises((AssertionError, IndexError)):
         Page(html)
-
-
-@settings(deadline=None)
-@given(st.lists(st.floats(-1e299, 1e299, allow_nan=False), min_size=1, max_size=5), st.booleans())
-@example([1.0, 1.0 + 2**-52], False)
-@example([5e-324], True)
-def test_ticks_enclose_the_values_and_tell_themselves_apart(values, from_zero):
-    low, high = page_module._axis_range([*values, *[0.0] * from_zero])
-    ticks = page_module._round_ticks((low, high))
-    slack = 1e-8 * (high - low)
-    assert 3 <= len(ticks) <= 6
-    assert ticks[0] <= min(values) + slack and max(values) - slack <= ticks[-1]
-    assert len({page_module._format_number(tick, 6) for tick in ticks}) == len(ticks)

@@ -63,8 +63,23 @@ def test_answers_stand_on_one_line_each_and_are_no_markup(monkeypatch):
     wrong = {"prompt": "a\nb", "expected": "[bold]5", "generated": "\x1b[31m6" + "y" * 80}
     show_answers([right, wrong, right, right], 2)
     first, second = screen.getvalue().splitlines()
-    assert first.endswith("xx2 + 2? 4[end]") and len(first) < 90
-    assert second == f"answer:    a\\nb \\x1b[31m6{'y' * 51}...  (data: [bold]5)"
+    assert first.endswith("xx2 + 2? => 4[end]") and "... " not in first and len(first) < 100
+    assert second == f"answer:            b => \\x1b[31m6{'y' * 51}...  (data: [bold]5)"
+
+
+def test_answers_stand_beside_the_question_without_the_template(monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr(summary, "console", Console(file=screen, width=40))
+    asked = ["Two lines,\nthen 3 + 6?", "什么是水", ""]
+    samples = [
+        {"prompt": f"<s>user\n{text}<e>\n<s>assistant\n", "expected": "9", "generated": "9<e>"} for text in asked
+    ]
+    show_answers(samples, 3)
+    assert [line.partition(":")[2].strip().split(" => ")[0] for line in screen.getvalue().splitlines()] == [
+        "then 3 + 6?",
+        "什么是水",
+        "<s>user",
+    ]
 
 
 @pytest.mark.parametrize("run", ["out", "my run/a", "it's $HOME [bold]:smile:", "-dash", "."])

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-from accel_llm.config.options import RunOptions
+from accel_llm.backend import accelerator as backend
+from accel_llm.config.options import RunOptions, TrainOptions
 from accel_llm.errors import ConfigError
 from accel_llm.report.record import Record
-from accel_llm.report.trackers import RunTrackers, build_tracker
+from accel_llm.report.trackers import RunTrackers, build_tracker, new_run
 
 # A package that writes down what it is told, and fails in the function that FAIL names.
 PACKAGE = """
@@ -46,11 +47,15 @@ def init(**arguments):
 
 
 @pytest.fixture
-def package(tmp_path, monkeypatch) -> Callable[[str], list[Any]]:
+def package(tmp_path, monkeypatch, request) -> Callable[[str], list[Any]]:
     """`package("wandb")` puts such a package in the place of wandb and returns the list of its calls."""
     monkeypatch.syspath_prepend(tmp_path / "packages")
 
+    names: list[str] = []
+    request.addfinalizer(lambda: [sys.modules.pop(name, None) for name in names])
+
     def put(name: str) -> list[Any]:
+        names.append(name)
         folder = tmp_path / "packages" / name
         folder.mkdir(parents=True)
         (folder / "__init__.py").write_text(PACKAGE, encoding="utf-8")
@@ -72,11 +77,15 @@ def send(accelerator, folder: Path, report_to: list[str], **options: Any) -> tup
 
 
 @pytest.mark.parametrize("name, argument", [("wandb", "name"), ("trackio", "name"), ("swanlab", "experiment_name")])
-def test_the_run_name_names_the_run_and_not_its_project(accelerator, tmp_path, package, name, argument):
+@pytest.mark.parametrize("run_name, said", [("mine", "mine"), (None, "run")])
+def test_the_run_name_or_the_folder_names_the_run_and_not_its_project(
+    accelerator, tmp_path, package, name, argument, run_name, said
+):
     calls = package(name)
-    send(accelerator, tmp_path / "run", [name], run_name="mine")
+    send(accelerator, tmp_path / "run", [name], run_name=run_name)
+    calls[0][1] = {key: value for key, value in calls[0][1].items() if key in ("project", argument)}
     assert calls == [
-        ["init", {"project": "accel-llm", argument: "mine"}],
+        ["init", {"project": "accel-llm", argument: said}],
         ["config", 42],
         ["log", [{"loss": 0.5}, 1]],
         ["log", [{"loss": 0.5}, 2]],
@@ -91,18 +100,19 @@ def test_the_run_name_names_the_run_and_not_its_project(accelerator, tmp_path, p
     + [("swanlab", variable) for variable in ("SWANLAB_PROJ_NAME", "SWANLAB_PROJECT")],
 )
 def test_the_environment_names_the_project(monkeypatch, name, variable):
-    assert build_tracker(name, None, None).run_name == "accel-llm" and not build_tracker(name, None, None).init_kwargs
+    assert new_run(name, RunOptions())["project"] == "accel-llm"
     monkeypatch.setenv(variable, "theirs")
-    assert build_tracker(name, "mine", None).run_name == "theirs"
+    assert new_run(name, RunOptions())["project"] == "theirs"
+    assert new_run(name, RunOptions(project="mine"))["project"] == "mine"
 
 
 @pytest.mark.parametrize(
     "run_name, folder",
-    [("mine", "mine"), (None, "accel-llm"), ("../a b/c", "-a-b-c"), ("/tmp/x", "-tmp-x"), (".hidden", "hidden")],
+    [("mine", "mine"), ("../a b/c", "-a-b-c"), ("/tmp/x", "-tmp-x"), (".hidden", "hidden")],
 )
 def test_a_run_of_tensorboard_is_a_folder_of_the_logs(tmp_path, run_name, folder):
     """An absolute name or one with `..` would leave output_dir."""
-    tracker = build_tracker("tensorboard", run_name, tmp_path)
+    tracker = build_tracker("tensorboard", {"name": run_name}, tmp_path)
     assert isinstance(tracker, LOGGER_TYPE_TO_CLASS["tensorboard"])
     assert (tracker.run_name, tracker.logging_dir_param) == (folder, tmp_path)
 
@@ -131,6 +141,14 @@ def test_a_tracker_that_fails_is_left_out_and_told_once(
         ConfigError, match="weights are complete, but something beside the training failed, as said above"
     ):
         record.raise_problems()
+
+
+def test_a_package_that_is_missing_is_named_before_the_run(monkeypatch, tmp_path):
+    monkeypatch.setattr(backend, "find_spec", lambda name: None if name == "wandb" else name)
+    options = TrainOptions(report_to=["wandb", "trackio"], output_dir=str(tmp_path / "run"))
+    with pytest.raises(ConfigError, match=r"^report_to: wandb is not installed; run pip install wandb\.$"):
+        backend.build_accelerator(options)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_problem_that_cannot_be_written_is_told_all_the_same(tmp_path, capsys):

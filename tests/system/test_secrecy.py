@@ -7,9 +7,9 @@ import pytest
 from rich.console import Console
 
 from accel_llm.config.options import SftOptions
-from accel_llm.report import display
-from accel_llm.report.display import show_settings
+from accel_llm.report import plan_text
 from accel_llm.report.page import write_report
+from accel_llm.report.plan_text import show_settings
 from accel_llm.report.record import recording
 from accel_llm.system.secrecy import hide_secrets
 
@@ -62,7 +62,7 @@ def test_the_table_of_settings_and_the_report_show_no_secret(monkeypatch, tmp_pa
         pass
 
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
-    monkeypatch.setattr(display, "console", Console(width=200, highlight=False))
+    monkeypatch.setattr(plan_text, "console", Console(width=200, highlight=False))
     values: dict[str, Any] = {
         "run_name": "run of 0123456789abcdef",
         "train_files": ["s3://me:secret@host/a.jsonl"],

@@ -7,51 +7,58 @@ from transformers import LlamaConfig
 
 from accel_llm.config.options import TrainOptions
 from accel_llm.training import memory_report
-from accel_llm.training.memory_estimate import GB, estimate_memory, memory_savings
-from accel_llm.training.memory_report import show_memory
+from accel_llm.training.memory_estimate import GB, MemoryEstimate, estimate_memory, memory_savings
+from accel_llm.training.memory_report import RunMemory, find_memory, memory_problem
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 ROWS = make_rows([(0, list(range(3, 23)), list(range(3, 23))), (1, [3, 4], [3, 4])])
 
 
-def test_the_estimate_is_printed_and_kept(capsys):
+def test_the_estimate_is_said_and_kept():
     options, config = TrainOptions(max_length=64), LlamaConfig(**SIZES)
-    facts = show_memory(Accelerator(cpu=True), options, config, ROWS)["memory"]
+    memory = find_memory(Accelerator(cpu=True), options, config, ROWS)
     estimate = estimate_memory(options, config, 1, "cpu")
-    screen = capsys.readouterr().out
-    assert screen.startswith(f"memory of one process, estimated: {estimate.describe()}; it can have ")
-    assert screen.count("\n") == 1  # and no advice
+    assert memory.describe().startswith(f"{estimate.describe()}; no GPU here, the host has ")
+    assert memory.describe_host() == ""  # it is the same memory
+    assert memory_problem(Accelerator(cpu=True), options, config, ROWS, memory) == ""
+    facts = memory.facts()["memory"]
     assert facts["peak_memory_mb"] == estimate.total // 2**20  # on a CPU the metric counts all that is resident
     assert facts["device_mb"] > sum(facts["estimated_mb"].values())
 
 
-def test_without_packing_the_longest_row_counts(capsys):
+def test_without_packing_the_longest_row_counts():
     config = LlamaConfig(**(SIZES | {"vocab_size": 4096}))
     long, short = (
-        show_memory(Accelerator(cpu=True), TrainOptions(max_length=4096, packing=packing), config, ROWS)["memory"]
+        find_memory(Accelerator(cpu=True), TrainOptions(max_length=4096, packing=packing), config, ROWS).tensors
         for packing in (True, False)
     )
-    assert long["peak_memory_mb"] > short["peak_memory_mb"]
+    assert long > short
 
 
 @pytest.mark.long
-def test_what_does_not_fit_gets_advice_and_goes_on(capsys, monkeypatch):
+def test_what_does_not_fit_gets_advice_and_goes_on(monkeypatch):
     options, config = TrainOptions(max_length=512), LlamaConfig(**SIZES)
     monkeypatch.setattr(memory_report, "_device_memory", lambda accelerator: (GB // 4, "this GPU has"))
-    facts = show_memory(Accelerator(cpu=True), options, config, ROWS)
-    first, second, third = capsys.readouterr().out.splitlines()
-    assert first.endswith("; this GPU has 0.2 GB")
-    assert second == "memory: it may not fit; looking for what saves most"
-    assert third.startswith("memory: what saves most: ")
+    memory = find_memory(Accelerator(cpu=True), options, config, ROWS)
+    assert memory.describe().endswith("; this GPU has 0.2 GB")
+    sentence = memory_problem(Accelerator(cpu=True), options, config, ROWS, memory)
+    assert sentence.startswith("memory: it may not fit; what saves most: ")
     shown = [name for name, _ in memory_savings(options, config, 1, "cpu")[: memory_report.SAVINGS_SHOWN]]
-    assert shown and all(name in third for name in shown)
-    assert facts["memory"]["device_mb"] == 256
+    assert shown and all(name in sentence for name in shown)
+    assert memory.facts()["memory"]["device_mb"] == 256
 
 
-def test_a_model_that_cannot_be_followed_does_not_stop_the_run(capsys):
+def test_a_model_that_cannot_be_followed_does_not_stop_the_run():
     config = LlamaConfig(**(SIZES | {"num_key_value_heads": 3}))  # the 4 heads cannot share them
-    assert show_memory(Accelerator(cpu=True), TrainOptions(max_length=64), config, ROWS) == {}
-    assert capsys.readouterr().out.startswith("memory: there is no estimate for this model with method lora (")
+    memory = find_memory(Accelerator(cpu=True), TrainOptions(max_length=64), config, ROWS)
+    assert memory.facts() == {} and memory.describe().startswith("no estimate: method lora on this model cannot be ")
+
+
+def test_the_memory_of_the_host_is_said_where_a_gpu_leaves_something_there():
+    terms = {"weights": 6 * GB, "Python": GB}
+    there = RunMemory(GB, "this GPU has", MemoryEstimate({"weights": 0}, host=terms))
+    assert there.describe_host().startswith("7.0 GB = 6.0 weights + 1.0 Python; the host has ")
+    assert RunMemory(GB, "this GPU has", MemoryEstimate({"weights": 0}, host={"Python": GB})).describe_host() == ""
 
 
 def test_advice_that_leaves_no_room_for_virtual_tokens_is_not_given():

@@ -1,5 +1,6 @@
 """Preflight records the settings in force, and refuses what was not asked for. The matrix runs the real engines."""
 
+import re
 from contextlib import nullcontext
 
 import pytest
@@ -170,14 +171,28 @@ def test_fsdp2_in_bf16_trains_float32_parameters_and_the_record_says_so(accelera
     assert facts["dtypes"] == {"trained": {"float32": 21}, "frozen": {}}
 
 
-def test_check_only_takes_one_step_shows_what_is_in_force_and_keeps_nothing(script, tiny, chats, tmp_path, capsys):
+@pytest.mark.parametrize("more", [[], ["--verbose"]])
+def test_check_only_takes_a_few_steps_says_whether_the_run_can_start_and_keeps_nothing(
+    script, tiny, chats, tmp_path, capsys, more
+):
     folder = tmp_path / "never"
     script(
         *["sft", "--model_name_or_path", tiny, "--train_files", chats, "--max_length", 128, "--output_dir", folder],
-        *["--check_only", "--num_train_epochs", 3],
+        *["--check_only", "--num_train_epochs", 30, "--save_steps", 1, *more],
     )
     output = capsys.readouterr().out
-    assert "first_step gradients" in output and '"float32"' in output
-    assert not folder.exists()
-    names = {line.split()[0] for line in output.split("checked in one step")[1].splitlines() if line.strip()}
-    assert {"strategy", "engine", "parameters", "dtypes", "attention", "loss_path"} <= names
+    plan, verdict = output.split("\nchecked")
+    assert not folder.exists() and str(folder) in plan
+    assert verdict.rstrip().endswith("ready: start without --check_only")
+    steps = re.search(r"steps +([\d,]+) of 1 row each, 30 epochs", plan)
+    assert steps and "(median of 4 steps after the first one, which took " in verdict
+    assert f"{steps[1]} steps take about " in verdict
+    assert "single (PeftModelForCausalLM), 1 x cpu, fp32, attention packed" in verdict
+    assert re.search(r"memory +peak [\d.]+ [GM]B, estimated [\d.]+ [GM]B, of ", verdict)
+    if more:  # the table of all facts
+        assert "first_step gradients" in plan and '"float32"' in plan
+        names = {line.split()[0] for line in plan.split("In force, checked")[1].splitlines()[1:] if line.strip()}
+        assert {"strategy", "engine", "parameters", "dtypes", "attention", "loss_path"} <= names
+        assert "per_device_eval_batch_size" in plan and "<|im_start|>" in plan
+    else:
+        assert "In force, checked" not in output and "per_device_eval_batch_size" not in output
