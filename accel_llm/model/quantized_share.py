@@ -1,5 +1,7 @@
 """Says, before any weight is read, how much of a model a quantized method really holds in 4 or 8 bits."""
 
+import functools
+
 import torch
 from transformers import PreTrainedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -55,13 +57,17 @@ def check_quantized_share(config: PreTrainedConfig, options: MethodOptions) -> N
             f"{option}: {share:.0%} of the weights between embedding and head would stay in 16 bits "
             f"({_size_in_16_bits(sum(body_left.values()))}), such as {largest}; {_remedy(bits, config)}."
         )
+    total = sum(sizes.values())
+    _say_once(
+        f"{bits}-bit weights: {1 - sum(left.values()) / total:.1%} of {total:,}; the others (embedding, head, norms, "
+        f"routers) take {_size_in_16_bits(sum(left.values()))} in 16 bits"
+    )
+
+
+@functools.cache  # the config is read again for each plan
+def _say_once(text: str) -> None:
     if process_rank() == 0:
-        total = sum(sizes.values())
-        print(
-            f"{bits}-bit weights: {1 - sum(left.values()) / total:.1%} of {total:,}; the others (embedding, head, norms, "
-            f"routers) take {_size_in_16_bits(sum(left.values()))} in 16 bits",
-            flush=True,
-        )
+        print(text, flush=True)
 
 
 def _size_in_16_bits(count: int) -> str:

@@ -8,13 +8,16 @@ with a loss. Nothing is cached but what the system keeps of files: ours encodes 
 """
 
 import argparse
+import fcntl
 import json
 import os
 import pty
 import re
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 from pathlib import Path
 from statistics import median
@@ -39,6 +42,7 @@ SFTTrainer(model, settings, train_dataset=rows, peft_config=LoraConfig(task_type
 def seconds_until(command: list[str], patterns: list[re.Pattern[bytes]]) -> list[float]:
     """Run a command in a pseudo-terminal; return when its output first matched each pattern, in seconds."""
     leader, follower = pty.openpty()
+    fcntl.ioctl(leader, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))  # tqdm draws nothing without a width
     start, environment = time.perf_counter(), os.environ | {"TERM": "xterm", "COLUMNS": "100", "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(command, cwd=ROOT, stdin=follower, stdout=follower, stderr=follower, env=environment)
     os.close(follower)
@@ -68,6 +72,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as work:
             (script := Path(work, "trl_sft.py")).write_text(TRL, encoding="utf-8")
             words = ["--model_name_or_path", arguments.model, "--train_files", arguments.file, "--max_length", 512]
+            words += ["--overlong", "truncate", "--max_lost", 1]  # as TRL does with long rows
             words += [
                 "--max_steps",
                 2,
