@@ -20,7 +20,7 @@ from accel_llm.system.progress import console, format_seconds
 NAMES_WIDTH = 18  # of the names on the left
 LETTERS = 60  # of a prompt its last ones, of an answer its first ones
 # Metrics of which less is better; of all others more is.
-FALLING = ("loss", "perplexity", "mse", "mae", "log_loss", "calibration_error", "kl")
+FALLING = ("loss", "perplexity", "mse", "mae", "log_loss", "calibration_error", "kl", "rejected")
 COUNTS = ("supervised_tokens",)  # of an evaluation, which tell nothing about the model
 
 

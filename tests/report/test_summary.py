@@ -48,6 +48,15 @@ def test_the_numbers_are_the_last_ones_beside_the_first_and_the_best():
     assert summary_lines(metrics[:1], {}, "tokens") == []
 
 
+def test_of_rejected_answers_less_is_better():
+    values = (-1.0, -4.0, -3.0)
+    metrics = [
+        train(1, 4.0),
+        *({"step": k, "eval/loss": 1, "eval/rewards/rejected": v} for k, v in enumerate(values, 1)),
+    ]
+    assert dict(summary_lines(metrics, {}, "tokens"))["eval/rewards/rejected"].endswith("best -4.0000 at step 2")
+
+
 def test_values_that_are_not_finite_are_no_best_ones():
     metrics = [train(1, 4.0), *({"step": k, "eval/loss": value} for k, value in enumerate((2.0, math.nan, 3.0), 1))]
     assert (
