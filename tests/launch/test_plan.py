@@ -23,7 +23,8 @@ def write_shape(folder: Path, shape: memory.Shape) -> Path:
     return folder
 
 
-def test_a_plan_needs_a_config_alone(script, tmp_path, capsys):
+def test_a_plan_needs_a_config_alone(script, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where nothing may be written
     model = write_shape(tmp_path / "model", memory.SHAPES["Qwen/Qwen2.5-3B-Instruct"])
     assert [path.name for path in model.iterdir()] == ["config.json"]
     words = ["--model_name_or_path", model, "--max_length", 2048, "--method", "qlora", "--gpu", "24GB", "x", "2"]
@@ -39,7 +40,7 @@ def test_a_plan_needs_a_config_alone(script, tmp_path, capsys):
         sizes = [int(word.replace(",", "").replace("-", "0")) for word in rows[1].split()]
         assert len(sizes) == 8 and sizes == sorted(sizes)
     assert re.search(r"^fits +ddp: [\d.]+ of 24 GB; start it with `accelerate launch --config_file ", output, re.M)
-    assert not Path("output").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_plan_that_does_not_fit_says_what_to_change(script, tmp_path, capsys):
