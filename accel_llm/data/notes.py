@@ -39,13 +39,14 @@ def note_shares(ledger: Ledger, rows: Rows | Pairs, sources: list[Source], seed:
 
 
 def note_cuts(ledger: Ledger, options: DataOptions, labelled: bool) -> None:
-    """Note what `overlong: truncate` left of the rows that it cut."""
-    cut = any(name.startswith("cut: longer") for bins in ledger.bins.values() for name in bins)
-    if options.overlong == "truncate" and cut:
-        rest = "the turns up to the last whole answer, of plain text the first tokens"
+    """Note what `overlong: truncate` does with rows that are too long, if there are any."""
+    too_long = any("longer than max_length" in name for bins in ledger.bins.values() for name in bins)
+    if options.overlong == "truncate" and too_long:
         ledger.note(
-            "overlong: truncate left, of each row that is longer than max_length, "
-            + (f"its first {options.max_length:,} tokens." if labelled else f"{rest}; what came after is not trained.")
+            f"overlong: truncate leaves of a longer text its first {options.max_length:,} tokens."
+            if labelled
+            else "overlong: truncate leaves of a longer chat its turns up to the last whole answer, and drops it if there "
+            "is none; of a longer plain text it leaves the first tokens."
         )
 
 

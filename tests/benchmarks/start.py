@@ -72,7 +72,12 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as work:
             (script := Path(work, "trl_sft.py")).write_text(TRL, encoding="utf-8")
             words = ["--model_name_or_path", arguments.model, "--train_files", arguments.file, "--max_length", 512]
-            words += ["--overlong", "truncate", "--max_lost", 1]  # as TRL does with long rows
+            words += [
+                "--overlong",
+                "truncate",
+                "--max_lost",
+                1,
+            ]  # TRL cuts each long row; ours leaves out a chat whose answer is cut
             words += [
                 "--max_steps",
                 2,

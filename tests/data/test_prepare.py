@@ -15,6 +15,7 @@ from tokenizers import processors
 from accel_llm.chat.targets import IGNORED
 from accel_llm.chat.template import Template, load_template
 from accel_llm.config.data_options import DataOptions
+from accel_llm.data import prepare
 from accel_llm.data.encode import Chunk, Encoder, SourceRow, encode_chunk
 from accel_llm.data.prepare import encode_conversations, encode_texts
 from accel_llm.data.rows import Rows
@@ -258,13 +259,25 @@ def test_a_source_has_its_own_shape_columns_and_limit(tmp_path):
         encode(tmp_path, [], train_files=[plain], columns={"qq": "q"})
 
 
-def test_what_truncate_leaves_of_a_chat_is_noted(tmp_path):
-    data = encode(tmp_path, [conversation(TALK)], overlong="truncate", max_length=30)
+@pytest.mark.parametrize("limit, total", [(None, 12), (4, 7)])
+def test_the_bar_counts_to_the_rows_that_are_read(tmp_path, monkeypatch, limit, total):
+    bars, evaluation = [], write_rows(tmp_path, numbered_rows(3), "eval.jsonl")
+    update = prepare.Bar.update
+    monkeypatch.setattr(prepare.Bar, "update", lambda bar, done: (bars.append((done, bar.total)), update(bar, done)))
+    encode(tmp_path, numbered_rows(9), eval_files=[evaluation], limit_rows=limit)
+    assert bars[-1] == (total, total)
+
+
+def test_what_truncate_does_with_a_long_chat_is_noted(tmp_path):
+    chats = [conversation(TALK), conversation([("user", "a" * 30), ("assistant", "b")])]
+    data = encode(tmp_path, chats, overlong="truncate", max_length=30)
     (note,) = data.ledger.notes
-    assert note.startswith("overlong: truncate left, of each row that is longer than max_length, the turns up to the")
-    assert show_all(data.train) == [f"{FIRST}⟦bb<|im_end|>⟧"]
-    for overlong, length in (("truncate", 50), ("split", 46)):
-        assert encode(tmp_path, [conversation(TALK)], overlong=overlong, max_length=length).ledger.notes == []
+    assert note.startswith(
+        "overlong: truncate leaves of a longer chat its turns up to the last whole answer, and drops"
+    )
+    assert show_all(data.train) == [f"{FIRST}⟦bb<|im_end|>⟧"]  # the second one has no whole answer
+    for overlong, length in (("truncate", 60), ("split", 46)):
+        assert encode(tmp_path, chats[:1], overlong=overlong, max_length=length).ledger.notes == []
 
 
 def test_sources_are_mixed_by_weight_and_the_shares_are_noted(tmp_path):
