@@ -66,7 +66,7 @@ def main() -> None:
         export = partial(export_model, accelerator, model, chat.tokenizer, stop, options, config, start, record)
         loss_of_one = partial(objective.kto_loss_of_one, accelerator=accelerator, options=options)
         checkpoints.rehearse(export, evaluation, stream, loss_of_one)
-        meter = Meter(accelerator, options, stream.plan, record, start.step, start.meter)
+        meter = Meter(accelerator, options, stream.plan, record, start.step, start.meter, optimizer)
         train(accelerator, model, optimizer, scheduler, stream, meter, evaluation, checkpoints, options)
         if options.check_only:
             return setup.end_check(accelerator, options, checks, stream.plan, checkpoints.step_seconds)
@@ -87,11 +87,11 @@ def train(
     options: Options,
 ) -> None:
     start, plan, undo_averaging = checkpoints.start, stream.plan, loop.undo_averaging(accelerator)
-    bad_steps = BadSteps(accelerator, stream, options, start.skipped)
+    bad_steps = BadSteps(accelerator, stream, options, start)
     batches = loop.prefetch_to_device(stream.batches(start.step), accelerator.device, stream.accumulation)
     evaluation.at_start(model, meter, start)
     for step in checkpoints.steps_left(plan, evaluation):
-        micro_batches = [next(batches) for _ in range(stream.accumulation)]
+        micro_batches = [next(batches) for _ in range(loop.begin_step(accelerator, stream, step))]
         targets = objective.kto_targets(accelerator, model, micro_batches, options)
         losses, grad_norm = [], 0.0
         for batch in micro_batches:
@@ -99,18 +99,18 @@ def train(
                 break
             with accelerator.accumulate(model):
                 loss = objective.kto_loss(model, batch, options)  # the sum over the answers of this batch
+                losses.append(loss.detach())
                 accelerator.backward(loss * undo_averaging / targets)  # in total: the mean over the answers of the step
                 if accelerator.sync_gradients:
                     grad_norm = loop.clip_gradients(accelerator, model, options.max_grad_norm)
-                if loop.may_step(accelerator, grad_norm):
+                if bad_steps.may_step(losses, targets, grad_norm):
                     optimizer.step()
                 optimizer.zero_grad()
-            losses.append(loss.detach())
             meter.add(losses[-1], batch)
         bad_steps.check(step, losses, grad_norm)
         if options.check_only:
             continue
-        meter.log(step, scheduler.get_last_lr()[0], grad_norm)
+        meter.log(step, scheduler.get_last_lr()[0], grad_norm, bad_steps.all_skipped)
         scheduler.step()
         evaluation.when_due(model, meter, step)
         checkpoints.when_due(meter, evaluation, bad_steps, step)

@@ -18,9 +18,10 @@ from rich.console import Console
 from rich.table import Table
 
 from accel_llm.config.classify_options import ClassifyOptions
-from accel_llm.config.options import PretrainOptions, SftOptions
+from accel_llm.config.options import SftOptions
 from accel_llm.config.plan_options import PlanOptions
 from accel_llm.config.preference_options import DpoOptions, KtoOptions, RewardOptions
+from accel_llm.config.pretrain_options import PretrainOptions
 from accel_llm.report.plan_text import Lines, count_of, show_lines
 from accel_llm.system.exit import run_script
 from accel_llm.training import plan_only
@@ -61,7 +62,7 @@ def main() -> None:
     chosen = Path(options.config_file) if options.config_file else None
     plans = plan_strategies(options, config, cards, chosen)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
-    show_lines(plan_only.describe_model(options, plans, cards))
+    show_lines(plan_only.describe_model(options, config, plans, cards))
     console.print(f"\nGB of each GPU{'' if cards.count == 1 else f' of {cards.count}'}, and of the host for all")
     console.print(memory_table(plans, cards.count, chosen))
     console.print(

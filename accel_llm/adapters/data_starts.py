@@ -68,7 +68,7 @@ def _compute(accelerator: Accelerator, model: Any, options: TrainOptions, stream
     """Return A of each layer for EVA, else A0 and B0 of each layer, by name."""
     init = str(options.init_lora_weights)
     rows = int(options.method_options.get(INIT_ROWS) or DEFAULT_ROWS[init])
-    bins = [documents for k in range(min(rows, stream.plan.bins)) if (documents := stream.documents(k))]
+    bins = [documents for k in range(min(rows, stream.plan.bins or rows)) if (documents := stream.documents(k))]
     if init == "eva":
         bins = _groups_with_labels(stream, bins, model)
     batches = [to_device(stream.batch(documents), accelerator.device) for documents in bins]

@@ -8,7 +8,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from accel_llm.adapters.saved import read_adapter_config, read_base_fingerprint
 from accel_llm.errors import ConfigError
 from accel_llm.model.fingerprint import model_fingerprint
-from accel_llm.model.loading import check_model_name, short_reason
+from accel_llm.model.loading import short_reason
+from accel_llm.model.model_names import check_model_name
 from accel_llm.system.hub import absence_reason
 from accel_llm.system.places import expand_home
 

@@ -17,7 +17,8 @@ from accel_llm.adapters.partial import check_partial_options
 from accel_llm.adapters.prompt_options import prompt_problems
 from accel_llm.adapters.refused_options import is_refused, refused_option_problems
 from accel_llm.config.method import METHODS_BY_OPTION, METHODS_WITHOUT_ADAPTER, PROMPT_METHODS
-from accel_llm.config.options import MethodOptions, ModelOptions, PretrainOptions, TrainOptions
+from accel_llm.config.options import MethodOptions, ModelOptions, TrainOptions
+from accel_llm.config.pretrain_options import PretrainOptions
 from accel_llm.errors import ConfigError, raise_problems
 from accel_llm.model.classifier import HEAD
 from accel_llm.model.loading import short_reason

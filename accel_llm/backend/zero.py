@@ -74,12 +74,6 @@ def _check_against_recipe(settings: dict[str, Any]) -> None:
     if settings["zero_optimization"].get("stage", 0) == 0:
         problems.append("zero_optimization.stage: 0 shards nothing; use ddp.yaml, or set stage 1, 2 or 3.")
 
-    # Settings that must be absent, and precision.
-    for key, ours in {"optimizer": "optim", "scheduler": "lr_scheduler_type"}.items():
-        if key in settings:
-            problems.append(
-                f"{key}: the DeepSpeed configuration sets one; remove it there and use {ours} in the recipe."
-            )
     for key in ("bf16", "fp16"):
         if settings.get(key, {}).get("enabled", "auto") not in ("auto", False):
             problems.append(
@@ -98,6 +92,8 @@ def build_deepspeed_plugin(options: TrainOptions, accumulation: int, precision: 
     """
     settings = deepspeed_settings()
     _check_against_recipe(settings)
+    # They are options by now (deepspeed_recipe.py), and Accelerate prepares what the options ask for.
+    settings = {key: value for key, value in settings.items() if key not in ("optimizer", "scheduler")}
     zero = settings["zero_optimization"]
 
     # What the recipe decides.

@@ -271,14 +271,15 @@ class Checkpoints:
         return {
             "step": step,
             "rows": meter.plan.rows_at(step),
+            "total_steps": meter.plan.total_steps,
+            "streams": bad_steps.stream.states(step),
             "processes": self.accelerator.num_processes,
             "options": resolved_options(self.options),
             "identity": self.start.identity,
             "scale": loss_scale_state(self.accelerator, self.optimizer),
             "best": astuple(self.best),
             "evaluate": evaluation.cut_short,
-            "skipped": bad_steps.skipped,
-        }
+        } | bad_steps.state()
 
     def _write(
         self,

@@ -74,8 +74,8 @@ def rehearse(
 
 def longest_rows(stream: Stream, count: int) -> Batch:
     """Return a batch of the `count` rows of the first epoch that hold the longest documents, on the CPU."""
-    bins = stream.first_epoch()
-    longest = np.maximum.reduceat(stream.rows.lengths[bins.order], bins.offsets[:-1])
+    bins, lengths = stream.first_epoch()
+    longest = np.maximum.reduceat(lengths, bins.offsets[:-1])
     chosen = np.argsort(-longest, kind="stable")[:count]
     documents = [int(k) for b in chosen for k in bins.order[bins.offsets[b] : bins.offsets[b + 1]]]
     batch = stream.batch(documents)

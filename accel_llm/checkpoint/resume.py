@@ -24,18 +24,20 @@ from accel_llm.data.rows import Rows
 from accel_llm.data.sources import as_source
 from accel_llm.errors import ConfigError, raise_problems
 from accel_llm.model.fingerprint import model_fingerprint
+from accel_llm.model.fresh_config import family_fingerprint, is_family
 from accel_llm.preference.reference import reference_name
 from accel_llm.system.folders import hidden_sibling
 from accel_llm.system.launcher import process_rank
 from accel_llm.system.manifest import find_damage, remove_folder
 from accel_llm.system.run_lock import RUN_FILES
 from accel_llm.training.best import Best
+from accel_llm.training.schedule import SCHEDULE_OPTIONS, same_rates, schedule_arguments
 from accel_llm.training.start import Start
 
 # Options that shape the saved state: a checkpoint cannot be loaded under another value.
 FIXED_OPTIONS = (
     "method", "method_options", "optim", "lora_r", "lora_bias", "lora_target_modules", "modules_to_save", "use_dora", "add_tokens",
-    "master_weights", "init_lora_weights", "prompt_ensemble",
+    "master_weights", "init_lora_weights", "prompt_ensemble", "config_overrides",
 )  # fmt: skip
 # Options that change where, how fast and how verbosely a run works, but not one number of its training. The split of a
 # step's rows over processes and micro-batches is among them; the number of rows in a step is compared separately.
@@ -47,6 +49,12 @@ HARMLESS_OPTIONS = {
     "preprocessing_num_workers", "gradient_checkpointing", "metric_for_best_model", "max_skipped_steps", "overfit",
     "early_stopping_patience",
     "per_device_train_batch_size", "gradient_accumulation_steps", "total_batch_size", "max_lost", "on_bad_row",
+    "tokens_per_step", "max_tokens", "warmup_tokens", "decay_tokens", "batch_warmup_tokens",  # each sets one in steps
+    "sample_text", "sample_steps", "sample_tokens",
+}  # fmt: skip
+# Options of the end of a run. They may differ as long as every learning rate up to the checkpoint is the same.
+END_OPTIONS = {
+    "max_steps", "num_train_epochs", "lr_scheduler_type", "warmup_steps", "min_lr_rate", "decay_share", "decay_steps",
 }  # fmt: skip
 # Options that say where model and data are. A fingerprint of the content (base or data) decides, not the place.
 LOCATION_OPTIONS = {
@@ -61,11 +69,15 @@ def run_identity(options: TrainOptions, rows: Rows) -> dict[str, Any]:
     """Identify a run beyond its options: fingerprints of model, rows and reference, and the rows in a step."""
     # pretrain.py starts from a config instead of a model.
     config = getattr(options, "config_name", None)
-    base = model_fingerprint(str(config or options.model_name_or_path), options.revision)
+    name = str(config or options.model_name_or_path)
+    family = bool(config) and is_family(name)
+    base = family_fingerprint(name) if family else model_fingerprint(name, options.revision)
     # The rows: their content, their lengths, their sources, and the weight of each source.
     digest = hashlib.sha256(str([as_source(source).weight for source in options.train_files]).encode())
     for array in (rows.digest, rows.offsets, rows.source):
         digest.update(np.ascontiguousarray(array).tobytes())
+    if rows.streamed is not None:
+        digest.update(rows.streamed.identity.encode())
     identity = {"base": base, "data": digest.hexdigest()[:16], "total_batch_size": rows_per_step(options)}
     if isinstance(options, PreferenceOptions) and options.needs_reference:
         identity["reference"] = reference_name(options)
@@ -208,10 +220,13 @@ def _continue_from(fresh: Start, checkpoint: Path, options: TrainOptions) -> Sta
         folder=checkpoint,
         step=state["step"],
         rows=state["rows"],
+        streams=state.get("streams", []),
         saved=open_checkpoint(checkpoint).parameter_sizes(),
         same_processes=state["processes"] == fresh.world,
         meter=(*sums[:4], seconds, *sums[5:]),
         skipped=state["skipped"],
+        spikes=state.get("spikes", 0),
+        recent=tuple(map(tuple, state.get("recent", ()))),
         best=_best_so_far(state, options),
         evaluate=state["evaluate"],
         changed=tuple(changed),
@@ -260,6 +275,8 @@ def _compare_options(
     differ = [
         name for name in differ if LOCATION_OPTIONS.get(name) is None or LOCATION_OPTIONS[name] in changed_content
     ]
+    if END_OPTIONS.intersection(differ) and _same_so_far(state, options):
+        differ = [name for name in differ if name not in END_OPTIONS]
     problems = {name: (f"{before[name]!r}", f"{now[name]!r}") for name in differ}
 
     # Content that changed at the same path is named by its fingerprint, unless a changed option explains it already.
@@ -289,3 +306,16 @@ def _compare_options(
         ]
     )
     return sorted(problems)
+
+
+def _same_so_far(state: dict[str, Any], options: TrainOptions) -> bool:
+    """Return whether a run with `options` would have come to the same checkpoint, though it ends elsewhere.
+
+    So it is in the stable part of warmup_stable_decay: the decay of either run is still to come. The number of steps must
+    be known before rows are packed (max_steps), and AdaLoRA's ranks follow the number of all steps.
+    """
+    before = state["options"]
+    if "total_steps" not in state or options.max_steps is None or options.method == "adalora":
+        return False
+    rates = {argument: before.get(name) for argument, name in SCHEDULE_OPTIONS.items()}
+    return same_rates(rates, state["total_steps"], schedule_arguments(options), options.max_steps, state["step"])

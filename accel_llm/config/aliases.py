@@ -79,8 +79,8 @@ ABSENT_SWITCHES = {
     "pure_bf16": "use method: full, precision: bf16 and master_weights: stochastic_rounding",
     "hub_always_push": UPLOAD,
     "resize_vocab": "add_tokens: true adds the control tokens of the template",
-    "streaming": "rows are encoded once and then read from disk, so they need no memory",
-    "dataset_streaming": "rows are encoded once and then read from disk, so they need no memory",
+    "streaming": "only pretrain.py streams; rows are encoded once and then read from disk, so they need no memory",
+    "dataset_streaming": "pretrain.py has streaming; others encode rows once and read them from disk, without memory",
     "torch_compile": "set dynamo_backend in the accelerate config",
     "use_liger_kernel": "the loss projects trained positions only and needs no kernel package",
     "enable_liger_kernel": "the loss projects trained positions only and needs no kernel package",
@@ -150,7 +150,9 @@ METHOD_NAMES = ("adapter", "finetuning_type")
 # Names without an option of ours, and values of switches that are not listed above: the remedy.
 ANSWERED_OPTIONS = {
     **ABSENT_SWITCHES,
-    "deepspeed": "start with `accelerate launch --config_file accelerate_configs/zero2.yaml`",
+    "deepspeed": "the launch YAML names it: write it as deepspeed_config_file into a copy of accelerate_configs/zero2.yaml, and "
+    "start with `accelerate launch --config_file`",
+    "model_type": "config_name: llama, or another family, begins with random weights; else config.json of the model says it",
     "fsdp": "start with `accelerate launch --config_file accelerate_configs/fsdp2.yaml`",
     "fsdp_config": "start with `accelerate launch --config_file accelerate_configs/fsdp2.yaml`",
     "num_processes": "start with `accelerate launch --num_processes`",
@@ -191,6 +193,7 @@ ANSWERED_OPTIONS = {
     "max_samples": "limit_rows is the number of rows of all sources; write {path: ..., limit_rows: ...} for each source",
     "dataset_dir": "train_files names files, folders or hub datasets",
     **dict.fromkeys(["dataset_config", "dataset_train_split", "dataset_test_split", "dataset_kwargs"], SOURCES),
+    "keep_linebreaks": "sample_by: paragraph or document keeps the line breaks inside a text",
     "dataset_text_field": "launch/pretrain.py has text_column; here columns gives names, as text=yours",
     **dict.fromkeys(["dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_pin_memory"], WORKERS),
     **dict.fromkeys(["dataloader_persistent_workers", "dataloader_multiprocessing_context"], WORKERS),

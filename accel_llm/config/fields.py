@@ -11,6 +11,7 @@ from typing_extensions import Self
 from accel_llm.system.places import expand_home
 
 MAX_YAML_CHARACTERS = 1 << 16  # of a recipe, before and after its YAML aliases are expanded
+_NEXT_PAIR = re.compile(r",(?=\s*[A-Za-z_][\w.]*\s*=)")
 
 
 def _as_list(value: Any) -> Any:
@@ -42,6 +43,16 @@ def _parse_pairs(value: Any) -> Any:
             raise ValueError(f"{text!r} is not a pair; give name=value, or a mapping")
         pairs |= part
     return pairs
+
+
+def _parse_overrides(value: Any) -> Any:
+    """Read fields and their values as `_parse_pairs` does, also as Transformers writes them: `n_embd=64,n_layer=2`."""
+    texts = [value] if isinstance(value, str) else value
+    if isinstance(texts, list):
+        # A comma separates two fields only if a name and an equals sign follow it.
+        parts = [part for text in texts for part in _NEXT_PAIR.split(text if isinstance(text, str) else str(text))]
+        texts = parts if not any(str(text).lstrip().startswith("{") for text in texts) else texts
+    return _parse_pairs(texts)
 
 
 def read_yaml(text: str) -> tuple[yaml.Node | None, Any]:
@@ -201,6 +212,10 @@ DataFormat = Literal[
 Place = Annotated[str, Field(min_length=1), BeforeValidator(_parse_place)]
 
 
+# What a row of a .txt file is: a line, lines up to an empty one, or the whole file.
+SampleBy = Literal["line", "paragraph", "document"]
+
+
 class Source(BaseModel):
     """One source of rows and its own settings, which mean the same as the options of the same names."""
 
@@ -212,6 +227,7 @@ class Source(BaseModel):
     revision: str | None = None  # of a hub dataset
     data_format: DataFormat | None = None
     columns: dict[str, str] = Field(default_factory=dict)
+    sample_by: SampleBy | None = None
     weight: float | None = Field(None, gt=0)
     limit_rows: int | None = Field(None, ge=1)
 
@@ -228,6 +244,7 @@ Sources = Annotated[
 ]
 Columns = Annotated[dict[str, str], BeforeValidator(_parse_pairs, json_schema_input_type=dict[str, str])]
 Variables = Annotated[dict[str, Any], BeforeValidator(_parse_pairs, json_schema_input_type=dict[str, Any])]
+Overrides = Annotated[dict[str, Any], BeforeValidator(_parse_overrides, json_schema_input_type=dict[str, Any])]
 Rates = Annotated[dict[str, float], BeforeValidator(_parse_rates, json_schema_input_type=dict[str, float])]
 Packing = Annotated[
     Literal["per_epoch", "static"] | None,

@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 
 from accel_llm.config.fields import Options
 from accel_llm.config.options import TrainOptions
-from accel_llm.config.scripts import OPTIONS_BESIDE
+from accel_llm.config.scripts import OPTIONS_BESIDE, OPTIONS_BY_STEP
 
 # Of training; of the other scripts those that must be given.
 MOST_CHANGED = ("model_name_or_path", "train_files", "eval_files", "output_dir", "method", "max_length")
@@ -55,7 +55,16 @@ def _usage(options_class: type[Options]) -> list[str]:
     """Return how to call the script that runs, and what its docstring says and shows."""
     path, before = Path(sys.argv[0]), options_class.before_names
     trains = issubclass(options_class, TrainOptions) and path.stem not in OPTIONS_BESIDE
-    first = f" {before.upper()} ..." if before else " [SCRIPT]" if path.stem in OPTIONS_BESIDE else ""
+    steps = " | ".join(OPTIONS_BY_STEP.get(path.stem, ()))
+    first = (
+        f" {steps}"
+        if steps
+        else f" {before.upper()} ..."
+        if before
+        else " [SCRIPT]"
+        if path.stem in OPTIONS_BESIDE
+        else ""
+    )
     words = f"launch/{path.name}{first} [--config RECIPE.yaml] [--NAME VALUE ...]"
     launcher = ["usage: accelerate launch --config_file accelerate_configs/STRATEGY.yaml \\", f"           {words}"]
     lines = [*(launcher if trains else [f"usage: python {words}"]), ""]

@@ -9,11 +9,11 @@ import math
 import os
 import tempfile
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field, PrivateAttr, model_validator
 
-from accel_llm.config.data_options import TURN_OPTIONS, DataOptions
+from accel_llm.config.data_options import DataOptions
 from accel_llm.config.fields import (
     Optimizer,
     Options,
@@ -35,12 +35,18 @@ SCHEDULES_BY_OPTION = {
     "warmup_steps": ("linear", "cosine", "cosine_with_min_lr", "constant_with_warmup", "warmup_stable_decay"),
     "min_lr_rate": ("cosine_with_min_lr", "warmup_stable_decay"),
     "decay_share": ("warmup_stable_decay",),
+    "decay_steps": ("warmup_stable_decay",),
 }
 
 
 def count_warmup_steps(warmup_steps: float, total_steps: int) -> int:
     """Return the number of warmup steps: `warmup_steps`, or, below 1, that share of `total_steps`, rounded up."""
     return int(warmup_steps) if warmup_steps >= 1 else math.ceil(warmup_steps * total_steps)
+
+
+def count_decay_steps(decay_share: float, decay_steps: int | None, total_steps: int) -> int:
+    """Return the number of the last steps in which warmup_stable_decay falls: the given one, or a share, rounded up."""
+    return math.ceil(decay_share * total_steps) if decay_steps is None else decay_steps
 
 
 class ModelOptions(Options):
@@ -89,6 +95,9 @@ class OptimOptions(Options):
     decay_share: float = Field(
         0.1, gt=0, le=1, description="Share of all steps in which warmup_stable_decay lowers the learning rate"
     )
+    decay_steps: int | None = Field(
+        None, ge=1, description="Number of last steps in which warmup_stable_decay falls; none: decay_share says it"
+    )
     warmup_steps: float = Field(0.03, ge=0, description="Number of warmup steps; below 1: a share of all steps")
     neftune_noise_alpha: float | None = Field(None, gt=0, description="NEFTune: strength of noise on input embeddings")
     loraplus_lr_ratio: float | None = Field(None, ge=1, description="LoRA+: learning rate of B divided by that of A")
@@ -125,13 +134,16 @@ class OptimOptions(Options):
             if self.optim != "adamw":
                 problems.append(f"master_weights: stochastic_rounding needs optim adamw, but optim is {self.optim}.")
         problems += self._without_effect(SCHEDULES_BY_OPTION, "lr_scheduler_type")
+        if self.decay_steps and "decay_share" in self.model_fields_set:
+            problems.append(f"decay_share: {self.decay_share} and decay_steps {self.decay_steps}; give one of the two.")
         # Warmup and decay are shares of all steps, or warmup is a number of steps.
         if self.warmup_steps >= 1 and self.warmup_steps != int(self.warmup_steps):
             problems.append(
                 f"warmup_steps: {self.warmup_steps} is neither a whole number of steps nor a share below 1."
             )
         share = self.warmup_steps + self.decay_share
-        if self.lr_scheduler_type == "warmup_stable_decay" and self.warmup_steps < 1 < share:
+        falls_by_share = self.lr_scheduler_type == "warmup_stable_decay" and self.decay_steps is None
+        if falls_by_share and self.warmup_steps < 1 < share:
             problems.append(
                 f"decay_share: {self.decay_share} and warmup_steps {self.warmup_steps} are more than all steps."
             )
@@ -183,6 +195,12 @@ class RunOptions(HubOptions):
     )
     max_skipped_steps: int = Field(
         3, ge=0, description="Number of steps with a non-finite loss or gradient to skip before the run stops"
+    )
+    spike_threshold: float | None = Field(
+        None,
+        gt=0,
+        description="Skip a step whose loss or gradient norm is more than this many standard deviations above the mean of "
+        "the 128 steps before; none: never",
     )
     seed: int = Field(42, ge=0, lt=2**32, description="Seed of initialization, order of rows, dropout and noise")
     report_to: Trackers = Field(default_factory=list, description="Trackers that get the metrics")
@@ -286,29 +304,3 @@ class SftOptions(TrainOptions):
     overfit: bool = Field(
         False, description="Learn a few rows by heart, to check that data, template and stop token work"
     )
-
-
-class PretrainOptions(TrainOptions):
-    """Pretraining"""
-
-    unused: ClassVar[tuple[str, ...]] = TURN_OPTIONS
-    script_defaults: ClassVar[dict[str, Any]] = {"method": "full", "overlong": "split"}
-
-    config_name: Place | None = Field(
-        None, description="Folder or hub id of a model config, to train from random weights"
-    )
-    text_column: str = Field("text", description="Column with the text")
-
-    def problems(self) -> list[str]:
-        problems = super().problems()
-        if (self.config_name is None) == (self.model_name_or_path is None):
-            count = "neither" if self.config_name is None else "both"
-            problems.append(
-                f"config_name: {count} of config_name (random weights) and model_name_or_path (its weights) is given; "
-                "give exactly one."
-            )
-        return problems + [
-            f"{name}: only conversations have turns, but pretraining trains every token; remove it."
-            for name in self.unused
-            if name in self.model_fields_set
-        ]

@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from accel_llm.config.classify_options import ClassifyOptions
+from accel_llm.config.corpus_options import CorpusOptions, SealOptions, TokenizerOptions
 from accel_llm.config.fields import Options
 from accel_llm.config.hub_options import PushOptions
-from accel_llm.config.options import PretrainOptions, SftOptions
+from accel_llm.config.options import SftOptions
 from accel_llm.config.plan_options import PlanOptions
 from accel_llm.config.preference_options import DpoOptions, KtoOptions, RewardOptions
+from accel_llm.config.pretrain_options import PretrainOptions
 from accel_llm.config.tool_options import (
     ChatOptions,
     ExportOptions,
@@ -39,12 +41,18 @@ SCRIPT_OPTIONS: dict[str, type[Options]] = TRAINING_SCRIPTS | {
     "report": ReportOptions,
     "show_methods": MethodsOptions,
 }
+# Scripts whose first word says what they do; without it they do the first of these.
+OPTIONS_BY_STEP: dict[str, dict[str, type[Options]]] = {
+    "prepare": {"corpus": CorpusOptions, "seal": SealOptions, "tokenizer": TokenizerOptions},
+}
 # Scripts that take the options of a training script, which their first word names (without it sft), and their own.
 OPTIONS_BESIDE: dict[str, type[Options]] = {"show_data": ShowOptions, "plan": PlanOptions}
 
 
 def options_of_script(name: str, words: list[str]) -> tuple[type[Options], list[str]] | None:
     """Return the options of a script and the words that give them; None if there is no such script."""
+    if steps := OPTIONS_BY_STEP.get(name):
+        return (steps[words[0]], words[1:]) if words[:1] and words[0] in steps else (next(iter(steps.values())), words)
     if name not in OPTIONS_BESIDE:
         return (SCRIPT_OPTIONS[name], words) if name in SCRIPT_OPTIONS else None
     named = words[:1] and Path(words[0]).stem in TRAINING_SCRIPTS

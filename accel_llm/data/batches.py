@@ -173,3 +173,18 @@ def collate(rows: Rows, indices: list[int], packed: bool, pad_token_id: int, vir
     if packed:
         return collate_packed(documents, weights, virtual)
     return collate_padded(documents, pad_token_id, weights, virtual)
+
+
+def attend_across(batch: Batch, counts: list[int]) -> None:
+    """Make one document of the first `counts[0]` documents of a packed batch, of the next `counts[1]`, and so on.
+
+    So the tokens of a document see those of the documents before it, and their positions go on. What is trained stays as
+    it is: the first token of a document is no label.
+    """
+    lengths = np.array(batch["lengths"])
+    if counts:
+        lengths = np.add.reduceat(lengths, np.cumsum([0, *counts[:-1]]))
+    ends = np.cumsum(lengths)
+    batch["position_ids"] = _as_one_row(np.arange(ends[-1]) - np.repeat(ends - lengths, lengths))
+    batch["cu_seqlens"] = torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32))
+    batch["max_seqlen"], batch["lengths"] = int(lengths.max()), lengths.tolist()

@@ -10,6 +10,7 @@ from accel_llm.chat.template import Template
 from accel_llm.config.data_options import DataOptions
 from accel_llm.config.fields import DataFormat, Source
 from accel_llm.data.columns import column_problems
+from accel_llm.data.corpus_shards import is_prepared_corpus
 from accel_llm.data.encode import Chunk, Encoder, SourceRow, encode_chunk
 from accel_llm.data.encode_answers import encode_answer_chunk, preference_problems
 from accel_llm.data.encode_labelled import encode_labelled_chunk, labelled_problems
@@ -36,7 +37,9 @@ def make_encoder(
     # Check the options that need no data.
     train, evaluation = ([as_source(place) for place in places] for places in (options.train_files, options.eval_files))
     formats: list[tuple[DataFormat | None, dict[str, str]]] = [
-        (source.data_format or options.data_format, {**options.columns, **source.columns})
+        ("tokenized", {})
+        if is_prepared_corpus(Path(source.path))
+        else (source.data_format or options.data_format, {**options.columns, **source.columns})
         for source in (*train, *evaluation)
     ]
     problems = preference_problems(options) if preferences else []

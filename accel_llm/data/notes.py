@@ -11,8 +11,8 @@ from accel_llm.data.rows import Rows
 from accel_llm.errors import DataError
 
 
-def note_shares(ledger: Ledger, rows: Rows | Pairs, sources: list[Source], seed: int) -> None:
-    """Note the share of each source in the rows and tokens of an epoch; a source with a weight must have a row left.
+def note_shares(ledger: Ledger, rows: Rows | Pairs, sources: list[Source], options: DataOptions, seed: int) -> None:
+    """Note the share of each source in a mixture by weight; a source with a weight must have a row left.
 
     Raises:
         DataError: it has none.
@@ -26,6 +26,15 @@ def note_shares(ledger: Ledger, rows: Rows | Pairs, sources: list[Source], seed:
                 f"train_files: {source.label} has a weight of {source.weight}, but no row to train on is left."
             )
 
+    if options.order == "shuffle":
+        total = sum(float(source.weight or 0) for source in sources)
+        parts = [
+            f"{source.label} gives {float(source.weight or 0) / total:.1%} of the rows (it has {count:,} "
+            f"{'document' if count == 1 else 'documents'}, {rows.lengths[rows.source == k].sum():,} tokens)"
+            for k, (source, count) in enumerate(zip(sources, counts, strict=True))
+        ]
+        ledger.note(f"Mixed by weight: {'; '.join(parts)}.")
+        return
     epoch = mix_sources(rows.source, weights, seed)
     source_numbers, lengths = rows.source[epoch], rows.lengths[epoch]
     shares = []

@@ -17,6 +17,7 @@ MIXED_ROWS = 1.02  # texts of all lengths in each row may take so many times the
 def mix_sources(source: np.ndarray, weights: list[float | None], seed: int) -> np.ndarray:
     """Return the rows of one epoch, int64 [n], so that the share of each source in the rows follows its weight.
 
+    It serves orders by length, for which all rows are arranged together; otherwise sources take turns (mixture.py).
     `source`, int64 [rows], is the index of each row's source. Every row is in the epoch at least once. A source that
     needs more rows than it has repeats them evenly: how often two of its rows appear differs by at most one, and `seed`
     draws the rows that appear once more. Without weights every row appears once. A source with a weight must have rows.
@@ -37,12 +38,13 @@ def mix_sources(source: np.ndarray, weights: list[float | None], seed: int) -> n
     return np.concatenate(parts)
 
 
-def arrange_epoch(rows: np.ndarray, lengths: np.ndarray, options: TrainOptions, epoch: int) -> Bins:
+def arrange_epoch(rows: np.ndarray, lengths: np.ndarray, options: TrainOptions, epoch: int, source: int = 0) -> Bins:
     """Arrange the `rows` of one epoch in bins; without packing each bin holds one row.
 
     `rows` are indices of documents, and `lengths` holds the tokens of every document. With `order: shuffle` each epoch
     is drawn anew; `packing: static` keeps the bins of epoch 0 and draws only their order. `order: group_by_length` is
     drawn anew too, see `_group_by_length`. With `order: length` (shortest first) and `order: source` all epochs are equal.
+    Each `source` that is arranged by itself has draws of its own.
     """
     # Without shuffling, the rows keep their order and are packed one after the other.
     if options.order == "length":
@@ -52,7 +54,8 @@ def arrange_epoch(rows: np.ndarray, lengths: np.ndarray, options: TrainOptions, 
         return Bins(rows[bins.order], bins.offsets)
 
     # Philox gives each (seed, epoch) its own random numbers, with no state to save.
-    rng = np.random.Generator(np.random.Philox(key=[options.seed, epoch]))
+    first = source << 40  # no run has so many epochs
+    rng = np.random.Generator(np.random.Philox(key=[options.seed, first + epoch]))
     if options.packing is None:
         rows = rng.permutation(rows)
         if options.order == "group_by_length":
@@ -61,7 +64,7 @@ def arrange_epoch(rows: np.ndarray, lengths: np.ndarray, options: TrainOptions, 
 
     # Static packing fills the bins with the generator of epoch 0, whatever the epoch is.
     static = options.packing == "static"
-    packing_rng = np.random.Generator(np.random.Philox(key=[options.seed, 0])) if static else rng
+    packing_rng = np.random.Generator(np.random.Philox(key=[options.seed, first])) if static else rng
     bins = pack(lengths[rows], options.max_length, packing_rng)
     if isinstance(options, ClassifyOptions):
         # Steps of a few rows should see texts of all lengths, if that takes hardly more rows.

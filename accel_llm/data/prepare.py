@@ -21,9 +21,11 @@ from accel_llm.chat.template import Template
 from accel_llm.config.data_options import DataOptions
 from accel_llm.config.fields import Source
 from accel_llm.data.answers import as_units, count_labels
+from accel_llm.data.corpus import check_corpora, map_corpora
 from accel_llm.data.encode import A_CHAT, Chunk, Encoder, SourceRow
 from accel_llm.data.encode_labelled import LABELLED_CUTS
 from accel_llm.data.encoders import encode_rows, goes_to_evaluation, make_encoder, with_labels
+from accel_llm.data.fingerprint import data_fingerprint
 from accel_llm.data.labels import LabelKind, Labels, describe_targets
 from accel_llm.data.ledger import Ledger
 from accel_llm.data.limits import check_left_out, check_lost_share, check_lost_turns, describe_losses
@@ -31,11 +33,12 @@ from accel_llm.data.notes import note_common_rows, note_cuts, note_lost_evaluati
 from accel_llm.data.pairs import PreferenceKind
 from accel_llm.data.row_counts import expected_rows
 from accel_llm.data.rows import Rows, RowWriter, cache_folder, cached_rows, load_rows
-from accel_llm.data.sources import data_fingerprint, left_out_note, read_source, source_identity
+from accel_llm.data.source_notes import source_notes
+from accel_llm.data.sources import as_source, read_source, source_identity
 from accel_llm.errors import ConfigError, DataError
 from accel_llm.system.progress import Bar
 
-CACHE_VERSION = 9  # raise it with every change of the encoding, so that no old cache is used
+CACHE_VERSION = 10  # raise it with every change of the encoding, so that no old cache is used
 ROWS_PER_CHUNK = 256  # rows that are encoded together, and sent to a worker together
 HELD_OUT = "held out"  # the bin of rows that `eval_share` takes for evaluation
 # The options that change the encoding, beside the rows themselves, the tokenizer and the template.
@@ -86,9 +89,37 @@ def encode_conversations(
 
 def encode_texts(options: DataOptions, seed: int, tokenizer: PreTrainedTokenizerFast, column: str) -> EncodedData:
     """Encode the plain text in `column`. See `encode_sources`."""
+    if corpora := map_corpora(options.train_files, options):
+        return _mapped_data(*corpora, options, seed, tokenizer, column)
     columns = options.columns if column == "text" else {**options.columns, "text": column}
     update = {"columns": columns, "data_format": options.data_format or "text"}
     return encode_sources(options.model_copy(update=update), seed, tokenizer, None)
+
+
+def _mapped_data(
+    rows: Rows,
+    ledger: Ledger,
+    fingerprints: list[str],
+    options: DataOptions,
+    seed: int,
+    tokenizer: PreTrainedTokenizerFast,
+    column: str,
+) -> EncodedData:
+    """Return prepared corpora to train on, as they are, with the evaluation sources of the options."""
+    sources = [as_source(place) for place in options.train_files]
+    check_corpora(sources, tokenizer)
+    evaluation = None
+    if options.eval_files:
+        update = {"train_files": options.eval_files, "eval_files": []}
+        encoded = encode_texts(options.model_copy(update=update), seed, tokenizer, column)
+        origins = tuple(origin._replace(source=-1 - origin.source) for origin in encoded.train.origins)
+        evaluation = replace(encoded.train, origins=origins)
+        fingerprints = [*fingerprints, "evaluation", encoded.fingerprint]
+        note_lost_evaluation_rows(ledger, encoded.ledger)
+        note_common_rows(ledger, rows, evaluation)
+    note_shares(ledger, rows, sources, options, seed)
+    fingerprint = fingerprints[0] if len(fingerprints) == 1 else data_fingerprint(fingerprints)
+    return EncodedData(rows, evaluation, ledger, fingerprint)
 
 
 def encode_labelled(
@@ -126,6 +157,7 @@ def encode_sources(
             unknown field, or an option has no meaning for `preferences` or for texts with labels.
     """
     encoder, train, evaluation = make_encoder(options, tokenizer, template, no_template, preferences, labelled)
+    check_corpora([*train, *evaluation], tokenizer)
     key = _cache_key(encoder, seed, train, evaluation)
     parts, facts = cached_rows(cache_folder(options) / key, partial(_encode_into, encoder, seed, train, evaluation))
     names_of_labels = Labels(facts["labels"][0], tuple(facts["labels"][1])) if labelled else None
@@ -135,7 +167,7 @@ def encode_sources(
     # Check that enough is left.
     ledger = Ledger.from_dict(facts["ledger"])
     ledger.balance()
-    for note in filter(None, map(left_out_note, (*train, *evaluation))):
+    for note in itertools.chain.from_iterable(map(source_notes, (*train, *evaluation))):
         ledger.note(note)
     note_cuts(ledger, options, encoder.labelled is not None)
     _check_losses(encoder, ledger, facts)
@@ -151,7 +183,7 @@ def encode_sources(
         ledger.note(count_labels(answer_labels))
     if names_of_labels and (targets := parts["train"].targets) is not None:
         ledger.note(describe_targets(targets, names_of_labels, options.limit_rows))
-    note_shares(ledger, as_units(parts["train"]), train, seed)
+    note_shares(ledger, as_units(parts["train"]), train, options, seed)
     return EncodedData(parts["train"], parts.get("eval"), ledger, key, names_of_labels)
 
 
@@ -260,8 +292,8 @@ def _chunk_rows(
     def read_sources(sources: list[Source], first: int) -> Iterator[SourceRow]:
         is_evaluation = first > 0
         for number, source in enumerate(sources, first):
-            # Evaluation sources have no weight and no share; in the origin of a row they are all number -1.
-            origin_number = -1 if is_evaluation else number
+            # In the origin of a row the evaluation sources are numbered -1, -2 and so on.
+            origin_number = len(train) - 1 - number if is_evaluation else number
             for row in encoder.task.readers[number].read() if encoder.task else read_source(source):
                 yield SourceRow(number, origins[origin_number, row.file], row)
 

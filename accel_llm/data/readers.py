@@ -4,24 +4,23 @@ Only a .json list is loaded as a whole; every other file may be larger than memo
 """
 
 import csv
-import io
 import itertools
 import json
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from accel_llm.chat.values import parse_json
+from accel_llm.data.arrow_values import plain_values
+from accel_llm.data.file_lines import ReadingPlace, SourceFile, file_kind, open_file, read_lines
 from accel_llm.errors import DataError
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}  # kind of a table -> what stands between its cells
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 ROWS_PER_BATCH = 256  # rows of a .parquet file or dataset that are in memory together
 # A quote that is never closed turns the rest of the file into one cell. A larger cell is taken for this mistake.
 MAX_CELL_CHARACTERS = 1 << 27
@@ -34,37 +33,29 @@ LOOKED_AT = 100  # first lines of a table by which `NameColumns` decides
 NameColumns = Callable[[list[list[str]]], list[str] | None]
 
 
-class SourceFile(NamedTuple):
-    """A file to read rows from."""
-
-    path: Path
-    label: str  # its name in messages
-    kind: str  # a key of READERS
-    compression: str  # a key of COMPRESSIONS, or the empty string
-
-
-def read_rows(file: SourceFile, name_columns: NameColumns | None = None) -> Iterator[dict[str, Any]]:
-    """Yield the rows of one file in their order.
+def read_rows(
+    file: SourceFile, name_columns: NameColumns | None = None, place: ReadingPlace | None = None
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows of one file in their order, from `place` on; with each row `place` moves behind it.
 
     Cells of .csv and .tsv are text, and an empty cell is None. Their first line is the header, unless `name_columns`
-    finds that there is none. A line of .txt is a row with one field, `text`.
+    finds that there is none. A row of .txt has one field, `text`: by `sample_by` a line that is not blank, lines up to
+    an empty one, or the whole file with all its line breaks. A place is found at once, but in a
+    compressed file all before it is decompressed, and a .json list is loaded as a whole.
 
     Raises:
         DataError: the file has no rows, or is broken; the message names the line.
     """
-    empty, is_table = True, name_columns and file.kind in DELIMITERS
-    for row in _read_table(file, DELIMITERS[file.kind], name_columns) if is_table else READERS[file.kind](file):
-        empty = False
+    place = place or ReadingPlace()
+    if name_columns and file.kind in DELIMITERS:
+        rows = _read_table(file, place, DELIMITERS[file.kind], name_columns)
+    else:
+        rows = READERS[file.kind](file, place)
+    for row in rows:
+        place.row += 1
         yield row
-    if empty:
+    if not place.row:
         raise DataError(f"{file.label}: the file has no rows.")
-
-
-def file_kind(name: str) -> tuple[str, str]:
-    """Return (kind, compression) from the suffixes of a file name; each may be the empty string."""
-    suffixes = [suffix.lower() for suffix in Path(name).suffixes]
-    compression = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSIONS else ""
-    return suffixes[-1] if suffixes else "", compression
 
 
 def is_readable(name: str) -> bool:
@@ -73,44 +64,29 @@ def is_readable(name: str) -> bool:
     return kind in READERS and not (kind == ".parquet" and compression)
 
 
-@contextmanager
-def _open(file: SourceFile) -> Iterator[BinaryIO]:
-    """Open a file as a stream of its decompressed bytes.
-
-    Raises:
-        DataError: the file cannot be read, or its compressed content is damaged or incomplete.
-    """
-    try:
-        if file.compression:
-            decompressed: Any = pa.input_stream(str(file.path), compression=COMPRESSIONS[file.compression])
-            with io.BufferedReader(decompressed) as stream:
-                yield stream
+def _read_text(file: SourceFile, place: ReadingPlace) -> Iterator[dict[str, Any]]:
+    lines: list[str] = []  # of a paragraph or document that goes on
+    for _, line in read_lines(file, place):
+        if file.sample_by == "line":
+            if line.strip():
+                yield {"text": line.rstrip("\r\n")}
+        elif file.sample_by == "document" or line.rstrip("\r\n"):
+            lines.append(line)
         else:
-            with file.path.open("rb") as stream:
-                yield stream
-    except OSError as error:
-        raise DataError(f"{file.label}: cannot be read ({error.strerror or error}).") from None
+            yield from _whole_text(file, lines)
+            lines.clear()
+    yield from _whole_text(file, lines)
 
 
-def _lines(file: SourceFile) -> Iterator[tuple[int, str]]:
-    """Yield (line number from 1, line with its line break)."""
-    with _open(file) as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                # A file may start with a byte order mark.
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError:
-                raise DataError(f"{file.label}, line {number}: not UTF-8 text.") from None
+def _whole_text(file: SourceFile, lines: list[str]) -> Iterator[dict[str, Any]]:
+    """Yield the lines of a paragraph or document as one row; nothing if all of them are blank."""
+    text = "".join(lines)
+    if text.strip():
+        yield {"text": text if file.sample_by == "document" else text.rstrip("\r\n")}
 
 
-def _read_text(file: SourceFile) -> Iterator[dict[str, Any]]:
-    for _, line in _lines(file):
-        if line.strip():
-            yield {"text": line.rstrip("\r\n")}
-
-
-def _read_jsonl(file: SourceFile) -> Iterator[dict[str, Any]]:
-    for number, line in _lines(file):
+def _read_jsonl(file: SourceFile, place: ReadingPlace) -> Iterator[dict[str, Any]]:
+    for number, line in read_lines(file, place):
         if not line.strip():
             continue
         try:
@@ -124,14 +100,14 @@ def _read_jsonl(file: SourceFile) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def _read_json(file: SourceFile) -> Iterator[dict[str, Any]]:
+def _read_json(file: SourceFile, place: ReadingPlace) -> Iterator[dict[str, Any]]:
     """Read a list of objects, one object, or one object per line, which many files named .json hold."""
     # If the first line is a whole object, the file has one object per line and need not be loaded as a whole.
-    first = next((line for _, line in _lines(file) if line.strip()), "")
+    first = next((line for _, line in read_lines(file) if line.strip()), "")
     if first.lstrip().startswith("{") and _is_json(first):
-        yield from _read_jsonl(file)
+        yield from _read_jsonl(file, place)
     elif first:
-        with _open(file) as stream:
+        with open_file(file) as stream:
             content = stream.read()
         try:
             rows = parse_json(content.decode("utf-8-sig"))
@@ -151,9 +127,10 @@ def _read_json(file: SourceFile) -> Iterator[dict[str, Any]]:
         if not isinstance(rows, list):
             kind = type(rows).__name__
             raise DataError(f"{file.label}: holds one {kind}, must hold a list of objects or one object per line.")
-        for number, row in enumerate(rows, 1):
+        for row in itertools.islice(rows, place.offset, None):
+            place.offset += 1
             if not isinstance(row, dict):
-                raise DataError(f"{file.label}, row {number}: is a {type(row).__name__}, must be an object.")
+                raise DataError(f"{file.label}, row {place.offset}: is a {type(row).__name__}, must be an object.")
             yield row
 
 
@@ -187,10 +164,13 @@ def _is_json(text: str) -> bool:
     return True
 
 
-def _read_table(file: SourceFile, delimiter: str, name_columns: NameColumns | None = None) -> Iterator[dict[str, Any]]:
+def _read_table(
+    file: SourceFile, place: ReadingPlace, delimiter: str, name_columns: NameColumns | None = None
+) -> Iterator[dict[str, Any]]:
     """Read the rows below a header line, or all rows with the names that `name_columns` gives to their columns."""
-    lines = _table_lines(file, delimiter)
-    first = list(itertools.islice(lines, LOOKED_AT if name_columns else 1))
+    lines = _table_lines(file, delimiter, place)
+    head = _table_lines(file, delimiter, ReadingPlace()) if place.offset else lines  # the header is at the start
+    first = list(itertools.islice(head, LOOKED_AT if name_columns else 1))
     header = None
     if name_columns and first:
         try:
@@ -216,21 +196,23 @@ def _read_table(file: SourceFile, delimiter: str, name_columns: NameColumns | No
         yield {name: cell or None for name, cell in zip(header, cells, strict=True)}
 
 
-def _table_lines(file: SourceFile, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """Yield (number of the line where a row begins, its cells) of a table; blank lines are left out.
+def _table_lines(file: SourceFile, delimiter: str, place: ReadingPlace) -> Iterator[tuple[int, list[str]]]:
+    """Yield (number of the line where a row begins, its cells) of a table from `place` on; blank lines are left out.
 
     Without strict mode a quote that is never closed would swallow all rows after it, and nobody would notice.
     """
     csv.field_size_limit(MAX_CELL_CHARACTERS)
     quoting = csv.QUOTE_NONE if _has_plain_quotes(file, delimiter) else csv.QUOTE_MINIMAL
-    reader = csv.reader((line for _, line in _lines(file)), delimiter=delimiter, quoting=quoting, strict=True)
-    line = 1  # a quoted cell may span several lines
+    reader = csv.reader(
+        (line for _, line in read_lines(file, place)), delimiter=delimiter, quoting=quoting, strict=True
+    )
+    line = place.line + 1  # a quoted cell may span several lines
     try:
         for cells in reader:
             # A line with one empty cell in quotes is not blank.
             if cells and not (len(cells) == 1 and cells[0].isspace()):
                 yield line, cells
-            line = reader.line_num + 1
+            line = place.line + 1
     except csv.Error as error:
         raise DataError(f"{file.label}, line {line}: not {file.kind[1:].upper()} ({error}).") from None
 
@@ -244,7 +226,7 @@ def _has_plain_quotes(file: SourceFile, delimiter: str) -> bool:
     if file.kind != ".tsv":
         return False
     found, tabs = False, -1
-    for _, line in _lines(file):
+    for _, line in read_lines(file):
         line = line.rstrip("\r\n")
         if not line or line.isspace():
             continue
@@ -257,13 +239,21 @@ def _has_plain_quotes(file: SourceFile, delimiter: str) -> bool:
     return found
 
 
-def _read_parquet(file: SourceFile) -> Iterator[dict[str, Any]]:
+def _read_parquet(file: SourceFile, place: ReadingPlace) -> Iterator[dict[str, Any]]:
     try:
         # These settings read page by page. By default pyarrow 26 loads a row group, which may be the whole file.
         with pq.ParquetFile(file.path, buffer_size=1 << 20, pre_buffer=False) as table:
             _check_names(file, table.schema_arrow)
-            for batch in table.iter_batches(ROWS_PER_BATCH):
-                yield from plain_values(batch)
+            # Only the row group of the place is decoded from its start.
+            ends = list(itertools.accumulate(table.metadata.row_group(k).num_rows for k in range(table.num_row_groups)))
+            first = bisect_right(ends, place.offset)
+            before = place.offset - (ends[first - 1] if first else 0)
+            groups = list(range(first, len(ends)))
+            for batch in table.iter_batches(ROWS_PER_BATCH, groups) if groups else ():
+                for row in plain_values(batch.slice(min(before, len(batch)))):
+                    place.offset += 1
+                    yield row
+                before = max(0, before - len(batch))
     except (OSError, ValueError, pa.ArrowException) as error:
         raise DataError(f"{file.label}: not a readable .parquet file ({' '.join(str(error).split())}).") from None
 
@@ -295,7 +285,7 @@ def _check_names(file: SourceFile, fields: Iterable[pa.Field], place: str = "") 
             _check_names(file, kind, f"{place}{field.name}.")
 
 
-READERS: dict[str, Callable[[SourceFile], Iterator[dict[str, Any]]]] = {
+READERS: dict[str, Callable[[SourceFile, ReadingPlace], Iterator[dict[str, Any]]]] = {
     ".json": _read_json,
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,
@@ -303,29 +293,3 @@ READERS: dict[str, Callable[[SourceFile], Iterator[dict[str, Any]]]] = {
     ".parquet": _read_parquet,
     ".txt": _read_text,
 }
-
-
-def plain_values(batch: pa.RecordBatch | pa.Table) -> list[dict[str, Any]]:
-    """Convert Arrow rows to Python values.
-
-    Arrow stores columns of mixed types as JSON text, which `to_pylist` returns as text; here it is parsed.
-    """
-    rows = batch.to_pylist()
-    for field in batch.schema:
-        if "arrow.json" in str(field.type):
-            for row in rows:
-                row[field.name] = _parse_json(row[field.name], field.type)
-    return rows
-
-
-def _parse_json(value: Any, kind: pa.DataType) -> Any:
-    """Parse the JSON text in a value of Arrow type `kind`, at any depth."""
-    if value is None:
-        return None
-    if isinstance(kind, pa.JsonType):
-        return json.loads(value)
-    if pa.types.is_struct(kind):
-        return {field.name: _parse_json(value[field.name], field.type) for field in kind}
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        return [_parse_json(item, kind.value_type) for item in value]
-    return value

@@ -7,10 +7,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from accel_llm.config.fields import Source
-from accel_llm.data.readers import SourceFile
+from accel_llm.data.file_lines import SourceFile
 from accel_llm.data.sources import source_files
 
-LINE_KINDS = (".jsonl", ".ndjson", ".txt")  # kinds of files with a row in each line that is not empty
+LINE_KINDS = (".jsonl", ".ndjson", ".txt")  # kinds of files with a row in each line that is not empty, if so asked
 BYTES_AT_ONCE = 1 << 22
 
 
@@ -34,7 +34,7 @@ def _count_rows(file: SourceFile | None) -> int | None:
     if file is None or file.compression:
         return None
     try:
-        if file.kind in LINE_KINDS:
+        if file.kind in LINE_KINDS and file.sample_by == "line":
             return _count_lines(file.path)
         return pq.read_metadata(file.path).num_rows if file.kind == ".parquet" else None
     except (OSError, ValueError, pa.ArrowException):  # the reader says what is wrong with the file

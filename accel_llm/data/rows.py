@@ -12,6 +12,7 @@ import numpy as np
 from filelock import FileLock
 from huggingface_hub.constants import HF_HOME
 
+from accel_llm.chat.targets import IGNORED
 from accel_llm.config.data_options import DataOptions
 from accel_llm.system.folders import atomic_folder, write_problem
 from accel_llm.system.launcher import process_rank
@@ -26,7 +27,7 @@ _OPTIONAL = ("weights", "shared", "label", "margin", "targets", "second_start")
 
 
 class Origin(NamedTuple):
-    """Where rows were read from: the number of the training source (-1: an evaluation source), and the file."""
+    """Where rows were read from: the number of the training source (-1, -2, ...: of the evaluation source), and the file."""
 
     source: int
     file: str
@@ -105,6 +106,15 @@ class RowWriter:
             file.close()
 
 
+class StoredPacking(NamedTuple):
+    """How the rows of a prepared corpus are packed: packed row b has the rows `bins[b]:bins[b + 1]`."""
+
+    bins: np.ndarray  # int64 [packed rows + 1]
+    order: np.ndarray  # int64 [rows], the rows in the order of the sources
+    capacity: int  # tokens that a packed row may have
+    seed: int | None  # with which it was packed; None: several corpora
+
+
 @dataclass(frozen=True)
 class Rows:
     """Encoded rows in flat arrays, memory-mapped from the cache: row k has the tokens `offsets[k]:offsets[k + 1]`.
@@ -117,7 +127,7 @@ class Rows:
     """
 
     input_ids: np.ndarray  # int32 [tokens]
-    labels: np.ndarray  # int32 [tokens], unshifted, IGNORED where not trained
+    labels: np.ndarray | None  # int32 [tokens], unshifted, IGNORED where not trained; None: only first tokens are not
     offsets: np.ndarray  # int64 [rows + 1]
     number: np.ndarray  # int64 [rows], the row's number in its file (from 1), for messages
     origin: np.ndarray  # int32 [rows], index into `origins`
@@ -131,7 +141,9 @@ class Rows:
     second_start: np.ndarray | None = None  # int32 [rows], where the second text begins; the row's length without one
     problem_type: str | None = None  # what `targets` are: one of `labels.PROBLEM_TYPES`
     class_weights: np.ndarray | None = None  # float64 [classes], how much a text counts by its class; None: 1
+    streamed: Any = None  # sources of which these are only the first rows: a `TextSources`, see prepare_stream.py
     reference: np.ndarray | None = None  # float64 [rows], the reference's log-probability of the labels of a row
+    stored: "StoredPacking | None" = None  # of a prepared corpus, whose rows stand packed
     rows_per_unit: ClassVar[int] = 1  # rows that stay together in packing and batches
 
     def __len__(self) -> int:
@@ -139,7 +151,11 @@ class Rows:
 
     def __getitem__(self, k: int) -> tuple[np.ndarray, np.ndarray]:
         part = slice(int(self.offsets[k]), int(self.offsets[k + 1]))
-        return self.input_ids[part], self.labels[part]
+        if self.labels is not None:
+            return self.input_ids[part], self.labels[part]
+        labels = np.array(self.input_ids[part])
+        labels[:1] = IGNORED
+        return self.input_ids[part], labels
 
     @property
     def lengths(self) -> np.ndarray:
@@ -147,8 +163,15 @@ class Rows:
         return np.diff(self.offsets)
 
     @property
+    def trained_tokens(self) -> int:
+        """How many tokens have a label."""
+        if self.labels is None:
+            return int(self.offsets[-1]) - len(self)
+        return int((np.asarray(self.labels) != IGNORED).sum())
+
+    @property
     def source(self) -> np.ndarray:
-        """The number of each row's training source (-1: an evaluation source), int64 [rows]."""
+        """The number of each row's training source (-1, -2, ...: evaluation sources), int64 [rows]."""
         return np.array([origin.source for origin in self.origins], np.int64)[self.origin]
 
     def label_weights(self, indices: list[int]) -> list[np.ndarray] | None:

@@ -1,30 +1,22 @@
 """Read rows from sources: files of many kinds, folders, globs, saved datasets, hub datasets and standard input."""
 
-import glob
-import hashlib
 import itertools
-import re
 import sys
-from collections.abc import Iterator
-from pathlib import Path, PurePath
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from accel_llm.config.data_options import DataOptions
 from accel_llm.config.fields import Source
+from accel_llm.data.arrow_values import plain_values
+from accel_llm.data.corpus_shards import corpus_problem, corpus_rows, read_manifest
+from accel_llm.data.file_lines import ReadingPlace, SourceFile, file_kind
+from accel_llm.data.fingerprint import data_fingerprint
 from accel_llm.data.hub import is_reader_name, load_hub_dataset
-from accel_llm.data.readers import (
-    READERS,
-    ROWS_PER_BATCH,
-    NameColumns,
-    SourceFile,
-    file_kind,
-    is_readable,
-    plain_values,
-    read_features,
-    read_rows,
-)
+from accel_llm.data.readers import READERS, ROWS_PER_BATCH, NameColumns, is_readable, read_features, read_rows
 from accel_llm.data.saved_datasets import is_saved_dataset, saved_problem
-from accel_llm.data.splits import SplitChoice, choose_files, list_groups, list_splits
+from accel_llm.data.source_places import PlaceKind, choose_split, matching_files, matching_names, place_kind
+from accel_llm.data.splits import SplitChoice
 from accel_llm.data.standard_input import spool_standard_input
 from accel_llm.errors import DataError
 from accel_llm.system.hub import is_hub_id, misspelt_path
@@ -35,7 +27,6 @@ ALLOWED_SOURCES = (
     "a saved dataset, the id of a hub dataset, or - for JSON lines from standard input"
 )
 
-PlaceKind = Literal["standard input", "address", "saved dataset", "file", "folder", "glob", "hub dataset", "nothing"]
 # Fields of a source that only these kinds have.
 DATASET_FIELDS: dict[str, tuple[PlaceKind, ...]] = {
     "name": ("hub dataset",),
@@ -44,7 +35,7 @@ DATASET_FIELDS: dict[str, tuple[PlaceKind, ...]] = {
 }
 
 
-_ABOUT_FILES = ("readme", "license", "licence")  # files that nobody takes for rows
+DATASET_FILE = "dataset"  # the kind of a `SourceFile` that stands for a saved or hub dataset
 
 
 class RawRow(NamedTuple):
@@ -63,13 +54,16 @@ def as_source(place: str | Source) -> Source:
 
 def source_problems(options: DataOptions) -> list[str]:
     """Return one sentence for each source that is missing or of an unknown kind. Nothing is read or downloaded."""
-    problems = [] if options.train_files else [f"train_files: is missing; name at least one source: {ALLOWED_SOURCES}."]
-    for field in ("train_files", "eval_files"):
-        for source in map(as_source, getattr(options, field)):
-            problem = _find_problem(source)
-            if problem:
-                problems.append(f"{field}: {problem}.")
-    return problems
+    return problems_of_sources("train_files", options.train_files) + problems_of_sources(
+        "eval_files", options.eval_files
+    )
+
+
+def problems_of_sources(field: str, places: Sequence[str | Source]) -> list[str]:
+    """Return one sentence for each source of the option `field` that cannot be read, as `source_problems` does."""
+    if field == "train_files" and not places:
+        return [f"train_files: is missing; name at least one source: {ALLOWED_SOURCES}."]
+    return [f"{field}: {problem}." for problem in map(_find_problem, map(as_source, places)) if problem]
 
 
 def read_source(source: Source, name_columns: NameColumns | None = None) -> Iterator[RawRow]:
@@ -80,10 +74,39 @@ def read_source(source: Source, name_columns: NameColumns | None = None) -> Iter
     Raises:
         DataError: the source cannot be read, or a file has no rows or is broken (the message names the line).
     """
-    _check_source(source)
-    is_dataset = _place_kind(source) in ("saved dataset", "hub dataset")
-    rows = _dataset_rows(source) if is_dataset else _file_rows(source_files(source), name_columns)
+    check_source(source)
+    if place_kind(source) == "prepared corpus":
+        return itertools.islice(map(RawRow._make, corpus_rows(Path(source.path))), source.limit_rows)
+    if place_kind(source) in ("saved dataset", "hub dataset"):
+        place = ReadingPlace()
+        rows = (RawRow(source.label, place.row, fields) for fields in _dataset_rows(source, place))
+    else:
+        rows = _file_rows(source_files(source), name_columns)
     return itertools.islice(rows, source.limit_rows)
+
+
+def files_to_read(source: Source) -> list[SourceFile]:
+    """Return the files of `source` in the order in which they are read; a dataset is one, of kind DATASET_FILE.
+
+    Raises:
+        DataError: the source cannot be read.
+    """
+    check_source(source)
+    if place_kind(source) == "prepared corpus":
+        raise DataError(f"{source.label}: a prepared corpus is read from its shards as it is; remove streaming.")
+    if place_kind(source) in ("saved dataset", "hub dataset"):
+        return [SourceFile(Path(source.path), source.label, DATASET_FILE, "")]
+    return source_files(source)
+
+
+def read_file(source: Source, file: SourceFile, place: ReadingPlace) -> Iterator[RawRow]:
+    """Return an iterator over the rows of one of `files_to_read` from `place` on, which moves behind each row.
+
+    Raises:
+        DataError: as `read_source`.
+    """
+    rows = _dataset_rows(source, place) if file.kind == DATASET_FILE else read_rows(file, None, place)
+    return (RawRow(file.label, place.row, fields) for fields in rows)
 
 
 def source_features(source: Source) -> list[tuple[str, dict[str, Any]]]:
@@ -92,8 +115,8 @@ def source_features(source: Source) -> list[tuple[str, dict[str, Any]]]:
     Raises:
         DataError: the source cannot be read.
     """
-    _check_source(source)
-    if _place_kind(source) in ("saved dataset", "hub dataset"):
+    check_source(source)
+    if place_kind(source) in ("saved dataset", "hub dataset"):
         return [(source.label, _load_dataset(source).features.to_dict())]
     return [(file.label, read_features(file)) for file in source_files(source) if file.kind == ".parquet"]
 
@@ -104,72 +127,19 @@ def source_identity(source: Source) -> list[tuple[str, str]]:
     Raises:
         DataError: the source cannot be read.
     """
-    _check_source(source)
-    if _place_kind(source) == "hub dataset":
+    check_source(source)
+    if place_kind(source) == "prepared corpus":
+        return [(source.label, read_manifest(Path(source.path))["fingerprint"])]
+    if place_kind(source) == "hub dataset":
         return [(source.label, _load_dataset(source)._fingerprint)]
-    return [(file.label, data_fingerprint(file.path)) for file in source_files(source)]
+    return [(file.label, _file_identity(file)) for file in source_files(source)]
 
 
-def left_out_note(source: Source) -> str | None:
-    """Return a sentence for the ledger on the files of a folder or glob that are not read; None if all are.
-
-    They are of other splits, or of kinds that cannot be read.
-
-    Raises:
-        DataError: the source cannot be read.
-    """
-    _check_source(source)
-    choice = _choose_files(source) if _place_kind(source) in ("folder", "glob") else None
-    if not isinstance(choice, SplitChoice):
-        return None
-    facts, base = [], _named_folder(source)
-    if choice.left_out:
-        left_out = list_splits(choice.left_out, base)
-        facts.append(f"only the files of its split {source.split} are read; left out: {left_out}")
-    unreadable: dict[str, list[str]] = {}
-    for name in itertools.filterfalse(is_readable, _matching_files(source)):
-        if not PurePath(name).name.lower().startswith(_ABOUT_FILES):
-            unreadable.setdefault("".join(PurePath(name).suffixes[-1:]) or "no suffix", []).append(name)
-    if unreadable:
-        facts.append(f"files of kinds that cannot be read are left out: {list_groups(unreadable, base)}")
-    return f"{source.path}: {'; '.join(facts)}." if facts else None
+def _file_identity(file: SourceFile) -> str:
+    return data_fingerprint(file.path, *([] if file.sample_by == "line" else [file.sample_by]))
 
 
-def data_fingerprint(*parts: object) -> str:
-    """Hash `parts` to a name of 24 characters. A Path counts as the content of its file, other parts as their repr."""
-    digest = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, Path):
-            with part.open("rb") as file:
-                while block := file.read(1 << 24):
-                    digest.update(block)
-        else:
-            digest.update(repr(part).encode())
-        digest.update(b"\0")
-    return digest.hexdigest()[:24]
-
-
-def _place_kind(source: Source) -> PlaceKind:
-    """Tell what the path of a source names.
-
-    A path that looks like a file is never looked up on the hub, even if the file does not exist.
-    """
-    path = Path(source.path)
-    if source.path == "-":
-        return "standard input"
-    if re.match(r"[A-Za-z][\w+.-]+://", source.path):
-        return "address"
-    if is_there(path):
-        if (path / "dataset_dict.json").is_file() or is_saved_dataset(path):
-            return "saved dataset"
-        return "folder" if path.is_dir() else "file"
-    if glob.has_magic(source.path):
-        return "glob"
-    looks_local = source.path.startswith((".", "/", "~")) or file_kind(source.path)[0] in READERS
-    return "nothing" if looks_local or not is_hub_id(source.path) or misspelt_path(source.path) else "hub dataset"
-
-
-def _check_source(source: Source) -> None:
+def check_source(source: Source) -> None:
     """Check that a source can be read.
 
     Raises:
@@ -182,7 +152,7 @@ def _check_source(source: Source) -> None:
 
 def _find_problem(source: Source) -> str | None:
     """Return the problem of a source as a sentence without full stop, or None."""
-    path, place = source.path, _place_kind(source)
+    path, place = source.path, place_kind(source)
     if not path:
         return f"'' is no path; name {ALLOWED_SOURCES}"
     if place == "nothing":
@@ -204,6 +174,8 @@ def _find_problem(source: Source) -> str | None:
     if place == "hub dataset":
         is_kind = is_reader_name(path)
         return f"{path} is a kind of file, not a dataset; name {ALLOWED_SOURCES}" if is_kind else None
+    if place == "prepared corpus":
+        return corpus_problem(Path(path))
     if place == "saved dataset":
         return saved_problem(path, Path(path), source.split)
     return _file_problem(path) if place == "file" else _folder_problem(source)
@@ -220,86 +192,42 @@ def _file_problem(path: str) -> str | None:
 
 def _folder_problem(source: Source) -> str | None:
     """Return the problem of a folder or glob, or None."""
-    names = _matching_files(source)
-    dangling = next((name for name in _matching_names(source) if is_readable(name) and not is_there(name)), None)
+    names = matching_files(source)
+    dangling = next((name for name in matching_names(source) if is_readable(name) and not is_there(name)), None)
     if dangling:
         return f"{source.path}: its file {dangling} {missing_reason(dangling)}; repair or remove it"
     if not any(map(is_readable, names)):
-        verb = "matches" if _place_kind(source) == "glob" else "is a folder and holds"
+        verb = "matches" if place_kind(source) == "glob" else "is a folder and holds"
         return f"{source.path} {verb} no file that can be read; name {ALLOWED_SOURCES}"
 
     # The .json files of a saved dataset inside would be read as rows.
     saved = next(filter(is_saved_dataset, sorted({Path(name).parent for name in names})), None)
     if saved:
         return f"{source.path} holds the saved dataset {saved}; name each saved dataset by itself"
-    choice = _choose_files(source)
+    choice = choose_split(source)
     return f"{source.path} {choice}" if isinstance(choice, str) else None
 
 
-def _matching_files(source: Source) -> list[str]:
-    """Return all files below a folder or of a glob, of any kind, sorted by name; hidden files are left out."""
-    return [name for name in _matching_names(source) if Path(name).is_file()]
-
-
-def _matching_names(source: Source) -> list[str]:
-    """Return the names below a folder or of a glob, sorted: of files, of folders, and of links that lead nowhere."""
-    base = _named_folder(source)
-    if _place_kind(source) == "folder":
-        return sorted(_names_below(base, base))
-    rest = Path(source.path).parts[len(base.parts) :]
-    # Not Path.glob: it also returns hidden files, and before Python 3.13 no files for a `**` at the end.
-    names = sorted(set(glob.glob(str(Path(glob.escape(str(base)), *rest)), recursive=True)))  # noqa: PTH207
-    folders = {folder for name in names for folder in Path(name).parents if base in folder.parents}
-    circles = {folder for folder in folders if _leads_back(folder, base)}
-    return [name for name in names if circles.isdisjoint(Path(name).parents)]
-
-
-def _names_below(folder: Path, base: Path) -> Iterator[str]:
-    """Yield the names below `folder`, but for hidden ones; `base` is the folder where the search began."""
-    for path in folder.iterdir():
-        if not path.name.startswith("."):
-            yield str(path)
-            if path.is_dir() and not _leads_back(path, base):
-                yield from _names_below(path, base)
-
-
-def _leads_back(folder: Path, base: Path) -> bool:
-    """Tell whether a folder is a link to one above it, from `base` on: each file in it would be read again and again."""
-    if not folder.is_symlink():
-        return False
-    place = folder.resolve()
-    return any(
-        above.resolve().is_relative_to(place) for above in folder.parents if above == base or base in above.parents
-    )
-
-
-def _named_folder(source: Source) -> Path:
-    """Return the folder of a folder or glob below which names say splits: for a glob, the part that exists as it is."""
-    path = Path(source.path)
-    return path if is_there(path) else next(filter(is_there, path.parents))
-
-
-def _choose_files(source: Source) -> SplitChoice | str:
-    """Choose the files that are read of a folder or glob, or return the end of a sentence on why none fits."""
-    files = list(filter(is_readable, _matching_files(source)))
-    return choose_files(files, _named_folder(source), source.split, _place_kind(source) == "glob")
-
-
 def source_files(source: Source) -> list[SourceFile]:
-    """Return the files of a source in the order in which they are read; none of a hub dataset."""
-    place, path = _place_kind(source), Path(source.path)
+    """Return the files of a source in the order in which they are read; none of a hub dataset or a prepared corpus."""
+    place, path = place_kind(source), Path(source.path)
     if place == "standard input":
         return [SourceFile(spool_standard_input(), place, ".jsonl", "")]
     if place == "file":
-        return [SourceFile(path, source.path, *file_kind(source.path))]
+        return [_named_file(source, source.path)]
     if place == "saved dataset":
         folder = path if is_saved_dataset(path) else path / source.split
         return [SourceFile(file, str(file), "", "") for file in sorted(folder.iterdir()) if file.is_file()]
-    if place == "hub dataset":
+    if place in ("hub dataset", "prepared corpus"):
         return []
-    choice = _choose_files(source)
-    assert isinstance(choice, SplitChoice)  # `_check_source` has found a choice
-    return [SourceFile(Path(name), name, *file_kind(name)) for name in choice.files]
+    choice = choose_split(source)
+    assert isinstance(choice, SplitChoice)  # `check_source` has found a choice
+    return [_named_file(source, name) for name in choice.files]
+
+
+def _named_file(source: Source, name: str) -> SourceFile:
+    file = SourceFile(Path(name), name, *file_kind(name))
+    return file._replace(sample_by=source.sample_by or "line") if file.kind == ".txt" else file
 
 
 def _file_rows(files: list[SourceFile], name_columns: NameColumns | None) -> Iterator[RawRow]:
@@ -308,14 +236,15 @@ def _file_rows(files: list[SourceFile], name_columns: NameColumns | None) -> Ite
             yield RawRow(file.label, number, fields)
 
 
-def _dataset_rows(source: Source) -> Iterator[RawRow]:
-    number = 0
-    for table in _load_dataset(source).with_format("arrow").iter(ROWS_PER_BATCH):
-        for fields in plain_values(table):
-            number += 1
-            yield RawRow(source.label, number, fields)
-    if number == 0:
+def _dataset_rows(source: Source, place: ReadingPlace) -> Iterator[dict[str, Any]]:
+    dataset = _load_dataset(source).with_format("arrow")
+    if not len(dataset):
         raise DataError(f"{source.label}: the dataset has no rows.")
+    left = range(place.offset, len(dataset))
+    for table in dataset.select(left).iter(ROWS_PER_BATCH) if left else ():
+        for fields in plain_values(table):
+            place.offset, place.row = place.offset + 1, place.row + 1
+            yield fields
 
 
 def _load_dataset(source: Source) -> Any:
@@ -328,7 +257,7 @@ def _load_dataset(source: Source) -> Any:
         load_from_disk,
     )  # imported here, because the import takes a second and plain files do not need it
 
-    path, on_hub = Path(source.path), _place_kind(source) == "hub dataset"
+    path, on_hub = Path(source.path), place_kind(source) == "hub dataset"
     try:
         if on_hub:
             return load_hub_dataset(source.path, source.name, source.split, source.revision)

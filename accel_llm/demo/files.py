@@ -8,8 +8,9 @@ from typing import Any, Literal, TypeVar
 
 from accel_llm.config.classify_options import ClassifyOptions
 from accel_llm.config.command_line import parse_options
-from accel_llm.config.options import PretrainOptions, TrainOptions
+from accel_llm.config.options import TrainOptions
 from accel_llm.config.preference_options import AnswerOptions
+from accel_llm.config.pretrain_options import PretrainOptions
 from accel_llm.data.rows import cache_folder, cache_problems
 from accel_llm.demo.preferences import demo_pairs
 from accel_llm.demo.questions import demo_questions

@@ -12,7 +12,7 @@ from accel_llm.adapters.locate import check_bases, describe_other_name, find_ada
 from accel_llm.adapters.saved import read_adapter_config
 from accel_llm.chat.template import Template, load_template
 from accel_llm.config.tool_options import AskOptions, ChatOptions
-from accel_llm.data.sources import data_fingerprint
+from accel_llm.data.fingerprint import data_fingerprint
 from accel_llm.errors import ConfigError
 from accel_llm.merge.attached import check_answers
 from accel_llm.merge.load import load_to_ask
@@ -20,7 +20,7 @@ from accel_llm.merge.skeleton import read_model_config
 from accel_llm.model.answers import Dialogue, print_remark
 from accel_llm.model.classifier import check_gives_tokens
 from accel_llm.model.fingerprint import model_fingerprint
-from accel_llm.model.loading import check_model_name
+from accel_llm.model.model_names import check_model_name
 from accel_llm.model.tokenizer import load_tokenizer
 
 BARE = ""  # name of the model without an adapter

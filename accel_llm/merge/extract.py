@@ -28,7 +28,8 @@ from accel_llm.merge.skeleton import (
     saved_names,
 )
 from accel_llm.model.fingerprint import model_fingerprint
-from accel_llm.model.loading import check_model_name, describe_shape_mismatch, short_reason
+from accel_llm.model.loading import describe_shape_mismatch, short_reason
+from accel_llm.model.model_names import check_model_name
 from accel_llm.system.folders import atomic_output, check_output_dir, check_writable
 from accel_llm.system.tensors import TensorSpec, write_tensors
 from accel_llm.system.weights import WeightFiles, open_weights

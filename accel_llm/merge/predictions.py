@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from accel_llm.config.tool_options import PredictOptions
-from accel_llm.data.sources import as_source, data_fingerprint, source_identity
+from accel_llm.data.fingerprint import data_fingerprint
+from accel_llm.data.sources import as_source, source_identity
 from accel_llm.data.writers import WRITERS, write_rows
 from accel_llm.errors import ConfigError, DataError
 from accel_llm.merge.dialogues import identify_model

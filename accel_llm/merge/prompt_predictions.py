@@ -7,8 +7,9 @@ from typing import Any
 from accel_llm.config.fields import Source
 from accel_llm.config.tool_options import PredictOptions
 from accel_llm.data.columns import column_problems
+from accel_llm.data.fingerprint import data_fingerprint
 from accel_llm.data.prompts import parse_prompt
-from accel_llm.data.sources import RawRow, as_source, data_fingerprint, read_source
+from accel_llm.data.sources import RawRow, as_source, read_source
 from accel_llm.data.tokenized import TokenizedRow
 from accel_llm.errors import ConfigError, DataError, raise_problems
 from accel_llm.merge.dialogues import open_dialogue
@@ -74,11 +75,10 @@ class PromptAnswers:
 
     def settings(self) -> dict[str, Any]:
         """Return what decides on the answers, beside the model and the rows."""
-        template = self.options.chat_template
-        if template and Path(template).is_file():
-            template = data_fingerprint(Path(template))
         names = [name for name in DECIDING if name != "seed" or self.options.temperature]
-        return {name: getattr(self.options, name) for name in names} | {"chat_template": template}
+        return {name: getattr(self.options, name) for name in names} | {
+            "chat_template": template_identity(self.options)
+        }
 
     def remarks(self) -> list[str]:
         """Return a sentence on what makes batches smaller."""
@@ -156,6 +156,12 @@ def name_limit(limit: int, options: PredictOptions, positions: int | None) -> st
     if limit == options.max_length:
         return "max_length"
     return "positions of the model" if limit == positions else "max_length of its training"
+
+
+def template_identity(options: PredictOptions) -> str | None:
+    """Return the name of the chat template that the options give; of a file, the hash of its content."""
+    template = options.chat_template
+    return data_fingerprint(Path(template)) if template and Path(template).is_file() else template
 
 
 def check_known(ids: list[int], vocabulary: int) -> None:

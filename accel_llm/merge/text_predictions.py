@@ -3,7 +3,6 @@
 import math
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,19 +21,19 @@ from accel_llm.data.encode_labelled import check_contents, encode_text_pairs
 from accel_llm.data.formats import Conversation, Document, parse_row
 from accel_llm.data.labelled_rows import labelled_column_problems, name_columns, parse_texts
 from accel_llm.data.labels import MULTI_LABEL, REGRESSION, SINGLE_LABEL
-from accel_llm.data.sources import RawRow, as_source, data_fingerprint, read_source
+from accel_llm.data.sources import RawRow, as_source, read_source
 from accel_llm.data.texts import place_texts
 from accel_llm.errors import ConfigError, DataError, raise_problems
 from accel_llm.merge.classifier_head import adapted_config, class_names, complete_config
 from accel_llm.merge.dialogues import find_models, tokenizer_source
 from accel_llm.merge.input_rows import TOO_LONG, InputRow, row_format
 from accel_llm.merge.load import load_to_ask
-from accel_llm.merge.prompt_predictions import check_known, name_limit, smallest_limit
+from accel_llm.merge.prompt_predictions import check_known, name_limit, smallest_limit, template_identity
 from accel_llm.merge.skeleton import read_model_config
 from accel_llm.model.attention import enable_packing, enable_padding, unwrap_causal_lm
 from accel_llm.model.classifier import REWARD_LABEL, has_scores
 from accel_llm.model.encoders import text_scores
-from accel_llm.model.loading import check_model_name
+from accel_llm.model.model_names import check_model_name
 from accel_llm.model.positions import position_limit
 from accel_llm.model.text_probe import check_text_scores, text_packing_obstacle
 from accel_llm.model.tokenizer import load_tokenizer
@@ -174,10 +173,9 @@ class TextAnswers:
 
     def settings(self) -> dict[str, Any]:
         """Return what decides on the scores, beside the model and the rows."""
-        template = self.options.chat_template
-        if template and Path(template).is_file():
-            template = data_fingerprint(Path(template))
-        return {name: getattr(self.options, name) for name in _DECIDING} | {"chat_template": template}
+        return {name: getattr(self.options, name) for name in _DECIDING} | {
+            "chat_template": template_identity(self.options)
+        }
 
     def remarks(self) -> list[str]:
         """Return a sentence on what makes batches smaller."""

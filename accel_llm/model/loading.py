@@ -1,10 +1,9 @@
-"""Loads a model and its config, after checking that everything is there and fits together."""
+"""Loads a model and its config, or builds one with random weights, after checking that everything fits together."""
 
 import os
 import textwrap
 from collections.abc import Iterable
-from copy import copy, deepcopy
-from pathlib import Path
+from copy import deepcopy
 from pickle import UnpicklingError
 from typing import Any
 
@@ -16,17 +15,20 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from accel_llm.backend.strategy import compute_dtype, strategy
 from accel_llm.config.classify_options import ClassifyOptions
-from accel_llm.config.command_line import shell_command
-from accel_llm.config.options import ModelOptions, PretrainOptions, TrainOptions
+from accel_llm.config.options import ModelOptions, TrainOptions
+from accel_llm.config.pretrain_options import PretrainOptions
 from accel_llm.errors import ConfigError
 from accel_llm.model.attention import enable_packing, enable_padding
 from accel_llm.model.classifier import attach_scores, check_gives_scores, check_gives_tokens, model_loader, start_head
 from accel_llm.model.config_file import correct_tied_embeddings
 from accel_llm.model.encoders import head_names
 from accel_llm.model.file_weights import compare_with_files
-from accel_llm.model.language_part import causal_lm_loader, freeze_other_parts
+from accel_llm.model.first_weights import FirstWeights
+from accel_llm.model.fresh_config import change_config, family_config, is_family
+from accel_llm.model.language_part import causal_lm_class, causal_lm_loader, freeze_other_parts
 from accel_llm.model.loss import attach_loss
-from accel_llm.model.option_problems import model_option_problems
+from accel_llm.model.meta_device import OWN_IMPLEMENTATIONS, build_on_meta, without_quantization
+from accel_llm.model.model_names import model_source
 from accel_llm.model.padding import drop_invalid_pad_ids
 from accel_llm.model.placement import quantize_layers
 from accel_llm.model.positions import position_limit, scale_by_document
@@ -45,82 +47,11 @@ from accel_llm.model.stored_quantization import (
     unpack_when_loaded,
 )
 from accel_llm.model.untrusted import check_untrusted_config, check_untrusted_weights
-from accel_llm.system.hub import absence_reason
+from accel_llm.system.launcher import process_rank
 
 # Errors of transformers, safetensors and torch for a model that is missing, damaged or unknown.
 LOADING_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, RecursionError)
 LOADING_ERRORS += (SafetensorError, StrictDataclassError, UnpicklingError)
-# A config.json can name an implementation of attention or experts, even a kernel on the hub. These override it.
-OWN_IMPLEMENTATIONS: dict[str, Any] = {"attn_implementation": None, "experts_implementation": None}
-
-
-def model_problems(options: ModelOptions) -> list[str]:
-    """Return one sentence for each problem with the model's name and options, before any file is read."""
-    problems = model_option_problems(options) if isinstance(options, TrainOptions) else []
-    problems += tokenizer_problems(options)
-    names = {"model_name_or_path": options.model_name_or_path}
-    if isinstance(options, PretrainOptions):
-        names["config_name"] = options.config_name
-    elif options.model_name_or_path is None:
-        return [*problems, "model_name_or_path: is missing; name a model folder or a hub id."]
-    for field, name in names.items():
-        try:
-            if name is not None:
-                check_model_name(name, field, options.revision)
-        except ConfigError as error:
-            problems += error.problems
-    return problems
-
-
-def tokenizer_problems(options: ModelOptions) -> list[str]:
-    """Return the problem with the tokenizer's name, if the options give one, before any file is read."""
-    name = options.tokenizer_name
-    if name is None or not (reason := absence_reason(name, options.revision)):
-        return []
-    return [f"tokenizer_name: {name} {reason}; a folder with a tokenizer or a hub id (owner/name) is allowed."]
-
-
-def check_model_name(name: str, field: str = "model_name_or_path", revision: str = "main") -> None:
-    """Check that `name` can be a model: a folder with config.json, or a hub id while the hub or its cache answers.
-
-    Raises:
-        ConfigError: the path does not exist or is a file, or the folder has no config.json or holds an adapter.
-    """
-    if reason := absence_reason(name, revision):
-        raise ConfigError(f"{field}: {name} {reason}; a model folder or a hub id (owner/name) is allowed.")
-    path = Path(name)
-    if (path / "adapter_config.json").is_file():
-        # transformers 5.23 would silently load the base with the LoRA on it, but with nothing to train.
-        raise ConfigError(
-            f"{field}: {name} is an adapter, not a model; merge it first with "
-            f"`{shell_command('merge.py', adapter=name, output_dir='MODEL')}`, or name its base model."
-        )
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            if (path / "model" / "config.json").is_file():
-                raise ConfigError(f"{field}: {name} is the folder of a run; its model is {path / 'model'}.")
-            file_names = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
-            raise ConfigError(
-                f"{field}: the folder {name} has no config.json (it holds {file_names}); a model folder has one."
-            )
-    elif path.exists():
-        raise ConfigError(f"{field}: {name} is a file; a model folder or a hub id (owner/name) is allowed.")
-
-
-def model_source(options: ModelOptions) -> str:
-    """Return the model folder or hub id that a run starts from: a model with weights, or only a config.
-
-    Raises:
-        ConfigError: none is named.
-    """
-    name = (
-        options.config_name
-        if isinstance(options, PretrainOptions) and options.config_name
-        else options.model_name_or_path
-    )
-    if name is None:
-        raise ConfigError("model_name_or_path: is missing; name a model folder or a hub id.")
-    return name
 
 
 def stored_dtype(config: PreTrainedConfig) -> torch.dtype:
@@ -136,9 +67,12 @@ def load_model_config(options: ModelOptions, max_length: int | None = None) -> P
             options cannot train such a model.
     """
     name = model_source(options)
-    arguments = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
-    check_untrusted_config(name, "model_name_or_path", **arguments)
-    config = _read_config(name, "model_name_or_path", **arguments)
+    if isinstance(options, PretrainOptions) and options.config_name:
+        config = _fresh_config(options, name)
+    else:
+        arguments = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
+        check_untrusted_config(name, "model_name_or_path", **arguments)
+        config = _read_config(name, "model_name_or_path", **arguments)
     if isinstance(options, TrainOptions):
         if options.gives_scores:
             check_gives_scores(config, name, rewards=not isinstance(options, ClassifyOptions))
@@ -152,6 +86,21 @@ def load_model_config(options: ModelOptions, max_length: int | None = None) -> P
             f"max_length: {max_length}{' (the default)' if default else ''} is beyond the model's {limit} positions; set "
             f"max_length to {limit} or less."
         )
+    return config
+
+
+def _fresh_config(options: PretrainOptions, name: str) -> PreTrainedConfig:
+    """Read the config of a model with random weights, and change the fields that `config_overrides` names."""
+    if is_family(name):
+        config, settings = family_config(name), {}
+    else:
+        arguments = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
+        check_untrusted_config(name, "config_name", **arguments)
+        config = _read_config(name, "config_name", **arguments)
+        settings, _ = PreTrainedConfig.get_config_dict(name, revision=options.revision)
+    if options.config_overrides:
+        config = change_config(config, settings, options.config_overrides)
+        drop_invalid_pad_ids(config)
     return config
 
 
@@ -274,17 +223,27 @@ def configure_for_training(model: PreTrainedModel, options: TrainOptions) -> Pre
 
 
 def build_model(config: PreTrainedConfig, options: TrainOptions) -> PreTrainedModel:
-    """Build a causal LM with random float32 weights; the caller sets the seed."""
-    implementations = dict(OWN_IMPLEMENTATIONS)
+    """Build a causal LM with random float32 weights, which `place_weights` draws layer by layer from the run's seed.
+
+    Code that comes with a model, and a few families, do not say of each weight how it begins. Then all of them are drawn
+    here, on each process; the caller sets the seed.
+    """
+    arguments: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
     if options.attn_implementation != "auto":
-        implementations["attn_implementation"] = options.attn_implementation
-    # Without trust_remote_code as an argument, transformers 5.23 asks at the terminal.
-    trusted = options.trust_remote_code
-    config = copy(config)
-    if stored_quantization(config):
-        del config.quantization_config  # type: ignore[attr-defined] # of weights that are not read
-    loader = causal_lm_loader(config)
-    model = loader.from_config(config, dtype=torch.float32, trust_remote_code=trusted, **implementations)
+        arguments["attn_implementation"] = options.attn_implementation
+    model = build_on_meta(config, tie=False, **arguments) if causal_lm_class(config) is not None else None
+    first_weights = FirstWeights(model, options.seed) if model is not None else None
+    if model is not None and first_weights is not None and not first_weights.unknown():
+        model.unread, model.first_weights = True, first_weights  # type: ignore[assignment]
+    else:
+        if process_rank() == 0:
+            print(
+                f"{config.model_type} does not say how each weight begins: each process draws all of them", flush=True
+            )
+        unset_hf_deepspeed_config()  # or transformers shards a model under ZeRO-3 while it builds it
+        config = without_quantization(config)
+        arguments = OWN_IMPLEMENTATIONS | {"dtype": torch.float32} | arguments
+        model = causal_lm_loader(config).from_config(config, **arguments)
     freeze_other_parts(model, config)
     scale_by_document(model)
     return configure_for_training(model, options)

@@ -28,20 +28,28 @@ def chunk_count(tokens: int, width: int, vocabulary: int) -> int:
 
 
 def sum_of_chunks(
-    model: PreTrainedModel, hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None
+    model: PreTrainedModel,
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    weights: torch.Tensor | None,
+    sources: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the loss of hidden [n, width] for targets [n], float32 []: the sum of `sum_terms`, with its gradient."""
+    """Return the loss of hidden [n, width] for targets [n], float32 []: the sum of `sum_terms`, with its gradient.
+
+    `sources` [n] are numbers of sources, whose parts of the loss are added to `model.source_sums`.
+    """
     # Using the head may be a collective: all ranks need the same number of chunks, so a chunk may be empty.
     chunks: int = (not model.training and model.eval_loss_chunks) or model.loss_chunks  # type: ignore
     head: Any = model.get_output_embeddings()
     trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
     differentiated = torch.is_grad_enabled() and (hidden.requires_grad or bool(trained))
     if differentiated and not needs_recomputation(head, hidden):
-        loss: Any = LossInOnePass.apply(model, chunks, targets, weights, hidden, *trained)
+        loss: Any = LossInOnePass.apply(model, chunks, targets, weights, sources, hidden, *trained)
         return loss
 
-    tensors = [hidden, targets, *([] if weights is None else [weights])]
-    parts = list(zip(*(tensor.tensor_split(chunks) for tensor in tensors), strict=True))
+    tensors = (hidden, targets, weights, sources)
+    split = ([None] * chunks if tensor is None else tensor.tensor_split(chunks) for tensor in tensors)
+    parts: list[Any] = list(zip(*split, strict=True))
     if chunks == 1 or not differentiated:
         return torch.stack([_chunk_loss(model, *part) for part in parts]).sum()
     # Logits are recomputed in the backward pass, so only one chunk of them is in memory. An adapter of the head may
@@ -78,6 +86,7 @@ class LossInOnePass(torch.autograd.Function):
         chunks: int,
         targets: torch.Tensor,
         weights: torch.Tensor | None,
+        sources: torch.Tensor | None,
         hidden: torch.Tensor,
         *trained: torch.Tensor,
     ) -> torch.Tensor:
@@ -89,8 +98,8 @@ class LossInOnePass(torch.autograd.Function):
             with torch.enable_grad():
                 some_hidden = hidden[part].detach().requires_grad_(gradient is not None)
                 logits = project(model, some_hidden).float()
-            some_weights = None if weights is None else weights[part]
-            loss, by_logits = _loss_and_gradient(model, logits.detach(), targets[part], some_weights)
+            some_weights, some_sources = (each if each is None else each[part] for each in (weights, sources))
+            loss, by_logits = _loss_and_gradient(model, logits.detach(), targets[part], some_weights, some_sources)
             losses.append(loss)
             inputs = [*trained, *([] if gradient is None else [some_hidden])]
             by_inputs = torch.autograd.grad(logits, inputs, by_logits, allow_unused=True)
@@ -106,7 +115,7 @@ class LossInOnePass(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, scale: torch.Tensor) -> tuple[Any, ...]:
         gradients, ctx.gradients = ctx.gradients, None  # not kept: they are scaled in place
-        return (None, None, None, None, *(_scale(gradient, scale) for gradient in gradients))
+        return (None, None, None, None, None, *(_scale(gradient, scale) for gradient in gradients))
 
 
 def _scale(tensor: torch.Tensor | None, scale: torch.Tensor) -> torch.Tensor | None:
@@ -123,9 +132,14 @@ class SumOfTerms(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, model: PreTrainedModel, logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None
+        ctx: Any,
+        model: PreTrainedModel,
+        logits: torch.Tensor,
+        targets: torch.Tensor,
+        weights: torch.Tensor | None,
+        sources: torch.Tensor | None,
     ) -> torch.Tensor:
-        loss, gradient = _loss_and_gradient(model, logits.detach(), targets, weights)
+        loss, gradient = _loss_and_gradient(model, logits.detach(), targets, weights, sources)
         ctx.save_for_backward(gradient)  # so that a chunk that is recomputed later does not keep it
         return loss
 
@@ -133,11 +147,15 @@ class SumOfTerms(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, scale: torch.Tensor) -> tuple[Any, ...]:
         (gradient,) = ctx.saved_tensors
-        return None, gradient.mul_(scale), None, None
+        return None, gradient.mul_(scale), None, None, None
 
 
 def _loss_and_gradient(
-    model: Any, logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None
+    model: Any,
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    weights: torch.Tensor | None,
+    sources: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the sum of the terms of logits [n, vocabulary], float32 [], and its gradient in the place of the logits.
 
@@ -170,24 +188,35 @@ def _loss_and_gradient(
     if smoothing:
         logits -= (smoothing / logits.shape[1] * weights)[:, None]
     logits.scatter_add_(1, targets[:, None], ((smoothing - 1) * weights)[:, None])
-    return (terms * weights).sum(), logits
+    terms = terms * weights
+    if sources is not None and model.source_sums is not None:
+        model.source_sums.index_add_(0, sources, torch.stack([terms, weights], 1).double())
+    return terms.sum(), logits
 
 
 def _chunk_loss(
-    model: PreTrainedModel, hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None = None
+    model: PreTrainedModel,
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    weights: torch.Tensor | None = None,
+    sources: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the loss of hidden [n, width] for targets [n], float32 []; for n = 0 it is 0, with a gradient graph."""
-    return SumOfTerms.apply(model, project(model, hidden).float(), targets, weights)  # type: ignore
+    return SumOfTerms.apply(model, project(model, hidden).float(), targets, weights, sources)  # type: ignore
 
 
 def sum_terms(
-    model: PreTrainedModel, logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None
+    model: PreTrainedModel,
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    weights: torch.Tensor | None,
+    sources: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Sum over logits [n, vocabulary] of the terms of targets [n], each times its weight if there are any."""
     labeled = (targets != IGNORED).float()
     weights = labeled if weights is None else labeled * weights
     logits = logits.to(torch.float32, copy=True)  # the family may need its own for the gradient
-    return SumOfTerms.apply(model, logits, targets.clamp(min=0), weights)  # type: ignore
+    return SumOfTerms.apply(model, logits, targets.clamp(min=0), weights, sources)  # type: ignore
 
 
 def project(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:

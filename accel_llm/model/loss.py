@@ -23,7 +23,7 @@ from accel_llm.model.virtual_tokens import count_virtual_tokens
 
 LossPath = Literal["own", "stock"]
 # What the loss reads of a batch beside the labels.
-TARGETS = ("target_positions", "target_columns", "total_weight", "weights")
+TARGETS = ("target_positions", "target_columns", "total_weight", "weights", "sources")
 LOSS_TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-3, torch.int8: 2e-3}  # relative
 
 
@@ -32,9 +32,21 @@ def next_token_loss(model: nn.Module, batch: dict) -> torch.Tensor:
 
     `batch` is packed or padded, see data/batches.py. With `weights` in it, each term is multiplied by its token's
     weight. Call `attach_loss` on the model first; after that it may be wrapped (PEFT, DDP, DeepSpeed, FSDP2).
+
+    If the batch has `sources`, this adds to it what `measured` says in report/metrics.py: for each of `source_names` the
+    loss of its tokens, as `loss/NAME`.
     """
     targets = {name: batch[name] for name in TARGETS if name in batch} | {"row_length": batch["labels"].shape[1]}
-    return model(**forward_arguments(batch), labels=batch["labels"], targets=targets, use_cache=False).loss
+    names = batch.get("source_names", ())
+    inner: Any = unwrap_causal_lm(model) if names else None
+    if names:
+        inner.source_sums = torch.zeros(len(names), 2, dtype=torch.float64, device=batch["labels"].device)
+    loss = model(**forward_arguments(batch), labels=batch["labels"], targets=targets, use_cache=False).loss
+    if names:
+        # From here on nothing is added: logits may be computed again in the backward pass.
+        sums, inner.source_sums = inner.source_sums, None
+        batch["measured"] = {f"loss/{name}": part for name, part in zip(names, sums, strict=True)}
+    return loss
 
 
 def attach_loss(
@@ -159,10 +171,11 @@ def _own_loss(model: PreTrainedModel, *args, labels: torch.Tensor, targets: dict
     """Sum over the targets, projecting only their positions to the vocabulary."""
     hidden, labels = model.base_model(*args, **kwargs)[0], _shifted(labels, IGNORED)
     hidden, labels = (tensor.flatten(0, 1).index_select(0, targets["target_positions"]) for tensor in (hidden, labels))
-    weights = targets.get("weights")
-    if weights is not None:
-        weights = _shifted(weights, 0).flatten().index_select(0, targets["target_positions"])
-    return sum_of_chunks(model, hidden, labels, weights)
+    weights, sources = (
+        each if each is None else _shifted(each, 0).flatten().index_select(0, targets["target_positions"])
+        for each in (targets.get("weights"), targets.get("sources"))
+    )
+    return sum_of_chunks(model, hidden, labels, weights, sources)
 
 
 def _stock_loss(model: PreTrainedModel, *args, labels: torch.Tensor, targets: dict[str, Any], **kwargs) -> torch.Tensor:
@@ -178,10 +191,11 @@ def _stock_loss(model: PreTrainedModel, *args, labels: torch.Tensor, targets: di
     columns = targets["target_columns"]
     output = type(model).forward(model, *args, logits_to_keep=columns, **kwargs)
     logits, labels = output.logits.flatten(0, 1).float(), _shifted(labels, IGNORED)
-    weights = targets.get("weights")
-    if weights is not None:
-        weights = _shifted(weights, 0).index_select(1, columns).flatten()
-    loss = sum_terms(model, logits, labels.index_select(1, columns).flatten(), weights)
+    weights, sources = (
+        each if each is None else _shifted(each, 0).index_select(1, columns).flatten()
+        for each in (targets.get("weights"), targets.get("sources"))
+    )
+    loss = sum_terms(model, logits, labels.index_select(1, columns).flatten(), weights, sources)
     if not model.training:
         return loss
     return loss + balance_loss(model, output) * targets["total_weight"]

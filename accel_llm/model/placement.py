@@ -1,8 +1,9 @@
-"""Brings weights from the files to the devices layer by layer: read, cast, quantized, sharded.
+"""Brings weights from the files to the devices layer by layer: read or drawn, cast, quantized, sharded.
 
 `load_model` only memory-maps the checkpoint, which takes no memory until a weight is read. Here each layer is read,
 cast to its final dtype, quantized if the options say so and, under ZeRO-3 and FSDP2, sharded over the ranks before the
-next layer is read. So a process never holds more than its own shard and one layer.
+next layer is read. So a process never holds more than its own shard and one layer. The weights of a fresh model are
+drawn where others are read, see first_weights.py.
 """
 
 import json
@@ -54,15 +55,26 @@ def place_weights(accelerator: Accelerator, model: nn.Module, options: TrainOpti
                     "offload_embeddings: without a GPU all weights lie in host memory, so it has no effect"
                 )
             else:
+                _draw(model, [embedding])
                 materialize_weights(model, [embedding], compute, torch.device("cpu"), masters)
                 keep_on_host(embedding)
         for unit in tracked(_shard_units(model), "load layers"):
             modules = [module for module in unit.modules() if module not in done]
-            materialize_weights(model, modules, compute, accelerator.device, masters)
+            fresh = _draw(model, modules)
+            materialize_weights(model, modules, compute, accelerator.device, masters, copy=not fresh)
             done.update(modules)
             shard(unit)
     # From now on the loss can be tested on the model, see `attach_loss`.
     unwrap_causal_lm(model).unread = False  # type: ignore[assignment]
+    vars(unwrap_causal_lm(model)).pop("first_weights", None)
+
+
+def _draw(model: nn.Module, modules: list[nn.Module]) -> bool:
+    """Draw the first weights directly in `modules` on the host, if the model is a fresh one; tell whether it is."""
+    first_weights: Any = getattr(unwrap_causal_lm(model), "first_weights", None)
+    if first_weights is not None:
+        first_weights.draw(modules)
+    return first_weights is not None
 
 
 def _shard_units(model: nn.Module) -> list[nn.Module]:
@@ -83,13 +95,18 @@ def _shard_units(model: nn.Module) -> list[nn.Module]:
 
 
 def materialize_weights(
-    model: nn.Module, modules: list[nn.Module], compute: torch.dtype, device: torch.device, masters: bool = True
+    model: nn.Module,
+    modules: list[nn.Module],
+    compute: torch.dtype,
+    device: torch.device,
+    masters: bool = True,
+    copy: bool = True,
 ) -> None:
     """Copy the weights directly in `modules` (not in submodules) from the files to `device`, in their final dtype.
 
     Frozen weights get the dtype `compute`; trained ones are float32 with `masters`, else also `compute`, and so do the
     buffers of an adapter. The weights of 4-bit layers (see `prepare_4bit_layers`) are quantized here, unless that was
-    done before.
+    done before. With `copy` no weight stays in the memory where it was, which may be that of a file.
     """
     float32 = _float32_parameter_ids(model)
     for module in modules:
@@ -113,7 +130,7 @@ def materialize_weights(
             elif parameter.is_floating_point() and not isinstance(parameter, Params4bit):
                 full_precision = (masters and _is_trained(module, parameter)) or id(parameter) in float32
                 dtype = torch.float32 if full_precision else compute
-                parameter.data = old.to(device, dtype, copy=True)
+                parameter.data = old.to(device, dtype, copy=copy)
             else:
                 continue
             # The pages of the file that were just read would otherwise count as memory of this process.

@@ -8,7 +8,8 @@ from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.hub import cached_file
 
-from accel_llm.config.options import ModelOptions, PretrainOptions
+from accel_llm.config.options import ModelOptions
+from accel_llm.config.pretrain_options import PretrainOptions
 from accel_llm.model.loading import stored_dtype
 from accel_llm.model.stored_quantization import stored_quantization
 from accel_llm.system.weights import open_weights

@@ -5,7 +5,8 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 from accel_llm.config.options import ModelOptions
 from accel_llm.errors import ConfigError
-from accel_llm.model.loading import LOADING_ERRORS, model_source, short_reason
+from accel_llm.model.loading import LOADING_ERRORS, short_reason
+from accel_llm.model.model_names import model_source
 from accel_llm.model.padding import embedding_rows
 from accel_llm.model.tokenizer_pattern import load_with_right_pattern
 from accel_llm.model.untrusted import check_untrusted_tokenizer
@@ -59,8 +60,9 @@ def check_token_ids(
     config: PreTrainedConfig,
     tokenizer: PreTrainedTokenizerFast,
     new_tokens: range = range(0),
+    remedy: str = "use the model's own tokenizer",
 ) -> None:
-    """Check that the embedding has, or will get, a row for every token id of the data.
+    """Check that the embedding has, or will get, a row for every token id of the data; `remedy` says what to do if not.
 
     Raises:
         ConfigError: an id is too large.
@@ -71,5 +73,5 @@ def check_token_ids(
         token = tokenizer.convert_ids_to_tokens(largest)
         raise ConfigError(
             f"tokenizer_name: the data holds token id {largest} ({token!r}), but the model's vocabulary has {rows} "
-            "rows; use the model's own tokenizer."
+            f"rows; {remedy}."
         )

@@ -8,7 +8,7 @@ import hashlib
 import json
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -28,8 +28,8 @@ from accel_llm.data.stream import Collate, Stream, evaluation_batches
 from accel_llm.errors import ConfigError
 from accel_llm.model.evaluating import evaluating
 from accel_llm.model.fingerprint import model_fingerprint
-from accel_llm.model.loading import check_model_name
 from accel_llm.model.log_probabilities import answer_log_probabilities
+from accel_llm.model.model_names import check_model_name
 from accel_llm.model.probe import sharing_obstacle
 from accel_llm.model.tokenizer import configured_tokenizer, load_tokenizer
 from accel_llm.preference.mismatched import collate_with_mismatched, mismatch
@@ -97,7 +97,7 @@ class Reference:
         self.accelerator, self.stream = accelerator, stream
         self.options: Any = options  # those with a reference are PreferenceOptions
         self.folder = cache_folder(options) / data.fingerprint
-        self.parts: dict[str, Rows | Pairs] = {"train": stream.rows}
+        self.parts: dict[str, Rows | Pairs] = {"train": cast(Rows | Pairs, stream.rows)}  # no text that is streamed
         if data.eval is not None:
             self.parts["eval"] = as_units(data.eval, not isinstance(stream.rows, Pairs) or stream.rows.share_prompts)
         # KTO also compares each prompt with an answer of another row.

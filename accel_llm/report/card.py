@@ -25,7 +25,8 @@ from accel_llm.system.secrecy import hide_secrets
 CARD_PACKAGES = ("torch", "transformers", "peft", "safetensors")
 MAX_LABELS = 20
 LICENSE_KEYS = ("license", "license_name", "license_link")  # of the header of a card
-NOT_IN_CARD = ("loss", "perplexity")  # of an evaluation: the loss has a line of its own
+# Of an evaluation: the loss has a line of its own, and those of single sources have the names of files.
+NOT_IN_CARD = ("loss", "perplexity")
 ADAPTER_EXAMPLE = """from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 
@@ -249,7 +250,7 @@ def _describe_evaluation(metrics: list[dict[str, Any]], exported_step: int | Non
     shown = [
         f"{name} {value:.4f}"
         for name, value in values.items()
-        if name not in NOT_IN_CARD and isinstance(value, float) and math.isfinite(value)
+        if name.partition("/")[0] not in NOT_IN_CARD and isinstance(value, float) and math.isfinite(value)
     ]
     return {f"evaluation at step {line['step']}": ", ".join(shown)} if shown else {}
 

@@ -96,7 +96,8 @@ def show_stop_token_check(
         return
 
     # The last trained position of each document that has any.
-    labels = np.asarray(rows.labels)
+    assert rows.labels is not None  # as of every chat
+    labels = rows.labels
     trained = np.flatnonzero(labels != IGNORED)
     before = np.searchsorted(trained, np.asarray(rows.offsets))  # trained tokens before each border of documents
     last = trained[before[1:][np.diff(before) > 0] - 1]

@@ -23,6 +23,7 @@ from accel_llm.report.likelihood import ChosenLikelihood
 from accel_llm.report.record import Record
 from accel_llm.report.sharing import share_run
 from accel_llm.report.trackers import RunTrackers
+from accel_llm.report.update_ratio import UpdateRatio, ratio_of
 from accel_llm.system.disk import write_atomically
 from accel_llm.system.progress import Bar, console, format_seconds
 
@@ -41,12 +42,18 @@ class Meter:
         record: Record,
         step: int = 0,
         state: Sequence[float] = (0.0,) * 5,
+        optimizer: Any = None,
     ):
-        """Start the sums of a run. `step` and `state` are those of the checkpoint that a run resumes from."""
+        """Start the sums of a run. `step` and `state` are those of the checkpoint that a run resumes from.
+
+        With the `optimizer` its updates are measured in the steps that are logged.
+        """
         self.accelerator, self.options, self.plan, self.record = accelerator, options, plan, record
         self.file = Path(options.output_dir) / "metrics.jsonl"
         self.supervised = 0  # labeled targets up to the last line of metrics, over all processes
         self.trackers, self.likelihood = RunTrackers(accelerator, options, record, step), ChosenLikelihood(options)
+        self.step = step  # the last one that was taken
+        self.updates = UpdateRatio(optimizer, lambda: self._is_due(self.step + 1)) if optimizer else None
         self.status = ""  # beside the bar: where the run is and how it goes
         self._reset(state)
         if accelerator.is_main_process and step:
@@ -93,33 +100,46 @@ class Meter:
         real = sum(batch["lengths"]) - len(batch.get("virtual_positions", ()))
         self.tokens += real if batch["num_targets"] else 0
 
-    def log(self, step: int, learning_rate: float, grad_norm: float) -> None:
-        """Write the metrics of step `step` (from 1) if they are due: every `logging_steps`, first and last step.
+    def _is_due(self, step: int) -> bool:
+        """Return whether metrics are logged at `step`: every `logging_steps`, first and last step.
 
         A run that may stop early writes them before each evaluation too, since it can be the last one.
         """
-        if self.bar:
-            self.bar.update(step, self.status)
         options = self.options
         may_be_last = options.early_stopping_patience and options.eval_steps and step % options.eval_steps == 0
-        if step % options.logging_steps and step not in (1, self.plan.total_steps) and not may_be_last:
+        return bool(step % options.logging_steps == 0 or step in (1, self.plan.total_steps) or may_be_last)
+
+    def log(self, step: int, learning_rate: float, grad_norm: float, skipped: int = 0) -> None:
+        """Write the metrics of step `step` (from 1) if they are due. `skipped` steps up to it have changed no weight."""
+        self.step = step
+        if self.bar:
+            self.bar.update(step, self.status)
+        if not self._is_due(step):
             return
-        values = torch.cat([self.sums, self.measured.flatten()]).tolist()  # the host waits for the device
+        device = self.accelerator.device
+        updates = self.updates.take(device) if self.updates else torch.zeros(2, dtype=torch.float64, device=device)
+        values = torch.cat([self.sums, updates, self.measured.flatten()]).tolist()  # the host waits for the device
         sums = sum_on_cpus(self.accelerator, [self.targets, self.tokens, *values])
-        targets, tokens, loss, weight, *measured = sums
+        targets, tokens, loss, weight, changes, weights, *measured = sums
+        ratio = ratio_of(changes, weights)
         seconds = time.perf_counter() - self.since
         self.supervised += int(targets)
+        if self.plan.streamed_ledger:
+            self.record.update(ledger=self.plan.streamed_ledger(self.plan.rows_at(step)).to_dict())
         self.write(
             step,
             {
                 "loss": loss / weight if weight else float("nan") if targets else 0.0,
                 "learning_rate": learning_rate,
                 "grad_norm": grad_norm,
+                **({} if ratio is None else {"update_ratio": ratio}),
+                **({"skipped_steps": skipped} if skipped else {}),
                 "tokens_per_second": round(tokens / seconds, 1),
                 "supervised_tokens": self.supervised,
                 "epoch": self.plan.epoch(step),
                 "peak_memory_mb": peak_memory_mb(self.accelerator.device),
             }
+            | {f"epoch/{name}": epochs for name, epochs in self.plan.source_epochs(step).items()}
             | measured_means(self.measured_names, measured),
         )
         self._reset()
@@ -149,6 +169,12 @@ class Meter:
         with self.pause_clock():
             keep_answers(self.file.parent, step, list(answers))
             self.record.refresh_page(now="eval/loss" in values)
+
+    def keep(self, step: int, answers: Sequence[dict[str, Any]]) -> None:
+        """Keep the answers of `step` for report.html, in place of those that it had."""
+        if self.accelerator.is_main_process:
+            keep_answers(self.file.parent, step, list(answers))
+            self.record.refresh_page(now=True)
 
     def _print(self, line: str) -> None:
         if console.is_terminal:
@@ -187,6 +213,8 @@ class Meter:
 
 def _on_screen(name: str) -> bool:
     """Return whether a line on the screen has room for a metric; metrics.jsonl has all of them."""
+    if name.startswith(("loss/", "epoch/", "eval/perplexity/")):  # of single sources
+        return False
     of_one_side = name.endswith(("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected"))
     return name in SCREEN_NAMES or ("/" in name and not of_one_side)
 

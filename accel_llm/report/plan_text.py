@@ -1,17 +1,14 @@
 """What a run says before it starts: settings, data, steps, evaluations, checkpoints, as lines with a name on the left."""
 
-import math
 import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from accel_llm.chat.targets import IGNORED
-from accel_llm.config.options import SCHEDULES_BY_OPTION, Options, TrainOptions, count_warmup_steps
+from accel_llm.config.options import SCHEDULES_BY_OPTION, Options, TrainOptions, count_decay_steps, count_warmup_steps
 from accel_llm.data.ledger import Ledger, is_lost
 from accel_llm.data.rows import Rows
 from accel_llm.data.stream import TrainingPlan, padding_share
@@ -113,16 +110,24 @@ def describe_rows(rows: Rows, plan: TrainingPlan, options: TrainOptions) -> str:
     """
     virtual, max_length = options.virtual_tokens, options.max_length
     tokens, units = int(rows.offsets[-1]), count_of(len(rows), "document")
-    supervised = f" ({int((np.asarray(rows.labels) != IGNORED).sum()):,} trained)"
+    if plan.bins is None:
+        mean = f"{tokens / len(rows):,.0f} tokens on average in the first {len(rows):,}"
+        return f"streamed; {mean}, in rows of at most {max_length:,}"
+    supervised = f" ({rows.trained_tokens:,} trained)"
     if rows.shared is not None:
         units = count_of(len(rows) // 2, "pair")
         tokens -= 0 if virtual or not options.packing else int(rows.shared[::2].sum())
     elif rows.targets is not None:
         units, supervised = count_of(len(rows), "text"), ""
     fill = f"{(tokens + virtual * len(rows)) / (plan.bins * max_length):.1%} full"
+    if plan.full is not None:
+        fill = f"{plan.full:.1%} full"
     if not options.packing:
         share = padding_share(rows, options, plan.rows_per_step)
         fill = f"padding: {share:.1%} of the tokens that are computed"
+    epochs = {one_line(name): f"{times:.3g} times" for name, times in plan.epochs_of_sources(plan.bins).items()}
+    passed = [f"{name} {'once' if times == '1 times' else times}" for name, times in epochs.items()]
+    fill += f"; an epoch passes through {_listed(passed)}" if passed else ""
     beside = f" beside {virtual:,} virtual ones each" if virtual else ""
     return (
         f"{units}, {tokens:,} tokens{supervised}{beside} in {count_of(plan.bins, 'row')} of at most "
@@ -134,8 +139,12 @@ def describe_steps(plan: TrainingPlan) -> str:
     """Say how many steps the run takes from here on, of how many rows, and how many epochs that is."""
     total, left = plan.total_steps, plan.total_steps - plan.first_step
     of = count_of(plan.rows_per_step, "row")
-    epochs = f"{plan.epoch(total):g}"
-    steps = f"{total:,} of {of} each, {epochs} epoch{'' if epochs == '1' else 's'}"
+    grow = min(total, plan.batch_warmup_steps)
+    grow_text = f" (the first {grow:,} grow up to that, from {plan.rows_in(0):,})" if grow > plan.first_step else ""
+    steps = f"{total:,} of {of} each{grow_text}"
+    if plan.bins is not None:
+        epochs = f"{plan.epoch(total):g}"
+        steps += f", {epochs} epoch{'' if epochs == '1' else 's'}"
     if plan.total_rows is None:
         steps += ", as max_steps says"
     if plan.first_step:
@@ -230,7 +239,9 @@ def plan_warnings(options: TrainOptions, plan: TrainingPlan) -> list[str]:
     warnings = []
     # A step that is larger than an epoch.
     rows, bins = plan.rows_per_step, plan.bins
-    if bins < rows and (plan.total_rows is None or bins < plan.total_rows):
+    if bins is None:
+        pass
+    elif bins < rows and (plan.total_rows is None or bins < plan.total_rows):
         warnings.append(
             f"total_batch_size: a step takes {rows:,} rows, but an epoch has {bins:,}; each row is trained "
             f"{rows / bins:.3g} times in a step on average."
@@ -252,7 +263,7 @@ def plan_warnings(options: TrainOptions, plan: TrainingPlan) -> list[str]:
     total, warmup = plan.total_steps, count_warmup_steps(options.warmup_steps, plan.total_steps)
     if options.lr_scheduler_type not in SCHEDULES_BY_OPTION["warmup_steps"]:
         return warnings
-    decay = math.ceil(options.decay_share * total)
+    decay = count_decay_steps(options.decay_share, options.decay_steps, total)
     if warmup >= total:
         warnings.append(
             f"warmup_steps: the warmup lasts to step {warmup:,}, and the run to step {total:,}; the learning rate "
@@ -260,7 +271,7 @@ def plan_warnings(options: TrainOptions, plan: TrainingPlan) -> list[str]:
         )
     elif options.lr_scheduler_type == "warmup_stable_decay" and warmup + decay > total:
         warnings.append(
-            f"decay_share: after {warmup:,} of {total:,} steps of warmup the decay has {total - warmup:,} steps instead "
+            f"{'decay_steps' if options.decay_steps else 'decay_share'}: after {warmup:,} of {total:,} steps of warmup the decay has {total - warmup:,} steps instead "
             f"of {decay:,}, and the learning rate is never stable."
         )
     return warnings

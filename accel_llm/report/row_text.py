@@ -173,6 +173,8 @@ def show_numbers(rows: Rows) -> None:
 
 def trained_shares(rows: Rows) -> np.ndarray:
     """The share of trained tokens in each row: float64 [rows]."""
+    if rows.labels is None:
+        return 1 - 1 / rows.lengths
     trained = (np.asarray(rows.labels) != IGNORED).astype(np.int64)
     return np.add.reduceat(trained, rows.offsets[:-1]) / rows.lengths
 

@@ -17,11 +17,15 @@ SHARED_OPTIONS = (
     *("loraplus_lr_ratio", "label_smoothing_factor", "z_loss_coef", "per_device_train_batch_size"),
     *("per_device_eval_batch_size", "gradient_accumulation_steps", "total_batch_size", "num_train_epochs"),
     *("max_steps", "logging_steps", "eval_steps", "save_steps", "metric_for_best_model", "early_stopping_patience"),
-    *("max_skipped_steps", "seed", "eval_on_start", "eval_generate"),
+    *("max_skipped_steps", "seed", "eval_on_start", "eval_generate", "decay_steps", "spike_threshold"),
+    *("tokens_per_step", "max_tokens", "warmup_tokens", "decay_tokens", "batch_warmup_steps", "batch_warmup_tokens"),
+    *("sample_steps", "sample_tokens", "sample_by"),
     # of preferences, reward models and classifiers
     *("loss_type", "loss_weights", "beta", "label_smoothing", "simpo_gamma", "cpo_alpha", "rpo_alpha"),
     *("use_weighting", "desirable_weight", "undesirable_weight", "scored_answers", "center_rewards_coefficient"),
     *("problem_type", "class_weights", "focal_gamma", "overfit"),
+    # of pretraining
+    *("streaming", "cross_document_attention"),
 )
 
 

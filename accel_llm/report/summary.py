@@ -20,7 +20,7 @@ from accel_llm.system.progress import console, format_seconds
 NAMES_WIDTH = 18  # of the names on the left
 LETTERS = 60  # of a prompt its last ones, of an answer its first ones
 # Metrics of which less is better; of all others more is.
-FALLING = ("loss", "perplexity", "mse", "mae", "log_loss", "calibration_error", "kl", "rejected")
+FALLING = ("loss", "perplexity", "bits_per_byte", "mse", "mae", "log_loss", "calibration_error", "kl", "rejected")
 COUNTS = ("supervised_tokens",)  # of an evaluation, which tell nothing about the model
 
 
@@ -59,7 +59,8 @@ def _first_and_last(lines: list[dict[str, Any]], name: str, best: bool = False) 
     if len(points) > 1:
         text += f", from {first[1]:.4f} at step {first[0]:,}"
     finite = [point for point in points if math.isfinite(point[1])]
-    falls = name.rpartition("/")[2] in FALLING
+    # Of a single source it has the name of the source behind it.
+    falls = {name.rpartition("/")[2], name.removeprefix("eval/").partition("/")[0]} & {*FALLING}
     top = (min if falls else max)(finite, key=lambda point: point[1], default=last)
     return text + (f"; best {top[1]:.4f} at step {top[0]:,}" if best and top[1] != last[1] else "")
 
@@ -79,6 +80,14 @@ def show_answers(samples: Sequence[dict[str, Any]], count: int) -> None:
         if not right and sample.get("expected") is not None:
             text.append(f"  (data: {_cut(one_line(sample['expected']))})", style="bright_black")
         console.print(Text(f"{'answer:':{NAMES_WIDTH}} "), text, sep="", soft_wrap=True)
+
+
+def show_continued_texts(texts: Sequence[dict[str, Any]], step: int) -> None:
+    """Print texts that the model has continued after `step`: the beginning in grey, then what it wrote."""
+    for sample in texts:
+        text = Text(one_line(sample["prompt"]), style="bright_black")
+        text.append(one_line(sample["generated"]), style="not bright_black")
+        console.print(Text(f"{f'text at {step:,}:':{NAMES_WIDTH}} "), text, sep="", soft_wrap=not console.is_terminal)
 
 
 def _cut(text: str) -> str:

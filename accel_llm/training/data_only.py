@@ -34,7 +34,8 @@ from accel_llm.data.samples import (
 from accel_llm.data.sources import as_source, source_problems
 from accel_llm.demo.files import TrainOptionsT, parse_options_or_demo
 from accel_llm.errors import ConfigError, DataError, raise_problems
-from accel_llm.model.loading import load_model_config, model_problems, tokenizer_problems
+from accel_llm.model.loading import load_model_config
+from accel_llm.model.model_names import model_problems, tokenizer_problems
 from accel_llm.model.positions import position_limit
 from accel_llm.model.tokenizer import configured_tokenizer
 from accel_llm.model.vocabulary import add_missing_tokens

@@ -1,8 +1,6 @@
 """Builds the model of a run with weights that have a shape and a dtype, but no data; see empty_step.py."""
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,14 +11,14 @@ from bitsandbytes.functional import QuantState
 from bitsandbytes.nn.modules import Params4bit
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.integrations import deepspeed as transformers_deepspeed
 
 from accel_llm.adapters.attach import attach_adapter
 from accel_llm.adapters.partial import train_part
 from accel_llm.config.options import TrainOptions
 from accel_llm.model.classifier import model_loader
 from accel_llm.model.language_part import freeze_other_parts
-from accel_llm.model.loading import OWN_IMPLEMENTATIONS, configure_for_training
+from accel_llm.model.loading import configure_for_training
+from accel_llm.model.meta_device import OWN_IMPLEMENTATIONS, unsharded
 from accel_llm.model.quantization import build_quantization_config, prepare_4bit_layers, quantized_weights
 from accel_llm.system.quiet import quietly
 
@@ -75,7 +73,7 @@ def build_empty(options: TrainOptions, config: PreTrainedConfig, settings: StepS
     Layers in 8 bits choose columns by their values, so they are followed as 16-bit ones.
     """
     arguments = OWN_IMPLEMENTATIONS | {"trust_remote_code": options.trust_remote_code}
-    with _whole():
+    with unsharded():
         model: PreTrainedModel = model_loader(config).from_config(config, dtype=settings.compute, **arguments)
     freeze_other_parts(model, config)
     model.unread = True  # type: ignore[assignment]
@@ -96,18 +94,6 @@ def build_empty(options: TrainOptions, config: PreTrainedConfig, settings: StepS
         return attach_adapter(model, options), saved
     train_part(model, options)
     return model, saved
-
-
-@contextmanager
-def _whole() -> Iterator[None]:
-    """Keep transformers from sharding a model while it builds it: the other processes do not build this one."""
-    settings: Any = transformers_deepspeed
-    reference = settings._hf_deepspeed_config_weak_ref
-    settings.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        settings._hf_deepspeed_config_weak_ref = reference
 
 
 def fill_model(model: nn.Module, settings: StepSettings) -> None:

@@ -18,27 +18,30 @@ from accel_llm.backend.strategy import strategy
 from accel_llm.chat.span_tokenizer import decode_tokens
 from accel_llm.chat.targets import IGNORED
 from accel_llm.config.options import TrainOptions
+from accel_llm.config.pretrain_options import PretrainOptions
 from accel_llm.data.batches import collate, to_device
 from accel_llm.data.packing import pack
 from accel_llm.data.rows import Rows
+from accel_llm.data.source_names import add_sources, evaluated_sources
 from accel_llm.model.attention import stock_attention, unwrap_causal_lm
 from accel_llm.model.evaluating import evaluating
 from accel_llm.model.generation import cut_at_stop, pad_left, without_own_settings
 from accel_llm.model.loss import next_token_loss
 from accel_llm.model.positions import positions_for_tokens
+from accel_llm.model.token_bytes import bits_per_byte, label_bytes, token_bytes
 from accel_llm.model.tokenizer import pad_token_id
 from accel_llm.report.metrics import Meter
-from accel_llm.report.summary import show_answers
+from accel_llm.report.summary import show_answers, show_continued_texts
 from accel_llm.report.trackers import describe_error
 from accel_llm.system.progress import tracked
 from accel_llm.system.signals import Preempted, signal_requests
 from accel_llm.training.start import Start
+from accel_llm.training.text_samples import SHARDED, continue_texts, samples_are_due
 
 PromptAndAnswer = tuple[np.ndarray, np.ndarray]  # ids of the prompt and of the answer
 Measure = Callable[[Accelerator, Any, Rows, TrainOptions, int], dict[str, float]]  # as `mean_loss`
 MAX_SAMPLES_KEPT = 20
 SAMPLES_SHOWN = 2
-SHARDED = ("zero3", "fsdp2")
 EXTRA_TOKENS = 8  # an answer may be this much longer than the longest one in the data
 
 
@@ -62,6 +65,7 @@ class Evaluation:
         self.metrics: dict[str, float] = {}
         self.step: int | None = None
         self.cut_short = False  # the last evaluation was interrupted because the run shall stop
+        self.text_sizes = _text_sizes(tokenizer, rows, options)
 
     def at_start(self, model: Any, meter: Meter, start: Start) -> None:
         """Evaluate before the first step if `eval_on_start` is set, or if a stopped run left an evaluation unfinished.
@@ -72,19 +76,23 @@ class Evaluation:
         if start.evaluate or (self.options.eval_on_start and start.step == 0):
             meter.drop_evaluation(start.step)
             self.run(model, meter, start.step)
+            self._write_samples(model, meter, start.step)
         if self.cut_short:
             raise Preempted(signal_requests.stop or signal.SIGTERM, start.step)
 
     def when_due(self, model: Any, meter: Meter, step: int) -> None:
-        """Evaluate every `eval_steps`, but not after the last step: `at_end` does that.
+        """Evaluate every `eval_steps`, and continue texts every `sample_steps`, but not after the last step.
 
-        An evaluation of a single process that fails is a problem of the run, which goes on.
+        `at_end` does that. One of a single process that fails is a problem of the run, which goes on.
         """
         every = self.options.eval_steps
-        if not every or step % every or step == meter.plan.total_steps:
+        if step == meter.plan.total_steps:
             return
         try:
-            self.run(model, meter, step)
+            if every and step % every == 0:
+                self.run(model, meter, step)
+            if samples_are_due(self.options, step):
+                self._write_samples(model, meter, step)
         except Exception as error:
             if self.accelerator.num_processes > 1:  # the others may wait for this one
                 raise
@@ -101,6 +109,7 @@ class Evaluation:
         try:
             meter.drop_evaluation(step)
             self.run(model, meter, step)
+            self._write_samples(model, meter, step)
         except Exception as error:
             raise RuntimeError(
                 f"The evaluation after the last step failed ({describe_error(error)}). The trained model is complete in "
@@ -117,6 +126,8 @@ class Evaluation:
         try:
             with meter.pause_clock():
                 metrics = self.measure(self.accelerator, model, self.rows, self.options, pad_token_id(self.tokenizer))
+                for name, (targets, size) in self.text_sizes.items():
+                    metrics[f"eval/bits_per_byte{name}"] = bits_per_byte(metrics[f"eval/loss{name}"], targets, size)
                 if questions := select_questions(self.rows, self.options.eval_generate):
                     size = questions_in_batch(questions, self.options)
                     scores, answers = exact_match(
@@ -131,6 +142,40 @@ class Evaluation:
         meter.write(step, metrics, self.samples)
         if self.accelerator.is_main_process and step < meter.plan.total_steps:  # the end of the run shows the last ones
             show_answers(self.samples, SAMPLES_SHOWN)
+
+    def _write_samples(self, model: Any, meter: Meter, step: int) -> None:
+        """Continue the texts of `sample_text`, show them, and keep them for report.html as those of `step`."""
+        if self.cut_short or not getattr(self.options, "sample_text", None):
+            return
+        with meter.pause_clock():
+            texts = continue_texts(self.accelerator, model, self.tokenizer, self.options, self.stop_ids)
+            answers = self.samples if self.step == step else []
+            meter.keep(step, [*texts, *answers])
+        if self.accelerator.is_main_process:
+            show_continued_texts(texts, step)
+
+
+def _text_sizes(
+    tokenizer: PreTrainedTokenizerFast, rows: Rows | None, options: TrainOptions
+) -> dict[str, tuple[int, int]]:
+    """Return how many tokens of plain text the labels of `rows` are, and how many bytes: of all under "", and "/NAME".
+
+    Each source has a NAME if there are several. Nothing is returned if the bytes are not known exactly.
+    """
+    if rows is None or rows.weights is not None or not isinstance(options, PretrainOptions):
+        return {}
+    known = token_bytes(tokenizer)
+    sizes = known and label_bytes(rows, known)
+    if sizes is None or not sizes.sum():
+        return {}
+    targets = np.add.reduceat(np.asarray(rows.labels) != IGNORED, rows.offsets[:-1], dtype=np.int64)
+    names, sources = evaluated_sources(rows, options.train_files, options.eval_files)
+    found = {"": (int(targets.sum()), int(sizes.sum()))}
+    for number, name in enumerate(names if len(names) > 1 else []):
+        of_source = sources == number
+        if sizes[of_source].any():
+            found[f"/{name}"] = int(targets[of_source].sum()), int(sizes[of_source].sum())
+    return found
 
 
 class EvaluationInterrupted(Exception):
@@ -161,8 +206,11 @@ def mean_loss(
 ) -> dict[str, float]:
     """Return the mean next-token loss over all labeled tokens of `rows`, by their weights, and its exponential.
 
-    The sums are float64 and taken over all processes, so batch size and number of processes do not change the loss.
+    If the rows are of several sources, both are there for each of them too, as `eval/loss/NAME`. The sums are float64
+    and taken over all processes, so batch size and number of processes do not change the loss.
     """
+    names, sources = evaluated_sources(rows, options.train_files, options.eval_files)
+    of_sources = torch.zeros(len(names), 2, dtype=torch.float64, device=accelerator.device)  # sums of loss and weight
     # Packed row `b` holds the documents `order[offsets[b] : offsets[b + 1]]`; without packing it holds one.
     virtual, single = options.virtual_tokens, (np.arange(len(rows)), np.arange(len(rows) + 1))
     order, offsets = pack(rows.lengths + virtual, options.max_length) if options.packing else single
@@ -179,14 +227,24 @@ def mean_loss(
             batch = collate(rows, documents, bool(options.packing), pad_token_id, virtual)
             if options.prompt_ensemble > 1:  # the prompts take turns
                 batch["prompt_numbers"] = torch.tensor([k % options.prompt_ensemble for k in documents] or [0])
+            if len(names) > 1:
+                add_sources(batch, sources[documents].tolist(), names)
             batch = to_device(batch, accelerator.device)
             total += next_token_loss(model, batch)
+            if len(names) > 1:
+                of_sources += torch.stack(list(batch["measured"].values()))
             weight, targets = weight + batch["total_weight"], targets + batch["num_targets"]
     # The host waits for the device only here.
-    summed, weight, targets = sum_on_cpus(accelerator, [float(total), weight, targets])
-    loss = summed / (weight or 1)
+    on_device = torch.cat([total[None], of_sources.flatten()]).tolist()
+    summed, *of_each, weight, targets = sum_on_cpus(accelerator, [*on_device, weight, targets])
+    losses = {"": summed / (weight or 1)}
+    if len(names) > 1:  # a source of which no row is held out has no loss
+        parts = zip(names, of_each[::2], of_each[1::2], strict=True)
+        losses |= {f"/{name}": part / weight_of_it for name, part, weight_of_it in parts if weight_of_it}
+    metrics = {f"eval/loss{name}": loss for name, loss in losses.items()}
     # exp overflows a float64 above 709.
-    return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0)), "eval/supervised_tokens": int(targets)}
+    metrics |= {f"eval/perplexity{name}": math.exp(min(loss, 700.0)) for name, loss in losses.items()}
+    return metrics | {"eval/supervised_tokens": int(targets)}
 
 
 def select_questions(rows: Rows, count: int) -> list[PromptAndAnswer]:

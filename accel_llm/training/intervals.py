@@ -11,9 +11,9 @@ MOST_SECONDS = 30 * 60  # between two checkpoints of a run with slow steps
 
 
 def fill_intervals(options: RunOptions, total_steps: int) -> None:
-    """Set `eval_steps` and `save_steps` to a tenth of the run, but at least FEWEST_STEPS, if they are not given."""
-    for name in ("eval_steps", "save_steps"):
-        if getattr(options, name) is None:
+    """Set `eval_steps`, `save_steps` and `sample_steps` to a tenth of the run, but at least FEWEST_STEPS, if they are not given."""
+    for name in ("eval_steps", "save_steps", "sample_steps"):
+        if getattr(options, name, 0) is None:
             # Not an assignment: the object is frozen, and the option must not count as set by the user.
             object.__setattr__(options, name, max(FEWEST_STEPS, math.ceil(total_steps / PARTS_OF_A_RUN)))
 

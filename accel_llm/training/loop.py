@@ -13,6 +13,7 @@ from accel_llm.backend.accelerator import local_part
 from accel_llm.backend.collectives import sum_on_cpus, sum_over_processes
 from accel_llm.backend.strategy import engine
 from accel_llm.data.batches import Batch, to_device
+from accel_llm.data.stream import Stream
 
 
 def clip_gradients(accelerator: Accelerator, model: torch.nn.Module, max_grad_norm: float) -> float:
@@ -74,6 +75,17 @@ def total_targets(accelerator: Accelerator, micro_batches: list[Batch]) -> float
     The losses of the step are divided by it; 0 means that there is nothing to learn. Costs one all-reduce.
     """
     return sum_on_cpus(accelerator, [sum(batch["total_weight"] for batch in micro_batches)])[0]
+
+
+def begin_step(accelerator: Accelerator, stream: Stream, step: int) -> int:
+    """Return the number of micro-batches that step `step` (from 1) takes, and let Accelerate end the step with the last.
+
+    A step of the batch warmup has fewer than the others. Accelerate divides each loss by the number of all, as
+    DeepSpeed does, so the missing ones count as done: the factor of `undo_averaging` stays right.
+    """
+    count = stream.micro_batches_in(step - 1)
+    accelerator.step = stream.accumulation - count
+    return count
 
 
 def prefetch_to_device(batches: Iterator[Batch], device: torch.device, ahead: int) -> Iterator[Batch]:

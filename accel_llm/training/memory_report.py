@@ -93,7 +93,7 @@ def memory_problem(
 
 def with_longest_row(options: TrainOptions, rows: Rows) -> TrainOptions:
     """Return the options with `max_length` lowered to the longest row, if rows are not packed."""
-    if options.packing or not len(rows):
+    if options.packing or not len(rows) or rows.streamed is not None:  # nobody knows the rows of a stream
         return options
     longest = int(rows.lengths.max()) + options.virtual_tokens
     return options.model_copy(update={"max_length": min(options.max_length, longest)})

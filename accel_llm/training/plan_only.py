@@ -17,9 +17,12 @@ from accel_llm.config.classify_options import ClassifyOptions
 from accel_llm.config.command_line import parse_options
 from accel_llm.config.plan_options import SPELLINGS, Cards, parse_cards
 from accel_llm.config.preference_options import RewardOptions
+from accel_llm.config.pretrain_options import PretrainOptions
 from accel_llm.errors import ConfigError, raise_problems
 from accel_llm.model.classifier import score_config
-from accel_llm.model.loading import load_model_config, model_problems
+from accel_llm.model.loading import load_model_config
+from accel_llm.model.model_names import model_problems
+from accel_llm.model.parameter_counts import count_from_config
 from accel_llm.report.plan_text import Lines, changed_settings, count_of
 from accel_llm.training.classes import fit_to_model
 from accel_llm.training.memory_estimate import GB, memory_savings
@@ -60,7 +63,7 @@ def _cards_here() -> Cards:
     return Cards(torch.cuda.get_device_properties(0).total_memory / GB, torch.cuda.device_count())
 
 
-def describe_model(options: Any, plans: list[StrategyPlan], cards: Cards) -> Lines:
+def describe_model(options: Any, config: PreTrainedConfig, plans: list[StrategyPlan], cards: Cards) -> Lines:
     """Return lines on what is planned. Every row is taken as full, whatever the data is.
 
     Raises:
@@ -71,8 +74,10 @@ def describe_model(options: Any, plans: list[StrategyPlan], cards: Cards) -> Lin
         raise ConfigError(*dict.fromkeys(f"{plan.refused}." for plan in plans))
     name, share = options.model_name_or_path or options.config_name, estimate.trainable / estimate.parameters
     rows = count_of(options.per_device_train_batch_size, "row")
+    counts = count_from_config(config) if isinstance(options, PretrainOptions) else None
+    parameters = counts.describe() if counts else f"{estimate.parameters:,} parameters"
     return [
-        ("model", f"{name}: {estimate.parameters:,} parameters, {estimate.trainable:,} ({share:.2%}) trained"),
+        ("model", f"{name}: {parameters}, {estimate.trainable:,} ({share:.2%}) trained"),
         ("planned for", f"{count_of(cards.count, 'GPU')} of {cards.gigabytes:g} GB; full micro-batches of {rows} of "
          f"{options.max_length:,} tokens; no data is read"),
         ("settings", changed_settings(options)),

@@ -293,6 +293,8 @@ def _watch_first_step(accelerator: Accelerator, model: nn.Module, optimizer: Any
             )
 
     def record_dtypes(inner: Any, *_: Any) -> None:
+        if not hooks:  # the first step is over
+            return
         state = {dtype_name(tensor) for values in inner.state.values() for tensor in _moments(values)}
         stepped = {dtype_name(parameter) for parameter in inner.state}
         facts["dtypes"] |= {
@@ -301,11 +303,12 @@ def _watch_first_step(accelerator: Accelerator, model: nn.Module, optimizer: Any
             "optimizer_state": sorted(state),
         }
         facts["compiled"] = compilation_facts()
-        for hook in hooks:
-            hook.remove()
+        while hooks:
+            hooks.pop().remove()
 
     base = unwrap_optimizer(optimizer)
-    hooks += [base.register_step_pre_hook(check_gradients), base.register_step_post_hook(record_dtypes)]
+    hooks.append(base.register_step_pre_hook(check_gradients))
+    base.register_step_post_hook(record_dtypes)  # it stays: torch forbids to remove it while others follow
 
 
 def _mark_gradient(flags: torch.Tensor, k: int, gradient: Any) -> None:

@@ -26,10 +26,10 @@ from accel_llm.model.classifier import logits_to_compare, model_loader
 from accel_llm.model.evaluating import evaluating
 from accel_llm.model.loading import (
     LOADING_ERRORS,
-    OWN_IMPLEMENTATIONS,
     describe_shape_mismatch,
     short_reason,
 )
+from accel_llm.model.meta_device import OWN_IMPLEMENTATIONS
 from accel_llm.model.padding import drop_invalid_pad_ids
 from accel_llm.model.positions import positions_for_tokens
 from accel_llm.model.vocabulary import NEW_ROWS

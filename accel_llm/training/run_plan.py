@@ -1,6 +1,7 @@
 """Says before any weight is read what a run will do: its size, steps, memory, disk, and where everything will lie."""
 
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,15 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 from accel_llm.adapters.defaults import describe_rate, method_notes
 from accel_llm.backend.strategy import resolve_precision, strategy
-from accel_llm.config.options import PretrainOptions, TrainOptions
+from accel_llm.config.options import TrainOptions
 from accel_llm.config.preference_options import KtoOptions
+from accel_llm.config.pretrain_options import PretrainOptions
 from accel_llm.data.answers import advise_weights, as_units
 from accel_llm.data.prepare import EncodedData
 from accel_llm.data.rows import cache_folder
 from accel_llm.data.stream import TrainingPlan
 from accel_llm.errors import ConfigError
+from accel_llm.model.parameter_counts import ParameterCounts, count_from_config
 from accel_llm.model.stored_dtypes import StoredDtypes
 from accel_llm.report import plan_text
 from accel_llm.report.display import advise, show_ledger
@@ -54,7 +57,10 @@ def show_run_plan(
         plan_text.show_lost_rows(data.ledger)
     memory = find_memory(accelerator, options, config, data.train)
     disk, problem = disk_needs(options, config, plan, memory.estimate)
-    lines = _lines_on_the_model(accelerator, options, memory.estimate) + _lines_on_the_steps(options, data, plan)
+    counts = count_from_config(config) if isinstance(options, PretrainOptions) else None
+    lines = _lines_on_the_model(accelerator, options, memory.estimate, counts) + _lines_on_the_steps(
+        options, data, plan
+    )
     lines += _lines_on_the_machine(options, memory, disk)
     plan_text.show_lines([*lines, ("settings", plan_text.changed_settings(options))])
     starts = not (options.dry_run or options.check_only)
@@ -65,19 +71,23 @@ def show_run_plan(
             advise(accelerator, sentence)
     if sentence := memory_problem(accelerator, options, config, data.train, memory):
         advise(accelerator, sentence)
-    return memory.facts() | ({"disk_problem": problem} if problem else {})
+    facts = {"disk_problem": problem} if problem else {}
+    return memory.facts() | facts | ({"parameters": asdict(counts)} if counts else {})
 
 
-def _lines_on_the_model(accelerator: Accelerator, options: TrainOptions, estimate: MemoryEstimate | None) -> Lines:
+def _lines_on_the_model(
+    accelerator: Accelerator, options: TrainOptions, estimate: MemoryEstimate | None, counts: ParameterCounts | None
+) -> Lines:
     name = options.model_name_or_path
     if isinstance(options, PretrainOptions) and options.config_name:
         name = f"random weights, {options.config_name}"
-    size = f"method {options.method}"
+    size = f"{counts.describe()}, method {options.method}" if counts else f"method {options.method}"
     if estimate and estimate.parameters:
         share = estimate.trainable / estimate.parameters
         trained = "all" if share == 1 else f"{estimate.trainable:,} ({share:.2%})"
         rows = " without the rows of added tokens" if getattr(options, "add_tokens", False) else ""
-        size = f"{estimate.parameters:,} parameters{rows}, {trained} trained by method {options.method}"
+        parameters = counts.describe() if counts else f"{estimate.parameters:,} parameters{rows}"
+        size = f"{parameters}, {trained} trained by method {options.method}"
     device = "the CPU"
     if accelerator.device.type == "cuda":
         device = torch.cuda.get_device_name(accelerator.device)

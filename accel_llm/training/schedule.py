@@ -1,13 +1,18 @@
 """The learning rate at each step: a function of the step number alone, so a resumed run needs no saved schedule."""
 
 import math
+from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from accel_llm.config.options import OptimOptions, count_warmup_steps
+from accel_llm.config.options import OptimOptions, count_decay_steps, count_warmup_steps
 
 SCHEDULES = ("linear", "cosine", "cosine_with_min_lr", "constant", "constant_with_warmup", "warmup_stable_decay")
+# The arguments of `learning_rate_factor`, and the options that give them.
+SCHEDULE_OPTIONS = {"kind": "lr_scheduler_type"} | {
+    name: name for name in ("warmup_steps", "min_lr_rate", "decay_share", "decay_steps")
+}
 
 
 def learning_rate_factor(
@@ -17,14 +22,15 @@ def learning_rate_factor(
     warmup_steps: float = 0,
     min_lr_rate: float = 0.0,
     decay_share: float = 0.1,
+    decay_steps: int | None = None,
 ) -> float:
     """Return the learning rate of optimizer step `step` (from 0), as a share of its peak.
 
     `warmup_steps` are counted as in `count_warmup_steps`; `constant` has none. Warmup rises in equal parts from above
     0, so no step is idle, and the step after it has the peak rate. The rate then falls towards its end value, which it
     would reach at step `total_steps`, the first one that is not taken. The end value is 0, or `min_lr_rate` for
-    `cosine_with_min_lr` and `warmup_stable_decay`. The latter stays at the peak and falls in the last `decay_share` of
-    all steps.
+    `cosine_with_min_lr` and `warmup_stable_decay`. The latter stays at the peak and falls in the last `decay_steps`, or
+    without them in the last `decay_share` of all steps.
 
     Raises:
         ValueError: `kind` is not one of `SCHEDULES`.
@@ -44,7 +50,7 @@ def learning_rate_factor(
     # Down again: `left` falls from 1 at `decay_start` to 0 at `total_steps`.
     decay_start = warmup
     if kind == "warmup_stable_decay":
-        decay_start = max(warmup, total_steps - math.ceil(decay_share * total_steps))
+        decay_start = max(warmup, total_steps - count_decay_steps(decay_share, decay_steps, total_steps))
     left = min(1.0, (total_steps - step) / max(1, total_steps - decay_start)) if step < total_steps else 0.0
     if kind == "linear":
         return left
@@ -59,7 +65,18 @@ def build_schedule(optimizer: torch.optim.Optimizer, options: OptimOptions, tota
 
     It does not go through `accelerator.prepare`, which would step it once per process.
     """
-    end = options.min_lr_rate
-    assert end is not None, "OptimOptions fills it in"
-    kind, warmup, share = options.lr_scheduler_type, options.warmup_steps, options.decay_share
-    return LambdaLR(optimizer, lambda step: learning_rate_factor(step, total_steps, kind, warmup, end, share))
+    assert options.min_lr_rate is not None, "OptimOptions fills it in"
+    return LambdaLR(optimizer, lambda step: learning_rate_factor(step, total_steps, **schedule_arguments(options)))
+
+
+def schedule_arguments(options: OptimOptions) -> dict[str, Any]:
+    """Return the arguments of `learning_rate_factor` that the options give."""
+    return {argument: getattr(options, name) for argument, name in SCHEDULE_OPTIONS.items()}
+
+
+def same_rates(before: dict[str, Any], total_before: int, now: dict[str, Any], total_now: int, steps: int) -> bool:
+    """Return whether the first `steps` learning rates are the same; `before` and `now` are `schedule_arguments`."""
+    return all(
+        learning_rate_factor(step, total_before, **before) == learning_rate_factor(step, total_now, **now)
+        for step in range(steps)
+    )

@@ -3,7 +3,6 @@
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,39 +17,41 @@ from accel_llm.adapters.data_starts import start_from_rows
 from accel_llm.adapters.defaults import describe_rate, fill_learning_rate, fill_method_options
 from accel_llm.adapters.methods import check_method, fresh_adapter_config
 from accel_llm.adapters.partial import train_part
-from accel_llm.adapters.refusals import backend_problems, check_quantized_base
+from accel_llm.adapters.refusals import check_quantized_base
+from accel_llm.backend.deepspeed_recipe import take_optimizer_and_schedule
 from accel_llm.backend.library_messages import quiet_libraries
 from accel_llm.backend.strategy import engine
 from accel_llm.chat.template import Template, configured_template
 from accel_llm.config.classify_options import ClassifyOptions
 from accel_llm.config.command_line import parse_options, resolved_options
-from accel_llm.config.options import OVERFIT_DEFAULTS, PretrainOptions, SftOptions, TrainOptions
+from accel_llm.config.options import OVERFIT_DEFAULTS, SftOptions, TrainOptions
 from accel_llm.config.preference_options import AnswerOptions, KtoOptions, PairOptions, PreferenceOptions, RewardOptions
+from accel_llm.config.pretrain_options import PretrainOptions
 from accel_llm.data.answers import Pairs, as_units, collate_answers
 from accel_llm.data.batches import collate
+from accel_llm.data.corpus import corpus_defaults
 from accel_llm.data.pairs import PreferenceKind
 from accel_llm.data.prepare import EncodedData, encode_conversations, encode_texts
+from accel_llm.data.prepare_stream import encode_stream
 from accel_llm.data.rows import Rows
-from accel_llm.data.sources import source_problems
+from accel_llm.data.step_sizes import fill_token_counts
 from accel_llm.data.stream import Position, Stream, TrainingPlan
 from accel_llm.data.texts import collate_texts
 from accel_llm.demo.files import TrainOptionsT, parse_options_or_demo, resolve_demo
-from accel_llm.errors import raise_problems
 from accel_llm.model.classifier import score_config
+from accel_llm.model.fresh_config import fit_to_tokenizer
 from accel_llm.model.generation import stop_token_ids
-from accel_llm.model.loading import build_model, load_model, load_model_config, model_problems
+from accel_llm.model.loading import build_model, load_model, load_model_config
 from accel_llm.model.neftune import attach_neftune
-from accel_llm.model.padding import fit_pad_token, separate_pad_token
+from accel_llm.model.padding import embedding_rows, fit_pad_token, separate_pad_token
 from accel_llm.model.placement import place_weights
 from accel_llm.model.tokenizer import check_token_ids, configured_tokenizer, pad_token_id
 from accel_llm.model.vocabulary import add_missing_tokens, extend_vocabulary
-from accel_llm.preference.reference import Reference, reference_problems
+from accel_llm.preference.reference import Reference
 from accel_llm.report.record import Record
 from accel_llm.report.row_facts import row_facts
-from accel_llm.report.sharing import sharing_problems
-from accel_llm.system.folders import write_problem
-from accel_llm.system.launcher import process_rank
 from accel_llm.system.progress import shown
+from accel_llm.training.check_run import check_run
 from accel_llm.training.check_steps import show_verdict
 from accel_llm.training.classes import add_labels, encode_texts_for_classes, fit_to_model
 from accel_llm.training.evaluation import Measure
@@ -83,24 +84,15 @@ def read_options(
         options = resolve_demo(parse_options(options_class, sys.argv[1:], options_class.script_defaults))
     if isinstance(options, SftOptions) and options.overfit:
         options = options.with_defaults(OVERFIT_DEFAULTS)
-    options = fill_method_options(adopt_adapter_options(options))
+    options = fill_method_options(adopt_adapter_options(take_optimizer_and_schedule(options)))
+    options = options.with_defaults(corpus_defaults(options))
     check_method(options)
-    problems = backend_problems(options) + model_problems(options) + source_problems(options)
-    if isinstance(options, PreferenceOptions):
-        problems += reference_problems(options)
-    raise_problems(problems + _output_problems(options))
-    raise_problems(sharing_problems(options))
+    check_run(options)
     quiet_libraries()
     if isinstance(options, ClassifyOptions):
         options = fit_to_model(options)
+    fill_token_counts(options)
     return fill_learning_rate(options)
-
-
-def _output_problems(options: TrainOptions) -> list[str]:
-    """Try to write in the output folder now: hours later it would cost the result. The main process does it for all."""
-    if options.dry_run or process_rank() or not (problem := write_problem(Path(options.output_dir))):
-        return []
-    return [f"output_dir: {options.output_dir} {problem}; name another folder."]
 
 
 @dataclass(frozen=True)
@@ -172,9 +164,16 @@ def encode_preferences(options: AnswerOptions, config: PreTrainedConfig, chat: C
 def encode_documents(
     options: PretrainOptions, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast
 ) -> EncodedData:
-    """Encode plain text as rows for training and evaluation; raises the errors of `encode_chats`."""
-    data = encode_texts(options, options.seed, tokenizer, options.text_column)
-    check_token_ids(data.token_ids, config, tokenizer)
+    """Encode plain text as rows, or open it as a stream, and fit a fresh model's `config` to `tokenizer`.
+
+    Raises the errors of `encode_chats`.
+    """
+    remedy = fit_to_tokenizer(options, config, tokenizer)
+    if options.streaming:
+        data = encode_stream(options, tokenizer, embedding_rows(config) - 1)
+    else:
+        data = encode_texts(options, options.seed, tokenizer, options.text_column)
+    check_token_ids(data.token_ids, config, tokenizer, remedy=remedy)
     fit_pad_token(tokenizer, config)
     return data
 

@@ -18,6 +18,8 @@ class Start(Position):
     same_processes: bool = True  # False: another number of processes saved the checkpoint
     meter: tuple[float, ...] = (0.0,) * 5  # this process's sums since the last line of metrics, see `Meter.state`
     skipped: int = 0  # steps whose gradient was not finite
+    spikes: int = 0  # steps that were skipped as spikes
+    recent: tuple[tuple[float, float], ...] = ()  # loss and gradient norm of the last steps, see `BadSteps`
     best: Best = field(default_factory=Best)  # the best evaluation so far
     evaluate: bool = False  # the evaluation of this step was interrupted and is still to do
     changed: tuple[str, ...] = ()  # options that differ from the checkpoint's, as allowed by allow_changed

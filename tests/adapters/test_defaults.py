@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from support import metrics, run_json, tiny_model
+from transformers import LlamaConfig
 
 from accel_llm.adapters.defaults import (
     METHOD_DEFAULTS,
@@ -18,8 +19,9 @@ from accel_llm.adapters.defaults import (
 from accel_llm.adapters.method_options import option_names
 from accel_llm.adapters.methods import check_method, config_class_of, peft_methods
 from accel_llm.adapters.partial import FreezeOptions
-from accel_llm.config.options import PretrainOptions, SftOptions
+from accel_llm.config.options import SftOptions
 from accel_llm.config.preference_options import DpoOptions, KtoOptions, RewardOptions
+from accel_llm.config.pretrain_options import PretrainOptions
 from accel_llm.errors import ConfigError
 
 
@@ -121,11 +123,26 @@ def test_a_choice_that_disappoints_is_noted(values, width, start, tmp_path):
     assert [note[: len(start or "")] for note in notes] == ([start] if start else [])
 
 
+def test_random_weights_have_a_rate_of_their_own(tiny):
+    fresh, further = (
+        PretrainOptions(config_name=str(tiny), method="full"),
+        PretrainOptions(model_name_or_path=str(tiny), method="full"),
+    )
+    assert default_rate(fresh) == (3e-4, "random weights: LLaMA, 7B")
+    assert default_rate(further)[0] == 2e-5
+    # A usual rate of pretraining is not called too large.
+    wide = LlamaConfig(hidden_size=2048)
+    usual = PretrainOptions(config_name=str(tiny), method="full", learning_rate=6e-4)
+    assert not method_notes(usual, wide)
+
+
 def test_pretraining_with_a_part_of_the_weights_is_noted(tiny):
     config = tiny_model("llama").config
     further = PretrainOptions(model_name_or_path=str(tiny), method="lora")
     fresh = PretrainOptions(config_name=str(tiny), method="freeze")
-    assert method_notes(further, config)[0].startswith("method lora: it learns little new knowledge; use method full")
+    assert method_notes(further, config) == [
+        "method lora: it learns little new knowledge, so it is not advised for pretraining; use method full."
+    ]
     assert method_notes(fresh, config)[0].startswith("method freeze: what it does not train stays random")
     assert not method_notes(PretrainOptions(config_name=str(tiny), method="full"), config)
     # A random base is not exported, so an adapter on it would be lost.

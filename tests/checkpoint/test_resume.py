@@ -16,7 +16,7 @@ from accel_llm.checkpoint.resume import (
     RUN_FILES,
     remove_obsolete_files,
 )
-from accel_llm.config.options import TrainOptions
+from accel_llm.config.pretrain_options import PretrainOptions
 from accel_llm.errors import ConfigError
 from accel_llm.model.fingerprint import model_fingerprint
 from accel_llm.training.start import Start
@@ -181,7 +181,7 @@ def test_harmless_settings_pass_and_change_nothing(train, half_run, tmp_path):
 
 
 def test_every_option_is_harmless_or_compared():
-    assert TrainOptions.model_fields.keys() | {"overfit"} >= HARMLESS_OPTIONS
+    assert PretrainOptions.model_fields.keys() | {"overfit"} >= HARMLESS_OPTIONS
     assert not HARMLESS_OPTIONS & (set(FIXED_OPTIONS) | LOCATION_OPTIONS.keys())
 
 

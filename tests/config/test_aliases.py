@@ -7,8 +7,9 @@ import transformers
 
 from accel_llm.config.aliases import ANSWERED_OPTIONS, RENAMED_OPTIONS, SHARES, TRANSLATED_VALUES
 from accel_llm.config.command_line import parse_options
-from accel_llm.config.options import PretrainOptions, SftOptions
+from accel_llm.config.options import SftOptions
 from accel_llm.config.preference_options import DpoOptions, KtoOptions
+from accel_llm.config.pretrain_options import PretrainOptions
 from accel_llm.errors import ConfigError
 
 OPTIONS = SftOptions.model_fields.keys()
@@ -30,8 +31,8 @@ def test_the_tables_name_options_that_exist_and_hide_none():
     translated = {v[0] for values in TRANSLATED_VALUES.values() for v in values.values() if v}
     assert {*RENAMED_OPTIONS.values(), *translated} <= OPTIONS | OF_PREFERENCES
     names = RENAMED_OPTIONS.keys() | TRANSLATED_VALUES.keys() | ANSWERED_OPTIONS.keys()
-    # The remedy of `loss_type` is for scripts that do not have it.
-    assert names & (OPTIONS | OF_PREFERENCES | PretrainOptions.model_fields.keys()) == {"loss_type"}
+    # The remedies of `loss_type` and `streaming` are for scripts that do not have them.
+    assert names & (OPTIONS | OF_PREFERENCES | PretrainOptions.model_fields.keys()) == {"loss_type", "streaming"}
     assert not RENAMED_OPTIONS.keys() & ANSWERED_OPTIONS.keys() and SHARES.keys() <= RENAMED_OPTIONS.keys()
     # A switch with some values that mean something here has a remedy for all others.
     assert TRANSLATED_VALUES.keys() <= ANSWERED_OPTIONS.keys() | RENAMED_OPTIONS.keys()

@@ -10,7 +10,8 @@ import pytest
 from pydantic import ValidationError
 
 from accel_llm.config.command_line import parse_options, resolved_options, shell_command
-from accel_llm.config.options import OptimOptions, PretrainOptions, SftOptions
+from accel_llm.config.options import OptimOptions, SftOptions
+from accel_llm.config.pretrain_options import PretrainOptions
 from accel_llm.config.tool_options import (
     ChatOptions,
     ExportOptions,
@@ -126,8 +127,8 @@ def test_all_problems_are_reported_at_once(tmp_path):
     sentences = problems(Sft, f"{line} {recipe(tmp_path, 'pakcing: true')}")
     assert sorted(sentences) == [
         "'stray' does not belong to an option; a recipe is given as --config stray.",
-        "deepspeed: 'z.json' has no meaning here; start with "
-        "`accelerate launch --config_file accelerate_configs/zero2.yaml`.",
+        "deepspeed: 'z.json' has no meaning here; the launch YAML names it: write it as deepspeed_config_file into a "
+        "copy of accelerate_configs/zero2.yaml, and start with `accelerate launch --config_file`.",
         "eval_share: '1' is not allowed; give a number of at least 0 and below 1.",
         "lerning_rate: no such option; did you mean learning_rate?",
         "logging_steps: true (or no value) is not allowed; give a whole number of at least 1.",
@@ -324,6 +325,7 @@ def test_rates_by_pattern_are_pairs(words, expected):
     assert caught.value.problems == [f"learning_rate_patterns: {expected}"]
 
 
+RECIPES = Path(__file__).parents[2] / "launch" / "recipes"
 ORIGIN = (
     "--config_name config --tokenizer_name tokenizer --torch_dtype bfloat16 --train_files a.jsonl b.jsonl "
     "--block_size 2048 --preprocessing_num_workers 10 --per_device_train_batch_size 16 "
@@ -358,8 +360,8 @@ def test_the_options_of_the_script_that_the_project_grew_from():
         "resume_from_checkpoint": "out/checkpoints/step-00000100",
     }
     assert problems(Pretrain, f"{ORIGIN} --deepspeed ds_config_zero2.json --logging_dir logs") == [
-        "deepspeed: 'ds_config_zero2.json' has no meaning here; start with "
-        "`accelerate launch --config_file accelerate_configs/zero2.yaml`.",
+        "deepspeed: 'ds_config_zero2.json' has no meaning here; the launch YAML names it: write it as "
+        "deepspeed_config_file into a copy of accelerate_configs/zero2.yaml, and start with `accelerate launch --config_file`.",
         "logging_dir: 'logs' has no meaning here; metrics.jsonl in output_dir has the metrics; "
         "report_to names trackers that get them too.",
     ]
@@ -368,6 +370,70 @@ def test_the_options_of_the_script_that_the_project_grew_from():
     assert problems(Pretrain, "--config_name c --train_on all") == [
         "train_on: only conversations have turns, but pretraining trains every token; remove it."
     ]
+
+
+@pytest.mark.parametrize(
+    ("typed", "name", "value"),
+    [
+        ("--config_name config", "config_name", "config"),
+        ("--tokenizer_name tokenizer", "tokenizer_name", "tokenizer"),
+        ("--model_name_or_path model", "model_name_or_path", "model"),
+        ("--torch_dtype bfloat16", "precision", "bf16"),
+        ("--torch_dtype auto", "precision", "auto"),
+        ("--train_files a.jsonl b.jsonl", "train_files", ["a.jsonl", "b.jsonl"]),
+        ("--block_size 2048", "max_length", 2048),
+        ("--preprocessing_num_workers 10", "preprocessing_num_workers", 10),
+        ("--per_device_train_batch_size 16", "per_device_train_batch_size", 16),
+        ("--gradient_accumulation_steps 4", "gradient_accumulation_steps", 4),
+        ("--do_train", "dry_run", False),
+        ("--output_dir out", "output_dir", "out"),
+        ("--evaluation_strategy no", "eval_share", 0.0),
+        ("--learning_rate 1e-4", "learning_rate", 1e-4),
+        ("--num_train_epochs 1", "num_train_epochs", 1.0),
+        ("--warmup_steps 200", "warmup_steps", 200.0),
+        ("--logging_strategy steps", "logging_steps", 10),
+        ("--logging_steps 5", "logging_steps", 5),
+        ("--save_strategy steps --save_steps 100", "save_steps", 100),
+        ("--save_total_limit 1", "save_total_limit", 1),
+        ("--seed 12", "seed", 12),
+        ("--bf16", "precision", "bf16"),
+        ("--gradient_checkpointing", "gradient_checkpointing", True),
+        ("--report_to wandb", "report_to", ["wandb"]),
+        (
+            "--resume_from_checkpoint out/checkpoints/step-00000100",
+            "resume_from_checkpoint",
+            "out/checkpoints/step-00000100",
+        ),
+        (
+            "--logging_dir logs",
+            None,
+            "metrics.jsonl in output_dir has the metrics; report_to names trackers that get them too.",
+        ),
+        ("--deepspeed ds.json", None, "and start with `accelerate launch --config_file`."),
+    ],
+)
+def test_each_option_of_that_script_works_or_is_answered(typed, name, value):
+    """A name of None: the answer says what to use here."""
+    source = "" if "config_name" in typed or "model_name" in typed else "--config_name c "
+    if name is None:
+        (problem,) = problems(Pretrain, source + typed)
+        assert problem.startswith(f"{typed.split()[0][2:]}: '{typed.split()[1]}' has no meaning here; ")
+        assert problem.endswith(value)
+        return
+    options = parse_options(Pretrain, (source + typed).split(), {"method": "full"})
+    assert getattr(options, name) == value
+
+
+def test_the_recipe_reproduces_the_setting_of_that_script():
+    recipe = parse_options(Pretrain, ["--config", str(RECIPES / "qwen2.5_pretrain.yaml")], {"method": "full"})
+    script = parse_options(Pretrain, ORIGIN.split(), {"method": "full"})
+    # Its model and scheduler stand in its YAML and JSON; the files, the tracker and the workers are the reader's own.
+    reader = {"config_name", "tokenizer_name", "train_files", "output_dir", "report_to", "resume_from_checkpoint"}
+    reader |= {"preprocessing_num_workers", "lr_scheduler_type"}
+    for name in Pretrain.model_fields:
+        assert name in reader or getattr(recipe, name) == getattr(script, name), name
+    assert recipe.config_name == recipe.tokenizer_name == "Qwen/Qwen2.5-1.5B"
+    assert recipe.lr_scheduler_type == "constant_with_warmup"  # WarmupLR of DeepSpeed
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from accel_llm.config.early import answer_early
 import pytest
 
 from accel_llm.config.help_text import MOST_CHANGED, help_text
-from accel_llm.config.options import PretrainOptions, SftOptions
+from accel_llm.config.options import SftOptions
+from accel_llm.config.pretrain_options import PretrainOptions
 from accel_llm.config.scripts import SCRIPT_OPTIONS, TRAINING_SCRIPTS
 from accel_llm.config.tool_options import MergeOptions
 

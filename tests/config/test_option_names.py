@@ -22,12 +22,12 @@ init_lora_weights prompt_ensemble use_dora use_rslora
 """
 OPTIMIZER = """
 optim learning_rate learning_rate_patterns weight_decay adam_beta1 adam_beta2 adam_epsilon master_weights max_grad_norm lr_scheduler_type
-min_lr_rate decay_share warmup_steps neftune_noise_alpha loraplus_lr_ratio label_smoothing_factor z_loss_coef
+min_lr_rate decay_share decay_steps warmup_steps neftune_noise_alpha loraplus_lr_ratio label_smoothing_factor z_loss_coef
 """
 RUN = """
 output_dir overwrite_output_dir resume_from_checkpoint per_device_train_batch_size per_device_eval_batch_size
 gradient_accumulation_steps total_batch_size num_train_epochs max_steps logging_steps eval_steps save_steps
-save_total_limit save_async metric_for_best_model early_stopping_patience allow_changed max_skipped_steps seed
+save_total_limit save_async metric_for_best_model early_stopping_patience allow_changed max_skipped_steps spike_threshold seed
 report_to run_name project dry_run preflight check_only verbose eval_on_start eval_generate
 """
 SHARING = "push_to_hub hub_model_id hub_private_repo"
@@ -48,13 +48,29 @@ PAIRS = [PREFERENCE[0], "scored_answers", *PREFERENCE[1:]]
 SCORES = without("label_smoothing_factor", "z_loss_coef", "train_on", "train_on_eos", "eval_generate", "add_tokens")
 TURNS = ("chat_template", "chat_template_kwargs", "add_tokens", "allow_special_in_text")
 TURNS += ("train_on", "train_on_eos", "split_turns", "open_thought")
+TOKENS = "tokens_per_step max_tokens warmup_tokens decay_tokens batch_warmup_steps batch_warmup_tokens"
+SAMPLES = "sample_text sample_steps sample_tokens"
 SCRIPTS = {
     "sft": ["overfit", *TRAINING],
     "dpo": ["loss_type loss_weights beta label_smoothing simpo_gamma cpo_alpha rpo_alpha use_weighting", *PAIRS],
     "kto": ["loss_type beta desirable_weight undesirable_weight", *PREFERENCE],
     "reward": ["center_rewards_coefficient", "scored_answers", *SCORES],
     "classify": ["problem_type class_weights focal_gamma", *without(*TURNS, "z_loss_coef", "eval_generate")],
-    "pretrain": ["config_name text_column", *without(*TURNS)],
+    "pretrain": [
+        "config_name config_overrides streaming cross_document_attention",
+        "text_column sample_by",
+        TOKENS,
+        SAMPLES,
+        *without(*TURNS),
+    ],
+    "prepare": [
+        """
+        tokenizer_name output_dir part deduplicate near_duplicate_threshold decontaminate_files
+        decontaminate_ngram fim_rate fim_spm_rate seed revision trust_remote_code
+        """,
+        "text_column sample_by",
+        "train_files columns on_bad_row max_length overlong max_lost preprocessing_num_workers",
+    ],
     "plan": ["gpu config_file", "overfit", *TRAINING],
     "show_data": ["rows source random row json", "overfit", *TRAINING],
     "show_methods": ["methods json"],

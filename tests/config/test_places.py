@@ -5,7 +5,8 @@ import re
 import pytest
 
 from accel_llm.config.command_line import parse_options, resolved_options
-from accel_llm.config.options import PretrainOptions, SftOptions
+from accel_llm.config.options import SftOptions
+from accel_llm.config.pretrain_options import PretrainOptions
 from accel_llm.config.tool_options import (
     ChatOptions,
     ExportOptions,
@@ -59,7 +60,7 @@ def test_every_option_that_is_described_as_a_place_is_tested():
     said = re.compile(r"[Ff]older|\bfiles?\b|hub id|[Aa]dapter to train|Base model of|[Dd]ata:|Evaluation data|\.jinja")
     for script, names in PLACES.items():
         described = {name for name, field in script.model_fields.items() if said.search(str(field.description))}
-        others = {"max_shard_size", "allow_pickle", "push_to_hub", "verify", "overwrite_output_dir", "row"}
+        others = {"max_shard_size", "allow_pickle", "push_to_hub", "verify", "overwrite_output_dir", "row", "sample_by"}
         others |= {"trust_remote_code", "run_name", "chat_template"}  # pretraining has no turns
         assert described - others <= set(names), script
 

@@ -74,7 +74,7 @@ def test_a_length_that_fits_no_row_is_refused(lengths):
 def test_a_list_of_lengths_is_packed_like_an_array():
     for function in (pack, pack_in_order):
         from_list, from_array = function([3, 5, 8, 2], 8), function(np.array([3, 5, 8, 2]), 8)
-        assert bin_contents(from_list) == bin_contents(from_array) and from_list.order.dtype == np.int64
+        assert bin_contents(from_list) == bin_contents(from_array) and from_list.order.dtype == from_array.order.dtype
 
 
 def test_nothing_to_pack():

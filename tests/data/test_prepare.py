@@ -287,6 +287,11 @@ def test_sources_are_mixed_by_weight_and_the_shares_are_noted(tmp_path):
     data = encode(tmp_path, [], train_files=sources)
     assert len(data.train) == 11
     assert data.ledger.notes == [
+        f"Mixed by weight: {few} gives 25.0% of the rows (it has 2 documents, 48 tokens); {many} gives 75.0% of the rows "
+        "(it has 9 documents, 216 tokens)."
+    ]
+    by_length = encode(tmp_path, [], train_files=sources, order="length")
+    assert by_length.ledger.notes == [
         f"Mixed by weight: an epoch is {few} 25.0% of the rows (3 drawn from 2) and 25.0% of the tokens; "
         f"{many} 75.0% of the rows (9 drawn from 9) and 75.0% of the tokens."
     ]

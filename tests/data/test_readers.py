@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from accel_llm.data import readers
-from accel_llm.data.readers import READERS, SourceFile, file_kind, read_rows
+from accel_llm.data.file_lines import SourceFile, file_kind
+from accel_llm.data.readers import READERS, read_rows
 from accel_llm.errors import DataError
 
 A, B, C = {"text": "é"}, {"text": "b", "n": 1}, {"text": "\u2028c"}

@@ -15,15 +15,8 @@ import pytest
 from accel_llm.config.data_options import DataOptions
 from accel_llm.config.fields import Source
 from accel_llm.data import hub, standard_input
-from accel_llm.data.sources import (
-    ALLOWED_SOURCES,
-    RawRow,
-    as_source,
-    data_fingerprint,
-    read_source,
-    source_identity,
-    source_problems,
-)
+from accel_llm.data.fingerprint import data_fingerprint
+from accel_llm.data.sources import ALLOWED_SOURCES, RawRow, as_source, read_source, source_identity, source_problems
 from accel_llm.errors import DataError
 
 REAL = Path(__file__).parents[3] / "shared" / "data"

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from accel_llm.config.data_options import DataOptions
 from accel_llm.config.fields import Source
-from accel_llm.data.sources import left_out_note, read_source, source_identity, source_problems
+from accel_llm.data.source_notes import left_out_note
+from accel_llm.data.sources import read_source, source_identity, source_problems
 from accel_llm.data.splits import SplitChoice, choose_files, file_split, named_split
 from accel_llm.errors import DataError
 

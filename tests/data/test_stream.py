@@ -137,11 +137,13 @@ def test_slots_left_over_by_the_processes_stay_empty(monkeypatch):
     assert (cutting.accumulation, cutting.plan.rows_per_step) == (3, 8)
     for step in range(6):
         batches = cutting.batches(step)
-        assert [len(met(batch)) for batch in batches] == [1] * 8 + [0]
-        filler = batches[-1]
+        filled = [len(met(batch)) for batch in batches]
+        assert filled[:6] == [1] * 6 and sorted(filled[6:]) == [0, 1, 1]
+        filler = batches[filled.index(0)]
         assert filler["input_ids"].tolist() == [[PAD, PAD]] and filler["labels"].tolist() == [[IGNORED, IGNORED]]
     two_a_slot = Cutting(monkeypatch, 3, 2, total_batch_size=8, packing=False)
-    assert [len(met(batch)) for batch in two_a_slot.batches(0)] == [2, 2, 2, 2, 0, 0]
+    filled = [len(met(batch)) for batch in two_a_slot.batches(0)]
+    assert filled[:3] == [2, 2, 2] and sorted(filled[3:]) == [0, 0, 2]
 
 
 @pytest.mark.parametrize("packing", [True, False])

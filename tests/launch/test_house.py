@@ -200,7 +200,7 @@ def test_scripts_stand_alone_and_shadow_nothing() -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_is_read_by_its_script_and_short(path: Path) -> None:
     last = path.stem.split("_")[-1]
-    own = (*AFTER_FINE_TUNING, "classify")
+    own = (*AFTER_FINE_TUNING, "classify", "pretrain")
     name = "pretrain" if path.stem == "demo_base" else last if last in own else "sft"
     assert parse_options(script(name).Options, ["--config", str(path)]).model_fields_set
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -212,6 +212,7 @@ def test_every_recipe_is_read_by_its_script_and_short(path: Path) -> None:
 def test_every_family_has_a_recipe_for_every_size() -> None:
     expected = {f"{family}_{size}gb.yaml" for family, size in FOR_A_GPU}
     expected |= {f"demo{name}.yaml" for name in ("", "_base", "_dpo", "_kto", "_reward", "_classify")}
+    expected |= {"qwen2.5_pretrain.yaml"}  # of the course that the project grew from
     assert {path.name for path in RECIPES} == expected | {f"{name}.yaml" for name in FOR_PREFERENCES}
 
 
@@ -319,7 +320,7 @@ def test_documented_commands_parse(path: Path) -> None:
         name = Path(words[at]).stem
         tools = {"merge": MergeOptions, "chat": ChatOptions, "predict": PredictOptions}
         options = tools.get(name) or script(name).Options
-        if name in ("show_data", "plan") and words[at + 1] in script(name).SCRIPTS:
+        if name in ("show_data", "plan", "prepare") and words[at + 1] in script(name).SCRIPTS:
             at, options = at + 1, script(name).SCRIPTS[words[at + 1]]
         words = words[at + 1 : words.index(">")] if ">" in words else words[at + 1 :]
         parse_options(options, [str(ROOT / word) if word.startswith("launch/recipes") else word for word in words])

@@ -12,7 +12,8 @@ from accel_llm.adapters.attach import attach_adapter
 from accel_llm.config.options import TrainOptions
 from accel_llm.errors import ConfigError
 from accel_llm.model.language_part import parts_beside_language
-from accel_llm.model.loading import load_model, load_model_config, model_problems
+from accel_llm.model.loading import load_model, load_model_config
+from accel_llm.model.model_names import model_problems
 
 pytestmark = pytest.mark.usefixtures("quiet")
 LAYER = "model.layers.0.self_attn.q_proj"

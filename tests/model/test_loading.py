@@ -12,17 +12,19 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from support import materialize, reset
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, ByT5Tokenizer, GenerationConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, GenerationConfig
 
 from accel_llm.adapters.attach import attach_adapter
-from accel_llm.config.options import PretrainOptions, TrainOptions
+from accel_llm.config.options import TrainOptions
+from accel_llm.config.pretrain_options import PretrainOptions
 from accel_llm.data.batches import collate_packed
 from accel_llm.errors import ConfigError
 from accel_llm.model import placement
 from accel_llm.model.attention import PACKED_ATTENTION, PADDED_ATTENTION
 from accel_llm.model.generation import saveable_generation_config
-from accel_llm.model.loading import build_model, load_model, load_model_config, model_problems, stored_dtype
+from accel_llm.model.loading import build_model, load_model, load_model_config, stored_dtype
 from accel_llm.model.loss import attach_loss, next_token_loss
+from accel_llm.model.model_names import model_problems
 from accel_llm.model.placement import place_weights
 from accel_llm.model.quantization import build_quantization_config
 from accel_llm.model.tokenizer import check_token_ids, configured_tokenizer, load_tokenizer, pad_token_id
@@ -368,12 +370,25 @@ def test_packing_switches_attention_only_where_it_was_left_to_us(tiny):
 
 def test_fresh_weights_are_float32_and_seeded(tiny):
     config = load_model_config(options(tiny))
+    models = [build_model(config, options(tiny, seed=seed)) for seed in (5, 5, 6)]
+    assert all(parameter.is_meta for model in models for parameter in model.parameters())  # until they are placed
+    for model in models:
+        model.first_weights.draw(model.modules())
+    first, second, third = (torch.cat([p.flatten() for p in model.parameters()]) for model in models)
+    assert first.dtype == torch.float32 and models[0].config._attn_implementation == PACKED_ATTENTION
+    assert torch.equal(first, second) and not torch.equal(first, third)
+
+
+def test_weights_that_a_family_does_not_explain_are_drawn_whole(tiny, capsys):
+    """The activation of Apertus has weights that its `_init_weights` leaves out."""
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = CONFIG_MAPPING["apertus"](**sizes, num_attention_heads=4, num_key_value_heads=2)
     torch.manual_seed(5)
-    first = build_model(config, options(tiny))
+    model = build_model(config, options(tiny))
     torch.manual_seed(5)
-    second = build_model(config, options(tiny))
-    assert first.dtype == torch.float32 and first.config._attn_implementation == PACKED_ATTENTION
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    plain = AutoModelForCausalLM.from_config(config)
+    assert "apertus does not say how each weight begins: each process draws all of them" in capsys.readouterr().out
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
 
 
 def test_a_generation_config_that_cannot_be_saved_is_mended(tmp_path):

@@ -20,6 +20,7 @@ from accel_llm.chat.targets import IGNORED
 from accel_llm.config.options import TrainOptions
 from accel_llm.data.batches import collate_packed, collate_padded
 from accel_llm.data.packing import pack
+from accel_llm.data.source_names import add_sources
 from accel_llm.errors import ConfigError
 from accel_llm.model import logits as logits_module
 from accel_llm.model.attention import enable_packing
@@ -592,3 +593,42 @@ def test_the_readme_snippet_trains_a_plain_transformers_model(monkeypatch):
     torch.testing.assert_close(names["loss"].float(), expected, rtol=1e-5, atol=0)
     names["loss"].backward()
     assert all(parameter.grad is not None for parameter in names["model"].parameters())
+
+
+def with_sources(batch: dict, sources: list[int], names: list[str]) -> dict:
+    add_sources(batch, sources, names)
+    return batch
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("path", ["one-pass", "recomputed", "stock"])
+def test_the_loss_of_each_source_is_that_of_its_documents_and_changes_no_bit(path, packed, monkeypatch):
+    """The oracle is the family's own loss of each document alone."""
+    model = tiny_model("llama", tie_word_embeddings=False).train()
+    attach_loss(model, 1024)
+    if packed:
+        enable_packing(model)
+    model.loss_chunks = 3
+    if path == "recomputed":
+        monkeypatch.setattr(logits_module, "needs_recomputation", lambda *_: True)
+    if path == "stock":
+        model.loss_path = "stock"
+    rows, sources = random_rows(5, 12), [2, 0, 2, 0, 2]
+    weights = [np.random.default_rng(k).random(len(ids)).astype(np.float32) for k, (ids, _) in enumerate(rows)]
+    make = collate_packed if packed else functools.partial(collate_padded, pad_token_id=0)
+    plain, batch = make(rows, weights=weights), with_sources(make(rows, weights=weights), sources, ["a", "b", "c"])
+    losses = [next_token_loss(model, each) for each in (plain, batch)]
+    assert torch.equal(*losses) and "measured" not in plain
+    same = [gradients(model, loss) for loss in losses]  # a backward pass that computes logits again adds nothing
+    assert all(torch.equal(same[0][name], same[1][name]) for name in same[0])
+    for number, name in enumerate("abc"):
+        total = weight = 0.0
+        for (ids, labels), own_weights, source in zip(rows, weights, sources, strict=True):
+            if source == number:
+                alone = tiny_model("llama", tie_word_embeddings=False).requires_grad_(False)
+                logits = alone(input_ids=torch.tensor(ids)[None]).logits[0, :-1]
+                targets, factors = torch.tensor(labels)[1:], torch.tensor(own_weights)[1:]
+                terms = F.cross_entropy(logits.double(), targets.long(), reduction="none", ignore_index=IGNORED)
+                total += float((terms * factors).sum())
+                weight += float(factors[targets != IGNORED].double().sum())
+        assert batch["measured"][f"loss/{name}"].tolist() == pytest.approx([total, weight], rel=1e-5, abs=1e-9)

@@ -17,8 +17,9 @@ from accel_llm.data.batches import collate_packed, collate_padded, to_device
 from accel_llm.errors import ConfigError
 from accel_llm.model import placement
 from accel_llm.model.attention import enable_packing, forward_arguments
-from accel_llm.model.loading import load_model, model_problems
+from accel_llm.model.loading import load_model
 from accel_llm.model.loss import attach_loss, next_token_loss
+from accel_llm.model.model_names import model_problems
 from accel_llm.model.neftune import attach_neftune
 from accel_llm.model.offloaded_embedding import HostMatrix, embedding_to_offload, host_matrices, keep_on_host
 from accel_llm.model.placement import materialize_weights, place_weights
@@ -137,10 +138,12 @@ def test_placing_leaves_the_matrix_on_the_host_and_nothing_else(method, make_mod
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     placed: dict[str, list[str]] = {}
 
-    def place(model: Any, modules: list, compute: torch.dtype, device: torch.device, masters: bool) -> None:
+    def place(
+        model: Any, modules: list, compute: torch.dtype, device: torch.device, masters: bool, copy: bool = True
+    ) -> None:
         for parameter in (parameter for module in modules for parameter in module.parameters(recurse=False)):
             placed.setdefault(names[id(parameter)], []).append(device.type)
-        materialize_weights(model, modules, compute, torch.device("cpu"), masters)
+        materialize_weights(model, modules, compute, torch.device("cpu"), masters, copy)
 
     monkeypatch.setattr(placement, "materialize_weights", place)
     accelerator.state.device = torch.device("meta")

@@ -24,7 +24,8 @@ from accel_llm.config.options import SftOptions, TrainOptions
 from accel_llm.data.hub import file_outside_hub
 from accel_llm.data.sources import read_source
 from accel_llm.errors import ConfigError, DataError
-from accel_llm.model.loading import OWN_IMPLEMENTATIONS, build_model, load_complete_model, load_model, load_model_config
+from accel_llm.model.loading import build_model, load_complete_model, load_model, load_model_config
+from accel_llm.model.meta_device import OWN_IMPLEMENTATIONS
 from accel_llm.model.tokenizer import configured_tokenizer, load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("quiet")

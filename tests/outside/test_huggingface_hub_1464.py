@@ -7,7 +7,7 @@ is the disk. With the form `folder/name` Transformers asks the hub for it, which
 import pytest
 
 from accel_llm.errors import ConfigError
-from accel_llm.model.loading import check_model_name
+from accel_llm.model.model_names import check_model_name
 from accel_llm.system import hub
 
 

@@ -13,7 +13,8 @@ from huggingface_hub import constants
 from transformers import AutoConfig
 
 from accel_llm.config.options import TrainOptions
-from accel_llm.model.loading import load_model_config, model_problems
+from accel_llm.model.loading import load_model_config
+from accel_llm.model.model_names import model_problems
 from accel_llm.system.hub import ask_hub
 
 

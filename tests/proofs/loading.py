@@ -3,7 +3,7 @@
     python tests/proofs/loading.py [--layers 20]
 
 A random model is written to a temporary folder and loaded by real launches of two CPU processes under ZeRO-3 and FSDP2,
-for method full, lora and qlora. Each line shows MiB: the weights that a rank holds at the end, the peak of its resident
+for method full, lora and qlora; `fresh` draws its weights instead. Each line shows MiB: the weights that a rank holds at the end, the peak of its resident
 memory above the memory before loading, and the bound: those weights plus one layer (or the embedding, if that is
 larger), plus 20%.
 """
@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-METHODS = ("full", "lora", "qlora")
+METHODS = ("full", "lora", "qlora", "fresh")
 STRATEGIES = ("zero3", "fsdp2")
 MIB = 2**20
 
@@ -42,11 +42,16 @@ def rank_main(model_folder: str, method: str) -> None:
     from accel_llm.backend.accelerator import build_accelerator
     from accel_llm.backend.library_messages import quiet_libraries
     from accel_llm.config.options import TrainOptions
-    from accel_llm.model.loading import load_model
+    from accel_llm.config.pretrain_options import PretrainOptions
+    from accel_llm.model.loading import build_model, load_model, load_model_config
     from accel_llm.model.loss import attach_loss
     from accel_llm.model.placement import place_weights
 
-    options = TrainOptions(model_name_or_path=model_folder, method=method)
+    fresh = method == "fresh"
+    options: TrainOptions = TrainOptions(model_name_or_path=model_folder, method="full" if fresh else method)
+    if fresh:
+        options = PretrainOptions(config_name=model_folder, method="full")
+    config = load_model_config(options)
     quiet_libraries()
     accelerator = build_accelerator(options)
     # Import these modules before the measurement, which is of weights.
@@ -58,9 +63,9 @@ def rank_main(model_folder: str, method: str) -> None:
     _load_small(options, accelerator)
     before = resident("VmRSS")
     forget_peak()
-    model = load_model(options)
+    model = build_model(config, options) if fresh else load_model(options)
     attach_loss(model, 2048)
-    if method != "full":
+    if options.has_adapter:
         model = attach_adapter(model, options)
     place_weights(accelerator, model, options)
     placed = resident("VmHWM")

@@ -36,7 +36,7 @@ ADAPTER = {
 }
 METRICS = [
     {"step": 1, "loss": 5.25, "epoch": 0.1},
-    {"step": 2, "eval/loss": 4.5},
+    {"step": 2, "eval/loss": 4.5, "eval/loss/ada.txt": 4.25, "eval/perplexity/bob.txt": 70.0},
     {"step": 4, "loss": 4.125, "epoch": 0.4},
     {"step": 4, "eval/loss": None},
 ]

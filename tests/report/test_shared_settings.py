@@ -6,14 +6,15 @@ import pytest
 
 from accel_llm.config.classify_options import ClassifyOptions
 from accel_llm.config.command_line import resolved_options
-from accel_llm.config.options import PretrainOptions, SftOptions
+from accel_llm.config.options import SftOptions
 from accel_llm.config.preference_options import DpoOptions, KtoOptions, RewardOptions
+from accel_llm.config.pretrain_options import PretrainOptions
 from accel_llm.report.shared_settings import SHARED_OPTIONS, as_plain_values, shared_settings
 from accel_llm.report.trackers import tracker_settings
 
 # Options that can hold a path, a name in somebody's data, a prompt or any other text, and those that do not shape a run.
 KEPT_HERE = """
-model_name_or_path tokenizer_name revision trust_remote_code allow_pickle adapter_name_or_path config_name text_column
+model_name_or_path tokenizer_name revision trust_remote_code allow_pickle adapter_name_or_path config_name config_overrides text_column sample_text
 reference_model_name_or_path train_files eval_files columns chat_template chat_template_kwargs
 preprocessing_num_workers cache_dir method_options output_dir overwrite_output_dir resume_from_checkpoint
 save_total_limit save_async allow_changed report_to run_name project dry_run preflight verbose check_only push_to_hub hub_model_id

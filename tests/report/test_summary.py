@@ -57,6 +57,18 @@ def test_of_rejected_answers_less_is_better():
     assert dict(summary_lines(metrics, {}, "tokens"))["eval/rewards/rejected"].endswith("best -4.0000 at step 2")
 
 
+def test_the_best_loss_of_a_source_is_the_lowest():
+    values = zip((3.0, 2.0, 2.5), (20.0, 7.0, 12.0), strict=True)
+    metrics = [train(1, 4.0)]
+    metrics += [
+        {"step": k, "eval/loss": 1.0, "eval/loss/zh/a.txt": a, "eval/perplexity/accuracy.txt": b}
+        for k, (a, b) in enumerate(values, 1)
+    ]
+    lines = dict(summary_lines(metrics, {}, "tokens"))
+    assert lines["eval/loss/zh/a.txt"] == "2.5000 at step 3, from 3.0000 at step 1; best 2.0000 at step 2"
+    assert lines["eval/perplexity/accuracy.txt"].endswith("best 7.0000 at step 2")
+
+
 def test_values_that_are_not_finite_are_no_best_ones():
     metrics = [train(1, 4.0), *({"step": k, "eval/loss": value} for k, value in enumerate((2.0, math.nan, 3.0), 1))]
     assert (
