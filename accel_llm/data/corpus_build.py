@@ -7,6 +7,7 @@ parts never wait for each other, and what was encoded once is found again.
 import itertools
 import multiprocessing
 import os
+import signal
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -230,6 +231,7 @@ def _collect(connections: list[Connection]) -> Iterator[Encoded]:
 
 def _work(job: _Job, stretches: list[Stretch], taken: Any, connection: Connection, parent: int) -> None:
     """Encode one stretch after the other, each time the next that no other worker has taken."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends the workers
     try:
         while os.getppid() == parent:  # a worker whose parent was killed ends
             with taken.get_lock():

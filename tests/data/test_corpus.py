@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 import unicodedata
 from collections import Counter
@@ -232,6 +234,26 @@ def test_a_part_that_was_killed_goes_on_and_makes_the_same_shards(tmp_path, demo
     assert 1 <= counts[0] <= total - new and not (out / "corpus.json").exists()
     assert seal_corpus([out], out).documents == expected.documents
     assert contents(out) == contents(tmp_path / "one")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs process groups")
+def test_ctrl_c_ends_all_workers_in_one_word(tmp_path, demo):
+    file = write_texts(tmp_path / "a.jsonl", make_texts(60_000))
+    demo.save_pretrained(tmp_path / "tokenizer")
+    words = ["--tokenizer_name", tmp_path / "tokenizer", "--train_files", file, "--output_dir", tmp_path / "out"]
+    words += ["--preprocessing_num_workers", 2, "--max_lost", 1]
+    command = [sys.executable, str(ROOT / "launch" / "prepare.py"), "corpus", *map(str, words)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    started = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+    )
+    while started.poll() is None and not list((tmp_path / "out").glob("pieces/*/*.safetensors")):
+        time.sleep(0.005)
+    os.killpg(started.pid, signal.SIGINT)  # as a terminal sends it
+    output = started.communicate()[0]
+    assert started.returncode == 130, output
+    assert "Traceback" not in output and output.rstrip().endswith("interrupted")
+    assert not (tmp_path / "out" / "corpus.json").exists()
 
 
 def test_workers_make_the_same_pieces(tmp_path, demo):
