@@ -5,6 +5,11 @@ from pydantic import Field, model_validator
 from accel_llm.config.fields import Options, SampleBy, Source
 
 
+def with_text_column(columns: dict[str, str], text_column: str) -> dict[str, str]:
+    """Return the names that columns have in the data (`columns`), and with them that of the text."""
+    return columns if text_column == "text" else {**columns, "text": text_column}
+
+
 class TextOptions(Options):
     """Text"""
 

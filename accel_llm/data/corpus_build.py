@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 from accel_llm.config.corpus_options import CorpusOptions
 from accel_llm.config.fields import DataFormat, Source
+from accel_llm.config.text_options import with_text_column
 from accel_llm.data.chunk_tokenizer import ChunkTokenizer
 from accel_llm.data.contamination import EvaluationNgrams
 from accel_llm.data.corpus_encode import CorpusEncoder, encode_piece, tokenizer_fingerprint
@@ -69,7 +70,7 @@ def prepare_part(options: CorpusOptions, tokenizer: PreTrainedTokenizerFast) -> 
         ConfigError: a worker process was killed.
     """
     sources = [as_source(place) for place in options.train_files]
-    columns = options.columns if options.text_column == "text" else {**options.columns, "text": options.text_column}
+    columns = with_text_column(options.columns, options.text_column)
     formats: list[tuple[DataFormat | None, dict[str, str]]]
     formats = [(source.data_format or options.data_format, {**columns, **source.columns}) for source in sources]
     encoder = CorpusEncoder(

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from accel_llm.chat.template_source import read_template
 from accel_llm.config.corpus_options import TokenizerOptions
+from accel_llm.config.text_options import with_text_column
 from accel_llm.data.chunk_tokenizer import CL100K
 from accel_llm.data.formats import Document, parse_row
 from accel_llm.data.sources import as_source, problems_of_sources, read_source
@@ -61,7 +62,7 @@ def learn_tokenizer(options: TokenizerOptions) -> PreTrainedTokenizerFast:
 
 
 def _read_texts(options: TokenizerOptions) -> Iterator[str]:
-    columns = options.columns if options.text_column == "text" else {**options.columns, "text": options.text_column}
+    columns = with_text_column(options.columns, options.text_column)
     sources = [as_source(place) for place in options.train_files]
     rows = ((source, row) for source in sources for row in read_source(source))
     for source, row in islice(rows, options.limit_rows):

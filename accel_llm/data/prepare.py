@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from accel_llm.chat.template import Template
 from accel_llm.config.data_options import DataOptions
 from accel_llm.config.fields import Source
+from accel_llm.config.text_options import with_text_column
 from accel_llm.data.answers import as_units, count_labels
 from accel_llm.data.corpus import check_corpora, map_corpora
 from accel_llm.data.encode import A_CHAT, Chunk, Encoder, SourceRow
@@ -91,7 +92,7 @@ def encode_texts(options: DataOptions, seed: int, tokenizer: PreTrainedTokenizer
     """Encode the plain text in `column`. See `encode_sources`."""
     if corpora := map_corpora(options.train_files, options):
         return _mapped_data(*corpora, options, seed, tokenizer, column)
-    columns = options.columns if column == "text" else {**options.columns, "text": column}
+    columns = with_text_column(options.columns, column)
     update = {"columns": columns, "data_format": options.data_format or "text"}
     return encode_sources(options.model_copy(update=update), seed, tokenizer, None)
 

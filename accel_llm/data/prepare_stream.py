@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from accel_llm.config.options import TrainOptions
 from accel_llm.config.pretrain_options import PretrainOptions
+from accel_llm.config.text_options import with_text_column
 from accel_llm.data.encode import A_CHAT, Encoder
 from accel_llm.data.encoders import encode_rows, make_encoder
 from accel_llm.data.file_lines import SourceFile
@@ -75,8 +76,7 @@ def encode_stream(options: PretrainOptions, tokenizer: PreTrainedTokenizerFast, 
     Raises:
         DataError, ConfigError: as `encode_texts` does for these rows.
     """
-    column = options.text_column
-    columns = options.columns if column == "text" else {**options.columns, "text": column}
+    columns = with_text_column(options.columns, options.text_column)
     update = {"columns": columns, "data_format": options.data_format or "text"}
     encoder, sources, _ = make_encoder(options.model_copy(update=update), tokenizer, None, A_CHAT, None, None)
     files = streamed_files(sources)

@@ -213,7 +213,7 @@ class Meter:
 
 def _on_screen(name: str) -> bool:
     """Return whether a line on the screen has room for a metric; metrics.jsonl has all of them."""
-    if name.startswith(("loss/", "epoch/", "eval/perplexity/")):  # of single sources
+    if name.startswith(("loss/", "epoch/", "eval/perplexity/", "eval/bits_per_byte/")):  # of single sources
         return False
     of_one_side = name.endswith(("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected"))
     return name in SCREEN_NAMES or ("/" in name and not of_one_side)
